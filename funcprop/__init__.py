@@ -1,0 +1,15 @@
+"""Backpropagation, opened up: hand-written backward rules for any JAX function, and both sweeps in the open."""
+
+from funcprop import rules as rules
+from funcprop.registry import Layer as Layer
+from funcprop.registry import Rule as Rule
+from funcprop.registry import RuleError as RuleError
+from funcprop.registry import RuleSet as RuleSet
+from funcprop.registry import layer as layer
+from funcprop.rewrite import matches as matches
+from funcprop.rewrite import with_rules as with_rules
+from funcprop.transforms import grad as grad
+from funcprop.transforms import hvp as hvp
+from funcprop.transforms import jacobian as jacobian
+from funcprop.transforms import value_and_grad as value_and_grad
+from funcprop.transforms import vjp as vjp

@@ -1,0 +1,269 @@
+"""All contact with the semi-public parts of JAX, so that a new JAX version is one file's work.
+
+Everything here is plain plumbing around jaxprs and primitives; no other module of funcprop imports
+`jax.extend`, `jax.interpreters` or reads the fields of an equation that JAX does not document.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.extend.core.primitives as jex_primitives
+import jax.numpy as jnp
+import numpy as np
+from jax.core import eval_jaxpr as _eval_jaxpr
+from jax.interpreters import ad, batching, mlir
+
+Aval = Any
+Equation = jex.JaxprEqn
+Literal = jex.Literal
+Primitive = jex.Primitive
+Var = jex.Var
+Zero = ad.Zero
+instantiate_zeros = ad.instantiate_zeros
+zeros_like_aval = ad.zeros_like_aval
+
+_JAX_DIRECTORY = os.path.dirname(jax.__file__) + os.sep
+_OWN_DIRECTORY = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+# --- jaxprs -----------------------------------------------------------------------------------
+
+
+def open_jaxpr(jaxpr: Any) -> Any:
+    """The jaxpr itself, whether `jaxpr` carries its constants or not."""
+    return jaxpr.jaxpr if isinstance(jaxpr, jex.ClosedJaxpr) else jaxpr
+
+
+def constants(jaxpr: Any) -> list[Any]:
+    """The constants that `jaxpr` carries; empty for one that carries none."""
+    return list(getattr(jaxpr, "consts", ()) or ())
+
+
+def is_jaxpr(value: Any) -> bool:
+    return isinstance(value, jex.ClosedJaxpr | jex.Jaxpr)
+
+
+def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """Evaluate a jaxpr; every equation runs under its own name stack, source line and context."""
+    if isinstance(jaxpr, jex.ClosedJaxpr) and jex.ClosedJaxpr is jex.Jaxpr:
+        jaxpr = jaxpr.replace(consts=list(consts))
+    return _eval_jaxpr(jaxpr, list(consts), *args)
+
+
+def jaxpr_of(equations: Sequence[Equation], invars: Sequence[Var], outvars: Sequence[Var], name: str) -> Any:
+    """A jaxpr without constants made of `equations`."""
+    debug = jex.DebugInfo(
+        "funcprop",
+        name,
+        tuple(f"in{i}" for i in range(len(invars))),
+        tuple(f"out{i}" for i in range(len(outvars))),
+    )
+    effects: Any = frozenset().union(*(e.effects for e in equations))
+    effects = frozenset(effect for effect in effects if not _is_input_effect(effect))
+    effects |= _input_effects(equations, invars)
+    return jex.Jaxpr((), list(invars), list(outvars), list(equations), effects, debug)
+
+
+def _is_input_effect(effect: Any) -> bool:
+    return hasattr(effect, "input_index")
+
+
+def _input_effects(equations: Sequence[Equation], invars: Sequence[Var]) -> frozenset[Any]:
+    """Effects on references name their operand by its position, so they are numbered anew."""
+    position = {var: i for i, var in enumerate(invars)}
+    found = set()
+    for eqn in equations:
+        operands = list(eqn.invars)
+        for effect in filter(_is_input_effect, eqn.effects):
+            operand = operands[effect.input_index]
+            if operand in position:
+                found.add(effect.replace(input_index=position[operand]))
+    return frozenset(found)
+
+
+def one_equation(eqn: Equation) -> Callable[..., list[Any]]:
+    """One equation as a function from its operands to the list of its results."""
+    invars = [jex.Var(operand.aval) for operand in eqn.invars]
+    jaxpr = jaxpr_of([eqn.replace(invars=invars)], invars, eqn.outvars, eqn.primitive.name)
+    return lambda *args: evaluate(jaxpr, (), args)
+
+
+def without_unused_results(jaxpr: Any) -> tuple[Any, list[bool]]:
+    """`jaxpr` without the equations that no result needs, and which of its inputs are then read.
+
+    The jaxpr of a backward rule has no side effects, so an equation that nobody reads may go.
+    """
+    live = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(v in live for v in eqn.outvars):
+            kept.append(eqn)
+            live.update(v for v in eqn.invars if not isinstance(v, Literal))
+    return jaxpr.replace(eqns=kept[::-1]), [v in live for v in jaxpr.invars]
+
+
+def with_constants_as_inputs(jaxpr: Any) -> tuple[Any, list[Any]]:
+    """An equivalent jaxpr that takes its constants as leading inputs, and these constants."""
+    inner, consts = open_jaxpr(jaxpr), constants(jaxpr)
+    if not consts:
+        return inner, []
+    names = inner.debug_info.arg_names
+    debug = inner.debug_info._replace(arg_names=None if names is None else ("",) * len(consts) + tuple(names))
+    replaced: dict[str, Any] = {"constvars": [], "debug_info": debug}
+    if jex.ClosedJaxpr is jex.Jaxpr:
+        replaced["consts"] = []
+    return inner.replace(invars=[*inner.constvars, *inner.invars], **replaced), consts
+
+
+def retrace(fun: Callable[..., Any], like: Any) -> Any:
+    """Trace `fun` at the input types of the jaxpr `like`; a jaxpr that carries its constants."""
+    return jax.make_jaxpr(fun)(*[v.aval for v in open_jaxpr(like).invars])
+
+
+def sub_jaxprs(eqn: Equation) -> Iterator[tuple[str, Any]]:
+    """The jaxprs in an equation's parameters, each with the parameter's name (`branches[1]`)."""
+    for key, value in eqn.params.items():
+        if is_jaxpr(value):
+            yield key, value
+        elif isinstance(value, tuple | list):
+            for i, item in enumerate(value):
+                if is_jaxpr(item):
+                    yield f"{key}[{i}]", item
+
+
+def map_sub_jaxprs(eqn: Equation, change: Callable[[Any], Any]) -> Equation:
+    """The equation with `change(jaxpr)` in place of each jaxpr it holds."""
+    params = dict(eqn.params)
+    for key, value in eqn.params.items():
+        if is_jaxpr(value):
+            params[key] = change(value)
+        elif isinstance(value, tuple | list) and any(map(is_jaxpr, value)):
+            params[key] = type(value)(change(item) for item in value)
+    return eqn.replace(params=params)
+
+
+def scan_counts(eqn: Equation) -> tuple[int, int]:
+    """How many constants and carries a scan equation has (the remaining operands are scanned)."""
+    params = eqn.params
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"]
+    return len(jax.tree.leaves(consts, is_leaf=_is_none)), len(jax.tree.leaves(carry, is_leaf=_is_none))
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
+# --- where an equation comes from -------------------------------------------------------------
+
+
+def scope(eqn: Equation) -> str:
+    """The named scopes around an equation, outermost first, joined by `/`."""
+    return str(eqn.source_info.name_stack)
+
+
+def source_line(eqn: Equation) -> str | None:
+    """`file:line (function)` of the innermost frame that is neither JAX's nor funcprop's."""
+    traceback = eqn.source_info.traceback
+    if traceback is None:
+        return None
+    for frame in traceback.frames:
+        path = os.path.abspath(frame.file_name)
+        if not path.startswith((_JAX_DIRECTORY, _OWN_DIRECTORY)) and not frame.file_name.startswith("<"):
+            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+    return None
+
+
+@contextlib.contextmanager
+def context_of(eqn: Equation) -> Iterator[None]:
+    """Trace under an equation's own scopes, mesh and compute placement."""
+    names = scope(eqn)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(eqn.ctx.manager)
+        if names:
+            stack.enter_context(jax.named_scope(names))
+        yield
+
+
+# --- types ------------------------------------------------------------------------------------
+
+
+def varying_axes(aval: Aval) -> frozenset[str]:
+    """The manual mesh axes over which a value inside `shard_map` varies."""
+    manual = getattr(aval, "mat", None)
+    if manual is not None:
+        return frozenset(manual.varying)
+    return frozenset(getattr(aval, "vma", frozenset()))
+
+
+def align_varying_axes(args: Sequence[Any]) -> list[Any]:
+    """Make all arguments vary over the same manual axes; the transpose of this is a `psum`."""
+    axes = [varying_axes(jax.typeof(x)) for x in args]
+    union = frozenset().union(*axes)
+    return [
+        jax.lax.pcast(x, tuple(sorted(union - have)), to="varying") if union - have else x
+        for x, have in zip(args, axes, strict=True)
+    ]
+
+
+def explicitly_sharded(aval: Aval) -> bool:
+    """Whether the type itself says how the value is laid out over a mesh (explicit axes)."""
+    sharding = getattr(aval, "sharding", None)
+    spec = getattr(sharding, "spec", None)
+    return spec is not None and any(part is not None for part in spec)
+
+
+def with_weak_type(x: Any, weak_type: bool) -> Any:
+    """The same value, weakly typed or not."""
+    if bool(getattr(jax.typeof(x), "weak_type", False)) == weak_type:
+        return x
+    primitive = jex_primitives.convert_element_type_p
+    return primitive.bind(x, new_dtype=jax.typeof(x).dtype, weak_type=weak_type, sharding=None)
+
+
+def is_differentiable(aval: Aval) -> bool:
+    """Whether values of this type have a non-trivial tangent."""
+    dtype = getattr(aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def zero_tangent(aval: Aval) -> np.ndarray:
+    """The only tangent of a value without derivatives: zeros of dtype `float0`."""
+    return np.zeros(aval.shape, jax.dtypes.float0)
+
+
+def known_primitives() -> frozenset[str]:
+    """The names of the primitives that this JAX can differentiate."""
+    named = {p.name for table in (ad.primitive_jvps, ad.primitive_transposes) for p in table}
+    return frozenset(named | {p.name for p in vars(jex_primitives).values() if isinstance(p, Primitive)})
+
+
+# --- primitives -------------------------------------------------------------------------------
+
+
+def define_primitive(
+    name: str,
+    *,
+    call: Callable[..., Sequence[Any]],
+    abstract: Callable[..., Sequence[Aval]],
+    jvp: Callable[..., Any],
+    transpose: Callable[..., Any],
+    batch: Callable[..., Any],
+) -> Primitive:
+    """A primitive with several results whose meaning is the traceable function `call`."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(call)
+    primitive.def_abstract_eval(abstract)
+    mlir.register_lowering(primitive, mlir.lower_fun(call, multiple_results=True))
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
+    batching.fancy_primitive_batchers[primitive] = batch
+    return primitive

@@ -1,0 +1,338 @@
+"""How a hand-written rule becomes a function that every JAX transformation understands.
+
+`jax.custom_vjp` forbids forward mode, and with it `jvp`, `linearize` and Gauss-Newton products. Here a rule
+is a `jax.custom_jvp` whose tangent map is ONE linear primitive that knows its own transpose:
+
+    primal     y, r = forward(x)
+    tangent    ẏ = pushforward(r, ẋ)        the primitive: linear in ẋ
+    cotangent  x̄ = pullback(r, ȳ)           its transpose: the hand-written backward
+
+Reverse mode transposes the primitive and so runs the hand-written backward. Forward mode evaluates it: the
+rule's own `jvp`, or the transpose of the backward. Differentiating the primitive again differentiates the
+backward rule by ordinary autodiff, so second order is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+
+from funcprop import _compat
+from funcprop.registry import LayerCall, Rule, RuleError
+
+Arrays = list[Any]
+
+
+@dataclass(frozen=True)
+class BoundRule:
+    """A rule at one operator: its static parameters, and the structure of its arguments."""
+
+    rule: Rule
+    operator: str
+    static: dict[str, Any]
+    tree: Any
+    argument_names: tuple[str, ...]
+
+    @classmethod
+    def of_layer(cls, rule: Rule, call: LayerCall) -> BoundRule:
+        """The rule at a layer call, without the call's batching."""
+        return cls(rule, call.layer.name, dict(call.static), call.tree, call.argument_names())
+
+    @classmethod
+    def of_primitive(cls, rule: Rule, eqn: Any) -> BoundRule:
+        """The rule at an equation, whose parameters become keyword arguments."""
+        operands = tuple(range(len(eqn.invars)))
+        names = tuple(f"operand {i}" for i in operands)
+        return cls(rule, eqn.primitive.name, dict(eqn.params), jax.tree.structure(operands), names)
+
+    def forward(self, leaves: Sequence[Any]) -> tuple[Arrays, Any, Arrays, Any]:
+        """Results and residuals, flat, each followed by its structure."""
+        returned = self.rule.forward(*jax.tree.unflatten(self.tree, leaves), **self.static)
+        if not (isinstance(returned, tuple) and len(returned) == 2):
+            raise RuleError(
+                f"rule for {self.operator}: forward returned {_kind(returned)}; return the pair "
+                "(results, residuals)."
+            )
+        results, result_tree = jax.tree.flatten(returned[0])
+        residuals, residual_tree = jax.tree.flatten(returned[1])
+        for path, residual in jax.tree.leaves_with_path(returned[1]):
+            if not isinstance(residual, jax.Array | np.ndarray | np.generic | float | int | complex):
+                raise RuleError(
+                    f"rule for {self.operator}: residual {_path(path)}={residual!r} is not an array; save "
+                    "arrays only and pass static values as keyword arguments."
+                )
+        return results, result_tree, residuals, residual_tree
+
+    def backward(
+        self, residuals: Any, cotangents: Any, needs: Sequence[bool], arguments: Sequence[Any]
+    ) -> Arrays:
+        """The wanted cotangents, flat and checked against the types of the arguments."""
+        wanted = jax.tree.unflatten(self.tree, needs)
+        returned = self.rule.backward(residuals, cotangents, wanted, **self.static)
+        where = f"rule for {self.operator}: backward returned"
+        count = len(wanted)
+        if not (isinstance(returned, tuple | list) and len(returned) == count):
+            raise RuleError(
+                f"{where} {_kind(returned)} for {count} arguments {self.argument_names}; return a tuple "
+                "with one cotangent for each argument (None where it is not needed)."
+            )
+        try:
+            leaves = self.tree.flatten_up_to(tuple(returned))
+        except ValueError as error:
+            raise RuleError(
+                f"{where} cotangents whose structure is not that of the arguments {self.argument_names}: "
+                f"{error}. Return one array for every array of the argument."
+            ) from None
+        return [
+            self._checked(leaf, aval, name)
+            for leaf, aval, name, need in zip(leaves, arguments, self.argument_names, needs, strict=True)
+            if need
+        ]
+
+    def _checked(self, cotangent: Any, aval: Any, name: str) -> Any:
+        expected = f"{aval.dtype}{list(aval.shape)}"
+        where = f"rule for {self.operator}: the cotangent of argument {name!r}"
+        if cotangent is None:
+            return _compat.zeros_like_aval(aval.to_tangent_aval())
+        if not hasattr(cotangent, "dtype"):
+            raise RuleError(f"{where} is {_kind(cotangent)}; return an array of type {expected}.")
+        actual = jax.typeof(cotangent)
+        if tuple(actual.shape) != tuple(aval.shape):
+            raise RuleError(
+                f"{where} has shape {tuple(actual.shape)} but the argument has {tuple(aval.shape)}; sum it "
+                "over the axes along which the argument was broadcast."
+            )
+        if actual.dtype != aval.dtype:
+            raise RuleError(
+                f"{where} has dtype {actual.dtype} but the argument has {aval.dtype}; end the rule with "
+                f"`.astype(jnp.{aval.dtype})`."
+            )
+        return cotangent
+
+    def pushforward(self, residuals: Any, tangents: Sequence[Any]) -> Arrays:
+        """The rule's own forward mode on flat tangents, None where an argument is not perturbed."""
+        assert self.rule.jvp is not None
+        return jax.tree.leaves(
+            self.rule.jvp(residuals, jax.tree.unflatten(self.tree, tangents), **self.static)
+        )
+
+    def why_not(self, arguments: Sequence[Any]) -> str | None:
+        """Why this operator is left to autodiff, or None if the rule applies to these types."""
+        if self.rule.applies is None:
+            return None
+        shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in arguments]
+        answer = self.rule.applies(*jax.tree.unflatten(self.tree, shapes), **self.static)
+        if answer is True:
+            return None
+        if isinstance(answer, str):
+            return answer
+        raise RuleError(
+            f"rule for {self.operator}: applies returned {answer!r}; return True, or a string that says "
+            "why the operator is left to autodiff."
+        )
+
+
+def attach(bound: BoundRule, arguments: Sequence[Any]) -> Arrays:
+    """Evaluate an operator so that its derivative is the hand-written one; flat arrays to flat arrays."""
+    operator = jax.custom_jvp(lambda *leaves: bound.forward(leaves)[0])
+    operator.defjvp(partial(_differentiate, bound), symbolic_zeros=True)
+    return list(operator(*_compat.align_varying_axes(arguments)))
+
+
+def _differentiate(bound: BoundRule, primals: Any, tangents: Any) -> tuple[Arrays, Arrays]:
+    results, result_tree, residuals, residual_tree = bound.forward(primals)
+    needs = [not isinstance(t, SymbolicZero) for t in tangents]
+    perturbed = [i for i, need in enumerate(needs) if need]
+    arguments = [jax.typeof(p) for p in primals]
+    result_avals = [jax.typeof(y) for y in results]
+    smooth = [i for i, aval in enumerate(result_avals) if _compat.is_differentiable(aval)]
+    smooth_avals = [result_avals[i].to_tangent_aval() for i in smooth]
+
+    def backward(residuals: Arrays, cotangents: Arrays) -> Arrays:
+        full = [_compat.zero_tangent(a) if i not in smooth else None for i, a in enumerate(result_avals)]
+        for i, cotangent in zip(smooth, cotangents, strict=True):
+            full[i] = cotangent
+        return bound.backward(
+            jax.tree.unflatten(residual_tree, residuals),
+            jax.tree.unflatten(result_tree, full),
+            needs,
+            arguments,
+        )
+
+    def pushforward(residuals: Arrays, tangents: Arrays) -> Arrays:
+        full: list[Any] = [None] * len(needs)
+        for i, tangent in zip(perturbed, tangents, strict=True):
+            full[i] = tangent
+        pushed = bound.pushforward(jax.tree.unflatten(residual_tree, residuals), full)
+        return [pushed[i] for i in smooth]
+
+    if bound.rule.jvp is None:
+        pullback, read, extra = _as_jaxpr(backward, residuals, smooth_avals)
+        saved = [*extra, *(r for r, is_read in zip(residuals, read, strict=True) if is_read)]
+        linear = LinearMap(pullback, None, tuple(smooth_avals))
+    else:
+        saved = residuals
+        linear = LinearMap(backward, pushforward, tuple(smooth_avals))
+    pushed = linear_p.bind(*saved, *(tangents[i] for i in perturbed), linear=linear, residuals=len(saved))
+    full_tangents: list[Any] = [_compat.zero_tangent(aval) for aval in result_avals]
+    for i, tangent in zip(smooth, pushed, strict=True):
+        full_tangents[i] = tangent
+    return results, full_tangents
+
+
+def _as_jaxpr(
+    backward: Callable[[Arrays, Arrays], Arrays], residuals: Arrays, cotangents: Sequence[Any]
+) -> tuple[Callable[[Arrays, Arrays], Arrays], list[bool], Arrays]:
+    """The backward as a program over the residuals that it really reads.
+
+    Returns the program (on the extra values it closes over, then the residuals that are read, and the
+    cotangents), which residuals are read, and the extra values.
+    """
+    closed = jax.make_jaxpr(backward)(residuals, list(cotangents))
+    jaxpr, extra = _compat.with_constants_as_inputs(closed)
+    jaxpr, live = _compat.without_unused_results(jaxpr)
+    read = live[len(extra) : len(extra) + len(residuals)]
+    first_cotangent = len(extra) + len(residuals)
+    kept = [*range(len(extra)), *(len(extra) + i for i, is_read in enumerate(read) if is_read)]
+    invars = [jaxpr.invars[i] for i in kept] + list(jaxpr.invars[first_cotangent:])
+    debug = jaxpr.debug_info._replace(arg_names=None)
+    pruned = jaxpr.replace(invars=invars, debug_info=debug)
+    return lambda saved, cts: _compat.evaluate(pruned, (), [*saved, *cts]), read, extra
+
+
+# --- the linear primitive ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMap:
+    """A linear map with residuals, given by its transpose (and by itself, where a rule has a jvp).
+
+    `pullback(residuals, cotangents) -> cotangents of the inputs`; `results` are the types of the results.
+    """
+
+    pullback: Callable[[Arrays, Arrays], Arrays]
+    custom_pushforward: Callable[[Arrays, Arrays], Arrays] | None
+    results: tuple[Any, ...]
+
+    def pushforward(self, residuals: Arrays, tangents: Arrays) -> Arrays:
+        """The map itself: the rule's jvp, or the transpose of the pullback."""
+        if self.custom_pushforward is not None:
+            return self.custom_pushforward(residuals, tangents)
+        return self.partial_pushforward(residuals, tangents, list(range(len(tangents))))
+
+    def partial_pushforward(self, residuals: Arrays, tangents: Arrays, which: Sequence[int]) -> Arrays:
+        """The map with all inputs zero but those in `which`, whose tangents are given."""
+
+        def pullback(cotangents: Arrays) -> Arrays:
+            all_inputs = self.pullback(residuals, cotangents)
+            return [all_inputs[i] for i in which]
+
+        return list(jax.linear_transpose(pullback, list(self.results))(list(tangents))[0])
+
+    def __repr__(self) -> str:
+        return "LinearMap"
+
+
+def _linear_call(*operands: Any, linear: LinearMap, residuals: int) -> Arrays:
+    return linear.pushforward(list(operands[:residuals]), list(operands[residuals:]))
+
+
+def _linear_abstract(*operands: Any, linear: LinearMap, residuals: int) -> Arrays:
+    # The map is traced only where forward mode really evaluates it; reverse mode never does.
+    return list(linear.results)
+
+
+def _linear_jvp(primals: Any, tangents: Any, *, linear: LinearMap, residuals: int) -> Any:
+    saved, inputs = list(primals[:residuals]), list(primals[residuals:])
+    saved_dots, input_dots = tangents[:residuals], tangents[residuals:]
+    bind = partial(linear_p.bind, linear=linear, residuals=residuals)
+    results = bind(*saved, *inputs)
+    terms = []
+    if not all(type(t) is _compat.Zero for t in input_dots):
+        terms.append(bind(*saved, *map(_compat.instantiate_zeros, input_dots)))
+    moving = [i for i, t in enumerate(saved_dots) if type(t) is not _compat.Zero]
+    if moving:
+
+        def of_residuals(*values: Any) -> Arrays:
+            full = list(saved)
+            for i, value in zip(moving, values, strict=True):
+                full[i] = value
+            return linear.pushforward(full, inputs)
+
+        terms.append(jax.jvp(of_residuals, [saved[i] for i in moving], [saved_dots[i] for i in moving])[1])
+    return results, [sum(parts[1:], start=parts[0]) for parts in zip(*terms, strict=True)]
+
+
+def _linear_transpose(cotangents: Any, *operands: Any, linear: LinearMap, residuals: int) -> Arrays:
+    cts = [_compat.instantiate_zeros(ct) for ct in cotangents]
+    return [None] * residuals + list(linear.pullback(list(operands[:residuals]), cts))
+
+
+def _linear_batch(axis: Any, operands: Any, dims: Any, *, linear: LinearMap, residuals: int) -> Any:
+    """Batch the map and its transpose.
+
+    An input that is shared by the batch (a parameter) receives the sum of the examples' cotangents. The sum
+    is not taken over a batch of parameter-sized cotangents: it is the transpose of the batched map of that
+    one input, which JAX contracts over the batch.
+    """
+    saved_dims, input_dims = list(dims[:residuals]), list(dims[residuals:])
+    vmap = partial(jax.vmap, axis_size=axis.size, axis_name=axis.name, spmd_axis_name=axis.spmd_name)
+    mapped = [i for i, dim in enumerate(input_dims) if dim is not None]
+    shared = [i for i, dim in enumerate(input_dims) if dim is None]
+    input_avals = [jax.typeof(operand).to_tangent_aval() for operand in operands[residuals:]]
+
+    def pushforward(saved: Arrays, tangents: Arrays) -> Arrays:
+        return vmap(linear.pushforward, in_axes=(saved_dims, input_dims))(saved, tangents)
+
+    def pullback(saved: Arrays, cotangents: Arrays) -> Arrays:
+        found: dict[int, Any] = {}
+        if mapped:
+
+            def of_mapped(saved: Arrays, cts: Arrays) -> Arrays:
+                all_inputs = linear.pullback(saved, cts)
+                return [all_inputs[i] for i in mapped]
+
+            out_axes = [input_dims[i] for i in mapped]
+            batched = vmap(of_mapped, in_axes=(saved_dims, 0), out_axes=out_axes)(saved, cotangents)
+            found.update(zip(mapped, batched, strict=True))
+        if shared:
+
+            def of_shared(tangents: Arrays) -> Arrays:
+                each = partial(linear.partial_pushforward, tangents=tangents, which=shared)
+                if not any(dim is not None for dim in saved_dims):
+                    return [jax.numpy.broadcast_to(y, (axis.size, *y.shape)) for y in each(saved)]
+                return vmap(each, in_axes=(saved_dims,))(saved)
+
+            summed = jax.linear_transpose(of_shared, [input_avals[i] for i in shared])(list(cotangents))[0]
+            found.update(zip(shared, summed, strict=True))
+        return [found[i] for i in range(len(input_dims))]
+
+    results = jax.eval_shape(pushforward, list(operands[:residuals]), list(operands[residuals:]))
+    batched = LinearMap(pullback, pushforward, tuple(jax.typeof(y) for y in results))
+    return linear_p.bind(*operands, linear=batched, residuals=residuals), [0] * len(results)
+
+
+linear_p = _compat.define_primitive(
+    "funcprop_linear",
+    call=_linear_call,
+    abstract=_linear_abstract,
+    jvp=_linear_jvp,
+    transpose=_linear_transpose,
+    batch=_linear_batch,
+)
+
+
+def _kind(value: Any) -> str:
+    return (
+        f"a {type(value).__name__} of length {len(value)}" if isinstance(value, tuple | list) else repr(value)
+    )
+
+
+def _path(path: Any) -> str:
+    return jax.tree_util.keystr(path).lstrip(".") or "(the whole)"

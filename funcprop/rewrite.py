@@ -1,0 +1,326 @@
+"""`with_rules(f)`: the same function, carrying hand-written backward rules.
+
+The function is traced to a jaxpr and its equations are emitted again, unchanged, except that an operator
+with a rule becomes a function whose derivative is that rule (`funcprop.attach`). JAX's own autodiff does the
+rest. So whatever has no rule is exactly JAX, and everything that JAX composes still composes.
+
+Control flow keeps its equation and gets new bodies; a `shard_map` is entered again through the public
+function; custom derivatives and opaque kernels are left as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from funcprop import _compat
+from funcprop.attach import Arrays, BoundRule, attach
+from funcprop.registry import RuleError, RuleSet, layer_call
+from funcprop.rules import default
+
+# Primitives whose bodies are rewritten in place. Whatever is not named here (custom derivatives above all:
+# the user's own rule wins) is emitted as it stands.
+CONTROL_FLOW = frozenset(
+    {"jit", "pjit", "scan", "cond", "while", "checkpoint", "remat", "remat2", "closed_call", "core_call"}
+)
+
+# Those among them whose body is stored without its constants.
+WITHOUT_CONSTANTS = frozenset({"checkpoint", "remat", "remat2", "core_call"})
+
+_REWRITTEN: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def with_rules(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[..., Any]:
+    """The same function, whose derivatives use the hand-written rules.
+
+    For every operator `y = f(x)` that has a rule in `rules`, reverse mode computes `x̄ = (∂y/∂x)ᵀ ȳ` by
+    the rule; all other operators are differentiated by JAX. The result composes with `jit`, `vmap`,
+    `grad`, `jvp`, `scan`, `checkpoint`, `shard_map` and any framework's own transformations.
+
+    Only traced arguments (those being differentiated, mapped or jitted) are abstract inside; all others,
+    keyword arguments and python objects too, stay what they are.
+
+    Args:
+        fun: any JAX function, also a method, with positional and keyword arguments.
+        rules: a rule set; `fp.rules.default` if None.
+
+    Raises:
+        RuleError: a rule returned something that does not fit its operator.
+        jax.errors.ConcretizationTypeError: python control flow on the value of a differentiated argument.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, funcprop as fp
+        >>> f = fp.with_rules(lambda x: jnp.sum(jnp.tanh(x)))
+        >>> print(jax.jit(jax.grad(f))(jnp.zeros(2)))
+        [1. 1.]
+    """
+    rules = default if rules is None else rules
+    if not isinstance(rules, RuleSet):
+        raise RuleError(f"rules={rules!r} is not a rule set; pass `fp.rules.default` or another RuleSet.")
+
+    @functools.wraps(fun)
+    def rewritten(*args: Any, **kwargs: Any) -> Any:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.core.Tracer)]
+        structure: list[Any] = []
+
+        def flat(*values: Any) -> Arrays:
+            full = list(leaves)
+            for i, value in zip(traced, values, strict=True):
+                full[i] = value
+            call_args, call_kwargs = jax.tree.unflatten(tree, full)
+            results, result_tree = jax.tree.flatten(fun(*call_args, **call_kwargs))
+            staged = [isinstance(x, jax.core.Tracer) for x in results]
+            concrete = [None if is_staged else (x,) for x, is_staged in zip(results, staged, strict=True)]
+            structure.append((result_tree, concrete))
+            return [x for x, is_staged in zip(results, staged, strict=True) if is_staged]
+
+        try:
+            jaxpr = jax.make_jaxpr(flat)(*[leaves[i] for i in traced])
+        except jax.errors.ConcretizationTypeError as error:
+            error.add_note(
+                f"funcprop traces {getattr(fun, '__name__', fun)!s} as `jax.jit` would: python control flow on "
+                "the value of a differentiated argument needs `jax.lax.cond`, `jnp.where`, or that argument "
+                "passed outside `argnums`."
+            )
+            raise
+        outputs = iter(_Rewriter(rules).run(jaxpr, [leaves[i] for i in traced]))
+        result_tree, concrete = structure[-1]
+        return jax.tree.unflatten(result_tree, [next(outputs) if c is None else c[0] for c in concrete])
+
+    return rewritten
+
+
+@dataclass(frozen=True)
+class Match:
+    """An operator of a function and what was decided about it: a rule, or the reason for none."""
+
+    operator: str
+    scope: str
+    source: str | None
+    bound: BoundRule | None = field(repr=False)
+    reason: str | None
+
+
+def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
+    """What the rule set has for one equation: a rule, a reason why its rule does not apply, or None."""
+    call = layer_call(eqn)
+    rule = rules.find(call.layer if call is not None else eqn.primitive.name, platform)
+    if rule is None:
+        return None
+    bound = BoundRule.of_primitive(rule, eqn) if call is None else BoundRule.of_layer(rule, call)
+    arguments = [operand.aval for operand in eqn.invars]
+    results = [result.aval for result in eqn.outvars]
+    reason = _cannot_attach(eqn, arguments, results)
+    if reason is None and (call is None or not call.axes):
+        reason = bound.why_not(arguments)
+    found = bound if reason is None else None
+    return Match(bound.operator, _compat.scope(eqn), _compat.source_line(eqn), found, reason)
+
+
+def _cannot_attach(eqn: Any, arguments: Sequence[Any], results: Sequence[Any]) -> str | None:
+    if eqn.effects:
+        return "it has side effects"
+    if any(map(_compat.explicitly_sharded, [*arguments, *results])):
+        return "its types carry an explicit sharding"
+    if not any(map(_compat.is_differentiable, arguments)):
+        return "no argument is differentiable"
+    union = frozenset().union(*map(_compat.varying_axes, arguments))
+    if any(_compat.varying_axes(aval) != union for aval in results):
+        return "a result varies over fewer manual axes than the arguments"
+    return None
+
+
+class _Rewriter:
+    """One pass over a function with one rule set."""
+
+    def __init__(self, rules: RuleSet) -> None:
+        self.rules = rules
+        self.platform = jax.default_backend()
+        # Keyed by identity; the object is kept beside the answer so that its identity is not reused.
+        self._found: dict[int, tuple[Any, BoundRule | None]] = {}
+        self._ruled: dict[int, tuple[Any, bool]] = {}
+
+    def find(self, eqn: Any) -> BoundRule | None:
+        """The rule that fires at an equation, if any."""
+        if id(eqn) not in self._found:
+            found = match(eqn, self.rules, self.platform)
+            self._found[id(eqn)] = eqn, None if found is None else found.bound
+        return self._found[id(eqn)][1]
+
+    def has_rule(self, jaxpr: Any) -> bool:
+        """Whether any operator in a jaxpr, at any depth, has a rule."""
+        if id(jaxpr) not in self._ruled:
+            equations = _compat.open_jaxpr(jaxpr).eqns
+            self._ruled[id(jaxpr)] = (
+                jaxpr,
+                any(self.find(eqn) is not None or self.enters(eqn) for eqn in equations),
+            )
+        return self._ruled[id(jaxpr)][1]
+
+    def enters(self, eqn: Any) -> bool:
+        """Whether the equation has a body in which a rule fires."""
+        if eqn.primitive.name not in CONTROL_FLOW and eqn.primitive.name != "shard_map":
+            return False
+        return any(self.has_rule(body) for _, body in _compat.sub_jaxprs(eqn))
+
+    def run(self, closed: Any, args: Sequence[Any]) -> Arrays:
+        """Evaluate a jaxpr with rules attached. Runs of equations without rules stay whole."""
+        jaxpr, consts = _compat.open_jaxpr(closed), _compat.constants(closed)
+        if not self.has_rule(closed):
+            return _compat.evaluate(jaxpr, consts, args)
+        values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        values.update(zip(jaxpr.invars, args, strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, _compat.Literal) else values[atom]
+
+        for eqns, outvars in self._steps(jaxpr):
+            if len(eqns) == 1 and (bound := self.find(eqns[0])) is not None:
+                results = self._apply(bound, eqns[0], [read(a) for a in eqns[0].invars])
+            elif len(eqns) == 1 and self.enters(eqns[0]):
+                results = self._enter(eqns[0], [read(a) for a in eqns[0].invars])
+            else:
+                invars = _free_variables(eqns)
+                run = _compat.jaxpr_of(eqns, invars, outvars, "without_rules")
+                results = _compat.evaluate(run, (), [values[v] for v in invars])
+            values.update(zip(outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _steps(self, jaxpr: Any) -> Iterator[tuple[list[Any], list[Any]]]:
+        """Single equations that are ruled or entered, and the runs between them, with their results."""
+        last_read: dict[Any, int] = {}
+        for i, eqn in enumerate(jaxpr.eqns):
+            last_read.update((v, i) for v in eqn.invars if not isinstance(v, _compat.Literal))
+        last_read.update((v, len(jaxpr.eqns)) for v in jaxpr.outvars if not isinstance(v, _compat.Literal))
+        pending: list[Any] = []
+        for i, eqn in enumerate(jaxpr.eqns):
+            if self.find(eqn) is None and not self.enters(eqn):
+                pending.append(eqn)
+                continue
+            if pending:
+                yield pending, [v for e in pending for v in e.outvars if last_read.get(v, -1) >= i]
+                pending = []
+            yield [eqn], list(eqn.outvars)
+        if pending:
+            yield pending, [v for e in pending for v in e.outvars if last_read.get(v, -1) >= len(jaxpr.eqns)]
+
+    def _apply(self, bound: BoundRule, eqn: Any, args: Arrays) -> Arrays:
+        call = layer_call(eqn)
+        fun: Callable[..., Any] = lambda *leaves: attach(bound, leaves)  # noqa: E731
+        if call is not None:
+            for axis in call.axes:
+                fun = _mapped(fun, axis)
+        with _compat.context_of(eqn):
+            results = list(fun(*args))
+        _check_results(bound, results, [v.aval for v in eqn.outvars])
+        pairs = zip(results, eqn.outvars, strict=True)
+        return [_compat.with_weak_type(x, bool(getattr(v.aval, "weak_type", False))) for x, v in pairs]
+
+    def _enter(self, eqn: Any, args: Arrays) -> Arrays:
+        if eqn.primitive.name == "shard_map":
+            return self._enter_shard_map(eqn, args)
+        if eqn.primitive.name not in WITHOUT_CONSTANTS:
+            return _compat.one_equation(_compat.map_sub_jaxprs(eqn, self._body))(*args)
+        extra: list[Any] = []
+
+        def change(body: Any) -> Any:
+            opened, consts = _compat.with_constants_as_inputs(self._body(body))
+            extra.extend(consts)
+            return opened
+
+        new = _compat.map_sub_jaxprs(eqn, change)
+        new = new.replace(invars=[*(_compat.Var(jax.typeof(c)) for c in extra), *new.invars])
+        return _compat.one_equation(new)(*extra, *args)
+
+    def _body(self, body: Any) -> Any:
+        """The rewritten body of a control-flow equation.
+
+        It is remembered as long as the body lives, so that a jitted function called again is compiled once.
+        """
+        if not self.has_rule(body):
+            return body
+        rewritten = _REWRITTEN.setdefault(body, {})
+        key = (self.rules, self.platform)
+        if key not in rewritten:
+            rewritten[key] = _compat.retrace(lambda *args: self.run(body, args), body)
+        return rewritten[key]
+
+    def _enter_shard_map(self, eqn: Any, args: Arrays) -> Arrays:
+        params = eqn.params
+        with _compat.context_of(eqn):
+            mapped = jax.shard_map(
+                lambda *values: tuple(self.run(params["jaxpr"], values)),
+                mesh=params["mesh"],
+                in_specs=tuple(params["in_specs"]),
+                out_specs=tuple(params["out_specs"]),
+                axis_names=frozenset(params["newly_manual_axes"]),
+                check_vma=params["check_vma"],
+            )
+            return list(mapped(*args))
+
+
+def _free_variables(eqns: Sequence[Any]) -> list[Any]:
+    defined = {v for eqn in eqns for v in eqn.outvars}
+    read = [v for eqn in eqns for v in eqn.invars if not isinstance(v, _compat.Literal)]
+    return list(dict.fromkeys(v for v in read if v not in defined))
+
+
+def _mapped(fun: Callable[..., Any], axis: Any) -> Callable[..., Any]:
+    return jax.vmap(
+        fun,
+        in_axes=axis.in_axes,
+        out_axes=list(axis.out_axes),
+        axis_size=axis.size,
+        axis_name=axis.name,
+        spmd_axis_name=axis.spmd_name,
+    )
+
+
+def _check_results(bound: BoundRule, results: Sequence[Any], avals: Sequence[Any]) -> None:
+    actual = [(tuple(jax.numpy.shape(x)), str(jax.numpy.result_type(x))) for x in results]
+    expected = [(tuple(aval.shape), str(aval.dtype)) for aval in avals]
+    if actual != expected:
+        raise RuleError(
+            f"rule for {bound.operator}: forward returned {_types(actual)} where the operator returns "
+            f"{_types(expected)}; the forward must compute the operator's own results."
+        )
+
+
+def _types(types: Sequence[tuple[tuple[int, ...], str]]) -> str:
+    return "(" + ", ".join(f"{dtype}{list(shape)}" for shape, dtype in types) + ")"
+
+
+def matches(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[..., list[Match]]:
+    """Every operator for which the rule set has a rule, and whether it fires or why not.
+
+    `matches(fun, rules)(*args, **kwargs)`; arguments may be `jax.ShapeDtypeStruct`s.
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> [m.operator for m in fp.matches(jnp.tanh, fp.rules.handwritten)(0.0)]
+        ['tanh']
+    """
+
+    def listed(*args: Any, **kwargs: Any) -> list[Match]:
+        rewriter = _Rewriter(default if rules is None else rules)
+        jaxpr = jax.make_jaxpr(lambda *a: fun(*a, **kwargs))(*args)
+        return list(_matches(rewriter, jaxpr))
+
+    return listed
+
+
+def _matches(rewriter: _Rewriter, jaxpr: Any) -> Iterator[Match]:
+    for eqn in _compat.open_jaxpr(jaxpr).eqns:
+        found = match(eqn, rewriter.rules, rewriter.platform)
+        if found is not None:
+            yield found
+        if found is None or found.bound is None:
+            if eqn.primitive.name in CONTROL_FLOW or eqn.primitive.name == "shard_map":
+                for _, body in _compat.sub_jaxprs(eqn):
+                    yield from _matches(rewriter, body)
