@@ -1,4 +1,4 @@
-"""Backpropagation, opened up: hand-written backward rules for any JAX function, and both sweeps in the open."""
+"""Backpropagation, opened up: hand-written backward rules for any JAX function, both sweeps in the open."""
 
 from funcprop import rules as rules
 from funcprop.registry import Layer as Layer

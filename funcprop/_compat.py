@@ -89,7 +89,7 @@ def _input_effects(equations: Sequence[Equation], invars: Sequence[Var]) -> froz
 
 def one_equation(eqn: Equation) -> Callable[..., list[Any]]:
     """One equation as a function from its operands to the list of its results."""
-    invars = [jex.Var(operand.aval) for operand in eqn.invars]
+    invars: list[Any] = [jex.Var(operand.aval) for operand in eqn.invars]
     jaxpr = jaxpr_of([eqn.replace(invars=invars)], invars, eqn.outvars, eqn.primitive.name)
     return lambda *args: evaluate(jaxpr, (), args)
 

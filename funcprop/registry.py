@@ -199,6 +199,7 @@ class Layer:
         return tuple(n for n, p in self.signature.parameters.items() if p.kind not in kinds)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped function's result; under tracing, one equation of the jaxpr."""
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         leaves, tree = jax.tree.flatten(bound.args)

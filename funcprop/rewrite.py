@@ -84,9 +84,9 @@ def with_rules(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callabl
             jaxpr = jax.make_jaxpr(flat)(*[leaves[i] for i in traced])
         except jax.errors.ConcretizationTypeError as error:
             error.add_note(
-                f"funcprop traces {getattr(fun, '__name__', fun)!s} as `jax.jit` would: python control flow on "
-                "the value of a differentiated argument needs `jax.lax.cond`, `jnp.where`, or that argument "
-                "passed outside `argnums`."
+                f"funcprop traces {getattr(fun, '__name__', fun)!s} as `jax.jit` would: python control flow "
+                "on the value of a differentiated argument needs `jax.lax.cond`, `jnp.where`, or that "
+                "argument passed outside `argnums`."
             )
             raise
         outputs = iter(_Rewriter(rules).run(jaxpr, [leaves[i] for i in traced]))
@@ -320,7 +320,6 @@ def _matches(rewriter: _Rewriter, jaxpr: Any) -> Iterator[Match]:
         found = match(eqn, rewriter.rules, rewriter.platform)
         if found is not None:
             yield found
-        if found is None or found.bound is None:
-            if eqn.primitive.name in CONTROL_FLOW or eqn.primitive.name == "shard_map":
-                for _, body in _compat.sub_jaxprs(eqn):
-                    yield from _matches(rewriter, body)
+        if (found is None or found.bound is None) and rewriter.enters(eqn):
+            for _, body in _compat.sub_jaxprs(eqn):
+                yield from _matches(rewriter, body)

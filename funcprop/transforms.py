@@ -77,7 +77,8 @@ def vjp(fun: Callable[..., Any], *primals: Any, has_aux: bool = False, rules: Ru
         >>> print(pullback(2.0)[0])
         2.0
     """
-    return jax.vjp(with_rules(fun, rules), *primals, has_aux=has_aux)
+    pullback_of: Any = jax.vjp
+    return pullback_of(with_rules(fun, rules), *primals, has_aux=has_aux)
 
 
 def hvp(
