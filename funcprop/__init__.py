@@ -1,6 +1,15 @@
 """Backpropagation, opened up: hand-written backward rules for any JAX function, both sweeps in the open."""
 
 from funcprop import rules as rules
+from funcprop.backprop import NonFinite as NonFinite
+from funcprop.backprop import Propagation as Propagation
+from funcprop.backprop import backprop as backprop
+from funcprop.graph import Graph as Graph
+from funcprop.graph import Operator as Operator
+from funcprop.graph import Variable as Variable
+from funcprop.graph import name as name
+from funcprop.graph import trace as trace
+from funcprop.prod import prod as prod
 from funcprop.registry import Layer as Layer
 from funcprop.registry import Rule as Rule
 from funcprop.registry import RuleError as RuleError

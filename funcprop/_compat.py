@@ -80,18 +80,31 @@ def _input_effects(equations: Sequence[Equation], invars: Sequence[Var]) -> froz
     found = set()
     for eqn in equations:
         operands = list(eqn.invars)
-        for effect in filter(_is_input_effect, eqn.effects):
+        effects: list[Any] = list(eqn.effects)
+        for effect in filter(_is_input_effect, effects):
             operand = operands[effect.input_index]
             if operand in position:
                 found.add(effect.replace(input_index=position[operand]))
     return frozenset(found)
 
 
+def one_equation_jaxpr(eqn: Equation) -> Any:
+    """One equation as a jaxpr, with an input for every operand, literals too."""
+    invars: list[Any] = [jex.Var(operand.aval) for operand in eqn.invars]
+    return jaxpr_of([eqn.replace(invars=invars)], invars, eqn.outvars, eqn.primitive.name)
+
+
 def one_equation(eqn: Equation) -> Callable[..., list[Any]]:
     """One equation as a function from its operands to the list of its results."""
-    invars: list[Any] = [jex.Var(operand.aval) for operand in eqn.invars]
-    jaxpr = jaxpr_of([eqn.replace(invars=invars)], invars, eqn.outvars, eqn.primitive.name)
+    jaxpr = one_equation_jaxpr(eqn)
     return lambda *args: evaluate(jaxpr, (), args)
+
+
+def free_variables(eqns: Sequence[Any]) -> list[Var]:
+    """What a run of equations reads and does not itself define, in order of first reading."""
+    defined = {v for eqn in eqns for v in eqn.outvars}
+    read = [v for eqn in eqns for v in eqn.invars if not isinstance(v, Literal)]
+    return list(dict.fromkeys(v for v in read if v not in defined))
 
 
 def without_unused_results(jaxpr: Any) -> tuple[Any, list[bool]]:
@@ -153,12 +166,8 @@ def scan_counts(eqn: Equation) -> tuple[int, int]:
     params = eqn.params
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"]
-    return len(jax.tree.leaves(consts, is_leaf=_is_none)), len(jax.tree.leaves(carry, is_leaf=_is_none))
-
-
-def _is_none(value: Any) -> bool:
-    return value is None
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
 
 
 # --- where an equation comes from -------------------------------------------------------------

@@ -89,7 +89,7 @@ def with_rules(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callabl
                 "argument passed outside `argnums`."
             )
             raise
-        outputs = iter(_Rewriter(rules).run(jaxpr, [leaves[i] for i in traced]))
+        outputs = iter(Rewriter(rules).run(jaxpr, [leaves[i] for i in traced]))
         result_tree, concrete = structure[-1]
         return jax.tree.unflatten(result_tree, [next(outputs) if c is None else c[0] for c in concrete])
 
@@ -136,7 +136,7 @@ def _cannot_attach(eqn: Any, arguments: Sequence[Any], results: Sequence[Any]) -
     return None
 
 
-class _Rewriter:
+class Rewriter:
     """One pass over a function with one rule set."""
 
     def __init__(self, rules: RuleSet) -> None:
@@ -186,7 +186,7 @@ class _Rewriter:
             elif len(eqns) == 1 and self.enters(eqns[0]):
                 results = self._enter(eqns[0], [read(a) for a in eqns[0].invars])
             else:
-                invars = _free_variables(eqns)
+                invars = _compat.free_variables(eqns)
                 run = _compat.jaxpr_of(eqns, invars, outvars, "without_rules")
                 results = _compat.evaluate(run, (), [values[v] for v in invars])
             values.update(zip(outvars, results, strict=True))
@@ -265,12 +265,6 @@ class _Rewriter:
             return list(mapped(*args))
 
 
-def _free_variables(eqns: Sequence[Any]) -> list[Any]:
-    defined = {v for eqn in eqns for v in eqn.outvars}
-    read = [v for eqn in eqns for v in eqn.invars if not isinstance(v, _compat.Literal)]
-    return list(dict.fromkeys(v for v in read if v not in defined))
-
-
 def _mapped(fun: Callable[..., Any], axis: Any) -> Callable[..., Any]:
     return jax.vmap(
         fun,
@@ -308,14 +302,14 @@ def matches(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[.
     """
 
     def listed(*args: Any, **kwargs: Any) -> list[Match]:
-        rewriter = _Rewriter(default if rules is None else rules)
+        rewriter = Rewriter(default if rules is None else rules)
         jaxpr = jax.make_jaxpr(lambda *a: fun(*a, **kwargs))(*args)
         return list(_matches(rewriter, jaxpr))
 
     return listed
 
 
-def _matches(rewriter: _Rewriter, jaxpr: Any) -> Iterator[Match]:
+def _matches(rewriter: Rewriter, jaxpr: Any) -> Iterator[Match]:
     for eqn in _compat.open_jaxpr(jaxpr).eqns:
         found = match(eqn, rewriter.rules, rewriter.platform)
         if found is not None:

@@ -1,6 +1,6 @@
 """Rules for JAX's own primitives, one family a file; `RULES` maps the primitive's name to its rule."""
 
 from funcprop.primitives import elementwise
-from funcprop.registry import Layer, Rule
+from funcprop.registry import OperatorKey, Rule
 
-RULES: dict[str | Layer, Rule] = {**elementwise.RULES}
+RULES: dict[OperatorKey, Rule] = {**elementwise.RULES}

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
-from funcprop.registry import Rule
+from funcprop.registry import OperatorKey, Rule
 
 
 class Output(NamedTuple):
@@ -41,7 +41,7 @@ def _rule(primitive: Callable[..., Any], derivative_of_output: Callable[[Any], A
     return Rule(forward, backward, platforms=frozenset())
 
 
-RULES = {
+RULES: dict[OperatorKey, Rule] = {
     "tanh": _rule(lax.tanh, lambda y: 1 - y * y),
     "logistic": _rule(lax.logistic, lambda y: y * (1 - y)),
     "exp": _rule(lax.exp, lambda y: y),

@@ -1,0 +1,285 @@
+"""The chapter itself: a forward sweep that stores, a backward sweep that applies the chain rule.
+
+The forward sweep visits the operators in order and keeps every value, and for an operator with a
+hand-written rule the residuals that its rule asks for. The backward sweep visits them in reverse order: the
+cotangents of an operator's results become contributions to the cotangents of its inputs, by its rule, or by
+`jax.vjp` of that one operator where there is none; contributions to the same variable add up.
+
+`fp.grad` computes the same gradients without any of this being visible; each is the other's oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from funcprop import _compat
+from funcprop.attach import BoundRule
+from funcprop.graph import Graph, Operator, Variable
+from funcprop.registry import RuleSet
+from funcprop.rewrite import Rewriter
+
+Values = dict[str, Any]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["residuals"], meta_fields=["result_tree"])
+@dataclass(frozen=True)
+class Saved:
+    """What a hand-written rule keeps for its backward, and the structure of the operator's results."""
+
+    residuals: Any
+    result_tree: Any
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["values", "saved", "bodies"], meta_fields=[])
+@dataclass(frozen=True)
+class Tape:
+    """What the forward sweep stores, by name: every value, each rule's residuals, each loop's own tape.
+
+    Everything on a loop's tape has a leading axis for the iterations.
+    """
+
+    values: Values = field(default_factory=dict)
+    saved: dict[str, Saved] = field(default_factory=dict)
+    bodies: dict[str, Tape] = field(default_factory=dict)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["values", "bodies"], meta_fields=[])
+@dataclass(frozen=True)
+class Cotangents:
+    """What the backward sweep computes, by name: `∂J/∂v` for every variable it reaches, and in each loop."""
+
+    values: Values = field(default_factory=dict)
+    bodies: dict[str, Cotangents] = field(default_factory=dict)
+
+    def add(self, variable: Variable, contribution: Any) -> None:
+        """Accumulate: a variable that is used more than once sums its contributions."""
+        present = self.values.get(variable.name)
+        self.values[variable.name] = contribution if present is None else present + contribution
+
+
+def read(variable: Variable, values: Values) -> Any:
+    """The value of a variable or literal."""
+    return variable.value if variable.kind == "literal" else values[variable.name]
+
+
+def cotangent_of(variable: Variable, value: Any, cotangents: Values) -> Any:
+    """The accumulated cotangent of a variable, or zeros where nothing has reached it."""
+    if variable.name in cotangents and variable.kind != "literal":
+        return cotangents[variable.name]
+    if not _compat.is_differentiable(variable.aval):
+        return _compat.zero_tangent(variable.aval)
+    return jnp.zeros_like(value)
+
+
+def active_variables(graph: Graph, inputs: Collection[str]) -> set[str]:
+    """The differentiable variables that depend on the given inputs."""
+    active = set(inputs)
+    for op in graph.operators:
+        if any(v.name in active and v.kind != "literal" for v in op.inputs):
+            active.update(v.name for v in op.outputs if _compat.is_differentiable(v.aval))
+    return active
+
+
+# --- the two sweeps ---------------------------------------------------------------------------
+
+
+def forward_sweep(graph: Graph, values: Values, rules: RuleSet) -> Tape:
+    """Compute every operator in order and store what it yields. `values` holds inputs and constants."""
+    tape = Tape(dict(values))
+    for op in graph.operators:
+        results = _operation(op, rules).forward([read(v, tape.values) for v in op.inputs], tape)
+        tape.values.update((v.name, y) for v, y in zip(op.outputs, results, strict=True))
+    return tape
+
+
+def backward_sweep(
+    graph: Graph,
+    tape: Tape,
+    seeds: Values,
+    active: Collection[str],
+    rules: RuleSet,
+    stop: Collection[str] = (),
+) -> Cotangents:
+    """Apply the chain rule to the operators in reverse order, from the cotangents in `seeds`.
+
+    Only `active` variables receive a cotangent. What reaches a variable in `stop` is recorded and goes no
+    further.
+    """
+    cotangents = Cotangents(dict(seeds))
+    for op in reversed(graph.operators):
+        reached = any(v.name in cotangents.values and v.name not in stop for v in op.outputs)
+        needs = [v.kind != "literal" and v.name in active for v in op.inputs]
+        if reached and any(needs):
+            inputs = [read(v, tape.values) for v in op.inputs]
+            outputs = [tape.values[v.name] for v in op.outputs]
+            passing = {k: ct for k, ct in cotangents.values.items() if k not in stop}
+            incoming = [cotangent_of(v, y, passing) for v, y in zip(op.outputs, outputs, strict=True)]
+            contributions = _operation(op, rules).backward(inputs, incoming, needs, tape, cotangents)
+            for variable, contribution in zip(op.inputs, contributions, strict=True):
+                if contribution is not None:
+                    cotangents.add(variable, contribution)
+    return cotangents
+
+
+# --- one operator -----------------------------------------------------------------------------
+
+
+def _operation(op: Operator, rules: RuleSet) -> _Ruled | _Loop | _Differentiated:
+    rewriter = Rewriter(rules)
+    bound = rewriter.find(op.equation) if op.equation is not None else None
+    if bound is not None and (op.call is None or not op.call.axes):
+        return _Ruled(op, bound)
+    if op.op == "scan":
+        return _Loop(op, rules)
+    return _Differentiated(op, rewriter)
+
+
+@dataclass(frozen=True)
+class _Ruled:
+    """An operator with a hand-written rule."""
+
+    op: Operator
+    bound: BoundRule
+
+    def forward(self, inputs: Sequence[Any], tape: Tape) -> list[Any]:
+        results, result_tree, residuals, residual_tree = self.bound.forward(inputs)
+        tape.saved[self.op.name] = Saved(jax.tree.unflatten(residual_tree, residuals), result_tree)
+        return results
+
+    def backward(
+        self, inputs: Sequence[Any], incoming: Sequence[Any], needs: Sequence[bool], tape: Tape, _: Cotangents
+    ) -> list[Any]:
+        saved = tape.saved[self.op.name]
+        cotangents = jax.tree.unflatten(saved.result_tree, incoming)
+        arguments = [jax.typeof(x) for x in inputs]
+        wanted = iter(self.bound.backward(saved.residuals, cotangents, needs, arguments))
+        return [next(wanted) if need else None for need in needs]
+
+
+@dataclass(frozen=True)
+class _Differentiated:
+    """An operator without a rule: `jax.vjp` of it alone, at its stored inputs."""
+
+    op: Operator
+    rewriter: Rewriter
+
+    def call(self, *inputs: Any) -> list[Any]:
+        return self.rewriter.run(self.op.jaxpr, inputs)
+
+    def forward(self, inputs: Sequence[Any], _: Tape) -> list[Any]:
+        return self.call(*inputs)
+
+    def backward(
+        self, inputs: Sequence[Any], incoming: Sequence[Any], needs: Sequence[bool], _: Tape, __: Cotangents
+    ) -> list[Any]:
+        def of_needed(*needed: Any) -> list[Any]:
+            given = iter(needed)
+            return self.call(*(next(given) if need else x for x, need in zip(inputs, needs, strict=True)))
+
+        pullback = jax.vjp(of_needed, *(x for x, need in zip(inputs, needs, strict=True) if need))[1]
+        wanted = iter(pullback(list(incoming)))
+        return [next(wanted) if need else None for need in needs]
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """A `scan`: the same two sweeps inside a loop forwards and a loop backwards."""
+
+    op: Operator
+    rules: RuleSet
+
+    @property
+    def body(self) -> Graph:
+        return self.op.bodies["jaxpr"]
+
+    def split(self, items: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        consts, carry = _compat.scan_counts(self.op.jaxpr.eqns[0])
+        return list(items[:consts]), list(items[consts : consts + carry]), list(items[consts + carry :])
+
+    def scan(self, step: Callable[..., Any], init: Any, xs: Any, reverse: bool) -> Any:
+        params = self.op.static
+        return jax.lax.scan(step, init, xs, length=params["length"], reverse=params["reverse"] ^ reverse)
+
+    def values(self, consts: Sequence[Any], carry: Sequence[Any], xs: Sequence[Any]) -> Values:
+        names = [v.name for v in self.body.inputs]
+        return dict(zip(names, [*consts, *carry, *xs], strict=True)) | constants_of(self.body, self.op)
+
+    def forward(self, inputs: Sequence[Any], tape: Tape) -> list[Any]:
+        consts, init, xs = self.split(inputs)
+        loop_inputs = {v.name for v in self.body.inputs} - {v.name for v in self.split(self.body.inputs)[1]}
+        loop_inputs |= {v.name for v in self.body.constants}
+
+        def step(carry: list[Any], x: list[Any]) -> Any:
+            inner = forward_sweep(self.body, self.values(consts, carry, x), self.rules)
+            results = [read(v, inner.values) for v in self.body.outputs]
+            stored = {k: v for k, v in inner.values.items() if k not in loop_inputs}
+            return results[: len(init)], (results[len(init) :], Tape(stored, inner.saved, inner.bodies))
+
+        final, (stacked, tape.bodies[self.op.name]) = self.scan(step, init, xs, reverse=False)
+        return [*final, *stacked]
+
+    def backward(
+        self,
+        inputs: Sequence[Any],
+        incoming: Sequence[Any],
+        needs: Sequence[bool],
+        tape: Tape,
+        cotangents: Cotangents,
+    ) -> list[Any]:
+        consts, init, xs = self.split(inputs)
+        need_consts, _, need_xs = self.split(needs)
+        const_vars, carry_vars, x_vars = self.split(self.body.inputs)
+        smooth = [_compat.is_differentiable(v.aval) for v in carry_vars]
+        sought = [v for v, need in zip(const_vars, need_consts, strict=True) if need]
+        sought_xs = [v for v, need in zip(x_vars, need_xs, strict=True) if need]
+        carried = [v for v, is_smooth in zip(carry_vars, smooth, strict=True) if is_smooth]
+        active = active_variables(self.body, {v.name for v in [*sought, *carried, *sought_xs]})
+
+        def step(state: Any, slices: Any) -> Any:
+            carry_cts, const_cts = state
+            x, inner, y_cts = slices
+            known = self.values(consts, [inner.values[v.name] for v in carry_vars], x) | inner.values
+            given = iter(carry_cts)
+            out_cts = [next(given) if is_smooth else None for is_smooth in smooth] + list(y_cts)
+            seeds = Cotangents()
+            for v, ct in zip(self.body.outputs, out_cts, strict=True):
+                if ct is not None and v.kind != "literal" and v.name in active:
+                    seeds.add(v, ct)
+            found = backward_sweep(
+                self.body, Tape(known, inner.saved, inner.bodies), seeds.values, active, self.rules
+            )
+            of = partial(_or_zeros, found.values, known)
+            sums = [total + of(v) for total, v in zip(const_cts, sought, strict=True)]
+            return ([of(v) for v in carried], sums), (found, [of(v) for v in sought_xs])
+
+        final_cts = [ct for ct, is_smooth in zip(incoming, smooth, strict=False) if is_smooth]
+        zero_sums = [jnp.zeros_like(c) for c, need in zip(consts, need_consts, strict=True) if need]
+        y_vars = self.body.outputs[len(init) :]
+        y_cts = [
+            ct if _compat.is_differentiable(v.aval) else None
+            for v, ct in zip(y_vars, incoming[len(init) :], strict=True)
+        ]
+        slices = (xs, tape.bodies[self.op.name], y_cts)
+        (init_cts, sums), (inner_cts, x_cts) = self.scan(step, (final_cts, zero_sums), slices, reverse=True)
+        cotangents.bodies[self.op.name] = inner_cts
+        wanted = {
+            v.name: ct
+            for v, ct in zip([*sought, *carried, *sought_xs], [*sums, *init_cts, *x_cts], strict=True)
+        }
+        return [wanted.get(v.name) if need else None for v, need in zip(self.body.inputs, needs, strict=True)]
+
+
+def constants_of(body: Graph, op: Operator) -> Values:
+    """The constants that a loop's body carries itself."""
+    values = _compat.constants(op.static["jaxpr"])
+    return dict(zip([v.name for v in body.constants], values, strict=True))
+
+
+def _or_zeros(cotangents: Mapping[str, Any], values: Values, variable: Variable) -> Any:
+    return cotangent_of(variable, values[variable.name], dict(cotangents))
