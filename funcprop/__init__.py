@@ -1,9 +1,13 @@
 """Backpropagation, opened up: hand-written backward rules for any JAX function, both sweeps in the open."""
 
+from funcprop import layers as layers
+from funcprop import models as models
 from funcprop import rules as rules
 from funcprop.backprop import NonFinite as NonFinite
 from funcprop.backprop import Propagation as Propagation
 from funcprop.backprop import backprop as backprop
+from funcprop.equations import Derivation as Derivation
+from funcprop.equations import derive as derive
 from funcprop.graph import Graph as Graph
 from funcprop.graph import Operator as Operator
 from funcprop.graph import Variable as Variable

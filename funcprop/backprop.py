@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop import _compat
-from funcprop.graph import CHECKPOINTS, INLINED, Graph, Operator, Variable, trace_function
+from funcprop.graph import CHECKPOINTS, INLINED, Graph, Operator, Traced, Variable, trace_function
 from funcprop.propagate import (
     Cotangents,
     Tape,
@@ -32,13 +32,19 @@ class Named(Mapping[str, Any]):
 
     A name may be shortened to any suffix that is unique (`hidden/z` or `z` for `net/hidden/z`); the name of a
     scope means the last value computed in it. Values inside a loop have a leading axis for its iterations.
+    `others` can be looked up but are not listed; they are computed when they are asked for.
     """
 
     def __init__(
-        self, listed: Mapping[str, Any], hidden: Mapping[str, Any], scopes: Mapping[str, str]
+        self,
+        listed: Mapping[str, Any],
+        others: Collection[str],
+        compute: Callable[[str], Any],
+        scopes: Mapping[str, str],
     ) -> None:
         self._listed = dict(listed)
-        self._all = {**listed, **hidden}
+        self._compute = compute
+        self._all = dict.fromkeys([*listed, *others])
         self._scopes = dict(scopes)
 
     def resolve(self, name: str) -> str:
@@ -62,7 +68,8 @@ class Named(Mapping[str, Any]):
         raise KeyError(f"no value named {name!r}; {hint}")
 
     def __getitem__(self, name: str) -> Any:
-        return self._all[self.resolve(name)]
+        full = self.resolve(name)
+        return self._listed[full] if full in self._listed else self._compute(full)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._listed)
@@ -134,23 +141,30 @@ class Propagation:
         """Every value of the forward sweep, in its order. Inputs are found by name but not listed."""
         listed: dict[str, Any] = {}
         _collect_values(self.graph, self.tape, "", listed)
-        given = {v.name: self.tape.values[v.name] for v in (*self.graph.inputs, *self.graph.constants)}
-        return Named(listed, given, _scopes(self.graph, ""))
+        given = [v.name for v in (*self.graph.inputs, *self.graph.constants)]
+        return Named(listed, given, self.tape.values.__getitem__, _scopes(self.graph, ""))
 
     @property
     def gradients(self) -> Named:
-        """`∂J/∂v` for every variable, in the order in which the backward sweep completes them."""
-        results = {v.name: None for v in self.graph.outputs}
-        found: dict[str, Any] = {}
-        _collect_cotangents(self.graph, self.cotangents, "", found)
-        untouched = {
-            v.name: jnp.zeros_like(self.tape.values[v.name])
-            for v in self.graph.variables
-            if v.name in self.active and v.name not in self.cotangents.values
-        }
-        of_results = {k: ct for k, ct in self.cotangents.values.items() if k in results}
-        listed = {k: ct for k, ct in found.items() if k not in results}
-        return Named(listed, {**of_results, **untouched}, _scopes(self.graph, ""))
+        """`∂J/∂v`, in the order in which the backward sweep completes them.
+
+        Listed are the differentiated arguments and everything between them and the result; the gradient of
+        any other variable is computed from the tape when it is asked for.
+        """
+        (result,) = self.graph.outputs
+        listed: dict[str, Any] = {}
+        _collect_cotangents(self.graph, self.cotangents, "", listed)
+        listed.pop(result.name, None)
+        smooth = [v.name for v in self.graph.variables if _compat.is_differentiable(v.aval)]
+        others = [name for name in smooth if name not in listed]
+        return Named(listed, others, self._further_gradient, _scopes(self.graph, ""))
+
+    def _further_gradient(self, name: str) -> Any:
+        active = active_variables(self.graph, {name})
+        seeds = {v.name: self.cotangents.values[v.name] for v in self.graph.outputs}
+        found = backward_sweep(self.graph, self.tape, seeds, active, self.rules)
+        variable = next(v for v in self.graph.variables if v.name == name)
+        return cotangent_of(variable, self.tape.values[name], found.values)
 
     @property
     def contributions(self) -> Contributions:
@@ -176,12 +190,13 @@ class Propagation:
 
     def __str__(self) -> str:
         gradients = self.gradients
+        listed = set(gradients)
         rows = [f"{'variable':24} {'shape':>14} {'‖value‖':>12} {'‖∂J/∂v‖':>12}"]
         for name, value in {
             **{v.name: self.tape.values[v.name] for v in self.graph.inputs},
             **self.values,
         }.items():
-            gradient = f"{_norm(gradients[name]):12.5g}" if name in gradients else f"{'-':>12}"
+            gradient = f"{_norm(gradients[name]):12.5g}" if name in listed else f"{'-':>12}"
             rows.append(f"{name:24} {jnp.shape(value)!s:>14} {_norm(value):12.5g} {gradient}")
         return "\n".join(rows)
 
@@ -215,7 +230,7 @@ class Contributions(Mapping[tuple[str, str], Any]):
         return found.values[target]
 
     def _resolve(self, name: str) -> str:
-        full = self._of.gradients.resolve(name)
+        full = self._of.values.resolve(name)
         if full not in self._variables:
             raise KeyError(
                 f"{full!r} is inside a loop; contributions are between variables outside of loops."
@@ -243,7 +258,7 @@ class Contributions(Mapping[tuple[str, str], Any]):
 
 
 def backprop(
-    fun: Callable[..., Any], argnums: int | Sequence[int] | None = None, *, rules: RuleSet | None = None
+    fun: Callable[..., Any], argnums: int | Sequence[int] | None = 0, *, rules: RuleSet | None = None
 ) -> Callable[..., Propagation]:
     """Forward and backward propagation of a scalar function, with everything they compute by name.
 
@@ -281,74 +296,72 @@ def backprop(
 
     def propagate(*args: Any, **kwargs: Any) -> Propagation:
         traced = trace_function(fun, args, kwargs, inline=INLINED | CHECKPOINTS)
-        graph = traced.graph
-        given = [traced.leaves[i] for i in traced.arguments]
-        names = dict(zip(traced.arguments, (v.name for v in graph.inputs), strict=True))
-        chosen = _chosen_leaves(traced.tree, traced.leaves, len(args), argnums)
-        active_inputs = {names[i] for i in chosen if i in names}
-        active = frozenset(active_variables(graph, active_inputs))
-
-        values: Values = {
-            **{v.name: jnp.asarray(x) for v, x in zip(graph.inputs, given, strict=True)},
-            **{v.name: x for v, x in zip(graph.constants, traced.constants, strict=True)},
-        }
-        result = _scalar_result(fun, graph)
+        graph, result = traced.graph, scalar_result(traced)
+        given = [jnp.asarray(traced.leaves[i]) for i in traced.arguments]
+        values = dict(zip([v.name for v in graph.inputs], given, strict=True))
+        values.update(zip([v.name for v in graph.constants], traced.constants, strict=True))
+        active = frozenset(active_variables(graph, differentiated_inputs(traced, argnums)))
         tape = forward_sweep(graph, values, rules)
         output = read(result, tape.values)
-        seeds = {result.name: jnp.ones_like(output)} if result.name in active else {}
+        seeds = {result.name: jnp.ones_like(output)}
         cotangents = backward_sweep(graph, tape, seeds, active, rules)
-
-        gradient_leaves = [
-            cotangent_of(graph.inputs[traced.arguments.index(i)], jnp.asarray(leaf), cotangents.values)
-            if i in chosen
-            else None
-            for i, leaf in enumerate(traced.leaves)
-        ]
-        by_argument = jax.tree.unflatten(traced.tree, gradient_leaves)[0]
-        gradient = _select(by_argument, argnums)
         value = jax.tree.unflatten(traced.result_tree, [output])
-        return Propagation(graph, value, gradient, tape, cotangents, rules, active)
+        return Propagation(
+            graph, value, _gradient(traced, tape, cotangents, argnums), tape, cotangents, rules, active
+        )
 
     return propagate
 
 
-def _chosen_leaves(tree: Any, leaves: Sequence[Any], count: int, argnums: Any) -> set[int]:
-    """The positions of the differentiated leaves; every one must have a derivative if it was asked for."""
-    numbered = jax.tree.unflatten(tree, range(len(leaves)))[0]
-    smooth = {
-        i
-        for i, x in enumerate(leaves)
-        if hasattr(x, "dtype") or isinstance(x, float | complex)
-        if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-    }
+def differentiated_leaves(traced: Traced, argnums: int | Sequence[int] | None) -> set[int]:
+    """The positions of the leaves to differentiate; with `argnums` given, each must have a derivative."""
+    positional = jax.tree.unflatten(traced.tree, range(len(traced.leaves)))[0]
+    smooth = {i for i in traced.arguments if jnp.issubdtype(jnp.result_type(traced.leaves[i]), jnp.inexact)}
     if argnums is None:
-        return smooth & set(jax.tree.leaves(numbered))
+        return smooth & set(jax.tree.leaves(positional))
     positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    count = len(positional)
     for p in positions:
         if not -count <= p < count:
-            raise ValueError(f"backprop: argnums={p}, but the function was called with {count} arguments.")
-    chosen = {i for p in positions for i in jax.tree.leaves(numbered[p])}
+            raise ValueError(f"argnums={p}, but the function was called with {count} positional arguments.")
+    chosen = {i for p in positions for i in jax.tree.leaves(positional[p])}
     for i in sorted(chosen - smooth):
         raise TypeError(
-            f"backprop: an argument at argnums={argnums} holds {leaves[i]!r}, which has no derivative; give "
-            "argnums of floating-point arguments, or None to differentiate what can be differentiated."
+            f"an argument at argnums={argnums} holds {traced.leaves[i]!r}, which has no derivative; choose "
+            "floating-point arguments, or argnums=None to differentiate what can be differentiated."
         )
     return chosen
 
 
-def _select(by_argument: tuple[Any, ...], argnums: Any) -> Any:
+def differentiated_inputs(traced: Traced, argnums: int | Sequence[int] | None) -> set[str]:
+    """The names of the graph's inputs to differentiate."""
+    chosen = differentiated_leaves(traced, argnums)
+    names = zip(traced.arguments, traced.graph.inputs, strict=True)
+    return {v.name for i, v in names if i in chosen}
+
+
+def _gradient(traced: Traced, tape: Tape, cotangents: Cotangents, argnums: Any) -> Any:
+    """The gradient in the structure of the differentiated arguments."""
+    chosen = differentiated_leaves(traced, argnums)
+    leaves: list[Any] = [None] * len(traced.leaves)
+    for i, v in zip(traced.arguments, traced.graph.inputs, strict=True):
+        if i in chosen:
+            leaves[i] = cotangent_of(v, tape.values[v.name], cotangents.values)
+    by_argument = jax.tree.unflatten(traced.tree, leaves)[0]
     if argnums is None:
         return by_argument
     return by_argument[argnums] if isinstance(argnums, int) else tuple(by_argument[p] for p in argnums)
 
 
-def _scalar_result(fun: Callable[..., Any], graph: Graph) -> Variable:
-    shapes = ", ".join(v.type for v in graph.outputs)
+def scalar_result(traced: Traced) -> Variable:
+    """The one real scalar that the function returns."""
+    graph = traced.graph
     real = [v for v in graph.outputs if v.shape == () and jnp.issubdtype(v.dtype, jnp.floating)]
     if len(graph.outputs) != 1 or not real:
+        shapes = ", ".join(v.type for v in graph.outputs)
         raise TypeError(
-            f"backprop: {getattr(fun, '__name__', fun)} returns ({shapes}); gradients are of one real "
-            "scalar. Return the loss alone, for example `lambda *args: fun(*args)[0]` or a sum."
+            f"{graph.name} returns ({shapes}), but gradients are of one real scalar; return the loss alone, "
+            "for example by `lambda *args: fun(*args)[0]`, or a sum."
         )
     return real[0]
 
@@ -383,24 +396,34 @@ def _collect_values(graph: Graph, tape: Tape, prefix: str, into: Values) -> None
         into.update({prefix + v.name: tape.values[v.name] for v in op.outputs})
 
 
-def _collect_cotangents(graph: Graph, cotangents: Cotangents, prefix: str, into: Values) -> None:
-    """Cotangents in the order in which the backward sweep completes them.
+def completion_order(graph: Graph) -> Iterator[str]:
+    """The graph's variables in the order in which the backward sweep completes their cotangents.
 
-    A variable's cotangent is complete when the first operator that uses it has been visited.
+    A cotangent is complete when the first operator that uses the variable has been visited.
     """
+    first_use = {v.name: op for op in reversed(graph.operators) for v in op.inputs if v.kind != "literal"}
+    for op in reversed(graph.operators):
+        yield from dict.fromkeys(v.name for v in op.inputs if first_use.get(v.name) is op)
+
+
+def _collect_cotangents(graph: Graph, cotangents: Cotangents, prefix: str, into: Values) -> None:
+    for op, name in _order_with_loops(graph, cotangents):
+        if name is not None and name in cotangents.values:
+            into[prefix + name] = cotangents.values[name]
+        if name is None:
+            body, inner = op.bodies["jaxpr"], Values()
+            _collect_cotangents(body, cotangents.bodies[op.name], "", inner)
+            given = {v.name for v in (*body.inputs, *body.constants)}
+            into.update({f"{prefix}{op.name}/{k}": ct for k, ct in inner.items() if k not in given})
+
+
+def _order_with_loops(graph: Graph, cotangents: Cotangents) -> Iterator[tuple[Operator, str | None]]:
     first_use = {v.name: op for op in reversed(graph.operators) for v in op.inputs}
+    completed = list(completion_order(graph))
     for op in reversed(graph.operators):
         if op.name in cotangents.bodies:
-            body = op.bodies["jaxpr"]
-            computed = {v.name for o in body.operators for v in o.outputs}
-            inner: Values = {}
-            _collect_cotangents(body, cotangents.bodies[op.name], "", inner)
-            into.update(
-                {f"{prefix}{op.name}/{k}": ct for k, ct in inner.items() if k in computed or "/" in k}
-            )
-        for v in op.inputs:
-            if first_use[v.name] is op and v.name in cotangents.values and v.kind != "literal":
-                into.setdefault(prefix + v.name, cotangents.values[v.name])
+            yield op, None
+        yield from ((op, name) for name in completed if first_use[name] is op)
 
 
 # --- looking at numbers -----------------------------------------------------------------------

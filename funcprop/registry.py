@@ -175,8 +175,8 @@ class Layer:
     ) -> None:
         self.function = function
         self.name = getattr(function, "__name__", type(function).__name__)
-        self.rule = rule
-        self.init = init
+        self.rule: Any = rule
+        self.init: Any = init
         wraps(function)(self)
 
         def body(call: LayerCall, *leaves: Any) -> Any:

@@ -1,6 +1,17 @@
-"""Rules for JAX's own primitives, one family a file; `RULES` maps the primitive's name to its rule."""
+"""Rules and equations for JAX's own primitives, one family a file.
 
-from funcprop.primitives import elementwise
+`RULES` maps a primitive's name to its rule, `EQUATIONS` to its equations (those of the rules included).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from funcprop.primitives import arithmetic, elementwise
 from funcprop.registry import OperatorKey, Rule
 
 RULES: dict[OperatorKey, Rule] = {**elementwise.RULES}
+
+EQUATIONS: dict[Any, Callable[..., Any]] = {
+    **arithmetic.EQUATIONS,
+    **{name: rule.equations for name, rule in RULES.items() if rule.equations is not None},
+}

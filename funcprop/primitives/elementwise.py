@@ -18,33 +18,53 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 from jax import lax
 
+from funcprop.expressions import Equations, OperatorSymbols, apply
 from funcprop.registry import OperatorKey, Rule
 
 
-class Output(NamedTuple):
-    """The output, from which the derivative follows."""
+class Saved(NamedTuple):
+    """The one array that the derivative is computed from: the output or the input."""
 
-    y: jax.Array
+    value: Any
 
 
-def _rule(primitive: Callable[..., Any], derivative_of_output: Callable[[Any], Any]) -> Rule:
-    def forward(x: Any, **static: Any) -> tuple[Any, Output]:
-        y = primitive(x, **static)
-        return y, Output(y)
+def elementwise_rule(function: Callable[..., Any], derivative: Callable[..., Any], *, saves: str) -> Rule:
+    """The rule of `y = φ(x)` from `φ` and its derivative.
 
-    def backward(residuals: Output, cotangent: Any, needs: Any, **static: Any) -> tuple[Any]:
-        return (cotangent * derivative_of_output(residuals.y),)
+    `derivative(value, **static)` is `φ′` as a function of the output (`saves="output"`) or of the input
+    (`saves="input"`).
+    """
+    from_output = saves == "output"
 
-    return Rule(forward, backward, platforms=frozenset())
+    def forward(x: Any, **static: Any) -> tuple[Any, Saved]:
+        y = function(x, **static)
+        return y, Saved(y if from_output else x)
+
+    def backward(residuals: Saved, g: Any, needs: Any, **static: Any) -> tuple[Any]:
+        return ((g * derivative(residuals.value, **static)).astype(g.dtype),)
+
+    def equations(op: OperatorSymbols) -> Equations:
+        (x,) = op.args
+
+        def slope(value: Any) -> Any:
+            return derivative(function(value, **op.static) if from_output else value, **op.static)
+
+        written = apply(op.name, lambda value: function(value, **op.static), x)
+        return Equations(written, (op.cotangent * apply(f"{op.name}′", slope, x),))
+
+    return Rule(forward, backward, equations, platforms=frozenset())
+
+
+def _from_output(primitive: Callable[..., Any], derivative: Callable[[Any], Any]) -> Rule:
+    return elementwise_rule(primitive, lambda y, **_: derivative(y), saves="output")
 
 
 RULES: dict[OperatorKey, Rule] = {
-    "tanh": _rule(lax.tanh, lambda y: 1 - y * y),
-    "logistic": _rule(lax.logistic, lambda y: y * (1 - y)),
-    "exp": _rule(lax.exp, lambda y: y),
-    "sqrt": _rule(lax.sqrt, lambda y: 0.5 / y),
-    "rsqrt": _rule(lax.rsqrt, lambda y: -0.5 * y * y * y),
+    "tanh": _from_output(lax.tanh, lambda y: 1 - y * y),
+    "logistic": _from_output(lax.logistic, lambda y: y * (1 - y)),
+    "exp": _from_output(lax.exp, lambda y: y),
+    "sqrt": _from_output(lax.sqrt, lambda y: 0.5 / y),
+    "rsqrt": _from_output(lax.rsqrt, lambda y: -0.5 * y * y * y),
 }

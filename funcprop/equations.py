@@ -1,0 +1,323 @@
+"""`fp.derive`: the forward and backward equations of a function, as text and LaTeX, each line verifiable.
+
+A backward line has two forms, as the chapter writes it: the chain rule with `prod`, and the same evaluated by
+the operator's equations. An operator without equations keeps the first form alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from funcprop import primitives
+from funcprop.backprop import completion_order, differentiated_inputs, scalar_result
+from funcprop.expressions import (
+    Equations,
+    Expression,
+    OperatorSymbols,
+    Symbol,
+    apply,
+    is_one,
+    latex_name,
+    number,
+    opaque,
+    symbol,
+)
+from funcprop.graph import CHECKPOINTS, INLINED, Graph, Operator, Traced, Variable, trace_function
+from funcprop.prod import prod
+from funcprop.propagate import active_variables
+from funcprop.verification import Line, Verification, call_operator, verify
+
+# A Jacobian with more entries than this is not formed to evaluate `prod`; its pullback is the same number.
+_LARGEST_JACOBIAN = 1_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Derivation:
+    """The equations of both sweeps, in their order. `print` shows the text."""
+
+    forward: tuple[Line, ...]
+    backward: tuple[Line, ...]
+    traced: Traced
+
+    def text(self) -> str:
+        """Both sweeps as aligned Unicode text, each line with its shape."""
+        lines = [*self.forward, *self.backward]
+        width = max((len(line.text()) for line in lines), default=0)
+        shapes = {line.key: " × ".join(map(str, line.shape)) or "scalar" for line in lines}
+
+        def section(title: str, lines: Sequence[Line]) -> list[str]:
+            return [title, *(f"  {line.text():{width}}   ({shapes[line.key]})" for line in lines)]
+
+        return "\n".join(
+            [*section("Forward propagation", self.forward), "", *section("Backpropagation", self.backward)]
+        )
+
+    def latex(self) -> str:
+        """Two `align*` environments, ready for a document with `amsmath`."""
+
+        def environment(lines: Sequence[Line]) -> str:
+            body = " \\\\\n".join(line.latex() for line in lines)
+            return f"\\begin{{align*}}\n{body}\n\\end{{align*}}"
+
+        return "\n".join([environment(self.forward), environment(self.backward)])
+
+    def verify(self, tolerance: float | None = None) -> Verification:
+        """Evaluate every printed form at the given arguments and compare it with autodiff.
+
+        Values are compared with the function's own intermediates, cotangents with `jax.grad` with respect to
+        a perturbation of that variable, partial derivatives with `jax.jacrev` of the operator.
+
+        Args:
+            tolerance: largest deviation allowed, relative to the largest entry; by default `1e-10` in
+                float64 and what the dtype can resolve otherwise.
+
+        Raises:
+            DerivationError: a form deviates; the message names the line.
+            TypeError: the arguments were shapes only.
+        """
+        return verify([*self.forward, *self.backward], self.traced, tolerance)
+
+    __str__ = text
+
+
+def derive(fun: Callable[..., Any], argnums: int | Sequence[int] | None = 0) -> Callable[..., Derivation]:
+    """The equations of forward propagation and backpropagation of a scalar function.
+
+    `derive(fun, argnums)(*args, **kwargs) -> Derivation`. Arguments may be shapes (`jax.ShapeDtypeStruct`).
+    A backward line reads `∂J/∂z = prod(∂J/∂h, ∂h/∂z) = ∂J/∂h ⊙ φ′(z)`: the chain rule, then evaluated by the
+    equations that the operator's rule brings. A variable used more than once has a sum. An operator without
+    equations leaves `prod(…)` alone.
+
+    Args:
+        fun: returns a real scalar.
+        argnums: the arguments whose gradients are derived; None for all that have one.
+
+    Raises:
+        TypeError: `fun` does not return one real scalar.
+
+    Reference: Zhang et al., *Dive into Deep Learning*, section 5.3.
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> def loss(w, x):
+        ...     return fp.name(fp.layers.mean_squared_error(fp.name(w * x, "z"), x), "J")
+        >>> print(fp.derive(loss)(jnp.array(2.0), jnp.array(3.0)).backward[-1].text())
+        ∂J/∂w = prod(∂J/∂z, ∂z/∂w) = ∂J/∂z x
+    """
+
+    def derived(*args: Any, **kwargs: Any) -> Derivation:
+        traced = trace_function(fun, args, kwargs, inline=INLINED | CHECKPOINTS)
+        active = active_variables(traced.graph, differentiated_inputs(traced, argnums))
+        result = scalar_result(traced)
+        writer = _Writer(traced.graph, result, active)
+        return Derivation(tuple(writer.forward()), tuple(writer.backward()), traced)
+
+    return derived
+
+
+class _Writer:
+    """Writes the lines of both sweeps over one graph."""
+
+    def __init__(self, graph: Graph, result: Variable, active: set[str]) -> None:
+        self.graph = graph
+        self.result = result
+        self.active = active
+        # An objective that nobody named is written as the chapter writes it.
+        written = (
+            {result.name: "J"} if not result.named and "J" not in {v.name for v in graph.variables} else {}
+        )
+        self.symbols: dict[str, Symbol] = {
+            v.name: _symbol(v, written.get(v.name, v.name)) for v in graph.variables
+        }
+        objective = self.symbols[result.name]
+        self.cotangents = {v.name: _cotangent(v, objective, self.symbols[v.name]) for v in graph.variables}
+        # What a cotangent is known to be, for the operators before it: the symbol, or the constant 1.
+        self.known: dict[str, Expression] = {result.name: number(1)}
+
+    def value(self, variable: Variable) -> Expression:
+        """A variable's symbol, or the number that a literal is."""
+        if variable.kind != "literal":
+            return self.symbols[variable.name]
+        literal = jnp.asarray(variable.value)
+        return opaque(lambda: literal, (), variable.name, variable.name)
+
+    def equations(self, op: Operator) -> Equations | None:
+        """What the operator's rule says of it, if it says anything."""
+        if len(op.outputs) != 1 or op.equation is None:
+            return None
+        inputs = [self.value(v) for v in op.inputs]
+        (output,) = op.outputs
+        cotangent = self.known.get(output.name, self.cotangents[output.name])
+        if op.call is None:
+            write: Any = primitives.EQUATIONS.get(op.op)
+            args: tuple[Any, ...] = tuple(inputs)
+        else:
+            rule = op.call.layer.rule
+            write = None if rule is None or op.call.axes else rule.equations
+            args = op.call.unflatten(inputs)
+        if write is None:
+            return None
+        return write(OperatorSymbols(op.op, args, self.symbols[output.name], cotangent, op.static))
+
+    def flat_cotangents(self, op: Operator, equations: Equations) -> list[Expression | None]:
+        """The cotangent that the equations give for every input of the operator."""
+        backward = equations.backward
+        if op.call is None:
+            return list(backward)
+        return list(op.call.tree.flatten_up_to(tuple(backward)))
+
+    # --- the lines ----------------------------------------------------------------------------
+
+    def forward(self) -> Iterator[Line]:
+        """`z = W1 x` for every operator's every result."""
+        for op in self.graph.operators:
+            equations = self.equations(op)
+            for i, v in enumerate(op.outputs):
+                form = self._unknown_forward(op, i) if equations is None else equations.forward
+                left = self.symbols[v.name]
+                if form is not left:
+                    yield Line(v.name, left.text(), left.latex(), (form,), v.shape or ())
+
+    def _unknown_forward(self, op: Operator, index: int) -> Expression:
+        inputs = [self.value(v) for v in op.inputs]
+        suffix = "" if len(op.outputs) == 1 else f"_{index + 1}"
+        return apply(op.op + suffix, lambda *xs: call_operator(op, xs)[index], *inputs)
+
+    def backward(self) -> Iterator[Line]:
+        """`∂J/∂z = prod(∂J/∂h, ∂h/∂z) = …` in the order in which the cotangents are complete."""
+        partials_written: set[str] = set()
+        for name in completion_order(self.graph):
+            if name not in self.active or name == self.result.name:
+                continue
+            uses = [op for op in self.graph.operators if any(v.name == name for v in op.inputs)]
+            uses = [op for op in uses if any(v.name in self.reaching for v in op.outputs)]
+            if not uses:
+                continue
+            if len(uses) > 1:
+                for op in uses:
+                    yield from self._partials(op, partials_written)
+            yield self._cotangent_line(name, uses)
+
+    @cached_property
+    def reaching(self) -> set[str]:
+        """The active variables on which the result depends."""
+        found = {self.result.name}
+        for op in reversed(self.graph.operators):
+            if any(v.name in found for v in op.outputs):
+                found.update(v.name for v in op.inputs if v.name in self.active)
+        return found & self.active
+
+    def _cotangent_line(self, name: str, uses: Sequence[Operator]) -> Line:
+        target = self.symbols[name]
+        chain: list[Expression] = []
+        evaluated: list[Expression] = []
+        is_known = False
+        for op in uses:
+            product = self._prod(op, name)
+            terms = self._evaluated(op, name)
+            chain.append(product)
+            evaluated.append(product if terms is None else terms)
+            is_known |= terms is not None
+        left = self.cotangents[name]
+        forms = [_total(chain)] if any(o is not self.result for op in uses for o in op.outputs) else []
+        if is_known:
+            forms.append(_total(evaluated))
+        if not forms:
+            forms = [_total(chain)]
+        if is_one(forms[-1]):
+            self.known[name] = forms[-1]
+        return Line(left.key, left.text(), left.latex(), tuple(forms), target.shape)
+
+    def _evaluated(self, op: Operator, name: str) -> Expression | None:
+        """`∂J/∂target` by way of one operator, from its equations; None if they do not say."""
+        equations = self.equations(op)
+        if equations is None:
+            return None
+        terms = [
+            cotangent
+            for v, cotangent in zip(op.inputs, self.flat_cotangents(op, equations), strict=True)
+            if v.name == name
+        ]
+        known = [term for term in terms if term is not None]
+        return _total(known) if len(known) == len(terms) else None
+
+    def _partials(self, op: Operator, written: set[str]) -> Iterator[Line]:
+        """`∂s/∂W1 = λ W1`: what a scalar operator contributes to sums stands by itself first."""
+        (output, *others) = op.outputs
+        if op.name in written or others or output.shape != () or output is self.result:
+            return
+        written.add(op.name)
+        saved = self.known.get(output.name)
+        self.known[output.name] = number(1)
+        for name in dict.fromkeys(v.name for v in op.inputs if v.name in self.active):
+            form = self._evaluated(op, name)
+            if form is not None:
+                y, x = self.symbols[output.name], self.symbols[name]
+                key = f"∂{output.name}/∂{name}"
+                yield Line(key, f"∂{y.text()}/∂{x.text()}", _fraction(y, x), (form,), x.shape)
+        del self.known[output.name]
+        if saved is not None:
+            self.known[output.name] = saved
+
+    def _prod(self, op: Operator, name: str) -> Expression:
+        """`prod(∂J/∂y, ∂y/∂x)`, a sum over the operator's differentiable results."""
+        x = self.symbols[name]
+        inputs = [self.value(v) for v in op.inputs]
+        terms = []
+        for i, v in enumerate(op.outputs):
+            if v.name not in self.reaching:
+                continue
+            y, g = self.symbols[v.name], self.cotangents[v.name]
+            terms.append(
+                opaque(
+                    _Chain(op, i, tuple(v.name == name for v in op.inputs)),
+                    [g, *inputs],
+                    f"prod({g.text()}, ∂{y.text()}/∂{x.text()})",
+                    f"\\mathrm{{prod}}\\!\\left({g.latex()}, {_fraction(y, x)}\\right)",
+                )
+            )
+        return _total(terms)
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """`prod(∂J/∂y, ∂y/∂x)` of one result and all uses of one input of an operator."""
+
+    op: Operator
+    result: int
+    is_input: tuple[bool, ...]
+
+    def __call__(self, cotangent: Any, *inputs: Any) -> Any:
+        def of_input(x: Any) -> Any:
+            given = [x if same else value for same, value in zip(self.is_input, inputs, strict=True)]
+            return call_operator(self.op, given)[self.result]
+
+        x = inputs[self.is_input.index(True)]
+        if x.size * cotangent.size > _LARGEST_JACOBIAN:
+            return jax.vjp(of_input, x)[1](cotangent)[0]
+        return prod(cotangent, jax.jacrev(of_input)(x), y_ndim=cotangent.ndim)
+
+
+def _total(terms: Sequence[Expression]) -> Expression:
+    return sum(terms[1:], start=terms[0])
+
+
+def _symbol(variable: Variable, written: str) -> Symbol:
+    type_ = jax.ShapeDtypeStruct(variable.shape or (), variable.dtype)
+    return symbol(variable.name, written, latex_name(written), type_)
+
+
+def _cotangent(variable: Variable, objective: Symbol, of: Symbol) -> Symbol:
+    type_ = jax.ShapeDtypeStruct(variable.shape or (), variable.dtype)
+    written = f"∂{objective.text()}/∂{of.text()}"
+    return symbol(f"∂{objective.key}/∂{of.key}", written, _fraction(objective, of), type_)
+
+
+def _fraction(y: Symbol, x: Symbol) -> str:
+    return f"\\frac{{\\partial {y.latex()}}}{{\\partial {x.latex()}}}"

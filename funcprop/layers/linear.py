@@ -1,0 +1,143 @@
+"""Affine maps: `dense` for rows of a batch (`x @ w + b`), `linear` for one column vector (`W x + b`).
+
+Reference: Zhang et al., *Dive into Deep Learning*, section 5.3.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Inexact, PRNGKeyArray
+
+from funcprop.expressions import Equations, OperatorSymbols, outer
+from funcprop.registry import Rule, layer
+
+
+class Operands(NamedTuple):
+    """The operands of a product: each is read by the other's cotangent, of the bias only its dtype."""
+
+    x: Any
+    w: Any
+    b: Any
+
+
+# --- dense ------------------------------------------------------------------------------------
+
+
+def init_dense(
+    key: PRNGKeyArray, inputs: int, outputs: int, *, bias: bool = True, dtype: Any = None
+) -> dict[str, Any]:
+    """He-normal weights `w: inputs × outputs` and, with `bias`, zeros `b: outputs`.
+
+    Reference: He et al., "Delving deep into rectifiers", ICCV 2015.
+    """
+    params = {"w": jax.nn.initializers.he_normal()(key, (inputs, outputs), dtype or float)}
+    return {**params, "b": jnp.zeros(outputs, dtype or float)} if bias else params
+
+
+def _dense_forward(x: Any, w: Any, b: Any = None) -> tuple[Any, Operands]:
+    return _affine(x, w, b), Operands(x, w, b)
+
+
+def _dense_backward(residuals: Operands, g: Any, needs: Any) -> tuple[Any, Any, Any]:
+    x, w, b = residuals
+    need_x, need_w, need_b = needs
+    batch = tuple(range(g.ndim - 1))
+    return (
+        (g @ w.T).astype(x.dtype) if need_x else None,
+        # Activations first: the other order makes XLA's CPU backend copy a transpose.
+        jnp.tensordot(x, g, (batch, batch)).astype(w.dtype) if need_w else None,
+        g.sum(batch).astype(b.dtype) if need_b else None,
+    )
+
+
+def _dense_equations(op: OperatorSymbols) -> Equations:
+    x, w, b = op.args
+    g = op.cotangent
+    batch = tuple(range(len(g.shape) - 1))
+    forward = x @ w if b is None else x @ w + b
+    if not batch:
+        return Equations(forward, (g @ w.T, outer(x, g), None if b is None else g))
+    w_cotangent = x.T @ g if len(batch) == 1 else None
+    return Equations(forward, (g @ w.T, w_cotangent, None if b is None else g.sum(batch)))
+
+
+def _affine(x: Any, w: Any, b: Any) -> Any:
+    return x @ w if b is None else x @ w + b
+
+
+@layer(rule=Rule(_dense_forward, _dense_backward, _dense_equations, platforms=frozenset()), init=init_dense)
+def dense(
+    x: Inexact[Array, "*batch inputs"],
+    w: Inexact[Array, "inputs outputs"],
+    b: Inexact[Array, " outputs"] | None = None,
+) -> Inexact[Array, "*batch outputs"]:
+    """The affine map `y = x w + b` of every row; `b` is optional.
+
+    Backward: `x̄ = ȳ wᵀ`, `w̄ = Σ xᵀ ȳ`, `b̄ = Σ ȳ`, summed over the batch axes. Saves `x` and `w`.
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> print(fp.layers.dense(jnp.ones((1, 2)), jnp.eye(2), jnp.array([0.0, 1.0])))
+        [[1. 2.]]
+    """
+    return _affine(x, w, b)
+
+
+# --- linear -----------------------------------------------------------------------------------
+
+
+def init_linear(
+    key: PRNGKeyArray, outputs: int, inputs: int, *, bias: bool = False, dtype: Any = None
+) -> dict[str, Any]:
+    """He-normal weights `w: outputs × inputs` (weights multiply from the left) and optional zeros `b`."""
+    he_normal = jax.nn.initializers.he_normal(in_axis=-1, out_axis=-2)
+    params = {"w": he_normal(key, (outputs, inputs), dtype or float)}
+    return {**params, "b": jnp.zeros(outputs, dtype or float)} if bias else params
+
+
+def _linear_forward(w: Any, x: Any, b: Any = None) -> tuple[Any, Operands]:
+    return _column_affine(w, x, b), Operands(x, w, b)
+
+
+def _linear_backward(residuals: Operands, g: Any, needs: Any) -> tuple[Any, Any, Any]:
+    x, w, b = residuals
+    need_w, need_x, need_b = needs
+    return (
+        jnp.outer(g, x).astype(w.dtype) if need_w else None,
+        (w.T @ g).astype(x.dtype) if need_x else None,
+        g.astype(b.dtype) if need_b else None,
+    )
+
+
+def _linear_equations(op: OperatorSymbols) -> Equations:
+    w, x, b = op.args
+    g = op.cotangent
+    forward = w @ x if b is None else w @ x + b
+    return Equations(forward, (outer(g, x), w.T @ g, None if b is None else g))
+
+
+def _column_affine(w: Any, x: Any, b: Any) -> Any:
+    return w @ x if b is None else w @ x + b
+
+
+@layer(
+    rule=Rule(_linear_forward, _linear_backward, _linear_equations, platforms=frozenset()), init=init_linear
+)
+def linear(
+    w: Inexact[Array, "outputs inputs"],
+    x: Inexact[Array, " inputs"],
+    b: Inexact[Array, " outputs"] | None = None,
+) -> Inexact[Array, " outputs"]:
+    """The chapter's affine map of one column vector, `y = w x + b`; `b` is optional.
+
+    Backward: `w̄ = ȳ xᵀ`, `x̄ = wᵀ ȳ`, `b̄ = ȳ`. Saves `x` and `w`.
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> print(fp.layers.linear(jnp.array([[1.0, 2.0]]), jnp.array([3.0, 4.0])))
+        [11.]
+    """
+    return _column_affine(w, x, b)

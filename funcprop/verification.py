@@ -1,0 +1,148 @@
+"""Verifying equations: every printed form is evaluated and compared with autodiff."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from funcprop import _compat
+from funcprop.expressions import Expression
+from funcprop.graph import Operator, Traced
+from funcprop.propagate import read
+
+
+class DerivationError(AssertionError):
+    """A printed equation does not hold; the message names the line and the form."""
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """One equation: `left = forms[0] = forms[1] …`.
+
+    `key` is what the line defines in the environment: `z` for a value, `∂J/∂z` for a cotangent, `∂s/∂W1` for
+    a partial derivative of one operator.
+    """
+
+    key: str
+    left: str
+    left_latex: str
+    forms: tuple[Expression, ...]
+    shape: tuple[int, ...]
+
+    def text(self) -> str:
+        """The equation as Unicode text, without its shape."""
+        return " = ".join([self.left, *(form.text() for form in self.forms)])
+
+    def latex(self) -> str:
+        """The equation as LaTeX, aligned at its first equals sign."""
+        return " = ".join([f"{self.left_latex} &", *(form.latex() for form in self.forms)]).replace(
+            "& = ", "&= ", 1
+        )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The largest relative deviation of each verified line, by what it defines."""
+
+    errors: dict[str, float]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.errors), default=0)
+        return "\n".join(f"{key:{width}}  {error:.1e}" for key, error in self.errors.items())
+
+
+def call_operator(op: Operator, inputs: Sequence[Any]) -> list[Any]:
+    """The results of one operator, computed by JAX alone."""
+    return _compat.evaluate(op.jaxpr, (), inputs)
+
+
+def verify(lines: Sequence[Line], traced: Traced, tolerance: float | None = None) -> Verification:
+    """Evaluate every form of every line and compare it with autodiff; see `Derivation.verify`."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in traced.leaves):
+        raise TypeError(
+            "verify: derive was given shapes (jax.ShapeDtypeStruct); give it arrays, so that its equations "
+            "can be evaluated."
+        )
+    oracle = _Oracle(traced)
+    environment = dict(oracle.values)
+    environment[f"∂{oracle.result}/∂{oracle.result}"] = jnp.ones_like(oracle.values[oracle.result])
+    errors: dict[str, float] = {}
+    for line in lines:
+        truth = oracle.truth(line.key)
+        for i, form in enumerate(line.forms):
+            value = jnp.asarray(form.evaluate(environment))
+            error, allowed = _deviation(value, truth, tolerance)
+            if not error <= allowed:
+                raise DerivationError(
+                    f"verify: form {i + 1} of `{line.text()}` deviates from autodiff by {error:.3g} relative "
+                    f"to the largest entry (allowed {allowed:.3g})."
+                )
+            errors[line.key] = max(error, errors.get(line.key, 0.0))
+            environment[line.key] = value
+    return Verification(errors)
+
+
+class _Oracle:
+    """The same quantities by JAX's autodiff alone, without rules, equations or sweeps."""
+
+    def __init__(self, traced: Traced) -> None:
+        self.graph = graph = traced.graph
+        (output,) = graph.outputs
+        self.result = output.name
+        given = [jnp.asarray(traced.leaves[i]) for i in traced.arguments]
+        inputs = dict(zip([v.name for v in graph.inputs], given, strict=True))
+        inputs.update(zip([v.name for v in graph.constants], traced.constants, strict=True))
+
+        def run(perturbations: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            values: dict[str, Any] = {}
+
+            def store(name: str, value: Any) -> None:
+                values[name] = value + perturbations[name] if name in perturbations else value
+
+            for name, value in inputs.items():
+                store(name, value)
+            for op in graph.operators:
+                results = call_operator(op, [read(v, values) for v in op.inputs])
+                for v, result in zip(op.outputs, results, strict=True):
+                    store(v.name, result)
+            return values[output.name], values
+
+        _, self.values = run({})
+        smooth = {k: v for k, v in self.values.items() if _compat.is_differentiable(jax.typeof(v))}
+        self.cotangents, _ = jax.grad(run, has_aux=True)({k: jnp.zeros_like(v) for k, v in smooth.items()})
+
+    def truth(self, key: str) -> Any:
+        """The value of `z`, of `∂J/∂z`, or of the partial derivative `∂s/∂W` of one operator."""
+        if key in self.values:
+            return self.values[key]
+        above, below = key.removeprefix("∂").split("/∂", 1)
+        if above == self.result:
+            return self.cotangents[below]
+        op = next(op for op in self.graph.operators if any(v.name == above for v in op.outputs))
+        index = [v.name for v in op.outputs].index(above)
+        inputs = [read(v, self.values) for v in op.inputs]
+
+        def of_input(x: Any) -> Any:
+            given = [x if v.name == below else value for v, value in zip(op.inputs, inputs, strict=True)]
+            return call_operator(op, given)[index]
+
+        return jax.jacrev(of_input)(self.values[below])
+
+
+def _deviation(value: Any, truth: Any, tolerance: float | None) -> tuple[float, float]:
+    """The largest deviation relative to the largest entry, and how much is allowed."""
+    if value.shape != jnp.shape(truth):
+        return float("inf"), 0.0
+    value, expected = np.asarray(value), np.asarray(truth)
+    if not _compat.is_differentiable(jax.typeof(truth)):
+        return float(np.any(value != expected)), 0.0
+    resolution = float(jnp.finfo(expected.dtype).eps)
+    allowed = max(1e-10, 2e3 * resolution) if tolerance is None else tolerance
+    difference = np.where(value == expected, 0, np.abs(value - expected))
+    scale = np.max(np.abs(expected), initial=0.0)
+    return float(np.max(difference, initial=0.0) / max(float(scale), 1.0)), allowed
