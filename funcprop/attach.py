@@ -283,6 +283,12 @@ def _linear_batch(axis: Any, operands: Any, dims: Any, *, linear: LinearMap, res
     """
     saved_dims, input_dims = list(dims[:residuals]), list(dims[residuals:])
     vmap = partial(jax.vmap, axis_size=axis.size, axis_name=axis.name, spmd_axis_name=axis.spmd_name)
+    if all(dim is None for dim in dims):
+        # An operator that does not depend on the example (weight decay) is the same for all; it is computed
+        # once, inside `vmap` all the same because a rule may use the axis by its name.
+        once = partial(vmap, in_axes=None, out_axes=None)
+        unbatched = LinearMap(once(linear.pullback), once(linear.pushforward), linear.results)
+        return linear_p.bind(*operands, linear=unbatched, residuals=residuals), [None] * len(linear.results)
     mapped = [i for i, dim in enumerate(input_dims) if dim is not None]
     shared = [i for i, dim in enumerate(input_dims) if dim is None]
     input_avals = [jax.typeof(operand).to_tangent_aval() for operand in operands[residuals:]]
