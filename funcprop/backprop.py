@@ -407,23 +407,22 @@ def completion_order(graph: Graph) -> Iterator[str]:
 
 
 def _collect_cotangents(graph: Graph, cotangents: Cotangents, prefix: str, into: Values) -> None:
-    for op, name in _order_with_loops(graph, cotangents):
-        if name is not None and name in cotangents.values:
-            into[prefix + name] = cotangents.values[name]
-        if name is None:
-            body, inner = op.bodies["jaxpr"], Values()
-            _collect_cotangents(body, cotangents.bodies[op.name], "", inner)
-            given = {v.name for v in (*body.inputs, *body.constants)}
-            into.update({f"{prefix}{op.name}/{k}": ct for k, ct in inner.items() if k not in given})
-
-
-def _order_with_loops(graph: Graph, cotangents: Cotangents) -> Iterator[tuple[Operator, str | None]]:
+    """Cotangents in the order of the backward sweep, those inside loops where the loop is visited."""
     first_use = {v.name: op for op in reversed(graph.operators) for v in op.inputs}
+    into.update(
+        {prefix + v.name: cotangents.values[v.name] for v in graph.outputs if v.name in cotangents.values}
+    )
     completed = list(completion_order(graph))
     for op in reversed(graph.operators):
         if op.name in cotangents.bodies:
-            yield op, None
-        yield from ((op, name) for name in completed if first_use[name] is op)
+            body = op.bodies["jaxpr"]
+            inner: Values = {}
+            _collect_cotangents(body, cotangents.bodies[op.name], "", inner)
+            given = {v.name for v in (*body.inputs, *body.constants)}
+            into.update({f"{prefix}{op.name}/{k}": ct for k, ct in inner.items() if k not in given})
+        for name in completed:
+            if first_use[name] is op and name in cotangents.values:
+                into[prefix + name] = cotangents.values[name]
 
 
 # --- looking at numbers -----------------------------------------------------------------------

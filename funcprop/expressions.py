@@ -143,7 +143,7 @@ class Expression:
         """The transpose of a matrix."""
         return _node(jnp.transpose, (self,), "{0}ᵀ", "{0}^{{\\top}}", _POWER, _ATOM)
 
-    def sum(self, axes: int | Sequence[int] | None = None) -> Expression:
+    def sum(self, axes: int | Sequence[int] | None = None, keepdims: bool = False) -> Expression:
         """The sum over axes, all of them by default."""
         axes = (axes,) if isinstance(axes, int) else axes
         if axes is not None and not len(axes):
@@ -153,7 +153,12 @@ class Expression:
             names = f", axis {axes[0]}"
         index = "" if axes is None else "_{{\\text{{" + names[2:] + "}}}}"
         return _node(
-            lambda x: jnp.sum(x, axes), (self,), f"sum({{0}}{names})", f"\\sum{index} {{0}}", _ATOM, _SUM
+            lambda x: jnp.sum(x, axes, keepdims=keepdims),
+            (self,),
+            f"sum({{0}}{names})",
+            f"\\sum{index} {{0}}",
+            _ATOM,
+            _SUM,
         )
 
 

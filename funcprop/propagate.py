@@ -77,11 +77,17 @@ def cotangent_of(variable: Variable, value: Any, cotangents: Values) -> Any:
     return jnp.zeros_like(value)
 
 
+# Primitives with floating-point results whose derivative is zero everywhere.
+_LOCALLY_CONSTANT = frozenset({"stop_gradient", "floor", "ceil", "round", "sign"})
+
+
 def active_variables(graph: Graph, inputs: Collection[str]) -> set[str]:
-    """The differentiable variables that depend on the given inputs."""
+    """The differentiable variables whose derivative with respect to the given inputs may not be zero."""
     active = set(inputs)
     for op in graph.operators:
-        if any(v.name in active and v.kind != "literal" for v in op.inputs):
+        if op.op not in _LOCALLY_CONSTANT and any(
+            v.name in active and v.kind != "literal" for v in op.inputs
+        ):
             active.update(v.name for v in op.outputs if _compat.is_differentiable(v.aval))
     return active
 

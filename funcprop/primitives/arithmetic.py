@@ -1,6 +1,6 @@
 """Equations of primitives that autodiff already differentiates best; `fp.derive` writes them out.
 
-Operands of a primitive have equal shapes, except that one of two may be a scalar.
+Operands of a primitive have equal shapes, except that one may be a scalar or have axes of size 1.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from funcprop.expressions import Equations, Expression, OperatorSymbols, apply, 
 
 
 def _fit(cotangent: Expression, operand: Expression) -> Expression:
-    """The cotangent of an operand that may have been a scalar beside an array."""
-    return cotangent.sum() if operand.shape == () and cotangent.shape != () else cotangent
+    """The cotangent of an operand that was broadcast: a scalar beside an array, or along axes of size 1."""
+    if operand.shape == ():
+        return cotangent if cotangent.shape == () else cotangent.sum()
+    sizes = zip(operand.shape, cotangent.shape, strict=True)
+    stretched = [axis for axis, (own, result) in enumerate(sizes) if own != result]
+    return cotangent.sum(stretched, keepdims=True)
 
 
 def _binary(

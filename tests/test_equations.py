@@ -1,0 +1,200 @@
+"""`fp.derive`: the chapter line by line, exercise 2, other models, and that wrong equations are caught."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import funcprop as fp
+from funcprop.expressions import Equations
+from funcprop.verification import DerivationError
+
+FORWARD = [
+    "z = W1 x",
+    "h = φ(z)",
+    "o = W2 h",
+    "L = l(o, y)",
+    "s = λ / 2 (‖W1‖²_F + ‖W2‖²_F)",
+    "J = L + s",
+]
+BACKWARD = [
+    "∂J/∂L = 1",
+    "∂J/∂s = 1",
+    "∂J/∂o = prod(∂J/∂L, ∂L/∂o) = ∂L/∂o",
+    "∂s/∂W1 = λ W1",
+    "∂s/∂W2 = λ W2",
+    "∂J/∂W2 = prod(∂J/∂o, ∂o/∂W2) + prod(∂J/∂s, ∂s/∂W2) = ∂J/∂o hᵀ + λ W2",
+    "∂J/∂h = prod(∂J/∂o, ∂o/∂h) = W2ᵀ ∂J/∂o",
+    "∂J/∂z = prod(∂J/∂h, ∂h/∂z) = ∂J/∂h ⊙ φ′(z)",
+    "∂J/∂W1 = prod(∂J/∂z, ∂z/∂W1) + prod(∂J/∂s, ∂s/∂W1) = ∂J/∂z xᵀ + λ W1",
+]
+
+
+def chapter(bias=False):
+    params = fp.models.init_chapter(jax.random.key(0), inputs=3, hidden=4, outputs=2, bias=bias)
+    return params, jnp.array([1.0, -2.0, 0.5]), jnp.array(1), 0.1
+
+
+def texts(lines):
+    return [line.text() for line in lines]
+
+
+def test_the_chapter_line_by_line():
+    derivation = fp.derive(fp.models.chapter)(*chapter())
+    assert texts(derivation.forward) == FORWARD
+    assert texts(derivation.backward) == BACKWARD
+    verified = derivation.verify()
+    assert len(verified.errors) == len(FORWARD) + len(BACKWARD)
+    assert max(verified.errors.values()) < 1e-14
+
+
+def test_text_shows_the_shapes():
+    lines = fp.derive(fp.models.chapter)(*chapter()).text().splitlines()
+    shapes = {
+        line.split(" = ")[0].strip(): line.rsplit("(", 1)[1].rstrip(")") for line in lines if "=" in line
+    }
+    assert shapes["z"] == shapes["h"] == shapes["∂J/∂h"] == "4"
+    assert shapes["∂J/∂W2"] == shapes["∂s/∂W2"] == "2 × 4"
+    assert shapes["∂J/∂W1"] == "4 × 3"
+    assert shapes["J"] == shapes["∂J/∂L"] == "scalar"
+    assert (lines[0], lines[8]) == ("Forward propagation", "Backpropagation")
+
+
+def test_exercise_2_a_bias_in_the_hidden_layer():
+    derivation = fp.derive(fp.models.chapter)(*chapter(bias=True))
+    assert texts(derivation.forward) == ["z = W1 x + b", *FORWARD[1:]]
+    assert texts(derivation.backward) == [*BACKWARD, "∂J/∂b = prod(∂J/∂z, ∂z/∂b) = ∂J/∂z"]
+    derivation.verify()
+
+
+def test_a_bias_over_a_batch_is_summed():
+    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+
+    def loss(params, x):
+        z = fp.name(fp.layers.dense(x, params["w"], params["b"]), "z")
+        return fp.layers.mean_squared_error(z, jnp.zeros((4, 2)))
+
+    derivation = fp.derive(loss)(params, jnp.ones((4, 3)))
+    assert "∂J/∂b = prod(∂J/∂z, ∂z/∂b) = sum(∂J/∂z, axis 0)" in texts(derivation.backward)
+    assert "∂J/∂w = prod(∂J/∂z, ∂z/∂w) = xᵀ ∂J/∂z" in texts(derivation.backward)
+    derivation.verify()
+
+
+def test_a_three_layer_residual_network():
+    block = fp.models.residual(
+        fp.models.sequential(fp.models.dense(3, 3), fp.models.elementwise(fp.layers.gelu))
+    )
+    net = fp.models.sequential(block, block, block)
+
+    def loss(params, x, t):
+        return fp.layers.mean_squared_error(net.apply(params, x), t)
+
+    args = net.init(jax.random.key(0)), jnp.arange(6.0).reshape(2, 3), jnp.ones((2, 3))
+    derivation = fp.derive(loss)(*args)
+    derivation.verify()
+    skip = next(line for line in derivation.backward if line.left == "∂J/∂add")
+    assert skip.text() == (
+        "∂J/∂add = prod(∂J/∂dense_1, ∂dense_1/∂add) + prod(∂J/∂add_1, ∂add_1/∂add)"
+        " = ∂J/∂dense_1 params/1/0/wᵀ + ∂J/∂add_1"
+    )
+    assert sum(line.left.endswith("/w") for line in derivation.backward) == 3
+
+
+def test_an_operator_without_equations_leaves_prod_alone():
+    def loss(x):
+        return fp.name(jnp.sum(fp.name(jnp.cumsum(x), "c")), "J")
+
+    derivation = fp.derive(loss)(jnp.arange(3.0))
+    assert texts(derivation.forward)[0] == "c = cumsum(x)"
+    assert texts(derivation.backward)[-1] == "∂J/∂x = prod(∂J/∂c, ∂c/∂x)"
+    derivation.verify()
+
+
+def test_a_sum_keeps_prod_for_the_part_without_equations():
+    def loss(x):
+        c = fp.name(jnp.cumsum(x), "c")
+        return fp.name(jnp.sum(fp.name(c * x, "p")), "J")
+
+    line = fp.derive(loss)(jnp.arange(3.0)).backward[-1].text()
+    assert line == "∂J/∂x = prod(∂J/∂c, ∂c/∂x) + prod(∂J/∂p, ∂p/∂x) = prod(∂J/∂c, ∂c/∂x) + ∂J/∂p ⊙ c"
+
+
+PRIMITIVES = {
+    "arithmetic": lambda x, y: jnp.sum((x * y - x / y + 2 * x - 3) ** 3 + (-x) ** 2),
+    "functions": lambda x, y: jnp.sum(jnp.log(y) + jnp.sin(x) * jnp.cos(y) + jnp.tanh(x) + jnp.exp(x)),
+    "roots": lambda x, y: jnp.sum(jnp.sqrt(y) + jax.lax.rsqrt(y) + jax.nn.sigmoid(x)),
+    "products": lambda x, y: jnp.sum((x @ y.T) @ (y @ x.T)) + (x @ y[0]) @ (y @ x[1]),
+    "scalars": lambda x, y: jnp.sum(jnp.sum(x) * y) + jnp.sum(y / jnp.sum(y)),
+    "moving": lambda x, y: jnp.sum(x.reshape(4, 1) * y.reshape(1, 4)) + jnp.squeeze(x[:1, :1]) ** 2,
+    "shapes": lambda x, y: jnp.sum(jnp.sum(x, axis=0)[None, :] * y) + jnp.sum(x.T @ y),
+    "precision": lambda x, y: jnp.sum((x * y.astype(jnp.float32)).astype(jnp.float64)),
+    "several results": lambda x, y: sum(jnp.sum(part * k) for k, part in enumerate(jnp.split(x * y, 2))),
+    "control flow": lambda x, y: jax.lax.scan(lambda c, r: (c + jnp.sum(r * y), None), 0.0, x)[0],
+    "cross-entropy of rows": lambda x, y: jnp.sum(
+        fp.layers.softmax_cross_entropy(x, jax.nn.softmax(y))
+        + fp.layers.softmax_cross_entropy(y, jnp.array([0, 1]))
+    ),
+    "activations": lambda x, y: jnp.sum(
+        fp.layers.relu(x) + fp.layers.silu(y) + fp.layers.softplus(x) + fp.layers.sigmoid(y)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PRIMITIVES)
+def test_equations_of_primitives_hold(case):
+    x, y = jnp.array([[0.3, -1.2], [0.7, 2.0]]), jnp.array([[1.5, 0.4], [2.2, 0.9]])
+    tolerance = 1e-6 if case == "precision" else None
+    fp.derive(PRIMITIVES[case], argnums=(0, 1))(x, y).verify(tolerance)
+
+
+def test_shapes_are_enough_to_derive_but_not_to_verify():
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), chapter())
+    derivation = fp.derive(fp.models.chapter)(*shapes)
+    assert texts(derivation.backward) == BACKWARD
+    with pytest.raises(TypeError, match=r"derive was given shapes .* give it arrays"):
+        derivation.verify()
+
+
+WRONG = {
+    "forward": lambda e: e._replace(forward=2 * e.forward),
+    "transposed": lambda e: e._replace(backward=(e.backward[0], e.backward[1].T)),
+    "off by 0.1 %": lambda e: e._replace(backward=(1.001 * e.backward[0], e.backward[1])),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_wrong_equations_are_caught(mistake):
+    def equations(op):
+        a, b = op.args
+        return WRONG[mistake](Equations(a @ b, (op.cotangent @ b.T, a.T @ op.cotangent)))
+
+    rule = fp.Rule(
+        forward=lambda a, b: (a @ b, (a, b)),
+        backward=lambda operands, g, needs: (g @ operands[1].T, operands[0].T @ g),
+        equations=equations,
+    )
+
+    @fp.layer(rule=rule)
+    def product(a, b):
+        return a @ b
+
+    a, b = jnp.array([[1.0, 2.0], [3.0, 5.0]]), jnp.array([[2.0, 0.0], [1.0, 4.0]])
+    derivation = fp.derive(lambda a, b: jnp.sum(product(a, b) ** 2), (0, 1))(a, b)
+    with pytest.raises(DerivationError, match=r"form \d of `.*` deviates from autodiff by"):
+        derivation.verify()
+
+
+def test_latex_is_balanced_and_complete():
+    latex = fp.derive(fp.models.chapter)(*chapter(bias=True)).latex()
+    assert latex.count("\\begin{align*}") == latex.count("\\end{align*}") == 2
+    assert latex.count("{") == latex.count("}")
+    assert latex.count("\\left(") == latex.count("\\right)")
+    assert len(re.findall("&=", latex)) == len(FORWARD) + len(BACKWARD) + 1
+    assert (
+        r"\frac{\partial J}{\partial z} &= \mathrm{prod}\!\left(\frac{\partial J}{\partial h}, "
+        r"\frac{\partial h}{\partial z}\right) = \frac{\partial J}{\partial h} \odot \phi'\!\left(z\right)"
+    ) in latex
+    assert not re.search(r"[^\x00-\x7f]", latex)
