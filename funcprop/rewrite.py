@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from funcprop import _compat
+from funcprop import _compat, _mutation, _nnx
 from funcprop.attach import Arrays, BoundRule, attach
 from funcprop.registry import RuleError, RuleSet, layer_call
 from funcprop.rules import default
@@ -65,35 +65,52 @@ def with_rules(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callabl
 
     @functools.wraps(fun)
     def rewritten(*args: Any, **kwargs: Any) -> Any:
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.core.Tracer)]
-        structure: list[Any] = []
+        if _nnx.has_models((args, kwargs)):
+            return _nnx.call(rewrite, fun, args, kwargs)
+        return rewrite(fun, args, kwargs)
 
-        def flat(*values: Any) -> Arrays:
-            full = list(leaves)
-            for i, value in zip(traced, values, strict=True):
-                full[i] = value
-            call_args, call_kwargs = jax.tree.unflatten(tree, full)
-            results, result_tree = jax.tree.flatten(fun(*call_args, **call_kwargs))
-            staged = [isinstance(x, jax.core.Tracer) for x in results]
-            concrete = [None if is_staged else (x,) for x, is_staged in zip(results, staged, strict=True)]
-            structure.append((result_tree, concrete))
-            return [x for x, is_staged in zip(results, staged, strict=True) if is_staged]
-
-        try:
-            jaxpr = jax.make_jaxpr(flat)(*[leaves[i] for i in traced])
-        except jax.errors.ConcretizationTypeError as error:
-            error.add_note(
-                f"funcprop traces {getattr(fun, '__name__', fun)!s} as `jax.jit` would: python control flow "
-                "on the value of a differentiated argument needs `jax.lax.cond`, `jnp.where`, or that "
-                "argument passed outside `argnums`."
-            )
-            raise
-        outputs = iter(Rewriter(rules).run(jaxpr, [leaves[i] for i in traced]))
-        result_tree, concrete = structure[-1]
-        return jax.tree.unflatten(result_tree, [next(outputs) if c is None else c[0] for c in concrete])
-
+    rewrite = functools.partial(_rewrite, rules=rules)
     return rewritten
+
+
+def _rewrite(
+    fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, rules: RuleSet
+) -> Any:
+    """`fun(*args, **kwargs)`, carrying the rules."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.core.Tracer)]
+    structure: list[Any] = []
+
+    def flat(*values: Any) -> Arrays:
+        full = list(leaves)
+        for i, value in zip(traced, values, strict=True):
+            full[i] = value
+        call_args, call_kwargs = jax.tree.unflatten(tree, full)
+        result = fun(*call_args, **call_kwargs)
+        changed = _mutation.changed((call_args, call_kwargs), full, tree)
+        results, result_tree = jax.tree.flatten((result, changed))
+        staged = [isinstance(x, jax.core.Tracer) for x in results]
+        concrete = [None if is_staged else (x,) for x, is_staged in zip(results, staged, strict=True)]
+        structure.append((result_tree, concrete))
+        return [x for x, is_staged in zip(results, staged, strict=True) if is_staged]
+
+    try:
+        jaxpr = jax.make_jaxpr(flat)(*[leaves[i] for i in traced])
+    except jax.errors.ConcretizationTypeError as error:
+        error.add_note(
+            f"funcprop traces {getattr(fun, '__name__', fun)!s} as `jax.jit` would: python control flow "
+            "on the value of a differentiated argument needs `jax.lax.cond`, `jnp.where`, or that "
+            "argument passed outside `argnums`."
+        )
+        raise
+    outputs = iter(Rewriter(rules).run(jaxpr, [leaves[i] for i in traced]))
+    result_tree, concrete = structure[-1]
+    values = [next(outputs) if c is None else c[0] for c in concrete]
+    result, changed = jax.tree.unflatten(result_tree, values)
+    if changed is not None:
+        _mutation.write_back(args, changed[0], "args")
+        _mutation.write_back(kwargs, changed[1], "kwargs")
+    return result
 
 
 @dataclass(frozen=True)
