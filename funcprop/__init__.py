@@ -3,8 +3,6 @@
 from funcprop import layers as layers
 from funcprop import models as models
 from funcprop import rules as rules
-from funcprop.backprop import NonFinite as NonFinite
-from funcprop.backprop import Propagation as Propagation
 from funcprop.backprop import backprop as backprop
 from funcprop.equations import Derivation as Derivation
 from funcprop.equations import derive as derive
@@ -12,8 +10,9 @@ from funcprop.graph import Graph as Graph
 from funcprop.graph import Operator as Operator
 from funcprop.graph import Variable as Variable
 from funcprop.graph import name as name
-from funcprop.graph import trace as trace
 from funcprop.prod import prod as prod
+from funcprop.propagation import NonFinite as NonFinite
+from funcprop.propagation import Propagation as Propagation
 from funcprop.registry import Layer as Layer
 from funcprop.registry import Rule as Rule
 from funcprop.registry import RuleError as RuleError
@@ -21,6 +20,7 @@ from funcprop.registry import RuleSet as RuleSet
 from funcprop.registry import layer as layer
 from funcprop.rewrite import matches as matches
 from funcprop.rewrite import with_rules as with_rules
+from funcprop.tracing import trace as trace
 from funcprop.transforms import grad as grad
 from funcprop.transforms import hvp as hvp
 from funcprop.transforms import jacobian as jacobian

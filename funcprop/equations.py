@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from funcprop import primitives
-from funcprop.backprop import completion_order, differentiated_inputs, scalar_result
+from funcprop.backprop import differentiated_inputs, scalar_result
 from funcprop.expressions import (
     Equations,
     Expression,
@@ -28,9 +28,11 @@ from funcprop.expressions import (
     opaque,
     symbol,
 )
-from funcprop.graph import CHECKPOINTS, INLINED, Graph, Operator, Traced, Variable, trace_function
+from funcprop.graph import Graph, Operator, Variable
 from funcprop.prod import prod
 from funcprop.propagate import active_variables
+from funcprop.propagation import completion_order
+from funcprop.tracing import CHECKPOINTS, INLINED, Traced, trace_function
 from funcprop.verification import Line, Verification, call_operator, verify
 
 # A Jacobian with more entries than this is not formed to evaluate `prod`; its pullback is the same number.

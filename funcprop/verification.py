@@ -12,8 +12,9 @@ import numpy as np
 
 from funcprop import _compat
 from funcprop.expressions import Expression
-from funcprop.graph import Operator, Traced
+from funcprop.graph import Operator
 from funcprop.propagate import read
+from funcprop.tracing import Traced
 
 
 class DerivationError(AssertionError):

@@ -1,0 +1,321 @@
+"""`trace(fun)(*args)`: from a function to its graph.
+
+The function is traced to a jaxpr. Nested jits are inlined, layers kept whole, names and scopes collected, and
+equations that share a mutable reference grouped, because between them order is meaning.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from funcprop import _compat
+from funcprop.flops import flops
+from funcprop.graph import Graph, Kind, Operator, Variable
+from funcprop.registry import LayerCall, layer_call
+
+INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
+CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A graph with what is needed to run it: constants, and how arguments and results are flattened."""
+
+    graph: Graph
+    constants: tuple[Any, ...]
+    arguments: tuple[int, ...]
+    leaves: tuple[Any, ...]
+    tree: Any
+    result_tree: Any
+
+
+def trace(fun: Callable[..., Any]) -> Callable[..., Graph]:
+    """The computational graph of `fun` at given arguments: `trace(fun)(*args, **kwargs) -> Graph`.
+
+    Arrays, `jax.ShapeDtypeStruct`s and python floats are variables of the graph; everything else (ints,
+    strings, objects) stays what it is. Nothing is computed.
+
+    Raises:
+        whatever `fun` raises when it is traced.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, funcprop as fp
+        >>> graph = fp.trace(jnp.tanh)(jax.ShapeDtypeStruct((2,), "float32"))
+        >>> [op.op for op in graph.operators]
+        ['tanh']
+    """
+    return lambda *args, **kwargs: trace_function(fun, args, kwargs).graph
+
+
+def trace_function(
+    fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    inline: frozenset[str] = INLINED,
+) -> Traced:
+    """Trace and keep what the sweeps need besides the graph."""
+    leaves_with_path, tree = jax.tree.flatten_with_path((args, dict(kwargs)))
+    leaves = [leaf for _, leaf in leaves_with_path]
+    arguments = [i for i, leaf in enumerate(leaves) if _is_variable(leaf)]
+    result_trees: list[Any] = []
+
+    def flat(*values: Any) -> Any:
+        full = list(leaves)
+        for i, value in zip(arguments, values, strict=True):
+            full[i] = value
+        call_args, call_kwargs = jax.tree.unflatten(tree, full)
+        results, result_tree = jax.tree.flatten(fun(*call_args, **call_kwargs))
+        result_trees.append(result_tree)
+        return results
+
+    closed = jax.make_jaxpr(flat)(*[leaves[i] for i in arguments])
+    names = _argument_names(fun, [leaves_with_path[i][0] for i in arguments])
+    label = getattr(fun, "__name__", type(fun).__name__)
+    graph, constants = _Builder(inline).build(label, closed, names)
+    return Traced(graph, tuple(constants), tuple(arguments), tuple(leaves), tree, result_trees[-1])
+
+
+def _is_variable(leaf: Any) -> bool:
+    if isinstance(leaf, bool | int | str | bytes):
+        return False
+    return isinstance(leaf, float | complex | np.generic | np.ndarray) or (
+        hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    )
+
+
+def _argument_names(fun: Callable[..., Any], paths: Sequence[Any]) -> list[str]:
+    """The argument's own name for an array, the path inside it for a pytree (`layer/W`).
+
+    A path that two arguments share, or that is only numbers, is prefixed by the argument's name.
+    """
+    try:
+        parameters = list(inspect.signature(fun).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    pieces = []
+    for path in paths:
+        top, which, *inner = path
+        if top.idx == 1:
+            argument = str(which.key)
+        else:
+            argument = positional[which.idx] if which.idx < len(positional) else f"arg{which.idx}"
+        pieces.append((argument, [_key(k) for k in inner]))
+    short = [("/".join(inner) if inner else argument) for argument, inner in pieces]
+    clashes = Counter(short)
+    return [
+        "/".join([argument, *inner]) if inner and (clashes[s] > 1 or inner[0].isdigit()) else s
+        for s, (argument, inner) in zip(short, pieces, strict=True)
+    ]
+
+
+def _key(entry: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+@dataclass(eq=False)
+class _Draft:
+    """A variable while the graph is built: its name may still come from a later equation."""
+
+    aval: Any
+    kind: Kind
+    scope: str = ""
+    label: str = ""
+    named: bool = False
+    value: Any = None
+
+
+@dataclass(eq=False)
+class _Step:
+    """An operator while the graph is built."""
+
+    jaxpr: Any
+    call: LayerCall | None
+    scope: str
+    inputs: list[_Draft]
+    outputs: list[_Draft]
+
+
+class _Builder:
+    """Turns a jaxpr into a graph: inlines what is inlined, and names everything."""
+
+    def __init__(self, inline: frozenset[str]) -> None:
+        self.inline = inline
+
+    def build(self, label: str, closed: Any, input_names: Sequence[str]) -> tuple[Graph, list[Any]]:
+        jaxpr = _compat.open_jaxpr(closed)
+        inputs = [
+            _Draft(v.aval, "input", label=n, named=True)
+            for v, n in zip(jaxpr.invars, input_names, strict=True)
+        ]
+        self.constants: list[tuple[_Draft, Any]] = []
+        self.steps: list[_Step] = []
+        outputs = self._walk(closed, inputs, "")
+        computed = [draft for step in self.steps for draft in step.outputs]
+        frozen = _freeze([*inputs, *(draft for draft, _ in self.constants), *computed])
+        names = _unique([_join(step.scope, _op(step)) for step in self.steps])
+        operators = tuple(
+            self._operator(step, label, frozen) for step, label in zip(self.steps, names, strict=True)
+        )
+        graph = Graph(
+            label,
+            tuple(frozen(d) for d in inputs),
+            tuple(frozen(d) for d, _ in self.constants),
+            operators,
+            tuple(frozen(d) for d in outputs),
+        )
+        return graph, [value for _, value in self.constants]
+
+    def _operator(self, step: _Step, label: str, frozen: Callable[[_Draft], Variable]) -> Operator:
+        eqns = step.jaxpr.eqns
+        bodies = {}
+        if len(eqns) == 1 and step.call is None:
+            for key, body in _compat.sub_jaxprs(eqns[0]):
+                names = [f"in{i}" for i in range(len(_compat.open_jaxpr(body).invars))]
+                bodies[key] = _Builder(self.inline).build(key, body, names)[0]
+        return Operator(
+            label,
+            _op(step),
+            step.scope,
+            tuple(frozen(d) for d in step.inputs),
+            tuple(frozen(d) for d in step.outputs),
+            sum(map(flops, eqns)),
+            next((line for line in map(_compat.source_line, eqns) if line), None),
+            bodies,
+            step.call,
+            step.jaxpr,
+        )
+
+    def _walk(self, closed: Any, inputs: Sequence[_Draft], prefix: str) -> list[_Draft]:
+        jaxpr = _compat.open_jaxpr(closed)
+        env: dict[Any, _Draft] = dict(zip(jaxpr.invars, inputs, strict=True))
+        for var, value in zip(jaxpr.constvars, _compat.constants(closed), strict=True):
+            env[var] = _Draft(var.aval, "constant", prefix, "constant")
+            self.constants.append((env[var], value))
+
+        def read(atom: Any) -> _Draft:
+            if isinstance(atom, _compat.Literal):
+                return _Draft(atom.aval, "literal", label=_literal(atom.val), value=atom.val)
+            return env[atom]
+
+        for eqns in _groups(jaxpr.eqns):
+            eqn = eqns[0]
+            scope = _join(prefix, _without_vmap(_compat.scope(eqn)))
+            call = layer_call(eqn)
+            if len(eqns) > 1:
+                free = _compat.free_variables(eqns)
+                results = [v for v in _read_outside(eqns, jaxpr) if not _is_reference(v)]
+                drafts = [_Draft(v.aval, "intermediate", scope, "references") for v in results]
+                group = _compat.jaxpr_of(eqns, free, results, "references")
+                self.steps.append(_Step(group, None, scope, [env[v] for v in free], drafts))
+                env.update(zip(results, drafts, strict=True))
+                continue
+            operands = [read(a) for a in eqn.invars]
+            if eqn.primitive.name == "name" and operands[0].kind == "intermediate" and not operands[0].named:
+                operands[0].label, operands[0].named, operands[0].scope = eqn.params["name"], True, scope
+                env[eqn.outvars[0]] = operands[0]
+            elif call is None and eqn.primitive.name in self.inline:
+                ((_, body),) = _compat.sub_jaxprs(eqn)
+                env.update(zip(eqn.outvars, self._walk(body, operands, scope), strict=True))
+            else:
+                named = eqn.primitive.name == "name"
+                label = eqn.params["name"] if named else eqn.primitive.name
+                label = label if call is None else call.layer.name
+                drafts = [_Draft(v.aval, "intermediate", scope, label, named) for v in eqn.outvars]
+                self.steps.append(_Step(_compat.one_equation_jaxpr(eqn), call, scope, operands, drafts))
+                env.update(zip(eqn.outvars, drafts, strict=True))
+        return [read(a) for a in jaxpr.outvars]
+
+
+def _groups(eqns: Sequence[Any]) -> Iterator[list[Any]]:
+    """Single equations; those between the first and last use of mutable references are one group.
+
+    Between two uses of a reference, order is meaning: the group is differentiated as a whole.
+    """
+    touching = [i for i, e in enumerate(eqns) if any(map(_is_reference, [*e.invars, *e.outvars]))]
+    first, last = (touching[0], touching[-1]) if touching else (len(eqns), -1)
+    yield from ([e] for e in eqns[:first])
+    if touching:
+        yield list(eqns[first : last + 1])
+    yield from ([e] for e in eqns[max(last + 1, first) :] if touching)
+
+
+def _read_outside(eqns: Sequence[Any], jaxpr: Any) -> list[Any]:
+    """What a group of equations computes for the rest of its jaxpr."""
+    inside = set(map(id, eqns))
+    read = {v for e in jaxpr.eqns if id(e) not in inside for v in _compat.free_variables([e])}
+    read |= {v for v in jaxpr.outvars if not isinstance(v, _compat.Literal)}
+    return [v for e in eqns for v in e.outvars if v in read]
+
+
+def _is_reference(atom: Any) -> bool:
+    return hasattr(atom.aval, "inner_aval")
+
+
+def _op(step: _Step) -> str:
+    if len(step.jaxpr.eqns) > 1:
+        return "references"
+    return step.jaxpr.eqns[0].primitive.name if step.call is None else step.call.layer.name
+
+
+def _freeze(drafts: Sequence[_Draft]) -> Callable[[_Draft], Variable]:
+    """Give every variable its unique name; the result maps a draft to its variable."""
+    done: dict[int, Variable] = {}
+    for draft, label in zip(drafts, _unique([_join(d.scope, d.label) for d in drafts]), strict=True):
+        done[id(draft)] = _variable(draft, label)
+    return lambda draft: done.get(id(draft)) or _variable(draft, draft.label)
+
+
+def _variable(draft: _Draft, label: str) -> Variable:
+    shape, dtype = getattr(draft.aval, "shape", None), getattr(draft.aval, "dtype", None)
+    nbytes = None
+    if shape is not None and isinstance(dtype, np.dtype) and not _is_reference(draft):
+        nbytes = math.prod(shape) * dtype.itemsize
+    return Variable(
+        label, draft.kind, draft.scope, shape, dtype, nbytes, draft.named, draft.aval, draft.value
+    )
+
+
+def _unique(labels: Sequence[str]) -> list[str]:
+    """The labels, each repeated one with its index: `tanh`, `tanh_1`, `tanh_2`."""
+    taken, repeats = set(labels), Counter[str]()
+    result = []
+    for label in labels:
+        candidate = label
+        if repeats[label]:
+            candidate = next(
+                name for k in itertools.count(repeats[label]) if (name := f"{label}_{k}") not in taken
+            )
+        repeats[label] += 1
+        taken.add(candidate)
+        result.append(candidate)
+    return result
+
+
+def _join(*parts: str) -> str:
+    return "/".join(part for part in parts if part)
+
+
+def _without_vmap(scope: str) -> str:
+    """A scope without the marks of `vmap`, which batches a value but does not rename it."""
+    previous = None
+    while previous != scope:
+        previous, scope = scope, re.sub(r"vmap\(([^()]*)\)", r"\1", scope)
+    return "/".join(part for part in scope.split("/") if part)
+
+
+def _literal(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float | np.floating) else str(value)
