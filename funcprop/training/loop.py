@@ -1,0 +1,175 @@
+"""The training loop: forward propagation, backpropagation, update, minibatch after minibatch.
+
+Forward needs the parameters that the last update made, and backward the intermediates that forward stored;
+one jitted step is all three. The step gives its parameters and optimizer state to XLA (buffer donation), so
+that the update happens in place and only one copy of them is held.
+
+Reference: Zhang et al., *Dive into Deep Learning*, section 5.3.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from funcprop.registry import RuleSet
+from funcprop.transforms import value_and_grad
+
+Loss: TypeAlias = Callable[..., Any]
+Batches: TypeAlias = "Iterable[Any] | Callable[[Any], Iterable[Any]]"
+Evaluate: TypeAlias = Callable[[Any], dict[str, Any]]
+
+
+class Setup(NamedTuple):
+    """All that a training run needs; what `module:setup()` returns for `funcprop train`.
+
+    * `loss(params, *batch)`: a real scalar. A batch that is a plain tuple or list is spread over the
+      arguments; any other (an array, a dict, a NamedTuple) is one argument.
+    * `params`: a pytree of arrays.
+    * `batches`: the minibatches of one epoch, as an iterable that can be iterated again in every epoch, or as
+      a function of a PRNG key, called with another key in every epoch.
+    * `optimizer`: an optax gradient transformation.
+    * `epochs`: how many.
+    * `evaluate(params) -> {name: number}`: metrics after every epoch, such as the accuracy on a test set.
+    """
+
+    loss: Loss
+    params: Any
+    batches: Batches
+    optimizer: optax.GradientTransformation
+    epochs: int = 10
+    evaluate: Evaluate | None = None
+
+
+class Epoch(NamedTuple):
+    """What `fit` yields after every epoch.
+
+    `metrics["loss"]` is the mean over the minibatches, each at the parameters before its update; the other
+    metrics are those of `evaluate`. `params` and `state` (the optimizer's) stay valid.
+    """
+
+    number: int
+    params: Any
+    state: Any
+    metrics: dict[str, float]
+
+
+def apply_loss(loss: Loss, params: Any, batch: Any) -> Any:
+    """`loss(params, *batch)` for a plain tuple or list, `loss(params, batch)` for anything else.
+
+    Example:
+        >>> import funcprop as fp
+        >>> fp.training.apply_loss(lambda w, x, y: w * x - y, 2.0, (3.0, 1.0))
+        5.0
+    """
+    return loss(params, *batch) if type(batch) in (tuple, list) else loss(params, batch)
+
+
+def make_step(
+    loss: Loss, optimizer: optax.GradientTransformation, *, rules: RuleSet | None = None
+) -> Callable[[Any, Any, Any], tuple[Any, Any, Any]]:
+    """One jitted step of gradient descent: `step(params, state, batch) -> (params, state, loss)`.
+
+    With `g = ∂J/∂θ` on the minibatch and the optimizer's update `u(g)`: `θ ← θ + u(g)`. The buffers of
+    `params` and `state` are donated: do not use those arrays again, but the ones that are returned.
+
+    Args:
+        loss: `loss(params, *batch)`, a real scalar; see `Setup` for how a batch is passed.
+        optimizer: an optax gradient transformation.
+        rules: a rule set; `fp.rules.default` if None.
+
+    Raises:
+        TypeError: `loss` does not return a scalar.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, funcprop as fp
+        >>> sgd = optax.sgd(0.25)
+        >>> step = fp.training.make_step(lambda w, x: jnp.sum((w - x) ** 2), sgd)
+        >>> w = jnp.zeros(2)
+        >>> w, state, loss = step(w, sgd.init(w), (jnp.ones(2),))
+        >>> print(w, loss)
+        [0.5 0.5] 2.0
+    """
+
+    def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, Any]:
+        value, gradient = value_and_grad(lambda p: apply_loss(loss, p, batch), rules=rules)(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def fit(
+    loss: Loss,
+    params: Any,
+    batches: Batches,
+    optimizer: optax.GradientTransformation,
+    *,
+    epochs: int = 10,
+    evaluate: Evaluate | None = None,
+    rules: RuleSet | None = None,
+    key: Any = None,
+    state: Any = None,
+) -> Iterator[Epoch]:
+    """Train, and yield an `Epoch` after every epoch. `fit(*setup[:4], epochs=…)` unpacks a `Setup`.
+
+    Args:
+        loss, params, batches, optimizer, evaluate: see `Setup`.
+        epochs: how many times all minibatches are visited.
+        rules: a rule set; `fp.rules.default` if None.
+        key: the PRNG key from which `batches` gets one for every epoch, if it is a function;
+            `jax.random.key(0)` if None.
+        state: the optimizer's state, to continue; `optimizer.init(params)` if None.
+
+    Raises:
+        ValueError: `epochs` is negative, `batches` yields nothing, or `evaluate` has a metric named `loss`.
+        FloatingPointError: the loss of an epoch is not finite.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, funcprop as fp
+        >>> batches = [(jnp.array([1.0, 3.0]),), (jnp.array([5.0, 3.0]),)]
+        >>> mean = lambda w, x: jnp.mean((w - x) ** 2)
+        >>> for epoch in fp.training.fit(mean, jnp.array(0.0), batches, optax.sgd(0.25), epochs=2):
+        ...     print(epoch.number, epoch.metrics, epoch.params)
+        1 {'loss': 7.5} 2.5
+        2 {'loss': 2.40625} 3.125
+    """
+    if epochs < 0:
+        raise ValueError(f"fit: epochs={epochs}; pass the number of epochs, 0 or more.")
+    key = jax.random.key(0) if key is None else key
+    step = make_step(loss, optimizer, rules=rules)
+    state = optimizer.init(params) if state is None else state
+    for number in range(1, epochs + 1):
+        # The steps give their buffers away. With copies, what the caller passed or received stays valid.
+        params, state = jax.tree.map(jnp.array, (params, state))
+        losses = []
+        for batch in batches(jax.random.fold_in(key, number)) if callable(batches) else batches:
+            params, state, value = step(params, state, batch)
+            losses.append(value)
+        if not losses:
+            raise ValueError(
+                f"fit: batches={batches!r} yielded nothing in epoch {number}; an iterator is used up after "
+                "one epoch, so pass a list, or a function of a key that returns a new iterator."
+            )
+        mean = float(np.mean(jax.device_get(losses)))
+        if not np.isfinite(mean):
+            raise FloatingPointError(
+                f"fit: the mean loss of epoch {number} is {mean}; lower the learning rate, or look with "
+                "`fp.backprop(loss)(params, *batch).first_nonfinite()`."
+            )
+        yield Epoch(number, params, state, {"loss": mean, **_metrics(evaluate, params)})
+
+
+def _metrics(evaluate: Evaluate | None, params: Any) -> dict[str, float]:
+    found = {} if evaluate is None else {name: float(value) for name, value in evaluate(params).items()}
+    if "loss" in found:
+        raise ValueError(
+            "fit: evaluate returned a metric named 'loss', which is the name of the training loss; call it "
+            "'test_loss'."
+        )
+    return found
