@@ -1,0 +1,26 @@
+"""The subcommands, collected."""
+
+import typer
+
+from funcprop.cli.backward import backward
+from funcprop.cli.derive import derive
+from funcprop.cli.forward import forward
+from funcprop.cli.train import train
+
+HELP = """Backpropagation, opened up: see both sweeps of any JAX function.
+
+TARGET is `module:function` or `path/to/file.py:function`, whose arguments `example()` of the same module
+returns: a tuple, a dict of keyword arguments, or (args, kwargs). For `train` it is `module:setup`, a function
+without arguments that returns an `fp.training.Setup`. `chapter` is built in.
+"""
+
+# Plain help: boxes and colours are for terminals, and the help is often piped.
+app = typer.Typer(
+    help=HELP,
+    rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for command in (forward, backward, derive, train):
+    app.command()(command)

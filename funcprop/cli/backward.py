@@ -1,0 +1,166 @@
+"""`funcprop backward TARGET`: the list of gradients in the order of the backward sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
+
+import jax.numpy as jnp
+import typer
+
+from funcprop import Derivation, Propagation, backprop, derive
+from funcprop.cli.output import (
+    Output,
+    describe,
+    digits,
+    dimensions,
+    emit,
+    nonfinite_data,
+    number,
+    table,
+)
+from funcprop.cli.target import Target, TargetError, load, users_code
+from funcprop.verification import Line
+
+
+def backward(
+    target: Annotated[str, typer.Argument(help="module:function, file.py:function or chapter")],
+    argnums: Annotated[
+        str, typer.Option(help="positions of the arguments to differentiate, as 0 or 0,2; or all")
+    ] = "0",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    limit: Annotated[
+        int | None, typer.Option("--entries", min=0, help="in JSON, leave out the entries of larger arrays")
+    ] = None,
+) -> None:
+    """Every gradient in the order of the backward sweep, with its contributions."""
+    emit(lambda: report(load(target), parse_argnums(argnums), limit), as_json)
+
+
+def parse_argnums(text: str) -> tuple[int, ...] | None:
+    """`0,2` as positions, `all` as None."""
+    if text == "all":
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise TargetError(f"--argnums {text!r}: write positions, such as 0 or 0,2, or all.") from None
+
+
+class Gradient(NamedTuple):
+    """One line of the chapter's list: `∂J/∂W1` or a partial derivative `∂s/∂W1`.
+
+    `text` is the equation (the left side alone where there is none, inside loops). `terms` are the
+    contributions to the gradient of a variable, by their source and as `prod(∂J/∂z, ∂z/∂W1)`.
+    """
+
+    name: str
+    text: str
+    value: Any
+    terms: tuple[Term, ...] = ()
+
+
+class Term(NamedTuple):
+    """What arrives at a variable by way of `source`."""
+
+    source: str
+    text: str
+    value: Any
+
+
+def report(target: Target, argnums: Sequence[int] | None, limit: int | None) -> Output:
+    """Both sweeps, written out as the chapter's list."""
+    if not target.has_arrays():
+        raise TargetError(
+            f"target {target.label!r}: example() returns shapes (jax.ShapeDtypeStruct), but backpropagation "
+            "needs arrays. `funcprop forward` and `funcprop derive` take shapes."
+        )
+    with users_code(f"target {target.label!r}: backpropagation failed", None):
+        propagation = backprop(target.function, argnums)(*target.args, **target.kwargs)
+        derivation = derive(target.function, argnums)(*target.args, **target.kwargs)
+        found = gradients(propagation, derivation)
+    first = propagation.first_nonfinite()
+    objective, value = objective_name(propagation, derivation), number(propagation.value)
+    text = "\n\n".join(
+        [
+            f"{target.label}: {objective} = {digits(value)}",
+            gradients_table(found),
+            "Everything is finite." if first is None else f"First non-finite: {first}",
+        ]
+    )
+    data = {
+        "target": target.label,
+        "objective": objective,
+        "value": value,
+        "gradients": [_data(gradient, limit) for gradient in found],
+        "first_nonfinite": nonfinite_data(first),
+    }
+    return Output(text, data)
+
+
+def gradients(propagation: Propagation, derivation: Derivation) -> list[Gradient]:
+    """The gradients in the order of the backward sweep; partial derivatives stand before the first sum."""
+    prefix = f"∂{propagation.graph.outputs[0].name}/∂"
+    objective = objective_name(propagation, derivation)
+    values = propagation.gradients
+    environment = {**propagation.tape.values, **{prefix + name: v for name, v in values.items()}}
+    lines: dict[str, Line] = {}
+    partials: dict[str, list[Line]] = {}
+    before: list[Line] = []
+    for line in derivation.backward:
+        if line.key.startswith(prefix):
+            name = line.key.removeprefix(prefix)
+            lines[name], partials[name], before = line, before, []
+        else:
+            before.append(line)
+    sources: dict[str, list[str]] = {}
+    contributions = propagation.contributions
+    for source, of in contributions:
+        sources.setdefault(of, []).append(source)
+    found = []
+    for name, value in values.items():
+        found += [
+            Gradient(line.left, line.text(), line.forms[-1].evaluate(environment))
+            for line in partials.get(name, [])
+        ]
+        left = f"∂{objective}/∂{name}"
+        # The contribution of the first operator that uses the variable comes first, as in the equation.
+        terms = tuple(
+            Term(source, f"prod(∂{objective}/∂{source}, ∂{source}/∂{name})", contributions[source, name])
+            for source in reversed(sources.get(name, []))
+        )
+        found.append(Gradient(left, lines[name].text() if name in lines else left, value, terms))
+    return found
+
+
+def objective_name(propagation: Propagation, derivation: Derivation) -> str:
+    """The result's name as the equations write it: `J` if the user gave it none."""
+    name = propagation.graph.outputs[0].name
+    written = (line.left for line in derivation.backward if line.key.startswith(f"∂{name}/∂"))
+    return next((left.removeprefix("∂").split("/∂")[0] for left in written), name)
+
+
+def gradients_table(found: Sequence[Gradient]) -> str:
+    """Equation, shape and norm of every gradient; a sum is followed by its terms."""
+    rows = [("gradient", "shape", "norm")]
+    for gradient in found:
+        rows.append((gradient.text, *_size(gradient.value)))
+        if len(gradient.terms) > 1:
+            rows += [("  " + term.text, *_size(term.value)) for term in gradient.terms]
+    return table(rows, right=[2])
+
+
+def _size(value: Any) -> tuple[str, str]:
+    return dimensions(jnp.shape(value)), digits(describe(value, 0)["norm"])
+
+
+def _data(gradient: Gradient, limit: int | None) -> dict[str, Any]:
+    return {
+        "name": gradient.name,
+        "equation": gradient.text,
+        **describe(gradient.value, limit),
+        "contributions": [
+            {"source": term.source, "text": term.text, **describe(term.value, limit)}
+            for term in gradient.terms
+        ],
+    }

@@ -1,0 +1,70 @@
+"""`funcprop derive TARGET`: the equations of both sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+import funcprop as fp
+from funcprop.cli.backward import parse_argnums
+from funcprop.cli.output import Output, emit, number
+from funcprop.cli.target import Target, TargetError, load, users_code
+from funcprop.verification import Line
+
+
+def derive(
+    target: Annotated[str, typer.Argument(help="module:function, file.py:function or chapter")],
+    argnums: Annotated[
+        str, typer.Option(help="positions of the arguments to differentiate, as 0 or 0,2; or all")
+    ] = "0",
+    latex: Annotated[bool, typer.Option("--latex", help="LaTeX instead of text")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="evaluate every line and compare it with autodiff")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """The equations of forward propagation and backpropagation."""
+    emit(lambda: report(load(target), parse_argnums(argnums), latex, verify), as_json)
+
+
+def report(target: Target, argnums: Sequence[int] | None, latex: bool, verify: bool) -> Output:
+    """The derivation as text or LaTeX, followed by the deviations if they were asked for."""
+    if verify and not target.has_arrays():
+        raise TargetError(
+            f"target {target.label!r}: example() returns shapes (jax.ShapeDtypeStruct), but --verify needs "
+            "arrays to evaluate the equations."
+        )
+    with users_code(f"target {target.label!r}: deriving failed", None):
+        derivation = fp.derive(target.function, argnums)(*target.args, **target.kwargs)
+        verification = derivation.verify() if verify else None
+    text = derivation.latex() if latex else derivation.text()
+    if verification is not None:
+        mark = "% " if latex else ""
+        lines = [
+            "Largest deviation from autodiff, relative to the largest entry",
+            *str(verification).splitlines(),
+        ]
+        text += "\n\n" + "\n".join(mark + line for line in lines)
+    data = {
+        "target": target.label,
+        "forward": [_data(line) for line in derivation.forward],
+        "backward": [_data(line) for line in derivation.backward],
+        "latex": derivation.latex(),
+        "deviations": None
+        if verification is None
+        else {key: number(error) for key, error in verification.errors.items()},
+    }
+    return Output(text, data)
+
+
+def _data(line: Line) -> dict[str, Any]:
+    return {
+        "name": line.key,
+        "text": line.text(),
+        "latex": line.latex(),
+        "shape": list(line.shape),
+        "left": line.left,
+        "forms": [form.text() for form in line.forms],
+    }

@@ -1,0 +1,222 @@
+"""What a command is about: a function of the user's with its arguments, found by name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import funcprop
+from funcprop import models
+
+USAGE = "write module:function, file.py:function, or the built-in `chapter`"
+
+
+class TargetError(Exception):
+    """The target is not what the command needs; the message is for the user, without a traceback of ours."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A function and the arguments to call it with."""
+
+    label: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def has_arrays(self) -> bool:
+        """Whether the arguments are values; shapes (`jax.ShapeDtypeStruct`) can only be traced."""
+        leaves = jax.tree.leaves((self.args, self.kwargs))
+        return not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+def load(target: str) -> Target:
+    """The target's function, with the arguments that its module's `example()` returns.
+
+    Raises:
+        TargetError: it cannot be imported, is not a function, or its arguments are not known.
+    """
+    if target == "chapter":
+        return Target(target, models.chapter, chapter_example(), {})
+    function, module = load_function(target)
+    example = getattr(module, "example", None)
+    if callable(example):
+        with users_code(f"target {target!r}: example() failed", module):
+            given = example()
+        args, kwargs = _arguments(target, function, given)
+    else:
+        args, kwargs = (), {}
+        missing = _does_not_bind(function, args, kwargs)
+        if missing:
+            raise TargetError(
+                f"target {target!r}: {function.__name__}{_signature(function)} needs arguments ({missing}), "
+                f"and module {module.__name__!r} has no example() that gives them; define "
+                "`def example(): return (…)` beside the function."
+            )
+    return Target(target, function, args, kwargs)
+
+
+def chapter_example() -> tuple[Any, ...]:
+    """The chapter's model at a size that fits the screen: d = 4, h = 3, q = 2, λ = 0.1."""
+    params = models.init_chapter(jax.random.key(0), inputs=4, hidden=3, outputs=2)
+    return params, jnp.array([1.0, -0.5, 0.25, 2.0]), jnp.array(1), jnp.array(0.1)
+
+
+def load_function(target: str) -> tuple[Callable[..., Any], ModuleType]:
+    """The function that `module:function` or `file.py:function` names, and its module."""
+    place, separator, path = target.rpartition(":")
+    if not (place and separator and path):
+        raise TargetError(f"target {target!r} is incomplete; {USAGE}.")
+    module = _load_file(target, Path(place)) if place.endswith(".py") else _load_module(target, place)
+    try:
+        found = reduce(getattr, path.split("."), module)
+    except AttributeError:
+        near = difflib.get_close_matches(path, [name for name in vars(module) if name[0] != "_"])
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        raise TargetError(f"target {target!r}: module {module.__name__!r} has no {path!r}{hint}") from None
+    if not callable(found):
+        raise TargetError(f"target {target!r} is of type {type(found).__name__}, not a function; {USAGE}.")
+    return found, module
+
+
+def _load_module(target: str, name: str) -> ModuleType:
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    with users_code(
+        f"target {target!r}: cannot import module {name!r} (from {os.getcwd()} or sys.path)", None
+    ):
+        return importlib.import_module(name)
+
+
+def _load_file(target: str, path: Path) -> ModuleType:
+    path = path.resolve()
+    if not path.is_file():
+        raise TargetError(f"target {target!r}: there is no file {path}; {USAGE}.")
+    # Its neighbours can be imported, as when the file is run as a script.
+    sys.path.insert(0, str(path.parent))
+    name = path.stem if path.stem not in sys.modules else f"{path.stem} ({path})"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    with users_code(f"target {target!r}: cannot import {path}", None):
+        spec.loader.exec_module(module)
+    return module
+
+
+# --- arguments --------------------------------------------------------------------------------
+
+
+def _arguments(
+    target: str, function: Callable[..., Any], given: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that `example()` returned: `(args, kwargs)` if they fit so, a tuple, or a dict."""
+    readings: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    if isinstance(given, tuple):
+        if len(given) == 2 and isinstance(given[0], tuple) and _is_keywords(given[1]):
+            readings.append((given[0], given[1]))
+        readings.append((given, {}))
+    elif _is_keywords(given):
+        readings.append(((), given))
+    else:
+        raise TargetError(
+            f"target {target!r}: example() returned {_briefly(given)}; return a tuple of arguments, a dict "
+            "of keyword arguments, or (args, kwargs). One argument is a tuple too: `return (x,)`."
+        )
+    problems = [_does_not_bind(function, *reading) for reading in readings]
+    for (args, kwargs), problem in zip(readings, problems, strict=True):
+        if problem is None:
+            return _positional_first(function, args, kwargs)
+    raise TargetError(
+        f"target {target!r}: the arguments that example() returns do not fit "
+        f"{function.__name__}{_signature(function)}: {problems[-1]}."
+    )
+
+
+def _is_keywords(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None  # Some functions in C have none; calling them will tell.
+
+
+def _does_not_bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    signature = _signature(function)
+    if signature is None:
+        return None
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    return None
+
+
+def _positional_first(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Keywords as positions where they can be, so that the first parameter is the one to differentiate."""
+    signature = _signature(function)
+    if signature is None:
+        return args, kwargs
+    bound = signature.bind(*args, **kwargs)
+    return bound.args, bound.kwargs
+
+
+def _briefly(value: Any) -> str:
+    shape = f" of shape {value.shape}" if hasattr(value, "shape") else ""
+    return f"an object of type {type(value).__name__}{shape}"
+
+
+# --- errors in the user's code ----------------------------------------------------------------
+
+
+@contextmanager
+def users_code(doing: str, module: ModuleType | None) -> Iterator[None]:
+    """Turn an exception inside into a `TargetError` with the user's own frames of its traceback.
+
+    Frames of Python's library, of installed packages and of funcprop are left out, except those of an
+    installed package that the target itself belongs to.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if isinstance(error, TargetError):
+            raise
+        lines = [f"{doing}:", *_own_frames(error.__traceback__, module)]
+        lines += [line.rstrip("\n") for line in traceback.format_exception_only(error)]
+        raise TargetError("\n".join(lines)) from None
+
+
+def _own_frames(start: TracebackType | None, module: ModuleType | None) -> list[str]:
+    paths = sysconfig.get_paths()
+    others = [paths["stdlib"], paths["purelib"], paths["platlib"], os.path.dirname(funcprop.__file__)]
+    own = os.path.dirname(getattr(module, "__file__", None) or "") or "\0"
+
+    def is_own(filename: str) -> bool:
+        if filename.startswith("<"):
+            return False
+        return filename.startswith(own) or not any(filename.startswith(other) for other in others)
+
+    frames = [frame for frame in traceback.extract_tb(start) if is_own(frame.filename)]
+    return [line.rstrip("\n") for line in traceback.format_list(frames)]

@@ -1,0 +1,209 @@
+"""`funcprop train TARGET`: minibatch stochastic gradient descent, then both sweeps for one minibatch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from funcprop import Propagation, backprop, training
+from funcprop.cli.output import Output, describe, digits, dimensions, emit, nonfinite_data, number, table
+from funcprop.cli.target import TargetError, load_function, users_code
+from funcprop.training import Epoch, Setup
+
+
+class Options(NamedTuple):
+    """What was given on the command line; None where it was not."""
+
+    epochs: int | None
+    seed: int | None
+    batch: int | None
+    lr: float | None
+    hidden: int | None
+    decay: float | None
+    data: Path | None
+
+
+def train(
+    target: Annotated[str, typer.Argument(help="module:setup, file.py:setup or chapter")],
+    epochs: Annotated[int | None, typer.Option(min=1, help="how often the training set is visited")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the initial parameters and the shuffle")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="chapter: examples in a minibatch")] = None,
+    lr: Annotated[float | None, typer.Option(help="chapter: learning rate")] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="chapter: width of the hidden layer")] = None,
+    decay: Annotated[float | None, typer.Option(help="chapter: weight decay λ")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="chapter: directory with Fashion-MNIST's IDX files; scikit-learn's digits if not given"
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Train by minibatch gradient descent; then the variables and gradients of one minibatch."""
+    options = Options(epochs, seed, batch, lr, hidden, decay, data)
+    emit(lambda: run(target, options), as_json)
+
+
+def run(target: str, options: Options) -> Output:
+    """Train with a line for every epoch, and describe the outcome."""
+    setup = chapter_setup(options) if target == "chapter" else users_setup(target, options)
+    key = jax.random.key(options.seed or 0)
+    history = []
+    start = time.perf_counter()
+    with users_code(f"target {target!r}: training failed", None):
+        for epoch in with_progress(setup, key):
+            history.append(epoch.metrics)
+            params = epoch.params
+            print(epoch_line(epoch, setup.epochs))
+        seconds = time.perf_counter() - start
+        propagation = one_minibatch(setup, params, key)
+    variables, first = describe_variables(propagation), propagation.first_nonfinite()
+    data = {
+        "target": target,
+        "seconds": seconds,
+        "epochs": [
+            {"epoch": i, **{k: number(v) for k, v in metrics.items()}} for i, metrics in enumerate(history, 1)
+        ],
+        "objective": number(propagation.value),
+        "variables": variables,
+        "first_nonfinite": nonfinite_data(first),
+    }
+    text = [f"\nTrained in {seconds:.1f} s. Both sweeps for one minibatch at the trained parameters:\n"]
+    text += [variables_table(variables)]
+    text += [] if first is None else [f"\nFirst non-finite: {first}"]
+    return Output("\n".join(text), data)
+
+
+# --- what is trained --------------------------------------------------------------------------
+
+
+def chapter_setup(options: Options) -> Setup:
+    """The chapter's perceptron on digits, or on the IDX files in `--data`."""
+    with users_code("target 'chapter': the training cannot be set up", None):
+        split = training.digits() if options.data is None else training.fashion_mnist(options.data)
+        given: dict[str, Any] = {
+            "epochs": options.epochs,
+            "seed": options.seed,
+            "batch": options.batch,
+            "rate": options.lr,
+            "hidden": options.hidden,
+            "decay": options.decay,
+        }
+        return training.chapter(split, **{name: value for name, value in given.items() if value is not None})
+
+
+def users_setup(target: str, options: Options) -> Setup:
+    """What the user's `setup()` returns, a `Setup` or a dict with its fields."""
+    for name in ("batch", "lr", "hidden", "decay", "data"):
+        if getattr(options, name) is not None:
+            raise TargetError(
+                f"--{name} is for the built-in `chapter`; {target!r} decides it in its setup()."
+            )
+    function, module = load_function(target)
+    with users_code(f"target {target!r}: {function.__name__}() failed", module):
+        given = function()
+    setup = _as_setup(target, given)
+    return setup if options.epochs is None else setup._replace(epochs=options.epochs)
+
+
+def _as_setup(target: str, given: Any) -> Setup:
+    fields = ", ".join(
+        f"{name} (optional)" if name in Setup._field_defaults else name for name in Setup._fields
+    )
+    if isinstance(given, dict):
+        unknown = [name for name in given if name not in Setup._fields]
+        missing = [n for n in Setup._fields if n not in given and n not in Setup._field_defaults]
+        problem = (
+            f"unknown {', '.join(map(repr, unknown))}" if unknown else f"no {', '.join(map(repr, missing))}"
+        )
+        if unknown or missing:
+            raise TargetError(f"target {target!r}: the dict it returns has {problem}; its keys are {fields}.")
+        given = Setup(**given)
+    if not isinstance(given, Setup):
+        raise TargetError(
+            f"target {target!r} returns an object of type {type(given).__name__}; return an "
+            f"`fp.training.Setup`, or a dict with {fields}."
+        )
+    return given
+
+
+# --- the run ----------------------------------------------------------------------------------
+
+
+def with_progress(setup: Setup, key: Any) -> Iterator[Epoch]:
+    """Train with a progress bar on stderr, if that is a terminal."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("epoch 1", total=None)
+
+        def counted(batches: Iterable[Any]) -> Iterator[Any]:
+            for batch in batches:
+                yield batch
+                progress.advance(task)
+
+        def batches(key: Any) -> Iterator[Any]:
+            return counted(setup.batches(key) if callable(setup.batches) else setup.batches)
+
+        trained = training.fit(
+            setup.loss,
+            setup.params,
+            batches,
+            setup.optimizer,
+            epochs=setup.epochs,
+            evaluate=setup.evaluate,
+            key=key,
+        )
+        for epoch in trained:
+            steps = progress.tasks[0].completed / epoch.number
+            progress.update(task, description=f"epoch {epoch.number + 1}", total=steps * setup.epochs)
+            yield epoch
+
+
+def epoch_line(epoch: Epoch, epochs: int) -> str:
+    """`epoch  3/30  loss 0.2468  test_loss 0.2345  test_accuracy 95.83 %`."""
+    shown = [f"epoch {epoch.number:{len(str(epochs))}}/{epochs}"]
+    for name, value in epoch.metrics.items():
+        shown.append(f"{name} {100 * value:.2f} %" if name.endswith("accuracy") else f"{name} {value:.5g}")
+    return "  ".join(shown)
+
+
+def one_minibatch(setup: Setup, params: Any, key: Any) -> Propagation:
+    """Both sweeps for the first minibatch of a further epoch."""
+    batches = setup.batches(key) if callable(setup.batches) else setup.batches
+    batch = next(iter(batches))
+    parts = batch if type(batch) in (tuple, list) else (batch,)
+    return backprop(setup.loss)(params, *parts)
+
+
+def describe_variables(propagation: Propagation) -> list[dict[str, Any]]:
+    """Every input and intermediate, with its gradient where it has one."""
+    values = {v.name: propagation.tape.values[v.name] for v in propagation.graph.inputs}
+    values.update(propagation.values)
+    gradients = propagation.gradients
+    listed = set(gradients)
+    return [
+        {
+            "name": name,
+            "value": describe(value, None),
+            "gradient": describe(gradients[name], None) if name in listed else None,
+        }
+        for name, value in values.items()
+    ]
+
+
+def variables_table(variables: list[dict[str, Any]]) -> str:
+    """Name, shape and norms of every variable and its gradient."""
+    rows = [("variable", "shape", "‖value‖", "‖gradient‖")]
+    for variable in variables:
+        value, gradient = variable["value"], variable["gradient"]
+        norm = None if gradient is None else gradient["norm"]
+        rows.append((variable["name"], dimensions(value["shape"]), digits(value["norm"]), digits(norm)))
+    return table(rows, right=[2, 3])
