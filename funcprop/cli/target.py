@@ -203,9 +203,16 @@ def users_code(doing: str, module: ModuleType | None) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if isinstance(error, TargetError):
             raise
-        lines = [f"{doing}:", *_own_frames(error.__traceback__, module)]
-        lines += [line.rstrip("\n") for line in traceback.format_exception_only(error)]
+        lines = [f"{doing}:", *_own_frames(error.__traceback__, module), *_description(error)]
         raise TargetError("\n".join(lines)) from None
+
+
+def _description(error: BaseException) -> list[str]:
+    """The exception's type, message and notes, without JAX's note on how it shortens tracebacks."""
+    kind = type(error)
+    library = "" if kind.__module__ in ("builtins", "__main__") else kind.__module__.split(".")[0] + "."
+    notes = [note for note in getattr(error, "__notes__", ()) if "removed its internal frames" not in note]
+    return [f"{library}{kind.__qualname__}: {error}", *notes]
 
 
 def _own_frames(start: TracebackType | None, module: ModuleType | None) -> list[str]:

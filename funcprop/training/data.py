@@ -41,7 +41,7 @@ def digits(*, test_fraction: float = 0.2, seed: int = 0) -> Split:
         >>> import funcprop as fp
         >>> train, test = fp.training.digits()
         >>> train.images.shape, test.images.shape
-        ((1437, 64), (360, 64))
+        ((1438, 64), (359, 64))
     """
     try:
         from sklearn.datasets import load_digits
