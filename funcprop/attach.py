@@ -27,29 +27,38 @@ from funcprop import _compat
 from funcprop.registry import LayerCall, Rule, RuleError
 
 Arrays = list[Any]
+Type = tuple[tuple[int, ...], str]  # shape and dtype
 
 
 @dataclass(frozen=True)
 class BoundRule:
-    """A rule at one operator: its static parameters, and the structure of its arguments."""
+    """A rule at one operator: its static parameters, the structure of its arguments, its results' types."""
 
     rule: Rule
     operator: str
     static: dict[str, Any]
     tree: Any
     argument_names: tuple[str, ...]
+    results: tuple[Type, ...] | None = None
 
     @classmethod
-    def of_layer(cls, rule: Rule, call: LayerCall) -> BoundRule:
+    def of_layer(cls, rule: Rule, call: LayerCall, eqn: Any) -> BoundRule:
         """The rule at a layer call, without the call's batching."""
-        return cls(rule, call.layer.name, dict(call.static), call.tree, call.argument_names())
+        shapes = [list(v.aval.shape) for v in eqn.outvars]
+        for axis in reversed(call.axes):
+            for shape, dim in zip(shapes, axis.out_axes, strict=True):
+                if dim is not None:
+                    del shape[dim]
+        results = tuple((tuple(s), str(v.aval.dtype)) for s, v in zip(shapes, eqn.outvars, strict=True))
+        return cls(rule, call.layer.name, dict(call.static), call.tree, call.argument_names(), results)
 
     @classmethod
     def of_primitive(cls, rule: Rule, eqn: Any) -> BoundRule:
         """The rule at an equation, whose parameters become keyword arguments."""
         operands = tuple(range(len(eqn.invars)))
         names = tuple(f"operand {i}" for i in operands)
-        return cls(rule, eqn.primitive.name, dict(eqn.params), jax.tree.structure(operands), names)
+        results = tuple((tuple(v.aval.shape), str(v.aval.dtype)) for v in eqn.outvars)
+        return cls(rule, eqn.primitive.name, dict(eqn.params), jax.tree.structure(operands), names, results)
 
     def forward(self, leaves: Sequence[Any]) -> tuple[Arrays, Any, Arrays, Any]:
         """Results and residuals, flat, each followed by its structure."""
@@ -60,6 +69,12 @@ class BoundRule:
                 "(results, residuals)."
             )
         results, result_tree = jax.tree.flatten(returned[0])
+        types = tuple((tuple(np.shape(y)), str(jax.numpy.result_type(y))) for y in results)
+        if self.results is not None and types != self.results:
+            raise RuleError(
+                f"rule for {self.operator}: forward returned {_types(types)} where the operator returns "
+                f"{_types(self.results)}; the forward must compute the operator's own results."
+            )
         residuals, residual_tree = jax.tree.flatten(returned[1])
         for path, residual in jax.tree.leaves_with_path(returned[1]):
             if not isinstance(residual, jax.Array | np.ndarray | np.generic | float | int | complex):
@@ -338,6 +353,10 @@ def _kind(value: Any) -> str:
     return (
         f"a {type(value).__name__} of length {len(value)}" if isinstance(value, tuple | list) else repr(value)
     )
+
+
+def _types(types: Sequence[Type]) -> str:
+    return "(" + ", ".join(f"{dtype}{list(shape)}" for shape, dtype in types) + ")"
 
 
 def _path(path: Any) -> str:
