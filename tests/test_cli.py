@@ -11,13 +11,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from idx_files import write_split
 from typer.testing import CliRunner, Result
 
 import funcprop as fp
 from funcprop.cli import main
 from funcprop.cli.app import app
 from funcprop.cli.target import chapter_example
-from tests.test_training import write_split
 
 
 def run(*arguments: str) -> Result:

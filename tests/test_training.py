@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from idx_files import idx, write_split
 
 import funcprop as fp
 from funcprop import training
@@ -231,25 +232,6 @@ def test_errors_of_minibatches(arrays: Any, size: int, message: str) -> None:
 
 
 # --- IDX files --------------------------------------------------------------------------------
-
-
-def idx(array: np.ndarray) -> bytes:
-    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    return header + array.astype(np.uint8).tobytes()
-
-
-def write_split(directory: Path, compressed: bool = False) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    arrays = {
-        "train-images-idx3-ubyte": rng.integers(0, 256, (30, 4, 5)),
-        "train-labels-idx1-ubyte": rng.integers(0, 10, 30),
-        "t10k-images-idx3-ubyte": rng.integers(0, 256, (20, 4, 5)),
-        "t10k-labels-idx1-ubyte": rng.integers(0, 10, 20),
-    }
-    for name, array in arrays.items():
-        content = gzip.compress(idx(array)) if compressed else idx(array)
-        (directory / (name + ".gz" * compressed)).write_bytes(content)
-    return arrays
 
 
 @pytest.mark.parametrize("compressed", [False, True])

@@ -74,7 +74,14 @@ def chapter(
 def init_chapter(
     key: PRNGKeyArray, inputs: int, hidden: int, outputs: int, *, bias: bool = False
 ) -> dict[str, Any]:
-    """Parameters of the chapter's model: He-normal `W1`, `W2`, and zeros `b` with `bias`."""
+    """Parameters of the chapter's model: He-normal `W1`, `W2`, and zeros `b` with `bias`.
+
+    Example:
+        >>> import jax, funcprop as fp
+        >>> params = fp.models.init_chapter(jax.random.key(0), inputs=3, hidden=4, outputs=2, bias=True)
+        >>> {name: value.shape for name, value in params.items()}
+        {'W1': (4, 3), 'W2': (2, 4), 'b': (4,)}
+    """
     first, second = jax.random.split(key)
     hidden_layer = layers.linear.init(first, hidden, inputs, bias=bias)
     params = {"W1": hidden_layer["w"], "W2": layers.linear.init(second, outputs, hidden)["w"]}

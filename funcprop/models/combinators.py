@@ -40,7 +40,13 @@ def dense(inputs: int, outputs: int, *, bias: bool = True, dtype: Any = None) ->
 
 
 def elementwise(function: Callable[[Any], Any]) -> Model:
-    """A function without parameters, such as an activation; its parameters are `None`."""
+    """A function without parameters, such as an activation; its parameters are `None`.
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> print(fp.models.elementwise(jnp.square).apply(None, jnp.array([1.0, 3.0])))
+        [1. 9.]
+    """
     return Model(lambda key: None, lambda params, x: function(x))
 
 
@@ -73,6 +79,12 @@ def residual(model: Model) -> Model:
 
     Raises:
         ValueError: `f(x)` does not have the shape of `x`.
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> double = fp.models.residual(fp.models.elementwise(lambda x: x))
+        >>> print(double.apply(None, jnp.array([1.0, 3.0])))
+        [2. 6.]
     """
 
     def apply(params: Any, x: Any) -> Any:

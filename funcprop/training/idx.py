@@ -99,6 +99,18 @@ def fashion_mnist(directory: str | os.PathLike[str]) -> Split:
     Raises:
         DataError: a file is missing or malformed, images and labels differ in number, training and test
             images in size, or a label is not a class; the message names the file.
+
+    Example:
+        >>> import pathlib, tempfile, funcprop as fp
+        >>> directory = pathlib.Path(tempfile.mkdtemp())
+        >>> for part in ("train", "t10k"):
+        ...     image = bytes([0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 2, 0, 255])
+        ...     label = bytes([0, 0, 8, 1, 0, 0, 0, 1, 7])
+        ...     _ = (directory / f"{part}-images-idx3-ubyte").write_bytes(image)
+        ...     _ = (directory / f"{part}-labels-idx1-ubyte").write_bytes(label)
+        >>> train, test = fp.training.fashion_mnist(directory)
+        >>> print(train.images, train.labels)
+        [[0. 1.]] [7]
     """
     train, test = (_images_and_labels(Path(directory), part) for part in ("train", "t10k"))
     if train.images.shape[1] != test.images.shape[1]:

@@ -36,6 +36,16 @@ class Setup(NamedTuple):
     * `optimizer`: an optax gradient transformation.
     * `epochs`: how many.
     * `evaluate(params) -> {name: number}`: metrics after every epoch, such as the accuracy on a test set.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, funcprop as fp
+        >>> def setup():
+        ...     x = jnp.array([[1.0], [2.0]])
+        ...     loss = lambda w, x, y: jnp.mean((x @ w - y) ** 2)
+        ...     return fp.training.Setup(loss, jnp.zeros(1), [(x, 3 * x[:, 0])], optax.sgd(0.2), epochs=20)
+        >>> *_, last = fp.training.fit(*setup()[:4], epochs=setup().epochs)
+        >>> print(last.params)
+        [3.]
     """
 
     loss: Loss
@@ -137,7 +147,7 @@ def fit(
         >>> for epoch in fp.training.fit(mean, jnp.array(0.0), batches, optax.sgd(0.25), epochs=2):
         ...     print(epoch.number, epoch.metrics, epoch.params)
         1 {'loss': 7.5} 2.5
-        2 {'loss': 2.40625} 3.125
+        2 {'loss': 2.65625} 3.125
     """
     if epochs < 0:
         raise ValueError(f"fit: epochs={epochs}; pass the number of epochs, 0 or more.")
