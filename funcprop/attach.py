@@ -128,7 +128,7 @@ class BoundRule:
                 f"{where} has dtype {actual.dtype} but the argument has {aval.dtype}; end the rule with "
                 f"`.astype(jnp.{aval.dtype})`."
             )
-        return cotangent
+        return _compat.with_weak_type(cotangent, bool(getattr(aval, "weak_type", False)))
 
     def pushforward(self, residuals: Any, tangents: Sequence[Any]) -> Arrays:
         """The rule's own forward mode on flat tangents, None where an argument is not perturbed."""
@@ -211,13 +211,9 @@ def _as_jaxpr(
     """
     closed = jax.make_jaxpr(backward)(residuals, list(cotangents))
     jaxpr, extra = _compat.with_constants_as_inputs(closed)
-    jaxpr, live = _compat.without_unused_results(jaxpr)
-    read = live[len(extra) : len(extra) + len(residuals)]
-    first_cotangent = len(extra) + len(residuals)
-    kept = [*range(len(extra)), *(len(extra) + i for i, is_read in enumerate(read) if is_read)]
-    invars = [jaxpr.invars[i] for i in kept] + list(jaxpr.invars[first_cotangent:])
-    debug = jaxpr.debug_info._replace(arg_names=None)
-    pruned = jaxpr.replace(invars=invars, debug_info=debug)
+    keep = [True] * len(extra) + [False] * len(residuals) + [True] * len(cotangents)
+    pruned, used = _compat.without_unread_inputs(jaxpr, keep)
+    read = used[len(extra) : len(extra) + len(residuals)]
     return lambda saved, cts: _compat.evaluate(pruned, (), [*saved, *cts]), read, extra
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -103,7 +103,7 @@ def _rewrite(
             "argument passed outside `argnums`."
         )
         raise
-    outputs = iter(Rewriter(rules).run(jaxpr, [leaves[i] for i in traced]))
+    outputs = iter(_arrays(Rewriter(rules).run(jaxpr, [leaves[i] for i in traced]), jaxpr))
     result_tree, concrete = structure[-1]
     values = [next(outputs) if c is None else c[0] for c in concrete]
     result, changed = jax.tree.unflatten(result_tree, values)
@@ -111,6 +111,16 @@ def _rewrite(
         _mutation.write_back(args, changed[0], "args")
         _mutation.write_back(kwargs, changed[1], "kwargs")
     return result
+
+
+def _arrays(results: Sequence[Any], jaxpr: Any) -> Iterator[Any]:
+    """The results as JAX returns them; a constant result is a plain number in the jaxpr."""
+    for value, var in zip(results, _compat.open_jaxpr(jaxpr).outvars, strict=True):
+        if isinstance(value, jax.Array):
+            yield value
+        else:
+            array = jax.numpy.asarray(value, var.aval.dtype)
+            yield _compat.with_weak_type(array, bool(getattr(var.aval, "weak_type", False)))
 
 
 @dataclass(frozen=True)
@@ -311,11 +321,14 @@ def matches(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[.
     return listed
 
 
-def _matches(rewriter: Rewriter, jaxpr: Any) -> Iterator[Match]:
+def _matches(rewriter: Rewriter, jaxpr: Any, scope: str = "", source: str | None = None) -> Iterator[Match]:
+    """Matches in a jaxpr; equations of a body are recorded relative to the equation that holds it."""
     for eqn in _compat.open_jaxpr(jaxpr).eqns:
         found = match(eqn, rewriter.rules, rewriter.platform)
+        inner_scope = "/".join(filter(None, (scope, _compat.scope(eqn))))
+        inner_source = _compat.source_line(eqn) or source
         if found is not None:
-            yield found
+            yield replace(found, scope=inner_scope, source=inner_source)
         if (found is None or found.bound is None) and rewriter.enters(eqn):
             for _, body in _compat.sub_jaxprs(eqn):
-                yield from _matches(rewriter, body)
+                yield from _matches(rewriter, body, inner_scope, inner_source)
