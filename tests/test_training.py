@@ -252,21 +252,64 @@ GOOD = idx(np.zeros((30, 4, 5)))
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (IMAGES, None, r"no such file, nor with \.gz; .* contains t10k-images-idx3-ubyte, t10k-labels"),
-        (IMAGES, b"", "begins with nothing; expected an IDX magic number, 00 00 08"),
-        (IMAGES, b"\x89PNG\r\n", "begins with 89 50 4e 47; expected an IDX magic number"),
-        (IMAGES, b"\0\0\x0d" + GOOD[3:], r"data type is 0x0d \(float32\); expected 0x08 \(uint8\)"),
-        (IMAGES, b"\0\0\x77" + GOOD[3:], r"data type is 0x77 \(unknown\); expected 0x08"),
-        (IMAGES, idx(np.zeros((30, 20))), "has 2 dimensions; expected 3"),
-        (IMAGES, GOOD[:10], "has 10 bytes; expected a header of 16 bytes for 3 dimensions"),
-        (IMAGES, GOOD[:-1], r"599 bytes of data follow the header; expected 600 .* shape \(30, 4, 5\)"),
-        (IMAGES, GOOD + b"\0", "601 bytes of data follow the header; expected 600"),
-        (IMAGES, gzip.compress(GOOD)[:-9], "expected a complete gzip file"),
-        (IMAGES, b"\x1f\x8b\x08" + bytes(40), "expected a complete gzip file"),
-        (IMAGES, idx(np.zeros((0, 4, 5))), r"shape \(0, 4, 5\); expected at least one image"),
-        (LABELS, idx(np.zeros(29)), "29 labels; expected 30, one for every image in train-images-idx3-ubyte"),
-        (LABELS, idx(np.array([*[3] * 28, 10, 255])), "label 28 is 10; expected classes from 0 to 9"),
-        ("t10k-images-idx3-ubyte", idx(np.zeros((20, 4, 4))), "16 pixels; expected 20, as in the training"),
+        pytest.param(
+            IMAGES,
+            None,
+            r"no such file, nor with \.gz; .* contains t10k-images-idx3-ubyte, t10k-labels",
+            id="missing",
+        ),
+        pytest.param(IMAGES, b"", "begins with nothing; expected an IDX magic number, 00 00 08", id="empty"),
+        pytest.param(
+            IMAGES, b"\x89PNG\r\n", "begins with 89 50 4e 47; expected an IDX magic number", id="png"
+        ),
+        pytest.param(
+            IMAGES,
+            b"\0\0\x0d" + GOOD[3:],
+            r"data type is 0x0d \(float32\); expected 0x08 \(uint8\)",
+            id="float32",
+        ),
+        pytest.param(
+            IMAGES, b"\0\0\x77" + GOOD[3:], r"data type is 0x77 \(unknown\); expected 0x08", id="unknown_type"
+        ),
+        pytest.param(IMAGES, idx(np.zeros((30, 20))), "has 2 dimensions; expected 3", id="two_dimensions"),
+        pytest.param(
+            IMAGES, GOOD[:10], "has 10 bytes; expected a header of 16 bytes for 3 dimensions", id="cut_header"
+        ),
+        pytest.param(
+            IMAGES,
+            GOOD[:-1],
+            r"599 bytes of data follow the header; expected 600 .* shape \(30, 4, 5\)",
+            id="cut_data",
+        ),
+        pytest.param(
+            IMAGES, GOOD + b"\0", "601 bytes of data follow the header; expected 600", id="too_long"
+        ),
+        pytest.param(IMAGES, gzip.compress(GOOD)[:-9], "expected a complete gzip file", id="cut_gzip"),
+        pytest.param(IMAGES, b"\x1f\x8b\x08" + bytes(40), "expected a complete gzip file", id="broken_gzip"),
+        pytest.param(
+            IMAGES,
+            idx(np.zeros((0, 4, 5))),
+            r"shape \(0, 4, 5\); expected at least one image",
+            id="no_images",
+        ),
+        pytest.param(
+            LABELS,
+            idx(np.zeros(29)),
+            "29 labels; expected 30, one for every image in train-images-idx3-ubyte",
+            id="too_few_labels",
+        ),
+        pytest.param(
+            LABELS,
+            idx(np.array([*[3] * 28, 10, 255])),
+            "label 28 is 10; expected classes from 0 to 9",
+            id="label_range",
+        ),
+        pytest.param(
+            "t10k-images-idx3-ubyte",
+            idx(np.zeros((20, 4, 4))),
+            "16 pixels; expected 20, as in the training",
+            id="other_size",
+        ),
     ],
 )
 def test_errors_of_idx_files(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
