@@ -1,10 +1,14 @@
 """The command: its text, its JSON, and a clear message for every target that cannot be used."""
 
+import contextlib
 import json
+import os
+import pty
 import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -458,6 +462,27 @@ def test_train_chapter_on_idx_files(tmp_path: Path) -> None:
     λ = next(variable for variable in data["variables"] if variable["name"] == "λ")
     np.testing.assert_allclose(λ["value"]["entries"], 0.01, rtol=1e-6)
     assert set(data["epochs"][1]) == {"epoch", "loss", "test_loss", "test_accuracy"}
+
+
+def drain(terminal: int) -> Iterator[bytes]:
+    """What is written to a terminal until its other end is closed, which Linux reports as an error."""
+    with os.fdopen(terminal, "rb", buffering=0) as stream, contextlib.suppress(OSError):
+        while chunk := stream.read(4096):
+            yield chunk
+
+
+def test_progress_bar_is_on_the_terminal_and_results_in_the_pipe(module: Any, tmp_path: Path) -> None:
+    name = module(SETUP.replace("RETURNED", FULL))
+    terminal, stderr = pty.openpty()
+    command = [sys.executable, "-m", "funcprop.cli", "train", f"{name}:setup"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=tmp_path)
+    os.close(stderr)
+    shown = b"".join(drain(terminal))
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert b"5/5" in shown
+    assert len(re.findall(r"^epoch \d/5  loss", stdout, re.MULTILINE)) == 5
+    assert "\x1b" not in stdout
 
 
 def test_train_chapter_reaches_96_percent_in_a_pipe() -> None:

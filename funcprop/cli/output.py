@@ -17,6 +17,8 @@ import typer
 from funcprop import NonFinite
 from funcprop.cli.target import TargetError
 
+WIDEST = 110  # characters in a cell of a table
+
 
 class Output(NamedTuple):
     """The same result for people and for programs."""
@@ -48,7 +50,11 @@ def emit(compute: Callable[[], Output], as_json: bool) -> None:
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Aligned columns under the first row; the columns in `right` are flush right."""
+    """Aligned columns under the first row; the columns in `right` are flush right.
+
+    Long cells end with `…`; in the JSON nothing is left out.
+    """
+    rows = [[cell if len(cell) <= WIDEST else cell[: WIDEST - 1] + "…" for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = ["-" * width for width in widths]
     return "\n".join(

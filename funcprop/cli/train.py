@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -141,7 +142,15 @@ def with_progress(setup: Setup, key: Any) -> Iterator[Epoch]:
     """Train with a progress bar on stderr, if that is a terminal."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    bar = Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        # On one terminal, lines are printed above the bar; a redirected stdout must get them itself.
+        redirect_stdout=sys.stdout.isatty(),
+    )
+    with bar as progress:
         task = progress.add_task("epoch 1", total=None)
 
         def counted(batches: Iterable[Any]) -> Iterator[Any]:
