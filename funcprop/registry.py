@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
-from typing import Any, TypeAlias, overload
+from typing import Any, NoReturn, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -305,6 +305,13 @@ class RuleSet(Mapping[OperatorKey, Rule]):
     rules, to those that win on the running platform. A rule put in by `replace` is always used.
     """
 
+    name: str
+    _rules: dict[OperatorKey, Rule]
+    _own: bool
+    _measured: bool
+    _chosen: dict[OperatorKey, Rule | None]
+    _identity: tuple[Any, ...]
+
     def __init__(
         self,
         name: str,
@@ -314,16 +321,20 @@ class RuleSet(Mapping[OperatorKey, Rule]):
         measured: bool = False,
         chosen: Mapping[OperatorKey, Rule | None] | None = None,
     ) -> None:
-        self.name = name
-        self._rules = dict(rules or {})
-        self._own = own
-        self._measured = measured
-        self._chosen = dict(chosen or {})
-        for key, rule in [*self._rules.items(), *self._chosen.items()]:
+        for key, rule in [*(rules or {}).items(), *(chosen or {}).items()]:
             _check_entry(key, rule)
-        self._identity = (
-            name, own, measured, frozenset(self._rules.items()), frozenset(self._chosen.items())
-        )  # fmt: skip
+        fields: dict[str, Any] = {
+            "name": name, "_rules": dict(rules or {}), "_chosen": dict(chosen or {}),
+            "_own": own, "_measured": measured,
+        }  # fmt: skip
+        identity = (name, own, measured, *(frozenset(fields[key].items()) for key in ("_rules", "_chosen")))
+        vars(self).update(fields, _identity=identity)
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise AttributeError(f"rule set {self.name!r} is immutable; `replace` makes another one.")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"rule set {self.name!r} is immutable; `replace` makes another one.")
 
     def find(self, operator: OperatorKey, platform: str) -> Rule | None:
         """The rule for an operator on a platform, or None where autodiff does it."""
