@@ -3,6 +3,7 @@
 from funcprop import layers as layers
 from funcprop import models as models
 from funcprop import rules as rules
+from funcprop import testing as testing
 from funcprop import training as training
 from funcprop.backprop import backprop as backprop
 from funcprop.equations import Derivation as Derivation

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import eval_jaxpr as _eval_jaxpr
 from jax.interpreters import ad, batching, mlir
+from jax.interpreters import partial_eval as pe
 
 Aval = Any
 Equation = jex.JaxprEqn
@@ -107,18 +108,31 @@ def free_variables(eqns: Sequence[Any]) -> list[Var]:
     return list(dict.fromkeys(v for v in read if v not in defined))
 
 
-def without_unused_results(jaxpr: Any) -> tuple[Any, list[bool]]:
-    """`jaxpr` without the equations that no result needs, and which of its inputs are then read.
+def without_unread_inputs(jaxpr: Any, keep: Sequence[bool]) -> tuple[Any, list[bool]]:
+    """`jaxpr` without what no result needs, inside loops too, and which inputs remain: those read or kept."""
+    pruned, remaining = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=list(keep))
+    return pruned, list(remaining)
 
-    The jaxpr of a backward rule has no side effects, so an equation that nobody reads may go.
-    """
-    live = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
-    kept = []
-    for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or any(v in live for v in eqn.outvars):
-            kept.append(eqn)
-            live.update(v for v in eqn.invars if not isinstance(v, Literal))
-    return jaxpr.replace(eqns=kept[::-1]), [v in live for v in jaxpr.invars]
+
+def inlined(closed: Any) -> Any:
+    """The jaxpr with the bodies of nested jits in place of their calls."""
+    inner = open_jaxpr(closed)
+    if not any(eqn.primitive.name in ("jit", "pjit") for eqn in inner.eqns):
+        return closed
+
+    def run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+        for eqn in jaxpr.eqns:
+            operands = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
+            if eqn.primitive.name in ("jit", "pjit"):
+                body = eqn.params["jaxpr"]
+                results = run(open_jaxpr(body), constants(body), operands)
+            else:
+                results = one_equation(eqn)(*operands)
+            values.update(zip(eqn.outvars, results, strict=True))
+        return [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
+
+    return retrace(lambda *args: run(inner, constants(closed), args), closed)
 
 
 def with_constants_as_inputs(jaxpr: Any) -> tuple[Any, list[Any]]:
@@ -161,9 +175,8 @@ def map_sub_jaxprs(eqn: Equation, change: Callable[[Any], Any]) -> Equation:
     return eqn.replace(params=params)
 
 
-def scan_counts(eqn: Equation) -> tuple[int, int]:
-    """How many constants and carries a scan equation has (the remaining operands are scanned)."""
-    params = eqn.params
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many constants and carries a scan has, by its parameters; the remaining operands are scanned."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()

@@ -210,11 +210,20 @@ def _as_jaxpr(
     cotangents), which residuals are read, and the extra values.
     """
     closed = jax.make_jaxpr(backward)(residuals, list(cotangents))
-    jaxpr, extra = _compat.with_constants_as_inputs(closed)
-    keep = [True] * len(extra) + [False] * len(residuals) + [True] * len(cotangents)
+    jaxpr, closed_over = _compat.with_constants_as_inputs(closed)
+    keep = [True] * len(closed_over) + [False] * len(residuals) + [True] * len(cotangents)
     pruned, used = _compat.without_unread_inputs(jaxpr, keep)
-    read = used[len(extra) : len(extra) + len(residuals)]
-    return lambda saved, cts: _compat.evaluate(pruned, (), [*saved, *cts]), read, extra
+    read = used[len(closed_over) : len(closed_over) + len(residuals)]
+    is_traced = [isinstance(c, jax.core.Tracer) for c in closed_over]
+    extra = [c for c, traced in zip(closed_over, is_traced, strict=True) if traced]
+
+    def program(saved: Arrays, cts: Arrays) -> Arrays:
+        given = iter(saved)
+        # Concrete constants belong to the program; what is traced must be an operand to be transformed.
+        first = [next(given) if traced else c for c, traced in zip(closed_over, is_traced, strict=True)]
+        return _compat.evaluate(pruned, (), [*first, *given, *cts])
+
+    return program, read, extra
 
 
 # --- the linear primitive ---------------------------------------------------------------------

@@ -205,7 +205,7 @@ class _Loop:
         return self.op.bodies["jaxpr"]
 
     def split(self, items: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        consts, carry = _compat.scan_counts(self.op.jaxpr.eqns[0])
+        consts, carry = _compat.scan_counts(self.op.static)
         return list(items[:consts]), list(items[consts : consts + carry]), list(items[consts + carry :])
 
     def scan(self, step: Callable[..., Any], init: Any, xs: Any, reverse: bool) -> Any:

@@ -102,7 +102,7 @@ def _gelu(x: Any, approximate: bool = True) -> Any:
 def _gelu_derivative(x: Any, approximate: bool = True) -> Any:
     if not approximate:
         density = jnp.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-        return jax.scipy.special.ndtr(x) + x * density
+        return 0.5 * jax.lax.erfc(-x * math.sqrt(0.5)) + x * density
     scale = math.sqrt(2 / math.pi)
     t = jnp.tanh(scale * (x + 0.044715 * x**3))
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * scale * (1 + 3 * 0.044715 * x * x)

@@ -106,7 +106,8 @@ def _linear_backward(residuals: Operands, g: Any, needs: Any) -> tuple[Any, Any,
     x, w, b = residuals
     need_w, need_x, need_b = needs
     return (
-        jnp.outer(g, x).astype(w.dtype) if need_w else None,
+        # Not `jnp.outer`: its transpose under vmap has a weight matrix for every example.
+        jnp.tensordot(g, x, 0).astype(w.dtype) if need_w else None,
         (w.T @ g).astype(x.dtype) if need_x else None,
         g.astype(b.dtype) if need_b else None,
     )

@@ -50,13 +50,16 @@ def _cross_entropy_backward(residuals: LogitsAndLabels, g: Any, needs: Any) -> t
     logits, labels = residuals
     need_logits, need_labels = needs
     g = g[..., None]
-    target = _target(labels, logits)
-    total = 1 if _is_index(labels) else target.sum(-1, keepdims=True)
-    logits_cotangent = (g * (jax.nn.softmax(logits) * total - target)).astype(logits.dtype)
-    labels_cotangent = None
-    if need_labels:
-        labels_cotangent = (-g * jax.nn.log_softmax(logits)).astype(labels.dtype)
-    return logits_cotangent if need_logits else None, labels_cotangent
+    if _is_index(labels):
+        # The transpose of picking a logit, and no one-hot vector for every example.
+        pick = partial(jnp.take_along_axis, indices=labels[..., None], axis=-1)
+        (picked,) = jax.linear_transpose(pick, logits)(g)
+        return (g * jax.nn.softmax(logits) - picked).astype(logits.dtype), None
+    total = labels.sum(-1, keepdims=True)
+    return (
+        (g * (jax.nn.softmax(logits) * total - labels)).astype(logits.dtype) if need_logits else None,
+        (-g * jax.nn.log_softmax(logits)).astype(labels.dtype) if need_labels else None,
+    )
 
 
 def _cross_entropy_equations(op: OperatorSymbols) -> Equations:

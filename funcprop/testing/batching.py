@@ -148,7 +148,8 @@ def batch_times_parameters(case: Case, factor: float | None) -> Iterator[Limit]:
         ) -> set[tuple[int, ...]]:
             gradient = lambda leaves, cts: case.vjp(function, leaves, cts, shared)[1]  # noqa: E731
             jaxpr = jax.make_jaxpr(gradient)(leaves, cts)
-            return set(_shapes(_compat.without_unused_results(_compat.open_jaxpr(jaxpr))[0]))
+            inner = _compat.open_jaxpr(jaxpr)
+            return set(_shapes(_compat.without_unread_inputs(inner, [False] * len(inner.invars))[0]))
 
         plain = shapes_in_gradient(mapped_by_vmap(case, case.plain, mapped))
         allowed = max(map(math.prod, [*plain, *(x.shape for x in [*leaves, *cts])]))

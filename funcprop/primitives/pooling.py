@@ -1,0 +1,163 @@
+"""Max-pooling: `reduce_window_max` with the position of each maximum saved.
+
+    y[i] = max_k x[i·s + k·d − p]          over the taps k of the window; stride s, dilation d, padding p
+    x̄[j] = Σ {ȳ[i] : i·s + k(i)·d − p = j}  where k(i) is the tap that was the maximum of window i
+
+Autodiff saves the input and finds the maxima again in the backward (`select_and_scatter`, which XLA's CPU
+backend runs element by element). This rule saves `k(i)`, one byte per output. Its backward gathers instead of
+scattering: the input is cut into blocks of one stride, and position `a` of block `b` receives from the
+windows `b − q` those cotangents whose tap is the one that lies there, one comparison for each. That is a
+single fused loop.
+
+Ties go to the first tap and NaNs are treated exactly as by JAX: the value is NaN, and the position is the one
+that the comparison `selected ≥ next` leaves. Dilated windows, which JAX cannot differentiate, work too.
+
+Source: Chetlur et al., "cuDNN: efficient primitives for deep learning", 2014 (saved indices); the blocked
+gather is our own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from funcprop.expressions import Equations, OperatorSymbols, apply
+from funcprop.registry import OperatorKey, Rule
+
+
+class Positions(NamedTuple):
+    """For every window the tap of its maximum (int8 up to 127 taps), and the input for its type alone."""
+
+    tap: Any
+    x: Any
+
+
+def _forward(x: Any, **window: Any) -> tuple[Any, Positions]:
+    dimensions, strides, dilation = _window(window)
+    lowest = np.array(-np.inf if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.iinfo(x.dtype).min, x.dtype)
+    padded = lax.pad(x, lowest, [(lo, hi, 0) for lo, hi in window["padding"]])
+    shape = [
+        (n - (w - 1) * d - 1) // s + 1
+        for n, w, s, d in zip(padded.shape, dimensions, strides, dilation, strict=True)
+    ]
+    dtype = _tap_type(dimensions)
+    y: Any = None
+    selected: Any = None
+    tap: Any = None
+    for k, offset in enumerate(_taps(dimensions)):
+        start = [o * d for o, d in zip(offset, dilation, strict=True)]
+        limit = [a + (n - 1) * s + 1 for a, n, s in zip(start, shape, strides, strict=True)]
+        candidate = lax.slice(padded, start, limit, strides)
+        if y is None:
+            y, selected, tap = candidate, candidate, lax.full(shape, 0, dtype)
+        else:
+            keep = selected >= candidate
+            tap = lax.select(keep, tap, lax.full(shape, k, dtype))
+            selected = lax.select(keep, selected, candidate)
+            y = lax.max(y, candidate)
+    return y, Positions(tap, x)
+
+
+def _backward(residuals: Positions, g: Any, needs: Any, **window: Any) -> tuple[Any]:
+    dimensions, strides, dilation = _window(window)
+    tap, shape = residuals.tap, residuals.x.shape
+    padding = window["padding"]
+    reach = [(w - 1) * d + 1 for w, d in zip(dimensions, dilation, strict=True)]
+    behind = [-(-r // s) for r, s in zip(reach, strides, strict=True)]
+    blocks = [
+        max(-(-(n + lo + hi) // s), m + q - 1)
+        for n, (lo, hi), s, m, q in zip(shape, padding, strides, g.shape, behind, strict=True)
+    ]
+    # Axes of stride s become two: the block, and the position inside of it.
+    full: list[int] = []
+    block_axes: list[int] = []
+    for b, s in zip(blocks, strides, strict=True):
+        block_axes.append(len(full))
+        full += [b, s] if s > 1 else [b]
+
+    def shifted(a: Any, by: Sequence[int], fill: int) -> Any:
+        config = [(q, b - q - n, 0) for q, b, n in zip(by, blocks, a.shape, strict=True)]
+        return lax.broadcast_in_dim(lax.pad(a, np.array(fill, a.dtype), config), full, block_axes)
+
+    total: Any = None
+    for by in itertools.product(*map(range, behind)):
+        here = _tap_here(by, dimensions, strides, dilation, block_axes, len(full), tap.dtype)
+        hit = shifted(tap, by, -1) == here
+        term = lax.select(hit, shifted(g, by, 0), lax.full(full, 0, g.dtype))
+        total = term if total is None else lax.add(total, term)
+    flat = lax.reshape(total, [b * s for b, s in zip(blocks, strides, strict=True)])
+    low = [lo for lo, _ in padding]
+    missing = [max(0, lo + n - m) for lo, n, m in zip(low, shape, flat.shape, strict=True)]
+    if any(missing):
+        flat = lax.pad(flat, np.array(0, g.dtype), [(0, m, 0) for m in missing])
+    return (lax.slice(flat, low, [lo + n for lo, n in zip(low, shape, strict=True)]),)
+
+
+def _tap_here(
+    by: Sequence[int],
+    dimensions: Sequence[int],
+    strides: Sequence[int],
+    dilation: Sequence[int],
+    block_axes: Sequence[int],
+    rank: int,
+    dtype: Any,
+) -> np.ndarray:
+    """The tap of the window `by` blocks back that lies on each position of a block; −2 where none does."""
+    code, lies = np.zeros([1] * rank, np.int64), np.ones([1] * rank, bool)
+    for axis, (q, w, s, d) in enumerate(zip(by, dimensions, strides, dilation, strict=True)):
+        offset = np.arange(s) + q * s
+        inside = (offset % d == 0) & (offset // d < w)
+        shape = [1] * rank
+        if s > 1:
+            shape[block_axes[axis] + 1] = s
+        code = code + (offset // d * math.prod(dimensions[axis + 1 :])).reshape(shape)
+        lies = lies & inside.reshape(shape)
+    return np.where(lies, code, -2).astype(dtype)
+
+
+def _window(window: dict[str, Any]) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+    return window["window_dimensions"], window["window_strides"], window["window_dilation"]
+
+
+def _taps(dimensions: Sequence[int]) -> itertools.product[tuple[int, ...]]:
+    return itertools.product(*map(range, dimensions))
+
+
+def _tap_type(dimensions: Sequence[int]) -> Any:
+    taps = math.prod(dimensions)
+    return np.int8 if taps <= 127 else np.int16 if taps <= 32767 else np.int32
+
+
+def _applies(x: Any, **window: Any) -> bool | str:
+    if any(d != 1 for d in window["base_dilation"]):
+        return "the input is dilated"
+    if any(lo < 0 or hi < 0 for lo, hi in window["padding"]):
+        return "the padding is negative"
+    if math.prod(window["window_dimensions"]) > 64:
+        return "the window has more than 64 taps, which are unrolled"
+    if 0 in x.shape:
+        return "the input is empty"
+    return True
+
+
+def _equations(op: OperatorSymbols) -> Equations:
+    (x,) = op.args
+    static = dict(op.static)
+    forward = apply("maxpool", lambda v: _forward(v, **static)[0], x)
+    back = apply(
+        "unpool", lambda v, g: _backward(_forward(v, **static)[1], g, (True,), **static)[0], x, op.cotangent
+    )
+    return Equations(forward, (back,))
+
+
+RULES: dict[OperatorKey, Rule] = {
+    "reduce_window_max": Rule(
+        _forward, _backward, _equations, platforms=frozenset({"cpu"}), applies=_applies
+    ),
+}

@@ -1,0 +1,96 @@
+"""Max-pooling against JAX's, over random windows, with ties, infinities and NaNs."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiling import compiled
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import funcprop as fp
+from funcprop.primitives import pooling
+
+RULES = fp.rules.autodiff.replace(pooling.RULES)
+
+
+@st.composite
+def windows(draw):
+    rank = draw(st.integers(1, 4))
+    each = lambda low, high: [draw(st.integers(low, high)) for _ in range(rank)]  # noqa: E731
+    window, strides, padding = each(1, 3), each(1, 3), list(zip(each(0, 2), each(0, 2), strict=True))
+    shape = [
+        max(w - lo - hi, 1) + draw(st.integers(0, 4)) for w, (lo, hi) in zip(window, padding, strict=True)
+    ]
+    return tuple(shape), window, strides, padding, draw(st.sampled_from(["distinct", "ties", "nan", "-inf"]))
+
+
+def data(shape, kind):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 2, shape).astype(float) if kind == "ties" else rng.normal(size=shape)
+    special = {"nan": np.nan, "-inf": -np.inf}
+    return np.where(rng.random(shape) < 0.4, special[kind], x) if kind in special else x
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(windows())
+def test_equals_jax(case):
+    shape, window, strides, padding, kind = case
+
+    def pool(x):
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, padding)
+
+    x = data(shape, kind)
+    g = np.random.default_rng(1).normal(size=jax.eval_shape(pool, x).shape)
+
+    @compiled
+    def both(x, g):
+        expected, pullback = jax.vjp(pool, x)
+        actual, ours = fp.vjp(pool, x, rules=RULES)
+        return expected, actual, pullback(g), ours(g)
+
+    expected, actual, (expected_cotangent,), (cotangent,) = both(x, g)
+    np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_allclose(cotangent, expected_cotangent, rtol=1e-13, atol=1e-14)
+
+
+def test_dilated_windows_which_jax_cannot_differentiate():
+    x = np.random.default_rng(0).normal(size=(9, 8))
+
+    def pool(x):
+        return jax.lax.reduce_window(
+            x, -jnp.inf, jax.lax.max, (3, 2), (2, 1), "VALID", window_dilation=(2, 3)
+        )
+
+    def by_slices(x):
+        taps = [x[2 * i : 2 * i + 5 : 2, 3 * j : 3 * j + 5] for i, j in itertools.product(range(3), range(2))]
+        return jnp.max(jnp.stack(taps), axis=0)
+
+    with pytest.raises(NotImplementedError, match="window dilation"):
+        jax.grad(lambda x: pool(x).sum())(x)
+    np.testing.assert_array_equal(pool(x), by_slices(x))
+    actual = fp.grad(lambda x: jnp.sum(pool(x) ** 2), rules=RULES)(x)
+    np.testing.assert_allclose(actual, jax.grad(lambda x: jnp.sum(by_slices(x) ** 2))(x), rtol=1e-13)
+
+
+def test_saves_one_byte_for_each_output():
+    def pool(x):
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+    saved = jax.tree.leaves(jax.eval_shape(lambda x: fp.vjp(pool, x, rules=RULES)[1], jnp.ones((4, 8, 8, 3))))
+    assert [(s.shape, s.dtype) for s in saved] == [((4, 4, 4, 3), jnp.int8)]
+
+
+def test_what_the_rule_leaves_alone():
+    def reason(window, **options):
+        def pool(x):
+            return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, (1, 1), "VALID", **options)
+
+        return fp.matches(pool, RULES)(jnp.ones((20, 20)))[0].reason
+
+    assert reason((9, 9)) == "the window has more than 64 taps, which are unrolled"
+    assert reason((2, 2), base_dilation=(2, 1)) == "the input is dilated"
