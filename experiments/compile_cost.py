@@ -166,7 +166,7 @@ def draw(costs: dict[str, Cost], path: Path) -> None:
         left += seconds
     axes.invert_yaxis()
     axes.set_xlabel("seconds from function to executable, cold")
-    axes.legend()
+    figure.legend(ncols=3, loc="outside upper center")
     figure.savefig(path, dpi=150)
 
 
