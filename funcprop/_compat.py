@@ -114,6 +114,12 @@ def without_unread_inputs(jaxpr: Any, keep: Sequence[bool]) -> tuple[Any, list[b
     return pruned, list(remaining)
 
 
+def with_results(jaxpr: Any, outvars: Sequence[Any]) -> Any:
+    """The jaxpr with other results."""
+    debug = jaxpr.debug_info._replace(result_paths=None)
+    return jaxpr.replace(outvars=list(outvars), debug_info=debug)
+
+
 def inlined(closed: Any) -> Any:
     """The jaxpr with the bodies of nested jits in place of their calls."""
     inner = open_jaxpr(closed)

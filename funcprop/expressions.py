@@ -41,7 +41,7 @@ class Equations(NamedTuple):
 
 
 # How tightly an operator binds; an operand that binds less tightly is put in parentheses.
-_SUM, _TERM, _PRODUCT, _POWER, _ATOM = range(5)
+_SUM, _TERM, _QUOTIENT, _PRODUCT, _POWER, _ATOM = range(6)
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -110,9 +110,12 @@ class Expression:
             return self
         if other.shape == () and self.shape != ():
             return other * self
+        if other.binding == _QUOTIENT:
+            # `a (b / c)`; a fraction needs no parentheses in LaTeX.
+            other = _node(lambda x: x, (other,), "({0})", "{0}", _ATOM, _SUM)
         if self.shape == ():
-            return _node(jnp.multiply, (self, other), "{0} {1}", "{0}\\, {1}", _PRODUCT, _PRODUCT)
-        return _node(jnp.multiply, (self, other), "{0} ⊙ {1}", "{0} \\odot {1}", _PRODUCT, _PRODUCT)
+            return _node(jnp.multiply, (self, other), "{0} {1}", "{0}\\, {1}", _PRODUCT, _QUOTIENT)
+        return _node(jnp.multiply, (self, other), "{0} ⊙ {1}", "{0} \\odot {1}", _PRODUCT, _QUOTIENT)
 
     def __rmul__(self, other: Any) -> Expression:
         return as_expression(other) * self
@@ -121,7 +124,7 @@ class Expression:
         other = as_expression(other)
         if is_one(other):
             return self
-        return _node(jnp.divide, (self, other), "{0} / {1}", "\\frac{{{0}}}{{{1}}}", _PRODUCT, _POWER)
+        return _node(jnp.divide, (self, other), "{0} / {1}", "\\frac{{{0}}}{{{1}}}", _QUOTIENT, _POWER)
 
     def __rtruediv__(self, other: Any) -> Expression:
         return as_expression(other) / self

@@ -138,11 +138,12 @@ def backward_sweep(
 
 def _operation(op: Operator, rules: RuleSet) -> _Ruled | _Loop | _Differentiated:
     rewriter = Rewriter(rules)
+    if op.op == "scan":
+        # Whatever rule there is for the whole loop: here its inside is to be seen.
+        return _Loop(op, rules)
     bound = rewriter.find(op.equation) if op.equation is not None else None
     if bound is not None and (op.call is None or not op.call.axes):
         return _Ruled(op, bound)
-    if op.op == "scan":
-        return _Loop(op, rules)
     return _Differentiated(op, rewriter)
 
 

@@ -193,8 +193,8 @@ class Propagation:
             **{v.name: self.tape.values[v.name] for v in self.graph.inputs},
             **self.values,
         }.items():
-            gradient = f"{_norm(gradients[name]):12.5g}" if name in listed else f"{'-':>12}"
-            rows.append(f"{name:24} {jnp.shape(value)!s:>14} {_norm(value):12.5g} {gradient}")
+            gradient = _norm(gradients[name]) if name in listed else "-"
+            rows.append(f"{name:24} {jnp.shape(value)!s:>14} {_norm(value):>12} {gradient:>12}")
         return "\n".join(rows)
 
 
@@ -330,7 +330,8 @@ def _nonfinite(sweep: str, name: str, op: Operator | None, bad: tuple[tuple[int,
     return NonFinite(sweep, name, label, scope, source, *bad)
 
 
-def _norm(value: Any) -> float:
-    if not _compat.is_differentiable(jax.typeof(value)):
-        return float("nan") if jnp.ndim(value) else float(value)
-    return float(jnp.linalg.norm(jnp.ravel(value)))
+def _norm(value: Any) -> str:
+    """The Euclidean norm of all entries, the value of an integer, or a dash."""
+    if _compat.is_differentiable(jax.typeof(value)):
+        return f"{float(jnp.linalg.norm(jnp.ravel(value))):.5g}"
+    return str(value) if jnp.ndim(value) == 0 else "-"

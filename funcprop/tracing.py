@@ -318,4 +318,6 @@ def _without_vmap(scope: str) -> str:
 
 
 def _literal(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float | np.floating) else str(value)
+    if isinstance(value, float | np.floating):
+        return f"{value:g}"
+    return str(int(value)) if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -83,7 +83,7 @@ def verify(lines: Sequence[Line], traced: Traced, tolerance: float | None = None
                     f"verify: form {i + 1} of `{line.text()}` deviates from autodiff by {error:.3g} relative "
                     f"to the largest entry (allowed {allowed:.3g})."
                 )
-            errors[line.key] = max(error, errors.get(line.key, 0.0))
+            errors[line.left] = max(error, errors.get(line.left, 0.0))
             environment[line.key] = value
     return Verification(errors)
 

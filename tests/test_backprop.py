@@ -201,6 +201,38 @@ def test_a_flax_transformer_by_its_scopes(transformer):
     assert p.gradients["embed"].shape == embed.shape
 
 
+class ScannedTransformer(nn.Module):
+    """The same blocks as one scanned, rematerialised layer with stacked parameters."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return TransformerBlock(name="block")(x), None
+
+        layers = nn.scan(nn.remat(Layer), {"params": 0}, length=3, split_rngs={"params": True})
+        return nn.Dense(1, name="head")(layers(name="layers")(x, None)[0])
+
+
+def test_scanned_layers_by_their_scopes():
+    model = ScannedTransformer()
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)))
+    params = jax.tree.map(lambda a: a.astype(float) + 0.1, model.init(jax.random.key(0), x))
+
+    def loss(params, x):
+        return jnp.sum(model.apply(params, x) ** 2)
+
+    p = jax.jit(fp.backprop(loss))(params, x)
+    close(p.gradient, jax.grad(loss)(params, x))
+    # Every layer's output, with the layers as leading axis: the last one is what the head receives.
+    block = p.values["layers/block"]
+    assert block.shape == p.gradients["layers/block"].shape == (3, 2, 5, 8)
+    head = params["params"]["head"]
+    close(p.values["head"], block[-1] @ head["kernel"] + head["bias"])
+    assert p.gradients["block/up"].shape == (3, 2, 5, 16)
+
+
 def test_rematerialised_and_jitted_parts_are_opened():
     @jax.checkpoint
     def block(x):

@@ -198,3 +198,11 @@ def test_latex_is_balanced_and_complete():
         r"\frac{\partial h}{\partial z}\right) = \frac{\partial J}{\partial h} \odot \phi'\!\left(z\right)"
     ) in latex
     assert not re.search(r"[^\x00-\x7f]", latex)
+
+
+def test_quotients_inside_products_are_in_parentheses():
+    def loss(x, y):
+        return fp.name(jnp.sum(fp.name(jnp.log(x), "a") * fp.name(y / x, "b")), "J")
+
+    lines = texts(fp.derive(loss)(jnp.ones(2), jnp.ones(2)).backward)
+    assert lines[-1].endswith("= ∂J/∂a ⊙ (1 / x) + (−∂J/∂b ⊙ y) / x²")

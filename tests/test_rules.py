@@ -47,6 +47,11 @@ def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
     )
 
 
+def loop(w: jax.Array, h: jax.Array) -> list[jax.Array]:
+    last, sums = lax.scan(lambda c, _: (jnp.tanh(c @ w), jnp.sum(c)), h, None, length=3)
+    return [last, sums]
+
+
 # The cost model leaves small convolutions to XLA; here products of patches are what is checked.
 BY_PATCHES = convolution.rule(lambda geometry: convolution.Plan(True, True))
 
@@ -57,6 +62,7 @@ PRIMITIVES: dict[str, tuple[Callable[..., Any], list[Example]]] = {
     "exp": (lax.exp, [Example((numbers(3, 4),))]),
     "sqrt": (lax.sqrt, [Example((positive(3, 4),))]),
     "rsqrt": (lax.rsqrt, [Example((positive(3, 4),))]),
+    "scan": (loop, [Example((numbers(3, 3), numbers(2, 3)))]),
     "reduce_window_max": (max_pool, [Example((numbers(2, 5, 6, 2),))]),
     "conv_general_dilated": (
         convolve,

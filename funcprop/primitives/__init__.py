@@ -6,10 +6,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from funcprop.primitives import arithmetic, convolution, elementwise, pooling
+from funcprop.primitives import arithmetic, convolution, elementwise, loops, pooling
 from funcprop.registry import OperatorKey, Rule
 
-RULES: dict[OperatorKey, Rule] = {**elementwise.RULES, **convolution.RULES, **pooling.RULES}
+RULES: dict[OperatorKey, Rule] = {**elementwise.RULES, **convolution.RULES, **loops.RULES, **pooling.RULES}
 
 EQUATIONS: dict[Any, Callable[..., Any]] = {
     **arithmetic.EQUATIONS,

@@ -1,0 +1,195 @@
+"""Loops with work taken out of them: same values and gradients as JAX's, one contraction after the loop."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiling import compiled
+from flax import linen as nn
+
+import funcprop as fp
+from funcprop.primitives import loops
+
+RULES = fp.rules.autodiff.replace(loops.RULES)
+T, B, H = 5, 2, 3
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape)) * 0.5
+
+
+def recurrent(p, xs):
+    def step(h, x):
+        h = jnp.tanh(x @ p["V"] + h @ p["U"] + p["b"])
+        return h, h
+
+    last, ys = jax.lax.scan(step, jnp.zeros((B, H)), xs)
+    return jnp.sum(last**2) + jnp.sum(jnp.sin(ys))
+
+
+def shared_in_several_places(p, xs):
+    """A constant in two products, a sum and a penalty inside of the loop."""
+
+    def step(h, x):
+        y = jnp.tanh(h @ p["U"]) @ p["U"].T - p["b"] + x
+        return y, jnp.sum(p["U"] ** 2) * jnp.sum(y)
+
+    last, ys = jax.lax.scan(step, jnp.zeros((B, H)), xs, reverse=True)
+    return jnp.sum(last) + jnp.sum(ys**2)
+
+
+def constant_on_the_left(p, xs):
+    def step(h, x):
+        h = jnp.tanh(p["U"] @ h + p["b"][:, None] - x.T)
+        return h, None
+
+    return jnp.sum(jax.lax.scan(step, jnp.zeros((H, B)), xs, unroll=2)[0] ** 2)
+
+
+def nested(p, xs):
+    def outer(h, x):
+        def inner(c, _):
+            return jnp.tanh(c @ p["U"] + x @ p["V"]), None
+
+        h, _ = jax.lax.scan(inner, h, None, length=3)
+        return h + p["b"], jnp.sum(h)
+
+    last, ys = jax.lax.scan(outer, jnp.ones((B, H)), xs)
+    return jnp.sum(last * jnp.sum(ys))
+
+
+def integer_carry(p, xs):
+    def step(carry, x):
+        count, h = carry
+        h = jnp.where(count % 2 == 0, h @ p["U"], h + p["b"]) + x
+        return (count + 1, h), count
+
+    (count, h), counts = jax.lax.scan(step, (0, jnp.ones((B, H))), xs)
+    return jnp.sum(h**2) * count + jnp.sum(counts)
+
+
+def convolution(p, xs):
+    kernel = p["U"].reshape(1, 1, H, H)
+
+    def step(image, x):
+        layout = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=layout)
+        return jnp.tanh(y + x[:, None, None, :]), None
+
+    return jnp.sum(jax.lax.scan(step, jnp.ones((B, 2, 2, H)), xs)[0] ** 2)
+
+
+def stacked_layers(p, xs):
+    """The weights are scanned, not constant; only the sum with `b` has a constant operand."""
+    weights = jnp.stack([p["U"], p["V"]])
+    step = lambda h, w: (jax.nn.gelu(h @ w + p["b"]), None)  # noqa: E731
+    return jnp.sum(jax.lax.scan(step, xs[0], weights)[0] ** 2)
+
+
+def batched_product(p, xs):
+    weights = jnp.stack([p["U"], p["V"]])
+
+    def step(h, x):
+        return jnp.tanh(jnp.einsum("gbi,gij->gbj", h, weights) + x), None
+
+    return jnp.sum(jax.lax.scan(step, jnp.ones((2, B, H)), xs)[0] ** 2)
+
+
+LOOPS = {
+    f.__name__: f
+    for f in (
+        recurrent,
+        shared_in_several_places,
+        constant_on_the_left,
+        nested,
+        integer_carry,
+        convolution,
+        stacked_layers,
+        batched_product,
+    )
+}
+ARGS = ({"U": normal(H, H), "V": normal(H, H, seed=1), "b": normal(H, seed=2)}, normal(T, B, H, seed=3))
+
+
+def close(actual, expected):
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-11, atol=1e-12), actual, expected)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_values_and_gradients(name):
+    loop = LOOPS[name]
+    assert next(m.reason for m in fp.matches(loop, RULES)(*ARGS) if m.operator == "scan") is None
+
+    @compiled
+    def both(*args):
+        ours = fp.with_rules(loop, RULES)
+        directions = jax.tree.map(jnp.cos, args)
+        products = [jax.jvp(jax.grad(f, (0, 1)), args, directions)[1] for f in (ours, loop)]
+        mapped = [jax.vmap(jax.grad(f), (None, 0))(args[0], jnp.stack([args[1]] * 2)) for f in (ours, loop)]
+        summed = [
+            jax.grad(lambda p, f=f: jax.vmap(f, (None, 0))(p, jnp.stack([args[1], args[1] * 2])).sum())(
+                args[0]
+            )
+            for f in (ours, loop)
+        ]
+        first = [jax.value_and_grad(f, (0, 1))(*args) for f in (ours, loop)]
+        return list(zip(first, products, mapped, summed, strict=True))
+
+    ours, theirs = both(*ARGS)
+    for actual, expected in zip(ours, theirs, strict=True):
+        close(actual, expected)
+
+
+@pytest.mark.parametrize("cell", [nn.OptimizedLSTMCell, nn.LSTMCell, nn.GRUCell, nn.SimpleCell])
+def test_recurrent_networks_of_flax(cell):
+    model = nn.RNN(cell(H, param_dtype=float, dtype=float))
+    x = normal(B, T, 4)
+    params = jax.tree.map(lambda a: a.astype(float), model.init(jax.random.key(0), x))
+
+    def loss(params, x):
+        return jnp.mean(model.apply(params, x) ** 2)
+
+    close(*compiled(lambda *a: (fp.grad(loss, rules=RULES)(*a), jax.grad(loss)(*a)))(params, x))
+
+
+def test_weight_gradients_leave_the_loop():
+    def shapes_added_in_loops(gradient):
+        found = []
+
+        def walk(jaxpr, inside):
+            for eqn in jaxpr.eqns:
+                if inside and eqn.primitive.name == "dot_general":
+                    found.append(eqn.outvars[0].aval.shape)
+                for value in eqn.params.values():
+                    body = getattr(value, "jaxpr", value)
+                    if hasattr(body, "eqns"):
+                        walk(body, inside or eqn.primitive.name == "scan")
+
+        walk(jax.make_jaxpr(gradient)(*ARGS).jaxpr, False)
+        return found
+
+    assert (H, H) in shapes_added_in_loops(jax.grad(recurrent))
+    assert (H, H) not in shapes_added_in_loops(fp.grad(recurrent, rules=RULES))
+
+
+def test_what_the_rule_leaves_alone():
+    def reasons(fun, *args):
+        return [m.reason for m in fp.matches(fun, RULES)(*args)]
+
+    empty = reasons(
+        lambda x, w: jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=0)[0], *[jnp.eye(2)] * 2
+    )
+    assert empty == ["the loop has no steps"]
+    plain = reasons(lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c), None), x, None, length=3)[0], 1.0)
+    assert plain == ["no product or sum of the loop has a constant operand"]
+
+    def printing(x, w):
+        def step(c, _):
+            jax.debug.print("{}", c.sum())
+            return c @ w, None
+
+        return jax.lax.scan(step, x, None, length=2)[0]
+
+    assert reasons(printing, jnp.eye(2), jnp.eye(2)) == ["it has side effects"]
