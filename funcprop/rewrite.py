@@ -239,6 +239,9 @@ class Rewriter:
 
     def _apply(self, bound: BoundRule, eqn: Any, args: Arrays) -> Arrays:
         call = layer_call(eqn)
+        if call is None and eqn.primitive.name in CONTROL_FLOW:
+            # The rule of a loop is given a body that carries its own rules.
+            bound = BoundRule.of_primitive(bound.rule, _compat.map_sub_jaxprs(eqn, self._body))
         fun: Callable[..., Any] = lambda *leaves: attach(bound, leaves)  # noqa: E731
         if call is not None:
             for axis in call.axes:
@@ -329,6 +332,7 @@ def _matches(rewriter: Rewriter, jaxpr: Any, scope: str = "", source: str | None
         inner_source = _compat.source_line(eqn) or source
         if found is not None:
             yield replace(found, scope=inner_scope, source=inner_source)
-        if (found is None or found.bound is None) and rewriter.enters(eqn):
+        whole = found is not None and found.bound is not None and layer_call(eqn) is not None
+        if not whole and eqn.primitive.name in CONTROL_FLOW | {"shard_map"}:
             for _, body in _compat.sub_jaxprs(eqn):
                 yield from _matches(rewriter, body, inner_scope, inner_source)

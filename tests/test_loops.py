@@ -193,3 +193,20 @@ def test_what_the_rule_leaves_alone():
         return jax.lax.scan(step, x, None, length=2)[0]
 
     assert reasons(printing, jnp.eye(2), jnp.eye(2)) == ["it has side effects"]
+
+
+def test_rules_inside_of_a_loop_fire_too():
+    def pooled(w, x):
+        def step(c, _):
+            y = nn.max_pool(jnp.tanh(c @ w), (2, 2), (1, 1), "SAME")
+            return y, None
+
+        return jnp.sum(jax.lax.scan(step, x, None, length=3)[0] ** 2)
+
+    args = normal(H, H), normal(2, 4, 4, H, seed=1)
+    both = fp.rules.handwritten
+    assert [m.operator for m in fp.matches(pooled, both)(*args)] == ["scan", "tanh", "reduce_window_max"]
+    program = str(jax.make_jaxpr(fp.grad(pooled, rules=both))(*args))
+    assert "select_and_scatter" not in program
+    assert "select_and_gather" not in program
+    close(*compiled(lambda *a: (fp.grad(pooled, rules=both)(*a), jax.grad(pooled)(*a)))(*args))
