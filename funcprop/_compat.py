@@ -121,24 +121,38 @@ def with_results(jaxpr: Any, outvars: Sequence[Any]) -> Any:
 
 
 def inlined(closed: Any) -> Any:
-    """The jaxpr with the bodies of nested jits in place of their calls."""
+    """The jaxpr with the bodies of nested jits in place of their calls.
+
+    Nothing is traced, so it may be called where the axis names of an enclosing `shard_map` are unbound.
+    """
     inner = open_jaxpr(closed)
     if not any(eqn.primitive.name in ("jit", "pjit") for eqn in inner.eqns):
         return closed
+    equations: list[Equation] = []
+    constvars, consts = list(inner.constvars), constants(closed)
 
-    def run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    def inline(jaxpr: Any, inputs: Sequence[Any]) -> list[Any]:
+        """Append the equations of a body whose constants and arguments are `inputs`; its results."""
+        atoms = dict(zip([*jaxpr.constvars, *jaxpr.invars], inputs, strict=True))
         for eqn in jaxpr.eqns:
-            operands = [v.val if isinstance(v, Literal) else values[v] for v in eqn.invars]
+            operands = [v if isinstance(v, Literal) else atoms[v] for v in eqn.invars]
             if eqn.primitive.name in ("jit", "pjit"):
                 body = eqn.params["jaxpr"]
-                results = run(open_jaxpr(body), constants(body), operands)
+                closed_over = [Var(v.aval) for v in open_jaxpr(body).constvars]
+                constvars.extend(closed_over)
+                consts.extend(constants(body))
+                results = inline(open_jaxpr(body), [*closed_over, *operands])
             else:
-                results = one_equation(eqn)(*operands)
-            values.update(zip(eqn.outvars, results, strict=True))
-        return [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
+                results = [Var(v.aval) for v in eqn.outvars]
+                equations.append(eqn.replace(invars=operands, outvars=results))
+            atoms.update(zip(eqn.outvars, results, strict=True))
+        return [v if isinstance(v, Literal) else atoms[v] for v in jaxpr.outvars]
 
-    return retrace(lambda *args: run(inner, constants(closed), args), closed)
+    outvars = inline(inner, [*inner.constvars, *inner.invars])
+    replaced: dict[str, Any] = {"constvars": constvars, "eqns": equations, "outvars": outvars}
+    if jex.ClosedJaxpr is jex.Jaxpr:
+        return inner.replace(**replaced, consts=consts)
+    return jex.ClosedJaxpr(inner.replace(**replaced), consts)
 
 
 def with_constants_as_inputs(jaxpr: Any) -> tuple[Any, list[Any]]:
