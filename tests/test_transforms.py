@@ -163,7 +163,7 @@ ERRORS = {
     "python branch": (
         lambda: fp.grad(branches)(1.0),
         jax.errors.ConcretizationTypeError,
-        r"funcprop traces branches as `jax.jit` would: .*passed outside `argnums`",
+        r"funcprop traces branches as `jax.jit` would: .*decided before the call",
     ),
     "not a rule set": (
         lambda: fp.grad(jnp.tanh, rules={"tanh": None})(1.0),
