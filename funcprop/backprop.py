@@ -81,7 +81,7 @@ def backprop(
 
 
 def differentiated_leaves(traced: Traced, argnums: int | Sequence[int] | None) -> set[int]:
-    """The positions of the leaves to differentiate; with `argnums` given, each must have a derivative."""
+    """The positions of the leaves to differentiate; each argument in `argnums` must have some."""
     positional = jax.tree.unflatten(traced.tree, range(len(traced.leaves)))[0]
     smooth = {i for i in traced.arguments if jnp.issubdtype(jnp.result_type(traced.leaves[i]), jnp.inexact)}
     if argnums is None:
@@ -91,12 +91,16 @@ def differentiated_leaves(traced: Traced, argnums: int | Sequence[int] | None) -
     for p in positions:
         if not -count <= p < count:
             raise ValueError(f"argnums={p}, but the function was called with {count} positional arguments.")
-    chosen = {i for p in positions for i in jax.tree.leaves(positional[p])}
-    for i in sorted(chosen - smooth):
-        raise TypeError(
-            f"an argument at argnums={argnums} holds {traced.leaves[i]!r}, which has no derivative; choose "
-            "floating-point arguments, or argnums=None to differentiate what can be differentiated."
-        )
+    chosen: set[int] = set()
+    for p in positions:
+        leaves = set(jax.tree.leaves(positional[p]))
+        if not leaves & smooth:
+            held = ", ".join(repr(traced.leaves[i]) for i in sorted(leaves)) or "nothing"
+            raise TypeError(
+                f"the argument at argnums={p} holds {held}, which has no derivative; choose arguments with "
+                "floating-point arrays, or argnums=None to differentiate what can be differentiated."
+            )
+        chosen |= leaves & smooth
     return chosen
 
 

@@ -205,8 +205,10 @@ def number(value: float) -> Expression:
     if is_ratio:
         text, latex = str(ratio), f"\\frac{{{{{ratio.numerator}}}}}{{{{{ratio.denominator}}}}}"
     binding = _TERM if value < 0 else _PRODUCT if is_ratio else _ATOM
-    result = jax.eval_shape(lambda: jnp.asarray(value))
-    return Expression(lambda: value, (), text.replace("-", "−"), latex, binding, _ATOM, result)
+    result = jax.eval_shape(lambda: jnp.asarray(float(value)))
+    return Expression(
+        lambda: jnp.asarray(float(value)), (), text.replace("-", "−"), latex, binding, _ATOM, result
+    )
 
 
 def as_expression(value: Any) -> Expression:

@@ -9,7 +9,7 @@ that no hidden state can make a cached program stale.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, wraps
 from typing import Any, NoReturn, TypeAlias, overload
@@ -111,6 +111,18 @@ class LayerCall:
     def unflatten(self, leaves: Any) -> tuple[Any, ...]:
         """The positional arguments of the layer from their arrays."""
         return jax.tree.unflatten(self.tree, leaves)
+
+    def unbatched(self, arguments: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+        """The types of one example's arguments, from the types of the mapped call; `axes` go outwards."""
+        shapes = [list(aval.shape) for aval in arguments]
+        for mapped in reversed(self.axes):
+            for shape, axis in zip(shapes, mapped.in_axes, strict=True):
+                if axis is not None:
+                    del shape[axis]
+        return [
+            jax.ShapeDtypeStruct(tuple(shape), aval.dtype)
+            for shape, aval in zip(shapes, arguments, strict=True)
+        ]
 
     def argument_names(self) -> tuple[str, ...]:
         """The name of every array argument, with its path inside a pytree argument."""

@@ -99,8 +99,8 @@ def _rewrite(
     except jax.errors.ConcretizationTypeError as error:
         error.add_note(
             f"funcprop traces {getattr(fun, '__name__', fun)!s} as `jax.jit` would: python control flow "
-            "on the value of a differentiated argument needs `jax.lax.cond`, `jnp.where`, or that "
-            "argument passed outside `argnums`."
+            "on the value of a differentiated argument, or of anything computed by jax.numpy, needs "
+            "`jax.lax.cond` or `jnp.where`, or has to be decided before the call."
         )
         raise
     outputs = iter(_arrays(Rewriter(rules).run(jaxpr, [leaves[i] for i in traced]), jaxpr))
@@ -144,8 +144,8 @@ def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
     arguments = [operand.aval for operand in eqn.invars]
     results = [result.aval for result in eqn.outvars]
     reason = _cannot_attach(eqn, arguments, results)
-    if reason is None and (call is None or not call.axes):
-        reason = bound.why_not(arguments)
+    if reason is None:
+        reason = bound.why_not(arguments if call is None else call.unbatched(arguments))
     found = bound if reason is None else None
     return Match(bound.operator, _compat.scope(eqn), _compat.source_line(eqn), found, reason)
 

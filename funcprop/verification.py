@@ -145,5 +145,7 @@ def _deviation(value: Any, truth: Any, tolerance: float | None) -> tuple[float, 
     resolution = float(jnp.finfo(expected.dtype).eps)
     allowed = max(1e-10, 2e3 * resolution) if tolerance is None else tolerance
     difference = np.where(value == expected, 0, np.abs(value - expected))
-    scale = np.max(np.abs(expected), initial=0.0)
-    return float(np.max(difference, initial=0.0) / max(float(scale), 1.0)), allowed
+    largest = float(np.max(np.abs(expected), initial=0.0))
+    # What is zero but for rounding has no scale of its own.
+    scale = largest if largest > 10 * resolution else 1.0
+    return float(np.max(difference, initial=0.0)) / scale, allowed

@@ -302,7 +302,7 @@ def test_first_nonfinite_inside_a_loop():
 def test_errors_name_the_remedy(chapter):
     with pytest.raises(TypeError, match=r"returns \(float64\[2\]\), but gradients are of one real scalar"):
         fp.backprop(lambda x: x)(jnp.ones(2))
-    with pytest.raises(TypeError, match=r"argnums=2 holds .* which has no derivative; choose floating-point"):
+    with pytest.raises(TypeError, match=r"argnums=2 holds .* which has no derivative; choose arguments with"):
         fp.backprop(fp.models.chapter, 2)(*chapter)
     with pytest.raises(ValueError, match="argnums=7, but the function was called with 4 positional"):
         fp.backprop(fp.models.chapter, 7)(*chapter)

@@ -135,3 +135,29 @@ def test_models_train_under_jit_vmap_and_scan():
 
     _, losses = train(params)
     assert losses[-1] < 0.01 < losses[0]
+
+
+def test_tanh_is_accurate_where_it_saturates():
+    x = jnp.array([6.0, 9.0, 12.0])
+    expected = jax.vmap(jax.grad(jnp.tanh))(x)
+    for tanh in (fp.layers.tanh, jnp.tanh):
+        actual = jax.vmap(fp.grad(tanh, rules=fp.rules.handwritten))(x)
+        np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+def test_whether_a_rule_applies_is_asked_for_one_example_of_a_batch():
+    def applies(x):
+        return True if x.ndim == 1 else f"{x.ndim} axes"
+
+    @fp.layer(rule=fp.Rule(lambda x: (2 * x, ()), lambda r, g, needs: (2 * g,), applies=applies))
+    def double(x):
+        return 2 * x
+
+    def reason(fun, shape):
+        return fp.matches(fun, fp.rules.handwritten)(jnp.ones(shape))[0].reason
+
+    assert reason(double, (3,)) is None
+    assert reason(double, (3, 4)) == "2 axes"
+    assert reason(jax.vmap(double), (3, 4)) is None
+    assert reason(jax.vmap(jax.vmap(double, in_axes=1)), (3, 4, 5)) is None
+    assert reason(jax.vmap(double), (3, 4, 5)) == "2 axes"

@@ -210,3 +210,16 @@ def test_rules_inside_of_a_loop_fire_too():
     assert "select_and_scatter" not in program
     assert "select_and_gather" not in program
     close(*compiled(lambda *a: (fp.grad(pooled, rules=both)(*a), jax.grad(pooled)(*a)))(*args))
+
+
+def test_random_numbers_stay_in_the_loop():
+    keys = jax.random.split(jax.random.key(1, impl="rbg"), T)
+
+    def noisy(w):
+        def step(h, key):
+            return jnp.tanh(jax.random.normal(key, (H,)) @ w) + h, None
+
+        return jax.lax.scan(step, jnp.zeros(H), keys)[0].sum()
+
+    w = normal(H, H)
+    close(fp.value_and_grad(noisy, rules=RULES)(w), jax.value_and_grad(noisy)(w))

@@ -94,3 +94,10 @@ def test_what_the_rule_leaves_alone():
 
     assert reason((9, 9)) == "the window has more than 64 taps, which are unrolled"
     assert reason((2, 2), base_dilation=(2, 1)) == "the input is dilated"
+
+
+def test_windows_larger_than_the_input_are_left_to_jax():
+    def pool(x):
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (4,), (1,), "VALID").sum()
+
+    np.testing.assert_array_equal(fp.grad(pool, rules=RULES)(jnp.ones(2)), jnp.zeros(2))

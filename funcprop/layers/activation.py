@@ -42,7 +42,7 @@ def relu(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
     return _relu(x)
 
 
-@layer(rule=elementwise_rule(jnp.tanh, lambda y: 1 - y * y, saves="output"))
+@layer(rule=elementwise_rule(jnp.tanh, lambda y: (1 - y) * (1 + y), saves="output"))
 def tanh(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
     """Hyperbolic tangent.
 

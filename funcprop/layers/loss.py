@@ -117,13 +117,13 @@ def _mse_forward(prediction: Any, target: Any) -> tuple[Any, PredictionAndTarget
 
 def _mse_backward(residuals: PredictionAndTarget, g: Any, needs: Any) -> tuple[Any, Any]:
     prediction, target = residuals
-    cotangent = (2 / prediction.size) * g * (prediction - target)
+    cotangent = (2 / max(prediction.size, 1)) * g * (prediction - target)
     return cotangent.astype(prediction.dtype), -cotangent.astype(target.dtype)
 
 
 def _mse_equations(op: OperatorSymbols) -> Equations:
     prediction, target = op.args
-    size = math.prod(prediction.shape)
+    size = max(math.prod(prediction.shape), 1)
     error = prediction - target
     slope = op.cotangent * ((2 / size) * error)
     return Equations((1 / size) * squared_norm(error), (slope, -slope))

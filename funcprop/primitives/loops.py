@@ -74,7 +74,8 @@ def split(jaxpr: Any, consts: int, carries: int) -> Split:
     depth = {**dict.fromkeys(const_vars, 0), **dict.fromkeys(x_vars, 1), **dict.fromkeys(carry_vars, 2)}
 
     def depth_of(eqn: Any) -> int:
-        if eqn.effects:
+        # Random bits of a batch are not the batch of the random bits (`rng_bit_generator`).
+        if eqn.effects or eqn.primitive.name.startswith(("random_", "rng_")):
             return 2
         return max((depth[v] for v in eqn.invars if not isinstance(v, _compat.Literal)), default=0)
 
@@ -331,5 +332,6 @@ def _applies(*operands: Any, **params: Any) -> bool | str:
 
 
 RULES: dict[OperatorKey, Rule] = {
-    "scan": Rule(_forward, _backward, platforms=frozenset({"cpu"}), applies=_applies)
+    # In no default set yet: taking products out of a loop can hold far more than the loop did.
+    "scan": Rule(_forward, _backward, platforms=frozenset(), applies=_applies)
 }

@@ -141,8 +141,11 @@ def _applies(x: Any, **window: Any) -> bool | str:
         return "the padding is negative"
     if math.prod(window["window_dimensions"]) > 64:
         return "the window has more than 64 taps, which are unrolled"
-    if 0 in x.shape:
-        return "the input is empty"
+    dimensions, _, dilation = _window(window)
+    reach = [(w - 1) * d + 1 for w, d in zip(dimensions, dilation, strict=True)]
+    padded = [n + lo + hi for n, (lo, hi) in zip(x.shape, window["padding"], strict=True)]
+    if 0 in x.shape or any(r > n for r, n in zip(reach, padded, strict=True)):
+        return "the input or the result is empty"
     return True
 
 
