@@ -67,7 +67,7 @@ Chooser = Callable[[Geometry], Plan]
 
 
 def plan(geometry: Geometry) -> Plan:
-    """The cost model, from measurements on two x86 cores (`experiments/convolution_costs.py`).
+    """The cost model: a threshold, from a few shapes measured on two x86 cores.
 
     A convolution of 1 × 1 is a product already. Making patches costs one pass over `rows × columns` numbers,
     which a product of enough output channels hides.
