@@ -124,8 +124,10 @@ def backward_sweep(
         if reached and any(needs):
             inputs = [read(v, tape.values) for v in op.inputs]
             outputs = [tape.values[v.name] for v in op.outputs]
-            passing = {k: ct for k, ct in cotangents.values.items() if k not in stop}
-            incoming = [cotangent_of(v, y, passing) for v, y in zip(op.outputs, outputs, strict=True)]
+            incoming = [
+                cotangent_of(v, y, {} if v.name in stop else cotangents.values)
+                for v, y in zip(op.outputs, outputs, strict=True)
+            ]
             contributions = _operation(op, rules).backward(inputs, incoming, needs, tape, cotangents)
             for variable, contribution in zip(op.inputs, contributions, strict=True):
                 if contribution is not None:
