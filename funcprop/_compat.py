@@ -75,6 +75,11 @@ def _is_input_effect(effect: Any) -> bool:
     return hasattr(effect, "input_index")
 
 
+def closes_over_references(jaxpr: Any) -> bool:
+    """Whether a jaxpr uses mutable references that are not its arguments."""
+    return any(hasattr(var.aval, "inner_aval") for var in open_jaxpr(jaxpr).constvars)
+
+
 def _input_effects(equations: Sequence[Equation], invars: Sequence[Var]) -> frozenset[Any]:
     """Effects on references name their operand by its position, so they are numbered anew."""
     position = {var: i for i, var in enumerate(invars)}

@@ -291,17 +291,32 @@ def layer_call(eqn: Any) -> LayerCall | None:
     operands in the same order, and all results. A jit that also returns residuals or tangents, or that
     closes over a traced value, is not the layer any more and is treated as what it is.
     """
+    boundary = _boundary(eqn)
+    return None if boundary is None or _why_not_whole(eqn, boundary) else boundary.params["call"]
+
+
+def broken_layer_call(eqn: Any) -> tuple[Layer, str] | None:
+    """The layer of which an equation is a call, if it is not treated as one, and the reason."""
+    boundary = _boundary(eqn)
+    if boundary is None or (reason := _why_not_whole(eqn, boundary)) is None:
+        return None
+    return boundary.params["call"].layer, reason
+
+
+def _boundary(eqn: Any) -> Any | None:
     if eqn.primitive.name not in ("jit", "pjit"):
         return None
     body = _compat.open_jaxpr(eqn.params["jaxpr"])
-    if not body.eqns or body.eqns[-1].primitive is not boundary_p:
-        return None
-    boundary = body.eqns[-1]
-    call = boundary.params["call"]
-    inputs = call.tree.num_leaves
-    if list(boundary.invars[:inputs]) != list(body.invars) or list(boundary.outvars) != list(body.outvars):
-        return None
-    return call
+    return body.eqns[-1] if body.eqns and body.eqns[-1].primitive is boundary_p else None
+
+
+def _why_not_whole(eqn: Any, boundary: Any) -> str | None:
+    body = _compat.open_jaxpr(eqn.params["jaxpr"])
+    if list(boundary.invars[: boundary.params["call"].tree.num_leaves]) != list(body.invars):
+        return "it closes over a traced value; pass the value as an argument"
+    if list(boundary.outvars) != list(body.outvars):
+        return "only some of its results are used"
+    return None
 
 
 # --- rule sets --------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ import jax
 
 from funcprop import _compat, _mutation, _nnx
 from funcprop.attach import Arrays, BoundRule, attach
-from funcprop.registry import RuleError, RuleSet, layer_call
+from funcprop.calls import Call, is_array, traced
+from funcprop.registry import RuleError, RuleSet, broken_layer_call, layer_call
 from funcprop.rules import default
 
 # Primitives whose bodies are rewritten in place. Whatever is not named here (custom derivatives above all:
@@ -51,7 +52,8 @@ def with_rules(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callabl
 
     Raises:
         RuleError: a rule returned something that does not fit its operator.
-        jax.errors.ConcretizationTypeError: python control flow on the value of a differentiated argument.
+        jax.errors.ConcretizationTypeError: python control flow on the value of a differentiated argument, or
+            of what is computed from it.
 
     Example:
         >>> import jax, jax.numpy as jnp, funcprop as fp
@@ -77,33 +79,22 @@ def _rewrite(
     fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, rules: RuleSet
 ) -> Any:
     """`fun(*args, **kwargs)`, carrying the rules."""
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.core.Tracer)]
+    call = Call.of(args, kwargs, lambda leaf: isinstance(leaf, jax.core.Tracer))
     structure: list[Any] = []
 
     def flat(*values: Any) -> Arrays:
-        full = list(leaves)
-        for i, value in zip(traced, values, strict=True):
-            full[i] = value
-        call_args, call_kwargs = jax.tree.unflatten(tree, full)
+        leaves = call.filled(values)
+        call_args, call_kwargs = call.arguments(leaves)
         result = fun(*call_args, **call_kwargs)
-        changed = _mutation.changed((call_args, call_kwargs), full, tree)
+        changed = _mutation.changed((call_args, call_kwargs), leaves, call.tree)
         results, result_tree = jax.tree.flatten((result, changed))
         staged = [isinstance(x, jax.core.Tracer) for x in results]
         concrete = [None if is_staged else (x,) for x, is_staged in zip(results, staged, strict=True)]
         structure.append((result_tree, concrete))
         return [x for x, is_staged in zip(results, staged, strict=True) if is_staged]
 
-    try:
-        jaxpr = jax.make_jaxpr(flat)(*[leaves[i] for i in traced])
-    except jax.errors.ConcretizationTypeError as error:
-        error.add_note(
-            f"funcprop traces {getattr(fun, '__name__', fun)!s} as `jax.jit` would: python control flow "
-            "on the value of a differentiated argument, or of anything computed by jax.numpy, needs "
-            "`jax.lax.cond` or `jnp.where`, or has to be decided before the call."
-        )
-        raise
-    outputs = iter(_arrays(Rewriter(rules).run(jaxpr, [leaves[i] for i in traced]), jaxpr))
+    jaxpr = traced(flat, call.values, fun)
+    outputs = iter(_arrays(Rewriter(rules).run(jaxpr, call.values), jaxpr))
     result_tree, concrete = structure[-1]
     values = [next(outputs) if c is None else c[0] for c in concrete]
     result, changed = jax.tree.unflatten(result_tree, values)
@@ -136,6 +127,11 @@ class Match:
 
 def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
     """What the rule set has for one equation: a rule, a reason why its rule does not apply, or None."""
+    if (broken := broken_layer_call(eqn)) is not None:
+        layer, why_not = broken
+        if rules.find(layer, platform) is None:
+            return None
+        return Match(layer.name, _compat.scope(eqn), _compat.source_line(eqn), None, why_not)
     call = layer_call(eqn)
     rule = rules.find(call.layer if call is not None else eqn.primitive.name, platform)
     if rule is None:
@@ -308,7 +304,8 @@ def _mapped(fun: Callable[..., Any], axis: Any) -> Callable[..., Any]:
 def matches(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[..., list[Match]]:
     """Every operator for which the rule set has a rule, and whether it fires or why not.
 
-    `matches(fun, rules)(*args, **kwargs)`; arguments may be `jax.ShapeDtypeStruct`s.
+    `matches(fun, rules)(*args, **kwargs)`; arguments may be anything that `fun` takes, for arrays also
+    `jax.ShapeDtypeStruct`s.
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
@@ -317,9 +314,14 @@ def matches(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[.
     """
 
     def listed(*args: Any, **kwargs: Any) -> list[Match]:
-        rewriter = Rewriter(default if rules is None else rules)
-        jaxpr = jax.make_jaxpr(lambda *a: fun(*a, **kwargs))(*args)
-        return list(_matches(rewriter, jaxpr))
+        call = Call.of(args, kwargs, is_array)
+
+        def flat(*values: Any) -> Arrays:
+            call_args, call_kwargs = call.arguments(call.filled(values))
+            return jax.tree.leaves(fun(*call_args, **call_kwargs))
+
+        jaxpr = traced(flat, call.values, fun)
+        return list(_matches(Rewriter(default if rules is None else rules), jaxpr))
 
     return listed
 

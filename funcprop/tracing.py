@@ -19,9 +19,10 @@ import jax
 import numpy as np
 
 from funcprop import _compat
+from funcprop.calls import Call, is_array, traced
 from funcprop.flops import flops
 from funcprop.graph import Graph, Kind, Operator, Variable
-from funcprop.registry import LayerCall, layer_call
+from funcprop.registry import LayerCall, boundary_p, layer_call
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
@@ -64,33 +65,21 @@ def trace_function(
     inline: frozenset[str] = INLINED,
 ) -> Traced:
     """Trace and keep what the sweeps need besides the graph."""
-    leaves_with_path, tree = jax.tree.flatten_with_path((args, dict(kwargs)))
-    leaves = [leaf for _, leaf in leaves_with_path]
-    arguments = [i for i, leaf in enumerate(leaves) if _is_variable(leaf)]
+    call = Call.of(args, kwargs, is_array)
     result_trees: list[Any] = []
 
     def flat(*values: Any) -> Any:
-        full = list(leaves)
-        for i, value in zip(arguments, values, strict=True):
-            full[i] = value
-        call_args, call_kwargs = jax.tree.unflatten(tree, full)
+        call_args, call_kwargs = call.arguments(call.filled(values))
         results, result_tree = jax.tree.flatten(fun(*call_args, **call_kwargs))
         result_trees.append(result_tree)
         return results
 
-    closed = jax.make_jaxpr(flat)(*[leaves[i] for i in arguments])
-    names = _argument_names(fun, [leaves_with_path[i][0] for i in arguments])
+    closed = traced(flat, call.values, fun)
+    paths = [path for path, _ in jax.tree.leaves_with_path(call.arguments(call.leaves))]
+    names = _argument_names(fun, [paths[i] for i in call.variables])
     label = getattr(fun, "__name__", type(fun).__name__)
     graph, constants = _Builder(inline).build(label, closed, names)
-    return Traced(graph, tuple(constants), tuple(arguments), tuple(leaves), tree, result_trees[-1])
-
-
-def _is_variable(leaf: Any) -> bool:
-    if isinstance(leaf, bool | int | str | bytes):
-        return False
-    return isinstance(leaf, float | complex | np.generic | np.ndarray) or (
-        hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-    )
+    return Traced(graph, tuple(constants), call.variables, call.leaves, call.tree, result_trees[-1])
 
 
 def _argument_names(fun: Callable[..., Any], paths: Sequence[Any]) -> list[str]:
@@ -224,7 +213,12 @@ class _Builder:
                 env.update(zip(results, drafts, strict=True))
                 continue
             operands = [read(a) for a in eqn.invars]
-            if eqn.primitive.name == "name" and operands[0].kind == "intermediate" and not operands[0].named:
+            if eqn.primitive is boundary_p:
+                # What is left of a layer that is not whole (it closes over a traced value).
+                env.update(zip(eqn.outvars, operands[eqn.params["call"].tree.num_leaves :], strict=True))
+            elif (
+                eqn.primitive.name == "name" and operands[0].kind == "intermediate" and not operands[0].named
+            ):
                 operands[0].label, operands[0].named, operands[0].scope = eqn.params["name"], True, scope
                 env[eqn.outvars[0]] = operands[0]
             elif call is None and eqn.primitive.name in self.inline:
@@ -263,6 +257,10 @@ def _read_outside(eqns: Sequence[Any], jaxpr: Any) -> list[Any]:
 
 def _is_reference(atom: Any) -> bool:
     return hasattr(atom.aval, "inner_aval")
+
+
+def _may_be_named(draft: _Draft) -> bool:
+    return draft.kind == "intermediate" and not draft.named
 
 
 def _op(step: _Step) -> str:

@@ -231,3 +231,28 @@ def test_matches_tells_what_fires_and_where():
     assert found["tanh"].reason is None
     assert (found["tanh"].scope, found["exp"].scope) == ("outer", "outer")
     assert "test_rewrite.py" in found["tanh"].source
+
+
+def test_matches_takes_whatever_the_function_takes():
+    def fun(name, x, power, *, model):
+        return getattr(jnp, name)(x) ** power + model["bias"] + len(model["tag"])
+
+    found = fp.matches(fun, HANDWRITTEN)("tanh", X, 3, model={"bias": 1.0, "tag": "abc"})
+    assert [(m.operator, m.reason) for m in found] == [("tanh", None)]
+
+
+def test_a_layer_that_closes_over_a_traced_value_is_listed_and_leaves_no_trace():
+    def fun(w, x):
+        @fp.layer(rule=fp.Rule(lambda x: (2 * x, ()), lambda r, g, needs: (2 * g,)))
+        def scaled(x):
+            return w * x
+
+        return jnp.sum(scaled(x))
+
+    (found,) = fp.matches(fun, HANDWRITTEN)(2.0, X)
+    assert (found.operator, found.reason) == (
+        "scaled",
+        "it closes over a traced value; pass the value as an argument",
+    )
+    assert [op.op for op in fp.trace(fun)(X, X)] == ["mul", "reduce_sum"]
+    assert_same(fp.grad(fun, (0, 1), rules=HANDWRITTEN)(2.0, X), jax.grad(fun, (0, 1))(2.0, X))

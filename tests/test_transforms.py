@@ -185,3 +185,36 @@ def test_errors(call, error, message):
 
 def test_branch_on_an_argument_that_is_not_differentiated():
     assert fp.grad(lambda x, sign: branches(sign) * x)(2.0, -3.0) == 3.0
+
+
+def concrete(x, flags, repeats):
+    """Everything that python may do with the value of an array."""
+    if jnp.sum(flags) > 0:
+        x = x * float(jnp.maximum(flags[0], 0))
+    for _ in range(int(jnp.round(repeats))):
+        x = jnp.sin(x)
+    return jnp.sum(x) * np.asarray(flags * 2)[1]
+
+
+@pytest.mark.parametrize("rules", [fp.rules.autodiff, HANDWRITTEN])
+def test_python_uses_the_values_of_arrays_that_are_not_differentiated(rules):
+    flags, repeats = jnp.array([2.0, 1.0]), jnp.array(2.2)
+    expected = jax.value_and_grad(concrete)(X, flags, repeats)
+    assert_same(fp.value_and_grad(concrete, rules=rules)(X, flags, repeats), expected)
+    each = [jax.vmap(t.grad(lambda x: concrete(x, flags, repeats)))(X) for t in (OURS, JAX)]
+    assert_same(*each)
+    with pytest.raises(jax.errors.TracerBoolConversionError, match=r"concrete as `jax\.jit` would"):
+        jax.jit(fp.grad(concrete, rules=rules))(X, flags, repeats)
+
+
+def test_references_are_never_used_out_of_order():
+    def counted(x, flag):
+        total = jax.new_ref(jnp.zeros(()))
+        total[...] = jax.lax.stop_gradient(x)
+        if flag > 0:
+            total[...] += 1
+        return x * total[...]
+
+    # The reference's own order cannot be kept when some of its uses are computed at once and others traced.
+    with pytest.raises(jax.errors.ConcretizationTypeError, match="decided before the call"):
+        fp.grad(counted)(2.0, jnp.array(1.0))

@@ -1,0 +1,103 @@
+"""A call of a user's function as flat arrays in, flat arrays out, and its trace.
+
+Some leaves of the arguments are variables (the arrays that are traced); all others, python numbers, strings
+and objects, stay what they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from funcprop import _compat
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The leaves of `(args, kwargs)`, their structure, and the positions of those that are variables."""
+
+    leaves: tuple[Any, ...]
+    tree: Any
+    variables: tuple[int, ...]
+
+    @classmethod
+    def of(cls, args: Any, kwargs: Mapping[str, Any], is_variable: Callable[[Any], bool]) -> Call:
+        """Flatten the arguments of a call."""
+        leaves, tree = jax.tree.flatten((tuple(args), dict(kwargs)))
+        return cls(tuple(leaves), tree, tuple(i for i, leaf in enumerate(leaves) if is_variable(leaf)))
+
+    @property
+    def values(self) -> list[Any]:
+        """The variables' own values."""
+        return [self.leaves[i] for i in self.variables]
+
+    def filled(self, values: Sequence[Any]) -> list[Any]:
+        """All leaves, with other values for the variables."""
+        leaves = list(self.leaves)
+        for i, value in zip(self.variables, values, strict=True):
+            leaves[i] = value
+        return leaves
+
+    def arguments(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """`args` and `kwargs` again, in new containers."""
+        return jax.tree.unflatten(self.tree, leaves)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is a variable of a graph: an array, a shape, or a python float."""
+    if isinstance(leaf, bool | int | str | bytes):
+        return False
+    return isinstance(leaf, float | complex | np.generic | np.ndarray) or (
+        hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    )
+
+
+def traced(flat: Callable[..., Sequence[Any]], values: Sequence[Any], fun: Callable[..., Any]) -> Any:
+    """The jaxpr of `flat`, in which `fun` is called, at the types of `values`.
+
+    Tracing stages every operation, also those that no variable takes part in. Where `fun` needs the value of
+    such an operation in python (`if flag > 0`), and its surroundings would have computed it, `fun` is
+    called once more with these operations computed at once, as `jax.grad` computes them.
+
+    Raises:
+        jax.errors.ConcretizationTypeError: `fun` needs the value of a variable in python.
+    """
+    try:
+        return jax.make_jaxpr(flat)(*values)
+    except _NEEDS_VALUE as error:
+        with _explained(error, fun):
+            if _is_staging():
+                raise
+            with jax.ensure_compile_time_eval():
+                jaxpr = jax.make_jaxpr(flat)(*values)
+            if _compat.closes_over_references(jaxpr):
+                # Some of its uses of references were staged and others done at once: out of order.
+                raise
+            return jaxpr
+
+
+_NEEDS_VALUE = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
+
+
+def _is_staging() -> bool:
+    """Whether an operation on constants is staged here, as under `jit`, and not computed."""
+    return isinstance(jax.lax.add(np.float32(0), np.float32(0)), jax.core.Tracer)
+
+
+@contextlib.contextmanager
+def _explained(error: Exception, fun: Callable[..., Any]) -> Iterator[None]:
+    note = (
+        f"funcprop traces {getattr(fun, '__name__', fun)!s} as `jax.jit` would: python control flow on the "
+        "value of a traced argument (one that is differentiated), or of what is computed from it, needs "
+        "`jax.lax.cond` or `jnp.where`, or has to be decided before the call."
+    )
+    try:
+        yield
+    except _NEEDS_VALUE as raised:
+        raised.add_note(note)
+        raise
