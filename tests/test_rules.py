@@ -52,6 +52,20 @@ def loop(w: jax.Array, h: jax.Array) -> list[jax.Array]:
     return [last, sums]
 
 
+ROWS = lax.GatherDimensionNumbers(offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0,))
+
+
+def gather(x: jax.Array, indices: jax.Array) -> jax.Array:
+    return lax.gather(x, indices, ROWS, (1, x.shape[1]))
+
+
+def scatter(x: jax.Array, indices: jax.Array, updates: jax.Array) -> jax.Array:
+    rows = lax.ScatterDimensionNumbers(
+        update_window_dims=(1,), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0,)
+    )
+    return lax.scatter_add(x, indices, updates, rows)
+
+
 # The cost model leaves small convolutions to XLA; here products of patches are what is checked.
 BY_PATCHES = convolution.rule(lambda geometry: convolution.Plan(True, True))
 
@@ -62,6 +76,19 @@ PRIMITIVES: dict[str, tuple[Callable[..., Any], list[Example]]] = {
     "exp": (lax.exp, [Example((numbers(3, 4),))]),
     "sqrt": (lax.sqrt, [Example((positive(3, 4),))]),
     "rsqrt": (lax.rsqrt, [Example((positive(3, 4),))]),
+    "dot_general": (
+        lambda x, w: lax.dot_general(x, w, (((2,), (0,)), ((), ()))),
+        [Example((numbers(2, 3, 2), numbers(2, 4, seed=1)))],
+    ),
+    "reduce_max": (lambda x: lax.reduce_max(x, (0, 2)), [Example((numbers(2, 3, 4),))]),
+    "reduce_min": (lambda x: lax.reduce_min(x, (1,)), [Example((numbers(2, 3),))]),
+    "cumlogsumexp": (lambda x: lax.cumlogsumexp(x, 1), [Example((numbers(2, 5),))]),
+    "gather": (
+        gather,
+        [Example((numbers(4, 3), jnp.array([[1], [3], [1]])))],
+    ),
+    "scatter-add": (scatter, [Example((numbers(4, 3), jnp.array([[1], [3], [1]]), numbers(3, 3, seed=1)))]),
+    "top_k": (lambda x: lax.top_k(x, 2), [Example((numbers(3, 4),))]),
     "scan": (loop, [Example((numbers(3, 3), numbers(2, 3)))]),
     "reduce_window_max": (max_pool, [Example((numbers(2, 5, 6, 2),))]),
     "conv_general_dilated": (

@@ -6,10 +6,29 @@
 from collections.abc import Callable
 from typing import Any
 
-from funcprop.primitives import arithmetic, convolution, elementwise, loops, pooling
+from funcprop.primitives import (
+    arithmetic,
+    convolution,
+    cumulative,
+    elementwise,
+    indexing,
+    loops,
+    pooling,
+    product,
+    reductions,
+)
 from funcprop.registry import OperatorKey, Rule
 
-RULES: dict[OperatorKey, Rule] = {**elementwise.RULES, **convolution.RULES, **loops.RULES, **pooling.RULES}
+RULES: dict[OperatorKey, Rule] = {
+    **elementwise.RULES,
+    **product.RULES,
+    **convolution.RULES,
+    **pooling.RULES,
+    **reductions.RULES,
+    **cumulative.RULES,
+    **indexing.RULES,
+    **loops.RULES,
+}
 
 EQUATIONS: dict[Any, Callable[..., Any]] = {
     **arithmetic.EQUATIONS,
