@@ -6,6 +6,8 @@ from funcprop import rules as rules
 from funcprop import testing as testing
 from funcprop import training as training
 from funcprop.backprop import backprop as backprop
+from funcprop.comparison import Comparison as Comparison
+from funcprop.comparison import compare as compare
 from funcprop.equations import Derivation as Derivation
 from funcprop.equations import derive as derive
 from funcprop.graph import Graph as Graph

@@ -208,6 +208,11 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
+def temporary_bytes(compiled: Any) -> int:
+    """Bytes that a compiled program needs besides its arguments and results."""
+    return int(compiled.memory_analysis().temp_size_in_bytes)
+
+
 # --- where an equation comes from -------------------------------------------------------------
 
 

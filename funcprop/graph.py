@@ -138,7 +138,7 @@ class Graph:
                 work = _count(op.flops) if i == 0 else ""
                 rows.append((v.name, *cells, v.type, _count(v.nbytes), work, op.scope))
         title = f"{self.name}: {len(self.operators)} operators, {self.flops:,} flops"
-        return title + "\n" + _aligned(rows, right={4, 5}, widest=48)
+        return title + "\n" + aligned(rows, right={4, 5}, widest=48)
 
     __repr__ = __str__
 
@@ -147,7 +147,8 @@ def _count(n: int | None) -> str:
     return "-" if n is None else f"{n:,}"
 
 
-def _aligned(rows: Sequence[Sequence[str]], right: set[int], widest: int) -> str:
+def aligned(rows: Sequence[Sequence[str]], right: set[int], widest: int) -> str:
+    """Rows as columns of text under the first row, cut to `widest`; columns in `right` end at the right."""
     clipped = [[c if len(c) <= widest else c[: widest - 1] + "…" for c in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*clipped, strict=True)]
     lines = [

@@ -116,13 +116,18 @@ def _arrays(results: Sequence[Any], jaxpr: Any) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Match:
-    """An operator of a function and what was decided about it: a rule, or the reason for none."""
+    """An operator of a function and what was decided about it: a rule, or the reason for none.
+
+    `mapped` says that it is inside of a `shard_map`, whose axes it may use.
+    """
 
     operator: str
     scope: str
     source: str | None
     bound: BoundRule | None = field(repr=False)
     reason: str | None
+    equation: Any = field(repr=False)
+    mapped: bool = field(repr=False, default=False)
 
 
 def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
@@ -131,7 +136,7 @@ def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
         layer, why_not = broken
         if rules.find(layer, platform) is None:
             return None
-        return Match(layer.name, _compat.scope(eqn), _compat.source_line(eqn), None, why_not)
+        return Match(layer.name, _compat.scope(eqn), _compat.source_line(eqn), None, why_not, eqn)
     call = layer_call(eqn)
     rule = rules.find(call.layer if call is not None else eqn.primitive.name, platform)
     if rule is None:
@@ -143,7 +148,7 @@ def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
     if reason is None:
         reason = bound.why_not(arguments if call is None else call.unbatched(arguments))
     found = bound if reason is None else None
-    return Match(bound.operator, _compat.scope(eqn), _compat.source_line(eqn), found, reason)
+    return Match(bound.operator, _compat.scope(eqn), _compat.source_line(eqn), found, reason, eqn)
 
 
 def _cannot_attach(eqn: Any, arguments: Sequence[Any], results: Sequence[Any]) -> str | None:
@@ -326,15 +331,18 @@ def matches(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[.
     return listed
 
 
-def _matches(rewriter: Rewriter, jaxpr: Any, scope: str = "", source: str | None = None) -> Iterator[Match]:
+def _matches(
+    rewriter: Rewriter, jaxpr: Any, scope: str = "", source: str | None = None, mapped: bool = False
+) -> Iterator[Match]:
     """Matches in a jaxpr; equations of a body are recorded relative to the equation that holds it."""
     for eqn in _compat.open_jaxpr(jaxpr).eqns:
         found = match(eqn, rewriter.rules, rewriter.platform)
         inner_scope = "/".join(filter(None, (scope, _compat.scope(eqn))))
         inner_source = _compat.source_line(eqn) or source
         if found is not None:
-            yield replace(found, scope=inner_scope, source=inner_source)
+            yield replace(found, scope=inner_scope, source=inner_source, mapped=mapped)
         whole = found is not None and found.bound is not None and layer_call(eqn) is not None
         if not whole and eqn.primitive.name in CONTROL_FLOW | {"shard_map"}:
+            inside = mapped or eqn.primitive.name == "shard_map"
             for _, body in _compat.sub_jaxprs(eqn):
-                yield from _matches(rewriter, body, inner_scope, inner_source)
+                yield from _matches(rewriter, body, inner_scope, inner_source, inside)

@@ -258,6 +258,31 @@ def test_target_without_arguments_in_a_file_or_a_class(module: Any, tmp_path: Pa
     np.testing.assert_allclose(values[-1]["entries"], expected, rtol=1e-6)
 
 
+def test_compare_lists_what_each_rule_saves(module: Any) -> None:
+    name = module(
+        """
+        def loss(x, w):
+            return jnp.sum(jnp.tanh(x @ w))
+
+        def example():
+            return jnp.ones((2, 3, 4)), jnp.ones((4, 8))
+        """
+    )
+    text = run("compare", f"{name}:loss", "--argnums", "0,1", "--repeats", "1")
+    assert text.exit_code == 0, text.stderr
+    assert re.search(r"^dot_general +1 +[\d.]+ ", text.stdout, re.MULTILINE)
+    data = run_json("compare", f"{name}:loss", "--rules", "handwritten", "--repeats", "1")
+    assert [row["operator"] for row in data["rows"]] == ["dot_general", "tanh"]
+    assert data["whole"]["rules_seconds"] > 0
+    for option, message in (
+        (("--rules", "best"), "--rules 'best' is not a rule set; choose one of default, handwritten."),
+        (("--argnums", "all"), "--argnums all is not for `compare`"),
+    ):
+        failed = run("compare", f"{name}:loss", *option)
+        assert failed.exit_code == 1
+        assert message in failed.stderr
+
+
 def test_json_stands_alone_on_stdout(module: Any) -> None:
     name = module("""
         print("imported")

@@ -1,0 +1,40 @@
+"""`funcprop compare TARGET`: which rules fire, and what each saves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import funcprop as fp
+from funcprop.cli.backward import parse_argnums
+from funcprop.cli.output import Output, emit
+from funcprop.cli.target import Target, TargetError, load, users_code
+
+_SETS = {"default": fp.rules.default, "handwritten": fp.rules.handwritten}
+
+
+def compare(
+    target: Annotated[str, typer.Argument(help="module:function, file.py:function or chapter")],
+    argnums: Annotated[
+        str, typer.Option(help="positions of the arguments to differentiate, as 0 or 0,2")
+    ] = "0",
+    rules: Annotated[str, typer.Option(help="the rule set: default or handwritten")] = "default",
+    repeats: Annotated[int, typer.Option(min=1, help="how often each program is run")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Which rules fire, on which operators, and what each saves in time and bytes against autodiff."""
+    emit(lambda: report(load(target), parse_argnums(argnums), rules, repeats), as_json)
+
+
+def report(target: Target, argnums: Sequence[int] | None, rules: str, repeats: int) -> Output:
+    """The table of `fp.compare`."""
+    if rules not in _SETS:
+        raise TargetError(f"--rules {rules!r} is not a rule set; choose one of {', '.join(_SETS)}.")
+    if argnums is None:
+        raise TargetError("--argnums all is not for `compare`; give positions, as 0 or 0,2.")
+    with users_code(f"target {target.label!r}: comparing failed", None):
+        compared = fp.compare(target.function, argnums, rules=_SETS[rules], repeats=repeats)
+        found = compared(*target.args, **target.kwargs)
+    return Output(str(found), {"target": target.label, **found.as_dict()})

@@ -1,0 +1,247 @@
+"""`fp.compare(fun)(*args)`: which rules fire on a function, where, and what each saves in time and bytes.
+
+Two programs for the whole function, `value_and_grad` by autodiff and by the rules, and two for each operator
+that has a rule, are compiled and run in turn; the fastest run of each counts. An operator is measured by
+itself, at the types that it has in the function and at random numbers: value and all cotangents.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from funcprop import _compat
+from funcprop.calls import Call, is_array
+from funcprop.graph import aligned
+from funcprop.registry import RuleSet
+from funcprop.rewrite import Match, Rewriter, matches
+from funcprop.rules import autodiff, default
+from funcprop.transforms import value_and_grad
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds and temporary bytes of two compiled programs: by autodiff, and by the rules.
+
+    Seconds are None where only shapes were given.
+    """
+
+    autodiff_seconds: float | None
+    rules_seconds: float | None
+    autodiff_bytes: int
+    rules_bytes: int
+
+    @property
+    def time(self) -> float | None:
+        """The ratio of the times; below 1 the rules are faster."""
+        if self.autodiff_seconds is None or self.rules_seconds is None:
+            return None
+        return self.rules_seconds / self.autodiff_seconds
+
+    @property
+    def bytes(self) -> float:
+        """The ratio of the temporary bytes."""
+        return (
+            self.rules_bytes / self.autodiff_bytes if self.autodiff_bytes else float(self.rules_bytes > 0) + 1
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """An operator that has a rule: where it is, how often the same is found, and what its rule saves.
+
+    `reason` says why the rule is not used; `measured` is None then, and where an operator cannot be run by
+    itself (inside of a `shard_map`).
+    """
+
+    operator: str
+    scope: str
+    source: str | None
+    count: int
+    reason: str | None
+    measured: Measured | None
+
+    @property
+    def where(self) -> str:
+        """The scope, or the source line where there is none."""
+        file, _, line = (self.source or "").rpartition(":")
+        return self.scope or f"{Path(file).name}:{line}".lstrip(":")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the rules do for one function. `print` shows a table, `as_dict` is the same as plain data."""
+
+    name: str
+    rules: str
+    platform: str
+    whole: Measured
+    rows: tuple[Row, ...]
+
+    @property
+    def fired(self) -> tuple[Row, ...]:
+        """The operators that are differentiated by a rule."""
+        return tuple(row for row in self.rows if row.reason is None)
+
+    @property
+    def left(self) -> tuple[Row, ...]:
+        """The operators whose rule is not used, each with the reason."""
+        return tuple(row for row in self.rows if row.reason is not None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        title = f"{self.name}: value_and_grad by rules {self.rules!r} beside autodiff, on {self.platform}"
+        table = [("operator", "count", "time", "bytes", "autodiff ms", "rules ms", "where")]
+        table.append(("the whole", "", *_cells(self.whole), ""))
+        table += [
+            (r.operator, f"{r.count}", *_cells(r.measured), r.scope or r.source or "") for r in self.fired
+        ]
+        parts = [title, aligned(table, right={1, 2, 3, 4, 5}, widest=60)]
+        if not self.fired:
+            parts.append("No rule fires; what has no rule is differentiated by JAX.")
+        if self.left:
+            reasons = [("left to autodiff", "count", "reason", "where")]
+            reasons += [
+                (r.operator, f"{r.count}", r.reason or "", r.scope or r.source or "") for r in self.left
+            ]
+            parts.append(aligned(reasons, right={1}, widest=60))
+        return "\n\n".join(parts)
+
+
+def compare(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    rules: RuleSet | None = None,
+    repeats: int = 10,
+) -> Callable[..., Comparison]:
+    """Which rules fire on this function, on which operators, and what each saves against autodiff.
+
+    `compare(fun, argnums, has_aux)(*args, **kwargs) -> Comparison`. Times are seconds of the fastest of
+    `repeats` runs in turn, bytes the temporary bytes of the compiled programs. With shapes
+    (`jax.ShapeDtypeStruct`) for arguments nothing is run and only bytes are compared.
+
+    Args:
+        fun: as for `fp.value_and_grad`.
+        argnums, has_aux: as in `fp.value_and_grad`.
+        rules: a rule set; `fp.rules.default` if None.
+        repeats: how often each program is run.
+
+    Raises:
+        ValueError: `repeats` is less than 1.
+        TypeError: `fun` does not return a scalar, as in `jax.grad`.
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> loss = lambda x: jnp.sum(jnp.tanh(x))
+        >>> found = fp.compare(loss, rules=fp.rules.handwritten)(jnp.ones(8))
+        >>> [(row.operator, row.count) for row in found.fired]
+        [('tanh', 1)]
+    """
+    rules = default if rules is None else rules
+    if repeats < 1:
+        raise ValueError(f"compare: repeats={repeats}; every program has to run at least once.")
+
+    def compared(*args: Any, **kwargs: Any) -> Comparison:
+        call = Call.of(args, kwargs, is_array)
+        run = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in call.leaves)
+
+        def whole(own: RuleSet) -> Callable[..., Any]:
+            def program(*values: Any) -> Any:
+                call_args, call_kwargs = call.arguments(call.filled(values))
+                return value_and_grad(fun, argnums, has_aux=has_aux, rules=own)(*call_args, **call_kwargs)
+
+            return program
+
+        measured = _measured([whole(autodiff), whole(rules)], call.values, repeats if run else 0)
+        found = matches(fun, rules)(*args, **kwargs)
+        label = getattr(fun, "__name__", type(fun).__name__)
+        rows = _rows(found, rules, repeats if run else 0)
+        return Comparison(label, rules.name, jax.default_backend(), measured, tuple(rows))
+
+    return compared
+
+
+def _rows(found: Sequence[Match], rules: RuleSet, repeats: int) -> list[Row]:
+    """One row for equal operators with the same outcome, in the order in which they are met."""
+    keys = [
+        (match.operator, match.reason, str(_compat.one_equation_jaxpr(match.equation))) for match in found
+    ]
+    counts = Counter(keys)
+    rows: dict[Any, Row] = {}
+    for key, match in zip(keys, found, strict=True):
+        if key not in rows:
+            measured = None if match.reason is not None or match.mapped else _alone(match, rules, repeats)
+            rows[key] = Row(match.operator, match.scope, match.source, counts[key], match.reason, measured)
+    return list(rows.values())
+
+
+def _alone(match: Match, rules: RuleSet, repeats: int) -> Measured:
+    """One operator by itself: value and cotangents, for random operands."""
+    jaxpr = _compat.one_equation_jaxpr(match.equation)
+    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars]
+    smooth = [i for i, aval in enumerate(avals) if _compat.is_differentiable(aval)]
+
+    def program(own: RuleSet) -> Callable[..., Any]:
+        def value_and_cotangents(*operands: Any) -> Any:
+            def of_smooth(*values: Any) -> list[Any]:
+                full = list(operands)
+                for i, value in zip(smooth, values, strict=True):
+                    full[i] = value
+                results = Rewriter(own).run(jaxpr, full)
+                return [y for y in results if _compat.is_differentiable(jax.typeof(y))]
+
+            values, pullback = jax.vjp(of_smooth, *(operands[i] for i in smooth))
+            return values, pullback(values)
+
+        return value_and_cotangents
+
+    if not all(isinstance(aval.dtype, np.dtype) for aval in avals):
+        repeats = 0  # There are no random numbers of the type of a key.
+    rng = np.random.default_rng(0)
+    values = [_random(rng, aval) for aval in avals] if repeats else avals
+    return _measured([program(autodiff), program(rules)], values, repeats)
+
+
+def _random(rng: np.random.Generator, aval: Any) -> Any:
+    """Standard normal numbers; zeros of a type without derivative."""
+    if not _compat.is_differentiable(aval):
+        return jnp.zeros(aval.shape, aval.dtype)
+    return jnp.asarray(rng.standard_normal(aval.shape), aval.dtype)
+
+
+def _measured(programs: Sequence[Callable[..., Any]], values: Sequence[Any], repeats: int) -> Measured:
+    compiled = [jax.jit(program).lower(*values).compile() for program in programs]
+    temporary = [_compat.temporary_bytes(program) for program in compiled]
+    fastest: list[float | None] = [None, None]
+    for turn in range(repeats + 1 if repeats else 0):
+        for i, program in enumerate(compiled):
+            start = time.perf_counter()
+            jax.block_until_ready(program(*values))
+            seconds = time.perf_counter() - start
+            best = fastest[i]
+            # The first turn touches memory for the first time and does not count.
+            if turn and (best is None or seconds < best):
+                fastest[i] = seconds
+    return Measured(fastest[0], fastest[1], temporary[0], temporary[1])
+
+
+def _cells(measured: Measured | None) -> tuple[str, str, str, str]:
+    if measured is None:
+        return "-", "-", "-", "-"
+    both = measured.autodiff_seconds, measured.rules_seconds
+    seconds = ["-" if s is None else f"{s * 1e3:.3g}" for s in both]
+    ratio = "-" if measured.time is None else f"{measured.time:.2f}"
+    return ratio, f"{measured.bytes:.2f}", seconds[0], seconds[1]
