@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
+from benchmark_cases.language import Transformer
 from flax import linen as nn
 
 import funcprop as fp
@@ -35,36 +36,6 @@ WAYS = {
     "fp.grad": fp.grad,
     "fp.grad, handwritten": lambda fun: fp.grad(fun, rules=fp.rules.handwritten),
 }
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block."""
-
-    heads: int = 4
-
-    @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        x = x + nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x), mask=mask)
-        hidden = nn.gelu(nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(x)))
-        return x + nn.Dense(x.shape[-1])(hidden)
-
-
-class Transformer(nn.Module):
-    """A causal language model with learned positions."""
-
-    blocks: int = 12
-    width: int = 128
-    vocabulary: int = 512
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        position = self.param("position", nn.initializers.normal(), (tokens.shape[1], self.width))
-        embed = nn.Embed(self.vocabulary, self.width)
-        x = embed(tokens) + position
-        mask = nn.make_causal_mask(tokens)
-        for _ in range(self.blocks):
-            x = Block()(x, mask)
-        return embed.attend(nn.LayerNorm()(x))
 
 
 def transformer(blocks: int) -> tuple[Any, tuple[Any, ...]]:

@@ -1,10 +1,16 @@
-"""Do the rules pay? `fp.value_and_grad` against `jax.value_and_grad` on unchanged models, both jitted.
+"""Do the rules pay? funcprop against JAX on the same functions, both jitted.
+
+Most models are unchanged ones of Flax and Equinox, differentiated by `jax.value_and_grad` and by
+`fp.value_and_grad`. Our own layers have no unchanged model: there the same is written in plain `jax.numpy`.
 
 Data are arguments, never constants (XLA would fold them). The two programs take turns; each turn gives one
 ratio of times, and the table shows the median of these paired ratios with its quartiles, beside the fastest
-time of each. Bytes are the temporary bytes of the compiled programs.
+time of each. Bytes are the temporary bytes of the compiled programs, `all` their arguments, results and
+temporary bytes together, `compile` the ratio of the seconds from function to executable. A star marks a bound
+that is not reached.
 
-    python experiments/gradient_benchmark.py [--smoke] [--repeats N] [--only NAME ...]
+    python experiments/gradient_benchmark.py [--smoke] [--repeats N] [--only NAME ...] [--random N] [--seed S]
+                                             [--peer torch]
 """
 
 from __future__ import annotations
@@ -12,17 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
-import optax
-from flax import linen as nn
+from benchmark_cases import ROWS, Case, Row, random_shapes
 
 import funcprop as fp
 
@@ -30,146 +33,10 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
-Case = tuple[Callable[..., Any], tuple[Any, ...]]
-
-
-def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
-def classified(model: nn.Module, x: jax.Array, classes: int = 10) -> Case:
-    """Cross-entropy of a Flax model on random data."""
-    params = jax.jit(model.init)(jax.random.key(1), x)
-
-    def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y).mean()
-
-    return loss, (params, x, jnp.arange(len(x)) % classes)
-
-
-class CNN(nn.Module):
-    """Three convolutions, each with relu and an overlapping pool, and three dense layers."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for size, channels, padding in ((5, 64, "SAME"), (3, 96, "VALID"), (3, 128, "SAME")):
-            x = nn.max_pool(nn.relu(nn.Conv(channels, (size, size), padding=padding)(x)), (3, 3), (2, 2))
-        x = x.reshape(len(x), -1)
-        for width in (512, 256):
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(10)(x)
-
-
-class ResidualBlock(nn.Module):
-    channels: int
-    stride: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        norm = lambda: nn.BatchNorm(use_running_average=False, use_bias=True)  # noqa: E731
-        y = nn.relu(norm()(nn.Conv(self.channels, (3, 3), (self.stride, self.stride), use_bias=False)(x)))
-        y = norm()(nn.Conv(self.channels, (3, 3), use_bias=False)(y))
-        if x.shape != y.shape:
-            x = norm()(nn.Conv(self.channels, (1, 1), (self.stride, self.stride), use_bias=False)(x))
-        return nn.relu(x + y)
-
-
-class ResNet(nn.Module):
-    """The shape of ResNet-18 with a quarter of its channels."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.relu(nn.Conv(16, (3, 3))(x))
-        for i, channels in enumerate((16, 32, 64, 128)):
-            for j in range(2):
-                x = ResidualBlock(channels, 2 if i and not j else 1)(x)
-        return nn.Dense(10)(x.mean((1, 2)))
-
-
-def resnet(batch: int) -> Case:
-    model, x = ResNet(), normal(batch, 32, 32, 3)
-    variables = jax.jit(model.init)(jax.random.key(1), x)
-
-    def loss(params: Any, stats: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits, _ = model.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-    return loss, (variables["params"], variables["batch_stats"], x, jnp.arange(batch) % 10)
-
-
-def equinox_cnn(batch: int) -> Case:
-    keys = jax.random.split(jax.random.key(1), 6)
-    pool = eqx.nn.MaxPool2d(3, 2)
-    model = eqx.nn.Sequential(
-        [
-            eqx.nn.Conv2d(3, 64, 5, padding="SAME", key=keys[0]), eqx.nn.Lambda(jax.nn.relu), pool,
-            eqx.nn.Conv2d(64, 96, 3, key=keys[1]), eqx.nn.Lambda(jax.nn.relu), pool,
-            eqx.nn.Conv2d(96, 128, 3, padding="SAME", key=keys[2]), eqx.nn.Lambda(jax.nn.relu), pool,
-            eqx.nn.Lambda(jnp.ravel), eqx.nn.Linear(512, 512, key=keys[3]), eqx.nn.Lambda(jax.nn.relu),
-            eqx.nn.Linear(512, 256, key=keys[4]), eqx.nn.Lambda(jax.nn.relu),
-            eqx.nn.Linear(256, 10, key=keys[5]),
-        ]
-    )  # fmt: skip
-    params, static = eqx.partition(model, eqx.is_array)
-
-    def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        logits = jax.vmap(eqx.combine(params, static))(x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-    return loss, (params, normal(batch, 3, 32, 32), jnp.arange(batch) % 10)
-
-
-def pool(batch: int) -> Case:
-    return lambda x: jnp.sum(nn.max_pool(x, (2, 2), (2, 2)) ** 2), (normal(batch, 32, 32, 64),)
-
-
-def recurrent(cell: Any, steps: int, batch: int, width: int) -> Case:
-    model, x = nn.RNN(cell(width)), normal(batch, steps, width)
-    params = jax.jit(model.init)(jax.random.key(1), x)
-    return lambda params, x: jnp.mean(model.apply(params, x) ** 2), (params, x)
-
-
-def mlp(batch: int) -> Case:
-    layers = [nn.Dense(512), nn.relu, nn.Dense(256), nn.relu, nn.Dense(10)]
-    return classified(nn.Sequential(layers), normal(batch, 784))
-
-
-# Name, case, the same in small for --smoke, and the bounds on time and bytes that are sought.
-CASES: dict[str, tuple[Callable[[], Case], Callable[[], Case], tuple[float, float]]] = {
-    "Flax CNN, batch 128": (
-        lambda: classified(CNN(), normal(128, 32, 32, 3)),
-        lambda: classified(CNN(), normal(2, 32, 32, 3)),
-        (0.50, 0.55),
-    ),
-    "Equinox CNN, batch 128": (lambda: equinox_cnn(128), lambda: equinox_cnn(2), (0.50, 0.50)),
-    "2×2 max-pool, 128×32×32×64": (lambda: pool(128), lambda: pool(2), (0.18, 0.10)),
-    "LSTM, T64 B4 H512": (
-        lambda: recurrent(nn.OptimizedLSTMCell, 64, 4, 512),
-        lambda: recurrent(nn.OptimizedLSTMCell, 3, 2, 8),
-        (0.28, 1.0),
-    ),
-    "LSTM, T256 B16 H128": (
-        lambda: recurrent(nn.OptimizedLSTMCell, 256, 16, 128),
-        lambda: recurrent(nn.OptimizedLSTMCell, 4, 2, 4),
-        (0.70, 1.15),
-    ),
-    "GRU, T64 B4 H512": (
-        lambda: recurrent(nn.GRUCell, 64, 4, 512),
-        lambda: recurrent(nn.GRUCell, 3, 2, 8),
-        (0.35, 1.0),
-    ),
-    "RNN, T256 B16 H128": (
-        lambda: recurrent(nn.SimpleCell, 256, 16, 128),
-        lambda: recurrent(nn.SimpleCell, 3, 2, 8),
-        (0.70, 1.0),
-    ),
-    "MLP 784-512-256-10, batch 128": (lambda: mlp(128), lambda: mlp(2), (1.03, 1.02)),
-    "ResNet with batch norm, batch 64": (lambda: resnet(64), lambda: resnet(2), (1.03, 1.02)),
-}
 
 
 class Measured(NamedTuple):
-    """Seconds and bytes of both programs, and the quartiles of the paired ratios of times."""
+    """Seconds, bytes and compile seconds of both programs; quartiles of the paired ratios of times."""
 
     jax_seconds: float
     fp_seconds: float
@@ -178,6 +45,10 @@ class Measured(NamedTuple):
     upper_quartile: float
     jax_bytes: int
     fp_bytes: int
+    jax_total_bytes: int
+    fp_total_bytes: int
+    jax_compile: float
+    fp_compile: float
     rules: int
 
     @property
@@ -186,10 +57,14 @@ class Measured(NamedTuple):
 
 
 def measure(case: Case, repeats: int) -> Measured:
-    """Both programs in turn, after checking that they compute the same gradient."""
-    loss, args = case
-    programs = [jax.jit(way(loss)).lower(*args).compile() for way in (jax.value_and_grad, fp.value_and_grad)]
-    expected, actual = (program(*args) for program in programs)
+    """Both programs in turn, after checking that they compute the same."""
+    compiled, compile_seconds = [], []
+    for program in (case.by_jax, case.by_rules):
+        jax.clear_caches()
+        start = time.perf_counter()
+        compiled.append(jax.jit(program).lower(*case.args).compile())
+        compile_seconds.append(time.perf_counter() - start)
+    expected, actual = (program(*case.args) for program in compiled)
     # Single precision, and batch norm amplifies its rounding; exactness is for the tests.
     largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
     for e, a in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
@@ -197,33 +72,75 @@ def measure(case: Case, repeats: int) -> Measured:
     seconds = []
     for _ in range(repeats):
         turn = []
-        for program in programs:
+        for program in compiled:
             start = time.perf_counter()
-            jax.block_until_ready(program(*args))
+            jax.block_until_ready(program(*case.args))
             turn.append(time.perf_counter() - start)
         seconds.append(turn)
     times = np.array(seconds)
     ratios = np.percentile(times[:, 1] / times[:, 0], [25, 50, 75])
-    temp = [program.memory_analysis().temp_size_in_bytes for program in programs]
-    fired = sum(match.reason is None for match in fp.matches(loss)(*args))
-    return Measured(*times.min(axis=0), *ratios, *temp, fired)
+    sizes = [program.memory_analysis() for program in compiled]
+    temporary = [s.temp_size_in_bytes for s in sizes]
+    total = [
+        s.argument_size_in_bytes + s.output_size_in_bytes + s.temp_size_in_bytes - s.alias_size_in_bytes
+        for s in sizes
+    ]
+    fired = sum(match.reason is None for match in fp.matches(case.function)(*case.args))
+    return Measured(*times.min(axis=0), *ratios, *temporary, *total, *compile_seconds, fired)
 
 
-def draw(results: dict[str, Measured], path: Path) -> None:
+def draw(results: dict[str, Measured], rows: dict[str, Row], path: Path) -> None:
     """Ratios of time and bytes beside the bounds."""
-    figure, axes = plt.subplots(figsize=(8, 0.5 * len(results) + 1.2), layout="constrained")
-    rows = np.arange(len(results))
-    axes.barh(rows - 0.2, [m.median for m in results.values()], 0.38, label="time")
-    axes.barh(rows + 0.2, [m.bytes_ratio for m in results.values()], 0.38, label="temporary bytes")
-    bounds = [CASES[name][2] for name in results]
-    axes.plot([b[0] for b in bounds], rows - 0.2, "k|", markersize=12, label="bound")
-    axes.plot([b[1] for b in bounds], rows + 0.2, "k|", markersize=12)
+    figure, axes = plt.subplots(figsize=(9, 0.45 * len(results) + 1.4), layout="constrained")
+    places = np.arange(len(results))
+    medians = np.array([m.median for m in results.values()])
+    spread = [
+        medians - [m.lower_quartile for m in results.values()],
+        [m.upper_quartile for m in results.values()] - medians,
+    ]
+    axes.barh(places - 0.2, medians, 0.38, xerr=spread, ecolor="grey", label="time (with quartiles)")
+    axes.barh(places + 0.2, [m.bytes_ratio for m in results.values()], 0.38, label="temporary bytes")
+    axes.plot([rows[name].time for name in results], places - 0.2, "k|", markersize=12, label="bound")
+    axes.plot([rows[name].bytes for name in results], places + 0.2, "k|", markersize=12)
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_yticks(rows, list(results))
+    axes.set_yticks(places, list(results))
     axes.invert_yaxis()
-    axes.set_xlabel("fp.value_and_grad ÷ jax.value_and_grad")
+    axes.set_xlabel("funcprop ÷ JAX")
     figure.legend(ncols=3, loc="outside upper center")
     figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+COLUMNS = {
+    "jax ms": 9, "fp ms": 9, "time": 7, "quartiles": 14, "≤": 7, "bytes": 8, "≤ ": 7, "all": 6, "compile": 9,
+    "rules": 7,
+}  # fmt: skip
+
+
+def line(name: str, row: Row, m: Measured) -> str:
+    """One line of the table."""
+    missed = [
+        "*" if value > bound else "" for value, bound in ((m.median, row.time), (m.bytes_ratio, row.bytes))
+    ]
+    quartiles = f"{m.lower_quartile:.2f}–{m.upper_quartile:.2f}"
+    return (
+        f"{name:48}{m.jax_seconds * 1e3:9.1f}{m.fp_seconds * 1e3:9.1f}{m.median:7.2f} {quartiles:>13}"
+        f"{f'{row.time:.2f}{missed[0]:1}':>7}{m.bytes_ratio:8.2f}{f'{row.bytes:.2f}{missed[1]:1}':>7}"
+        f"{m.fp_total_bytes / m.jax_total_bytes:6.2f}{m.fp_compile / m.jax_compile:9.2f}{m.rules:7}"
+    )
+
+
+def measure_torch(results: dict[str, Any], repeats: int, smoke: bool) -> dict[str, dict[str, float]]:
+    """The same models in PyTorch, beside the times that were just measured."""
+    from benchmark_cases import torch_models
+
+    found = {}
+    for name in results:
+        for label, seconds in torch_models.measure(name, repeats, smoke).items():
+            found.setdefault(name, {})[label] = seconds
+            ratio = results[name].fp_seconds / seconds
+            print(f"{name:48} {label:38} {seconds * 1e3:9.1f} ms, funcprop ÷ it {ratio:.2f}", flush=True)
+    return found
 
 
 def main() -> None:
@@ -234,26 +151,25 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="small shapes, one turn")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--only", nargs="*", default=[], help="cases whose name contains one of these")
+    parser.add_argument("--random", type=int, default=9, help="how many random shapes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random shapes")
+    parser.add_argument("--peer", choices=["torch"], help="the same models in another library, if installed")
     options = parser.parse_args()
-    results = {}
+    rows = {**ROWS, **random_shapes.drawn(0 if options.smoke else options.random, options.seed)}
+    repeats = 1 if options.smoke else options.repeats
+    results: dict[str, Measured] = {}
     print(f"jax {jax.__version__}, {jax.default_backend()}, rules {fp.rules.default.name}")
-    columns = {"jax ms": 9, "fp ms": 9, "time": 7, "quartiles": 14, "≤": 6, "bytes": 8, "≤ ": 6, "rules": 7}
-    print(f"{'model':34}" + "".join(f"{column:>{width}}" for column, width in columns.items()))
-    for name, (full, small, bounds) in CASES.items():
+    print(f"{'model':48}" + "".join(f"{column:>{width}}" for column, width in COLUMNS.items()))
+    for name, row in rows.items():
         if options.only and not any(part in name for part in options.only):
             continue
-        m = measure((small if options.smoke else full)(), 1 if options.smoke else options.repeats)
-        results[name] = m
-        quartiles = f"{m.lower_quartile:.2f}–{m.upper_quartile:.2f}"
-        print(
-            f"{name:34}{m.jax_seconds * 1e3:9.1f}{m.fp_seconds * 1e3:9.1f}{m.median:7.2f} {quartiles:>13}"
-            f"{bounds[0]:6.2f}{m.bytes_ratio:8.2f}{bounds[1]:6.2f}{m.rules:7}",
-            flush=True,
-        )
+        results[name] = measure((row.small if options.smoke else row.full)(), repeats)
+        print(line(name, row, results[name]), flush=True)
+    peers = measure_torch(results, repeats, options.smoke) if options.peer else {}
     RESULTS.mkdir(exist_ok=True)
-    content = {name: m._asdict() for name, m in results.items()}
+    content = {name: {**m._asdict(), "peers": peers.get(name, {})} for name, m in results.items()}
     (RESULTS / "gradient_benchmark.json").write_text(json.dumps(content, indent=2, default=float))
-    draw(results, RESULTS / "gradient_benchmark.png")
+    draw(results, rows, RESULTS / "gradient_benchmark.png")
 
 
 if __name__ == "__main__":

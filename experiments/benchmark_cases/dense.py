@@ -1,0 +1,17 @@
+"""A multilayer perceptron."""
+
+from __future__ import annotations
+
+from flax import linen as nn
+
+from benchmark_cases.case import NEVER_WORSE, Case, Row, classified, normal
+
+
+def mlp(batch: int) -> Case:
+    layers = [nn.Dense(512), nn.relu, nn.Dense(256), nn.relu, nn.Dense(10)]
+    return classified(nn.Sequential(layers), normal(batch, 784))
+
+
+ROWS: dict[str, Row] = {
+    "MLP 784-512-256-10, batch 128": Row(lambda: mlp(128), lambda: mlp(2), *NEVER_WORSE),
+}
