@@ -24,7 +24,8 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from funcprop import _compat
-from funcprop.registry import LayerCall, Rule, RuleError
+from funcprop.layer_calls import LayerCall
+from funcprop.registry import Rule, RuleError
 
 Arrays = list[Any]
 Type = tuple[tuple[int, ...], str]  # shape and dtype

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from funcprop.registry import LayerCall
+from funcprop.layer_calls import LayerCall
 
 Kind = Literal["input", "constant", "literal", "intermediate"]
 

@@ -21,7 +21,8 @@ import jax
 from funcprop import _compat, _mutation, _nnx
 from funcprop.attach import Arrays, BoundRule, attach
 from funcprop.calls import Call, is_array, traced
-from funcprop.registry import RuleError, RuleSet, broken_layer_call, layer_call
+from funcprop.layer_calls import broken_layer_call, layer_call
+from funcprop.registry import RuleError, RuleSet
 from funcprop.rules import default
 
 # Primitives whose bodies are rewritten in place. Whatever is not named here (custom derivatives above all:

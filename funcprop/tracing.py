@@ -22,7 +22,7 @@ from funcprop import _compat
 from funcprop.calls import Call, is_array, traced
 from funcprop.flops import flops
 from funcprop.graph import Graph, Kind, Operator, Variable
-from funcprop.registry import LayerCall, boundary_p, layer_call
+from funcprop.layer_calls import LayerCall, boundary_p, layer_call
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})

@@ -14,7 +14,8 @@ import numpy as np
 
 from funcprop import _compat
 from funcprop.attach import Arrays, BoundRule, attach
-from funcprop.registry import Layer, LayerCall, Rule, RuleSet
+from funcprop.layer_calls import LayerCall
+from funcprop.registry import Layer, Rule, RuleSet
 from funcprop.rules import autodiff
 from funcprop.testing.compare import DOUBLE, Claim, Precision
 
