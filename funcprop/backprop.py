@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from funcprop.graph import Variable
-from funcprop.propagate import (
+from funcprop.propagation import Propagation
+from funcprop.registry import RuleSet
+from funcprop.rules import handwritten
+from funcprop.sweeps import (
     Cotangents,
     Tape,
     active_variables,
@@ -18,9 +21,6 @@ from funcprop.propagate import (
     forward_sweep,
     read,
 )
-from funcprop.propagation import Propagation
-from funcprop.registry import RuleSet
-from funcprop.rules import handwritten
 from funcprop.tracing import CHECKPOINTS, INLINED, Traced, trace_function
 
 

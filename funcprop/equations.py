@@ -30,8 +30,8 @@ from funcprop.expressions import (
 )
 from funcprop.graph import Graph, Operator, Variable
 from funcprop.prod import prod
-from funcprop.propagate import active_variables
 from funcprop.propagation import completion_order
+from funcprop.sweeps import active_variables
 from funcprop.tracing import CHECKPOINTS, INLINED, Traced, trace_function
 from funcprop.verification import Line, Verification, call_operator, verify
 

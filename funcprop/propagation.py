@@ -13,7 +13,8 @@ import numpy as np
 
 from funcprop import _compat
 from funcprop.graph import Graph, Operator
-from funcprop.propagate import (
+from funcprop.registry import RuleSet
+from funcprop.sweeps import (
     Cotangents,
     Tape,
     Values,
@@ -21,7 +22,6 @@ from funcprop.propagate import (
     backward_sweep,
     cotangent_of,
 )
-from funcprop.registry import RuleSet
 
 
 class Named(Mapping[str, Any]):

@@ -13,7 +13,7 @@ import numpy as np
 from funcprop import _compat
 from funcprop.expressions import Expression
 from funcprop.graph import Operator
-from funcprop.propagate import read
+from funcprop.sweeps import read
 from funcprop.tracing import Traced
 
 

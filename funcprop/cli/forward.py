@@ -11,8 +11,8 @@ import typer
 from funcprop import Graph, Variable
 from funcprop.cli.output import Output, describe, digits, dimensions, emit, entries, is_numeric, table
 from funcprop.cli.target import Target, load, users_code
-from funcprop.propagate import Tape, forward_sweep
 from funcprop.rules import autodiff
+from funcprop.sweeps import Tape, forward_sweep
 from funcprop.tracing import trace_function
 
 
