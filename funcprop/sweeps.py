@@ -10,7 +10,7 @@ cotangents of an operator's results become contributions to the cotangents of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -216,8 +216,20 @@ class _Loop:
         return jax.lax.scan(step, init, xs, length=params["length"], reverse=params["reverse"] ^ reverse)
 
     def values(self, consts: Sequence[Any], carry: Sequence[Any], xs: Sequence[Any]) -> Values:
+        """What an iteration starts from."""
         names = [v.name for v in self.body.inputs]
         return dict(zip(names, [*consts, *carry, *xs], strict=True)) | constants_of(self.body, self.op)
+
+    def iteration(self, consts: Sequence[Any], xs: Sequence[Any], stored: Tape) -> Tape:
+        """The whole tape of one iteration, from its slice of the loop's tape and of `xs`."""
+        carry = [stored.values[v.name] for v in self.split(self.body.inputs)[1]]
+        return Tape(self.values(consts, carry, xs) | stored.values, stored.saved, stored.bodies)
+
+    def sought(self, needs: Sequence[bool]) -> set[str]:
+        """The inputs of the body that receive a cotangent: those needed outside, and all that is carried."""
+        carried = self.split(self.body.inputs)[1]
+        needed = {v.name for v, need in zip(self.body.inputs, needs, strict=True) if need}
+        return needed | {v.name for v in carried if _compat.is_differentiable(v.aval)}
 
     def forward(self, inputs: Sequence[Any], tape: Tape) -> list[Any]:
         consts, init, xs = self.split(inputs)
@@ -242,53 +254,45 @@ class _Loop:
         cotangents: Cotangents,
     ) -> list[Any]:
         consts, init, xs = self.split(inputs)
-        need_consts, _, need_xs = self.split(needs)
-        const_vars, carry_vars, x_vars = self.split(self.body.inputs)
-        smooth = [_compat.is_differentiable(v.aval) for v in carry_vars]
-        sought = [v for v, need in zip(const_vars, need_consts, strict=True) if need]
-        sought_xs = [v for v, need in zip(x_vars, need_xs, strict=True) if need]
-        carried = [v for v, is_smooth in zip(carry_vars, smooth, strict=True) if is_smooth]
-        active = active_variables(self.body, {v.name for v in [*sought, *carried, *sought_xs]})
+        sought = self.sought(needs)
+        active = active_variables(self.body, sought)
 
         def step(state: Any, slices: Any) -> Any:
-            carry_cts, const_cts = state
-            x, inner, y_cts = slices
-            known = self.values(consts, [inner.values[v.name] for v in carry_vars], x) | inner.values
-            given = iter(carry_cts)
-            out_cts = [next(given) if is_smooth else None for is_smooth in smooth] + list(y_cts)
+            carry_cts, const_sums = state
+            x, stored, y_cts = slices
+            now = self.iteration(consts, x, stored)
             seeds = Cotangents()
-            for v, ct in zip(self.body.outputs, out_cts, strict=True):
+            for v, ct in zip(self.body.outputs, [*carry_cts, *y_cts], strict=True):
                 if ct is not None and v.kind != "literal" and v.name in active:
                     seeds.add(v, ct)
-            found = backward_sweep(
-                self.body, Tape(known, inner.saved, inner.bodies), seeds.values, active, self.rules
+            found = backward_sweep(self.body, now, seeds.values, active, self.rules)
+            const_cts, carry_cts, x_cts = self.split(
+                [
+                    cotangent_of(v, now.values[v.name], found.values) if v.name in sought else None
+                    for v in self.body.inputs
+                ]
             )
-            of = partial(_or_zeros, found.values, known)
-            sums = [total + of(v) for total, v in zip(const_cts, sought, strict=True)]
-            return ([of(v) for v in carried], sums), (found, [of(v) for v in sought_xs])
+            # A constant is used in every iteration, so its cotangents add up; None is an empty pytree.
+            return (carry_cts, jax.tree.map(jnp.add, const_sums, const_cts)), (x_cts, found)
 
-        final_cts = [ct for ct, is_smooth in zip(incoming, smooth, strict=False) if is_smooth]
-        zero_sums = [jnp.zeros_like(c) for c, need in zip(consts, need_consts, strict=True) if need]
-        y_vars = self.body.outputs[len(init) :]
-        y_cts = [
+        # Only what has a derivative has a cotangent that a loop can carry.
+        smooth = [
             ct if _compat.is_differentiable(v.aval) else None
-            for v, ct in zip(y_vars, incoming[len(init) :], strict=True)
+            for v, ct in zip(self.body.outputs, incoming, strict=True)
+        ]
+        last_cts, y_cts = smooth[: len(init)], smooth[len(init) :]
+        zeros = [
+            jnp.zeros_like(c) if v.name in sought else None
+            for v, c in zip(self.body.inputs, consts, strict=False)
         ]
         slices = (xs, tape.bodies[self.op.name], y_cts)
-        (init_cts, sums), (inner_cts, x_cts) = self.scan(step, (final_cts, zero_sums), slices, reverse=True)
-        cotangents.bodies[self.op.name] = inner_cts
-        wanted = {
-            v.name: ct
-            for v, ct in zip([*sought, *carried, *sought_xs], [*sums, *init_cts, *x_cts], strict=True)
-        }
-        return [wanted.get(v.name) if need else None for v, need in zip(self.body.inputs, needs, strict=True)]
+        (init_cts, const_cts), (x_cts, found) = self.scan(step, (last_cts, zeros), slices, reverse=True)
+        cotangents.bodies[self.op.name] = found
+        found_cts = [*const_cts, *init_cts, *x_cts]
+        return [ct if need else None for ct, need in zip(found_cts, needs, strict=True)]
 
 
 def constants_of(body: Graph, op: Operator) -> Values:
     """The constants that a loop's body carries itself."""
     values = _compat.constants(op.static["jaxpr"])
     return dict(zip([v.name for v in body.constants], values, strict=True))
-
-
-def _or_zeros(cotangents: Mapping[str, Any], values: Values, variable: Variable) -> Any:
-    return cotangent_of(variable, values[variable.name], dict(cotangents))
