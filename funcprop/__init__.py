@@ -14,8 +14,8 @@ from funcprop.graph import Graph as Graph
 from funcprop.graph import Operator as Operator
 from funcprop.graph import Variable as Variable
 from funcprop.graph import name as name
+from funcprop.nonfinite import NonFinite as NonFinite
 from funcprop.prod import prod as prod
-from funcprop.propagation import NonFinite as NonFinite
 from funcprop.propagation import Propagation as Propagation
 from funcprop.registry import Layer as Layer
 from funcprop.registry import Rule as Rule

@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from funcprop import _compat
 from funcprop.graph import Graph, Operator
+from funcprop.nonfinite import Moment, NonFinite, first_nonfinite
 from funcprop.registry import RuleSet
 from funcprop.sweeps import (
     Cotangents,
@@ -84,31 +84,6 @@ class Named(Mapping[str, Any]):
         return f"Named({', '.join(self)})"
 
 
-@dataclass(frozen=True)
-class NonFinite:
-    """The first value or cotangent that is not finite.
-
-    `sweep` is "forward" or "backward", `index` the position of the first bad entry, `count` how many there
-    are. In the forward sweep the operator computed the value, in the backward sweep it used it.
-    """
-
-    sweep: str
-    name: str
-    operator: str | None
-    scope: str
-    source: str | None
-    index: tuple[int, ...]
-    count: int
-
-    def __str__(self) -> str:
-        what = "value of" if self.sweep == "forward" else "cotangent of"
-        by = "an input" if self.operator is None else f"operator {self.operator}"
-        return (
-            f"{self.sweep} sweep: {what} {self.name} is not finite in {self.count} places, first at "
-            f"{list(self.index)}; {by}, scope {self.scope or '-'}, {self.source or 'no source line'}"
-        )
-
-
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True, eq=False)
 class Propagation:
@@ -171,19 +146,20 @@ class Propagation:
     def first_nonfinite(self) -> NonFinite | None:
         """The first value of the forward sweep, or else cotangent of the backward sweep, that is not finite.
 
-        Needs concrete arrays: call it outside `jit`.
+        First in the order in which the sweeps compute: in a loop iteration by iteration, and backwards from
+        the last iteration to the first. Needs concrete arrays: call it outside `jit`.
+
+        Raises:
+            ValueError: several propagations are stacked in this one, by `vmap`.
         """
-        origin = {name: op for op, name in _origins(self.graph, "")}
-        inputs = {v.name: self.tape.values[v.name] for v in self.graph.inputs}
-        for name, value in {**inputs, **self.values}.items():
-            if (bad := _bad_entries(value)) is not None:
-                return _nonfinite("forward", name, origin.get(name), bad)
-        consumer = {v.name: op for op in reversed(self.graph.operators) for v in op.inputs}
-        consumers = {**origin, **consumer}
-        for name, value in self.gradients.items():
-            if (bad := _bad_entries(value)) is not None:
-                return _nonfinite("backward", name, consumers.get(name), bad)
-        return None
+        (result,) = self.graph.outputs
+        shape = jnp.shape(self.cotangents.values[result.name])
+        if shape != ():
+            raise ValueError(
+                f"first_nonfinite: this propagation is stacked by vmap over axes {shape}, and the order is "
+                "that of one example; pick one by `jax.tree.map(lambda a: a[i], propagation)`."
+            )
+        return first_nonfinite(Moment(self.graph, self.tape, self.cotangents, self.active, self.rules))
 
     def __str__(self) -> str:
         gradients = self.gradients
@@ -311,23 +287,6 @@ def _collect_cotangents(graph: Graph, cotangents: Cotangents, prefix: str, into:
         for name in completed:
             if first_use[name] is op and name in cotangents.values:
                 into[prefix + name] = cotangents.values[name]
-
-
-# --- looking at numbers -----------------------------------------------------------------------
-
-
-def _bad_entries(value: Any) -> tuple[tuple[int, ...], int] | None:
-    if not _compat.is_differentiable(jax.typeof(value)):
-        return None
-    bad = ~np.isfinite(np.asarray(value, dtype=np.result_type(value.dtype, np.float32)))
-    if not bad.any():
-        return None
-    return tuple(int(i) for i in np.argwhere(bad)[0]), int(bad.sum())
-
-
-def _nonfinite(sweep: str, name: str, op: Operator | None, bad: tuple[tuple[int, ...], int]) -> NonFinite:
-    label, scope, source = (None, "", None) if op is None else (op.name, op.scope, op.source)
-    return NonFinite(sweep, name, label, scope, source, *bad)
 
 
 def _norm(value: Any) -> str:

@@ -119,30 +119,44 @@ def backward_sweep(
     """
     cotangents = Cotangents(dict(seeds))
     for op in reversed(graph.operators):
-        reached = any(v.name in cotangents.values and v.name not in stop for v in op.outputs)
-        needs = [v.kind != "literal" and v.name in active for v in op.inputs]
-        if reached and any(needs):
-            inputs = [read(v, tape.values) for v in op.inputs]
-            outputs = [tape.values[v.name] for v in op.outputs]
-            incoming = [
-                cotangent_of(v, y, {} if v.name in stop else cotangents.values)
-                for v, y in zip(op.outputs, outputs, strict=True)
-            ]
-            contributions = _operation(op, rules).backward(inputs, incoming, needs, tape, cotangents)
-            for variable, contribution in zip(op.inputs, contributions, strict=True):
-                if contribution is not None:
-                    cotangents.add(variable, contribution)
+        found = contributions(op, tape, cotangents, active, rules, stop)
+        for variable, contribution in zip(op.inputs, found, strict=True):
+            if contribution is not None:
+                cotangents.add(variable, contribution)
     return cotangents
+
+
+def contributions(
+    op: Operator,
+    tape: Tape,
+    cotangents: Cotangents,
+    active: Collection[str],
+    rules: RuleSet,
+    stop: Collection[str] = (),
+) -> list[Any]:
+    """What an operator sends back to each of its inputs, None where that is nothing.
+
+    A loop also leaves the cotangents inside of it in `cotangents.bodies`.
+    """
+    reached = any(v.name in cotangents.values and v.name not in stop for v in op.outputs)
+    needs = [v.kind != "literal" and v.name in active for v in op.inputs]
+    if not reached or not any(needs):
+        return [None] * len(needs)
+    inputs = [read(v, tape.values) for v in op.inputs]
+    incoming = [
+        cotangent_of(v, tape.values[v.name], {} if v.name in stop else cotangents.values) for v in op.outputs
+    ]
+    return _operation(op, rules).backward(inputs, incoming, needs, tape, cotangents)
 
 
 # --- one operator -----------------------------------------------------------------------------
 
 
-def _operation(op: Operator, rules: RuleSet) -> _Ruled | _Loop | _Differentiated:
+def _operation(op: Operator, rules: RuleSet) -> _Ruled | Loop | _Differentiated:
     rewriter = Rewriter(rules)
     if op.op == "scan":
         # Whatever rule there is for the whole loop: here its inside is to be seen.
-        return _Loop(op, rules)
+        return Loop(op, rules)
     bound = rewriter.find(op.equation) if op.equation is not None else None
     if bound is not None and (op.call is None or not op.call.axes):
         return _Ruled(op, bound)
@@ -197,7 +211,7 @@ class _Differentiated:
 
 
 @dataclass(frozen=True)
-class _Loop:
+class Loop:
     """A `scan`: the same two sweeps inside a loop forwards and a loop backwards."""
 
     op: Operator
@@ -205,13 +219,16 @@ class _Loop:
 
     @property
     def body(self) -> Graph:
+        """One iteration."""
         return self.op.bodies["jaxpr"]
 
     def split(self, items: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        """Something for each input of the body, by what it is: a constant, carried, or scanned."""
         consts, carry = _compat.scan_counts(self.op.static)
         return list(items[:consts]), list(items[consts : consts + carry]), list(items[consts + carry :])
 
     def scan(self, step: Callable[..., Any], init: Any, xs: Any, reverse: bool) -> Any:
+        """A loop over as many iterations, in the loop's own order or against it."""
         params = self.op.static
         return jax.lax.scan(step, init, xs, length=params["length"], reverse=params["reverse"] ^ reverse)
 
@@ -232,6 +249,7 @@ class _Loop:
         return needed | {v.name for v in carried if _compat.is_differentiable(v.aval)}
 
     def forward(self, inputs: Sequence[Any], tape: Tape) -> list[Any]:
+        """The loop's results; what its iterations store is stacked on a tape of its own."""
         consts, init, xs = self.split(inputs)
         loop_inputs = {v.name for v in self.body.inputs} - {v.name for v in self.split(self.body.inputs)[1]}
         loop_inputs |= {v.name for v in self.body.constants}
@@ -253,6 +271,7 @@ class _Loop:
         tape: Tape,
         cotangents: Cotangents,
     ) -> list[Any]:
+        """The iterations against their order; each starts from the cotangents of what it passed on."""
         consts, init, xs = self.split(inputs)
         sought = self.sought(needs)
         active = active_variables(self.body, sought)

@@ -1,4 +1,4 @@
-"""Both sweeps: the chapter's list, foreign models by name, loops, contributions, what is not finite."""
+"""Both sweeps: the chapter's list, foreign models by name, loops, contributions."""
 
 from __future__ import annotations
 
@@ -259,41 +259,6 @@ def test_the_rule_of_an_operator_is_what_runs():
     assert fp.backprop(jnp.sin, rules=rules)(0.1).gradient == 3
     assert calls == [(True,)]
     close(fp.backprop(jnp.sin, rules=fp.rules.autodiff)(0.1).gradient, np.cos(0.1))
-
-
-# --- what is not finite -----------------------------------------------------------------------
-
-
-def test_first_nonfinite_of_the_forward_sweep():
-    def loss(w):
-        with jax.named_scope("encoder"):
-            hidden = jnp.log(w)
-        return jnp.sum(jnp.exp(hidden) * 0)
-
-    found = fp.backprop(loss)(jnp.array([1.0, 0.0, 0.0])).first_nonfinite()
-    assert (found.sweep, found.name, found.operator) == ("forward", "encoder/log", "encoder/log")
-    assert (found.scope, found.index, found.count) == ("encoder", (1,), 2)
-    assert "test_backprop.py" in found.source
-    assert "forward sweep: value of encoder/log is not finite in 2 places, first at [1]" in str(found)
-
-
-def test_first_nonfinite_of_the_backward_sweep():
-    def loss(w):
-        return jnp.sum(jnp.sqrt(fp.name(w * 1, "z")))
-
-    p = fp.backprop(loss)(jnp.array([4.0, 0.0]))
-    found = p.first_nonfinite()
-    assert (found.sweep, found.name, found.operator) == ("backward", "z", "sqrt")
-    assert "test_backprop.py" in found.source
-    assert fp.backprop(loss)(jnp.ones(2)).first_nonfinite() is None
-
-
-def test_first_nonfinite_inside_a_loop():
-    def loss(x):
-        return jax.lax.scan(lambda c, _: (fp.name(jnp.log(c), "log"), None), x, None, length=3)[0]
-
-    found = fp.backprop(loss)(2.0).first_nonfinite()
-    assert (found.name, found.index) == ("scan/log", (2,))
 
 
 # --- errors -----------------------------------------------------------------------------------

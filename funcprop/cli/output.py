@@ -145,6 +145,7 @@ def nonfinite_data(found: NonFinite | None) -> dict[str, Any] | None:
         "operator": found.operator,
         "scope": found.scope,
         "source": found.source,
+        "iteration": list(found.iteration),
         "index": list(found.index),
         "count": found.count,
         "text": str(found),
