@@ -8,11 +8,13 @@ nnx's own protocol for its transformations, `nnx.update_context`. Flax is never 
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.tree_util import DictKey, SequenceKey
 
 
 def has_models(tree: Any) -> bool:
@@ -28,13 +30,12 @@ def call(run: Callable[..., Any], fun: Callable[..., Any], args: Any, kwargs: An
         TypeError: the function changes a container that holds a model; others it may change.
     """
     nnx = sys.modules["flax.nnx"]
-    arguments = [*args, *kwargs.values()]
-    others = [None if has_models(argument) else argument for argument in arguments]
-    holders = [argument if has_models(argument) else None for argument in arguments]
+    holders, others = _separated(args, kwargs)
     leaves, tree = _leaves_and_models(nnx, holders)
     places = [i for i, leaf in enumerate(leaves) if _is_model(nnx, leaf)]
     context = object()
 
+    @functools.wraps(fun, updated=())
     def pure(state: Any, arrays: list[Any], others: list[Any]) -> tuple[Any, Any]:
         with nnx.merge_context(context, inner=True) as merging:
             models = merging.merge(graph, state)
@@ -64,6 +65,68 @@ def call(run: Callable[..., Any], fun: Callable[..., Any], args: Any, kwargs: An
             with nnx.merge_context(context, inner=False) as merging:
                 merging.merge(*changed)
     return result
+
+
+def describe(
+    args: Any, kwargs: Any, arguments: tuple[Any, ...]
+) -> tuple[list[Any], list[bool], Callable[[Sequence[Any]], list[Any]]]:
+    """What the leaves of `arguments`, those of the pure function in `call`, are in the models' own terms.
+
+    For each leaf its path from `(args, kwargs)`, where a variable of a model ends the path, and whether it is
+    a parameter; and the function that puts leaves together as positional arguments, in which a model is the
+    state of its parameters, as `nnx.grad` returns it.
+    """
+    nnx = sys.modules["flax.nnx"]
+    state, _, others = arguments
+    holders, _ = _separated(args, kwargs)
+    heads = [(SequenceKey(0), SequenceKey(i)) for i in range(len(args))]
+    heads += [(SequenceKey(1), DictKey(name)) for name in kwargs]
+    held, tree = jax.tree.flatten_with_path(holders, is_leaf=lambda x: _is_model(nnx, x))
+    held = [((*heads[path[0].idx], *path[1:]), leaf) for path, leaf in held]
+    models = [path for path, leaf in held if _is_model(nnx, leaf)]
+    paths: list[Any] = []
+    trainable: list[bool] = []
+    for (which, *inside), variable in jax.tree.leaves_with_path(
+        state, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    ):
+        is_variable = isinstance(variable, nnx.Variable)
+        for inner in (path[is_variable:] for path, _ in jax.tree.leaves_with_path(variable)):
+            paths.append((*models[which.key], *inside, *inner))
+            trainable.append(isinstance(variable, nnx.Param))
+    paths += [path for path, leaf in held if not _is_model(nnx, leaf)]
+    for head, argument in zip(heads, others, strict=True):
+        paths += [(*head, *path) for path, _ in jax.tree.leaves_with_path(argument)]
+    trainable += [True] * (len(paths) - len(trainable))
+    structure = jax.tree.structure((arguments, {}))
+
+    def positional(leaves: Sequence[Any]) -> list[Any]:
+        (state, arrays, others), _ = jax.tree.unflatten(structure, leaves)
+        numbers = iter(range(len(models)))
+        put_back = [
+            _parameters(nnx, state, next(numbers)) if _is_model(nnx, leaf) else array
+            for (_, leaf), array in zip(held, arrays, strict=True)
+        ]
+        given = zip(jax.tree.unflatten(tree, put_back), others, strict=True)
+        return [other if holder is None else holder for holder, other in given][: len(args)]
+
+    return paths, trainable, positional
+
+
+def _parameters(nnx: Any, state: Any, i: int) -> Any:
+    """The parameters of the model at position `i`, or the variable that it is."""
+    if i not in state:
+        return nnx.State({})
+    return state[i] if isinstance(state[i], nnx.Variable) else nnx.filter_state(state[i], nnx.Param)
+
+
+def _separated(args: Any, kwargs: Any) -> tuple[list[Any], list[Any]]:
+    """The arguments that hold models, and the others, with None for those of the other kind."""
+    arguments = [*args, *kwargs.values()]
+    is_holder = [has_models(argument) for argument in arguments]
+    return (
+        [argument if holds else None for argument, holds in zip(arguments, is_holder, strict=True)],
+        [None if holds else argument for argument, holds in zip(arguments, is_holder, strict=True)],
+    )
 
 
 def _is_model(nnx: Any, value: Any) -> bool:

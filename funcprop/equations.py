@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from funcprop import primitives
-from funcprop.backprop import differentiated_inputs, scalar_result
 from funcprop.expressions import (
     Equations,
     Expression,
@@ -28,14 +27,16 @@ from funcprop.expressions import (
     opaque,
     symbol,
 )
-from funcprop.graph import Graph, Operator, Variable
+from funcprop.graph import Operator, Variable
+from funcprop.objective import Argnums, Objective, trace_objective
 from funcprop.prod import prod
 from funcprop.propagation import completion_order
 from funcprop.sweeps import active_variables
-from funcprop.tracing import CHECKPOINTS, INLINED, Traced, trace_function
+from funcprop.tracing import Traced
 from funcprop.verification import Line, Verification, call_operator, verify
 
-# A Jacobian with more entries than this is not formed to evaluate `prod`; its pullback is the same number.
+# A Jacobian with more entries than this is not formed to evaluate `prod`, nor one of complex numbers, which
+# would be that of their real and imaginary parts; the pullback is the same number.
 _LARGEST_JACOBIAN = 1_000_000
 
 
@@ -76,8 +77,10 @@ class Derivation:
         a perturbation of that variable, partial derivatives with `jax.jacrev` of the operator.
 
         Args:
-            tolerance: largest deviation allowed, relative to the largest entry; by default `1e-10` in
-                float64 and what the dtype can resolve otherwise.
+            tolerance: largest deviation allowed, relative to the largest finite entry; by default `1e-10` in
+                float64 and what the dtype can resolve otherwise. Complex entries are compared by the modulus
+                of their difference. Infinities must be equal and NaN be in the same places; of complex
+                numbers only the places count.
 
         Raises:
             DerivationError: a form deviates; the message names the line.
@@ -88,20 +91,21 @@ class Derivation:
     __str__ = text
 
 
-def derive(fun: Callable[..., Any], argnums: int | Sequence[int] | None = 0) -> Callable[..., Derivation]:
+def derive(fun: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Derivation]:
     """The equations of forward propagation and backpropagation of a scalar function.
 
     `derive(fun, argnums)(*args, **kwargs) -> Derivation`. Arguments may be shapes (`jax.ShapeDtypeStruct`).
     A backward line reads `∂J/∂z = prod(∂J/∂h, ∂h/∂z) = ∂J/∂h ⊙ φ′(z)`: the chain rule, then evaluated by the
     equations that the operator's rule brings. A variable used more than once has a sum. An operator without
-    equations leaves `prod(…)` alone.
+    equations leaves `prod(…)` alone. An argument that the result does not depend on has the gradient 0.
 
     Args:
         fun: returns a real scalar.
-        argnums: the arguments whose gradients are derived; None for all that have one.
+        argnums: the arguments whose gradients are derived, as in `jax.grad`; None for all that have one.
 
     Raises:
-        TypeError: `fun` does not return one real scalar.
+        TypeError: `fun` does not return one real scalar, or an argument at `argnums` has no derivative.
+        ValueError: there is no argument at a position in `argnums`.
 
     Reference: Zhang et al., *Dive into Deep Learning*, section 5.3.
 
@@ -113,23 +117,21 @@ def derive(fun: Callable[..., Any], argnums: int | Sequence[int] | None = 0) -> 
         ∂J/∂w = prod(∂J/∂z, ∂z/∂w) = ∂J/∂z x
     """
 
-    def derived(*args: Any, **kwargs: Any) -> Derivation:
-        traced = trace_function(fun, args, kwargs, inline=INLINED | CHECKPOINTS)
-        active = active_variables(traced.graph, differentiated_inputs(traced, argnums))
-        result = scalar_result(traced)
-        writer = _Writer(traced.graph, result, active)
-        return Derivation(tuple(writer.forward()), tuple(writer.backward()), traced)
+    def write(objective: Objective) -> tuple[Derivation, None]:
+        writer = _Writer(objective)
+        return Derivation(tuple(writer.forward()), tuple(writer.backward()), objective.traced), None
 
-    return derived
+    return lambda *args, **kwargs: trace_objective(write, fun, argnums, args, kwargs)
 
 
 class _Writer:
     """Writes the lines of both sweeps over one graph."""
 
-    def __init__(self, graph: Graph, result: Variable, active: set[str]) -> None:
-        self.graph = graph
-        self.result = result
-        self.active = active
+    def __init__(self, objective: Objective) -> None:
+        self.graph = graph = objective.traced.graph
+        self.result = result = objective.result
+        self.inputs = list(objective.inputs.values())
+        self.active = active_variables(graph, {v.name for v in self.inputs})
         # An objective that nobody named is written as the chapter writes it.
         written = (
             {result.name: "J"} if not result.named and "J" not in {v.name for v in graph.variables} else {}
@@ -137,8 +139,8 @@ class _Writer:
         self.symbols: dict[str, Symbol] = {
             v.name: _symbol(v, written.get(v.name, v.name)) for v in graph.variables
         }
-        objective = self.symbols[result.name]
-        self.cotangents = {v.name: _cotangent(v, objective, self.symbols[v.name]) for v in graph.variables}
+        of = self.symbols[result.name]
+        self.cotangents = {v.name: _cotangent(v, of, self.symbols[v.name]) for v in graph.variables}
         # What a cotangent is known to be, for the operators before it: the symbol, or the constant 1.
         self.known: dict[str, Expression] = {result.name: number(1)}
 
@@ -205,15 +207,20 @@ class _Writer:
                 for op in uses:
                     yield from self._partials(op, partials_written)
             yield self._cotangent_line(name, uses)
+        for v in self.inputs:
+            if v.name not in self.reaching:
+                left, zero = self.cotangents[v.name], jnp.zeros(v.shape or (), v.dtype)
+                form = opaque(lambda zero=zero: zero, (), "0", "0")
+                yield Line(left.key, left.text(), left.latex(), (form,), v.shape or ())
 
     @cached_property
     def reaching(self) -> set[str]:
         """The active variables on which the result depends."""
-        found = {self.result.name}
+        found = {self.result.name} & self.active
         for op in reversed(self.graph.operators):
             if any(v.name in found for v in op.outputs):
                 found.update(v.name for v in op.inputs if v.name in self.active)
-        return found & self.active
+        return found
 
     def _cotangent_line(self, name: str, uses: Sequence[Operator]) -> Line:
         target = self.symbols[name]
@@ -301,9 +308,14 @@ class _Chain:
             return call_operator(self.op, given)[self.result]
 
         x = inputs[self.is_input.index(True)]
-        if x.size * cotangent.size > _LARGEST_JACOBIAN:
-            return jax.vjp(of_input, x)[1](cotangent)[0]
-        return prod(cotangent, jax.jacrev(of_input)(x), y_ndim=cotangent.ndim)
+        is_complex = jnp.iscomplexobj(x) or jnp.iscomplexobj(cotangent)
+        pulled_back = jax.vjp(of_input, x)[1](cotangent)[0]
+        if is_complex or x.size * cotangent.size > _LARGEST_JACOBIAN:
+            return pulled_back
+        jacobian = jax.jacrev(of_input)(x)
+        # Its zeros times an infinity would be NaN, in products that no autodiff forms.
+        is_finite = jnp.all(jnp.isfinite(jacobian)) & jnp.all(jnp.isfinite(cotangent))
+        return jnp.where(is_finite, prod(cotangent, jacobian, y_ndim=cotangent.ndim), pulled_back)
 
 
 def _total(terms: Sequence[Expression]) -> Expression:

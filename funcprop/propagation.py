@@ -287,10 +287,13 @@ def _collect_cotangents(graph: Graph, cotangents: Cotangents, prefix: str, into:
         for name in completed:
             if first_use[name] is op and name in cotangents.values:
                 into[prefix + name] = cotangents.values[name]
+    unused = [v.name for v in graph.inputs if v.name not in first_use]
+    into.update({prefix + name: cotangents.values[name] for name in unused if name in cotangents.values})
 
 
 def _norm(value: Any) -> str:
-    """The Euclidean norm of all entries, the value of an integer, or a dash."""
+    """The Euclidean norm of all entries, the value of one integer, or a dash."""
     if _compat.is_differentiable(jax.typeof(value)):
         return f"{float(jnp.linalg.norm(jnp.ravel(value))):.5g}"
-    return str(value) if jnp.ndim(value) == 0 else "-"
+    is_number = not jnp.issubdtype(jax.typeof(value).dtype, jax.dtypes.extended)
+    return str(value) if is_number and jnp.ndim(value) == 0 else "-"

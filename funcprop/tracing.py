@@ -12,16 +12,17 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from funcprop import _compat
+from funcprop import _compat, _nnx
 from funcprop.calls import Call, is_array, traced
 from funcprop.flops import flops
-from funcprop.graph import Graph, Kind, Operator, Variable
+from funcprop.graph import Graph, Kind, Operator, Variable, name
 from funcprop.layer_calls import LayerCall, boundary_p, layer_call
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
@@ -30,14 +31,40 @@ CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """A graph with what is needed to run it: constants, and how arguments and results are flattened."""
+    """A graph with what is needed to run it: constants, and where arguments and results belong.
+
+    `leaves` are the arguments' arrays and other values, those at `arguments` the graph's inputs. `extra` are
+    the results that are not the function's own: the new state of models, after `result_tree`'s leaves.
+    """
 
     graph: Graph
     constants: tuple[Any, ...]
     arguments: tuple[int, ...]
     leaves: tuple[Any, ...]
-    tree: Any
+    signature: Arguments
     result_tree: Any
+    extra: tuple[Variable, ...] = ()
+    extra_tree: Any = None
+
+    def values(self) -> dict[str, Any]:
+        """The values of the graph's inputs and constants, by name."""
+        given = [jnp.asarray(self.leaves[i]) for i in self.arguments]
+        values = dict(zip([v.name for v in self.graph.inputs], given, strict=True))
+        values.update(zip([v.name for v in self.graph.constants], self.constants, strict=True))
+        return values
+
+
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """Where the leaves of a call stand among the arguments.
+
+    `paths` begin with 0 and a position, or 1 and a keyword; `trainable` are those that count as parameters of
+    what they belong to; `positional` puts leaves back together, as the list of positional arguments.
+    """
+
+    paths: Sequence[Any]
+    trainable: Sequence[bool]
+    positional: Callable[[Sequence[Any]], Sequence[Any]]
 
 
 def trace(fun: Callable[..., Any]) -> Callable[..., Graph]:
@@ -55,7 +82,33 @@ def trace(fun: Callable[..., Any]) -> Callable[..., Graph]:
         >>> [op.op for op in graph.operators]
         ['tanh']
     """
-    return lambda *args, **kwargs: trace_function(fun, args, kwargs).graph
+
+    def graph_of(*args: Any, **kwargs: Any) -> Graph:
+        return trace_call(lambda found: (found.graph, None), fun, args, kwargs)
+
+    return graph_of
+
+
+def trace_call(
+    use: Callable[[Traced], tuple[Any, Any]],
+    fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    **options: Any,
+) -> Any:
+    """Trace a call whose arguments may be nnx models.
+
+    `use(traced)` returns what is asked for, and the values of `traced.extra` in their structure, which are
+    put into the models; None leaves the models alone. `options` are those of `trace_function`.
+    """
+    if not _nnx.has_models((args, kwargs)):
+        return use(trace_function(fun, args, kwargs, **options))[0]
+
+    def run(pure: Callable[..., Any], arguments: tuple[Any, ...], _: Any) -> tuple[Any, Any]:
+        signature = Arguments(*_nnx.describe(args, kwargs, arguments))
+        return use(trace_function(pure, arguments, {}, signature=signature, **options))
+
+    return _nnx.call(run, fun, args, dict(kwargs))
 
 
 def trace_function(
@@ -63,23 +116,48 @@ def trace_function(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     inline: frozenset[str] = INLINED,
+    signature: Arguments | None = None,
+    name_result: str | None = None,
 ) -> Traced:
-    """Trace and keep what the sweeps need besides the graph."""
+    """Trace and keep what the sweeps need besides the graph.
+
+    With a `signature`, `fun` returns a pair, of which the second part is extra. `name_result` is for a first
+    result that no operator computes (an argument, a constant): it becomes that of an operator which gives it
+    the name.
+    """
     call = Call.of(args, kwargs, is_array)
+    has_extra = signature is not None
+    if signature is None:
+        paths = [path for path, _ in jax.tree.leaves_with_path(call.arguments(call.leaves))]
+        signature = Arguments(paths, [True] * len(paths), lambda leaves: call.arguments(leaves)[0])
     result_trees: list[Any] = []
 
     def flat(*values: Any) -> Any:
         call_args, call_kwargs = call.arguments(call.filled(values))
-        results, result_tree = jax.tree.flatten(fun(*call_args, **call_kwargs))
-        result_trees.append(result_tree)
-        return results
+        returned = fun(*call_args, **call_kwargs)
+        own, extra = returned if has_extra else (returned, None)
+        results, result_tree = jax.tree.flatten(own)
+        others, extra_tree = jax.tree.flatten(extra)
+        result_trees.append((result_tree, extra_tree))
+        return [*results, *others]
 
     closed = traced(flat, call.values, fun)
-    paths = [path for path, _ in jax.tree.leaves_with_path(call.arguments(call.leaves))]
-    names = _argument_names(fun, [paths[i] for i in call.variables])
+    names = _argument_names(fun, [signature.paths[i] for i in call.variables])
     label = getattr(fun, "__name__", type(fun).__name__)
     graph, constants = _Builder(inline).build(label, closed, names)
-    return Traced(graph, tuple(constants), call.variables, call.leaves, call.tree, result_trees[-1])
+    if name_result is not None and graph.outputs and graph.outputs[0].kind != "intermediate":
+
+        def renamed(*values: Any) -> Any:
+            first, *others = _compat.evaluate(_compat.open_jaxpr(closed), _compat.constants(closed), values)
+            return [name(first, name_result), *others]
+
+        graph, constants = _Builder(inline).build(label, _compat.retrace(renamed, closed), names)
+    result_tree, extra_tree = result_trees[-1]
+    extra = graph.outputs[result_tree.num_leaves :]
+    graph = replace(graph, outputs=graph.outputs[: result_tree.num_leaves])
+    return Traced(
+        graph, tuple(constants), call.variables, call.leaves, signature, result_tree, extra, extra_tree
+    )
 
 
 def _argument_names(fun: Callable[..., Any], paths: Sequence[Any]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from funcprop.objective import positions
 from funcprop.registry import RuleSet
 from funcprop.rewrite import with_rules
 
@@ -100,17 +101,18 @@ def hvp(
         >>> print(fp.hvp(lambda x: jnp.sum(x**3))(jnp.ones(2), jnp.array([1.0, 2.0])))
         [ 6. 12.]
     """
-    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    gradient = grad(fun, argnums, rules=rules)
+    at = positions(argnums)
+    gradient = grad(fun, at, rules=rules)
 
     def product(primals: Any, tangents: Any, *rest: Any, **kwargs: Any) -> Any:
-        count = len(positions) + len(rest)
-        chosen = [p % count for p in positions]
+        several = (at,) if isinstance(at, int) else at
+        count = len(several) + len(rest)
+        chosen = [p % count for p in several]
         others = [p for p in range(count) if p not in chosen]
 
         def of_primals(primals: Any) -> Any:
             args: list[Any] = [None] * count
-            for p, value in zip(chosen, (primals,) if isinstance(argnums, int) else primals, strict=True):
+            for p, value in zip(chosen, (primals,) if isinstance(at, int) else primals, strict=True):
                 args[p] = value
             for p, value in zip(others, rest, strict=True):
                 args[p] = value

@@ -140,3 +140,82 @@ def test_training_with_an_optimizer():
     actual, expected = jax.jit(lambda: (trained(fp.with_rules(loss, fp.rules.handwritten)), trained(loss)))()
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
     assert expected[0] != expected[2]
+
+
+# --- the sweeps -------------------------------------------------------------------------------
+
+
+def test_backprop_does_what_nnx_does():
+    """Values, gradients, and everything that two steps change in the model."""
+    model, expected = new_model(), new_model()
+    propagate = fp.backprop(loss)
+    for _ in range(2):
+        p = propagate(model, X)
+        value, gradient = nnx.value_and_grad(loss)(expected, X)
+        np.testing.assert_allclose(p.value, value, rtol=1e-12)
+        # Autodiff's own rounding is the floor: the kernel's gradient is small differences.
+        assert jax.tree.structure(p.gradient) == jax.tree.structure(gradient)
+        for a, e in zip(jax.tree.leaves(p.gradient), jax.tree.leaves(gradient), strict=True):
+            np.testing.assert_allclose(a, e, rtol=1e-10, atol=1e-14)
+        assert_same(nnx.state(model), nnx.state(expected))
+    assert model.calls[...] == 2
+    assert model.dropout.rngs.count[...] == 2
+
+
+def test_variables_have_the_paths_of_the_model():
+    p = fp.backprop(loss)(new_model(), X)
+    # The shared linear module has the first of its two names; only parameters are differentiated.
+    given = {v.name for v in p.graph.inputs}
+    assert given == {
+        "again/bias", "again/kernel", "calls", "dropout/rngs/count", "dropout/rngs/key",
+        "norm/bias", "norm/mean", "norm/scale", "norm/var", "x",
+    }  # fmt: skip
+    assert [n for n in p.gradients if n in given] == ["norm/bias", "norm/scale", "again/bias", "again/kernel"]
+    assert_same(p.gradients["kernel"], p.gradient["again"]["kernel"][...])
+    assert_same(p.gradients["x"], jax.grad(lambda x: loss(new_model(), x))(X))
+    assert "norm/mean" in str(p)
+
+
+def test_models_in_containers_and_keywords():
+    def of_two(models, x, *, head):
+        return jnp.sum(head(jnp.tanh(models["first"](x))) ** 2) + models["weight"] ** 2
+
+    linear = lambda a, b: new_model(lambda rngs: nnx.Linear(a, b, rngs=rngs))  # noqa: E731
+    models, head = {"first": linear(3, 4), "weight": jnp.array(2.0)}, linear(4, 2)
+    p = fp.backprop(of_two)(models, X, head=head)
+    assert [v.name for v in p.graph.inputs if v.shape == (3, 4)] == ["first/kernel"]
+    assert [v.name for v in p.graph.inputs if v.shape == (4, 2)] == ["kernel"]
+    expected = nnx.grad(lambda models, x: of_two(models, x, head=head))(models, X)
+    assert_same(p.gradient, expected)
+    assert p.gradient["weight"] == 4.0
+    everything = fp.backprop(of_two, argnums=None)(models, X, head=head)
+    assert_same(everything.gradient[0], expected)
+    assert_same(fp.backprop(of_two, argnums=1)(models, X, head=head).gradient, everything.gradient[1])
+    assert_same(p.gradients["kernel"].sum(), jax.grad(lambda s: of_two(
+        models, X, head=lambda h: h @ (head.kernel[...] + s) + head.bias[...]))(0.0))  # fmt: skip
+
+
+def test_a_variable_is_a_model_too():
+    weight = nnx.Param(jnp.arange(3.0))
+    p = fp.backprop(lambda w, x: jnp.sum(w[...] ** 2 * x))(weight, 2.0)
+    assert isinstance(p.gradient, nnx.Param)
+    assert_same(p.gradient[...], 4 * jnp.arange(3.0))
+    assert "w" in p.gradients
+
+
+def test_backprop_inside_of_nnx_jit():
+    model, expected = new_model(), new_model()
+    gradient = nnx.jit(lambda model, x: fp.backprop(loss)(model, x).gradient)(model, X)
+    assert_same(gradient["norm"], nnx.grad(loss)(expected, X)["norm"])
+    assert_same(nnx.state(model), nnx.state(expected))
+
+
+def test_deriving_and_tracing_leave_the_model_alone():
+    model, before = new_model(), nnx.state(new_model())
+    derivation = fp.derive(loss)(model, jnp.array([[1.0, -1.0, 0.5], [0.3, 2.0, 0.0], [-1.0, 0.2, 1.0]]))
+    assert derivation.backward[-1].text().endswith("∂dot_general/∂again/kernel) = xᵀ ∂J/∂dot_general")
+    derivation.verify()
+    graph = fp.trace(loss)(model, X)
+    assert [v.name for v in graph.inputs][:2] == ["again/bias", "again/kernel"]
+    assert len(graph.outputs) == 1
+    assert_same(nnx.state(model), before)

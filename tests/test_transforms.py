@@ -153,6 +153,8 @@ def test_hessian_vector_product():
     )
     single = jax.jvp(jax.grad(lambda x: loss(2.0, x, Y, power=3)), (X,), (v,))[1]
     assert_same(fp.hvp(loss, 1, rules=HANDWRITTEN)(X, v, 2.0, Y, power=3), single)
+    assert_same(fp.hvp(loss, np.int64(1), rules=HANDWRITTEN)(X, v, 2.0, Y, power=3), single)
+    assert_same(fp.hvp(loss, np.array([1, 2]), rules=HANDWRITTEN)((X, Y), (v, w), 2.0, power=3), both)
 
 
 def branches(x):

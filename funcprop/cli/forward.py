@@ -58,9 +58,7 @@ def values_table(values: dict[str, Any], limit: int) -> str:
 
 def _run(traced: Any) -> Iterator[tuple[str, Any]]:
     graph = traced.graph
-    given = [jnp.asarray(traced.leaves[i]) for i in traced.arguments]
-    inputs = dict(zip([v.name for v in graph.inputs], given, strict=True))
-    inputs.update(zip([v.name for v in graph.constants], traced.constants, strict=True))
+    inputs = traced.values()
     tape = forward_sweep(graph, inputs, autodiff)
     yield from ((name, value) for name, value in inputs.items())
     yield from _computed(graph, tape, "")
