@@ -6,10 +6,11 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import funcprop as fp
-from funcprop.expressions import Equations
+from funcprop.expressions import Equations, apply
 from funcprop.verification import DerivationError
 
 FORWARD = [
@@ -148,6 +149,128 @@ def test_equations_of_primitives_hold(case):
     x, y = jnp.array([[0.3, -1.2], [0.7, 2.0]]), jnp.array([[1.5, 0.4], [2.2, 0.9]])
     tolerance = 1e-6 if case == "precision" else None
     fp.derive(PRIMITIVES[case], argnums=(0, 1))(x, y).verify(tolerance)
+
+
+def test_a_result_that_is_not_computed_is_named():
+    constant = jnp.array(2.0)
+    for fun, forward, slope in [
+        (lambda x: 1.0, "J = 1", "0"),
+        (lambda x: constant, "J = constant", "0"),
+        (lambda x: x, "J = x", "1"),
+        (jax.jit(lambda x: x), "J = x", "1"),
+        (lambda x: jax.lax.stop_gradient(x), "J = stop_gradient(x)", "0"),
+    ]:
+        derivation = fp.derive(fun)(3.0)
+        assert texts(derivation.forward) == [forward]
+        assert texts(derivation.backward) == [f"∂J/∂x = {slope}"]
+        assert derivation.verify().errors == {"J": 0.0, "∂J/∂x": 0.0}
+        assert derivation.latex().count("&=") == 2
+        p = fp.backprop(fun)(3.0)
+        assert (p.gradient, p.gradients["x"], list(p.gradients)) == (float(slope), float(slope), ["x"])
+    assert texts(fp.derive(lambda J: J)(3.0).forward) == ["J_1 = J"]
+
+
+def test_what_the_result_does_not_depend_on_has_gradient_zero():
+    def loss(params, x):
+        return fp.name(jnp.sum(params["used"] * x), "J")
+
+    args = {"unused": jnp.ones((2, 3)), "used": jnp.ones(2)}, jnp.ones(2)
+    derivation = fp.derive(loss)(*args)
+    assert texts(derivation.backward)[-1] == "∂J/∂unused = 0"
+    assert derivation.backward[-1].shape == (2, 3)
+    derivation.verify()
+    gradients = fp.backprop(loss)(*args).gradients
+    assert list(gradients) == ["mul", "used", "unused"]
+    assert not np.any(gradients["unused"])
+
+
+def test_a_penalty_on_nothing():
+    derivation = fp.derive(lambda λ: fp.name(fp.layers.l2_penalty(λ, {}), "s"))(0.5)
+    assert texts(derivation.forward) == ["s = 0 λ"]
+    assert texts(derivation.backward) == ["∂s/∂λ = 0"]
+    derivation.verify()
+    # Beside another term its cotangent is a symbol.
+    derivation = fp.derive(lambda λ: fp.layers.l2_penalty(λ, []) * λ)(0.5)
+    assert derivation.backward[-1].text().endswith("= 0 ∂J/∂l2_penalty + l2_penalty")
+    derivation.verify()
+
+
+COMPLEX = {
+    "products": lambda z: jnp.real(jnp.sum((z @ z.T) ** 2) + jnp.sum(z * jnp.sin(z) / (z + 2j))),
+    "a sum used twice": lambda z: jnp.real(jnp.sum(z * jnp.sum(z))),
+    "real parts": lambda z: jnp.sum(jnp.real(z) * jnp.abs(jnp.fft.fft(jnp.exp(1j * jnp.imag(z))))),
+    "scan": lambda z: jnp.real(jax.lax.scan(lambda c, r: (c * jnp.tanh(r @ r), None), 1 + 0j, z)[0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COMPLEX)
+def test_complex_intermediates(case):
+    z = jnp.array([[0.3 - 0.2j, 1.2j], [0.7 + 0j, 2.0 + 0.1j]])
+    derivation = fp.derive(COMPLEX[case])(z)
+    assert max(derivation.verify().errors.values()) < 1e-13
+
+
+NOT_FINITE = {
+    "NaN": (lambda x: jnp.sum(jnp.log(x) * jnp.sqrt(x)), [1.0, -1.0, 0.0, 4.0]),
+    "infinities": (lambda x: jnp.sum(1 / x) + jnp.sum(x), [1.0, 0.0, -0.0, 3.0]),
+    "of a product": (lambda x: jnp.sum((x[:, None] * x) @ x), [1.0, jnp.inf, 2.0]),
+    "complex": (lambda x: jnp.real(jnp.sum(1 / (x + 0j) * 1j)), [0.0, 2.0]),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FINITE)
+def test_values_that_are_not_finite(case):
+    loss, x = NOT_FINITE[case]
+    x = jnp.array(x)
+    derivation = fp.derive(loss)(x)
+    assert not np.all(np.isfinite(fp.backprop(loss)(x).gradient))
+    errors = derivation.verify().errors
+    assert max(errors.values()) < 1e-13
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        (lambda g, x: 1.001 * g, "0.00[0-9]*"),  # a finite entry beside infinities and NaN
+        (lambda g, x: jnp.where(jnp.isnan(g), 0, g), "inf"),
+        (lambda g, x: jnp.where(jnp.isinf(g), -g, g), "inf"),
+        (lambda g, x: jnp.where(x == 4, jnp.nan, g), "inf"),
+    ],
+)
+def test_mistakes_beside_what_is_not_finite_are_caught(wrong, found):
+    function = jnp.sqrt
+
+    def slope(x):
+        return 0.5 / jnp.sqrt(x)
+
+    rule = fp.Rule(
+        lambda x: (function(x), x),
+        lambda x, g, needs: (g * slope(x),),
+        lambda op: Equations(
+            apply("f", function, op.args[0]),
+            (apply("g", lambda x, g: wrong(g * slope(x), x), op.args[0], op.cotangent),),
+        ),
+    )
+    layer = fp.layer(rule=rule)(function)
+    derivation = fp.derive(lambda x: jnp.sum(layer(x)))(jnp.array([1.0, 0.0, -1.0, 4.0]))
+    with pytest.raises(DerivationError, match=f"deviates from autodiff by {found} relative to the largest"):
+        derivation.verify()
+
+
+@pytest.mark.parametrize(
+    "argnums", [np.int64(1), np.array(1), (np.int64(1),), [np.int32(-1)], np.array([0, 1])]
+)
+def test_argnums_of_any_integer_type(argnums):
+    def loss(x, y):
+        return jnp.sum(x * y**2)
+
+    x, y = jnp.arange(3.0), jnp.ones(3)
+    expected = jax.grad(loss, argnums)(x, y)
+    p = fp.backprop(loss, argnums)(x, y)
+    jax.tree.map(np.testing.assert_array_equal, p.gradient, expected)
+    assert jax.tree.structure(p.gradient) == jax.tree.structure(expected)
+    plain = np.asarray(argnums).tolist()
+    assert texts(fp.derive(loss, argnums)(x, y).backward) == texts(fp.derive(loss, plain)(x, y).backward)
 
 
 def test_shapes_are_enough_to_derive_but_not_to_verify():

@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Inexact, Num
 
 from funcprop import _compat
-from funcprop.expressions import Equations, OperatorSymbols, apply, squared_norm
+from funcprop.expressions import Equations, OperatorSymbols, apply, number, squared_norm
 from funcprop.registry import Rule, layer
 
 # --- softmax cross-entropy --------------------------------------------------------------------
@@ -184,6 +184,8 @@ def _penalty_backward(residuals: StrengthAndParameters, g: Any, needs: Any) -> t
 def _penalty_equations(op: OperatorSymbols) -> Equations:
     strength, parameters = op.args
     norms = [squared_norm(leaf) for leaf in jax.tree.leaves(parameters)]
+    if not norms:
+        return Equations(number(0) * strength, (number(0) * op.cotangent, parameters))
     total = sum(norms[1:], start=norms[0])
     slopes = jax.tree.map(lambda leaf: op.cotangent * (strength * leaf), parameters)
     return Equations((strength / 2) * total, (op.cotangent * (total / 2), slopes))

@@ -127,9 +127,13 @@ def _same(op: OperatorSymbols) -> Equations:
     (x,) = op.args
     if x.type.dtype == op.output.type.dtype:
         return Equations(x, (op.cotangent,))
-    dtype = op.output.type.dtype
-    back = apply(str(x.type.dtype), lambda g: g.astype(x.type.dtype), op.cotangent)
-    return Equations(apply(str(dtype), lambda v: v.astype(dtype), x), (back,))
+
+    def to(dtype: Any, v: Expression) -> Expression:
+        if jnp.issubdtype(v.type.dtype, jnp.complexfloating) and jnp.issubdtype(dtype, jnp.floating):
+            v = apply("real", jnp.real, v)
+        return apply(str(dtype), lambda array: array.astype(dtype), v)
+
+    return Equations(to(op.output.type.dtype, x), (to(x.type.dtype, op.cotangent),))
 
 
 EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
