@@ -78,6 +78,88 @@ def test_mean_squared_error_does_not_broadcast():
         fp.layers.mean_squared_error(jnp.ones((3, 1)), jnp.ones(3))
 
 
+L = fp.layers
+SHAPES = {
+    "dense, scalar bias": (
+        L.dense,
+        (X, W, B[0]),
+        r"dense: b has shape \(\) but w has 3 outputs; give it shape \(3,\)",
+    ),
+    "dense, bias of rows": (
+        L.dense,
+        (X, W, np.ones((5, 3))),
+        r"dense: b has shape \(5, 3\) but w has 3 outputs",
+    ),
+    "dense, bias of size 1": (L.dense, (X, W, B[:1]), r"dense: b has shape \(1,\).* to the result"),
+    "dense, transposed": (
+        L.dense,
+        (X, W.T),
+        r"dense: x has shape \(5, 4\) but w has \(3, 4\).* Transpose w if",
+    ),
+    "dense of a scalar": (L.dense, (1.0, W), r"dense: x has shape \(\) but w has \(4, 3\)"),
+    "dense, vector": (
+        L.dense,
+        (X, W[:, 0]),
+        r"dense: w has shape \(4,\), but it is a matrix, inputs × outputs; .*einsum",
+    ),
+    "dense, stack": (L.dense, (X, W[None]), r"dense: w has shape \(1, 4, 3\), but it is a matrix"),
+    "linear of a batch": (
+        L.linear,
+        (W, B[:, None]),
+        r"linear: x has shape \(3, 1\).*one vector of 3 .*`jax.vmap`",
+    ),
+    "linear, transposed": (
+        L.linear,
+        (W.T, B),
+        r"linear: x has shape \(3,\) but w has \(3, 4\); x is one vector of 4",
+    ),
+    "linear, bias": (L.linear, (W.T, X[0], 1.0), r"linear: b has shape \(\) but w has 3 outputs"),
+    "linear, vector": (L.linear, (B, B), r"linear: w has shape \(3,\), but it is a matrix, outputs × inputs"),
+    "cross-entropy, broadcast": (
+        L.softmax_cross_entropy,
+        (X, LABELS[:1]),
+        r"labels has shape \(1,\) but logits has \(5, 4\); class indices \(integers\) must have shape \(5,\)",
+    ),
+    "cross-entropy, integer one-hot": (
+        L.softmax_cross_entropy,
+        (X, np.eye(4, dtype=int)[LABELS]),
+        r"One-hot labels must be floating point",
+    ),
+    "cross-entropy, floating indices": (
+        L.softmax_cross_entropy,
+        (X, LABELS.astype(float)),
+        r"labels has shape \(5,\).*must have shape \(5, 4\).*Class indices must be integers",
+    ),
+    "cross-entropy, one row": (
+        L.softmax_cross_entropy,
+        (X, PROBABILITIES[0]),
+        r"probabilities .* must have shape",
+    ),
+    "cross-entropy of a scalar": (
+        L.softmax_cross_entropy,
+        (1.0, 0),
+        r"logits has shape \(\); it needs a last axis",
+    ),
+    "l2 penalty": (L.l2_penalty, (B, W), r"l2_penalty: strength has shape \(3,\), but it is one number"),
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_other_shapes_are_refused_in_every_use(case):
+    layer, args, message = SHAPES[case]
+    uses = [
+        layer,
+        layer.function,
+        jax.jit(layer),
+        lambda *args: jax.vmap(layer)(*jax.tree.map(lambda a: jnp.stack([jnp.asarray(a)] * 2), args)),
+        fp.grad(lambda *args: jnp.sum(layer(*args)), rules=fp.rules.handwritten),
+        fp.trace(layer),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match=message):
+            use(*args)
+
+
 def test_initialisers_have_the_scale_of_their_source():
     params = fp.layers.dense.init(jax.random.key(0), 400, 300)
     assert (params["w"].shape, params["b"].shape) == ((400, 300), (300,))

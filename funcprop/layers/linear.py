@@ -23,6 +23,25 @@ class Operands(NamedTuple):
     b: Any
 
 
+def _check_matrix(layer: str, w: Any, axes: str) -> tuple[int, int]:
+    """The two sizes of a matrix."""
+    if jnp.ndim(w) != 2:
+        raise ValueError(
+            f"{layer}: w has shape {jnp.shape(w)}, but it is a matrix, {axes}; reshape it, or contract "
+            "tensors of other shapes with `jnp.einsum`."
+        )
+    first, second = jnp.shape(w)
+    return first, second
+
+
+def _check_bias(layer: str, b: Any, outputs: int) -> None:
+    if b is not None and jnp.shape(b) != (outputs,):
+        raise ValueError(
+            f"{layer}: b has shape {jnp.shape(b)} but w has {outputs} outputs; give it shape ({outputs},), "
+            "or add a bias of another shape to the result."
+        )
+
+
 # --- dense ------------------------------------------------------------------------------------
 
 
@@ -78,11 +97,21 @@ def dense(
 
     Backward: `x̄ = ȳ wᵀ`, `w̄ = Σ xᵀ ȳ`, `b̄ = Σ ȳ`, summed over the batch axes. Saves `x` and `w`.
 
+    Raises:
+        ValueError: a shape is not one of these; nothing is broadcast.
+
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
         >>> print(fp.layers.dense(jnp.ones((1, 2)), jnp.eye(2), jnp.array([0.0, 1.0])))
         [[1. 2.]]
     """
+    inputs, outputs = _check_matrix("dense", w, "inputs × outputs")
+    if jnp.shape(x)[-1:] != (inputs,):
+        raise ValueError(
+            f"dense: x has shape {jnp.shape(x)} but w has {jnp.shape(w)}; the last axis of x must have the "
+            f"{inputs} entries of the first axis of w. Transpose w if its outputs come first."
+        )
+    _check_bias("dense", b, outputs)
     return _affine(x, w, b)
 
 
@@ -136,9 +165,19 @@ def linear(
 
     Backward: `w̄ = ȳ xᵀ`, `x̄ = wᵀ ȳ`, `b̄ = ȳ`. Saves `x` and `w`.
 
+    Raises:
+        ValueError: a shape is not one of these; nothing is broadcast.
+
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
         >>> print(fp.layers.linear(jnp.array([[1.0, 2.0]]), jnp.array([3.0, 4.0])))
         [11.]
     """
+    outputs, inputs = _check_matrix("linear", w, "outputs × inputs")
+    if jnp.shape(x) != (inputs,):
+        raise ValueError(
+            f"linear: x has shape {jnp.shape(x)} but w has {jnp.shape(w)}; x is one vector of {inputs} "
+            "entries. Map a batch with `jax.vmap`, or use `fp.layers.dense`."
+        )
+    _check_bias("linear", b, outputs)
     return _column_affine(w, x, b)

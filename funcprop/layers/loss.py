@@ -93,11 +93,28 @@ def softmax_cross_entropy(
     `labels` are class indices of shape `batch` (integers), or probabilities of shape `batch × classes`. With
     `p = softmax(o)`: `L = −Σ_c y_c log p_c`, `ō = L̄ (p Σ_c y_c − y)`. Saves the logits.
 
+    Raises:
+        ValueError: the labels do not have one of these shapes; nothing is broadcast.
+
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
         >>> print(f"{fp.layers.softmax_cross_entropy(jnp.zeros(2), jnp.array(0)):.4f}")
         0.6931
     """
+    shape, expected = jnp.shape(labels), jnp.shape(logits)
+    if not expected:
+        raise ValueError("softmax_cross_entropy: logits has shape (); it needs a last axis, the classes.")
+    if _is_index(labels):
+        kind, expected = "class indices (integers)", expected[:-1]
+        remedy = "One-hot labels must be floating point: `labels.astype(logits.dtype)`"
+    else:
+        kind = "probabilities (floating point)"
+        remedy = "Class indices must be integers: `labels.astype(int)`"
+    if shape != expected:
+        raise ValueError(
+            f"softmax_cross_entropy: labels has shape {shape} but logits has {jnp.shape(logits)}; {kind} "
+            f"must have shape {expected}, nothing is broadcast. {remedy}."
+        )
     return _cross_entropy(logits, labels)
 
 
@@ -195,9 +212,17 @@ def _penalty_equations(op: OperatorSymbols) -> Equations:
 def l2_penalty(strength: Inexact[Array, ""], parameters: Any) -> Inexact[Array, ""]:
     """Weight decay, `s = λ/2 Σ ‖W‖²_F` over the arrays of a pytree; `W̄ = s̄ λ W`.
 
+    Raises:
+        ValueError: `strength` is not a scalar.
+
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
         >>> print(fp.layers.l2_penalty(0.5, {"w": jnp.array([1.0, 3.0])}))
         2.5
     """
+    if jnp.shape(strength) != ():
+        raise ValueError(
+            f"l2_penalty: strength has shape {jnp.shape(strength)}, but it is one number; add a penalty for "
+            "each strength."
+        )
     return _penalty(strength, parameters)
