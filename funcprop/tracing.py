@@ -337,10 +337,6 @@ def _is_reference(atom: Any) -> bool:
     return hasattr(atom.aval, "inner_aval")
 
 
-def _may_be_named(draft: _Draft) -> bool:
-    return draft.kind == "intermediate" and not draft.named
-
-
 def _op(step: _Step) -> str:
     if len(step.jaxpr.eqns) > 1:
         return "references"
