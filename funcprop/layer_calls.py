@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 from funcprop import _compat
-
-if TYPE_CHECKING:
-    from funcprop.registry import Layer
 
 
 @dataclass(frozen=True)
@@ -31,9 +28,9 @@ class MappedAxis:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a call of a layer is, apart from its arrays: kept in the jaxpr at the layer's boundary."""
+    """What a call of a layer (an `fp.Layer`) is, apart from its arrays: kept in the jaxpr at the boundary."""
 
-    layer: Layer
+    layer: Any
     static: tuple[tuple[str, Any], ...]
     tree: Any
     axes: tuple[MappedAxis, ...] = ()
@@ -115,7 +112,7 @@ def layer_call(eqn: Any) -> LayerCall | None:
     return None if boundary is None or _why_not_whole(eqn, boundary) else boundary.params["call"]
 
 
-def broken_layer_call(eqn: Any) -> tuple[Layer, str] | None:
+def broken_layer_call(eqn: Any) -> tuple[Any, str] | None:
     """The layer of which an equation is a call, if it is not treated as one, and the reason."""
     boundary = _boundary(eqn)
     if boundary is None or (reason := _why_not_whole(eqn, boundary)) is None:
