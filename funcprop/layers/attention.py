@@ -120,7 +120,7 @@ def _logits(x: Operands, tiling: Tiling, i: Any, j: Any) -> Any:
 def _over_blocks(tiling: Tiling, step: Any, totals: Any, like: Any) -> Any:
     """Run `step(totals, i, j)` over all blocks.
 
-    The step is checkpointed: a derivative of the loop in reverse mode computes the blocks again, too.
+    The step is checkpointed: the reverse derivative of the backward computes its blocks again, too.
     """
     leaves, tree = jax.tree.flatten(totals)
     totals = jax.tree.unflatten(tree, _compat.align_varying_axes([like, *leaves])[1:])

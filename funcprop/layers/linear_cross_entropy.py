@@ -93,7 +93,7 @@ def _add_product(total: Any, h: Any, z_bar: Any) -> Any:
 def _over_chunks(step: Any, totals: Any, xs: Any, size: int) -> tuple[Any, Any]:
     """Run `totals, ys = step(totals, xs)` over chunks of tokens; a last chunk is filled up with zeros.
 
-    The step is checkpointed: a derivative of the loop in reverse mode makes the logits again, too.
+    The step is checkpointed: the reverse derivative of the backward makes the logits again, too.
     """
     tokens = jax.tree.leaves(xs)[0].shape[0]
     count = -(-tokens // size)

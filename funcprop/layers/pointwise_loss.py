@@ -157,8 +157,8 @@ def huber_loss(
 ) -> Inexact[Array, "*shape"]:
     """Half the squared error up to `δ`, and linear beyond, one value for each entry.
 
-    With `e = p − t`: `L = e²/2` where `|e| ≤ δ`, else `δ (|e| − δ/2)`; `p̄ = L̄ clip(e, −δ, δ)`, `t̄ = −p̄`. Saves
-    the arguments.
+    With `e = p − t`: `L = e²/2` where `|e| ≤ δ`, else `δ (|e| − δ/2)`; `p̄ = L̄ clip(e, −δ, δ)`, `t̄ = −p̄`.
+    Saves the arguments.
 
     Raises:
         ValueError: the shapes differ.

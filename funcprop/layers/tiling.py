@@ -29,7 +29,7 @@ def block_sizes(queries: int, keys: int) -> tuple[int, int]:
     def size(length: int) -> int:
         wanted = min(max(2 ** int(math.log2(max(length, 1) / 8 + 1e-9)), 128), 512) if length else 1
         count = max(-(-length // wanted), 1)
-        return max(min(-(-length // count + 7) // 8 * 8, length), 1)
+        return max(min((-(-length // count) + 7) // 8 * 8, length), 1)
 
     return size(queries), size(keys)
 
