@@ -173,14 +173,27 @@ def test_blocks_that_nobody_sees_are_not_visited():
 def test_default_blocks_cover_the_length(length):
     rows, cols = block_sizes(length, 2048)
     assert cols == 256
-    assert rows == length or 120 <= rows <= 512
-    assert rows >= 1 or not length
+    assert rows == max(length, 1) or 64 <= rows <= 512
 
 
 def test_small_logits_are_left_to_autodiff():
     small, large = (fp.matches(attention)(*operands(n, n))[0] for n in (32, 300))
     assert small.reason == "the logits of a head are only 32 × 32; blocks would save little and cost time"
     assert large.reason is None
+
+
+def test_a_bias_that_a_batch_shares():
+    q, k, v = operands(5, 4, batch=(3,))
+    bias = numbers(2, 1, 4)
+
+    def loss(q, bias):
+        return jnp.sum(jax.vmap(lambda q, k, v: attention(q, k, v, bias, blocks=(2, 3)))(q, k, v) ** 2)
+
+    actual, expected = (
+        compiled(fp.grad(loss, (0, 1), rules=rules))(q, bias)
+        for rules in (fp.rules.handwritten, fp.rules.autodiff)
+    )
+    assert_same(actual, expected)
 
 
 def test_under_shard_map():

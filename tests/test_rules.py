@@ -123,21 +123,22 @@ LAYERS: dict[str, list[Example]] = {
     ],
     "huber_loss": [Example((X, numbers(4, 3, seed=1)), {"delta": 0.7})],
     "attention": [
-        # Grouped heads, a bias that is broadcast, lengths that are no multiples of the blocks.
+        # Grouped heads, lengths that are no multiples of the blocks.
         Example(
-            (numbers(5, 2, 1), numbers(4, 1, 1, seed=1), numbers(4, 1, 2, seed=2), numbers(1, 4, seed=3)),
+            (numbers(5, 2, 1), numbers(4, 1, 1, seed=1), numbers(4, 1, 2, seed=2)),
             {"causal": True, "offset": 1, "blocks": (2, 3)},
         )
     ],
     "linear_cross_entropy": [
-        # For other labels of the same hidden states the saved gradient is another one, as large as they are.
+        # A batch of labels for the same hidden states: the cotangent of the logits, and the saved gradient, are
+        # made for each. Autodiff, whose logits are all there, sums first.
         Example(
             (numbers(5, 2), numbers(2, 7, seed=1), LABELS, None, positive(7)),
             {"chunk": 2, "label_smoothing": 0.1, "z_loss": 0.2, "batch_times_parameters": 3.0},
         ),
         Example(
             (numbers(5, 1, 2), numbers(7, 2, seed=1), LABELS[:, None], numbers(7, seed=2)),
-            {"chunk": 3, "transposed": True, "reduction": "none"},
+            {"chunk": 3, "transposed": True, "reduction": "none", "batch_times_parameters": 5.0},
         ),
     ],
 }

@@ -67,7 +67,9 @@ def _focal_backward(
         # The derivative of log q, kept in logarithms: q may be 0 where its ratio to σ is not.
         log_sigmas = jax.nn.log_sigmoid(x) + jax.nn.log_sigmoid(-x)
         slope = (1 - 2 * y) * jnp.exp(log_sigmas - wrong)
-        x_bar = balance * modulated * (jax.nn.sigmoid(x) - y + gamma * entropy * slope)
+        # σ(x) − y without cancellation.
+        error = (1 - y) * jax.nn.sigmoid(x) - y * jax.nn.sigmoid(-x)
+        x_bar = balance * modulated * (error + gamma * entropy * slope)
     if need_labels:
         slope = jnp.exp(jax.nn.log_sigmoid(-x) - wrong) - jnp.exp(jax.nn.log_sigmoid(x) - wrong)
         y_bar = balance * modulated * (gamma * entropy * slope - x)
