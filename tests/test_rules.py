@@ -130,7 +130,7 @@ LAYERS: dict[str, list[Example]] = {
         )
     ],
     "linear_cross_entropy": [
-        # A batch of labels for the same hidden states: the cotangent of the logits, and the saved gradient, are
+        # A batch of labels for the same hidden states: the cotangent of the logits and the saved gradient are
         # made for each. Autodiff, whose logits are all there, sums first.
         Example(
             (numbers(5, 2), numbers(2, 7, seed=1), LABELS, None, positive(7)),
