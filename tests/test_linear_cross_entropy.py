@@ -166,7 +166,7 @@ def test_bfloat16_is_as_accurate_as_autodiff(reduction):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_nothing_of_the_size_of_tokens_times_vocabulary_is_held(reduction):
     h, w, labels = numbers(1024, 2), numbers(2, 256), jnp.arange(1024) % 256
-    loss = lambda h, w: jnp.sum(linear_cross_entropy(h, w, labels, reduction=reduction) ** 2)  # noqa: E731
+    loss = lambda h, w: jnp.sum(linear_cross_entropy(h, w, labels, reduction=reduction, chunk=64) ** 2)  # noqa: E731
     assert largest_intermediate(jax.grad(loss, (0, 1)), h, w) == 1024 * 256
     chunk = 64 * 256
     assert largest_intermediate(fp.with_rules(loss), h, w) == chunk
@@ -176,7 +176,10 @@ def test_nothing_of_the_size_of_tokens_times_vocabulary_is_held(reduction):
 
 def test_what_is_left_to_autodiff():
     small = fp.matches(linear_cross_entropy)(H, W, LABELS)[0]
-    assert small.reason == "6 × 5 logits are one chunk"
+    assert small.reason == "6 × 5 logits are few; pass `chunk` or `save` for less memory"
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2**10, 4), (4, 2**15)))
+    large = fp.matches(linear_cross_entropy)(*shapes, jax.ShapeDtypeStruct((2**10,), jnp.int32))[0]
+    assert large.reason is None
     empty = fp.matches(partial(linear_cross_entropy, chunk=1))(H[:0], W, LABELS[:0])[0]
     assert empty.reason == "there are no tokens"
     assert_same(

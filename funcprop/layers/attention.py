@@ -239,7 +239,7 @@ def _applies(
     queries, keys = q.shape[-3], k.shape[-3]
     if blocks is not None:
         return True
-    if queries * keys < 2**16:
+    if queries * keys < 2**16 or queries * keys <= q.shape[-1] * (queries + keys):
         return f"the logits of a head are only {queries} × {keys}; blocks would save little and cost time"
     return True
 
@@ -375,7 +375,7 @@ def attention(
         offset: position of the first query among the keys: `keys − queries` if the queries are the last.
         scale: `s`; `1/√d` if None.
         blocks: queries × keys in one block of the rule; by default `block_sizes(queries, keys)`, and the rule
-            leaves small logits (below 2¹⁶ a head) to autodiff.
+            leaves small logits (below 2¹⁶ a head, or fewer than entries in `q` and `k`) to autodiff.
 
     Raises:
         ValueError: the shapes do not fit, or a block is empty.
