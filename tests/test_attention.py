@@ -74,7 +74,7 @@ def cases(draw):
     return args, mask, static
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
 @given(cases())
 def test_gradients_are_autodiff_s(case):
     args, mask, static = case

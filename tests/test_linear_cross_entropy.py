@@ -110,7 +110,7 @@ def cases(draw):
     return (h, w.T if transposed else w, *rest), jnp.asarray(labels), static
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@settings(max_examples=10, deadline=None, derandomize=True, database=None)
 @given(cases())
 def test_gradients_are_autodiff_s(case):
     args, labels, static = case
