@@ -268,7 +268,8 @@ def _equations(op: OperatorSymbols) -> Equations:
         return _scores(_by_group(x, kv), jnp.moveaxis(k, -2, -3))
 
     def to_bias(s_bar: Any) -> Any:
-        return sum_to(s_bar, _like_logits(bias.type, q.type, kv).shape).reshape(bias.shape)
+        like = jax.eval_shape(lambda x: _like_logits(x, q.type, kv), bias.type)
+        return sum_to(s_bar, like.shape).reshape(bias.shape)
 
     p = apply("softmax", weights, q, k, *given, latex="\\mathrm{softmax}")
     forward = apply("mix", mix, p, v)
