@@ -231,3 +231,9 @@ def test_errors(args, static, message):
 def test_an_additive_mask_is_a_bias():
     with pytest.raises(TypeError, match=r"mask has dtype float64; pass booleans .* additive mask .* as bias"):
         attention(*operands(2, 2), None, jnp.zeros((2, 2)))
+
+
+def test_equations_are_true():
+    args = (*operands(4, 4, d=2), numbers(1, 4, seed=3))
+    loss = lambda q, k, v, b: jnp.sum(attention(q, k, v, b, causal=True, window=3) ** 2)  # noqa: E731
+    fp.derive(loss, (0, 1, 2, 3))(*args).verify()

@@ -201,3 +201,10 @@ def test_what_is_left_to_autodiff():
 def test_errors(args, static, message):
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(*args, **static)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_equations_are_true(reduction):
+    static = {"label_smoothing": 0.1, "z_loss": 0.2, "reduction": reduction}
+    loss = lambda h, w, b, c: jnp.sum(linear_cross_entropy(h, w, LABELS, b, c, **static))  # noqa: E731
+    fp.derive(loss, (0, 1, 2))(H, W, B, WEIGHTS).verify()

@@ -53,3 +53,9 @@ def test_cotangents_have_the_dtypes_of_their_arguments(dtype):
 def test_nothing_is_broadcast(loss):
     with pytest.raises(ValueError, match=r"has shape \(3, 1\) but (target|labels) has \(3,\); reshape one"):
         loss(jnp.ones((3, 1)), jnp.ones(3))
+
+
+def test_equations_are_true():
+    x, t = jnp.array([0.3, -2.0, 1.0]), jnp.array([0, 1, 1])
+    fp.derive(lambda x: jnp.sum(fp.layers.focal_loss(x, t, alpha=0.3)))(x).verify()
+    fp.derive(lambda x, t: jnp.sum(fp.layers.huber_loss(x, t, delta=0.5)), (0, 1))(x, x * 2).verify()
