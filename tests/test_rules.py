@@ -100,6 +100,7 @@ PRIMITIVES: dict[str, tuple[Callable[..., Any], list[Example]]] = {
 # For each layer with a rule, by its name in `funcprop.layers`, examples with all its arguments.
 X, W, B = numbers(4, 3), numbers(3, 2, seed=1), numbers(2, seed=2)
 ACTIVATION = [Example((numbers(3, 4),))]
+LABELS = jnp.array([0, 6, -1, 3, -100])
 LAYERS: dict[str, list[Example]] = {
     "relu": ACTIVATION,
     "tanh": ACTIVATION,
@@ -116,6 +117,30 @@ LAYERS: dict[str, list[Example]] = {
     ],
     "mean_squared_error": [Example((X, numbers(4, 3, seed=1)))],
     "l2_penalty": [Example((0.3, {"w": W, "b": B})), Example((0.3, W))],
+    "focal_loss": [
+        Example((X, jnp.array([[0, 1, 1]] * 4)), {"alpha": 0.3}),
+        Example((X, positive(4, 3) / 2), {"gamma": 1.5}),
+    ],
+    "huber_loss": [Example((X, numbers(4, 3, seed=1)), {"delta": 0.7})],
+    "attention": [
+        # Grouped heads, lengths that are no multiples of the blocks.
+        Example(
+            (numbers(5, 2, 1), numbers(4, 1, 1, seed=1), numbers(4, 1, 2, seed=2)),
+            {"causal": True, "offset": 1, "blocks": (2, 3)},
+        )
+    ],
+    "linear_cross_entropy": [
+        # A batch of labels for the same hidden states: the cotangent of the logits and the saved gradient are
+        # made for each. Autodiff, whose logits are all there, sums first.
+        Example(
+            (numbers(5, 2), numbers(2, 7, seed=1), LABELS, None, positive(7)),
+            {"chunk": 2, "label_smoothing": 0.1, "z_loss": 0.2, "batch_times_parameters": 3.0},
+        ),
+        Example(
+            (numbers(5, 1, 2), numbers(7, 2, seed=1), LABELS[:, None], numbers(7, seed=2)),
+            {"chunk": 3, "transposed": True, "reduction": "none", "batch_times_parameters": 5.0},
+        ),
+    ],
 }
 
 

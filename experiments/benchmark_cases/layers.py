@@ -1,0 +1,111 @@
+"""Our layers against the same functions in plain `jax.numpy`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import funcprop as fp
+from benchmark_cases.case import Case, Row, gradients, normal, products
+
+
+def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Causal softmax attention as it is usually written."""
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k) / q.shape[-1] ** 0.5
+    seen = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(seen, logits, -jnp.inf)), v)
+
+
+our_attention = partial(fp.layers.attention, causal=True)
+
+
+def attention(
+    compare: Callable[..., Case], length: int, batch: int = 1, heads: int = 4, width: int = 64
+) -> Case:
+    """A cubic function of the result, so that the Hessian has every term."""
+
+    def loss(qkv: Any, *, by: Callable[..., Any]) -> jax.Array:
+        return jnp.sum(by(*qkv) ** 3)
+
+    qkv = tuple(normal(batch, length, heads, width, seed=i) for i in range(3))
+    return compare(partial(loss, by=our_attention), qkv, plain=partial(loss, by=plain_attention))
+
+
+def plain_head(h: jax.Array, w: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross-entropy of a linear map, all logits at once."""
+    return optax.softmax_cross_entropy_with_integer_labels(h @ w, labels).mean()
+
+
+def head(compare: Callable[..., Case], tokens: int, width: int, vocabulary: int) -> Case:
+    def loss(params: Any, labels: jax.Array, *, by: Callable[..., Any]) -> jax.Array:
+        return by(params["h"], params["w"], labels)
+
+    params = {"h": normal(tokens, width), "w": normal(width, vocabulary, seed=1) / width**0.5}
+    labels = jax.random.randint(jax.random.key(2), (tokens,), 0, vocabulary)
+    ours = partial(loss, by=fp.layers.linear_cross_entropy)
+    return compare(ours, params, labels, plain=partial(loss, by=plain_head))
+
+
+def normalised(x: jax.Array, p: dict[str, jax.Array]) -> jax.Array:
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-6) * p["g"] + p["b"]
+
+
+def language_model(layers: int, width: int, length: int, batch: int, vocabulary: int) -> Case:
+    """Pre-norm transformer, a scan over its layers: attention, gelu and the head are ours, or plain."""
+    heads = width // 64 or 1
+
+    def loss(
+        params: Any, tokens: jax.Array, labels: jax.Array, *, attention: Any, gelu: Any, head: Any
+    ) -> jax.Array:
+        def layer(x: jax.Array, p: Any) -> tuple[jax.Array, None]:
+            qkv = (normalised(x, p["before"]) @ p["qkv"]).reshape(*x.shape[:2], 3, heads, -1)
+            x = x + attention(*(qkv[:, :, i] for i in range(3))).reshape(x.shape) @ p["out"]
+            return x + gelu(normalised(x, p["between"]) @ p["up"]) @ p["down"], None
+
+        x, _ = jax.lax.scan(layer, params["embedding"][tokens] + params["position"], params["layers"])
+        return head(normalised(x, params["last"]), params["head"], labels)
+
+    def weights(*shape: int, seed: int) -> jax.Array:
+        return normal(*shape, seed=seed) / shape[-2] ** 0.5
+
+    def norm(*batch: int) -> dict[str, jax.Array]:
+        return {"g": jnp.ones((*batch, width)), "b": jnp.zeros((*batch, width))}
+
+    params = {
+        "embedding": weights(vocabulary, width, seed=1),
+        "position": 0.1 * weights(length, width, seed=2),
+        "layers": {
+            "before": norm(layers), "between": norm(layers),
+            "qkv": weights(layers, width, 3 * width, seed=3), "out": weights(layers, width, width, seed=4),
+            "up": weights(layers, width, 4 * width, seed=5),
+            "down": weights(layers, 4 * width, width, seed=6),
+        },
+        "last": norm(),
+        "head": weights(width, vocabulary, seed=7),
+    }  # fmt: skip
+    text = jax.random.randint(jax.random.key(8), (batch, length + 1), 0, vocabulary)
+    ours = partial(loss, attention=our_attention, gelu=fp.layers.gelu, head=fp.layers.linear_cross_entropy)
+    plain = partial(loss, attention=plain_attention, gelu=jax.nn.gelu, head=plain_head)
+    return gradients(ours, params, text[:, :-1], text[:, 1:], plain=plain)
+
+
+ROWS: dict[str, Row] = {
+    "attention, T2048, 4 heads, d 64, causal": Row(
+        lambda: attention(gradients, 2048), lambda: attention(gradients, 272, heads=2, width=8), 1.0, 0.08
+    ),
+    "HVP of attention, T1024": Row(
+        lambda: attention(products, 1024), lambda: attention(products, 272, heads=2, width=8), 1.1, 0.12
+    ),
+    "linear + cross-entropy, 4096 × 256 × 32k": Row(
+        lambda: head(gradients, 4096, 256, 2**15), lambda: head(gradients, 130, 8, 64), 1.05, 0.10
+    ),
+    "language model, 4 layers d256 T512 B4 V32k": Row(
+        lambda: language_model(4, 256, 512, 4, 2**15), lambda: language_model(2, 64, 16, 8, 128), 0.90, 0.25
+    ),
+}
