@@ -40,6 +40,10 @@ def max_pool(x: jax.Array) -> jax.Array:
     )
 
 
+def min_pool(x: jax.Array) -> jax.Array:
+    return lax.reduce_window(x, jnp.inf, lax.min, (1, 2, 2, 1), (1, 2, 1, 1), "VALID")
+
+
 def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
     layout = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(
@@ -91,6 +95,7 @@ PRIMITIVES: dict[str, tuple[Callable[..., Any], list[Example]]] = {
     "top_k": (lambda x: lax.top_k(x, 2), [Example((numbers(3, 4),))]),
     "scan": (loop, [Example((numbers(3, 3), numbers(2, 3)))]),
     "reduce_window_max": (max_pool, [Example((numbers(2, 5, 6, 2),))]),
+    "reduce_window_min": (min_pool, [Example((numbers(2, 5, 6, 2),))]),
     "conv_general_dilated": (
         convolve,
         [Example((numbers(2, 5, 6, 2), numbers(2, 3, 2, 3)), rule=NOT_BY_XLA)],
@@ -100,6 +105,12 @@ PRIMITIVES: dict[str, tuple[Callable[..., Any], list[Example]]] = {
 # For each layer with a rule, by its name in `funcprop.layers`, examples with all its arguments.
 X, W, B = numbers(4, 3), numbers(3, 2, seed=1), numbers(2, seed=2)
 ACTIVATION = [Example((numbers(3, 4),))]
+POOL = {
+    "window_dimensions": (1, 3, 2, 1),
+    "window_strides": (1, 2, 2, 1),
+    "padding": ((0, 0), (0, 1), (1, 0), (0, 0)),
+    "window_dilation": (1, 1, 1, 1),
+}
 LAYERS: dict[str, list[Example]] = {
     "relu": ACTIVATION,
     "tanh": ACTIVATION,
@@ -107,6 +118,7 @@ LAYERS: dict[str, list[Example]] = {
     "softplus": ACTIVATION,
     "silu": ACTIVATION,
     "gelu": [*ACTIVATION, Example((numbers(3, 4),), {"approximate": False})],
+    "relu_max_pool": [Example((numbers(2, 5, 6, 2),), POOL)],
     "dense": [Example((X, W, B)), Example((X, W)), Example((X[0], W, B)), Example((numbers(2, 4, 3), W, B))],
     "linear": [Example((W.T, X[0], B)), Example((W.T, X[0]))],
     "softmax_cross_entropy": [

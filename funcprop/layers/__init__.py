@@ -11,3 +11,4 @@ from funcprop.layers.linear import linear as linear
 from funcprop.layers.loss import l2_penalty as l2_penalty
 from funcprop.layers.loss import mean_squared_error as mean_squared_error
 from funcprop.layers.loss import softmax_cross_entropy as softmax_cross_entropy
+from funcprop.layers.pooling import relu_max_pool as relu_max_pool

@@ -16,13 +16,16 @@ the input otherwise (gelu, silu).
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
-from funcprop.primitives.elementwise import elementwise_rule
+from funcprop.primitives.elementwise import Saved, elementwise_rule
+from funcprop.recognition import Known, Pattern
 from funcprop.registry import layer
 
 
@@ -30,7 +33,15 @@ def _relu(x: Any) -> Any:
     return jax.nn.relu(x)
 
 
-@layer(rule=elementwise_rule(_relu, lambda y: jnp.where(y > 0, 1, 0).astype(y.dtype), saves="output"))
+def _relu_backward(residuals: Saved, g: Any, needs: Any) -> tuple[Any]:
+    # Selected, not multiplied: a cotangent that is not finite does not pass where the slope is 0.
+    return (jnp.where(residuals.value > 0, g, 0),)
+
+
+_relu_rule = elementwise_rule(_relu, lambda y: jnp.where(y > 0, 1, 0).astype(y.dtype), saves="output")
+
+
+@layer(rule=replace(_relu_rule, backward=_relu_backward))
 def relu(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
     """Rectified linear unit, `max(x, 0)`; its derivative at 0 is 0, as `jax.nn.relu`'s.
 
@@ -120,3 +131,13 @@ def gelu(x: Inexact[Array, "*shape"], *, approximate: bool = True) -> Inexact[Ar
         0.8413
     """
     return _gelu(x, approximate)
+
+
+# `jax.nn.tanh` and `jax.nn.sigmoid` are primitives, which have rules of their own.
+PATTERNS: list[Pattern] = [
+    Known(jax.nn.relu, relu),
+    Known(jax.nn.softplus, softplus),
+    Known(jax.nn.silu, silu),
+    Known(jax.nn.gelu, gelu, (("approximate", True),)),
+    Known(partial(jax.nn.gelu, approximate=False), gelu, (("approximate", False),)),
+]
