@@ -17,8 +17,8 @@ FUNCTIONS = {
     "relu": jax.nn.relu,
     "softplus": jax.nn.softplus,
     "silu": jax.nn.silu,
-    "gelu": jax.nn.gelu,
-    "exact gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "tanh_gelu": jax.nn.gelu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
 
 
@@ -42,7 +42,7 @@ def in_a_scan(fun):
 @pytest.mark.parametrize("around", [lambda f: f, jax.vmap, jax.jit], ids=["plain", "vmap", "jit"])
 def test_known_functions(name, around):
     function = around(lambda x: FUNCTIONS[name](2 * x) + 1)
-    assert operators(function, X) == [name.split()[-1]]
+    assert operators(function, X) == [name]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -97,7 +97,7 @@ def gelu(x):
 @pytest.mark.parametrize("impostor", [straight_through(), squared_in_derivative(), jax.jit(silu), gelu])
 def test_names_and_values_decide_nothing(impostor):
     found = operators(lambda x: impostor(2 * x), X)
-    assert not {"relu", "silu", "gelu"} & set(found)
+    assert not {"relu", "silu", "tanh_gelu"} & set(found)
     assert "relu_max_pool" not in operators(lambda x: pool(impostor(2 * x)), X)
 
 
@@ -107,7 +107,7 @@ def test_a_result_read_elsewhere_keeps_the_equations():
         return x * (0.5 * (1.0 + t)), t
 
     assert "tanh" in operators(reads_the_middle, X)
-    assert "gelu" not in operators(reads_the_middle, X)
+    assert "tanh_gelu" not in operators(reads_the_middle, X)
 
 
 # --- relu before a max-pool -------------------------------------------------------------------

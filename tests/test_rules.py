@@ -117,6 +117,7 @@ LAYERS: dict[str, list[Example]] = {
     "sigmoid": ACTIVATION,
     "softplus": ACTIVATION,
     "silu": ACTIVATION,
+    "tanh_gelu": ACTIVATION,
     "gelu": [*ACTIVATION, Example((numbers(3, 4),), {"approximate": False})],
     "relu_max_pool": [Example((numbers(2, 5, 6, 2),), POOL)],
     "dense": [Example((X, W, B)), Example((X, W)), Example((X[0], W, B)), Example((numbers(2, 4, 3), W, B))],

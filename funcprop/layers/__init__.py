@@ -6,6 +6,7 @@ from funcprop.layers.activation import sigmoid as sigmoid
 from funcprop.layers.activation import silu as silu
 from funcprop.layers.activation import softplus as softplus
 from funcprop.layers.activation import tanh as tanh
+from funcprop.layers.activation import tanh_gelu as tanh_gelu
 from funcprop.layers.linear import dense as dense
 from funcprop.layers.linear import linear as linear
 from funcprop.layers.loss import l2_penalty as l2_penalty
