@@ -22,8 +22,9 @@ from funcprop import _compat, _mutation, _nnx
 from funcprop.attach import Arrays, BoundRule, attach
 from funcprop.calls import Call, is_array, traced
 from funcprop.layer_calls import broken_layer_call, layer_call
+from funcprop.recognition import recognised
 from funcprop.registry import RuleError, RuleSet
-from funcprop.rules import default
+from funcprop.rules import PATTERNS, default
 
 # Primitives whose bodies are rewritten in place. Whatever is not named here (custom derivatives above all:
 # the user's own rule wins) is emitted as it stands.
@@ -174,6 +175,7 @@ class Rewriter:
         # Keyed by identity; the object is kept beside the answer so that its identity is not reused.
         self._found: dict[int, tuple[Any, BoundRule | None]] = {}
         self._ruled: dict[int, tuple[Any, bool]] = {}
+        self._equations: dict[int, tuple[Any, list[Any]]] = {}
 
     def find(self, eqn: Any) -> BoundRule | None:
         """The rule that fires at an equation, if any."""
@@ -182,10 +184,17 @@ class Rewriter:
             self._found[id(eqn)] = eqn, None if found is None else found.bound
         return self._found[id(eqn)][1]
 
+    def equations(self, jaxpr: Any) -> list[Any]:
+        """The equations of a jaxpr; several that together are an operator with a rule are one."""
+        if id(jaxpr) not in self._equations:
+            found = recognised(_compat.open_jaxpr(jaxpr), PATTERNS, lambda eqn: self.find(eqn) is not None)
+            self._equations[id(jaxpr)] = jaxpr, found
+        return self._equations[id(jaxpr)][1]
+
     def has_rule(self, jaxpr: Any) -> bool:
         """Whether any operator in a jaxpr, at any depth, has a rule."""
         if id(jaxpr) not in self._ruled:
-            equations = _compat.open_jaxpr(jaxpr).eqns
+            equations = self.equations(jaxpr)
             self._ruled[id(jaxpr)] = (
                 jaxpr,
                 any(self.find(eqn) is not None or self.enters(eqn) for eqn in equations),
@@ -209,7 +218,7 @@ class Rewriter:
         def read(atom: Any) -> Any:
             return atom.val if isinstance(atom, _compat.Literal) else values[atom]
 
-        for eqns, outvars in self._steps(jaxpr):
+        for eqns, outvars in self._steps(self.equations(closed), jaxpr.outvars):
             if len(eqns) == 1 and (bound := self.find(eqns[0])) is not None:
                 results = self._apply(bound, eqns[0], [read(a) for a in eqns[0].invars])
             elif len(eqns) == 1 and self.enters(eqns[0]):
@@ -221,14 +230,16 @@ class Rewriter:
             values.update(zip(outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _steps(self, jaxpr: Any) -> Iterator[tuple[list[Any], list[Any]]]:
+    def _steps(
+        self, equations: Sequence[Any], results: Sequence[Any]
+    ) -> Iterator[tuple[list[Any], list[Any]]]:
         """Single equations that are ruled or entered, and the runs between them, with their results."""
         last_read: dict[Any, int] = {}
-        for i, eqn in enumerate(jaxpr.eqns):
+        for i, eqn in enumerate(equations):
             last_read.update((v, i) for v in eqn.invars if not isinstance(v, _compat.Literal))
-        last_read.update((v, len(jaxpr.eqns)) for v in jaxpr.outvars if not isinstance(v, _compat.Literal))
+        last_read.update((v, len(equations)) for v in results if not isinstance(v, _compat.Literal))
         pending: list[Any] = []
-        for i, eqn in enumerate(jaxpr.eqns):
+        for i, eqn in enumerate(equations):
             if self.find(eqn) is None and not self.enters(eqn):
                 pending.append(eqn)
                 continue
@@ -237,7 +248,7 @@ class Rewriter:
                 pending = []
             yield [eqn], list(eqn.outvars)
         if pending:
-            yield pending, [v for e in pending for v in e.outvars if last_read.get(v, -1) >= len(jaxpr.eqns)]
+            yield pending, [v for e in pending for v in e.outvars if last_read.get(v, -1) >= len(equations)]
 
     def _apply(self, bound: BoundRule, eqn: Any, args: Arrays) -> Arrays:
         call = layer_call(eqn)
@@ -336,7 +347,7 @@ def _matches(
     rewriter: Rewriter, jaxpr: Any, scope: str = "", source: str | None = None, mapped: bool = False
 ) -> Iterator[Match]:
     """Matches in a jaxpr; equations of a body are recorded relative to the equation that holds it."""
-    for eqn in _compat.open_jaxpr(jaxpr).eqns:
+    for eqn in rewriter.equations(jaxpr):
         found = match(eqn, rewriter.rules, rewriter.platform)
         inner_scope = "/".join(filter(None, (scope, _compat.scope(eqn))))
         inner_source = _compat.source_line(eqn) or source

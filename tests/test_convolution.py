@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +15,8 @@ from hypothesis import strategies as st
 import funcprop as fp
 from funcprop.primitives import convolution
 
-BY_PATCHES = fp.rules.autodiff.replace(
-    {"conv_general_dilated": convolution.rule(lambda geometry: convolution.Plan(True, True))}
-)
+EVERYWHERE = convolution.rule(lambda geometry: convolution.Plan(margin=True, weight=True, input=True))
+RULES = fp.rules.autodiff.replace({"conv_general_dilated": EVERYWHERE})
 LAYOUTS = {
     1: [("NHC", "HIO", "NHC"), ("NCH", "OIH", "NCH")],
     2: [
@@ -42,7 +43,7 @@ def convolutions(draw):
     sizes = [
         max(r - lo - hi, 1) + draw(st.integers(0, 4)) for r, (lo, hi) in zip(reach, padding, strict=True)
     ]
-    batch, inputs, outputs = (draw(st.integers(1, 3)) for _ in range(3))
+    batch, inputs, outputs = draw(st.integers(1, 5)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     layout = draw(st.sampled_from(LAYOUTS[rank]))
     spatial = [c for c in layout[0] if c not in "NC"]
     named = dict(zip(spatial, sizes, strict=True)) | {"N": batch, "C": inputs}
@@ -53,10 +54,12 @@ def convolutions(draw):
     }  # fmt: skip
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(convolutions())
-def test_equals_xla(case):
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(convolutions(), st.booleans())
+def test_equals_xla(case, chunked):
     x_shape, w_shape, options = case
+    # So few bytes hold the patches of one or two examples, and a chunk remains that is smaller.
+    chunk_bytes = 512 if chunked else convolution.CHUNK_BYTES
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=x_shape), rng.normal(size=w_shape)
 
@@ -66,11 +69,13 @@ def test_equals_xla(case):
     @compiled
     def both(x, w, g):
         expected, pullback = jax.vjp(fun, x, w)
-        actual, ours = fp.vjp(fun, x, w, rules=BY_PATCHES)
+        actual, ours = fp.vjp(fun, x, w, rules=RULES)
         return [actual, *ours(g)], [expected, *pullback(g)]
 
     g = rng.normal(size=jax.eval_shape(fun, x, w).shape)
-    for a, e in zip(*both(x, w, g), strict=True):
+    with mock.patch.object(convolution, "CHUNK_BYTES", chunk_bytes):
+        actual, expected = both(x, w, g)
+    for a, e in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-12)
 
 
@@ -85,8 +90,9 @@ def test_what_the_rule_leaves_alone():
             x, w, (1, 1), ((1, 1), (1, 1)), dimension_numbers=layout, **options
         )
 
-    big, kernel = jnp.ones((64, 32, 32, 32)), jnp.ones((3, 3, 32, 32))
+    big, kernel = jnp.ones((64, 16, 16, 32)), jnp.ones((3, 3, 32, 64))
     assert reasons(conv, big, kernel) == [None]
+    assert reasons(conv, big[:0], kernel) == ["the input or the result is empty"]
     assert reasons(conv, big[:1, :8, :8], kernel) == ["XLA's convolution is as fast at this size"]
     grouped = reasons(lambda x, w: conv(x, w, feature_group_count=2), big, kernel[:, :, :16])
     assert grouped == ["the convolution has groups"]
@@ -108,7 +114,54 @@ def test_low_precision_is_no_worse_than_autodiffs(dtype):
         return jnp.sum(y.astype(float) ** 2)
 
     exact = jax.grad(loss, 1)(*(a.astype(float) for a in low))
-    theirs, ours = jax.grad(loss, 1)(*low), fp.grad(loss, 1, rules=BY_PATCHES)(*low)
+    theirs, ours = jax.grad(loss, 1)(*low), fp.grad(loss, 1, rules=RULES)(*low)
     assert ours.dtype == dtype
     error = lambda a: np.max(np.abs(np.asarray(a, float) - exact)) / np.max(np.abs(exact))  # noqa: E731
     assert error(ours) <= max(1.1 * error(theirs), 1e-6)
+
+
+def test_gradients_above_the_threshold():
+    """Strided, pointwise and grouped convolutions, with the plan that the library makes."""
+
+    def loss(x, w, stride, **options):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jnp.sum(
+            jnp.sin(
+                jax.lax.conv_general_dilated(
+                    x, w, (stride, stride), "VALID", dimension_numbers=layout, **options
+                )
+            )
+        )
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(33, 33, 33, 16))
+    for kernel, stride, groups in ((3, 2, 1), (1, 1, 1), (3, 2, 4)):
+        w = rng.normal(size=(kernel, kernel, 16 // groups, 48))
+        conv = lambda x, w: loss(x, w, stride, feature_group_count=groups)  # noqa: B023, E731
+        assert reasons(conv, x, w) == ([None] if groups == 1 else ["the convolution has groups"])
+        expected, actual = (jax.jit(grad(conv, (0, 1)))(x, w) for grad in (jax.grad, fp.grad))
+        for a, e in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-12 * np.max(np.abs(e)))
+
+
+def test_holds_no_more_than_autodiff():
+    """Temporary bytes of a residual block's gradient; a chunk of patches is all that is added."""
+
+    def block(x, kernels):
+        def conv(x, w, stride):
+            layout = ("NHWC", "HWIO", "NHWC")
+            return jax.lax.conv_general_dilated(x, w, (stride, stride), "SAME", dimension_numbers=layout)
+
+        first, second, short = kernels
+        y = jax.nn.relu(conv(x, first, 2))
+        return jnp.mean(jax.nn.relu(conv(y, second, 1) + conv(x, short, 2)) ** 2)
+
+    x = jax.ShapeDtypeStruct((64, 32, 32, 32), jnp.float32)
+    shapes = (3, 3, 32, 64), (3, 3, 64, 64), (1, 1, 32, 64)
+    kernels = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    assert sum(m.reason is None for m in fp.matches(block)(x, kernels)) == 3
+    theirs, ours = (
+        jax.jit(grad(block, 1)).lower(x, kernels).compile().memory_analysis().temp_size_in_bytes
+        for grad in (jax.grad, fp.grad)
+    )
+    assert ours <= 1.02 * theirs

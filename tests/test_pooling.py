@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import funcprop as fp
 from funcprop.primitives import pooling
 
-RULES = fp.rules.autodiff.replace(pooling.RULES)
+RULES = fp.rules.autodiff.replace({**pooling.RULES, fp.layers.relu_max_pool: fp.layers.relu_max_pool.rule})
 
 
 @st.composite
@@ -36,13 +36,7 @@ def data(shape, kind):
     return np.where(rng.random(shape) < 0.4, special[kind], x) if kind in special else x
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(windows())
-def test_equals_jax(case):
-    shape, window, strides, padding, kind = case
-
-    def pool(x):
-        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, padding)
+def assert_equals_jax(pool, shape, kind):
 
     x = data(shape, kind)
     g = np.random.default_rng(1).normal(size=jax.eval_shape(pool, x).shape)
@@ -56,6 +50,32 @@ def test_equals_jax(case):
     expected, actual, (expected_cotangent,), (cotangent,) = both(x, g)
     np.testing.assert_array_equal(actual, expected)
     np.testing.assert_allclose(cotangent, expected_cotangent, rtol=1e-13, atol=1e-14)
+
+
+def max_pool(window, strides, padding, before=lambda x: x):
+    return lambda x: jax.lax.reduce_window(before(x), -jnp.inf, jax.lax.max, window, strides, padding)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(windows())
+def test_equals_jax(case):
+    shape, window, strides, padding, kind = case
+    assert_equals_jax(max_pool(window, strides, padding), shape, kind)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(windows())
+def test_of_a_relu_equals_jax(case):
+    shape, window, strides, padding, kind = case
+    assert_equals_jax(max_pool(window, strides, padding, jax.nn.relu), shape, kind)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(windows())
+def test_minimum_equals_jax(case):
+    shape, window, strides, padding, kind = case
+    pool = lambda x: jax.lax.reduce_window(x, jnp.inf, jax.lax.min, window, strides, padding)  # noqa: E731
+    assert_equals_jax(pool, shape, kind)
 
 
 def test_dilated_windows_which_jax_cannot_differentiate():
@@ -82,6 +102,12 @@ def test_saves_one_byte_for_each_output():
         return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
 
     saved = jax.tree.leaves(jax.eval_shape(lambda x: fp.vjp(pool, x, rules=RULES)[1], jnp.ones((4, 8, 8, 3))))
+    assert [(s.shape, s.dtype) for s in saved] == [((4, 4, 4, 3), jnp.int8)]
+
+
+def test_a_relu_before_it_saves_nothing():
+    pool = max_pool((1, 3, 3, 1), (1, 2, 2, 1), "VALID", jax.nn.relu)
+    saved = jax.tree.leaves(jax.eval_shape(lambda x: fp.vjp(pool, x, rules=RULES)[1], jnp.ones((4, 9, 9, 3))))
     assert [(s.shape, s.dtype) for s in saved] == [((4, 4, 4, 3), jnp.int8)]
 
 

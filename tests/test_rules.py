@@ -40,6 +40,10 @@ def max_pool(x: jax.Array) -> jax.Array:
     )
 
 
+def min_pool(x: jax.Array) -> jax.Array:
+    return lax.reduce_window(x, jnp.inf, lax.min, (1, 2, 2, 1), (1, 2, 1, 1), "VALID")
+
+
 def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
     layout = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(
@@ -66,8 +70,8 @@ def scatter(x: jax.Array, indices: jax.Array, updates: jax.Array) -> jax.Array:
     return lax.scatter_add(x, indices, updates, rows)
 
 
-# The cost model leaves small convolutions to XLA; here products of patches are what is checked.
-BY_PATCHES = convolution.rule(lambda geometry: convolution.Plan(True, True))
+# The cost model leaves small convolutions to XLA; here the other ways are what is checked.
+NOT_BY_XLA = convolution.rule(lambda geometry: convolution.Plan(margin=True, weight=True, input=True))
 
 # For each primitive the `jax.lax` function that is this primitive, and examples for it.
 PRIMITIVES: dict[str, tuple[Callable[..., Any], list[Example]]] = {
@@ -91,9 +95,10 @@ PRIMITIVES: dict[str, tuple[Callable[..., Any], list[Example]]] = {
     "top_k": (lambda x: lax.top_k(x, 2), [Example((numbers(3, 4),))]),
     "scan": (loop, [Example((numbers(3, 3), numbers(2, 3)))]),
     "reduce_window_max": (max_pool, [Example((numbers(2, 5, 6, 2),))]),
+    "reduce_window_min": (min_pool, [Example((numbers(2, 5, 6, 2),))]),
     "conv_general_dilated": (
         convolve,
-        [Example((numbers(2, 5, 6, 2), numbers(2, 3, 2, 3)), rule=BY_PATCHES)],
+        [Example((numbers(2, 5, 6, 2), numbers(2, 3, 2, 3)), rule=NOT_BY_XLA)],
     ),
 }
 
@@ -101,13 +106,21 @@ PRIMITIVES: dict[str, tuple[Callable[..., Any], list[Example]]] = {
 X, W, B = numbers(4, 3), numbers(3, 2, seed=1), numbers(2, seed=2)
 ACTIVATION = [Example((numbers(3, 4),))]
 LABELS = jnp.array([0, 6, -1, 3, -100])
+POOL = {
+    "window_dimensions": (1, 3, 2, 1),
+    "window_strides": (1, 2, 2, 1),
+    "padding": ((0, 0), (0, 1), (1, 0), (0, 0)),
+    "window_dilation": (1, 1, 1, 1),
+}
 LAYERS: dict[str, list[Example]] = {
     "relu": ACTIVATION,
     "tanh": ACTIVATION,
     "sigmoid": ACTIVATION,
     "softplus": ACTIVATION,
     "silu": ACTIVATION,
+    "tanh_gelu": ACTIVATION,
     "gelu": [*ACTIVATION, Example((numbers(3, 4),), {"approximate": False})],
+    "relu_max_pool": [Example((numbers(2, 5, 6, 2),), POOL)],
     "dense": [Example((X, W, B)), Example((X, W)), Example((X[0], W, B)), Example((numbers(2, 4, 3), W, B))],
     "linear": [Example((W.T, X[0], B)), Example((W.T, X[0]))],
     "softmax_cross_entropy": [

@@ -6,6 +6,7 @@ from funcprop.layers.activation import sigmoid as sigmoid
 from funcprop.layers.activation import silu as silu
 from funcprop.layers.activation import softplus as softplus
 from funcprop.layers.activation import tanh as tanh
+from funcprop.layers.activation import tanh_gelu as tanh_gelu
 from funcprop.layers.attention import attention as attention
 from funcprop.layers.linear import dense as dense
 from funcprop.layers.linear import linear as linear
@@ -15,3 +16,4 @@ from funcprop.layers.loss import mean_squared_error as mean_squared_error
 from funcprop.layers.loss import softmax_cross_entropy as softmax_cross_entropy
 from funcprop.layers.pointwise_loss import focal_loss as focal_loss
 from funcprop.layers.pointwise_loss import huber_loss as huber_loss
+from funcprop.layers.pooling import relu_max_pool as relu_max_pool

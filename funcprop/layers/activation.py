@@ -11,26 +11,38 @@ the input otherwise (gelu, silu).
 | `softplus` | `log(1 + eˣ)`                 | `1 − e⁻ʸ`                        | output |
 | `silu`     | `x σ(x)`                      | `σ(x) (1 + x (1 − σ(x)))`        | input  |
 | `gelu`     | `x Φ(x)`, or its tanh formula | `Φ(x) + x Φ′(x)`                 | input  |
+| `tanh_gelu`| its tanh formula              |                                  | input  |
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
-from funcprop.primitives.elementwise import elementwise_rule
-from funcprop.registry import layer
+from funcprop.primitives.elementwise import Saved, elementwise_rule
+from funcprop.recognition import Known, Pattern
+from funcprop.registry import Rule, layer
 
 
 def _relu(x: Any) -> Any:
     return jax.nn.relu(x)
 
 
-@layer(rule=elementwise_rule(_relu, lambda y: jnp.where(y > 0, 1, 0).astype(y.dtype), saves="output"))
+def _relu_backward(residuals: Saved, g: Any, needs: Any) -> tuple[Any]:
+    # Selected, not multiplied: a cotangent that is not finite does not pass where the slope is 0.
+    return (jnp.where(residuals.value > 0, g, 0),)
+
+
+_relu_rule = elementwise_rule(_relu, lambda y: jnp.where(y > 0, 1, 0).astype(y.dtype), saves="output")
+
+
+@layer(rule=replace(_relu_rule, backward=_relu_backward))
 def relu(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
     """Rectified linear unit, `max(x, 0)`; its derivative at 0 is 0, as `jax.nn.relu`'s.
 
@@ -78,12 +90,22 @@ def softplus(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
     return jax.nn.softplus(x)
 
 
+def _on_cpu(rule: Rule) -> Rule:
+    """The rule, measured to win on the CPU: under `scan` only the input is stacked, elsewhere all is equal.
+
+    Eight products of 512 × 512, each with the activation, under `scan` (time / bytes over autodiff's): gelu
+    in its tanh formula 0.69 / 0.38, silu 0.81 / 0.56; unrolled 0.99 / 1.00 and 1.01 / 1.00. The others lose
+    in one of the two: gelu 1.08 / 1.21 unrolled, relu 1.04 / 1.43 and softplus 1.05 / 0.62 under `scan`.
+    """
+    return replace(rule, platforms=frozenset({"cpu"}))
+
+
 def _silu_derivative(x: Any) -> Any:
     sigma = jax.nn.sigmoid(x)
     return sigma * (1 + x * (1 - sigma))
 
 
-@layer(rule=elementwise_rule(jax.nn.silu, _silu_derivative, saves="input"))
+@layer(rule=_on_cpu(elementwise_rule(jax.nn.silu, _silu_derivative, saves="input")))
 def silu(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
     """Sigmoid linear unit, `x σ(x)` (Elfwing et al. 2018; "swish").
 
@@ -120,3 +142,27 @@ def gelu(x: Inexact[Array, "*shape"], *, approximate: bool = True) -> Inexact[Ar
         0.8413
     """
     return _gelu(x, approximate)
+
+
+@layer(rule=_on_cpu(elementwise_rule(_gelu, _gelu_derivative, saves="input")))
+def tanh_gelu(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+    """`gelu` in its tanh approximation, which is what `jax.nn.gelu` computes unless told otherwise.
+
+    An operator of its own because its rule wins where that of the exact form does not.
+
+    Example:
+        >>> import funcprop as fp
+        >>> print(f"{fp.layers.tanh_gelu(1.0):.4f}")
+        0.8412
+    """
+    return _gelu(x)
+
+
+# `jax.nn.tanh` and `jax.nn.sigmoid` are primitives, which have rules of their own.
+PATTERNS: list[Pattern] = [
+    Known(jax.nn.relu, relu),
+    Known(jax.nn.softplus, softplus),
+    Known(jax.nn.silu, silu),
+    Known(jax.nn.gelu, tanh_gelu),
+    Known(partial(jax.nn.gelu, approximate=False), gelu, (("approximate", False),)),
+]

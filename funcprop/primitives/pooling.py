@@ -1,4 +1,4 @@
-"""Max-pooling: `reduce_window_max` with the position of each maximum saved.
+"""Max-pooling (and min-pooling): `reduce_window_max` with the position of each maximum saved.
 
     y[i] = max_k x[i·s + k·d − p]          over the taps k of the window; stride s, dilation d, padding p
     x̄[j] = Σ {ȳ[i] : i·s + k(i)·d − p = j}  where k(i) is the tap that was the maximum of window i
@@ -12,6 +12,13 @@ single fused loop.
 Ties go to the first tap and NaNs are treated exactly as by JAX: the value is NaN, and the position is the one
 that the comparison `selected ≥ next` leaves. Dilated windows, which JAX cannot differentiate, work too.
 
+Of `maxpool(relu(x))` the rule saves the same byte, and no mask: where the maximum is not above zero, no
+cotangent passes, and the position saved is "nowhere".
+
+Average-pooling (`reduce_window_sum`) has no rule: it saves nothing, and where windows do not overlap, XLA's
+derivative takes little more than writing the result (64×32×32×64, 2×2: 3.6 ms, a plain fill 1.7 ms). Where
+they overlap (3×3 with stride 2: 17.5 ms) there is time to be won.
+
 Source: Chetlur et al., "cuDNN: efficient primitives for deep learning", 2014 (saved indices); the blocked
 gather is our own.
 """
@@ -21,6 +28,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -30,6 +38,10 @@ from jax import lax
 from funcprop.expressions import Equations, OperatorSymbols, apply
 from funcprop.registry import OperatorKey, Rule
 
+# The tap of a window from which no cotangent passes on. What lies outside of all windows is no tap at all.
+NOWHERE = -1
+_NO_TAP = -2
+
 
 class Positions(NamedTuple):
     """For every window the tap of its maximum (int8 up to 127 taps), and the input for its type alone."""
@@ -38,7 +50,10 @@ class Positions(NamedTuple):
     x: Any
 
 
-def _forward(x: Any, **window: Any) -> tuple[Any, Positions]:
+def _forward(x: Any, *, relu: bool = False, minimum: bool = False, **window: Any) -> tuple[Any, Positions]:
+    if minimum:
+        negated, positions = _forward(lax.neg(x), **window)
+        return lax.neg(negated), positions._replace(x=x)
     dimensions, strides, dilation = _window(window)
     lowest = np.array(-np.inf if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.iinfo(x.dtype).min, x.dtype)
     padded = lax.pad(x, lowest, [(lo, hi, 0) for lo, hi in window["padding"]])
@@ -61,6 +76,10 @@ def _forward(x: Any, **window: Any) -> tuple[Any, Positions]:
             tap = lax.select(keep, tap, lax.full(shape, k, dtype))
             selected = lax.select(keep, selected, candidate)
             y = lax.max(y, candidate)
+    if relu:
+        zero = lax.full(shape, 0, x.dtype)
+        y = lax.max(y, zero)
+        tap = lax.select(selected > zero, tap, lax.full(shape, NOWHERE, dtype))
     return y, Positions(tap, x)
 
 
@@ -88,7 +107,7 @@ def _backward(residuals: Positions, g: Any, needs: Any, **window: Any) -> tuple[
     total: Any = None
     for by in itertools.product(*map(range, behind)):
         here = _tap_here(by, dimensions, strides, dilation, block_axes, len(full), tap.dtype)
-        hit = shifted(tap, by, -1) == here
+        hit = shifted(tap, by, NOWHERE) == here
         term = lax.select(hit, shifted(g, by, 0), lax.full(full, 0, g.dtype))
         total = term if total is None else lax.add(total, term)
     flat = lax.reshape(total, [b * s for b, s in zip(blocks, strides, strict=True)])
@@ -118,7 +137,7 @@ def _tap_here(
             shape[block_axes[axis] + 1] = s
         code = code + (offset // d * math.prod(dimensions[axis + 1 :])).reshape(shape)
         lies = lies & inside.reshape(shape)
-    return np.where(lies, code, -2).astype(dtype)
+    return np.where(lies, code, _NO_TAP).astype(dtype)
 
 
 def _window(window: dict[str, Any]) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
@@ -134,8 +153,8 @@ def _tap_type(dimensions: Sequence[int]) -> Any:
     return np.int8 if taps <= 127 else np.int16 if taps <= 32767 else np.int32
 
 
-def _applies(x: Any, **window: Any) -> bool | str:
-    if any(d != 1 for d in window["base_dilation"]):
+def _applies(x: Any, *, relu: bool = False, **window: Any) -> bool | str:
+    if any(d != 1 for d in window.get("base_dilation", ())):
         return "the input is dilated"
     if any(lo < 0 or hi < 0 for lo, hi in window["padding"]):
         return "the padding is negative"
@@ -146,21 +165,44 @@ def _applies(x: Any, **window: Any) -> bool | str:
     padded = [n + lo + hi for n, (lo, hi) in zip(x.shape, window["padding"], strict=True)]
     if 0 in x.shape or any(r > n for r, n in zip(reach, padded, strict=True)):
         return "the input or the result is empty"
+    if relu and not all(
+        _meets_input(*axis) for axis in zip(x.shape, *_window(window), window["padding"], strict=True)
+    ):
+        return "a window lies in the padding alone, whose maximum is not the input's"
     return True
 
 
-def _equations(op: OperatorSymbols) -> Equations:
+def _meets_input(size: int, taps: int, stride: int, dilation: int, padding: tuple[int, int]) -> bool:
+    """Whether every window along an axis has a tap inside of the input."""
+    windows = (size + sum(padding) - (taps - 1) * dilation - 1) // stride + 1
+    places = np.arange(windows)[:, None] * stride + np.arange(taps) * dilation - padding[0]
+    return bool(np.all(np.any((places >= 0) & (places < size), axis=1)))
+
+
+def _equations(op: OperatorSymbols, *, relu: bool = False, minimum: bool = False) -> Equations:
     (x,) = op.args
-    static = dict(op.static)
-    forward = apply("maxpool", lambda v: _forward(v, **static)[0], x)
+    static = {**op.static, "relu": relu, "minimum": minimum}
+    forward = apply(
+        "maxpool∘relu" if relu else "minpool" if minimum else "maxpool", lambda v: _forward(v, **static)[0], x
+    )
     back = apply(
-        "unpool", lambda v, g: _backward(_forward(v, **static)[1], g, (True,), **static)[0], x, op.cotangent
+        "unpool",
+        lambda v, g: _backward(_forward(v, **static)[1], g, (True,), **op.static)[0],
+        x,
+        op.cotangent,
     )
     return Equations(forward, (back,))
 
 
-RULES: dict[OperatorKey, Rule] = {
-    "reduce_window_max": Rule(
-        _forward, _backward, _equations, platforms=frozenset({"cpu"}), applies=_applies
-    ),
-}
+def rule(*, relu: bool = False, minimum: bool = False) -> Rule:
+    """The rule of max-pooling, of max-pooling a relu, or of min-pooling (the maximum of `−x`)."""
+    return Rule(
+        partial(_forward, relu=relu, minimum=minimum),
+        _backward,
+        partial(_equations, relu=relu, minimum=minimum),
+        platforms=frozenset({"cpu"}),
+        applies=partial(_applies, relu=relu),
+    )
+
+
+RULES: dict[OperatorKey, Rule] = {"reduce_window_max": rule(), "reduce_window_min": rule(minimum=True)}
