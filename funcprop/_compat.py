@@ -46,6 +46,19 @@ def constants(jaxpr: Any) -> list[Any]:
     return list(getattr(jaxpr, "consts", ()) or ())
 
 
+def array_constants(jaxpr: Any) -> list[Any]:
+    """The constants as a traced function knows them.
+
+    JAX keeps an array that is written in the function as NumPy's, which a custom derivative that saves it
+    cannot index by a traced integer.
+    """
+    pairs = zip(constants(jaxpr), open_jaxpr(jaxpr).constvars, strict=True)
+    return [
+        with_weak_type(jnp.asarray(c, v.aval.dtype), v.aval.weak_type) if isinstance(c, np.ndarray) else c
+        for c, v in pairs
+    ]
+
+
 def is_jaxpr(value: Any) -> bool:
     return isinstance(value, jex.ClosedJaxpr | jex.Jaxpr)
 

@@ -126,7 +126,10 @@ class Layer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped function's result; under tracing, one equation of the jaxpr."""
-        bound = self.signature.bind(*args, **kwargs)
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"layer {self.name}: {error}; its signature is {self._parameters()}.") from None
         bound.apply_defaults()
         leaves, tree = jax.tree.flatten(bound.args)
         call = LayerCall(self, tuple(sorted(bound.kwargs.items())), tree)
@@ -145,6 +148,11 @@ class Layer:
                     "keyword-only (after `*`) so that it is static."
                 )
         return self._jitted(call, *leaves)
+
+    def _parameters(self) -> str:
+        return (
+            f"{self.name}({', '.join(str(p).partition(':')[0] for p in self.signature.parameters.values())})"
+        )
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else _BoundLayer(self, instance)

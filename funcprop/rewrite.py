@@ -46,7 +46,9 @@ def with_rules(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callabl
     `grad`, `jvp`, `scan`, `checkpoint`, `shard_map` and any framework's own transformations.
 
     Only traced arguments (those being differentiated, mapped or jitted) are abstract inside; all others,
-    keyword arguments and python objects too, stay what they are.
+    keyword arguments and python objects too, stay what they are. A function that needs the value of an
+    operation on these in python (`if jnp.any(mask):`) is called twice; like any function that is traced, it
+    must not draw from NumPy's generators or from an iterator.
 
     Args:
         fun: any JAX function, also a method, with positional and keyword arguments.
@@ -147,6 +149,8 @@ def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
     arguments = [operand.aval for operand in eqn.invars]
     results = [result.aval for result in eqn.outvars]
     reason = _cannot_attach(eqn, arguments, results)
+    if reason is None and call is None and eqn.primitive.name in CONTROL_FLOW:
+        reason = _cannot_align(arguments)
     if reason is None:
         reason = bound.why_not(arguments if call is None else call.unbatched(arguments))
     found = bound if reason is None else None
@@ -163,6 +167,13 @@ def _cannot_attach(eqn: Any, arguments: Sequence[Any], results: Sequence[Any]) -
     union = frozenset().union(*map(_compat.varying_axes, arguments))
     if any(_compat.varying_axes(aval) != union for aval in results):
         return "a result varies over fewer manual axes than the arguments"
+    return None
+
+
+def _cannot_align(arguments: Sequence[Any]) -> str | None:
+    # A rule's arguments are made to vary over the same axes, but the body was traced for those it had.
+    if len({_compat.varying_axes(aval) for aval in arguments}) > 1:
+        return "its arguments vary over different manual axes, for which its body was traced"
     return None
 
 
@@ -209,7 +220,7 @@ class Rewriter:
 
     def run(self, closed: Any, args: Sequence[Any]) -> Arrays:
         """Evaluate a jaxpr with rules attached. Runs of equations without rules stay whole."""
-        jaxpr, consts = _compat.open_jaxpr(closed), _compat.constants(closed)
+        jaxpr, consts = _compat.open_jaxpr(closed), _compat.array_constants(closed)
         if not self.has_rule(closed):
             return _compat.evaluate(jaxpr, consts, args)
         values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))

@@ -313,5 +313,5 @@ class Loop:
 
 def constants_of(body: Graph, op: Operator) -> Values:
     """The constants that a loop's body carries itself."""
-    values = _compat.constants(op.static["jaxpr"])
+    values = _compat.array_constants(op.static["jaxpr"])
     return dict(zip([v.name for v in body.constants], values, strict=True))

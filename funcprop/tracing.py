@@ -269,7 +269,7 @@ class _Builder:
     def _walk(self, closed: Any, inputs: Sequence[_Draft], prefix: str) -> list[_Draft]:
         jaxpr = _compat.open_jaxpr(closed)
         env: dict[Any, _Draft] = dict(zip(jaxpr.invars, inputs, strict=True))
-        for var, value in zip(jaxpr.constvars, _compat.constants(closed), strict=True):
+        for var, value in zip(jaxpr.constvars, _compat.array_constants(closed), strict=True):
             env[var] = _Draft(var.aval, "constant", prefix, "constant")
             self.constants.append((env[var], value))
 

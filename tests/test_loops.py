@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from compiling import compiled
 from flax import linen as nn
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import funcprop as fp
 from funcprop.primitives import loops
@@ -224,3 +226,20 @@ def test_random_numbers_stay_in_the_loop():
 
     w = normal(H, H)
     close(fp.value_and_grad(noisy, rules=RULES)(w), jax.value_and_grad(noisy)(w))
+
+
+def test_a_loop_in_shard_map_whose_arguments_vary_differently():
+    """The body marks the replicated weights as varying where it uses them, once and not twice."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+
+    def on_shard(w, xs):
+        last, _ = jax.lax.scan(lambda c, x: (jnp.tanh(c @ w + x), None), xs[0], xs)
+        return jax.lax.psum(jnp.sum(last), "data")
+
+    fun = jax.shard_map(on_shard, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    args = normal(H, H), normal(4, H, seed=1)
+    assert [m.operator for m in fp.matches(fun, RULES)(*args) if m.reason is None] == []
+    got = fp.grad(fun, (0, 1), rules=RULES), lambda *a: fp.backprop(fun, (0, 1), rules=RULES)(*a).gradient
+    expected = jax.grad(fun, (0, 1))(*args)
+    for gradient in got:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), gradient(*args), expected)

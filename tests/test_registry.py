@@ -210,7 +210,10 @@ LAYER_ERRORS = {
         lambda: fp.layer(configured)(X, mode="plain", shape=[3]),
         r"layer configured: static argument shape=\[3\] is not hashable; .*Pass a tuple",
     ),
-    "missing argument": (lambda: fp.layer(affine)(X), "missing a required argument: 'w'"),
+    "missing argument": (
+        lambda: fp.layer(affine)(X),
+        r"layer affine: missing a required argument: .w.; its signature is affine\(x, w\)",
+    ),
 }
 
 

@@ -256,3 +256,25 @@ def test_a_layer_that_closes_over_a_traced_value_is_listed_and_leaves_no_trace()
     )
     assert [op.op for op in fp.trace(fun)(X, X)] == ["mul", "reduce_sum"]
     assert_same(fp.grad(fun, (0, 1), rules=HANDWRITTEN)(2.0, X), jax.grad(fun, (0, 1))(2.0, X))
+
+
+def test_a_custom_derivative_may_index_a_constant_by_a_traced_integer():
+    """JAX keeps a constant of a jaxpr as NumPy's array; the user's rule expects JAX's."""
+
+    @jax.custom_vjp
+    def times_sum(x, t):
+        return x * jnp.sum(t)
+
+    def backward(t, g):
+        return jax.lax.fori_loop(0, 2, lambda i, total: total + t[i] * g, jnp.zeros_like(g)), None
+
+    times_sum.defvjp(lambda x, t: (times_sum(x, t), t), backward)
+
+    def fun(x):
+        return times_sum(x, jnp.array([1.0, 2.0]))
+
+    assert float(fp.grad(fun)(2.0)) == 3.0
+    assert float(jax.jit(fp.grad(fun))(2.0)) == 3.0
+    assert float(fp.backprop(fun)(2.0).gradient) == 3.0
+    looped = fp.grad(lambda x: jax.lax.scan(lambda c, _: (fun(c), None), x, None, length=2)[0])
+    assert float(looped(2.0)) == 9.0
