@@ -124,9 +124,7 @@ def _hoisted(
         if levels[i] != 1:
             continue
         operands = variables(eqn.invars)
-        projects = (
-            eqn.primitive.name in PRODUCTS and any(depth[v] == 0 for v in operands) and hoists(eqn)
-        )
+        projects = eqn.primitive.name in PRODUCTS and any(depth[v] == 0 for v in operands) and hoists(eqn)
         follows = eqn.primitive.name in _FOLLOWERS and any(maker.get(v) in taken for v in operands)
         if projects or follows:
             take(i)

@@ -132,7 +132,9 @@ class Step:
         consts = len(self.extra) + self.consts
         depth = depths(jaxpr, consts, self.carries)
         self.x_inputs = list(jaxpr.invars[consts + self.carries :])
-        self.y_position = {v: i for i, v in reversed(list(enumerate(variables_or_none(outs[self.carries :]))))}
+        self.y_position = {
+            v: i for i, v in reversed(list(enumerate(variables_or_none(outs[self.carries :]))))
+        }
         self.y_position.pop(None, None)
         constant = {v for v, level in depth.items() if level == 0}
         free = constant | set(self.x_inputs) | set(self.y_position)

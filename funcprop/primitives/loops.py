@@ -27,9 +27,22 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from funcprop import _compat
-from funcprop.primitives.loop_bodies import PRODUCTS, Site, contribution, depths, nbytes, sites, split, variables, widened
+from funcprop.primitives.loop_bodies import (
+    PRODUCTS,
+    Site,
+    Split,
+    contribution,
+    depths,
+    nbytes,
+    run_perturbed,
+    sites,
+    split,
+    variables,
+    widened,
+)
 from funcprop.primitives.loop_steps import Saved, Step
 from funcprop.registry import OperatorKey, Rule
 
@@ -61,39 +74,57 @@ class Loop:
     closed_over: Arrays
     consts: int
     carries: int
-    split: Any
+    split: Split
+    hoisted_sites: list[Site]
     step: Step
 
-    def before(self, consts: Arrays, xs: Arrays) -> tuple[Arrays, Arrays]:
-        """What runs outside of the loop: the loop's own constants and scanned inputs."""
-        consts = [*consts, *_compat.evaluate(self.split.once, (), consts)]
-        if self.split.parallel.eqns:
-            step = lambda *x: _compat.evaluate(self.split.parallel, (), [*consts, *x])  # noqa: E731
-            xs = [*xs, *jax.vmap(step)(*xs)]
-        return [consts[i] for i in self.split.rest_constants], [xs[i] for i in self.split.rest_scanned]
+    def once(self, consts: Arrays) -> Arrays:
+        """The constants, and what is made of them alone."""
+        return [*consts, *_compat.evaluate(self.split.once, (), consts)]
 
-    def contributions(self, cotangents: Arrays, activations: Arrays, consts: Arrays) -> dict[int, Any]:
-        """For each constant, what its sites contribute: one contraction over time for each."""
-        total: dict[int, Any] = {}
-        remaining = iter(activations)
-        for site, g in zip(self.step.sites, cotangents, strict=True):
-            eqn = self.step.rest.eqns[site.position]
-            a = next(remaining) if eqn.primitive.name in PRODUCTS else None
-            term = contribution(eqn, site.operand, a, g, consts[site.constant])
-            total[site.constant] = total[site.constant] + term if site.constant in total else term
-        return total
+    def parallel(
+        self, frozen: Arrays, consts: Arrays, xs: Arrays, perturbations: Arrays
+    ) -> tuple[Arrays, Arrays]:
+        """What is made of the scanned inputs before the loop; also the activations of its sites."""
+
+        def step(xs: Arrays, deltas: Arrays) -> tuple[Arrays, Arrays]:
+            return run_perturbed(self.split.parallel, self.hoisted_sites, [*consts, *xs], frozen, deltas)
+
+        return jax.vmap(step, axis_size=self.params["length"])(xs, perturbations)
+
+    def perturbations(self) -> Arrays:
+        """Zeros for the sites before the loop; no value depends on them, so they are never made."""
+        eqns = [self.split.parallel.eqns[site.position] for site in self.hoisted_sites]
+        zeros = [_compat.zeros_like_aval(eqn.outvars[0].aval) for eqn in eqns]
+        return [jnp.broadcast_to(zero, (self.params["length"], *zero.shape)) for zero in zeros]
+
+
+def _contributions(
+    jaxpr: Any, places: Sequence[Site], cotangents: Arrays, activations: Arrays, consts: Arrays
+) -> dict[int, Any]:
+    """For each constant, what its sites contribute: one contraction over time for each."""
+    total: dict[int, Any] = {}
+    remaining = iter(activations)
+    for site, g in zip(places, cotangents, strict=True):
+        eqn = jaxpr.eqns[site.position]
+        a = next(remaining) if eqn.primitive.name in PRODUCTS else None
+        term = contribution(eqn, site.operand, a, g, consts[site.constant])
+        total[site.constant] = total[site.constant] + term if site.constant in total else term
+    return total
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["pull_before", "saved", "activations", "constants"],
+    data_fields=["pull_once", "pull_parallel", "hoisted_activations", "saved", "activations", "constants"],
     meta_fields=["loop"],
 )
 @dataclass(frozen=True)
 class LoopResiduals:
-    """JAX's pullback of what precedes the loop, what the step saves, and the operands of its products."""
+    """JAX's pullbacks of what precedes the loop, what the step saves, and the operands of the products."""
 
-    pull_before: Any
+    pull_once: Any
+    pull_parallel: Any
+    hoisted_activations: Arrays
     saved: Saved
     activations: Arrays
     constants: Arrays
@@ -157,29 +188,38 @@ def _take_apart(costs: Costs, params: dict[str, Any]) -> Loop:
             continue
         step = _step(costs, cut, carries, params["length"], last=not hoists)
         if step is not None:
-            return Loop(params, closed_over, consts, carries, cut, step)
+            hoisted = sites(cut.parallel, len(cut.parallel.invars) - (len(body.invars) - consts - carries))
+            return Loop(params, closed_over, consts, carries, cut, hoisted, step)
     raise AssertionError("the last plan takes nothing out of the loop")
 
 
 def _step(costs: Costs, cut: Any, carries: int, length: int, last: bool) -> Step | None:
     """The most ambitious step that holds no more than autodiff, or None."""
     rest, consts = cut.rest, len(cut.rest_constants)
+    all_constants = {*rest.invars[:consts], *cut.parallel.invars}
+    # Autodiff makes a product of each constant's size at each step.
+    constants = {
+        v
+        for eqns in (rest.eqns, cut.parallel.eqns)
+        for e in eqns
+        if e.primitive.name in PRODUCTS
+        for v in variables(e.invars)
+        if v in all_constants
+    }
     places = [
         s
         for s in sites(rest, consts)
         if rest.eqns[s.position].primitive.name not in PRODUCTS
         or _defers(rest.eqns[s.position], s.operand, costs)
     ]
-    outside = sum(map(nbytes, cut.once.outvars))
     hoisted = sum(map(nbytes, cut.parallel.outvars))
     for turn, chosen in _plans(places, rest):
         step = Step(rest, consts, carries, chosen, turn)
         shared = [s for s in chosen if _earns(step, s)] if costs.guards else chosen
         if len(shared) < len(chosen):
             step = Step(rest, consts, carries, shared, turn)
-        deferred = {s.constant: nbytes(step.const_vars[s.constant]) for s in step.sites}
-        ours = outside + step.turned_bytes + length * (hoisted + step.stacked_bytes + step.site_bytes)
-        theirs = sum(deferred.values()) + length * step.autodiff_bytes
+        ours = step.turned_bytes + length * (hoisted + step.stacked_bytes + step.site_bytes)
+        theirs = sum(map(nbytes, constants)) + length * step.autodiff_bytes
         if not costs.guards or ours <= theirs:
             return step
     return step if last else None
@@ -203,31 +243,53 @@ def _forward(costs: Costs, *operands: Any, **params: Any) -> tuple[Arrays, LoopR
     everything = [*loop.closed_over, *operands]
     carry_end = loop.consts + loop.carries
     consts, init, xs = everything[: loop.consts], everything[loop.consts : carry_end], everything[carry_end:]
-    (loop_consts, loop_xs), pull_before = jax.vjp(loop.before, consts, xs)
+    consts, pull_once = jax.vjp(loop.once, consts)
+    hoisted, pull_parallel, hoisted_activations = jax.vjp(
+        partial(loop.parallel, consts), consts, xs, loop.perturbations(), has_aux=True
+    )
+    xs = [*xs, *hoisted]
+    loop_consts = [consts[i] for i in loop.split.rest_constants]
+    loop_xs = [xs[i] for i in loop.split.rest_scanned]
     results, saved, activations = loop.step.run(loop_consts, init, loop_xs, params)
-    site_constants = {s.constant for s in loop.step.sites}
-    constants = [c if i in site_constants else None for i, c in enumerate(loop_consts)]
-    return results, LoopResiduals(pull_before, saved, activations, constants, loop)
+    read = {loop.split.rest_constants[s.constant] for s in loop.step.sites}
+    read |= {s.constant for s in loop.hoisted_sites}
+    constants = [c if i in read else None for i, c in enumerate(consts)]
+    residuals = LoopResiduals(
+        pull_once, pull_parallel, hoisted_activations, saved, activations, constants, loop
+    )
+    return results, residuals
 
 
 def _backward(residuals: LoopResiduals, cotangents: Arrays, needs: Any, **params: Any) -> Arrays:
-    loop, step = residuals.loop, residuals.loop.step
+    loop, step, cut = residuals.loop, residuals.loop.step, residuals.loop.split
     found = step.pull(residuals.saved, list(cotangents), params)
-    added = loop.contributions(found.sites, residuals.activations, residuals.constants)
-    const_cts = []
-    for i, v in enumerate(step.const_vars):
-        terms = [ct for ct in (found.constants[i], added.get(i)) if ct is not None]
-        const_cts.append(sum(terms[1:], start=terms[0]) if terms else _zero(v.aval))
-    x_cts = [
-        _zero(v.aval, params["length"]) if ct is None else ct
-        for v, ct in zip(step.x_vars, found.scanned, strict=True)
-    ]
-    outer_consts, outer_xs = residuals.pull_before((const_cts, x_cts))
+    loop_constants = [residuals.constants[i] for i in cut.rest_constants]
+    deferred = _contributions(step.rest, step.sites, found.sites, residuals.activations, loop_constants)
+    x_count = len(cut.parallel.invars) - len(residuals.constants)
+    xs = [*cut.parallel.invars[len(residuals.constants) :], *cut.parallel.outvars]
+    x_cts = [_zero(v.aval, params["length"]) for v in xs]
+    for i, ct in zip(cut.rest_scanned, found.scanned, strict=True):
+        x_cts[i] = x_cts[i] if ct is None else ct
+    const_cts, raw_x_cts, site_cts = residuals.pull_parallel(x_cts[x_count:])
+    hoisted = _contributions(
+        cut.parallel, loop.hoisted_sites, site_cts, residuals.hoisted_activations, residuals.constants
+    )
+    terms = [[ct, hoisted.get(i)] for i, ct in enumerate(const_cts)]
+    for place, i in enumerate(cut.rest_constants):
+        terms[i] += [found.constants[place], deferred.get(place)]
+    (outer_consts,) = residuals.pull_once([_added(each) for each in terms])
+    outer_xs = [_added(pair) for pair in zip(x_cts[:x_count], raw_x_cts, strict=True)]
     everything = [*outer_consts, *found.init, *outer_xs][len(loop.closed_over) :]
     return [
         ct if need and ct is not None and _compat.is_differentiable(jax.typeof(ct)) else None
         for ct, need in zip(everything, needs, strict=True)
     ]
+
+
+def _added(terms: Sequence[Any]) -> Any:
+    """The sum of cotangents, of which None is zero; the first says of what type."""
+    first, *rest = [ct for ct in terms if ct is not None]
+    return sum(rest, start=first) if _compat.is_differentiable(jax.typeof(first)) else first
 
 
 def _zero(aval: Any, length: int | None = None) -> Any:
@@ -251,7 +313,12 @@ def _value(*operands: Any, **params: Any) -> Arrays:
         return results[:carries], results[carries:]
 
     final, ys = jax.lax.scan(
-        step, list(init), list(xs), length=params["length"], reverse=params["reverse"], unroll=params["unroll"]
+        step,
+        list(init),
+        list(xs),
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
     )
     return [*final, *ys]
 
@@ -280,7 +347,8 @@ def _applies(costs: Costs, *operands: Any, **params: Any) -> bool | str:
 
 def _has_while(jaxpr: Any) -> bool:
     return any(
-        eqn.primitive.name == "while" or any(_has_while(_compat.open_jaxpr(b)) for _, b in _compat.sub_jaxprs(eqn))
+        eqn.primitive.name == "while"
+        or any(_has_while(_compat.open_jaxpr(b)) for _, b in _compat.sub_jaxprs(eqn))
         for eqn in jaxpr.eqns
     )
 
