@@ -137,7 +137,14 @@ class Step:
         }
         self.y_position.pop(None, None)
         constant = {v for v, level in depth.items() if level == 0}
-        free = constant | set(self.x_inputs) | set(self.y_position)
+        carry_in = jaxpr.invars[consts : consts + self.carries]
+        # A carry that is also stacked as a result is known one step later: h_{t−1} is the last step's h_t.
+        self.shifted = {
+            v: (i, self.y_position[out])
+            for i, (v, out) in enumerate(zip(carry_in, variables_or_none(outs[: self.carries]), strict=True))
+            if out in self.y_position
+        }
+        free = constant | set(self.x_inputs) | set(self.y_position) | set(self.shifted)
         wanted = list(dict.fromkeys([*variables(self.leaves), *variables(self.activations)]))
         self.to_stack = to_stack(jaxpr, wanted, variables(self.activations), free)
         given = free | set(self.to_stack)
@@ -148,7 +155,7 @@ class Step:
         self.fixed = [v for v in read if depth[v] == 0]
         self.per_step = [v for v in read if depth[v] > 0]
         # What autodiff would stack for the same body.
-        self.autodiff_bytes = sum(nbytes(v) for v in wanted if depth[v] > 0 and v not in free)
+        self.autodiff_bytes = sum(nbytes(v) for v in wanted if depth[v] > 0 and v not in self.x_inputs)
         self.stacked_bytes = sum(map(nbytes, self.to_stack))
         cut = split(
             _compat.with_results(jaxpr, [*outs, *self.to_stack]),
@@ -182,6 +189,7 @@ class Step:
         constants = dict(zip([*self.forward_inputs, *cut.once.outvars], everything, strict=True))
         arrays = dict(zip(self.to_stack, stacked, strict=True))
         arrays.update((v, ys[i]) for v, i in self.y_position.items())
+        arrays.update((v, _shifted(init[i], ys[j], params["reverse"])) for v, (i, j) in self.shifted.items())
         arrays.update(zip(self.x_inputs, xs, strict=True))
         saved = Saved([constants[v] for v in self.fixed], [arrays[v] for v in self.per_step])
         return [*final, *ys], saved, [arrays[v] for v in self.activations]
@@ -307,6 +315,12 @@ class Step:
 def variables_or_none(atoms: Sequence[Any]) -> list[Any]:
     """The atoms, None in place of a literal."""
     return [None if isinstance(v, _compat.Literal) else v for v in atoms]
+
+
+def _shifted(first: Any, later: Any, reverse: bool) -> Any:
+    """The carry at the start of every step, from its first value and those after each step."""
+    parts = [later[1:], first[None]] if reverse else [first[None], later[:-1]]
+    return jnp.concatenate(parts)
 
 
 def _replaced(values: Arrays, which: Sequence[int], by: Sequence[Any]) -> Arrays:

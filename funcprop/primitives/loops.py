@@ -62,7 +62,7 @@ class Costs(NamedTuple):
     guards: bool = True
 
 
-MEASURED = Costs(defers=2, hoists=32)
+MEASURED = Costs(defers=2, hoists=4)
 ALWAYS = Costs(defers=0, hoists=0, guards=False)
 
 
@@ -142,7 +142,11 @@ def _constant_operand(eqn: Any, operators: frozenset[str], is_constant: Callable
     return constant[0] if len(constant) == 1 and _compat.is_differentiable(eqn.invars[0].aval) else None
 
 
-def _defers(eqn: Any, operand: int, costs: Costs) -> bool:
+def _defers(jaxpr: Any, site: Site, costs: Costs) -> bool:
+    return _worth_deferring(jaxpr.eqns[site.position], site.operand, costs)
+
+
+def _worth_deferring(eqn: Any, operand: int, costs: Costs) -> bool:
     stacked = nbytes(eqn.outvars[0]) + nbytes(eqn.invars[1 - operand])
     return nbytes(eqn.invars[operand]) >= costs.defers * stacked
 
@@ -151,19 +155,24 @@ def _hoists(eqn: Any, costs: Costs) -> bool:
     return max(map(nbytes, variables(eqn.invars))) >= costs.hoists * nbytes(eqn.outvars[0])
 
 
-def _plans(places: Sequence[Site], rest: Any) -> Iterator[tuple[bool, Sequence[Site]]]:
-    """Ever more modest plans: whether constants are turned, and which sites follow the loop."""
-    yield True, places
-    yield False, places
-    products = [s for s in places if rest.eqns[s.position].primitive.name in PRODUCTS]
+class Plan(NamedTuple):
+    """What to take out of a loop: whether products precede it, whether constants are turned, which sites."""
 
-    def gain(site: Site) -> float:
-        eqn = rest.eqns[site.position]
-        return nbytes(eqn.invars[site.operand]) / max(nbytes(eqn.outvars[0]), 1)
+    hoists: bool
+    turns: bool
+    kept_in_loop: int
 
-    for site in sorted(products, key=gain):
-        places = [s for s in places if s != site]
-        yield False, places
+
+def _plans(count: int) -> Iterator[Plan]:
+    """Ever more modest plans for a loop with so many products that could be followed by their contraction."""
+    yield from (Plan(True, True, 0), Plan(True, False, 0), Plan(False, True, 0))
+    yield from (Plan(False, False, kept) for kept in range(count + 1))
+
+
+def _gain(jaxpr: Any, site: Site) -> float:
+    """How much larger the constant of a product is than the result, whose cotangent would be stacked."""
+    eqn = jaxpr.eqns[site.position]
+    return nbytes(eqn.invars[site.operand]) / max(nbytes(eqn.outvars[0]), 1)
 
 
 # --- the rule ---------------------------------------------------------------------------------
@@ -182,59 +191,65 @@ def _take_apart(costs: Costs, params: dict[str, Any]) -> Loop:
     if wide is not None:
         body, more = _compat.with_constants_as_inputs(wide)
         closed_over, consts = [*more, *closed_over], consts + len(more)
-    for hoists in (True, False):
-        cut = split(body, consts, carries, lambda eqn, yes=hoists: yes and _hoists(eqn, costs))
-        if hoists and not cut.parallel.eqns:
-            continue
-        step = _step(costs, cut, carries, params["length"], last=not hoists)
-        if step is not None:
-            hoisted = sites(cut.parallel, len(cut.parallel.invars) - (len(body.invars) - consts - carries))
-            return Loop(params, closed_over, consts, carries, cut, hoisted, step)
-    raise AssertionError("the last plan takes nothing out of the loop")
+    loops = (
+        _planned(plan, costs, params, body, closed_over, consts, carries) for plan in _plans(len(body.eqns))
+    )
+    return next(loop for loop in loops if loop is not None)
 
 
-def _step(costs: Costs, cut: Any, carries: int, length: int, last: bool) -> Step | None:
-    """The most ambitious step that holds no more than autodiff, or None."""
-    rest, consts = cut.rest, len(cut.rest_constants)
-    all_constants = {*rest.invars[:consts], *cut.parallel.invars}
-    # Autodiff makes a product of each constant's size at each step.
-    constants = {
-        v
-        for eqns in (rest.eqns, cut.parallel.eqns)
-        for e in eqns
-        if e.primitive.name in PRODUCTS
-        for v in variables(e.invars)
-        if v in all_constants
-    }
-    places = [
-        s
-        for s in sites(rest, consts)
-        if rest.eqns[s.position].primitive.name not in PRODUCTS
-        or _defers(rest.eqns[s.position], s.operand, costs)
-    ]
-    hoisted = sum(map(nbytes, cut.parallel.outvars))
-    for turn, chosen in _plans(places, rest):
-        step = Step(rest, consts, carries, chosen, turn)
-        shared = [s for s in chosen if _earns(step, s)] if costs.guards else chosen
-        if len(shared) < len(chosen):
-            step = Step(rest, consts, carries, shared, turn)
-        ours = step.turned_bytes + length * (hoisted + step.stacked_bytes + step.site_bytes)
-        theirs = sum(map(nbytes, constants)) + length * step.autodiff_bytes
-        if not costs.guards or ours <= theirs:
-            return step
-    return step if last else None
+def _planned(
+    plan: Plan,
+    costs: Costs,
+    params: dict[str, Any],
+    body: Any,
+    closed_over: Arrays,
+    consts: int,
+    carries: int,
+) -> Loop | None:
+    """The loop under a plan; None if it holds more than autodiff, or if a more modest plan says the same."""
+    cut = split(body, consts, carries, lambda eqn: plan.hoists and _hoists(eqn, costs))
+    if plan.hoists and not cut.parallel.eqns:
+        return None
+    rest, loop_consts = cut.rest, len(cut.rest_constants)
+    hoisted_sites = sites(cut.parallel, len(cut.parallel.invars) - (len(body.invars) - consts - carries))
+    candidates = sites(rest, loop_consts)
+    products = [s for s in candidates if _is_product(rest, s)]
+    deferred = sorted((s for s in products if _defers(rest, s, costs)), key=partial(_gain, rest))
+    nothing_left = plan.kept_in_loop >= len(deferred)
+    deferred = deferred[plan.kept_in_loop :]
+    places = [s for s in candidates if s in deferred or not _is_product(rest, s)]
+    step = Step(rest, loop_consts, carries, places, plan.turns)
+    if costs.guards:
+        earning = [s for s in places if _earns(step, s)]
+        if len(earning) < len(places):
+            step = Step(rest, loop_consts, carries, earning, plan.turns)
+        # Autodiff makes a product of each constant's size at each step.
+        constants = {
+            v
+            for jaxpr, count in ((rest, loop_consts), (cut.parallel, len(cut.parallel.invars)))
+            for eqn in jaxpr.eqns
+            if eqn.primitive.name in PRODUCTS
+            for v in variables(eqn.invars)
+            if v in set(jaxpr.invars[:count])
+        }
+        hoisted = sum(map(nbytes, cut.parallel.outvars))
+        ours = step.turned_bytes + params["length"] * (hoisted + step.stacked_bytes + step.site_bytes)
+        theirs = sum(map(nbytes, constants)) + params["length"] * step.autodiff_bytes
+        if ours > theirs and not nothing_left:
+            return None
+    return Loop(params, closed_over, consts, carries, cut, hoisted_sites, step)
+
+
+def _is_product(jaxpr: Any, site: Site) -> bool:
+    return jaxpr.eqns[site.position].primitive.name in PRODUCTS
 
 
 def _earns(step: Step, site: Site) -> bool:
     """A product, or a sum whose cotangent is stacked for another reason."""
-
-    def is_product(s: Site) -> bool:
-        return step.rest.eqns[s.position].primitive.name in PRODUCTS
-
-    if is_product(site):
+    if _is_product(step.rest, site):
         return True
     cotangent = dict(zip(step.sites, step.back_sites, strict=True))
-    elsewhere = {cotangent[s] for s in step.sites if is_product(s)} | set(step.back_inputs)
+    elsewhere = {cotangent[s] for s in step.sites if _is_product(step.rest, s)} | set(step.back_inputs)
     return not step.varies(cotangent[site]) or cotangent[site] in elsewhere
 
 
@@ -340,7 +355,7 @@ def _applies(costs: Costs, *operands: Any, **params: Any) -> bool | str:
     ]
     if not products:
         return "no product of the loop has a constant operand"
-    if not any(_defers(eqn, operand, costs) or _hoists(eqn, costs) for eqn, operand in products):
+    if not any(_worth_deferring(eqn, operand, costs) or _hoists(eqn, costs) for eqn, operand in products):
         return "its constants are small against one step's products: taking these out of the loop costs more"
     return True
 
