@@ -1,4 +1,4 @@
-"""The body of a loop, cut and rewritten before it runs: what leaves the loop, and which products meet constants.
+"""The body of a loop, cut and rewritten before it runs.
 
 A body is a jaxpr whose inputs are the loop's constants, its carry and one step's inputs, in this order. What
 an equation depends on is its *depth*: constants alone (0), scanned inputs (1), the carry (2).
@@ -125,7 +125,8 @@ def _hoisted(
             continue
         operands = variables(eqn.invars)
         projects = eqn.primitive.name in PRODUCTS and any(depth[v] == 0 for v in operands) and hoists(eqn)
-        follows = eqn.primitive.name in _FOLLOWERS and any(maker.get(v) in taken for v in operands)
+        made = [maker[v] for v in operands if v in maker and depth[v] > 0]
+        follows = eqn.primitive.name in _FOLLOWERS and made and all(j in taken for j in made)
         if projects or follows:
             take(i)
     return taken
@@ -169,11 +170,11 @@ def _is_plain_product(eqn: Any) -> bool:
     return axes == ((a.ndim - 1,), (0,)) and w.ndim == 2 and not any(map(len, batch)) and a.dtype == w.dtype
 
 
-def widened(jaxpr: Any, consts: int, carries: int) -> Any:
+def widened(jaxpr: Any, consts: int, carries: int) -> tuple[Any, int]:
     """Products of one carried value with several constants become one product with all of them side by side.
 
     A loop of few large products is faster than one of many small ones, and what is stacked for them is one
-    array. To be called while tracing.
+    array. Returns the new body, or None, and the bytes of the constants made so. To be called while tracing.
     """
     depth = depths(jaxpr, consts, carries)
     groups: dict[Any, list[int]] = {}
@@ -185,7 +186,8 @@ def widened(jaxpr: Any, consts: int, carries: int) -> Any:
                 groups.setdefault((a, w.aval.dtype, params), []).append(i)
     groups = {key: members for key, members in groups.items() if len(members) > 1}
     if not groups:
-        return None
+        return None, 0
+    copies = sum(nbytes(jaxpr.eqns[i].invars[1]) for members in groups.values() for i in members)
     group_of = {i: members for members in groups.values() for i in members}
     maker = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.outvars}
 
@@ -219,7 +221,7 @@ def widened(jaxpr: Any, consts: int, carries: int) -> Any:
             evaluate(i)
         return [read(v) for v in jaxpr.outvars]
 
-    return _compat.retrace(run, jaxpr)
+    return _compat.retrace(run, jaxpr), copies
 
 
 def _parts(size: int, limit: int = 512) -> list[int]:

@@ -55,7 +55,7 @@ def _smooth(atoms: Sequence[Any]) -> list[int]:
 
 
 def _traced(fun: Any, avals: Sequence[Any]) -> tuple[Any, Arrays]:
-    """The jaxpr of `fun` with its constants as leading inputs, equal equations merged, and these constants."""
+    """The jaxpr of `fun` with its constants as leading inputs and equal equations merged; these constants."""
     opened, constants = _compat.with_constants_as_inputs(jax.make_jaxpr(fun)(*avals))
     return merged(opened), constants
 
@@ -88,6 +88,18 @@ class Step:
             if (position, k) not in at and not isinstance(v, _compat.Literal)
         } | set(variables(self.rest.outvars))
         return [i for i in _smooth(self.const_vars) if self.const_vars[i] in read]
+
+    def stacked_bytes(self, hoisted: int) -> int:
+        """What one step stacks, if that many of the scanned inputs, the last ones, were made for the loop.
+
+        Residuals, cotangents of sites and of those inputs, and the transposed copies of activations that the
+        contractions after the loop are made with.
+        """
+        first = len(self.x_vars) - hoisted
+        made = [v for i, v in zip(self.smooth_x, self.back_x, strict=True) if i >= first]
+        returned = [v for v in dict.fromkeys([*self.back_sites, *made]) if v in set(self.back_stacked)]
+        copies = dict.fromkeys(variables(self.activations))
+        return sum(map(nbytes, [*self.to_stack, *returned, *copies]))
 
     # --- forwards -----------------------------------------------------------------------------
 
@@ -156,7 +168,6 @@ class Step:
         self.per_step = [v for v in read if depth[v] > 0]
         # What autodiff would stack for the same body.
         self.autodiff_bytes = sum(nbytes(v) for v in wanted if depth[v] > 0 and v not in self.x_inputs)
-        self.stacked_bytes = sum(map(nbytes, self.to_stack))
         cut = split(
             _compat.with_results(jaxpr, [*outs, *self.to_stack]),
             consts,
@@ -246,8 +257,6 @@ class Step:
         results = [*self.back_x, *self.back_sites]
         self.back_stacked = list(dict.fromkeys(v for v in results if varies(v) and v not in given))
         self.varies = varies
-        for_sites = dict.fromkeys(v for v in self.back_sites if v in set(self.back_stacked))
-        self.site_bytes = sum(map(nbytes, for_sites))
         self.back_split = split(
             _compat.with_results(jaxpr, [*self.back_init, *self.added, *self.back_stacked]),
             consts,

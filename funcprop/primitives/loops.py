@@ -21,6 +21,7 @@ projections and weight gradients of an LSTM; here for any loop.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -156,17 +157,23 @@ def _hoists(eqn: Any, costs: Costs) -> bool:
 
 
 class Plan(NamedTuple):
-    """What to take out of a loop: whether products precede it, whether constants are turned, which sites."""
+    """What to do with a loop: whether products precede it, whether constants are turned and put side by side.
+
+    And how many of its products, those with the smallest constants first, are not followed by a contraction.
+    """
 
     hoists: bool
     turns: bool
-    kept_in_loop: int
+    widens: bool
+    kept: int = 0
 
 
-def _plans(count: int) -> Iterator[Plan]:
-    """Ever more modest plans for a loop with so many products that could be followed by their contraction."""
-    yield from (Plan(True, True, 0), Plan(True, False, 0), Plan(False, True, 0))
-    yield from (Plan(False, False, kept) for kept in range(count + 1))
+def _plans(products: int) -> Iterator[Plan]:
+    """Ever more modest plans for a loop with so many products."""
+    for widens in (True, False):
+        for hoists, turns in ((True, True), (True, False), (False, True), (False, False)):
+            yield Plan(hoists, turns, widens)
+    yield from (Plan(False, False, False, kept) for kept in range(1, products + 1))
 
 
 def _gain(jaxpr: Any, site: Site) -> float:
@@ -185,59 +192,85 @@ def _opened(params: dict[str, Any]) -> tuple[Any, Arrays, int, int]:
     return opened, closed_over, consts + len(closed_over), carries
 
 
+class Body(NamedTuple):
+    """A loop's body, how many constants and carries it has, and the bytes of constants it is given beside."""
+
+    jaxpr: Any
+    closed_over: Arrays
+    consts: int
+    carries: int
+    copies: int = 0
+
+
 def _take_apart(costs: Costs, params: dict[str, Any]) -> Loop:
-    body, closed_over, consts, carries = _opened(params)
-    wide = widened(body, consts, carries)
-    if wide is not None:
-        body, more = _compat.with_constants_as_inputs(wide)
-        closed_over, consts = [*more, *closed_over], consts + len(more)
-    loops = (
-        _planned(plan, costs, params, body, closed_over, consts, carries) for plan in _plans(len(body.eqns))
-    )
-    return next(loop for loop in loops if loop is not None)
+    """The loop under the most ambitious plan that holds no more than autodiff."""
+    plain = Body(*_opened(params))
+    wide = _side_by_side(plain)
+    limit = _autodiff_bytes(plain, params["length"])
+    products = sum(eqn.primitive.name in PRODUCTS for eqn in plain.jaxpr.eqns)
+    for plan in _plans(products):
+        if plan.widens and wide is None:
+            continue
+        loop, size, modest = _planned(plan, costs, params, wide if plan.widens and wide else plain)
+        if not costs.guards or size <= limit or modest:
+            return loop
+    raise AssertionError("a plan that keeps all products in the loop is the most modest one")
 
 
-def _planned(
-    plan: Plan,
-    costs: Costs,
-    params: dict[str, Any],
-    body: Any,
-    closed_over: Arrays,
-    consts: int,
-    carries: int,
-) -> Loop | None:
-    """The loop under a plan; None if it holds more than autodiff, or if a more modest plan says the same."""
-    cut = split(body, consts, carries, lambda eqn: plan.hoists and _hoists(eqn, costs))
-    if plan.hoists and not cut.parallel.eqns:
+def _side_by_side(body: Body) -> Body | None:
+    widened_jaxpr, made = widened(body.jaxpr, body.consts, body.carries)
+    if widened_jaxpr is None:
         return None
+    opened, more = _compat.with_constants_as_inputs(widened_jaxpr)
+    return Body(opened, [*more, *body.closed_over], body.consts + len(more), body.carries, made)
+
+
+def _autodiff_bytes(body: Body, length: int) -> int:
+    """About what autodiff holds for a loop: what it stacks, and each constant's cotangent of one step."""
+    cut = split(body.jaxpr, body.consts, body.carries, hoists=lambda eqn: False)
+    step = Step(cut.rest, len(cut.rest_constants), body.carries, [], turn=False)
+    constants = set(step.const_vars)
+    cotangents = [
+        nbytes(v)
+        for eqn in cut.rest.eqns
+        # With a single row the cotangent is an outer product, which XLA adds up without making it.
+        if eqn.primitive.name in PRODUCTS and _rows(eqn) > 1
+        for v in variables(eqn.invars)
+        if v in constants
+    ]
+    return length * step.autodiff_bytes + sum(cotangents)
+
+
+def _rows(eqn: Any) -> int:
+    """The numbers over which the cotangent of a product's right operand is a sum."""
+    if eqn.primitive.name != "dot_general":
+        return 2
+    (lhs, _), _ = eqn.params["dimension_numbers"]
+    shape = eqn.invars[0].aval.shape
+    return math.prod(n for i, n in enumerate(shape) if i not in lhs)
+
+
+def _planned(plan: Plan, costs: Costs, params: dict[str, Any], body: Body) -> tuple[Loop, int, bool]:
+    """The loop under a plan, about what it holds, and whether nothing more modest remains."""
+    cut = split(body.jaxpr, body.consts, body.carries, lambda eqn: plan.hoists and _hoists(eqn, costs))
+    xs = len(body.jaxpr.invars) - body.consts - body.carries
     rest, loop_consts = cut.rest, len(cut.rest_constants)
-    hoisted_sites = sites(cut.parallel, len(cut.parallel.invars) - (len(body.invars) - consts - carries))
+    hoisted_sites = sites(cut.parallel, len(cut.parallel.invars) - xs)
     candidates = sites(rest, loop_consts)
-    products = [s for s in candidates if _is_product(rest, s)]
-    deferred = sorted((s for s in products if _defers(rest, s, costs)), key=partial(_gain, rest))
-    nothing_left = plan.kept_in_loop >= len(deferred)
-    deferred = deferred[plan.kept_in_loop :]
+    deferred = [s for s in candidates if _is_product(rest, s) and _defers(rest, s, costs)]
+    deferred = sorted(deferred, key=partial(_gain, rest))[plan.kept :]
     places = [s for s in candidates if s in deferred or not _is_product(rest, s)]
-    step = Step(rest, loop_consts, carries, places, plan.turns)
-    if costs.guards:
-        earning = [s for s in places if _earns(step, s)]
-        if len(earning) < len(places):
-            step = Step(rest, loop_consts, carries, earning, plan.turns)
-        # Autodiff makes a product of each constant's size at each step.
-        constants = {
-            v
-            for jaxpr, count in ((rest, loop_consts), (cut.parallel, len(cut.parallel.invars)))
-            for eqn in jaxpr.eqns
-            if eqn.primitive.name in PRODUCTS
-            for v in variables(eqn.invars)
-            if v in set(jaxpr.invars[:count])
-        }
-        hoisted = sum(map(nbytes, cut.parallel.outvars))
-        ours = step.turned_bytes + params["length"] * (hoisted + step.stacked_bytes + step.site_bytes)
-        theirs = sum(map(nbytes, constants)) + params["length"] * step.autodiff_bytes
-        if ours > theirs and not nothing_left:
-            return None
-    return Loop(params, closed_over, consts, carries, cut, hoisted_sites, step)
+    step = Step(rest, loop_consts, body.carries, places, plan.turns)
+    earning = [s for s in places if _earns(step, s)] if costs.guards else places
+    if len(earning) < len(places):
+        step = Step(rest, loop_consts, body.carries, earning, plan.turns)
+    made = [v for eqn in cut.parallel.eqns if eqn.primitive.name in PRODUCTS for v in eqn.outvars]
+    each = step.stacked_bytes(sum(i >= xs for i in cut.rest_scanned)) + max(
+        sum(map(nbytes, made)), sum(map(nbytes, cut.parallel.outvars))
+    )
+    size = body.copies + step.turned_bytes + params["length"] * each
+    loop = Loop(params, body.closed_over, body.consts, body.carries, cut, hoisted_sites, step)
+    return loop, size, not deferred and not (plan.hoists or plan.turns or plan.widens)
 
 
 def _is_product(jaxpr: Any, site: Site) -> bool:
