@@ -85,6 +85,12 @@ class BoundRule:
                 )
         return results, result_tree, residuals, residual_tree
 
+    def value(self, leaves: Sequence[Any]) -> Arrays:
+        """Results, flat, where nothing is differentiated."""
+        if self.rule.value is None:
+            return self.forward(leaves)[0]
+        return jax.tree.leaves(self.rule.value(*jax.tree.unflatten(self.tree, leaves), **self.static))
+
     def backward(
         self, residuals: Any, cotangents: Any, needs: Sequence[bool], arguments: Sequence[Any]
     ) -> Arrays:
@@ -156,7 +162,7 @@ class BoundRule:
 
 def attach(bound: BoundRule, arguments: Sequence[Any]) -> Arrays:
     """Evaluate an operator so that its derivative is the hand-written one; flat arrays to flat arrays."""
-    operator = jax.custom_jvp(lambda *leaves: bound.forward(leaves)[0])
+    operator = jax.custom_jvp(lambda *leaves: bound.value(leaves))
     operator.defjvp(partial(_differentiate, bound), symbolic_zeros=True)
     return list(operator(*_compat.align_varying_axes(arguments)))
 

@@ -44,11 +44,13 @@ class Rule:
       `fp.rules.default`; `None` means that it cannot lose anywhere.
     * `jvp(residuals, tangents, **static) -> ẏ`: forward mode; `tangents` has the structure of `args`,
       `None` where an argument is not perturbed. Without it, forward mode is the transpose of `backward`.
+    * `value(*args, **static) -> y`: the operator where nothing is differentiated, if the forward does more
+      work than that. Without it, the forward's own value.
     * `applies(*args, **static) -> True | str`: receives shapes and dtypes; a string says why the
       operator is left to autodiff.
 
     Raises:
-        RuleError: `forward`, `backward`, `jvp`, `applies` or `equations` is not callable.
+        RuleError: `forward`, `backward`, `jvp`, `applies`, `value` or `equations` is not callable.
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
@@ -71,9 +73,10 @@ class Rule:
     platforms: frozenset[str] | None = None
     jvp: Callable[..., Any] | None = None
     applies: Callable[..., bool | str] | None = None
+    value: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
-        for field in ("forward", "backward", "equations", "jvp", "applies"):
+        for field in ("forward", "backward", "equations", "jvp", "applies", "value"):
             value = getattr(self, field)
             optional = field not in ("forward", "backward")
             if not (callable(value) or (optional and value is None)):

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import funcprop as fp
 from funcprop.primitives import loops
 
-RULES = fp.rules.autodiff.replace(loops.RULES)
+RULES = fp.rules.autodiff.replace({"scan": loops.rule(loops.ALWAYS)})
 T, B, H = 5, 2, 3
 
 
@@ -185,7 +185,15 @@ def test_what_the_rule_leaves_alone():
     )
     assert empty == ["the loop has no steps"]
     plain = reasons(lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c), None), x, None, length=3)[0], 1.0)
-    assert plain == ["no product or sum of the loop has a constant operand"]
+    assert plain == ["no product of the loop has a constant operand"]
+
+    def searching(c, w):
+        step = lambda c, _: (jax.lax.while_loop(lambda v: v.sum() > 9, lambda v: v @ w, c), None)  # noqa: E731
+        return jax.lax.scan(step, c, None, length=2)[0]
+
+    assert reasons(searching, jnp.eye(2), jnp.eye(2)) == [
+        "the body holds a `while`, which has no reverse mode"
+    ]
 
     def printing(x, w):
         def step(c, _):
@@ -206,13 +214,87 @@ def test_rules_inside_of_a_loop_fire_too():
         return jnp.sum(jax.lax.scan(step, x, None, length=3)[0] ** 2)
 
     args = normal(H, H), normal(2, 4, 4, H, seed=1)
-    both = fp.rules.handwritten
-    inside = ["dot_general", "tanh", "reduce_window_max"]
-    assert [m.operator for m in fp.matches(pooled, both)(*args)] == ["scan", *inside]
+    both = fp.rules.handwritten.replace({"scan": loops.rule(loops.ALWAYS)})
+    operators = [m.operator for m in fp.matches(pooled, both)(*args)]
+    assert operators == ["scan", "dot_general", "tanh", "reduce_window_max"]
     program = str(jax.make_jaxpr(fp.grad(pooled, rules=both))(*args))
     assert "select_and_scatter" not in program
     assert "select_and_gather" not in program
     close(*compiled(lambda *a: (fp.grad(pooled, rules=both)(*a), jax.grad(pooled)(*a)))(*args))
+
+
+def cross_entropy_by_chunks(w, xs, labels):
+    """The logits of one chunk at a time; each chunk has more rows than the vocabulary matrix."""
+
+    def step(total, chunk):
+        x, label = chunk
+        z = x @ w
+        correct = jnp.take_along_axis(z, label[:, None], -1)[:, 0]
+        return total + jnp.sum(jax.nn.logsumexp(z, -1) - correct), None
+
+    return jax.lax.scan(step, 0.0, (xs, labels))[0]
+
+
+def temporary_bytes(fun, *args):
+    return compiled(fun).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("rows", [2, 4, 16])
+def test_what_leaves_the_loop_holds_no_more_than_it_saves(rows):
+    """With 2 and 4 rows the matrix is large against a step's logits, with 16 it is not."""
+    args = normal(16, 64), normal(8, rows, 16), jnp.arange(8 * rows).reshape(8, rows) % 64
+    theirs = temporary_bytes(jax.value_and_grad(cross_entropy_by_chunks), *args)
+    # Without the guard all logits would be there at once, and their cotangents.
+    assert temporary_bytes(fp.value_and_grad(cross_entropy_by_chunks), *args) <= 1.02 * theirs
+    assert temporary_bytes(fp.value_and_grad(cross_entropy_by_chunks, rules=RULES), *args) > 1.02 * theirs
+
+
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell])
+@pytest.mark.parametrize("shape", [(12, 4, 16), (9, 1, 20)])
+def test_recurrent_networks_hold_no_more_than_by_autodiff(cell, shape):
+    steps, batch, width = shape
+    model, x = nn.RNN(cell(width, param_dtype=float, dtype=float)), normal(batch, steps, width)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+
+    def loss(params, x):
+        return jnp.mean(model.apply(params, x) ** 2)
+
+    ours, theirs = (temporary_bytes(grad(loss), params, x) for grad in (fp.grad, jax.grad))
+    assert ours <= 1.02 * theirs
+
+
+def test_the_primal_is_the_loop_itself():
+    """Where nothing is differentiated, nothing is taken out of the loop and nothing is stacked."""
+
+    def loops_of(fun):
+        jaxpr = jax.make_jaxpr(fun)(*ARGS).jaxpr
+        body = next((e.params["call_jaxpr"] for e in jaxpr.eqns if "call_jaxpr" in e.params), jaxpr)
+        (eqn,) = (e for e in getattr(body, "jaxpr", body).eqns if e.primitive.name == "scan")
+        inner = [e.primitive.name for e in eqn.params["jaxpr"].jaxpr.eqns]
+        return [v.aval.shape for v in eqn.outvars], inner
+
+    assert loops_of(fp.with_rules(recurrent, RULES)) == loops_of(recurrent)
+
+
+def test_few_and_small_values_are_stacked():
+    """`tanh` is its own residual, the carry is the last result, and nothing else is needed."""
+
+    def stacked(gradient):
+        jaxpr = jax.make_jaxpr(gradient)(*ARGS).jaxpr
+        forward = next(e for e in jaxpr.eqns if e.primitive.name == "scan")
+        return sum(v.aval.shape[:1] == (T,) for v in forward.outvars)
+
+    assert stacked(fp.grad(recurrent, rules=RULES)) == 1
+    assert stacked(jax.grad(recurrent)) > 1
+
+
+def test_the_cost_model_says_why():
+    small = lambda w, x: jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=3)[0]  # noqa: E731
+    rules = fp.rules.autodiff.replace(loops.RULES)
+    (match,) = fp.matches(small, rules)(normal(2, 2), normal(9, 2))
+    assert match.reason.startswith("its constants are small against one step's products")
+    (match,) = fp.matches(small, rules)(normal(9, 9), normal(2, 9))
+    assert match.reason is None
 
 
 def test_random_numbers_stay_in_the_loop():

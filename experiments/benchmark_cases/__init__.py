@@ -1,7 +1,14 @@
 """The models of `gradient_benchmark.py`: in full, in small for `--smoke`, and the bounds that are sought."""
 
-from benchmark_cases import dense, language, layers, recurrent, vision
+from benchmark_cases import dense, language, layers, loops, recurrent, vision
 from benchmark_cases.case import Case as Case
 from benchmark_cases.case import Row as Row
 
-ROWS: dict[str, Row] = {**vision.ROWS, **recurrent.ROWS, **language.ROWS, **dense.ROWS, **layers.ROWS}
+ROWS: dict[str, Row] = {
+    **vision.ROWS,
+    **recurrent.ROWS,
+    **loops.ROWS,
+    **layers.ROWS,
+    **language.ROWS,
+    **dense.ROWS,
+}

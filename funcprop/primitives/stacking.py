@@ -1,81 +1,63 @@
-"""Loops that stack the same value twice stack it once.
+"""What a loop stacks for its backward sweep: as few and as small values as determine the residuals.
 
-Differentiated loops often hand back one value under several names: the cotangent of a sum's two operands, a
-residual that is also a result. Equal equations of a loop's body are merged, and of equal stacked results only
-the first is stacked.
+Autodiff stacks every residual: `1 − s` beside `s`, a mask beside what it was made from, a result that is
+stacked already, one value under several names. Here equal equations are merged, constants, scanned inputs
+and results serve as they are, and what a cheap operator makes of stacked values is made again, backwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-import jax
-from jax import lax
-
 from funcprop import _compat
+from funcprop.primitives.loop_bodies import nbytes, variables
 
-Arrays = list[Any]
-
-
-def without_repeated_stacking(fun: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function of arrays, whose loops stack no value twice."""
-
-    def run(*args: Any) -> Any:
-        closed, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
-        leaves = jax.tree.leaves(args)
-        results = _evaluate(_compat.open_jaxpr(closed), _compat.constants(closed), leaves)
-        return jax.tree.unflatten(jax.tree.structure(shapes), results)
-
-    return run
+# Operators that cost less than reading their result from memory. Not `exp`, `tanh` and their like: they are
+# computed once and stacked, which measured faster than stacking what they are made from.
+_CHEAP = frozenset(
+    {"add", "sub", "mul", "neg", "abs", "sign", "max", "min", "square", "select_n", "and", "or", "xor", "not"}
+    | {"eq", "ne", "lt", "le", "gt", "ge", "convert_element_type", "reshape", "broadcast_in_dim", "squeeze"}
+    | {"expand_dims", "copy", "integer_pow", "transpose", "add_any"}
+)
 
 
-def _evaluate(jaxpr: Any, consts: Arrays, args: Arrays) -> Arrays:
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+def to_stack(jaxpr: Any, wanted: Sequence[Any], pinned: Sequence[Any], free: Collection[Any]) -> list[Any]:
+    """The variables to stack so that all `wanted` can be computed from them and from the `free` ones.
 
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, _compat.Literal) else values[atom]
+    Starting from the wanted ones, a value that a cheap operator makes is replaced by that operator's operands
+    where these are smaller together. `pinned` variables are stacked in any case, unless they are free.
+    """
+    maker = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    fixed = {v for v in pinned if v not in free}
+    stacked = dict.fromkeys(v for v in [*fixed, *wanted] if v not in free)
+    known = set(free) | set(stacked)
+    changed = True
+    while changed:
+        changed = False
+        for v in reversed(list(stacked)):
+            eqn = maker.get(v)
+            if v in fixed or eqn is None or eqn.primitive.name not in _CHEAP or eqn.effects:
+                continue
+            missing = list(dict.fromkeys(a for a in variables(eqn.invars) if a not in known))
+            grows = sum(map(nbytes, missing)) - nbytes(v)
+            if grows < 0 or (grows == 0 and len(missing) == 1):
+                del stacked[v]
+                stacked.update(dict.fromkeys(missing))
+                known.update(missing)
+                changed = True
+    return list(stacked)
 
-    for eqn in jaxpr.eqns:
-        run = _scan if eqn.primitive.name == "scan" and not eqn.effects else _call
-        values.update(zip(eqn.outvars, run(eqn, [read(v) for v in eqn.invars]), strict=True))
-    return [read(v) for v in jaxpr.outvars]
 
-
-def _call(eqn: Any, operands: Arrays) -> Arrays:
-    return _compat.one_equation(eqn)(*operands)
-
-
-def _scan(eqn: Any, operands: Arrays) -> Arrays:
-    params = eqn.params
-    body, closed_over = _compat.with_constants_as_inputs(params["jaxpr"])
-    body = merged(body)
-    consts, carries = _compat.scan_counts(params)
-    consts += len(closed_over)
-    operands = [*closed_over, *operands]
-    constants, init, xs = operands[:consts], operands[consts : consts + carries], operands[consts + carries :]
-    stacked: list[Any] = list(body.outvars[carries:])
-    distinct = list(dict.fromkeys(v for v in stacked if not isinstance(v, _compat.Literal)))
-    if len(distinct) == len(stacked):
-        return _call(eqn, operands[len(closed_over) :])
-    outvars = [*body.outvars[:carries], *distinct]
-    step_jaxpr = _compat.with_results(body, outvars)
-
-    def step(carry: Arrays, x: Arrays) -> tuple[Arrays, Arrays]:
-        results = _compat.evaluate(step_jaxpr, (), [*constants, *carry, *x])
-        return results[:carries], results[carries:]
-
-    final, ys = lax.scan(
-        step, init, xs, length=params["length"], reverse=params["reverse"], unroll=params["unroll"]
-    )
-    found = dict(zip(distinct, ys, strict=True))
-    repeated = [
-        jax.numpy.broadcast_to(v.val, (params["length"], *jax.numpy.shape(v.val)))
-        if isinstance(v, _compat.Literal)
-        else found[v]
-        for v in stacked
-    ]
-    return [*final, *repeated]
+def recomputation(jaxpr: Any, wanted: Sequence[Any], given: Collection[Any]) -> list[Any]:
+    """The equations that compute the `wanted` variables from the `given` ones, in order."""
+    need = {v for v in wanted if v not in given}
+    chosen = []
+    for eqn in reversed(jaxpr.eqns):
+        if any(v in need for v in eqn.outvars):
+            chosen.append(eqn)
+            need.update(v for v in variables(eqn.invars) if v not in given)
+    return chosen[::-1]
 
 
 def merged(jaxpr: Any) -> Any:
