@@ -146,6 +146,8 @@ def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
     arguments = [operand.aval for operand in eqn.invars]
     results = [result.aval for result in eqn.outvars]
     reason = _cannot_attach(eqn, arguments, results)
+    if call is not None and any(None in axis.out_axes for axis in call.axes):
+        reason = reason or "under vmap, a result is the same for all examples and others are not"
     if reason is None:
         reason = bound.why_not(arguments if call is None else call.unbatched(arguments))
     found = bound if reason is None else None
