@@ -116,6 +116,29 @@ LAYERS: dict[str, list[Example]] = {
     ],
     "mean_squared_error": [Example((X, numbers(4, 3, seed=1)))],
     "l2_penalty": [Example((0.3, {"w": W, "b": B})), Example((0.3, W))],
+    "layer_norm": [
+        Example((X, positive(3), numbers(3))),
+        Example(
+            (numbers(2, 3, 4), positive(3, 1)),
+            {"axes": (0, -1), "use_fast_variance": False, "save": "output"},
+        ),
+    ],
+    "rms_norm": [Example((X, positive(3)))],
+    "group_norm": [Example((numbers(2, 3, 4), positive(4), numbers(4)), {"groups": 2})],
+    "batch_norm": [
+        Example((X, positive(3), numbers(3)), {"save": "output"}),
+        Example((X, positive(3), None, fp.layers.BatchStatistics(numbers(3), positive(3)))),
+    ],
+    "norm_dense": [
+        Example((X, W, B, positive(3), numbers(3))),
+        Example((X[0], W, None, positive(3)), {"norm": "rms", "save": "all"}),
+    ],
+    "feed_forward": [
+        Example((X, W, W.T, B, numbers(3))),
+        Example((X[0], W, W.T), {"activation": "tanh", "save": "input"}),
+    ],
+    "swiglu": [Example((X, W, W * 2 + 1, W.T))],
+    "geglu": [Example((X[0], W, W * 2 + 1), {"approximate": False, "save": "all"})],
 }
 
 

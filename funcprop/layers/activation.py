@@ -1,98 +1,96 @@
 """Elementwise activations, `y = φ(x)`, with `x̄ = ȳ ⊙ φ′(x)`.
 
-What the backward reads is a choice: the output where `φ′` follows from it (relu, tanh, sigmoid, softplus),
-the input otherwise (gelu, silu).
+What the backward reads is a choice, `save`:
 
-| layer      | φ(x)                          | φ′                               | saves  |
-|------------|-------------------------------|----------------------------------|--------|
-| `relu`     | `max(x, 0)`                   | `1` where `y > 0`                | output |
-| `tanh`     | `tanh x`                      | `1 − y²`                         | output |
-| `sigmoid`  | `1 / (1 + e⁻ˣ)`               | `y (1 − y)`                      | output |
-| `softplus` | `log(1 + eˣ)`                 | `1 − e⁻ʸ`                        | output |
-| `silu`     | `x σ(x)`                      | `σ(x) (1 + x (1 − σ(x)))`        | input  |
-| `gelu`     | `x Φ(x)`, or its tanh formula | `Φ(x) + x Φ′(x)`                 | input  |
+| `save`     | keeps   | backward                                                              |
+|------------|---------|-----------------------------------------------------------------------|
+| `"output"` | `y`     | `φ′` from `y`, where it follows from it; free where `y` is kept anyway |
+| `"input"`  | `x`     | `φ′` from `x`, computed again; free where `x` is kept anyway           |
+| `"all"`    | `φ′(x)` | one product: all that it needs is computed by the forward              |
+
+| layer      | φ(x)                          | φ′                               | default    |
+|------------|-------------------------------|----------------------------------|------------|
+| `relu`     | `max(x, 0)`                   | `1` where `y > 0`                | `"output"` |
+| `tanh`     | `tanh x`                      | `1 − y²`                         | `"output"` |
+| `sigmoid`  | `1 / (1 + e⁻ˣ)`               | `y (1 − y)`                      | `"output"` |
+| `softplus` | `log(1 + eˣ)`                 | `1 − e⁻ʸ = σ(x)`                 | `"output"` |
+| `silu`     | `x σ(x)`                      | `σ(x) (1 + x (1 − σ(x)))`        | `"input"`  |
+| `gelu`     | `x Φ(x)`, or its tanh formula | `Φ(x) + x Φ′(x)`                 | `"input"`  |
+
+Autodiff of silu and gelu keeps several arrays of `x`'s size, these rules one.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
-from funcprop.primitives.elementwise import elementwise_rule
-from funcprop.registry import layer
+from funcprop.expressions import Equations, OperatorSymbols
+from funcprop.primitives.elementwise import Saved, elementwise_rule
+from funcprop.registry import Rule, layer
+
+Save: TypeAlias = Literal["output", "input", "all"]
 
 
-def _relu(x: Any) -> Any:
-    return jax.nn.relu(x)
+class Activation(NamedTuple):
+    """`φ`, and `φ′` from the input and, where it follows from it, from the output."""
+
+    function: Callable[..., Any]
+    of_input: Callable[..., Any]
+    of_output: Callable[..., Any] | None = None
+
+    def rule(self, *, platforms: frozenset[str] | None = frozenset()) -> Rule:
+        """The rule with all saving policies; `save` is a static argument."""
+        rules = {
+            "input": elementwise_rule(self.function, self.of_input, saves="input"),
+            "all": elementwise_rule(self.function, self.of_input, saves="all"),
+        }
+        if self.of_output is not None:
+            rules["output"] = elementwise_rule(self.function, self.of_output, saves="output")
+
+        def forward(x: Any, *, save: Save, **static: Any) -> tuple[Any, Saved]:
+            return rules[save].forward(x, **static)
+
+        def backward(residuals: Saved, g: Any, needs: Any, *, save: Save, **static: Any) -> tuple[Any]:
+            return rules[save].backward(residuals, g, needs, **static)
+
+        def equations(op: OperatorSymbols) -> Equations:
+            static = dict(op.static)
+            write: Any = rules[static.pop("save")].equations
+            return write(op._replace(static=static))
+
+        return Rule(forward, backward, equations, platforms=platforms)
+
+    def __call__(self, name: str, x: Any, save: Save, **static: Any) -> Any:
+        """`φ(x)`.
+
+        Raises:
+            ValueError: `save` is not a policy that the activation has.
+        """
+        policies = ("input", "all") if self.of_output is None else ("output", "input", "all")
+        if save not in policies:
+            raise ValueError(f"{name}: save={save!r} is not one of its saving policies, {policies}.")
+        return self.function(x, **static)
 
 
-@layer(rule=elementwise_rule(_relu, lambda y: jnp.where(y > 0, 1, 0).astype(y.dtype), saves="output"))
-def relu(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
-    """Rectified linear unit, `max(x, 0)`; its derivative at 0 is 0, as `jax.nn.relu`'s.
-
-    Example:
-        >>> import jax.numpy as jnp, funcprop as fp
-        >>> print(fp.layers.relu(jnp.array([-1.0, 2.0])))
-        [0. 2.]
-    """
-    return _relu(x)
+def _tanh_derivative(x: Any) -> Any:
+    y = jnp.tanh(x)
+    return (1 - y) * (1 + y)
 
 
-@layer(rule=elementwise_rule(jnp.tanh, lambda y: (1 - y) * (1 + y), saves="output"))
-def tanh(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
-    """Hyperbolic tangent.
-
-    Example:
-        >>> import funcprop as fp
-        >>> print(fp.layers.tanh(0.0))
-        0.0
-    """
-    return jnp.tanh(x)
-
-
-@layer(rule=elementwise_rule(jax.nn.sigmoid, lambda y: y * (1 - y), saves="output"))
-def sigmoid(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
-    """Logistic function, `σ(x) = 1 / (1 + e⁻ˣ)`.
-
-    Example:
-        >>> import funcprop as fp
-        >>> print(fp.layers.sigmoid(0.0))
-        0.5
-    """
-    return jax.nn.sigmoid(x)
-
-
-@layer(rule=elementwise_rule(jax.nn.softplus, lambda y: -jnp.expm1(-y), saves="output"))
-def softplus(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
-    """`log(1 + eˣ)`, a smooth relu.
-
-    Example:
-        >>> import funcprop as fp
-        >>> print(f"{fp.layers.softplus(0.0):.4f}")
-        0.6931
-    """
-    return jax.nn.softplus(x)
+def _sigmoid_derivative(x: Any) -> Any:
+    y = jax.nn.sigmoid(x)
+    return y * (1 - y)
 
 
 def _silu_derivative(x: Any) -> Any:
     sigma = jax.nn.sigmoid(x)
     return sigma * (1 + x * (1 - sigma))
-
-
-@layer(rule=elementwise_rule(jax.nn.silu, _silu_derivative, saves="input"))
-def silu(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
-    """Sigmoid linear unit, `x σ(x)` (Elfwing et al. 2018; "swish").
-
-    Example:
-        >>> import funcprop as fp
-        >>> print(fp.layers.silu(0.0))
-        0.0
-    """
-    return jax.nn.silu(x)
 
 
 def _gelu(x: Any, approximate: bool = True) -> Any:
@@ -108,8 +106,88 @@ def _gelu_derivative(x: Any, approximate: bool = True) -> Any:
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * scale * (1 + 3 * 0.044715 * x * x)
 
 
-@layer(rule=elementwise_rule(_gelu, _gelu_derivative, saves="input"))
-def gelu(x: Inexact[Array, "*shape"], *, approximate: bool = True) -> Inexact[Array, "*shape"]:
+def _positive(value: Any) -> Any:
+    return jnp.where(value > 0, 1, 0).astype(value.dtype)
+
+
+# By name, also for layers that have an activation inside (`feed_forward`, `swiglu`).
+ACTIVATIONS = {
+    "relu": Activation(jax.nn.relu, _positive, _positive),
+    "tanh": Activation(jnp.tanh, _tanh_derivative, lambda y: (1 - y) * (1 + y)),
+    "sigmoid": Activation(jax.nn.sigmoid, _sigmoid_derivative, lambda y: y * (1 - y)),
+    "softplus": Activation(jax.nn.softplus, jax.nn.sigmoid, lambda y: -jnp.expm1(-y)),
+    "silu": Activation(jax.nn.silu, _silu_derivative),
+    "gelu": Activation(_gelu, _gelu_derivative),
+}
+
+
+@layer(rule=ACTIVATIONS["relu"].rule())
+def relu(x: Inexact[Array, "*shape"], *, save: Save = "output") -> Inexact[Array, "*shape"]:
+    """Rectified linear unit, `max(x, 0)`; its derivative at 0 is 0, as `jax.nn.relu`'s.
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> print(fp.layers.relu(jnp.array([-1.0, 2.0])))
+        [0. 2.]
+    """
+    return ACTIVATIONS["relu"]("relu", x, save)
+
+
+@layer(rule=ACTIVATIONS["tanh"].rule())
+def tanh(x: Inexact[Array, "*shape"], *, save: Save = "output") -> Inexact[Array, "*shape"]:
+    """Hyperbolic tangent.
+
+    Example:
+        >>> import funcprop as fp
+        >>> print(fp.layers.tanh(0.0))
+        0.0
+    """
+    return ACTIVATIONS["tanh"]("tanh", x, save)
+
+
+@layer(rule=ACTIVATIONS["sigmoid"].rule())
+def sigmoid(x: Inexact[Array, "*shape"], *, save: Save = "output") -> Inexact[Array, "*shape"]:
+    """Logistic function, `σ(x) = 1 / (1 + e⁻ˣ)`.
+
+    Example:
+        >>> import funcprop as fp
+        >>> print(fp.layers.sigmoid(0.0))
+        0.5
+    """
+    return ACTIVATIONS["sigmoid"]("sigmoid", x, save)
+
+
+@layer(rule=ACTIVATIONS["softplus"].rule())
+def softplus(x: Inexact[Array, "*shape"], *, save: Save = "output") -> Inexact[Array, "*shape"]:
+    """`log(1 + eˣ)`, a smooth relu.
+
+    Example:
+        >>> import funcprop as fp
+        >>> print(f"{fp.layers.softplus(0.0):.4f}")
+        0.6931
+    """
+    return ACTIVATIONS["softplus"]("softplus", x, save)
+
+
+@layer(rule=ACTIVATIONS["silu"].rule())
+def silu(x: Inexact[Array, "*shape"], *, save: Save = "input") -> Inexact[Array, "*shape"]:
+    """Sigmoid linear unit, `x σ(x)` ("swish").
+
+    Reference: Elfwing et al., "Sigmoid-weighted linear units for neural network function approximation in
+    reinforcement learning", 2018.
+
+    Example:
+        >>> import funcprop as fp
+        >>> print(fp.layers.silu(0.0))
+        0.0
+    """
+    return ACTIVATIONS["silu"]("silu", x, save)
+
+
+@layer(rule=ACTIVATIONS["gelu"].rule())
+def gelu(
+    x: Inexact[Array, "*shape"], *, approximate: bool = True, save: Save = "input"
+) -> Inexact[Array, "*shape"]:
     """Gaussian error linear unit, `x Φ(x)`, by default in its tanh approximation.
 
     Reference: Hendrycks and Gimpel, "Gaussian error linear units", 2016.
@@ -119,4 +197,4 @@ def gelu(x: Inexact[Array, "*shape"], *, approximate: bool = True) -> Inexact[Ar
         >>> print(f"{fp.layers.gelu(1.0, approximate=False):.4f}")
         0.8413
     """
-    return _gelu(x, approximate)
+    return ACTIVATIONS["gelu"]("gelu", x, save, approximate=approximate)
