@@ -137,6 +137,12 @@ LAYERS: dict[str, list[Example]] = {
         Example((X, W, W.T, B, numbers(3))),
         Example((X[0], W, W.T), {"activation": "tanh", "save": "input"}),
     ],
+    "embedding": [Example((W, jnp.array([[0, 2], [2, -1]])))],
+    "dropout": [Example((X, jax.random.key(0)), {"rate": 0.5, "save": "key"})],
+    "rotary": [
+        Example((numbers(3, 2, 4), numbers(3, 1, 2))),
+        Example((X[:, :2], numbers(4, 1)), {"pairing": "interleaved"}),
+    ],
     "swiglu": [Example((X, W, W * 2 + 1, W.T))],
     "geglu": [Example((X[0], W, W * 2 + 1), {"approximate": False, "save": "all"})],
 }

@@ -8,6 +8,8 @@ from funcprop.layers.activation import softplus as softplus
 from funcprop.layers.activation import tanh as tanh
 from funcprop.layers.batch_norm import BatchStatistics as BatchStatistics
 from funcprop.layers.batch_norm import batch_norm as batch_norm
+from funcprop.layers.dropout import dropout as dropout
+from funcprop.layers.embedding import embedding as embedding
 from funcprop.layers.feed_forward import feed_forward as feed_forward
 from funcprop.layers.gated import geglu as geglu
 from funcprop.layers.gated import swiglu as swiglu
@@ -20,3 +22,5 @@ from funcprop.layers.norm_dense import norm_dense as norm_dense
 from funcprop.layers.normalization import group_norm as group_norm
 from funcprop.layers.normalization import layer_norm as layer_norm
 from funcprop.layers.normalization import rms_norm as rms_norm
+from funcprop.layers.rotary import rotary as rotary
+from funcprop.layers.rotary import rotary_angles as rotary_angles

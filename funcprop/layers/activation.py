@@ -52,16 +52,19 @@ class Activation(NamedTuple):
         }
         if self.of_output is not None:
             rules["output"] = elementwise_rule(self.function, self.of_output, saves="output")
+        default: Save = "input" if self.of_output is None else "output"
 
-        def forward(x: Any, *, save: Save, **static: Any) -> tuple[Any, Saved]:
+        def forward(x: Any, *, save: Save = default, **static: Any) -> tuple[Any, Saved]:
             return rules[save].forward(x, **static)
 
-        def backward(residuals: Saved, g: Any, needs: Any, *, save: Save, **static: Any) -> tuple[Any]:
+        def backward(
+            residuals: Saved, g: Any, needs: Any, *, save: Save = default, **static: Any
+        ) -> tuple[Any]:
             return rules[save].backward(residuals, g, needs, **static)
 
         def equations(op: OperatorSymbols) -> Equations:
             static = dict(op.static)
-            write: Any = rules[static.pop("save")].equations
+            write: Any = rules[static.pop("save", default)].equations
             return write(op._replace(static=static))
 
         return Rule(forward, backward, equations, platforms=platforms)
@@ -169,7 +172,7 @@ def softplus(x: Inexact[Array, "*shape"], *, save: Save = "output") -> Inexact[A
     return ACTIVATIONS["softplus"]("softplus", x, save)
 
 
-@layer(rule=ACTIVATIONS["silu"].rule())
+@layer(rule=ACTIVATIONS["silu"].rule(platforms=None))
 def silu(x: Inexact[Array, "*shape"], *, save: Save = "input") -> Inexact[Array, "*shape"]:
     """Sigmoid linear unit, `x σ(x)` ("swish").
 
@@ -184,7 +187,7 @@ def silu(x: Inexact[Array, "*shape"], *, save: Save = "input") -> Inexact[Array,
     return ACTIVATIONS["silu"]("silu", x, save)
 
 
-@layer(rule=ACTIVATIONS["gelu"].rule())
+@layer(rule=ACTIVATIONS["gelu"].rule(platforms=None))
 def gelu(
     x: Inexact[Array, "*shape"], *, approximate: bool = True, save: Save = "input"
 ) -> Inexact[Array, "*shape"]:

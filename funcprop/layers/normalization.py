@@ -110,7 +110,7 @@ def _scaled(normalized: Any, x: Any, scale: Any, bias: Any) -> Any:
     return y.astype(jnp.result_type(*(a for a in (x, scale, bias) if a is not None)))
 
 
-def _sum_to(g: Any, parameter: Any) -> Any:
+def sum_to(g: Any, parameter: Any) -> Any:
     """The sum over all axes along which a parameter was broadcast."""
     shape = (1,) * (g.ndim - parameter.ndim) + parameter.shape
     stretched = tuple(i for i, n in enumerate(shape) if n != g.shape[i])
@@ -169,8 +169,8 @@ def pull_back(
         x_cotangent = (rest * rstd).astype(residuals.x.dtype)
     return (
         x_cotangent,
-        _sum_to(g * normalized, residuals.scale) if need_scale else None,
-        _sum_to(g, residuals.bias) if need_bias else None,
+        sum_to(g * normalized, residuals.scale) if need_scale else None,
+        sum_to(g, residuals.bias) if need_bias else None,
     )
 
 
@@ -190,7 +190,7 @@ def _equations(op: OperatorSymbols, axes: Sequence[int], eps: float, fast: bool 
         leading = len(g.shape) - len(parameter.shape)
         if g.shape[leading:] == parameter.shape:
             return g.sum(tuple(range(leading)))
-        return apply("sum", lambda v: _sum_to(v, jnp.zeros(parameter.shape, v.dtype)), g)
+        return apply("sum", lambda v: sum_to(v, jnp.zeros(parameter.shape, v.dtype)), g)
 
     return Equations(
         forward if bias is None else forward + bias,
