@@ -143,6 +143,9 @@ LAYERS: dict[str, list[Example]] = {
         Example((numbers(3, 2, 4), numbers(3, 1, 2))),
         Example((X[:, :2], numbers(4, 1)), {"pairing": "interleaved"}),
     ],
+    "rnn": [Example((numbers(2, 3, 5), numbers(5, 4), numbers(4, 4), None, (numbers(3, 4),)))],
+    "gru": [Example((numbers(2, 5), numbers(5, 12), numbers(4, 12), None, numbers(12)), {"save": "output"})],
+    "lstm": [Example((numbers(2, 3, 5), numbers(5, 16), numbers(4, 16)), {"return_state": True})],
     "swiglu": [Example((X, W, W * 2 + 1, W.T))],
     "geglu": [Example((X[0], W, W * 2 + 1), {"approximate": False, "save": "all"})],
 }

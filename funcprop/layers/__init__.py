@@ -22,5 +22,8 @@ from funcprop.layers.norm_dense import norm_dense as norm_dense
 from funcprop.layers.normalization import group_norm as group_norm
 from funcprop.layers.normalization import layer_norm as layer_norm
 from funcprop.layers.normalization import rms_norm as rms_norm
+from funcprop.layers.recurrent import gru as gru
+from funcprop.layers.recurrent import lstm as lstm
+from funcprop.layers.recurrent import rnn as rnn
 from funcprop.layers.rotary import rotary as rotary
 from funcprop.layers.rotary import rotary_angles as rotary_angles

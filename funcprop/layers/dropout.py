@@ -101,7 +101,7 @@ def dropout(
     Example:
         >>> import jax, jax.numpy as jnp, funcprop as fp
         >>> print(fp.layers.dropout(jnp.ones(6), jax.random.key(0), rate=0.5, save="key"))
-        [0. 2. 0. 0. 2. 0.]
+        [0. 0. 2. 2. 0. 2.]
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"dropout: rate={rate} is not a probability; it is the share that is dropped.")

@@ -152,8 +152,8 @@ def norm_dense(
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
-        >>> print(fp.layers.norm_dense(jnp.array([1.0, 3.0]), jnp.array([[1.0], [2.0]])))
-        [0.9999995]
+        >>> print(fp.layers.norm_dense(jnp.array([1.0, 3.0]), jnp.array([[1.0], [2.0]])).round(3))
+        [1.]
     """
     if save not in ("input", "all"):
         raise ValueError(f"norm_dense: save={save!r} is not a saving policy; use 'input' or 'all'.")
