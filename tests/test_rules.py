@@ -146,6 +146,9 @@ LAYERS: dict[str, list[Example]] = {
     "rnn": [Example((numbers(2, 3, 5), numbers(5, 4), numbers(4, 4), None, (numbers(3, 4),)))],
     "gru": [Example((numbers(2, 5), numbers(5, 12), numbers(4, 12), None, numbers(12)), {"save": "output"})],
     "lstm": [Example((numbers(2, 3, 5), numbers(5, 16), numbers(4, 16)), {"return_state": True})],
+    "conv": [Example((numbers(2, 5, 4), numbers(3, 2, 6), numbers(6)), {"groups": 2, "strides": 2})],
+    "max_pool": [Example((numbers(2, 5, 4, 3),), {"window": (3, 2), "strides": (2, 1)})],
+    "avg_pool": [Example((numbers(2, 5, 3),), {"window": (3,), "padding": "SAME", "count_padding": False})],
     "swiglu": [Example((X, W, W * 2 + 1, W.T))],
     "geglu": [Example((X[0], W, W * 2 + 1), {"approximate": False, "save": "all"})],
 }

@@ -8,6 +8,7 @@ from funcprop.layers.activation import softplus as softplus
 from funcprop.layers.activation import tanh as tanh
 from funcprop.layers.batch_norm import BatchStatistics as BatchStatistics
 from funcprop.layers.batch_norm import batch_norm as batch_norm
+from funcprop.layers.convolution import conv as conv
 from funcprop.layers.dropout import dropout as dropout
 from funcprop.layers.embedding import embedding as embedding
 from funcprop.layers.feed_forward import feed_forward as feed_forward
@@ -22,6 +23,8 @@ from funcprop.layers.norm_dense import norm_dense as norm_dense
 from funcprop.layers.normalization import group_norm as group_norm
 from funcprop.layers.normalization import layer_norm as layer_norm
 from funcprop.layers.normalization import rms_norm as rms_norm
+from funcprop.layers.pooling import avg_pool as avg_pool
+from funcprop.layers.pooling import max_pool as max_pool
 from funcprop.layers.recurrent import gru as gru
 from funcprop.layers.recurrent import lstm as lstm
 from funcprop.layers.recurrent import rnn as rnn
