@@ -1,7 +1,7 @@
 """The models of `gradient_benchmark.py`: in full, in small for `--smoke`, and the bounds that are sought."""
 
-from benchmark_cases import dense, language, recurrent, vision
+from benchmark_cases import blocks, dense, language, recurrent, vision
 from benchmark_cases.case import Case as Case
 from benchmark_cases.case import Row as Row
 
-ROWS: dict[str, Row] = {**vision.ROWS, **recurrent.ROWS, **language.ROWS, **dense.ROWS}
+ROWS: dict[str, Row] = {**vision.ROWS, **recurrent.ROWS, **language.ROWS, **blocks.ROWS, **dense.ROWS}
