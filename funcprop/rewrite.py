@@ -151,6 +151,8 @@ def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
     reason = _cannot_attach(eqn, arguments, results)
     if reason is None and call is None and eqn.primitive.name in CONTROL_FLOW:
         reason = _cannot_align(arguments)
+    if call is not None and any(None in axis.out_axes for axis in call.axes):
+        reason = reason or "under vmap, a result is the same for all examples and others are not"
     if reason is None:
         reason = bound.why_not(arguments if call is None else call.unbatched(arguments))
     found = bound if reason is None else None

@@ -8,7 +8,7 @@
 """
 
 from funcprop import primitives
-from funcprop.layers import activation, pooling
+from funcprop.layers import activation, fused_pooling
 from funcprop.recognition import Pattern
 from funcprop.registry import RuleSet
 
@@ -16,4 +16,4 @@ handwritten = RuleSet("handwritten", primitives.RULES, own=True)
 default = RuleSet("default", primitives.RULES, own=True, measured=True)
 autodiff = RuleSet("autodiff")
 
-PATTERNS: tuple[Pattern, ...] = (*pooling.PATTERNS, *activation.PATTERNS)
+PATTERNS: tuple[Pattern, ...] = (*fused_pooling.PATTERNS, *activation.PATTERNS)

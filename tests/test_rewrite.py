@@ -278,3 +278,21 @@ def test_a_custom_derivative_may_index_a_constant_by_a_traced_integer():
     assert float(fp.backprop(fun)(2.0).gradient) == 3.0
     looped = fp.grad(lambda x: jax.lax.scan(lambda c, _: (fun(c), None), x, None, length=2)[0])
     assert float(looped(2.0)) == 9.0
+
+
+def test_a_result_that_is_shared_under_vmap_beside_one_that_is_not():
+    @fp.layer(
+        rule=fp.Rule(lambda x, k: ((x * k, x + 1), (x, k)), lambda r, g, n: (g[0] * r[1] + g[1], g[0] * r[0]))
+    )
+    def both(x, k):
+        return x * k, x + 1
+
+    over_k = jax.vmap(both, (None, 0), (0, None))
+    loss = lambda x, k: sum(jnp.sum(y**2) for y in over_k(x, k))  # noqa: E731
+    x, k = jnp.array(2.0), jnp.array([3.0, 5.0])
+    expected = jax.grad(loss, (0, 1))(x, k)
+    assert jax.tree.all(
+        jax.tree.map(jnp.allclose, fp.grad(loss, (0, 1), rules=fp.rules.handwritten)(x, k), expected)
+    )
+    (found,) = fp.matches(loss, fp.rules.handwritten)(x, k)
+    assert found.reason == "under vmap, a result is the same for all examples and others are not"

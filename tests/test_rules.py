@@ -119,7 +119,7 @@ LAYERS: dict[str, list[Example]] = {
     "softplus": ACTIVATION,
     "silu": ACTIVATION,
     "tanh_gelu": ACTIVATION,
-    "gelu": [*ACTIVATION, Example((numbers(3, 4),), {"approximate": False})],
+    "exact_gelu": ACTIVATION,
     "relu_max_pool": [Example((numbers(2, 5, 6, 2),), POOL)],
     "dense": [Example((X, W, B)), Example((X, W)), Example((X[0], W, B)), Example((numbers(2, 4, 3), W, B))],
     "linear": [Example((W.T, X[0], B)), Example((W.T, X[0]))],
@@ -154,6 +154,41 @@ LAYERS: dict[str, list[Example]] = {
             {"chunk": 3, "transposed": True, "reduction": "none", "batch_times_parameters": 5.0},
         ),
     ],
+    "layer_norm": [
+        Example((X, positive(3), numbers(3))),
+        Example(
+            (numbers(2, 3, 4), positive(3, 1)),
+            {"axes": (0, -1), "use_fast_variance": False, "save": "output"},
+        ),
+    ],
+    "rms_norm": [Example((X, positive(3)))],
+    "group_norm": [Example((numbers(2, 3, 4), positive(4), numbers(4)), {"groups": 2})],
+    "batch_norm": [
+        Example((X, positive(3), numbers(3)), {"save": "output"}),
+        Example((X, positive(3), None, fp.layers.BatchStatistics(numbers(3), positive(3)))),
+    ],
+    "norm_dense": [
+        Example((X, W, B, positive(3), numbers(3))),
+        Example((X[0], W, None, positive(3)), {"norm": "rms", "save": "all"}),
+    ],
+    "feed_forward": [
+        Example((X, W, W.T, B, numbers(3))),
+        Example((X[0], W, W.T), {"activation": "tanh", "save": "input"}),
+    ],
+    "embedding": [Example((W, jnp.array([[0, 2], [2, -1]])))],
+    "dropout": [Example((X, jax.random.key(0)), {"rate": 0.5, "save": "key"})],
+    "rotary": [
+        Example((numbers(3, 2, 4), numbers(3, 1, 2))),
+        Example((X[:, :2], numbers(4, 1)), {"pairing": "interleaved"}),
+    ],
+    "rnn": [Example((numbers(2, 3, 5), numbers(5, 4), numbers(4, 4), None, (numbers(3, 4),)))],
+    "gru": [Example((numbers(2, 5), numbers(5, 12), numbers(4, 12), None, numbers(12)), {"save": "output"})],
+    "lstm": [Example((numbers(2, 3, 5), numbers(5, 16), numbers(4, 16)), {"return_state": True})],
+    "conv": [Example((numbers(2, 5, 4), numbers(3, 2, 6), numbers(6)), {"groups": 2, "strides": 2})],
+    "max_pool": [Example((numbers(2, 5, 4, 3),), {"window": (3, 2), "strides": (2, 1)})],
+    "avg_pool": [Example((numbers(2, 5, 3),), {"window": (3,), "padding": "SAME", "count_padding": False})],
+    "swiglu": [Example((X, W, W * 2 + 1, W.T))],
+    "geglu": [Example((X[0], W, W * 2 + 1), {"approximate": False, "save": "all"})],
 }
 
 

@@ -51,47 +51,53 @@ def head(compare: Callable[..., Case], tokens: int, width: int, vocabulary: int)
     return compare(ours, params, labels, plain=partial(loss, by=plain_head))
 
 
-def normalised(x: jax.Array, p: dict[str, jax.Array]) -> jax.Array:
+def plain_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     centred = x - x.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-6) * p["g"] + p["b"]
+    return centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-6) * scale + bias
 
 
 def language_model(layers: int, width: int, length: int, batch: int, vocabulary: int) -> Case:
-    """Pre-norm transformer, a scan over its layers: attention, gelu and the head are ours, or plain."""
+    """Pre-norm transformer, a scan over its layers: norms, attention, gelu and the head are ours, or plain."""
     heads = width // 64 or 1
 
     def loss(
-        params: Any, tokens: jax.Array, labels: jax.Array, *, attention: Any, gelu: Any, head: Any
+        params: Any, tokens: jax.Array, labels: jax.Array, *, norm: Any, attention: Any, gelu: Any, head: Any
     ) -> jax.Array:
         def layer(x: jax.Array, p: Any) -> tuple[jax.Array, None]:
-            qkv = (normalised(x, p["before"]) @ p["qkv"]).reshape(*x.shape[:2], 3, heads, -1)
+            qkv = (norm(x, **p["before"]) @ p["qkv"]).reshape(*x.shape[:2], 3, heads, -1)
             x = x + attention(*(qkv[:, :, i] for i in range(3))).reshape(x.shape) @ p["out"]
-            return x + gelu(normalised(x, p["between"]) @ p["up"]) @ p["down"], None
+            return x + gelu(norm(x, **p["between"]) @ p["up"]) @ p["down"], None
 
         x, _ = jax.lax.scan(layer, params["embedding"][tokens] + params["position"], params["layers"])
-        return head(normalised(x, params["last"]), params["head"], labels)
+        return head(norm(x, **params["last"]), params["head"], labels)
 
     def weights(*shape: int, seed: int) -> jax.Array:
         return normal(*shape, seed=seed) / shape[-2] ** 0.5
 
-    def norm(*batch: int) -> dict[str, jax.Array]:
-        return {"g": jnp.ones((*batch, width)), "b": jnp.zeros((*batch, width))}
+    def of_norm(*batch: int) -> dict[str, jax.Array]:
+        return {"scale": jnp.ones((*batch, width)), "bias": jnp.zeros((*batch, width))}
 
     params = {
         "embedding": weights(vocabulary, width, seed=1),
         "position": 0.1 * weights(length, width, seed=2),
         "layers": {
-            "before": norm(layers), "between": norm(layers),
+            "before": of_norm(layers), "between": of_norm(layers),
             "qkv": weights(layers, width, 3 * width, seed=3), "out": weights(layers, width, width, seed=4),
             "up": weights(layers, width, 4 * width, seed=5),
             "down": weights(layers, 4 * width, width, seed=6),
         },
-        "last": norm(),
+        "last": of_norm(),
         "head": weights(width, vocabulary, seed=7),
     }  # fmt: skip
     text = jax.random.randint(jax.random.key(8), (batch, length + 1), 0, vocabulary)
-    ours = partial(loss, attention=our_attention, gelu=fp.layers.gelu, head=fp.layers.linear_cross_entropy)
-    plain = partial(loss, attention=plain_attention, gelu=jax.nn.gelu, head=plain_head)
+    ours = partial(
+        loss,
+        norm=fp.layers.layer_norm,
+        attention=our_attention,
+        gelu=fp.layers.gelu,
+        head=fp.layers.linear_cross_entropy,
+    )
+    plain = partial(loss, norm=plain_norm, attention=plain_attention, gelu=jax.nn.gelu, head=plain_head)
     return gradients(ours, params, text[:, :-1], text[:, 1:], plain=plain)
 
 

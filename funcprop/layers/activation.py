@@ -1,120 +1,113 @@
 """Elementwise activations, `y = φ(x)`, with `x̄ = ȳ ⊙ φ′(x)`.
 
-What the backward reads is a choice: the output where `φ′` follows from it (relu, tanh, sigmoid, softplus),
-the input otherwise (gelu, silu).
+What the backward reads is a choice, `save`:
 
-| layer      | φ(x)                          | φ′                               | saves  |
-|------------|-------------------------------|----------------------------------|--------|
-| `relu`     | `max(x, 0)`                   | `1` where `y > 0`                | output |
-| `tanh`     | `tanh x`                      | `1 − y²`                         | output |
-| `sigmoid`  | `1 / (1 + e⁻ˣ)`               | `y (1 − y)`                      | output |
-| `softplus` | `log(1 + eˣ)`                 | `1 − e⁻ʸ`                        | output |
-| `silu`     | `x σ(x)`                      | `σ(x) (1 + x (1 − σ(x)))`        | input  |
-| `gelu`     | `x Φ(x)`, or its tanh formula | `Φ(x) + x Φ′(x)`                 | input  |
-| `tanh_gelu`| its tanh formula              |                                  | input  |
+| `save`     | keeps   | backward                                                              |
+|------------|---------|-----------------------------------------------------------------------|
+| `"output"` | `y`     | `φ′` from `y`, where it follows from it; free where `y` is kept anyway |
+| `"input"`  | `x`     | `φ′` from `x`, computed again; free where `x` is kept anyway           |
+| `"all"`    | `φ′(x)` | one product: all that it needs is computed by the forward              |
+
+| layer      | φ(x)                          | φ′                               | default    |
+|------------|-------------------------------|----------------------------------|------------|
+| `relu`     | `max(x, 0)`                   | `1` where `y > 0`                | `"output"` |
+| `tanh`     | `tanh x`                      | `1 − y²`                         | `"output"` |
+| `sigmoid`  | `1 / (1 + e⁻ˣ)`               | `y (1 − y)`                      | `"output"` |
+| `softplus` | `log(1 + eˣ)`                 | `1 − e⁻ʸ = σ(x)`                 | `"output"` |
+| `silu`     | `x σ(x)`                      | `σ(x) (1 + x (1 − σ(x)))`        | `"input"`  |
+| `gelu`     | `x Φ(x)`, or its tanh formula | `Φ(x) + x Φ′(x)`                 | `"input"`  |
+
+Autodiff of silu and gelu keeps several arrays of `x`'s size, these rules one. Measured on two x86 cores,
+eight products of 512 × 512, each with the activation (time and temporary bytes over autodiff's):
+
+|             | under `scan` | unrolled    |
+|-------------|--------------|-------------|
+| `tanh_gelu` | 0.69 / 0.38  | 0.99 / 1.00 |
+| `silu`      | 0.81 / 0.56  | 1.01 / 1.00 |
+| `exact_gelu`| 0.81 / 0.54  | 1.08 / 1.21 |
+| `relu`      | 1.04 / 1.43  | 0.97 / 1.00 |
+| `softplus`  | 1.01 / 1.00  | 1.05 / 0.70 |
+
+So the first two are in the default rule set, also where `jax.nn.gelu` and `jax.nn.silu` are recognised.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
+from funcprop.expressions import Equations, OperatorSymbols
 from funcprop.primitives.elementwise import Saved, elementwise_rule
 from funcprop.recognition import Known, Pattern
 from funcprop.registry import Rule, layer
 
-
-def _relu(x: Any) -> Any:
-    return jax.nn.relu(x)
+Save: TypeAlias = Literal["output", "input", "all"]
 
 
-def _relu_backward(residuals: Saved, g: Any, needs: Any) -> tuple[Any]:
-    # Selected, not multiplied: a cotangent that is not finite does not pass where the slope is 0.
-    return (jnp.where(residuals.value > 0, g, 0),)
+class Activation(NamedTuple):
+    """`φ`, and `φ′` from the input and, where it follows from it, from the output."""
+
+    function: Callable[..., Any]
+    of_input: Callable[..., Any]
+    of_output: Callable[..., Any] | None = None
+
+    def rule(self, *, platforms: frozenset[str] | None = frozenset()) -> Rule:
+        """The rule with all saving policies; `save` is a static argument."""
+        rules = {
+            "input": elementwise_rule(self.function, self.of_input, saves="input"),
+            "all": elementwise_rule(self.function, self.of_input, saves="all"),
+        }
+        if self.of_output is not None:
+            rules["output"] = elementwise_rule(self.function, self.of_output, saves="output")
+        default: Save = "input" if self.of_output is None else "output"
+
+        def forward(x: Any, *, save: Save = default, **static: Any) -> tuple[Any, Saved]:
+            return rules[save].forward(x, **static)
+
+        def backward(
+            residuals: Saved, g: Any, needs: Any, *, save: Save = default, **static: Any
+        ) -> tuple[Any]:
+            return rules[save].backward(residuals, g, needs, **static)
+
+        def equations(op: OperatorSymbols) -> Equations:
+            static = dict(op.static)
+            write: Any = rules[static.pop("save", default)].equations
+            return write(op._replace(static=static))
+
+        return Rule(forward, backward, equations, platforms=platforms)
+
+    def __call__(self, name: str, x: Any, save: Save, **static: Any) -> Any:
+        """`φ(x)`.
+
+        Raises:
+            ValueError: `save` is not a policy that the activation has.
+        """
+        policies = ("input", "all") if self.of_output is None else ("output", "input", "all")
+        if save not in policies:
+            raise ValueError(f"{name}: save={save!r} is not one of its saving policies, {policies}.")
+        return self.function(x, **static)
 
 
-_relu_rule = elementwise_rule(_relu, lambda y: jnp.where(y > 0, 1, 0).astype(y.dtype), saves="output")
+def _tanh_derivative(x: Any) -> Any:
+    y = jnp.tanh(x)
+    return (1 - y) * (1 + y)
 
 
-@layer(rule=replace(_relu_rule, backward=_relu_backward))
-def relu(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
-    """Rectified linear unit, `max(x, 0)`; its derivative at 0 is 0, as `jax.nn.relu`'s.
-
-    Example:
-        >>> import jax.numpy as jnp, funcprop as fp
-        >>> print(fp.layers.relu(jnp.array([-1.0, 2.0])))
-        [0. 2.]
-    """
-    return _relu(x)
-
-
-@layer(rule=elementwise_rule(jnp.tanh, lambda y: (1 - y) * (1 + y), saves="output"))
-def tanh(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
-    """Hyperbolic tangent.
-
-    Example:
-        >>> import funcprop as fp
-        >>> print(fp.layers.tanh(0.0))
-        0.0
-    """
-    return jnp.tanh(x)
-
-
-@layer(rule=elementwise_rule(jax.nn.sigmoid, lambda y: y * (1 - y), saves="output"))
-def sigmoid(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
-    """Logistic function, `σ(x) = 1 / (1 + e⁻ˣ)`.
-
-    Example:
-        >>> import funcprop as fp
-        >>> print(fp.layers.sigmoid(0.0))
-        0.5
-    """
-    return jax.nn.sigmoid(x)
-
-
-@layer(rule=elementwise_rule(jax.nn.softplus, lambda y: -jnp.expm1(-y), saves="output"))
-def softplus(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
-    """`log(1 + eˣ)`, a smooth relu.
-
-    Example:
-        >>> import funcprop as fp
-        >>> print(f"{fp.layers.softplus(0.0):.4f}")
-        0.6931
-    """
-    return jax.nn.softplus(x)
-
-
-def _on_cpu(rule: Rule) -> Rule:
-    """The rule, measured to win on the CPU: under `scan` only the input is stacked, elsewhere all is equal.
-
-    Eight products of 512 × 512, each with the activation, under `scan` (time / bytes over autodiff's): gelu
-    in its tanh formula 0.69 / 0.38, silu 0.81 / 0.56; unrolled 0.99 / 1.00 and 1.01 / 1.00. The others lose
-    in one of the two: gelu 1.08 / 1.21 unrolled, relu 1.04 / 1.43 and softplus 1.05 / 0.62 under `scan`.
-    """
-    return replace(rule, platforms=frozenset({"cpu"}))
+def _sigmoid_derivative(x: Any) -> Any:
+    y = jax.nn.sigmoid(x)
+    return y * (1 - y)
 
 
 def _silu_derivative(x: Any) -> Any:
     sigma = jax.nn.sigmoid(x)
     return sigma * (1 + x * (1 - sigma))
-
-
-@layer(rule=_on_cpu(elementwise_rule(jax.nn.silu, _silu_derivative, saves="input")))
-def silu(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
-    """Sigmoid linear unit, `x σ(x)` (Elfwing et al. 2018; "swish").
-
-    Example:
-        >>> import funcprop as fp
-        >>> print(fp.layers.silu(0.0))
-        0.0
-    """
-    return jax.nn.silu(x)
 
 
 def _gelu(x: Any, approximate: bool = True) -> Any:
@@ -130,32 +123,132 @@ def _gelu_derivative(x: Any, approximate: bool = True) -> Any:
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * scale * (1 + 3 * 0.044715 * x * x)
 
 
-@layer(rule=elementwise_rule(_gelu, _gelu_derivative, saves="input"))
-def gelu(x: Inexact[Array, "*shape"], *, approximate: bool = True) -> Inexact[Array, "*shape"]:
-    """Gaussian error linear unit, `x Φ(x)`, by default in its tanh approximation.
+def _positive(value: Any) -> Any:
+    return jnp.where(value > 0, 1, 0).astype(value.dtype)
 
-    Reference: Hendrycks and Gimpel, "Gaussian error linear units", 2016.
+
+# By name, also for layers that have an activation inside (`feed_forward`, `swiglu`).
+ACTIVATIONS = {
+    "relu": Activation(jax.nn.relu, _positive, _positive),
+    "tanh": Activation(jnp.tanh, _tanh_derivative, lambda y: (1 - y) * (1 + y)),
+    "sigmoid": Activation(jax.nn.sigmoid, _sigmoid_derivative, lambda y: y * (1 - y)),
+    "softplus": Activation(jax.nn.softplus, jax.nn.sigmoid, lambda y: -jnp.expm1(-y)),
+    "silu": Activation(jax.nn.silu, _silu_derivative),
+    "gelu": Activation(_gelu, _gelu_derivative),
+}
+
+_EXACT_GELU = Activation(partial(_gelu, approximate=False), partial(_gelu_derivative, approximate=False))
+
+
+def _relu_backward(residuals: Saved, g: Any, needs: Any, **_: Any) -> tuple[Any]:
+    # Selected, not multiplied: a cotangent that is not finite does not pass where the slope is 0.
+    return (jnp.where(residuals.value > 0, g, 0),)
+
+
+@layer(rule=replace(ACTIVATIONS["relu"].rule(), backward=_relu_backward))
+def relu(x: Inexact[Array, "*shape"], *, save: Save = "output") -> Inexact[Array, "*shape"]:
+    """Rectified linear unit, `max(x, 0)`; its derivative at 0 is 0, as `jax.nn.relu`'s.
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> print(fp.layers.relu(jnp.array([-1.0, 2.0])))
+        [0. 2.]
+    """
+    return ACTIVATIONS["relu"]("relu", x, save)
+
+
+@layer(rule=ACTIVATIONS["tanh"].rule())
+def tanh(x: Inexact[Array, "*shape"], *, save: Save = "output") -> Inexact[Array, "*shape"]:
+    """Hyperbolic tangent.
 
     Example:
         >>> import funcprop as fp
-        >>> print(f"{fp.layers.gelu(1.0, approximate=False):.4f}")
-        0.8413
+        >>> print(fp.layers.tanh(0.0))
+        0.0
     """
-    return _gelu(x, approximate)
+    return ACTIVATIONS["tanh"]("tanh", x, save)
 
 
-@layer(rule=_on_cpu(elementwise_rule(_gelu, _gelu_derivative, saves="input")))
-def tanh_gelu(x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
-    """`gelu` in its tanh approximation, which is what `jax.nn.gelu` computes unless told otherwise.
+@layer(rule=ACTIVATIONS["sigmoid"].rule())
+def sigmoid(x: Inexact[Array, "*shape"], *, save: Save = "output") -> Inexact[Array, "*shape"]:
+    """Logistic function, `σ(x) = 1 / (1 + e⁻ˣ)`.
 
-    An operator of its own because its rule wins where that of the exact form does not.
+    Example:
+        >>> import funcprop as fp
+        >>> print(fp.layers.sigmoid(0.0))
+        0.5
+    """
+    return ACTIVATIONS["sigmoid"]("sigmoid", x, save)
+
+
+@layer(rule=ACTIVATIONS["softplus"].rule())
+def softplus(x: Inexact[Array, "*shape"], *, save: Save = "output") -> Inexact[Array, "*shape"]:
+    """`log(1 + eˣ)`, a smooth relu.
+
+    Example:
+        >>> import funcprop as fp
+        >>> print(f"{fp.layers.softplus(0.0):.4f}")
+        0.6931
+    """
+    return ACTIVATIONS["softplus"]("softplus", x, save)
+
+
+@layer(rule=ACTIVATIONS["silu"].rule(platforms=None))
+def silu(x: Inexact[Array, "*shape"], *, save: Save = "input") -> Inexact[Array, "*shape"]:
+    """Sigmoid linear unit, `x σ(x)` ("swish").
+
+    Reference: Elfwing et al., "Sigmoid-weighted linear units for neural network function approximation in
+    reinforcement learning", 2018.
+
+    Example:
+        >>> import funcprop as fp
+        >>> print(fp.layers.silu(0.0))
+        0.0
+    """
+    return ACTIVATIONS["silu"]("silu", x, save)
+
+
+@layer(rule=ACTIVATIONS["gelu"].rule(platforms=None))
+def tanh_gelu(x: Inexact[Array, "*shape"], *, save: Save = "input") -> Inexact[Array, "*shape"]:
+    """`gelu` by its tanh formula, `x/2 (1 + tanh(√(2/π) (x + 0.044715 x³)))`: what `jax.nn.gelu` computes.
+
+    Reference: Hendrycks and Gimpel, "Gaussian error linear units", 2016.
 
     Example:
         >>> import funcprop as fp
         >>> print(f"{fp.layers.tanh_gelu(1.0):.4f}")
         0.8412
     """
-    return _gelu(x)
+    return ACTIVATIONS["gelu"]("tanh_gelu", x, save)
+
+
+@layer(rule=_EXACT_GELU.rule())
+def exact_gelu(x: Inexact[Array, "*shape"], *, save: Save = "input") -> Inexact[Array, "*shape"]:
+    """Gaussian error linear unit, `x Φ(x)`, by the error function.
+
+    Reference: Hendrycks and Gimpel, "Gaussian error linear units", 2016.
+
+    Example:
+        >>> import funcprop as fp
+        >>> print(f"{fp.layers.exact_gelu(1.0):.4f}")
+        0.8413
+    """
+    return _EXACT_GELU("exact_gelu", x, save)
+
+
+def gelu(
+    x: Inexact[Array, "*shape"], *, approximate: bool = True, save: Save = "input"
+) -> Inexact[Array, "*shape"]:
+    """Gaussian error linear unit, `x Φ(x)`: `tanh_gelu`, or `exact_gelu` with `approximate=False`.
+
+    They are two layers because the rule of the one is in the default set and that of the other is not.
+
+    Example:
+        >>> import funcprop as fp
+        >>> print(f"{fp.layers.gelu(1.0, approximate=False):.4f}")
+        0.8413
+    """
+    return (tanh_gelu if approximate else exact_gelu)(x, save=save)
 
 
 # `jax.nn.tanh` and `jax.nn.sigmoid` are primitives, which have rules of their own.
@@ -164,5 +257,5 @@ PATTERNS: list[Pattern] = [
     Known(jax.nn.softplus, softplus),
     Known(jax.nn.silu, silu),
     Known(jax.nn.gelu, tanh_gelu),
-    Known(partial(jax.nn.gelu, approximate=False), gelu, (("approximate", False),)),
+    Known(partial(jax.nn.gelu, approximate=False), exact_gelu),
 ]

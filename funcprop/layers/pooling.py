@@ -1,104 +1,141 @@
-"""Max-pooling of a relu.
+"""Pooling: the maximum or the mean of every window.
 
-    y[i] = max_k relu(x[i·s + k·d − p])
-    x̄[j] = Σ {ȳ[i] : j is the position of the maximum of window i, and x[j] > 0}
+    max:  y[i] = x[k(i)],        x̄[j] = Σ {ȳ[i] : k(i) = j}              k(i) the first maximum of window i
+    mean: y[i] = Σ x[j] / n,     x̄[j] = Σ {ȳ[i] / n : j in window i}
 
-What is saved is one byte for each output: the position, or that no cotangent passes.
+The layers are `lax.reduce_window`; what is kept of a maximum, and how its cotangent finds its way back, is
+the business of the primitive's rule (`funcprop.primitives.pooling`).
+
+Reference: Scherer et al., "Evaluation of pooling operations in convolutional architectures for object
+recognition", 2010.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from funcprop.layer_calls import layer_call
-from funcprop.layers.activation import relu
-from funcprop.primitives import pooling
-from funcprop.recognition import Pattern, Producer, Replacement, equal_to, layer_equation
+from funcprop.expressions import Equations, OperatorSymbols, apply
+from funcprop.layers.composed import composed_rule
+from funcprop.layers.convolution import Padding, each, paddings
 from funcprop.registry import layer
 
 
-@layer(rule=pooling.rule(relu=True))
-def relu_max_pool(
+def _windows(
+    x: Any, window: tuple[int, ...], strides: Any, padding: Padding, channels_last: bool
+) -> tuple[tuple[int, ...], tuple[int, ...], Any]:
+    """Window, strides and padding of all axes of `x`."""
+    rank = len(window)
+    before, after = (x.ndim - rank - 1, 1) if channels_last else (x.ndim - rank, 0)
+    if rank < 1 or before < 0:
+        raise ValueError(
+            f"pooling: window={window} has more axes than x of shape {x.shape} has beside its channels."
+        )
+    steps = window if strides is None else each(strides, rank)
+    pads = paddings(padding, rank)
+    if not isinstance(pads, str):
+        pads = ((0, 0),) * before + pads + ((0, 0),) * after
+    return (1,) * before + window + (1,) * after, (1,) * before + steps + (1,) * after, pads
+
+
+def _max(x: Any, *, window: Any, strides: Any, padding: Padding, channels_last: bool) -> Any:
+    # Concrete, so that JAX knows the maximum with its neutral element and can differentiate it.
+    lowest = np.array(-np.inf, x.dtype)
+    return lax.reduce_window(x, lowest, lax.max, *_windows(x, window, strides, padding, channels_last))
+
+
+def _sum(x: Any, geometry: Any) -> Any:
+    return lax.reduce_window(x, np.zeros((), x.dtype), lax.add, *geometry)
+
+
+def _mean(
+    x: Any, *, window: Any, strides: Any, padding: Padding, channels_last: bool, count_padding: bool
+) -> Any:
+    geometry = _windows(x, window, strides, padding, channels_last)
+    if count_padding:
+        return _sum(x, geometry) / math.prod(window)
+    return _sum(x, geometry) / _sum(jnp.ones_like(x), geometry)
+
+
+def _equations(function: Callable[..., Any], name: str, op: OperatorSymbols) -> Equations:
+    (x,) = op.args
+    pool = partial(function, **op.static)
+
+    def back(x: Any, g: Any) -> Any:
+        return jax.vjp(pool, x)[1](g)[0]
+
+    return Equations(apply(name, pool, x), (apply(f"un{name}", back, x, op.cotangent),))
+
+
+@layer(rule=composed_rule(_max, partial(_equations, _max, "maxpool")))
+def max_pool(
     x: Float[Array, "..."],
     *,
-    window_dimensions: tuple[int, ...],
-    window_strides: tuple[int, ...],
-    padding: tuple[tuple[int, int], ...],
-    window_dilation: tuple[int, ...],
+    window: tuple[int, ...],
+    strides: int | tuple[int, ...] | None = None,
+    padding: Padding = "VALID",
+    channels_last: bool = True,
 ) -> Float[Array, "..."]:
-    """Max-pooling of `relu(x)`, with one entry for each axis of `x` in every parameter.
+    """The maximum of every window; the first one receives the cotangent.
 
-    `y[i] = max_k relu(x[i·s + k·d − p])`. Between relu and pool nothing is saved: neither the input, nor its
-    sign, nor the relu. Recognised in any function where `lax.reduce_window` with `lax.max` follows
-    `jax.nn.relu` (Flax, Equinox and Haiku pool in this way).
+    Args:
+        x: `*batch × *spatial × channels`; `… × *spatial` with `channels_last=False`.
+        window: its size along each spatial axis; how many there are says which axes they are.
+        strides: of the windows, for each axis or for all; none is the window itself.
+        padding: `"SAME"`, `"VALID"`, one number, or for each axis a number or a pair; of `−∞`.
+        channels_last: which layout.
 
     Raises:
-        TypeError: a parameter has not one entry for each axis (from `lax.reduce_window`).
+        ValueError: the window has more axes than `x`.
+
+    Reference: Scherer et al., "Evaluation of pooling operations in convolutional architectures for object
+    recognition", 2010.
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
-        >>> x = jnp.array([1.0, 3.0, -1.0, -2.0])
-        >>> pairs = dict(window_dimensions=(2,), window_strides=(2,), padding=((0, 0),), window_dilation=(1,))
-        >>> print(fp.layers.relu_max_pool(x, **pairs))
-        [3. 0.]
+        >>> print(fp.layers.max_pool(jnp.array([[1.0], [3.0], [2.0], [0.0]]), window=(2,)).ravel())
+        [3. 2.]
     """
-    return lax.reduce_window(
-        jax.nn.relu(x),
-        -jnp.inf,
-        lax.max,
-        window_dimensions,
-        window_strides,
-        padding,
-        window_dilation=window_dilation,
+    return _max(jnp.asarray(x), window=window, strides=strides, padding=padding, channels_last=channels_last)
+
+
+@layer(rule=composed_rule(_mean, partial(_equations, _mean, "avgpool")))
+def avg_pool(
+    x: Float[Array, "..."],
+    *,
+    window: tuple[int, ...],
+    strides: int | tuple[int, ...] | None = None,
+    padding: Padding = "VALID",
+    channels_last: bool = True,
+    count_padding: bool = True,
+) -> Float[Array, "..."]:
+    """The mean of every window; arguments as of `max_pool`.
+
+    With `count_padding=False` the mean is over the entries of `x` alone, not over the zeros of the padding.
+
+    Raises:
+        ValueError: the window has more axes than `x`.
+
+    Reference: LeCun et al., "Gradient-based learning applied to document recognition", 1998 (subsampling).
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> print(fp.layers.avg_pool(jnp.array([[1.0], [3.0], [2.0], [0.0]]), window=(2,)).ravel())
+        [2. 1.]
+    """
+    return _mean(
+        jnp.asarray(x),
+        window=window,
+        strides=strides,
+        padding=padding,
+        channels_last=channels_last,
+        count_padding=count_padding,
     )
-
-
-# Operators that move entries and change none, so that a relu may as well follow them.
-_MOVES = frozenset({"reshape", "transpose", "squeeze", "broadcast_in_dim", "expand_dims", "rev", "copy"})
-
-
-@dataclass(frozen=True)
-class ReluBeforePool:
-    """A max-pool of a relu, with nothing between but operators that move entries."""
-
-    last: str = "reduce_window_max"
-
-    def find(self, eqn: Any, producer: Producer) -> Replacement | None:
-        """The relu, the moves and the pool, if the pool is `eqn`."""
-        between: list[Any] = []
-        made = producer(eqn.invars[0])
-        while made is not None and made.primitive.name in _MOVES and len(made.invars) == 1:
-            between.insert(0, made)
-            made = producer(made.invars[0])
-        if made is None or not _is_relu(made) or any(d != 1 for d in eqn.params["base_dilation"]):
-            return None
-        # The moves now act on the relu's argument.
-        moved: list[Any] = []
-        x = made.invars[0]
-        for move in between:
-            moved.append(move.replace(invars=[x], outvars=[type(move.outvars[0])(move.outvars[0].aval)]))
-            (x,) = moved[-1].outvars
-        keys = ("window_dimensions", "window_strides", "padding", "window_dilation")
-        call = layer_equation(relu_max_pool, {k: _hashable(eqn.params[k]) for k in keys}, [x], eqn)
-        return Replacement([made, *between, eqn], [*moved, call], requires=[eqn])
-
-
-def _is_relu(eqn: Any) -> bool:
-    call = layer_call(eqn)
-    if call is not None:
-        return call.layer is relu
-    return eqn.primitive.name == "custom_jvp_call" and equal_to(jax.nn.relu, eqn) is not None
-
-
-def _hashable(value: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(tuple(map(int, v)) if isinstance(v, Sequence) else int(v) for v in value)
-
-
-PATTERNS: list[Pattern] = [ReluBeforePool()]

@@ -25,25 +25,32 @@ from funcprop.registry import OperatorKey, Rule
 
 
 class Saved(NamedTuple):
-    """The one array that the derivative is computed from: the output or the input."""
+    """The one array that the derivative is computed from: the output or the input; or the derivative."""
 
     value: Any
 
 
-def elementwise_rule(function: Callable[..., Any], derivative: Callable[..., Any], *, saves: str) -> Rule:
+def elementwise_rule(
+    function: Callable[..., Any],
+    derivative: Callable[..., Any],
+    *,
+    saves: str,
+    platforms: frozenset[str] | None = frozenset(),
+) -> Rule:
     """The rule of `y = φ(x)` from `φ` and its derivative.
 
     `derivative(value, **static)` is `φ′` as a function of the output (`saves="output"`) or of the input
-    (`saves="input"`).
+    (`saves="input"`); with `saves="all"`, also of the input, it is computed in the forward.
     """
     from_output = saves == "output"
 
     def forward(x: Any, **static: Any) -> tuple[Any, Saved]:
         y = function(x, **static)
-        return y, Saved(y if from_output else x)
+        return y, Saved(y if from_output else x if saves == "input" else derivative(x, **static))
 
     def backward(residuals: Saved, g: Any, needs: Any, **static: Any) -> tuple[Any]:
-        return ((g * derivative(residuals.value, **static)).astype(g.dtype),)
+        slope = residuals.value if saves == "all" else derivative(residuals.value, **static)
+        return ((g * slope).astype(g.dtype),)
 
     def equations(op: OperatorSymbols) -> Equations:
         (x,) = op.args
@@ -54,7 +61,7 @@ def elementwise_rule(function: Callable[..., Any], derivative: Callable[..., Any
         written = apply(op.name, lambda value: function(value, **op.static), x)
         return Equations(written, (op.cotangent * apply(f"{op.name}′", slope, x),))
 
-    return Rule(forward, backward, equations, platforms=frozenset())
+    return Rule(forward, backward, equations, platforms=platforms)
 
 
 def _from_output(primitive: Callable[..., Any], derivative: Callable[[Any], Any]) -> Rule:
