@@ -18,7 +18,7 @@ FUNCTIONS = {
     "softplus": jax.nn.softplus,
     "silu": jax.nn.silu,
     "tanh_gelu": jax.nn.gelu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "exact_gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
 
 

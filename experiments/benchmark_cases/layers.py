@@ -57,7 +57,7 @@ def plain_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def language_model(layers: int, width: int, length: int, batch: int, vocabulary: int) -> Case:
-    """Pre-norm transformer, a scan over its layers: norms, attention, gelu and the head are ours, or plain."""
+    """Pre-norm transformer by a scan over layers: norms, attention, gelu and head are ours, or plain."""
     heads = width // 64 or 1
 
     def loss(
