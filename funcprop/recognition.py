@@ -139,8 +139,8 @@ def equal_to(
 
     The argument has the type of the result.
     """
-    (result,) = eqn.outvars
-    if not _ordinary(result.aval):
+    result, *others = eqn.outvars
+    if others or not _ordinary(result.aval):
         return None
     reference = _reference(function, result.aval)
     comparison = _Comparison()
