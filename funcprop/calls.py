@@ -57,8 +57,15 @@ def is_array(leaf: Any) -> bool:
     )
 
 
-def traced(flat: Callable[..., Sequence[Any]], values: Sequence[Any], fun: Callable[..., Any]) -> Any:
+def traced(
+    flat: Callable[..., Sequence[Any]],
+    values: Sequence[Any],
+    fun: Callable[..., Any],
+    which: str = "an array argument",
+) -> Any:
     """The jaxpr of `flat`, in which `fun` is called, at the types of `values`.
+
+    `which` says for messages what the variables are.
 
     Tracing stages every operation, also those that no variable takes part in. Where `fun` needs the value of
     such an operation in python (`if flag > 0`), and its surroundings would have computed it, `fun` is
@@ -69,8 +76,8 @@ def traced(flat: Callable[..., Sequence[Any]], values: Sequence[Any], fun: Calla
     """
     try:
         return jax.make_jaxpr(flat)(*values)
-    except _NEEDS_VALUE as error:
-        with _explained(error, fun):
+    except _NEEDS_VALUE:
+        with _explained(fun, which):
             if _is_staging():
                 raise
             with jax.ensure_compile_time_eval():
@@ -90,11 +97,11 @@ def _is_staging() -> bool:
 
 
 @contextlib.contextmanager
-def _explained(error: Exception, fun: Callable[..., Any]) -> Iterator[None]:
+def _explained(fun: Callable[..., Any], which: str) -> Iterator[None]:
     note = (
         f"funcprop traces {getattr(fun, '__name__', fun)!s} as `jax.jit` would: python control flow on the "
-        "value of a traced argument (one that is differentiated), or of what is computed from it, needs "
-        "`jax.lax.cond` or `jnp.where`, or has to be decided before the call."
+        f"value of {which}, or of what is computed from it, needs `jax.lax.cond` or `jnp.where`, or has to "
+        "be decided before the call."
     )
     try:
         yield

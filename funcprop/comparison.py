@@ -7,6 +7,8 @@ itself, at the types that it has in the function and at random numbers: value an
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -48,10 +50,10 @@ class Measured:
 
     @property
     def bytes(self) -> float:
-        """The ratio of the temporary bytes."""
-        return (
-            self.rules_bytes / self.autodiff_bytes if self.autodiff_bytes else float(self.rules_bytes > 0) + 1
-        )
+        """The ratio of the temporary bytes; infinite where autodiff needs none and the rules some."""
+        if self.autodiff_bytes == 0:
+            return 1.0 if self.rules_bytes == 0 else math.inf
+        return self.rules_bytes / self.autodiff_bytes
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ def compare(
 
     Raises:
         ValueError: `repeats` is less than 1.
-        TypeError: `fun` does not return a scalar, as in `jax.grad`.
+        TypeError: `fun` does not return a scalar, as in `jax.grad`, or nothing can be differentiated.
+        IndexError: there is no argument at a position in `argnums`.
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
@@ -158,10 +161,21 @@ def compare(
         call = Call.of(args, kwargs, is_array)
         run = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in call.leaves)
 
+        chosen = _chosen(call, args, argnums)
+
         def whole(own: RuleSet) -> Callable[..., Any]:
             def program(*values: Any) -> Any:
-                call_args, call_kwargs = call.arguments(call.filled(values))
-                return value_and_grad(fun, argnums, has_aux=has_aux, rules=own)(*call_args, **call_kwargs)
+                leaves = call.filled(values)
+
+                def of_chosen(differentiated: Sequence[Any]) -> Any:
+                    full = list(leaves)
+                    for i, value in zip(chosen, differentiated, strict=True):
+                        full[i] = value
+                    call_args, call_kwargs = call.arguments(full)
+                    returned = fun(*call_args, **call_kwargs)
+                    return returned[0] if has_aux else returned
+
+                return value_and_grad(of_chosen, rules=own)([leaves[i] for i in chosen])
 
             return program
 
@@ -172,6 +186,24 @@ def compare(
         return Comparison(label, rules.name, jax.default_backend(), measured, tuple(rows))
 
     return compared
+
+
+def _chosen(call: Call, args: Sequence[Any], argnums: int | Sequence[int]) -> list[int]:
+    """The leaves that are differentiated: those of the arguments at `argnums` that have a derivative."""
+    counts = [len(jax.tree.leaves(argument)) for argument in args]
+    ends = list(itertools.accumulate(counts, initial=0))
+    at = (argnums,) if isinstance(argnums, int) else argnums
+    held = [i for p in at for i in range(ends[range(len(args))[p]], ends[range(len(args))[p] + 1])]
+    smooth = [
+        i
+        for i in held
+        if i in call.variables and jnp.issubdtype(jnp.result_type(call.leaves[i]), jnp.inexact)
+    ]
+    if not smooth:
+        raise TypeError(
+            f"compare: the arguments at argnums={argnums} hold no floating-point array; choose others."
+        )
+    return smooth
 
 
 def _rows(found: Sequence[Match], rules: RuleSet, repeats: int) -> list[Row]:

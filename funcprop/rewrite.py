@@ -97,7 +97,7 @@ def _rewrite(
         structure.append((result_tree, concrete))
         return [x for x, is_staged in zip(results, staged, strict=True) if is_staged]
 
-    jaxpr = traced(flat, call.values, fun)
+    jaxpr = traced(flat, call.values, fun, "a differentiated argument")
     outputs = iter(_arrays(Rewriter(rules).run(jaxpr, call.values), jaxpr))
     result_tree, concrete = structure[-1]
     values = [next(outputs) if c is None else c[0] for c in concrete]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import funcprop as fp
@@ -80,6 +82,25 @@ def test_inside_of_shard_map_an_operator_is_not_run_by_itself():
     assert found.whole.time > 0
 
 
+def test_models_as_they_are():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.dense, self.norm = nnx.Linear(4, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dropout(nnx.silu(self.norm(self.dense(x))))
+
+    found = fp.compare(lambda net, x: jnp.sum(net(x)), repeats=1)(
+        Net(nnx.Rngs(0)), jnp.ones((2, 4), "float32")
+    )
+    assert "silu" in [row.operator for row in found.fired]
+    mlp = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))
+    tagged = {"model": mlp, "tag": "a string", "count": 3}
+    loss = lambda tree, x: (jnp.sum(tree["model"](x) ** 2), tree["tag"])  # noqa: E731
+    assert fp.compare(loss, has_aux=True, repeats=1)(tagged, jnp.ones(4)).whole.time > 0
+
+
 def test_no_rule_fires():
     found = fp.compare(jnp.sin, repeats=1)(0.5)
     assert found.rows == ()
@@ -90,5 +111,7 @@ def test_no_rule_fires():
 def test_errors():
     with pytest.raises(ValueError, match="repeats=0; every program has to run at least once"):
         fp.compare(jnp.sin, repeats=0)
+    with pytest.raises(TypeError, match="argnums=0 hold no floating-point array; choose others"):
+        fp.compare(jnp.sin)(jnp.array(1))
     with pytest.raises(TypeError, match="scalar-output"):
         fp.compare(jnp.sin)(np.ones(3))
