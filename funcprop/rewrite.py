@@ -348,7 +348,8 @@ def matches(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[.
 
         def flat(*values: Any) -> Arrays:
             call_args, call_kwargs = call.arguments(call.filled(values))
-            return jax.tree.leaves(fun(*call_args, **call_kwargs))
+            results = jax.tree.leaves(fun(*call_args, **call_kwargs))
+            return [x for x in results if isinstance(x, jax.core.Tracer)]
 
         jaxpr = traced(flat, call.values, fun)
         return list(_matches(Rewriter(default if rules is None else rules), jaxpr))
