@@ -12,15 +12,15 @@ from funcprop.objective import Argnums, Objective, trace_objective
 from funcprop.propagation import Propagation
 from funcprop.registry import RuleSet
 from funcprop.rules import handwritten
-from funcprop.sweeps import active_variables, backward_sweep, forward_sweep, read
+from funcprop.sweeps import active_variables, backward_sweep, forward_sweep
 
 
 def backprop(
-    fun: Callable[..., Any], argnums: Argnums = 0, *, rules: RuleSet | None = None
+    fun: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, rules: RuleSet | None = None
 ) -> Callable[..., Propagation]:
     """Forward and backward propagation of a scalar function, with everything they compute by name.
 
-    `backprop(fun, argnums)(*args, **kwargs) -> Propagation`:
+    `backprop(fun, argnums, has_aux)(*args, **kwargs) -> Propagation`:
 
     * `.value`: what `fun` returns
     * `.gradient`: what `jax.grad` returns; a tuple over all arguments if `argnums` is None
@@ -36,9 +36,10 @@ def backprop(
     changed.
 
     Args:
-        fun: returns a real scalar.
+        fun: returns a real scalar; with `has_aux`, a pair of it and auxiliary data.
         argnums: the arguments to differentiate with respect to, as in `jax.grad`; None for all that have a
             derivative.
+        has_aux: as in `jax.grad`; the auxiliary data are `.aux`.
         rules: a rule set; `fp.rules.handwritten` if None.
 
     Raises:
@@ -70,7 +71,7 @@ def backprop(
             cotangents.values.setdefault(v.name, jnp.zeros_like(tape.values[v.name]))
         value = jax.tree.unflatten(traced.result_tree, [output])
         gradient = objective.gradient(cotangents.values)
-        extra = jax.tree.unflatten(traced.extra_tree, [read(v, tape.values) for v in traced.extra])
-        return Propagation(graph, value, gradient, tape, cotangents, rules, active), extra
+        aux, state = traced.extras(tape.values)
+        return Propagation(graph, value, gradient, tape, cotangents, rules, active, aux), state
 
-    return lambda *args, **kwargs: trace_objective(propagate, fun, argnums, args, kwargs)
+    return lambda *args, **kwargs: trace_objective(propagate, fun, argnums, args, kwargs, has_aux)

@@ -91,10 +91,10 @@ class Derivation:
     __str__ = text
 
 
-def derive(fun: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Derivation]:
+def derive(fun: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., Derivation]:
     """The equations of forward propagation and backpropagation of a scalar function.
 
-    `derive(fun, argnums)(*args, **kwargs) -> Derivation`. Arguments may be shapes (`jax.ShapeDtypeStruct`).
+    `derive(fun, argnums, has_aux)(*args, **kwargs) -> Derivation`; arguments may be `jax.ShapeDtypeStruct`s.
     A backward line reads `∂J/∂z = prod(∂J/∂h, ∂h/∂z) = ∂J/∂h ⊙ φ′(z)`: the chain rule, then evaluated by the
     equations that the operator's rule brings. A variable used more than once has a sum. An operator without
     equations leaves `prod(…)` alone. An argument that the result does not depend on has the gradient 0.
@@ -102,6 +102,7 @@ def derive(fun: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Deriv
     Args:
         fun: returns a real scalar.
         argnums: the arguments whose gradients are derived, as in `jax.grad`; None for all that have one.
+        has_aux: as in `jax.grad`; auxiliary data have no equations, but what they are computed from has.
 
     Raises:
         TypeError: `fun` does not return one real scalar, or an argument at `argnums` has no derivative.
@@ -121,7 +122,7 @@ def derive(fun: Callable[..., Any], argnums: Argnums = 0) -> Callable[..., Deriv
         writer = _Writer(objective)
         return Derivation(tuple(writer.forward()), tuple(writer.backward()), objective.traced), None
 
-    return lambda *args, **kwargs: trace_objective(write, fun, argnums, args, kwargs)
+    return lambda *args, **kwargs: trace_objective(write, fun, argnums, args, kwargs, has_aux)
 
 
 class _Writer:

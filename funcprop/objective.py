@@ -64,8 +64,11 @@ def trace_objective(
     argnums: Argnums,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    has_aux: bool = False,
 ) -> Any:
     """Trace a scalar function and hand it to `use`, which returns as in `trace_call`.
+
+    With `has_aux` the function returns the scalar and auxiliary data.
 
     Jits and checkpoints are inlined. A result that is not computed, but an argument or a constant, is named
     `J`, by an operator that does nothing.
@@ -80,7 +83,7 @@ def trace_objective(
         _check_scalar(traced.graph)
         return use(Objective(traced, at, tuple(sorted(_chosen(traced, at)))))
 
-    return trace_call(used, fun, args, kwargs, inline=INLINED | CHECKPOINTS, name_result="J")
+    return trace_call(used, fun, args, kwargs, inline=INLINED | CHECKPOINTS, name_result="J", has_aux=has_aux)
 
 
 def _chosen(traced: Traced, argnums: int | tuple[int, ...] | None) -> set[int]:
@@ -118,5 +121,5 @@ def _check_scalar(graph: Graph) -> None:
         shapes = ", ".join(v.type for v in graph.outputs)
         raise TypeError(
             f"{graph.name} returns ({shapes}), but gradients are of one real scalar; return the loss alone, "
-            "for example by `lambda *args: fun(*args)[0]`, or a sum."
+            "with has_aux=True if there are other results, or a sum."
         )

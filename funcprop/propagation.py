@@ -96,17 +96,22 @@ class Propagation:
     cotangents: Cotangents
     rules: RuleSet
     active: frozenset[str]
+    aux: Any = None
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Arrays, and what is known without them."""
-        return (self.value, self.gradient, self.tape, self.cotangents), (self.graph, self.rules, self.active)
+        return (self.value, self.gradient, self.tape, self.cotangents, self.aux), (
+            self.graph,
+            self.rules,
+            self.active,
+        )
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Any, ...]) -> Propagation:
         """The inverse of `tree_flatten`."""
         graph, rules, active = static
-        value, gradient, tape, cotangents = children
-        return cls(graph, value, gradient, tape, cotangents, rules, active)
+        value, gradient, tape, cotangents, aux = children
+        return cls(graph, value, gradient, tape, cotangents, rules, active, aux)
 
     @property
     def values(self) -> Named:

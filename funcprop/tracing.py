@@ -34,7 +34,8 @@ class Traced:
     """A graph with what is needed to run it: constants, and where arguments and results belong.
 
     `leaves` are the arguments' arrays and other values, those at `arguments` the graph's inputs. `extra` are
-    the results that are not the function's own: the new state of models, after `result_tree`'s leaves.
+    the results that are not differentiated: auxiliary ones and the new state of models. `kept` are those
+    among them that are no arrays of the graph, None in the place of each that is.
     """
 
     graph: Graph
@@ -45,6 +46,13 @@ class Traced:
     result_tree: Any
     extra: tuple[Variable, ...] = ()
     extra_tree: Any = None
+    kept: tuple[tuple[Any] | None, ...] = ()
+
+    def extras(self, values: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The auxiliary results and the new state of models, from the values of the graph."""
+        computed = iter([v.value if v.kind == "literal" else values[v.name] for v in self.extra])
+        leaves = [next(computed) if kept is None else kept[0] for kept in self.kept]
+        return jax.tree.unflatten(self.extra_tree, leaves)
 
     def values(self) -> dict[str, Any]:
         """The values of the graph's inputs and constants, by name."""
@@ -118,15 +126,17 @@ def trace_function(
     inline: frozenset[str] = INLINED,
     signature: Arguments | None = None,
     name_result: str | None = None,
+    has_aux: bool = False,
 ) -> Traced:
     """Trace and keep what the sweeps need besides the graph.
 
-    With a `signature`, `fun` returns a pair, of which the second part is extra. `name_result` is for a first
+    With a `signature`, `fun` returns a pair, of which the second part is the state of models. With `has_aux`,
+    its own result is a pair too, of the result and auxiliary data. `name_result` is for a first
     result that no operator computes (an argument, a constant): it becomes that of an operator which gives it
     the name.
     """
     call = Call.of(args, kwargs, is_array)
-    has_extra = signature is not None
+    has_state = signature is not None
     if signature is None:
         paths = [path for path, _ in jax.tree.leaves_with_path(call.arguments(call.leaves))]
         signature = Arguments(paths, [True] * len(paths), lambda leaves: call.arguments(leaves)[0])
@@ -135,11 +145,13 @@ def trace_function(
     def flat(*values: Any) -> Any:
         call_args, call_kwargs = call.arguments(call.filled(values))
         returned = fun(*call_args, **call_kwargs)
-        own, extra = returned if has_extra else (returned, None)
+        own, state = returned if has_state else (returned, None)
+        own, aux = _pair(own, fun) if has_aux else (own, None)
         results, result_tree = jax.tree.flatten(own)
-        others, extra_tree = jax.tree.flatten(extra)
-        result_trees.append((result_tree, extra_tree))
-        return [*results, *others]
+        others, extra_tree = jax.tree.flatten((aux, state))
+        kept = tuple(None if isinstance(x, jax.core.Tracer) else (x,) for x in others)
+        result_trees.append((result_tree, extra_tree, kept))
+        return [*results, *(x for x, k in zip(others, kept, strict=True) if k is None)]
 
     closed = traced(flat, call.values, fun)
     names = _argument_names(fun, [signature.paths[i] for i in call.variables])
@@ -152,12 +164,21 @@ def trace_function(
             return [name(first, name_result), *others]
 
         graph, constants = _Builder(inline).build(label, _compat.retrace(renamed, closed), names)
-    result_tree, extra_tree = result_trees[-1]
+    result_tree, extra_tree, kept = result_trees[-1]
     extra = graph.outputs[result_tree.num_leaves :]
     graph = replace(graph, outputs=graph.outputs[: result_tree.num_leaves])
     return Traced(
-        graph, tuple(constants), call.variables, call.leaves, signature, result_tree, extra, extra_tree
+        graph, tuple(constants), call.variables, call.leaves, signature, result_tree, extra, extra_tree, kept
     )
+
+
+def _pair(returned: Any, fun: Callable[..., Any]) -> tuple[Any, Any]:
+    if not (isinstance(returned, tuple | list) and len(returned) == 2):
+        raise TypeError(
+            f"has_aux=True, but {getattr(fun, '__name__', fun)!s} returns {type(returned).__name__}; "
+            "return the pair (result, auxiliary data)."
+        )
+    return returned[0], returned[1]
 
 
 def _argument_names(fun: Callable[..., Any], paths: Sequence[Any]) -> list[str]:

@@ -283,3 +283,25 @@ def test_errors_name_the_remedy(chapter):
 def test_table_lists_inputs_values_and_gradients(chapter):
     table = str(fp.backprop(fp.models.chapter)(*chapter)).splitlines()
     assert [row.split()[0] for row in table[1:]] == ["W1", "W2", "x", "y", "λ", *CHAPTER_VALUES]
+
+
+def with_metrics(w, x):
+    z = fp.name(w * x, "z")
+    return jnp.sum(z**2), {"mean": z.mean(), "same": x, "tag": "train", "count": 3}
+
+
+def test_auxiliary_data():
+    w, x = jnp.array(2.0), jnp.array([1.0, 3.0])
+    p = fp.backprop(with_metrics, has_aux=True)(w, x)
+    (value, aux), gradient = jax.value_and_grad(lambda w: with_metrics(w, x), has_aux=True)(w)
+    assert (p.value, p.gradient, p.aux["mean"]) == (value, gradient, aux["mean"])
+    np.testing.assert_array_equal(p.aux["same"], x)
+    assert (p.aux["tag"], p.aux["count"]) == ("train", 3)
+    jitted = jax.jit(lambda w: fp.backprop(lambda w: (w**2, w + 1), has_aux=True)(w))(w)
+    assert (jitted.gradient, jitted.aux) == (4, 3)
+    errors = fp.derive(with_metrics, has_aux=True)(w, x).verify().errors
+    assert "∂J/∂z" in errors
+    with pytest.raises(TypeError, match=r"has_aux=True, but <lambda> returns .*; return the pair"):
+        fp.backprop(lambda w: w, has_aux=True)(w)
+    with pytest.raises(TypeError, match="with has_aux=True if there are other results"):
+        fp.backprop(lambda w: (w, 2 * w))(w)
