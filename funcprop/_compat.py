@@ -234,6 +234,15 @@ def scope(eqn: Equation) -> str:
     return str(eqn.source_info.name_stack)
 
 
+def function_name(eqn: Equation) -> str:
+    """What the user calls an equation: the function that has a derivative of its own, else the primitive."""
+    body = eqn.params.get("call_jaxpr")
+    if not eqn.primitive.name.startswith("custom_") or body is None:
+        return eqn.primitive.name
+    name = open_jaxpr(body).debug_info.func_name
+    return name if name.isidentifier() else eqn.primitive.name
+
+
 def source_line(eqn: Equation) -> str | None:
     """`file:line (function)` of the innermost frame that is neither JAX's nor funcprop's."""
     traceback = eqn.source_info.traceback

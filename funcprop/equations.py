@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from funcprop import primitives
+from funcprop import _compat, primitives
 from funcprop.expressions import (
     Equations,
     Expression,
@@ -192,7 +192,8 @@ class _Writer:
     def _unknown_forward(self, op: Operator, index: int) -> Expression:
         inputs = [self.value(v) for v in op.inputs]
         suffix = "" if len(op.outputs) == 1 else f"_{index + 1}"
-        return apply(op.op + suffix, lambda *xs: call_operator(op, xs)[index], *inputs)
+        written = op.op if op.equation is None or op.call else _compat.function_name(op.equation)
+        return apply(written + suffix, lambda *xs: call_operator(op, xs)[index], *inputs)
 
     def backward(self) -> Iterator[Line]:
         """`∂J/∂z = prod(∂J/∂h, ∂h/∂z) = …` in the order in which the cotangents are complete."""

@@ -325,7 +325,7 @@ class _Builder:
                 env.update(zip(eqn.outvars, self._walk(body, operands, scope), strict=True))
             else:
                 named = eqn.primitive.name == "name"
-                label = eqn.params["name"] if named else eqn.primitive.name
+                label = eqn.params["name"] if named else _compat.function_name(eqn)
                 label = label if call is None else call.layer.name
                 drafts = [_Draft(v.aval, "intermediate", scope, label, named) for v in eqn.outvars]
                 self.steps.append(_Step(_compat.one_equation_jaxpr(eqn), call, scope, operands, drafts))

@@ -1,10 +1,22 @@
 """Every test runs in float64 and sees eight devices."""
 
 import os
+from importlib.metadata import version
+
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    # Most of a test's time goes into compiling programs that run once; unoptimised code computes the same and
+    # is made in half of the time.
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+if version("jaxlib").startswith("0.10."):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # Later versions have no other way.
 
 # Read by XLA when jax is imported, so it is set first.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)

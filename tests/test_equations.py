@@ -329,3 +329,9 @@ def test_quotients_inside_products_are_in_parentheses():
 
     lines = texts(fp.derive(loss)(jnp.ones(2), jnp.ones(2)).backward)
     assert lines[-1].endswith("= ∂J/∂a ⊙ (1 / x) + (−∂J/∂b ⊙ y) / x²")
+
+
+def test_a_function_with_a_derivative_of_its_own_is_written_by_its_name():
+    derived = fp.derive(lambda w: jnp.sum(fp.name(jax.nn.relu(w), "h")))(jnp.array([1.0, -2.0]))
+    assert derived.forward[0].text() == "h = relu(w)"
+    assert derived.verify()
