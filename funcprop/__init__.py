@@ -8,6 +8,9 @@ from funcprop import training as training
 from funcprop.backprop import backprop as backprop
 from funcprop.comparison import Comparison as Comparison
 from funcprop.comparison import compare as compare
+from funcprop.drawing import Drawing as Drawing
+from funcprop.drawing import DrawingError as DrawingError
+from funcprop.drawing import draw as draw
 from funcprop.equations import Derivation as Derivation
 from funcprop.equations import derive as derive
 from funcprop.graph import Graph as Graph

@@ -246,6 +246,11 @@ def source_line(eqn: Equation) -> str | None:
     return None
 
 
+def function_name(jaxpr: Any) -> str:
+    """The name of the function that a jaxpr was traced from."""
+    return str(open_jaxpr(jaxpr).debug_info.func_name)
+
+
 @contextlib.contextmanager
 def context_of(eqn: Equation) -> Iterator[None]:
     """Trace under an equation's own scopes, mesh and compute placement."""

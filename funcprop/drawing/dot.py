@@ -1,0 +1,90 @@
+"""Graphviz's language: for the layout, and for people who want to go on from there."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from funcprop.drawing.geometry import EDGE_LABEL, lines_of, size_of
+from funcprop.drawing.palette import ink, paint
+from funcprop.drawing.picture import Box, Edge, Node, Picture
+
+# From this many nodes on, the layout engine is told to spend less on every rank and crossing.
+MANY = 800
+
+
+def dot(picture: Picture, with_types: bool) -> str:
+    """The picture as a `digraph`, from left to right; nodes have fixed sizes."""
+    lines = [
+        f"digraph {quoted(picture.title)} {{",
+        "  graph [rankdir=LR, nodesep=0.25, ranksep=0.35, fontname=Helvetica];",
+        "  node [fixedsize=true, fontname=Helvetica, fontsize=14, style=filled];",
+        f"  edge [fontname=Helvetica, fontsize={EDGE_LABEL:g}, arrowsize=0.6];",
+    ]
+    if len(picture.nodes) > MANY:
+        lines.append("  graph [nslimit=1, nslimit1=1, mclimit=0.3, splines=polyline];")
+    inside: dict[str | None, list[Node]] = defaultdict(list)
+    boxes: dict[str | None, list[Box]] = defaultdict(list)
+    for node in picture.nodes:
+        inside[node.box].append(node)
+    for box in picture.boxes:
+        boxes[box.parent].append(box)
+
+    def contents(key: str | None, indent: str) -> Iterator[str]:
+        for node in inside[key]:
+            yield indent + _node(node, with_types)
+        for box in boxes[key]:
+            label = box_label(box)
+            yield f"{indent}subgraph {quoted('cluster_' + box.key)} {{"
+            yield f'{indent}  graph [label={quoted(label)}, style=rounded, labeljust=l, color="#9aa5b1", fontsize=11];'
+            yield from contents(box.key, indent + "  ")
+            yield indent + "}"
+
+    lines.extend(contents(None, "  "))
+    lines.extend("  " + _edge(edge, i) for i, edge in enumerate(picture.edges))
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def box_label(box: Box) -> str:
+    """The name of a box, with the number of its repetitions."""
+    return f"{box.label} × {box.count}".strip() if box.count > 1 else box.label
+
+
+def _node(node: Node, with_types: bool) -> str:
+    size = size_of(node, with_types)
+    shape = {"variable": "box", "operator": "ellipse", "scope": "box"}[node.kind]
+    fill, stroke, _ = paint(node.kind, node.role)
+    attributes = {
+        "label": "\n".join(lines_of(node, with_types)),
+        "shape": shape,
+        "width": f"{size.width / 72:.4f}",
+        "height": f"{size.height / 72:.4f}",
+        "fillcolor": fill,
+        "color": stroke,
+        "tooltip": node.tooltip,
+    }
+    if node.kind == "scope":
+        attributes["style"] = "filled,rounded"
+    return f"{quoted(node.key)} [{_attributes(attributes)}];"
+
+
+def _edge(edge: Edge, number: int) -> str:
+    attributes = {"id": f"e{number}", "tooltip": edge.tooltip, "color": ink(edge.kind, edge.role)}
+    if edge.label:
+        attributes["label"] = edge.label
+    if edge.kind == "repeat":
+        attributes |= {"style": "dashed", "constraint": "false"}
+    if edge.kind == "residual":
+        attributes |= {"style": "dashed", "penwidth": "1.6"}
+    return f"{quoted(edge.source)} -> {quoted(edge.target)} [{_attributes(attributes)}];"
+
+
+def _attributes(attributes: dict[str, str]) -> str:
+    return ", ".join(f"{key}={quoted(value)}" for key, value in attributes.items())
+
+
+def quoted(text: str) -> str:
+    """A string of the language: quotes, backslashes, HTML entities and line ends are escaped."""
+    escaped = text.replace("&", "&amp;").replace("\\", "\\\\").replace('"', '\\"')
+    escaped = "".join(c if c.isprintable() or c == "\n" else "�" for c in escaped)
+    return '"' + escaped.replace("\n", "\\n") + '"'
