@@ -195,15 +195,13 @@ class _Assembly:
         return key
 
     def _square(self, key: str, variable: Variable, box: Scope | None, role: str) -> Node:
-        inside = () if box is None else box.path
-        parts = scope_path(variable.name)
-        if box is not None and not box.section and inside:
-            same = 0
-            while same < min(len(inside), len(parts) - 1) and parts[same] == inside[same]:
-                same += 1
-            parts = parts[same:] if variable.name in self.producer else parts[-1:]
+        label = variable.name
+        if variable.name in self.producer:
+            # Where it stands says what scope it is in.
+            label = label.removeprefix(variable.scope + "/")
+        elif box is not None and not box.section and key[0] != "r":
+            label = scope_path(label)[-1]
         # A square that nobody named shows its shape alone: its name would be that of its operator.
-        label = parts[-1] if box is None and variable.name in self.producer else "/".join(parts)
         if not variable.named and variable.kind == "intermediate":
             label = ""
         shape = " × ".join(map(str, variable.shape or ())) or ("" if label else "scalar")

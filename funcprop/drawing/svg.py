@@ -168,7 +168,8 @@ def _edge_label(edge: Edge, route: Route) -> str:
     x, y = route.label
     colour = ink(edge.kind, edge.role) if edge.kind == "residual" else FAINT
     return (
-        f'<text x="{x:.2f}" y="{y + EDGE_LABEL * 0.35:.2f}" font-size="{EDGE_LABEL:g}" fill="{colour}">'
+        f'<text x="{x:.2f}" y="{y + EDGE_LABEL * 0.35:.2f}" font-size="{EDGE_LABEL:g}" fill="{colour}" '
+        f'stroke="{PAPER}" stroke-width="3" stroke-linejoin="round" paint-order="stroke">'
         f"{clean(edge.label)}</text>"
     )
 

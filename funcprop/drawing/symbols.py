@@ -15,7 +15,7 @@ PRIMITIVES = {
     "reduce_prod": "Π", "cumsum": "Σ", "cumprod": "Π", "integer_pow": "xⁿ", "square": "x²", "pow": "xʸ",
     "sqrt": "√", "rsqrt": "1/√", "transpose": "ᵀ", "exp": "exp", "log": "log", "logistic": "σ", "abs": "|·|",
     "eq": "=", "ne": "≠", "lt": "<", "le": "≤", "gt": ">", "ge": "≥", "and": "∧", "or": "∨", "not": "¬",
-    "name": "id", "copy": "id", "stop_gradient": "stop", "select_n": "select",
+    "name": "=", "copy": "=", "stop_gradient": "stop", "select_n": "select",
     "convert_element_type": "cast", "broadcast_in_dim": "spread", "dynamic_slice": "slice", "dynamic_update_slice": "update",
     "concatenate": "concat", "reduce_window_max": "pool", "reduce_window_sum": "pool",
     "reduce_window": "pool", "select_and_scatter_add": "unpool", "select_and_gather_add": "pool",
