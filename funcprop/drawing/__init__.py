@@ -2,6 +2,8 @@
 
 from funcprop.drawing.backward import BackwardGraph as BackwardGraph
 from funcprop.drawing.backward import backward_graph as backward_graph
+from funcprop.drawing.difference import Difference as Difference
+from funcprop.drawing.difference import diff as diff
 from funcprop.drawing.draw import Drawing as Drawing
 from funcprop.drawing.draw import draw as draw
 from funcprop.drawing.layout import DrawingError as DrawingError

@@ -109,7 +109,8 @@ class _Assembly:
             return None
         inside_pytree = "/" in variable.name or variable.kind == "constant"
         uses = [self.folding.of(op) for op in self.consumers[variable.name] if not self.reads_saved(op)]
-        return self.common(uses) if inside_pytree and uses else None
+        box = self.common(uses) if inside_pytree and uses else None
+        return None if box is self.root else box
 
     def common(self, ops: Iterable[Operator]) -> Scope | None:
         """The innermost scope around all of these operators."""
@@ -166,6 +167,7 @@ class _Assembly:
                 for v in op.inputs
                 if v.name not in self.producer
                 and v.kind != "literal"
+                and not self.has_square(self.drawn(v))
                 and all(self.folding.of(c).name in inside for c in self.consumers[v.name])
             }
             brief = details = f"{len(ops)} operator{'s' * (len(ops) != 1)}"
@@ -199,8 +201,9 @@ class _Assembly:
         if variable.name in self.producer:
             # Where it stands says what scope it is in.
             label = label.removeprefix(variable.scope + "/")
-        elif box is not None and not box.section and key[0] != "r":
-            label = scope_path(label)[-1]
+        elif box is not None and box.path and not box.section:
+            own = [part for part in scope_path(label) if part not in box.path and part != "params"]
+            label = "/".join(own) or label
         # A square that nobody named shows its shape alone: its name would be that of its operator.
         if not variable.named and variable.kind == "intermediate":
             label = ""

@@ -6,11 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from funcprop.drawing.geometry import EDGE_LABEL, lines_of, size_of
-from funcprop.drawing.palette import ink, paint
-from funcprop.drawing.picture import Box, Edge, Node, Picture
-
-# From this many nodes on, the layout engine is told to spend less on every rank and crossing.
-MANY = 800
+from funcprop.drawing.palette import BOX_LINE, ink, paint
+from funcprop.drawing.picture import Box, Edge, Node, Picture, node_ids
 
 
 def dot(picture: Picture, with_types: bool) -> str:
@@ -21,8 +18,7 @@ def dot(picture: Picture, with_types: bool) -> str:
         "  node [fixedsize=true, fontname=Helvetica, fontsize=14, style=filled];",
         f"  edge [fontname=Helvetica, fontsize={EDGE_LABEL:g}, arrowsize=0.6];",
     ]
-    if len(picture.nodes) > MANY:
-        lines.append("  graph [nslimit=1, nslimit1=1, mclimit=0.3, splines=polyline];")
+    ids = node_ids(picture)
     inside: dict[str | None, list[Node]] = defaultdict(list)
     boxes: dict[str | None, list[Box]] = defaultdict(list)
     for node in picture.nodes:
@@ -32,16 +28,18 @@ def dot(picture: Picture, with_types: bool) -> str:
 
     def contents(key: str | None, indent: str) -> Iterator[str]:
         for node in inside[key]:
-            yield indent + _node(node, with_types)
+            yield f"{indent}{ids[node.key]} [{_node(node, with_types)}];"
         for box in boxes[key]:
             label = box_label(box)
             yield f"{indent}subgraph {quoted('cluster_' + box.key)} {{"
-            yield f'{indent}  graph [label={quoted(label)}, style=rounded, labeljust=l, color="#9aa5b1", fontsize=11];'
+            style = f'style=rounded, labeljust=l, color="{BOX_LINE}", fontsize=11'
+            yield f"{indent}  graph [label={quoted(label)}, {style}];"
             yield from contents(box.key, indent + "  ")
             yield indent + "}"
 
     lines.extend(contents(None, "  "))
-    lines.extend("  " + _edge(edge, i) for i, edge in enumerate(picture.edges))
+    for i, edge in enumerate(picture.edges):
+        lines.append(f"  {ids[edge.source]} -> {ids[edge.target]} [{_edge(edge, i)}];")
     return "\n".join([*lines, "}"]) + "\n"
 
 
@@ -65,18 +63,20 @@ def _node(node: Node, with_types: bool) -> str:
     }
     if node.kind == "scope":
         attributes["style"] = "filled,rounded"
-    return f"{quoted(node.key)} [{_attributes(attributes)}];"
+    return _attributes(attributes)
 
 
 def _edge(edge: Edge, number: int) -> str:
     attributes = {"id": f"e{number}", "tooltip": edge.tooltip, "color": ink(edge.kind, edge.role)}
-    if edge.label:
+    # What is written on a residual edge is set beside it afterwards: the engine takes minutes for labels on
+    # edges as long as these, and for pulling their ends together.
+    if edge.label and edge.kind != "residual":
         attributes["label"] = edge.label
     if edge.kind == "repeat":
         attributes |= {"style": "dashed", "constraint": "false"}
     if edge.kind == "residual":
-        attributes |= {"style": "dashed", "penwidth": "1.6"}
-    return f"{quoted(edge.source)} -> {quoted(edge.target)} [{_attributes(attributes)}];"
+        attributes |= {"style": "dashed", "penwidth": "1.6", "weight": "0"}
+    return _attributes(attributes)
 
 
 def _attributes(attributes: dict[str, str]) -> str:

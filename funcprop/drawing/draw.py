@@ -35,7 +35,8 @@ class Drawing:
     @cached_property
     def layout(self) -> Layout:
         """Where everything stands."""
-        return lay_out(self.dot(), len(self.picture.edges), self.engine, self.timeout)
+        picture = self.picture
+        return lay_out(self.dot(), len(picture.nodes), len(picture.edges), self.engine, self.timeout)
 
     def svg(self) -> str:
         """The picture as SVG, self-contained and escaped; hovering shows types, bytes and sources.
@@ -83,7 +84,7 @@ def written_by(path: str | os.PathLike[str]) -> str:
     suffix = Path(path).suffix
     if suffix not in SUFFIXES:
         raise DrawingError(
-            f"fp.draw: path={os.fspath(path)!r} has the suffix {suffix!r}; write one of {', '.join(SUFFIXES)}."
+            f"fp.draw: path={os.fspath(path)!r} ends in {suffix!r}; write one of {', '.join(SUFFIXES)}."
         )
     return SUFFIXES[suffix]
 
@@ -113,8 +114,9 @@ def draw(
         unnamed: draw a square also for a value that nobody named; by default in graphs of up to 40 operators.
             Without it, an arrow goes from operator to operator.
         types: write dtype and bytes into the squares, not only the shape.
-        engine: `"dot"` (Graphviz's own) or `"graphviz-pure"` (extra `draw`); by default `dot` if it is
-            installed.
+        engine: `"dot"` (Graphviz's own) or `"graphviz-pure"` (extra `draw`). By default `dot` if it is
+            installed; from 801 nodes on `graphviz-pure` if it is, because `dot` would have to leave out the
+            boxes to be done in seconds.
         timeout: seconds that the layout may take.
 
     Raises:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from funcprop.drawing.dot import box_label
 from funcprop.drawing.geometry import lines_of
 from funcprop.drawing.palette import ROLES, paint
-from funcprop.drawing.picture import Box, Node, Picture
+from funcprop.drawing.picture import Box, Node, Picture, node_ids
 
 
 def as_json(picture: Picture) -> str:
@@ -24,7 +24,7 @@ def as_json(picture: Picture) -> str:
 
 def mermaid(picture: Picture, with_types: bool) -> str:
     """The picture as a Mermaid flowchart."""
-    ids = {node.key: f"n{i}" for i, node in enumerate(picture.nodes)}
+    ids = node_ids(picture)
     inside: dict[str | None, list[Node]] = defaultdict(list)
     boxes: dict[str | None, list[Box]] = defaultdict(list)
     for node in picture.nodes:

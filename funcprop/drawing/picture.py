@@ -5,8 +5,8 @@ Every output (SVG, DOT, Mermaid, JSON) is written from a `Picture`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 NodeKind = Literal["variable", "operator", "scope"]
 EdgeKind = Literal["flow", "residual", "repeat"]
@@ -70,7 +70,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing without geometry. `origin` and `goal` are the nodes that belong lower left and upper right."""
+    """A drawing without geometry. `origin` and `goal` are the nodes that are lower left and upper right."""
 
     title: str
     nodes: tuple[Node, ...]
@@ -79,7 +79,11 @@ class Picture:
     legend: tuple[str, ...] = ()
     origin: str | None = None
     goal: str | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def node_ids(picture: Picture) -> dict[str, str]:
+    """A plain identifier for every node, by its key: keys contain what users call things."""
+    return {node.key: f"n{i}" for i, node in enumerate(picture.nodes)}
 
 
 def value_text(shape: tuple[int, ...] | None, dtype: str | None, nbytes: int | None) -> str:

@@ -73,7 +73,7 @@ def replaced(op: Operator, by: Mapping[int, Variable]) -> Operator:
 def seed_names(
     operators: Iterable[Operator], given: Mapping[int, str], objective: str
 ) -> dict[int, Variable]:
-    """The seed, for what only gives its own name to it once more: the result was named, so is its cotangent."""
+    """The seed, for what only gives it its own name once more: a named result has a named cotangent."""
     return {
         id(op.outputs[0]): op.inputs[0]
         for op in operators

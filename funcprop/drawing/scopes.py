@@ -155,9 +155,7 @@ def _operators(child: Scope | Operator) -> Iterator[Operator]:
         yield child
 
 
-def _counted(
-    block: list[Scope | Operator], last: list[Scope | Operator], count: int, parent: Scope
-) -> Scope:
+def _counted(block: list[Scope | Operator], last: list[Scope | Operator], count: int, parent: Scope) -> Scope:
     """The first block, with the number of its repetitions; several siblings get a scope of their own."""
     if len(block) == 1 and isinstance(block[0], Scope) and isinstance(last[0], Scope):
         block[0].count, block[0].last = count, last[0].path[-1]
@@ -191,9 +189,7 @@ class _Signatures:
 
     def __init__(self, root: Scope, role: Mapping[str, str]) -> None:
         self.role = role
-        self.producer = {
-            v.name: (op, i) for op in root.operators() for i, v in enumerate(op.outputs)
-        }
+        self.producer = {v.name: (op, i) for op in root.operators() for i, v in enumerate(op.outputs)}
         self._numbers: dict[Any, int] = {}
 
     def of(self, child: Scope | Operator) -> int:

@@ -1,4 +1,4 @@
-"""The picture as SVG: self-contained, without styles or ids that could meet those of the page it stands on."""
+"""The picture as SVG: self-contained, without styles or ids that could meet those of the page it is on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from funcprop.drawing.dot import box_label
 from funcprop.drawing.geometry import DETAIL, EDGE_LABEL, LABEL, details_of, label_of, size_of, text_width
 from funcprop.drawing.layout import Layout, Point, Route
 from funcprop.drawing.palette import BOX, BOX_LINE, FAINT, INK, MEANINGS, PAPER, ROLES, ink, paint
-from funcprop.drawing.picture import Box, Edge, Node, Picture
+from funcprop.drawing.picture import Box, Edge, Node, Picture, node_ids
 
 _MARGIN = 12.0
 _LEGEND_LINE = 22.0
@@ -19,7 +19,10 @@ _FONT = "Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 
 def svg(picture: Picture, layout: Layout, with_types: bool) -> str:
     """The picture at the places that the layout gives."""
-    if _is_upside_down(picture, layout):
+    ids = node_ids(picture)
+    ends = [layout.nodes[ids[key]][1] for key in (picture.origin, picture.goal) if key is not None]
+    if len(ends) == 2 and ends[1] > ends[0]:
+        # The objective is above the input.
         layout = layout.mirrored()
     legend = list(_legend(picture))
     width = layout.width + 2 * _MARGIN
@@ -29,15 +32,12 @@ def svg(picture: Picture, layout: Layout, with_types: bool) -> str:
     body = [
         *_background(width, height),
         f'<g transform="translate({_MARGIN:g} {_MARGIN:g})">',
-        *(_box(box, layout) for box in picture.boxes),
+        *(_box(box, layout) for box in picture.boxes if box.key in layout.boxes),
         *(_edge(edge, route) for edge, route in zip(picture.edges, layout.edges, strict=True)),
-        *(_node(node, layout.nodes[node.key], with_types) for node in picture.nodes),
+        *(_node(node, layout.nodes[ids[node.key]], with_types) for node in picture.nodes),
         *(_edge_label(edge, route) for edge, route in zip(picture.edges, layout.edges, strict=True)),
         "</g>",
-        *(
-            f'<g transform="translate({_MARGIN:g} {layout.height + 2 * _MARGIN + i * _LEGEND_LINE:g})">{line}</g>'
-            for i, line in enumerate(legend)
-        ),
+        *(_moved(line, layout.height + 2 * _MARGIN + i * _LEGEND_LINE) for i, line in enumerate(legend)),
     ]
     return "\n".join(
         [
@@ -52,6 +52,10 @@ def svg(picture: Picture, layout: Layout, with_types: bool) -> str:
     )
 
 
+def _moved(element: str, y: float) -> str:
+    return f'<g transform="translate({_MARGIN:g} {y:g})">{element}</g>'
+
+
 def clean(text: str) -> str:
     """Text for XML: escaped, and without the characters that XML does not have."""
     return escape("".join(c if c.isprintable() or c in "\n\t" else "�" for c in text))
@@ -59,13 +63,6 @@ def clean(text: str) -> str:
 
 def _attribute(text: str) -> str:
     return quoteattr("".join(c if c.isprintable() else "�" for c in text))
-
-
-def _is_upside_down(picture: Picture, layout: Layout) -> bool:
-    """Whether the objective is below the input."""
-    if picture.origin is None or picture.goal is None:
-        return False
-    return layout.nodes[picture.goal][1] > layout.nodes[picture.origin][1]
 
 
 def _description(picture: Picture) -> str:
@@ -117,7 +114,9 @@ def _node(node: Node, centre: Point, with_types: bool) -> str:
     if label:
         first = y + LABEL * 0.35 - DETAIL * 0.62 * len(details)
         written = _with_subscript(label) if node.kind == "operator" else clean(label)
-        lines.append(f'<text x="{x:.2f}" y="{first:.2f}" font-size="{LABEL:g}" fill="{text}">{written}</text>')
+        lines.append(
+            f'<text x="{x:.2f}" y="{first:.2f}" font-size="{LABEL:g}" fill="{text}">{written}</text>'
+        )
     for line in details:
         below = y + (DETAIL * 1.1 if label else DETAIL * 0.35)
         lines.append(
@@ -142,7 +141,8 @@ def _edge(edge: Edge, route: Route) -> str:
     points = route.points
     start, curves = points[0], points[1:]
     path = f"M{start[0]:.2f} {start[1]:.2f}C" + " ".join(f"{x:.2f} {y:.2f}" for x, y in curves)
-    style = {"flow": 'stroke-width="1.1"', "repeat": 'stroke-width="1.1" stroke-dasharray="2 3"'}.get(
+    flow = 'stroke-width="1.1"' + (' stroke-dasharray="5 3"' if edge.role == "removed" else "")
+    style = {"flow": flow, "repeat": 'stroke-width="1.1" stroke-dasharray="2 3"'}.get(
         edge.kind, 'stroke-width="1.8" stroke-dasharray="6 3"'
     )
     head = "" if route.tip is None else _arrow_head(points[-1], route.tip, colour)
@@ -163,15 +163,23 @@ def _arrow_head(base: Point, tip: Point, colour: str) -> str:
 
 
 def _edge_label(edge: Edge, route: Route) -> str:
-    if not edge.label or route.label is None:
+    if not edge.label:
         return ""
-    x, y = route.label
+    x, y = route.label or _middle(route)
     colour = ink(edge.kind, edge.role) if edge.kind == "residual" else FAINT
     return (
         f'<text x="{x:.2f}" y="{y + EDGE_LABEL * 0.35:.2f}" font-size="{EDGE_LABEL:g}" fill="{colour}" '
         f'stroke="{PAPER}" stroke-width="3" stroke-linejoin="round" paint-order="stroke">'
         f"{clean(edge.label)}</text>"
     )
+
+
+def _middle(route: Route) -> Point:
+    """A point in the middle of an arrow: on the middle one of its Bézier curves."""
+    first = 3 * ((len(route.points) - 1) // 3 // 2)
+    a, b, c, d = route.points[first : first + 4]
+    x, y = ((p + 3 * q + 3 * r + s) / 8 for p, q, r, s in zip(a, b, c, d, strict=True))
+    return x, y
 
 
 def _legend(picture: Picture) -> Iterator[str]:
