@@ -79,5 +79,5 @@ def test_targets_that_do_not_trace(module: Any) -> None:
     assert "drawing failed" in result.stderr
     assert "return x if x > 0" in result.stderr
     assert "/funcprop/drawing/" not in result.stderr
-    assert "need a function of a real scalar" in run("draw", f"{name}:vector", "--second").stderr
+    assert "need one real scalar" in run("draw", f"{name}:vector", "--second").stderr
     assert run_json("draw", f"{name}:vector", "--types")["picture"]["nodes"]
