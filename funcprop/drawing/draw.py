@@ -6,13 +6,15 @@ import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from funcprop.drawing.assembly import Shown, assemble
+from funcprop.drawing.backward import BackwardGraph
+from funcprop.drawing.difference import Difference
 from funcprop.drawing.dot import dot
 from funcprop.drawing.layout import DrawingError, Engine, Layout, lay_out
 from funcprop.drawing.markup import as_json, mermaid
 from funcprop.drawing.picture import Picture
+from funcprop.drawing.second_order import SecondOrderGraph
 from funcprop.drawing.svg import svg
 from funcprop.graph import Graph
 
@@ -90,7 +92,7 @@ def written_by(path: str | os.PathLike[str]) -> str:
 
 
 def draw(
-    graph: Any,
+    graph: Graph | Difference,
     path: str | os.PathLike[str] | None = None,
     *,
     depth: int | None = None,
@@ -126,15 +128,15 @@ def draw(
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
         >>> drawing = fp.draw(fp.trace(jnp.tanh)(0.5))
-        >>> [(node.kind, node.label) for node in drawing.picture.nodes]
+        >>> [(node.kind, node.name) for node in drawing.picture.nodes]
         [('variable', 'x'), ('operator', 'tanh'), ('variable', 'tanh')]
     """
     if path is not None:
         written_by(path)
-    if isinstance(graph, Graph):
-        shown = graph.shown() if hasattr(graph, "shown") else Shown(graph)
-    elif hasattr(graph, "shown"):
+    if isinstance(graph, BackwardGraph | SecondOrderGraph | Difference):
         shown = graph.shown()
+    elif isinstance(graph, Graph):
+        shown = Shown(graph)
     else:
         raise TypeError(
             f"fp.draw: graph={graph!r} is not a graph; pass what fp.trace(fun)(*args), fp.backward_graph, "

@@ -16,7 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from funcprop import _compat
 from funcprop.calls import Call, is_array, traced
-from funcprop.registry import RuleSet, layer_call
+from funcprop.layer_calls import layer_call
+from funcprop.registry import RuleSet
 from funcprop.rewrite import Rewriter
 from funcprop.tracing import INLINED
 

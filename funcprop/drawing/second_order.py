@@ -110,9 +110,7 @@ def _scalar(graph: Graph) -> tuple[Variable, ...]:
     if len(types) == 1 and types[0].shape == () and jnp.issubdtype(types[0].dtype, jnp.floating):
         return graph.outputs
     returned = ", ".join(v.type for v in graph.outputs)
-    raise TypeError(
-        f"{graph.name} returns ({returned}); the graph of second derivatives needs a real scalar."
-    )
+    raise TypeError(f"{graph.name} returns ({returned}); second derivatives need one real scalar.")
 
 
 def _classified(graph: Graph, primal: Graph, positions: Sequence[int], order: Order) -> SecondOrderGraph:
