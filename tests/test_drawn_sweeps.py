@@ -107,6 +107,16 @@ def test_the_chapters_cotangents_have_their_names() -> None:
     ) == len({v.name for v in graph.residuals})
 
 
+@pytest.mark.parametrize("rules", [fp.rules.default, HANDWRITTEN])
+def test_residuals_flow_from_left_to_right(rules: fp.RuleSet) -> None:
+    graph = fp.backward_graph(fp.models.chapter, rules=rules)(*chapter_example())
+    drawing = fp.draw(graph, depth=0, engine="graphviz-pure")
+    kinds = [edge.kind for edge in drawing.picture.edges]
+    routes = [r for r, kind in zip(drawing.layout.edges, kinds, strict=True) if kind == "residual"]
+    assert routes
+    assert all(route.points[0][0] < route.points[-1][0] for route in routes)
+
+
 def test_the_graph_computes_value_and_gradient() -> None:
     """Evaluated operator by operator, it gives what `jax.value_and_grad` gives."""
     p, x, y, λ = chapter_example()
