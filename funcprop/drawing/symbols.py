@@ -12,7 +12,8 @@ from funcprop.graph import Operator
 PRIMITIVES = {
     "add": "+", "add_any": "+", "sub": "−", "mul": "⊙", "div": "÷", "neg": "−", "dot_general": "×",
     "conv_general_dilated": "∗", "reduce_sum": "Σ", "reduce_max": "max", "reduce_min": "min",
-    "reduce_prod": "Π", "cumsum": "Σ", "cumprod": "Π", "integer_pow": "xⁿ", "square": "x²", "pow": "xʸ",
+    "reduce_prod": "Π", "cumsum": "Σ", "cumprod": "Π", "one_minus_square": "1−x²",
+    "integer_pow": "xⁿ", "square": "x²", "pow": "xʸ",
     "sqrt": "√", "rsqrt": "1/√", "transpose": "ᵀ", "exp": "exp", "log": "log", "logistic": "σ", "abs": "|·|",
     "eq": "=", "ne": "≠", "lt": "<", "le": "≤", "gt": ">", "ge": "≥", "and": "∧", "or": "∨", "not": "¬",
     "name": "=", "copy": "=", "stop_gradient": "stop", "select_n": "select",
