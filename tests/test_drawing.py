@@ -19,7 +19,7 @@ from flax import linen as nn
 
 import funcprop as fp
 from funcprop.cli.target import chapter_example
-from funcprop.drawing import layout
+from funcprop.drawing import layout, palette
 
 ENGINES = [
     pytest.param(
@@ -266,6 +266,28 @@ def test_mermaid_has_squares_circles_and_boxes() -> None:
     assert re.search(r'n\d+\(\("×"\)\)', text)
     assert 'subgraph b1["Block_0 … Block_1 × 2"]' in text
     assert text.count("subgraph") == text.count("end\n")
+
+
+def contrast(a: str, b: str) -> float:
+    """The contrast ratio of two colours, by the definition of the WCAG."""
+
+    def luminance(colour: str) -> float:
+        parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_are_legible() -> None:
+    for kind in ("variable", "operator", "scope"):
+        for role in ("", *palette.ROLES):
+            fill, stroke, text = palette.paint(kind, role)
+            assert contrast(text, fill) >= 11
+            assert contrast(palette.FAINT, fill) >= 6
+            assert contrast(stroke, palette.PAPER) >= 4.5
+    assert f'fill="{palette.PAPER}"' in fp.draw(chapter()).svg()
 
 
 # --- engines ----------------------------------------------------------------------------------
