@@ -8,6 +8,15 @@ from funcprop import training as training
 from funcprop.backprop import backprop as backprop
 from funcprop.comparison import Comparison as Comparison
 from funcprop.comparison import compare as compare
+from funcprop.drawing import BackwardGraph as BackwardGraph
+from funcprop.drawing import Difference as Difference
+from funcprop.drawing import Drawing as Drawing
+from funcprop.drawing import DrawingError as DrawingError
+from funcprop.drawing import SecondOrderGraph as SecondOrderGraph
+from funcprop.drawing import backward_graph as backward_graph
+from funcprop.drawing import diff as diff
+from funcprop.drawing import draw as draw
+from funcprop.drawing import second_order_graph as second_order_graph
 from funcprop.equations import Derivation as Derivation
 from funcprop.equations import derive as derive
 from funcprop.graph import Graph as Graph

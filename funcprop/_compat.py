@@ -243,6 +243,12 @@ def function_name(eqn: Equation) -> str:
     return name if name.isidentifier() else eqn.primitive.name
 
 
+def without_scope(eqn: Equation) -> Equation:
+    """The equation outside of all named scopes."""
+    stack = eqn.source_info.name_stack
+    return eqn.replace(source_info=eqn.source_info.replace(name_stack=type(stack)()))
+
+
 def source_line(eqn: Equation) -> str | None:
     """`file:line (function)` of the innermost frame that is neither JAX's nor funcprop's."""
     traceback = eqn.source_info.traceback

@@ -65,6 +65,14 @@ class LayerCall:
         """The layer's own function on the array arguments, without batching."""
         return self.layer.function(*self.unflatten(leaves), **dict(self.static))
 
+    def symbol(self) -> str:
+        """What is written into the layer's circle: its symbol, or its name."""
+        symbol = self.layer.symbol
+        if callable(symbol):
+            arguments = self.unflatten(range(self.tree.num_leaves))
+            return str(symbol(*arguments, **dict(self.static)))
+        return str(self.layer.name if symbol is None else symbol)
+
     def __repr__(self) -> str:
         static = "".join(f", {k}={v!r}" for k, v in self.static)
         return f"{self.layer.name}({', '.join(self.argument_names())}{static})"

@@ -139,9 +139,9 @@ def equal_to(
 
     The argument has the type of the result.
     """
-    result, *others = eqn.outvars
-    if others or not _ordinary(result.aval):
+    if len(eqn.outvars) != 1 or not _ordinary(eqn.outvars[0].aval):
         return None
+    (result,) = eqn.outvars
     reference = _reference(function, result.aval)
     comparison = _Comparison()
 

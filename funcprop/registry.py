@@ -100,12 +100,17 @@ class Layer:
     """
 
     def __init__(
-        self, function: Callable[..., Any], rule: Rule | None = None, init: Callable[..., Any] | None = None
+        self,
+        function: Callable[..., Any],
+        rule: Rule | None = None,
+        init: Callable[..., Any] | None = None,
+        symbol: str | Callable[..., str] | None = None,
     ) -> None:
         self.function = function
         self.name = getattr(function, "__name__", type(function).__name__)
         self.rule: Any = rule
         self.init: Any = init
+        self.symbol: Any = symbol
         wraps(function)(self)
 
         def body(call: LayerCall, *leaves: Any) -> Any:
@@ -178,7 +183,10 @@ class _BoundLayer:
 def layer(function: Callable[..., Any], /) -> Layer: ...
 @overload
 def layer(
-    *, rule: Rule | None = None, init: Callable[..., Any] | None = None
+    *,
+    rule: Rule | None = None,
+    init: Callable[..., Any] | None = None,
+    symbol: str | Callable[..., str] | None = None,
 ) -> Callable[[Callable[..., Any]], Layer]: ...
 def layer(
     function: Callable[..., Any] | None = None,
@@ -186,12 +194,15 @@ def layer(
     *,
     rule: Rule | None = None,
     init: Callable[..., Any] | None = None,
+    symbol: str | Callable[..., str] | None = None,
 ) -> Any:
     """Make a pure function one operator of the graph.
 
     Positional arguments are arrays or pytrees of arrays, keyword-only arguments are static. `rule` is the
     hand-written backward rule that `fp.rules.handwritten` uses for it (and `fp.rules.default`, where
-    `Rule.platforms` says that it wins), `init` its initialiser.
+    `Rule.platforms` says that it wins), `init` its initialiser. `symbol` is what `fp.draw` writes into its
+    circle instead of its name; it may be a function of the layer's arguments, of which it can tell only which
+    are None.
 
     Raises:
         TypeError: when called with a positional argument that is no array, or an unhashable static one.
@@ -205,8 +216,8 @@ def layer(
         7.0
     """
     if function is None:
-        return lambda f: Layer(f, rule, init)
-    return Layer(function, rule, init)
+        return lambda f: Layer(f, rule, init, symbol)
+    return Layer(function, rule, init, symbol)
 
 
 # --- rule sets --------------------------------------------------------------------------------

@@ -254,7 +254,7 @@ class _Builder:
         outputs = self._walk(closed, inputs, "")
         computed = [draft for step in self.steps for draft in step.outputs]
         frozen = _freeze([*inputs, *(draft for draft, _ in self.constants), *computed])
-        names = _unique([_join(step.scope, _op(step)) for step in self.steps])
+        names = unique_names([_join(step.scope, _op(step)) for step in self.steps])
         operators = tuple(
             self._operator(step, label, frozen) for step, label in zip(self.steps, names, strict=True)
         )
@@ -301,7 +301,7 @@ class _Builder:
 
         for eqns in _groups(jaxpr.eqns):
             eqn = eqns[0]
-            scope = _join(prefix, _without_vmap(_compat.scope(eqn)))
+            scope = _join(prefix, without_transformations(_compat.scope(eqn), ("vmap",)))
             call = layer_call(eqn)
             if len(eqns) > 1:
                 free = _compat.free_variables(eqns)
@@ -367,7 +367,7 @@ def _op(step: _Step) -> str:
 def _freeze(drafts: Sequence[_Draft]) -> Callable[[_Draft], Variable]:
     """Give every variable its unique name; the result maps a draft to its variable."""
     done: dict[int, Variable] = {}
-    for draft, label in zip(drafts, _unique([_join(d.scope, d.label) for d in drafts]), strict=True):
+    for draft, label in zip(drafts, unique_names([_join(d.scope, d.label) for d in drafts]), strict=True):
         done[id(draft)] = _variable(draft, label)
     return lambda draft: done.get(id(draft)) or _variable(draft, draft.label)
 
@@ -382,7 +382,7 @@ def _variable(draft: _Draft, label: str) -> Variable:
     )
 
 
-def _unique(labels: Sequence[str]) -> list[str]:
+def unique_names(labels: Sequence[str]) -> list[str]:
     """The labels, each repeated one with its index: `tanh`, `tanh_1`, `tanh_2`."""
     taken, repeats = set(labels), Counter[str]()
     result = []
@@ -402,11 +402,12 @@ def _join(*parts: str) -> str:
     return "/".join(part for part in parts if part)
 
 
-def _without_vmap(scope: str) -> str:
-    """A scope without the marks of `vmap`, which batches a value but does not rename it."""
+def without_transformations(scope: str, names: Sequence[str]) -> str:
+    """A scope without the marks of transformations: `vmap` batches a value but does not rename it."""
+    mark = re.compile(rf"\b(?:{'|'.join(names)})\(([^()]*)\)")
     previous = None
     while previous != scope:
-        previous, scope = scope, re.sub(r"vmap\(([^()]*)\)", r"\1", scope)
+        previous, scope = scope, mark.sub(r"\1", scope)
     return "/".join(part for part in scope.split("/") if part)
 
 

@@ -5,6 +5,7 @@ import typer
 from funcprop.cli.backward import backward
 from funcprop.cli.compare import compare
 from funcprop.cli.derive import derive
+from funcprop.cli.draw import draw
 from funcprop.cli.forward import forward
 from funcprop.cli.train import train
 
@@ -23,5 +24,5 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (forward, backward, derive, compare, train):
+for command in (forward, backward, derive, draw, compare, train):
     app.command()(command)

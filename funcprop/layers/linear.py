@@ -42,6 +42,10 @@ def _check_bias(layer: str, b: Any, outputs: int) -> None:
         )
 
 
+def _affine_symbol(x: Any, w: Any, b: Any = None) -> str:
+    return "×" if b is None else "× +"
+
+
 # --- dense ------------------------------------------------------------------------------------
 
 
@@ -87,7 +91,11 @@ def _affine(x: Any, w: Any, b: Any) -> Any:
     return x @ w if b is None else x @ w + b
 
 
-@layer(rule=Rule(_dense_forward, _dense_backward, _dense_equations, platforms=frozenset()), init=init_dense)
+@layer(
+    rule=Rule(_dense_forward, _dense_backward, _dense_equations, platforms=frozenset()),
+    init=init_dense,
+    symbol=_affine_symbol,
+)
 def dense(
     x: Inexact[Array, "*batch inputs"],
     w: Inexact[Array, "inputs outputs"],
@@ -154,7 +162,9 @@ def _column_affine(w: Any, x: Any, b: Any) -> Any:
 
 
 @layer(
-    rule=Rule(_linear_forward, _linear_backward, _linear_equations, platforms=frozenset()), init=init_linear
+    rule=Rule(_linear_forward, _linear_backward, _linear_equations, platforms=frozenset()),
+    init=init_linear,
+    symbol=_affine_symbol,
 )
 def linear(
     w: Inexact[Array, "outputs inputs"],

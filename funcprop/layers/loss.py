@@ -208,7 +208,10 @@ def _penalty_equations(op: OperatorSymbols) -> Equations:
     return Equations((strength / 2) * total, (op.cotangent * (total / 2), slopes))
 
 
-@layer(rule=Rule(_penalty_forward, _penalty_backward, _penalty_equations, platforms=frozenset()))
+@layer(
+    rule=Rule(_penalty_forward, _penalty_backward, _penalty_equations, platforms=frozenset()),
+    symbol="‖·‖²_F",
+)
 def l2_penalty(strength: Inexact[Array, ""], parameters: Any) -> Inexact[Array, ""]:
     """Weight decay, `s = λ/2 Σ ‖W‖²_F` over the arrays of a pytree; `W̄ = s̄ λ W`.
 

@@ -1,0 +1,149 @@
+"""`fp.draw`: a graph as a picture, in memory or in a file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from funcprop.drawing.assembly import Shown, assemble
+from funcprop.drawing.backward import BackwardGraph
+from funcprop.drawing.difference import Difference
+from funcprop.drawing.dot import dot
+from funcprop.drawing.layout import DrawingError, Engine, Layout, lay_out
+from funcprop.drawing.markup import as_json, mermaid
+from funcprop.drawing.picture import Picture
+from funcprop.drawing.second_order import SecondOrderGraph
+from funcprop.drawing.svg import svg
+from funcprop.graph import Graph
+
+# What writes a file of each suffix.
+SUFFIXES = {".svg": "svg", ".dot": "dot", ".gv": "dot", ".mmd": "mermaid", ".json": "json"}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A drawn graph: `.svg()`, `.dot()`, `.mermaid()`, `.json()`; in a notebook it is the picture itself.
+
+    Only `.svg()` needs a layout engine. `picture` is what is drawn, as plain data.
+    """
+
+    picture: Picture = field(repr=False)
+    types: bool = field(repr=False)
+    engine: Engine | None = None
+    timeout: float = 60.0
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where everything stands."""
+        picture = self.picture
+        return lay_out(self.dot(), len(picture.nodes), len(picture.edges), self.engine, self.timeout)
+
+    def svg(self) -> str:
+        """The picture as SVG, self-contained and escaped; hovering shows types, bytes and sources.
+
+        Raises:
+            DrawingError: there is no layout engine, or it failed or took too long.
+        """
+        return svg(self.picture, self.layout, self.types)
+
+    def dot(self) -> str:
+        """The picture in Graphviz's language."""
+        return dot(self.picture, self.types)
+
+    def mermaid(self) -> str:
+        """The picture as a Mermaid flowchart."""
+        return mermaid(self.picture, self.types)
+
+    def json(self) -> str:
+        """Nodes, edges and boxes as one JSON object."""
+        return as_json(self.picture)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file; its suffix, one of .svg .dot .gv .mmd .json, says what.
+
+        Raises:
+            DrawingError: the suffix is another.
+        """
+        Path(path).write_text(getattr(self, written_by(path))(), encoding="utf-8")
+
+    # A graph itself has no picture for notebooks: it would have to know the room that draws it, and
+    # printing a large one would start a layout.
+    def _repr_svg_(self) -> str:
+        return self.svg()
+
+    def _repr_html_(self) -> str:
+        return f'<div style="overflow:auto;max-height:80vh">{self.svg()}</div>'
+
+
+def written_by(path: str | os.PathLike[str]) -> str:
+    """The method of `Drawing` that writes a file with this suffix.
+
+    Raises:
+        DrawingError: there is none.
+    """
+    suffix = Path(path).suffix
+    if suffix not in SUFFIXES:
+        raise DrawingError(
+            f"fp.draw: path={os.fspath(path)!r} ends in {suffix!r}; write one of {', '.join(SUFFIXES)}."
+        )
+    return SUFFIXES[suffix]
+
+
+def draw(
+    graph: Graph | Difference,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    depth: int | None = None,
+    fold: bool = True,
+    unnamed: bool | None = None,
+    types: bool = False,
+    engine: Engine | None = None,
+    timeout: float = 60.0,
+) -> Drawing:
+    """Draw a graph as the chapter does: squares are variables, circles operators, arrows data flow.
+
+    The input is at the lower left and the objective at the upper right. Scopes are boxes. Blocks that follow
+    each other and are the same are drawn once, with their number. Every arrow carries shape, dtype and bytes
+    of its value, and hovering shows them.
+
+    Args:
+        graph: what `fp.trace`, `fp.backward_graph`, `fp.second_order_graph` or `fp.diff` returns.
+        path: a file to write, by its suffix `.svg`, `.dot`, `.gv`, `.mmd` (Mermaid) or `.json`.
+        depth: collapse the scopes that have this many around them: 0 for all, None for none.
+        fold: draw repeated blocks once.
+        unnamed: draw a square also for a value that nobody named; by default in graphs of up to 40 operators.
+            Without it, an arrow goes from operator to operator.
+        types: write dtype and bytes into the squares, not only the shape.
+        engine: `"dot"` (Graphviz's own) or `"graphviz-pure"` (extra `draw`). By default `dot` if it is
+            installed; from 801 nodes on `graphviz-pure` if it is, because `dot` would have to leave out the
+            boxes to be done in seconds.
+        timeout: seconds that the layout may take.
+
+    Raises:
+        TypeError: `graph` is none of these.
+        DrawingError: another suffix, or (when SVG is asked for) no layout engine, or one that failed.
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> drawing = fp.draw(fp.trace(jnp.tanh)(0.5))
+        >>> [(node.kind, node.name) for node in drawing.picture.nodes]
+        [('variable', 'x'), ('operator', 'tanh'), ('variable', 'tanh')]
+    """
+    if path is not None:
+        written_by(path)
+    if isinstance(graph, BackwardGraph | SecondOrderGraph | Difference):
+        shown = graph.shown()
+    elif isinstance(graph, Graph):
+        shown = Shown(graph)
+    else:
+        raise TypeError(
+            f"fp.draw: graph={graph!r} is not a graph; pass what fp.trace(fun)(*args), fp.backward_graph, "
+            "fp.second_order_graph or fp.diff returns."
+        )
+    picture = assemble(shown, depth, fold, unnamed)
+    drawing = Drawing(picture, types, engine, timeout)
+    if path is not None:
+        drawing.save(path)
+    return drawing

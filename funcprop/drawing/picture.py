@@ -1,0 +1,106 @@
+"""What is drawn, as plain data: nodes, edges, and the boxes around them; no geometry and no notation.
+
+Every output (SVG, DOT, Mermaid, JSON) is written from a `Picture`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+NodeKind = Literal["variable", "operator", "scope"]
+EdgeKind = Literal["flow", "residual", "repeat"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A square (variable), a circle (operator), or a scope that is collapsed into one node.
+
+    `label` is written into it, and beneath that `brief` or, where types are asked for, `details`; `tooltip`
+    is the full story. `role` is what it is coloured by. `count` says for how many it stands, where repeated
+    blocks are folded.
+    """
+
+    key: str
+    kind: NodeKind
+    label: str
+    brief: str
+    details: str
+    tooltip: str
+    name: str
+    box: str | None
+    role: str = ""
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Edge:
+    """An arrow: the value `variable` flows from one node to another.
+
+    Between collapsed scopes, one arrow stands for several values: `variable` lists them, `nbytes` is their
+    sum, and `shape` and `dtype` are None.
+    """
+
+    source: str
+    target: str
+    variable: str
+    shape: tuple[int, ...] | None
+    dtype: str | None
+    nbytes: int | None
+    kind: EdgeKind = "flow"
+    role: str = ""
+    label: str = ""
+
+    @property
+    def tooltip(self) -> str:
+        """The value that flows, with its type and size."""
+        return f"{self.variable}: {value_text(self.shape, self.dtype, self.nbytes)}"
+
+
+@dataclass(frozen=True)
+class Box:
+    """A scope that is drawn open: a box around what is inside."""
+
+    key: str
+    label: str
+    tooltip: str
+    parent: str | None
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawing without geometry. `origin` and `goal` are the nodes that are lower left and upper right."""
+
+    title: str
+    nodes: tuple[Node, ...]
+    edges: tuple[Edge, ...]
+    boxes: tuple[Box, ...]
+    legend: tuple[str, ...] = ()
+    origin: str | None = None
+    goal: str | None = None
+
+
+def node_ids(picture: Picture) -> dict[str, str]:
+    """A plain identifier for every node, by its key: keys contain what users call things."""
+    return {node.key: f"n{i}" for i, node in enumerate(picture.nodes)}
+
+
+def value_text(shape: tuple[int, ...] | None, dtype: str | None, nbytes: int | None) -> str:
+    """`float32[3,4], 48 B`."""
+    parts = [] if shape is None else [f"{dtype}[{','.join(map(str, shape))}]"]
+    if nbytes is not None:
+        parts.append(bytes_text(nbytes))
+    return ", ".join(parts) or "no size"
+
+
+def bytes_text(nbytes: int) -> str:
+    """A number of bytes with at most four digits: `48 B`, `1.5 KiB`."""
+    if nbytes < 1024:
+        return f"{nbytes} B"
+    size = float(nbytes)
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        size /= 1024
+        if size < 1000 or unit == "TiB":
+            break
+    return f"{size:.3g} {unit}"

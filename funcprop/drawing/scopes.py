@@ -1,0 +1,225 @@
+"""The tree of scopes of a graph, and which of them repeat.
+
+A scope is a run of operators that follow each other: a module that is called twice, with something between
+the calls, is two scopes. Blocks repeat if they follow each other in one scope and are the same: the same
+operators, of the same types, wired in the same way. They are folded to the first, and every operator of the
+others is represented by the corresponding one of the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from funcprop.graph import Operator, Variable
+
+# A block of more siblings than this is not looked for.
+_LONGEST_PERIOD = 64
+
+
+@dataclass(eq=False)
+class Scope:
+    """A node of the tree. `path` is what the user called it, from the outside; `last` the last repetition's.
+
+    `section` is a part of the picture (the forward sweep) that is never collapsed and has no depth.
+    """
+
+    path: tuple[str, ...]
+    children: list[Scope | Operator] = field(default_factory=list)
+    parent: Scope | None = None
+    section: bool = False
+    count: int = 1
+    last: str = ""
+
+    @property
+    def depth(self) -> int:
+        """How many scopes are around this one; sections, and groups made by folding, are none."""
+        return sum(bool(s.path) and not s.section for s in self.ancestors()) - 1
+
+    @property
+    def label(self) -> str:
+        """Its own name, a range of names for repeated blocks."""
+        own = self.path[-1] if self.path else ""
+        return own if self.last in ("", own) else f"{own} … {self.last}"
+
+    def ancestors(self) -> Iterator[Scope]:
+        """This scope and those around it, from the inside."""
+        scope: Scope | None = self
+        while scope is not None:
+            yield scope
+            scope = scope.parent
+
+    def operators(self) -> Iterator[Operator]:
+        """All operators inside, in order."""
+        for child in self.children:
+            if isinstance(child, Scope):
+                yield from child.operators()
+            else:
+                yield child
+
+    def scopes(self) -> Iterator[Scope]:
+        """All scopes inside, from the outside, in order."""
+        for child in self.children:
+            if isinstance(child, Scope):
+                yield child
+                yield from child.scopes()
+
+
+def scope_path(scope: str) -> tuple[str, ...]:
+    """The parts of a scope's name."""
+    return tuple(part for part in scope.split("/") if part)
+
+
+def scope_tree(operators: Sequence[Operator], section_of: Callable[[Operator], str]) -> Scope:
+    """The operators, in order, in the tree of their scopes; the sections are the outermost."""
+    root = Scope(())
+    sections: dict[str, Scope] = {}
+    opened: dict[str, list[Scope]] = {}
+    for op in operators:
+        section = section_of(op)
+        if section not in sections:
+            inside = Scope((section,), parent=root, section=True) if section else root
+            sections[section], opened[section] = inside, [inside]
+            if section:
+                root.children.append(inside)
+        stack, path = opened[section], scope_path(op.scope)
+        common = 0
+        while common < min(len(stack) - 1, len(path)) and stack[common + 1].path[common] == path[common]:
+            common += 1
+        del stack[common + 1 :]
+        for level in range(common, len(path)):
+            scope = Scope(path[: level + 1], parent=stack[-1])
+            stack[-1].children.append(scope)
+            stack.append(scope)
+        stack[-1].children.append(op)
+    return root
+
+
+@dataclass
+class Folding:
+    """`representative` of an operator that is folded away; `instance` says in which repetition it is."""
+
+    representative: dict[str, Operator] = field(default_factory=dict)
+    instance: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+
+    def of(self, op: Operator) -> Operator:
+        """The operator that is drawn for this one."""
+        while (found := self.representative.get(op.name)) is not None:
+            op = found
+        return op
+
+    def apart(self, a: Operator, b: Operator) -> bool:
+        """Whether two operators are in different repetitions of one block."""
+        first, second = dict(self.instance.get(a.name, ())), dict(self.instance.get(b.name, ()))
+        return any(group in second and second[group] != index for group, index in first.items())
+
+
+def fold(root: Scope, role: Mapping[str, str]) -> Folding:
+    """Fold repeated blocks in place."""
+    folding = Folding()
+    signatures = _Signatures(root, role)
+    _fold(root, signatures, folding)
+    return folding
+
+
+def _fold(scope: Scope, signatures: _Signatures, folding: Folding) -> None:
+    kinds = [signatures.of(child) for child in scope.children]
+    kept: list[Scope | Operator] = []
+    start = 0
+    while start < len(scope.children):
+        period, count = _repeats(scope.children, kinds, start)
+        block = scope.children[start : start + period]
+        if count > 1:
+            group = len(folding.instance) + 1
+            blocks = [scope.children[start + i * period : start + (i + 1) * period] for i in range(count)]
+            members = [[op for child in b for op in _operators(child)] for b in blocks]
+            for i, ops in enumerate(members):
+                for first, op in zip(members[0], ops, strict=True):
+                    folding.instance[op.name] = (*folding.instance.get(op.name, ()), (group, i))
+                    if i:
+                        folding.representative[op.name] = first
+            block = [_counted(block, blocks[-1], count, scope)]
+        kept.extend(block)
+        start += period * count
+    scope.children = kept
+    for child in kept:
+        if isinstance(child, Scope):
+            _fold(child, signatures, folding)
+
+
+def _operators(child: Scope | Operator) -> Iterator[Operator]:
+    if isinstance(child, Scope):
+        yield from child.operators()
+    else:
+        yield child
+
+
+def _counted(block: list[Scope | Operator], last: list[Scope | Operator], count: int, parent: Scope) -> Scope:
+    """The first block, with the number of its repetitions; several siblings get a scope of their own."""
+    if len(block) == 1 and isinstance(block[0], Scope) and isinstance(last[0], Scope):
+        block[0].count, block[0].last = count, last[0].path[-1]
+        return block[0]
+    group = Scope((), children=block, parent=parent, count=count)
+    for child in block:
+        if isinstance(child, Scope):
+            child.parent = group
+    return group
+
+
+def _repeats(children: Sequence[Scope | Operator], kinds: Sequence[int], start: int) -> tuple[int, int]:
+    """Length and number of the repetitions that begin here and cover the most; `(1, 1)` for none.
+
+    A block contains a scope, or it would be a chain of operators that nobody called a block.
+    """
+    best = (1, 1)
+    for period in range(1, min(_LONGEST_PERIOD, (len(children) - start) // 2) + 1):
+        count = 1
+        end = start + period
+        while kinds[end : end + period] == kinds[start : start + period] and end + period <= len(children):
+            count, end = count + 1, end + period
+        has_scope = any(isinstance(child, Scope) for child in children[start : start + period])
+        if count > 1 and has_scope and period * count > best[0] * best[1]:
+            best = (period, count)
+    return best
+
+
+class _Signatures:
+    """Numbers that are equal for subtrees that are the same."""
+
+    def __init__(self, root: Scope, role: Mapping[str, str]) -> None:
+        self.role = role
+        self.producer = {v.name: (op, i) for op in root.operators() for i, v in enumerate(op.outputs)}
+        self._numbers: dict[Any, int] = {}
+
+    def of(self, child: Scope | Operator) -> int:
+        """The number of a subtree."""
+        ops = list(_operators(child))
+        inside = {op.name: i for i, op in enumerate(ops)}
+        outside: dict[str, int] = {}
+
+        def source(v: Variable) -> Any:
+            if v.kind == "literal":
+                return v.name
+            made = self.producer.get(v.name)
+            if made is not None and made[0].name in inside:
+                return inside[made[0].name], made[1]
+            return "outside", outside.setdefault(v.name, len(outside))
+
+        wiring = tuple(
+            (
+                op.op,
+                self.role.get(op.name, ""),
+                tuple(v.type for v in op.outputs),
+                tuple((source(v), v.type) for v in op.inputs),
+            )
+            for op in ops
+        )
+        return self._numbers.setdefault((_shape(child), wiring), len(self._numbers))
+
+
+def _shape(child: Scope | Operator) -> Any:
+    """How the scopes are nested; the names inside a block count, the block's own does not."""
+    if not isinstance(child, Scope):
+        return child.op
+    return tuple((c.path[-1] if isinstance(c, Scope) else "", _shape(c)) for c in child.children)
