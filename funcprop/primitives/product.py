@@ -26,6 +26,7 @@ Source: Goodfellow et al., *Deep Learning*, section 6.5.6, for the rule of a pro
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -44,9 +45,12 @@ class Operands(NamedTuple):
 
 
 def contraction(x: Any, g: Any, precision: Any) -> Any:
-    """`Σ xᵀ ȳ` over all leading axes: a matrix of `i × o`, activations first."""
-    rows = tuple(range(x.ndim - 1))
-    return lax.dot_general(x, g, ((rows, rows), ((), ())), precision=precision)
+    """`Σ xᵀ ȳ` over all leading axes: a matrix of `i × o`, activations first.
+
+    The rows are one axis, for which XLA's CPU backend copies no operand.
+    """
+    x, g = (a.reshape(math.prod(a.shape[:-1]), a.shape[-1]) for a in (x, g))
+    return lax.dot_general(x, g, (((0,), (0,)), ((), ())), precision=precision)
 
 
 def _forward(x: Any, w: Any, **static: Any) -> tuple[Any, Operands]:
