@@ -16,7 +16,8 @@ from funcprop.primitives.loop_bodies import nbytes, variables
 # Operators that cost less than reading their result from memory. Not `exp`, `tanh` and their like: they are
 # computed once and stacked, which measured faster than stacking what they are made from.
 _CHEAP = frozenset(
-    {"add", "sub", "mul", "neg", "abs", "sign", "max", "min", "square", "select_n", "and", "or", "xor", "not"}
+    {"add", "sub", "mul", "neg", "abs", "sign", "max", "min", "square", "one_minus_square", "select_n"}
+    | {"and", "or", "xor", "not"}
     | {"eq", "ne", "lt", "le", "gt", "ge", "convert_element_type", "reshape", "broadcast_in_dim", "squeeze"}
     | {"expand_dims", "copy", "integer_pow", "transpose", "add_any"}
 )
