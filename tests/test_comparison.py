@@ -15,14 +15,14 @@ from jax.sharding import PartitionSpec as P
 
 import funcprop as fp
 
-IMAGES = jax.ShapeDtypeStruct((4, 16, 16, 8), jnp.float32)
+IMAGES = jax.ShapeDtypeStruct((4, 16, 16, 16), jnp.float32)
 
 
 def pooled(x, power):
     """Two equal pools, one of another size, and a narrowing product."""
     y = nn.max_pool(nn.max_pool(x, (2, 2), (1, 1), "SAME"), (2, 2), (1, 1), "SAME")
     y = nn.max_pool(y, (2, 2), (2, 2))
-    return jnp.sum((y @ jnp.ones((8, 2), y.dtype)) ** power)
+    return jnp.sum((y @ jnp.ones((16, 2), y.dtype)) ** power)
 
 
 def test_rows_count_what_fires_and_say_why_the_rest_does_not():

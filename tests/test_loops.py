@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import funcprop as fp
-from funcprop.primitives import loops
+from funcprop.primitives import loops, pooling
 
 RULES = fp.rules.autodiff.replace({"scan": loops.rule(loops.ALWAYS)})
 T, B, H = 5, 2, 3
@@ -214,7 +214,8 @@ def test_rules_inside_of_a_loop_fire_too():
         return jnp.sum(jax.lax.scan(step, x, None, length=3)[0] ** 2)
 
     args = normal(H, H), normal(2, 4, 4, H, seed=1)
-    both = fp.rules.handwritten.replace({"scan": loops.rule(loops.ALWAYS)})
+    everywhere = {"scan": loops.rule(loops.ALWAYS), "reduce_window_max": pooling.rule(everywhere=True)}
+    both = fp.rules.handwritten.replace(everywhere)
     operators = [m.operator for m in fp.matches(pooled, both)(*args)]
     assert operators == ["scan", "dot_general", "tanh", "reduce_window_max"]
     program = str(jax.make_jaxpr(fp.grad(pooled, rules=both))(*args))

@@ -9,13 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import compiled
+from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import funcprop as fp
 from funcprop.primitives import pooling
 
-RULES = fp.rules.autodiff.replace({**pooling.RULES, fp.layers.relu_max_pool: fp.layers.relu_max_pool.rule})
+RULES = fp.rules.autodiff.replace(
+    {
+        "reduce_window_max": pooling.rule(everywhere=True),
+        "reduce_window_min": pooling.rule(minimum=True, everywhere=True),
+        fp.layers.relu_max_pool: pooling.rule(relu=True, everywhere=True),
+    }
+)
 
 
 @st.composite
@@ -127,3 +134,29 @@ def test_windows_larger_than_the_input_are_left_to_jax():
         return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (4,), (1,), "VALID").sum()
 
     np.testing.assert_array_equal(fp.grad(pool, rules=RULES)(jnp.ones(2)), jnp.zeros(2))
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("shape", [(2, 17, 7, 7), (17, 3, 8, 6), (1, 16, 5, 9)])
+def test_channels_first_are_moved_last_and_back(shape, padding):
+    def pool(x):
+        edges = ((0, 0), (0, 0), (padding, padding), (padding, padding))
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 1, 3, 3), (1, 1, 2, 2), edges)
+
+    x = jnp.round(2 * jnp.asarray(np.random.default_rng(0).normal(size=shape)))
+    loss = lambda x: jnp.sum(pool(x) * jnp.cos(jnp.arange(pool(x).size)).reshape(pool(x).shape))  # noqa: E731
+    expected = jax.value_and_grad(loss)(x)
+    actual = fp.value_and_grad(loss, rules=RULES)(x)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-12), actual, expected)
+
+
+def test_overlapping_windows_need_a_long_axis_beside_them():
+    def reason(shape, padding="VALID"):
+        pool = lambda x: nn.max_pool(x, (3, 3), (2, 2), padding)  # noqa: E731
+        return fp.matches(pool, fp.rules.default)(jnp.ones(shape))[0].reason
+
+    assert reason((4, 9, 9, 16)) is None
+    assert reason((16, 9, 9, 4)) is None
+    assert reason((4, 9, 9, 4)) == "its windows overlap, and no axis beside them has 16 entries"
+    odd = "its windows overlap, and its axes would have to be moved while padded ones are odd"
+    assert reason((16, 9, 9, 4), "SAME") == odd

@@ -94,8 +94,8 @@ PRIMITIVES: dict[str, tuple[Callable[..., Any], list[Example]]] = {
     "scatter-add": (scatter, [Example((numbers(4, 3), jnp.array([[1], [3], [1]]), numbers(3, 3, seed=1)))]),
     "top_k": (lambda x: lax.top_k(x, 2), [Example((numbers(3, 4),))]),
     "scan": (loop, [Example((numbers(3, 3), numbers(2, 3)), rule=loops.rule(loops.ALWAYS))]),
-    "reduce_window_max": (max_pool, [Example((numbers(2, 5, 6, 2),))]),
-    "reduce_window_min": (min_pool, [Example((numbers(2, 5, 6, 2),))]),
+    "reduce_window_max": (max_pool, [Example((numbers(2, 5, 6, 16),))]),
+    "reduce_window_min": (min_pool, [Example((numbers(2, 5, 6, 16),))]),
     "conv_general_dilated": (
         convolve,
         [Example((numbers(2, 5, 6, 2), numbers(2, 3, 2, 3)), rule=NOT_BY_XLA)],
@@ -120,7 +120,7 @@ LAYERS: dict[str, list[Example]] = {
     "silu": ACTIVATION,
     "tanh_gelu": ACTIVATION,
     "exact_gelu": ACTIVATION,
-    "relu_max_pool": [Example((numbers(2, 5, 6, 2),), POOL)],
+    "relu_max_pool": [Example((numbers(2, 5, 6, 16),), POOL)],
     "dense": [Example((X, W, B)), Example((X, W)), Example((X[0], W, B)), Example((numbers(2, 4, 3), W, B))],
     "linear": [Example((W.T, X[0], B)), Example((W.T, X[0]))],
     "softmax_cross_entropy": [
