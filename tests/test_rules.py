@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 import funcprop as fp
-from funcprop.primitives import convolution, loops
+from funcprop.primitives import convolution, loops, pooling
 from funcprop.testing import check_rule
 
 
@@ -71,6 +71,7 @@ def scatter(x: jax.Array, indices: jax.Array, updates: jax.Array) -> jax.Array:
 
 
 # The cost model leaves small convolutions to XLA; here the other ways are what is checked.
+POOLS = {"max": pooling.rule(everywhere=True), "min": pooling.rule(minimum=True, everywhere=True)}
 NOT_BY_XLA = convolution.rule(lambda geometry: convolution.Plan(margin=True, weight=True, input=True))
 
 # For each primitive the `jax.lax` function that is this primitive, and examples for it.
@@ -94,8 +95,11 @@ PRIMITIVES: dict[str, tuple[Callable[..., Any], list[Example]]] = {
     "scatter-add": (scatter, [Example((numbers(4, 3), jnp.array([[1], [3], [1]]), numbers(3, 3, seed=1)))]),
     "top_k": (lambda x: lax.top_k(x, 2), [Example((numbers(3, 4),))]),
     "scan": (loop, [Example((numbers(3, 3), numbers(2, 3)), rule=loops.rule(loops.ALWAYS))]),
-    "reduce_window_max": (max_pool, [Example((numbers(2, 5, 6, 16),))]),
-    "reduce_window_min": (min_pool, [Example((numbers(2, 5, 6, 16),))]),
+    "reduce_window_max": (max_pool, [Example((numbers(2, 5, 6, 2),), rule=pooling.rule(everywhere=True))]),
+    "reduce_window_min": (
+        min_pool,
+        [Example((numbers(2, 5, 6, 2),), rule=pooling.rule(minimum=True, everywhere=True))],
+    ),
     "conv_general_dilated": (
         convolve,
         [Example((numbers(2, 5, 6, 2), numbers(2, 3, 2, 3)), rule=NOT_BY_XLA)],
@@ -108,8 +112,8 @@ ACTIVATION = [Example((numbers(3, 4),))]
 LABELS = jnp.array([0, 6, -1, 3, -100])
 POOL = {
     "window_dimensions": (1, 3, 2, 1),
-    "window_strides": (1, 2, 2, 1),
-    "padding": ((0, 0), (0, 1), (1, 0), (0, 0)),
+    "window_strides": (1, 3, 2, 1),
+    "padding": ((0, 0), (0, 1), (1, 1), (0, 0)),
     "window_dilation": (1, 1, 1, 1),
 }
 LAYERS: dict[str, list[Example]] = {
@@ -120,7 +124,7 @@ LAYERS: dict[str, list[Example]] = {
     "silu": ACTIVATION,
     "tanh_gelu": ACTIVATION,
     "exact_gelu": ACTIVATION,
-    "relu_max_pool": [Example((numbers(2, 5, 6, 16),), POOL)],
+    "relu_max_pool": [Example((numbers(2, 5, 6, 2),), POOL)],
     "dense": [Example((X, W, B)), Example((X, W)), Example((X[0], W, B)), Example((numbers(2, 4, 3), W, B))],
     "linear": [Example((W.T, X[0], B)), Example((W.T, X[0]))],
     "softmax_cross_entropy": [

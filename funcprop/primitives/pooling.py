@@ -162,11 +162,20 @@ def _quick_axes(shape: Sequence[int], window: dict[str, Any]) -> list[int]:
     return [a for a, n in enumerate(shape) if n >= _VECTOR and whole[a] and unpadded[a]]
 
 
+def _moves(shape: Sequence[int], window: dict[str, Any]) -> bool:
+    return _order(shape, window) != tuple(range(len(shape)))
+
+
+def _least_size(shape: Sequence[int], window: dict[str, Any]) -> int:
+    """Entries from which overlapping windows gain; moved axes cost what stands beside the pool, too."""
+    return 1 << (18 if _moves(shape, window) else 14)
+
+
 def _moves_odd_axes(shape: Sequence[int], window: dict[str, Any]) -> bool:
     """Whether XLA moves the axes anew for every tap: measured, 2 times autodiff's time."""
-    if _order(shape, window) == tuple(range(len(shape))):
-        return False
-    return any(n % 2 and (lo or hi) for n, (lo, hi) in zip(shape, window["padding"], strict=True))
+    return _moves(shape, window) and any(
+        n % 2 and (lo or hi) for n, (lo, hi) in zip(shape, window["padding"], strict=True)
+    )
 
 
 def _overlaps(window: dict[str, Any]) -> bool:
@@ -232,6 +241,8 @@ def _applies(x: Any, *, relu: bool = False, everywhere: bool = False, **window: 
         return f"its windows overlap, and no axis beside them has {_VECTOR} entries"
     if not everywhere and _moves_odd_axes(x.shape, window):
         return "its windows overlap, and its axes would have to be moved while padded ones are odd"
+    if not everywhere and _overlaps(window) and math.prod(x.shape) < _least_size(x.shape, window):
+        return "its windows overlap, and it is too small to gain"
     if relu and not all(
         _meets_input(*axis) for axis in zip(x.shape, *_window(window), window["padding"], strict=True)
     ):
