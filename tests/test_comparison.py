@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import funcprop as fp
 
-IMAGES = jax.ShapeDtypeStruct((4, 16, 16, 16), jnp.float32)
+IMAGES = jax.ShapeDtypeStruct((8, 16, 16, 16), jnp.float32)
 
 
 def pooled(x, power):

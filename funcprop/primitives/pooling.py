@@ -168,7 +168,7 @@ def _moves(shape: Sequence[int], window: dict[str, Any]) -> bool:
 
 def _least_size(shape: Sequence[int], window: dict[str, Any]) -> int:
     """Entries from which overlapping windows gain; moved axes cost what stands beside the pool, too."""
-    return 1 << (18 if _moves(shape, window) else 14)
+    return 1 << (18 if _moves(shape, window) else 15)
 
 
 def _moves_odd_axes(shape: Sequence[int], window: dict[str, Any]) -> bool:
