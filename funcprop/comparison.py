@@ -23,6 +23,7 @@ import numpy as np
 from funcprop import _compat
 from funcprop.calls import Call, is_array
 from funcprop.graph import aligned
+from funcprop.objective import positions
 from funcprop.registry import RuleSet
 from funcprop.rewrite import Match, Rewriter, matches
 from funcprop.rules import autodiff, default
@@ -192,7 +193,8 @@ def _chosen(call: Call, args: Sequence[Any], argnums: int | Sequence[int]) -> li
     """The leaves that are differentiated: those of the arguments at `argnums` that have a derivative."""
     counts = [len(jax.tree.leaves(argument)) for argument in args]
     ends = list(itertools.accumulate(counts, initial=0))
-    at = (argnums,) if isinstance(argnums, int) else argnums
+    chosen = positions(argnums)
+    at = (chosen,) if isinstance(chosen, int) else chosen
     held = [i for p in at for i in range(ends[range(len(args))[p]], ends[range(len(args))[p] + 1])]
     smooth = [
         i

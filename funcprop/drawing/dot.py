@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 
 from funcprop.drawing.geometry import EDGE_LABEL, lines_of, size_of
 from funcprop.drawing.palette import BOX_LINE, ink, paint
-from funcprop.drawing.picture import Box, Edge, Node, Picture, node_ids
+from funcprop.drawing.picture import Box, Edge, Node, Picture, by_box, node_ids
 
 # With more residuals than this, their ends are not pulled together: with the 116 of a folded transformer that
 # took Graphviz 2.43 over 40 s, without it 1.2 s. With few it matters which sweep is on the left.
@@ -23,12 +22,7 @@ def dot(picture: Picture, with_types: bool) -> str:
         f"  edge [fontname=Helvetica, fontsize={EDGE_LABEL:g}, arrowsize=0.6];",
     ]
     ids = node_ids(picture)
-    inside: dict[str | None, list[Node]] = defaultdict(list)
-    boxes: dict[str | None, list[Box]] = defaultdict(list)
-    for node in picture.nodes:
-        inside[node.box].append(node)
-    for box in picture.boxes:
-        boxes[box.parent].append(box)
+    inside, boxes = by_box(picture)
 
     def contents(key: str | None, indent: str) -> Iterator[str]:
         for node in inside[key]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 
 from funcprop.drawing.dot import box_label
 from funcprop.drawing.geometry import lines_of
 from funcprop.drawing.palette import ROLES, paint
-from funcprop.drawing.picture import Box, Node, Picture, node_ids
+from funcprop.drawing.picture import Node, Picture, by_box, node_ids
 
 
 def as_json(picture: Picture) -> str:
@@ -25,12 +24,7 @@ def as_json(picture: Picture) -> str:
 def mermaid(picture: Picture, with_types: bool) -> str:
     """The picture as a Mermaid flowchart."""
     ids = node_ids(picture)
-    inside: dict[str | None, list[Node]] = defaultdict(list)
-    boxes: dict[str | None, list[Box]] = defaultdict(list)
-    for node in picture.nodes:
-        inside[node.box].append(node)
-    for box in picture.boxes:
-        boxes[box.parent].append(box)
+    inside, boxes = by_box(picture)
     box_ids = {box.key: f"b{i}" for i, box in enumerate(picture.boxes)}
 
     def contents(key: str | None, indent: str) -> Iterator[str]:

@@ -5,6 +5,7 @@ Every output (SVG, DOT, Mermaid, JSON) is written from a `Picture`.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,6 +85,19 @@ class Picture:
 def node_ids(picture: Picture) -> dict[str, str]:
     """A plain identifier for every node, by its key: keys contain what users call things."""
     return {node.key: f"n{i}" for i, node in enumerate(picture.nodes)}
+
+
+def by_box(
+    picture: Picture,
+) -> tuple[dict[str | None, list[Node]], dict[str | None, list[Box]]]:
+    """The nodes and the boxes that stand directly in each box; None is outside of all."""
+    nodes: dict[str | None, list[Node]] = defaultdict(list)
+    boxes: dict[str | None, list[Box]] = defaultdict(list)
+    for node in picture.nodes:
+        nodes[node.box].append(node)
+    for box in picture.boxes:
+        boxes[box.parent].append(box)
+    return nodes, boxes
 
 
 def value_text(shape: tuple[int, ...] | None, dtype: str | None, nbytes: int | None) -> str:

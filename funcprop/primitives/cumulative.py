@@ -45,8 +45,8 @@ def _backward(residuals: InputAndOutput, g: Any, needs: Any, *, axis: int, rever
     # An infinite sum has weight e⁰ and not e^(∞ − ∞), as in the derivative of `jnp.logaddexp`.
     x, y = (jnp.where(jnp.isposinf(v), jnp.zeros_like(v), v) for v in residuals)
     first = -1 if reverse else 0
-    before = lax.slice_in_dim(y, 1, None, axis=axis) if reverse else lax.slice_in_dim(y, 0, -1, axis=axis)
-    after = lax.slice_in_dim(y, 0, -1, axis=axis) if reverse else lax.slice_in_dim(y, 1, None, axis=axis)
+    ends = lax.slice_in_dim(y, 0, -1, axis=axis), lax.slice_in_dim(y, 1, None, axis=axis)
+    before, after = reversed(ends) if reverse else ends
     config = [(0, 0, 0)] * y.ndim
     config[axis] = (1, 0, 0) if reverse else (0, 1, 0)
     decay = lax.pad(jnp.exp(before - after), jnp.zeros((), y.dtype), config)

@@ -60,7 +60,7 @@ def _forward(x: Any, *, relu: bool = False, minimum: bool = False, **window: Any
         negated, positions = _forward(lax.neg(x), **window)
         return lax.neg(negated), positions._replace(x=x)
     order = _order(x.shape, window)
-    moved = order != tuple(range(x.ndim))
+    moved = _moves(x.shape, window)
     y, tap = _pooled(lax.transpose(x, order), relu, moved, _reordered(window, order))
     return lax.transpose(y, _inverse(order)), Positions(tap, x)
 
