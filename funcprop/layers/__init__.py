@@ -1,13 +1,5 @@
 """Layers, one family a file: forward function, hand-written rule, equations and initialiser side by side."""
 
-from funcprop.layers.activation import exact_gelu as exact_gelu
-from funcprop.layers.activation import gelu as gelu
-from funcprop.layers.activation import relu as relu
-from funcprop.layers.activation import sigmoid as sigmoid
-from funcprop.layers.activation import silu as silu
-from funcprop.layers.activation import softplus as softplus
-from funcprop.layers.activation import tanh as tanh
-from funcprop.layers.activation import tanh_gelu as tanh_gelu
 from funcprop.layers.attention import attention as attention
 from funcprop.layers.batch_norm import BatchStatistics as BatchStatistics
 from funcprop.layers.batch_norm import batch_norm as batch_norm
@@ -15,7 +7,6 @@ from funcprop.layers.convolution import conv as conv
 from funcprop.layers.dropout import dropout as dropout
 from funcprop.layers.embedding import embedding as embedding
 from funcprop.layers.feed_forward import feed_forward as feed_forward
-from funcprop.layers.fused_pooling import relu_max_pool as relu_max_pool
 from funcprop.layers.gated import geglu as geglu
 from funcprop.layers.gated import swiglu as swiglu
 from funcprop.layers.linear import dense as dense
@@ -37,3 +28,12 @@ from funcprop.layers.recurrent import lstm as lstm
 from funcprop.layers.recurrent import rnn as rnn
 from funcprop.layers.rotary import rotary as rotary
 from funcprop.layers.rotary import rotary_angles as rotary_angles
+from funcprop.patterns.activation import exact_gelu as exact_gelu
+from funcprop.patterns.activation import gelu as gelu
+from funcprop.patterns.activation import relu as relu
+from funcprop.patterns.activation import sigmoid as sigmoid
+from funcprop.patterns.activation import silu as silu
+from funcprop.patterns.activation import softplus as softplus
+from funcprop.patterns.activation import tanh as tanh
+from funcprop.patterns.activation import tanh_gelu as tanh_gelu
+from funcprop.patterns.fused_pooling import relu_max_pool as relu_max_pool
