@@ -9,6 +9,7 @@ from funcprop.layers.embedding import embedding as embedding
 from funcprop.layers.feed_forward import feed_forward as feed_forward
 from funcprop.layers.gated import geglu as geglu
 from funcprop.layers.gated import swiglu as swiglu
+from funcprop.layers.group_norm import group_norm as group_norm
 from funcprop.layers.linear import dense as dense
 from funcprop.layers.linear import linear as linear
 from funcprop.layers.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
@@ -16,7 +17,6 @@ from funcprop.layers.loss import l2_penalty as l2_penalty
 from funcprop.layers.loss import mean_squared_error as mean_squared_error
 from funcprop.layers.loss import softmax_cross_entropy as softmax_cross_entropy
 from funcprop.layers.norm_dense import norm_dense as norm_dense
-from funcprop.layers.normalization import group_norm as group_norm
 from funcprop.layers.normalization import layer_norm as layer_norm
 from funcprop.layers.normalization import rms_norm as rms_norm
 from funcprop.layers.pointwise_loss import focal_loss as focal_loss
