@@ -22,9 +22,10 @@ from funcprop import _compat, _mutation, _nnx
 from funcprop.attach import Arrays, BoundRule, attach
 from funcprop.calls import Call, is_array, traced
 from funcprop.layer_calls import broken_layer_call, layer_call
+from funcprop.patterns import PATTERNS
 from funcprop.recognition import recognised
 from funcprop.registry import RuleError, RuleSet
-from funcprop.rules import PATTERNS, default
+from funcprop.rules import default
 
 # Primitives whose bodies are rewritten in place. Whatever is not named here (custom derivatives above all:
 # the user's own rule wins) is emitted as it stands.

@@ -6,11 +6,7 @@ equations that share a mutable reference grouped, because between them order is 
 
 from __future__ import annotations
 
-import inspect
-import itertools
 import math
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +20,7 @@ from funcprop.calls import Call, is_array, traced
 from funcprop.flops import flops
 from funcprop.graph import Graph, Kind, Operator, Variable, name
 from funcprop.layer_calls import LayerCall, boundary_p, layer_call
+from funcprop.naming import argument_names, joined, literal_name, unique_names, without_transformations
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
@@ -154,7 +151,7 @@ def trace_function(
         return [*results, *(x for x, k in zip(others, kept, strict=True) if k is None)]
 
     closed = traced(flat, call.values, fun)
-    names = _argument_names(fun, [signature.paths[i] for i in call.variables])
+    names = argument_names(fun, [signature.paths[i] for i in call.variables])
     label = getattr(fun, "__name__", type(fun).__name__)
     graph, constants = _Builder(inline).build(label, closed, names)
     if name_result is not None and graph.outputs and graph.outputs[0].kind != "intermediate":
@@ -179,39 +176,6 @@ def _pair(returned: Any, fun: Callable[..., Any]) -> tuple[Any, Any]:
             "return the pair (result, auxiliary data)."
         )
     return returned[0], returned[1]
-
-
-def _argument_names(fun: Callable[..., Any], paths: Sequence[Any]) -> list[str]:
-    """The argument's own name for an array, the path inside it for a pytree (`layer/W`).
-
-    A path that two arguments share, or that is only numbers, is prefixed by the argument's name.
-    """
-    try:
-        parameters = list(inspect.signature(fun).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    pieces = []
-    for path in paths:
-        top, which, *inner = path
-        if top.idx == 1:
-            argument = str(which.key)
-        else:
-            argument = positional[which.idx] if which.idx < len(positional) else f"arg{which.idx}"
-        pieces.append((argument, [_key(k) for k in inner]))
-    short = [("/".join(inner) if inner else argument) for argument, inner in pieces]
-    clashes = Counter(short)
-    return [
-        "/".join([argument, *inner]) if inner and (clashes[s] > 1 or inner[0].isdigit()) else s
-        for s, (argument, inner) in zip(short, pieces, strict=True)
-    ]
-
-
-def _key(entry: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)
 
 
 @dataclass(eq=False)
@@ -254,7 +218,7 @@ class _Builder:
         outputs = self._walk(closed, inputs, "")
         computed = [draft for step in self.steps for draft in step.outputs]
         frozen = _freeze([*inputs, *(draft for draft, _ in self.constants), *computed])
-        names = unique_names([_join(step.scope, _op(step)) for step in self.steps])
+        names = unique_names([joined(step.scope, _op(step)) for step in self.steps])
         operators = tuple(
             self._operator(step, label, frozen) for step, label in zip(self.steps, names, strict=True)
         )
@@ -296,12 +260,12 @@ class _Builder:
 
         def read(atom: Any) -> _Draft:
             if isinstance(atom, _compat.Literal):
-                return _Draft(atom.aval, "literal", label=_literal(atom.val), value=atom.val)
+                return _Draft(atom.aval, "literal", label=literal_name(atom.val), value=atom.val)
             return env[atom]
 
         for eqns in _groups(jaxpr.eqns):
             eqn = eqns[0]
-            scope = _join(prefix, without_transformations(_compat.scope(eqn), ("vmap",)))
+            scope = joined(prefix, without_transformations(_compat.scope(eqn), ("vmap",)))
             call = layer_call(eqn)
             if len(eqns) > 1:
                 free = _compat.free_variables(eqns)
@@ -367,7 +331,7 @@ def _op(step: _Step) -> str:
 def _freeze(drafts: Sequence[_Draft]) -> Callable[[_Draft], Variable]:
     """Give every variable its unique name; the result maps a draft to its variable."""
     done: dict[int, Variable] = {}
-    for draft, label in zip(drafts, unique_names([_join(d.scope, d.label) for d in drafts]), strict=True):
+    for draft, label in zip(drafts, unique_names([joined(d.scope, d.label) for d in drafts]), strict=True):
         done[id(draft)] = _variable(draft, label)
     return lambda draft: done.get(id(draft)) or _variable(draft, draft.label)
 
@@ -380,38 +344,3 @@ def _variable(draft: _Draft, label: str) -> Variable:
     return Variable(
         label, draft.kind, draft.scope, shape, dtype, nbytes, draft.named, draft.aval, draft.value
     )
-
-
-def unique_names(labels: Sequence[str]) -> list[str]:
-    """The labels, each repeated one with its index: `tanh`, `tanh_1`, `tanh_2`."""
-    taken, repeats = set(labels), Counter[str]()
-    result = []
-    for label in labels:
-        candidate = label
-        if repeats[label]:
-            candidate = next(
-                name for k in itertools.count(repeats[label]) if (name := f"{label}_{k}") not in taken
-            )
-        repeats[label] += 1
-        taken.add(candidate)
-        result.append(candidate)
-    return result
-
-
-def _join(*parts: str) -> str:
-    return "/".join(part for part in parts if part)
-
-
-def without_transformations(scope: str, names: Sequence[str]) -> str:
-    """A scope without the marks of transformations: `vmap` batches a value but does not rename it."""
-    mark = re.compile(rf"\b(?:{'|'.join(names)})\(([^()]*)\)")
-    previous = None
-    while previous != scope:
-        previous, scope = scope, mark.sub(r"\1", scope)
-    return "/".join(part for part in scope.split("/") if part)
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, float | np.floating):
-        return f"{value:g}"
-    return str(int(value)) if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import module as module  # the fixture
-from test_cli import run, run_json
+from command import module as module  # the fixture
+from command import run, run_json
 
 import funcprop as fp
 from funcprop.cli.target import chapter_example

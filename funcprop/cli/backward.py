@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import typer
 
 from funcprop import Derivation, Propagation, backprop, derive
+from funcprop.cli.options import ArgnumsOrAll, AsJson, TargetName, parse_argnums
 from funcprop.cli.output import (
     Output,
     describe,
@@ -19,32 +20,20 @@ from funcprop.cli.output import (
     number,
     table,
 )
-from funcprop.cli.target import Target, TargetError, load, users_code
+from funcprop.cli.target import Target, load, users_code
 from funcprop.verification import Line
 
 
 def backward(
-    target: Annotated[str, typer.Argument(help="module:function, file.py:function or chapter")],
-    argnums: Annotated[
-        str, typer.Option(help="positions of the arguments to differentiate, as 0 or 0,2; or all")
-    ] = "0",
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    target: TargetName,
+    argnums: ArgnumsOrAll = "0",
+    as_json: AsJson = False,
     limit: Annotated[
         int | None, typer.Option("--entries", min=0, help="in JSON, leave out the entries of larger arrays")
     ] = None,
 ) -> None:
     """Every gradient in the order of the backward sweep, with its contributions."""
     emit(lambda: report(load(target), parse_argnums(argnums), limit), as_json)
-
-
-def parse_argnums(text: str) -> tuple[int, ...] | None:
-    """`0,2` as positions, `all` as None."""
-    if text == "all":
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise TargetError(f"--argnums {text!r}: write positions, such as 0 or 0,2, or all.") from None
 
 
 class Gradient(NamedTuple):
@@ -70,11 +59,7 @@ class Term(NamedTuple):
 
 def report(target: Target, argnums: Sequence[int] | None, limit: int | None) -> Output:
     """Both sweeps, written out as the chapter's list."""
-    if not target.has_arrays():
-        raise TargetError(
-            f"target {target.label!r}: example() returns shapes (jax.ShapeDtypeStruct), but backpropagation "
-            "needs arrays. `funcprop forward` and `funcprop derive` take shapes."
-        )
+    target.require_arrays("backpropagation", "`funcprop forward` and `funcprop derive` take shapes")
     with users_code(f"target {target.label!r}: backpropagation failed", None):
         propagation = backprop(target.function, argnums)(*target.args, **target.kwargs)
         derivation = derive(target.function, argnums)(*target.args, **target.kwargs)

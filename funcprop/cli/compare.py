@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import funcprop as fp
-from funcprop.cli.backward import parse_argnums
+from funcprop.cli.options import Argnums, AsJson, TargetName, parse_argnums
 from funcprop.cli.output import Output, emit
 from funcprop.cli.target import Target, TargetError, load, users_code
 
@@ -16,13 +16,11 @@ _SETS = {"default": fp.rules.default, "handwritten": fp.rules.handwritten}
 
 
 def compare(
-    target: Annotated[str, typer.Argument(help="module:function, file.py:function or chapter")],
-    argnums: Annotated[
-        str, typer.Option(help="positions of the arguments to differentiate, as 0 or 0,2")
-    ] = "0",
+    target: TargetName,
+    argnums: Argnums = "0",
     rules: Annotated[str, typer.Option(help="the rule set: default or handwritten")] = "default",
     repeats: Annotated[int, typer.Option(min=1, help="how often each program is run")] = 10,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Which rules fire, on which operators, and what each saves in time and bytes against autodiff."""
     emit(lambda: report(load(target), parse_argnums(argnums), rules, repeats), as_json)

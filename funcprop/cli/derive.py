@@ -8,22 +8,20 @@ from typing import Annotated, Any
 import typer
 
 import funcprop as fp
-from funcprop.cli.backward import parse_argnums
+from funcprop.cli.options import ArgnumsOrAll, AsJson, TargetName, parse_argnums
 from funcprop.cli.output import Output, emit, number
-from funcprop.cli.target import Target, TargetError, load, users_code
+from funcprop.cli.target import Target, load, users_code
 from funcprop.verification import Line
 
 
 def derive(
-    target: Annotated[str, typer.Argument(help="module:function, file.py:function or chapter")],
-    argnums: Annotated[
-        str, typer.Option(help="positions of the arguments to differentiate, as 0 or 0,2; or all")
-    ] = "0",
+    target: TargetName,
+    argnums: ArgnumsOrAll = "0",
     latex: Annotated[bool, typer.Option("--latex", help="LaTeX instead of text")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="evaluate every line and compare it with autodiff")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """The equations of forward propagation and backpropagation."""
     emit(lambda: report(load(target), parse_argnums(argnums), latex, verify), as_json)
@@ -31,11 +29,8 @@ def derive(
 
 def report(target: Target, argnums: Sequence[int] | None, latex: bool, verify: bool) -> Output:
     """The derivation as text or LaTeX, followed by the deviations if they were asked for."""
-    if verify and not target.has_arrays():
-        raise TargetError(
-            f"target {target.label!r}: example() returns shapes (jax.ShapeDtypeStruct), but --verify needs "
-            "arrays to evaluate the equations."
-        )
+    if verify:
+        target.require_arrays("--verify", "the equations alone take shapes")
     with users_code(f"target {target.label!r}: deriving failed", None):
         derivation = fp.derive(target.function, argnums)(*target.args, **target.kwargs)
         verification = derivation.verify() if verify else None

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 import funcprop as fp
-from funcprop.cli.backward import parse_argnums
+from funcprop.cli.options import Argnums, AsJson, TargetName, parse_argnums
 from funcprop.cli.output import Output, emit
 from funcprop.cli.target import Target, TargetError, load, users_code
 from funcprop.drawing.draw import SUFFIXES
@@ -29,7 +29,7 @@ class Choices(NamedTuple):
 
 
 def draw(
-    target: Annotated[str, typer.Argument(help="module:function, file.py:function or chapter")],
+    target: TargetName,
     out: Annotated[
         Path | None, typer.Option(help="file to write, by its suffix: .svg .dot .gv .mmd .json")
     ] = None,
@@ -48,10 +48,8 @@ def draw(
     order: Annotated[
         str, typer.Option(help="of --second: forward-over-reverse or reverse-over-reverse")
     ] = "forward-over-reverse",
-    argnums: Annotated[
-        str, typer.Option(help="positions of the arguments to differentiate, as 0 or 0,2")
-    ] = "0",
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    argnums: Argnums = "0",
+    as_json: AsJson = False,
 ) -> None:
     """The graph as a picture: squares are variables, circles operators, arrows data flow."""
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import typer
 
 from funcprop import Graph, Variable
+from funcprop.cli.options import AsJson, TargetName
 from funcprop.cli.output import Output, describe, digits, dimensions, emit, entries, is_numeric, table
 from funcprop.cli.target import Target, load, users_code
 from funcprop.rules import autodiff
@@ -17,8 +18,8 @@ from funcprop.tracing import trace_function
 
 
 def forward(
-    target: Annotated[str, typer.Argument(help="module:function, file.py:function or chapter")],
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    target: TargetName,
+    as_json: AsJson = False,
     limit: Annotated[
         int | None,
         typer.Option("--entries", min=0, help="show entries of arrays up to this size (12; all in JSON)"),

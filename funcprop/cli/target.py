@@ -45,6 +45,18 @@ class Target:
         leaves = jax.tree.leaves((self.args, self.kwargs))
         return not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
 
+    def require_arrays(self, what: str, instead: str) -> None:
+        """Refuse shapes, as whose arguments `what` cannot be done; `instead` says what can.
+
+        Raises:
+            TargetError: an argument is a shape.
+        """
+        if not self.has_arrays():
+            raise TargetError(
+                f"target {self.label!r}: example() returns shapes (jax.ShapeDtypeStruct), but {what} needs "
+                f"arrays; {instead}."
+            )
+
 
 def load(target: str) -> Target:
     """The target's function, with the arguments that its module's `example()` returns.

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from funcprop import Propagation, backprop, training
+from funcprop.cli.options import AsJson
 from funcprop.cli.output import Output, describe, digits, dimensions, emit, nonfinite_data, number, table
 from funcprop.cli.target import TargetError, load_function, users_code
 from funcprop.training import Epoch, Setup
@@ -45,7 +46,7 @@ def train(
             help="chapter: directory with Fashion-MNIST's IDX files; scikit-learn's digits if not given"
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train by minibatch gradient descent; then the variables and gradients of one minibatch."""
     options = Options(epochs, seed, batch, lr, hidden, decay, data)

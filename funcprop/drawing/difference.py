@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from funcprop.drawing.assembly import Shown
 from funcprop.drawing.matching import Matching
 from funcprop.graph import Graph, Operator, Variable
-from funcprop.tracing import unique_names
+from funcprop.naming import unique_names
 
 ADDED, REMOVED = "added", "removed"
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from funcprop.drawing.marked import COTANGENT
 from funcprop.graph import Operator, Variable
-from funcprop.tracing import unique_names, without_transformations
+from funcprop.naming import unique_names, without_transformations
 
 _TRANSFORMATIONS = ("vmap", "jvp", "transpose")
 

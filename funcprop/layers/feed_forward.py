@@ -24,8 +24,8 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from funcprop.expressions import Equations, OperatorSymbols, apply
-from funcprop.layers.activation import ACTIVATIONS
 from funcprop.layers.linear import Operands, dense, init_dense
+from funcprop.patterns.activation import ACTIVATIONS
 from funcprop.registry import Rule, layer
 
 Save: TypeAlias = Literal["input", "preactivation", "all"]

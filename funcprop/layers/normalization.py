@@ -10,7 +10,7 @@
 | `rms_norm`   | `axes`, by default the last      | row                 | no      |
 | `group_norm` | `axes` and the group's channels  | example and group   | yes     |
 
-Backward, with `ĝ = ȳ ⊙ γ`:
+`group_norm` has its own module. Backward, with `ĝ = ȳ ⊙ γ`:
 
     x̄ = (ĝ − mean(ĝ) − x̂ ⊙ mean(ĝ ⊙ x̂)) / σ        γ̄ = Σ ȳ ⊙ x̂        β̄ = Σ ȳ
 
@@ -130,9 +130,10 @@ def value_again(residuals: Normalized, save: Save) -> Any:
     return _scaled(standard_part(residuals, save), residuals.x, residuals.scale, residuals.bias)
 
 
-def _forward(
+def normalized_forward(
     x: Any, scale: Any, bias: Any, axes: Sequence[int], eps: float, fast: bool | None, save: Save
 ) -> tuple[Any, Normalized]:
+    """The value, and what its pullback reads."""
     return normalize(x, scale, bias, *_moments(x, axes, eps, fast), save)
 
 
@@ -174,7 +175,10 @@ def pull_back(
     )
 
 
-def _equations(op: OperatorSymbols, axes: Sequence[int], eps: float, fast: bool | None) -> Equations:
+def normalization_equations(
+    op: OperatorSymbols, axes: Sequence[int], eps: float, fast: bool | None
+) -> Equations:
+    """Both sweeps; `fast` as in `statistics`, None where nothing is centred."""
     x, scale, bias = op.args[:3]
     g = op.cotangent
     deviation = apply("σ", lambda v: 1 / _moments(v, axes, eps, fast)[1], x)
@@ -223,7 +227,9 @@ def checked(name: str, x: Any, save: str, axes: Sequence[int]) -> tuple[int, ...
 def _layer_norm_forward(
     x: Any, scale: Any, bias: Any, *, axes: Any, eps: float, use_fast_variance: bool, save: Save
 ) -> tuple[Any, Normalized]:
-    return _forward(x, scale, bias, checked("layer_norm", x, save, axes), eps, use_fast_variance, save)
+    return normalized_forward(
+        x, scale, bias, checked("layer_norm", x, save, axes), eps, use_fast_variance, save
+    )
 
 
 def _layer_norm_backward(
@@ -234,7 +240,7 @@ def _layer_norm_backward(
 
 def _layer_norm_equations(op: OperatorSymbols) -> Equations:
     axes = checked("layer_norm", op.args[0].type, op.static["save"], op.static["axes"])
-    return _equations(op, axes, op.static["eps"], op.static["use_fast_variance"])
+    return normalization_equations(op, axes, op.static["eps"], op.static["use_fast_variance"])
 
 
 @layer(rule=Rule(_layer_norm_forward, _layer_norm_backward, _layer_norm_equations), init=init_norm)
@@ -274,14 +280,14 @@ def layer_norm(
         [-1.  1.]
     """
     axes = checked("layer_norm", x, save, axes)
-    return _forward(jnp.asarray(x), scale, bias, axes, eps, use_fast_variance, save)[0]
+    return normalized_forward(jnp.asarray(x), scale, bias, axes, eps, use_fast_variance, save)[0]
 
 
 # --- RMS norm ---------------------------------------------------------------------------------
 
 
 def _rms_norm_forward(x: Any, scale: Any, *, axes: Any, eps: float, save: Save) -> tuple[Any, Normalized]:
-    return _forward(x, scale, None, checked("rms_norm", x, save, axes), eps, None, save)
+    return normalized_forward(x, scale, None, checked("rms_norm", x, save, axes), eps, None, save)
 
 
 def _rms_norm_backward(
@@ -292,7 +298,7 @@ def _rms_norm_backward(
 
 def _rms_norm_equations(op: OperatorSymbols) -> Equations:
     axes = checked("rms_norm", op.args[0].type, op.static["save"], op.static["axes"])
-    written = _equations(op._replace(args=(*op.args, None)), axes, op.static["eps"], None)
+    written = normalization_equations(op._replace(args=(*op.args, None)), axes, op.static["eps"], None)
     return written._replace(backward=written.backward[:2])
 
 
@@ -323,97 +329,4 @@ def rms_norm(
         [ 1. -1.]
     """
     axes = checked("rms_norm", x, save, axes)
-    return _forward(jnp.asarray(x), scale, None, axes, eps, None, save)[0]
-
-
-# --- group norm -------------------------------------------------------------------------------
-
-
-def _split(a: Any, groups: int) -> Any:
-    """The channels as two axes: the group, and the channel within it."""
-    return None if a is None else a.reshape(*a.shape[:-1], groups, a.shape[-1] // groups)
-
-
-def _group_axes(x: Any, groups: int, axes: Sequence[int] | None, save: str) -> tuple[int, ...]:
-    """The axes of the statistics once the channels are split."""
-    if groups < 1 or x.shape[-1] % groups:
-        raise ValueError(
-            f"group_norm: groups={groups} does not divide the {x.shape[-1]} channels of x (its last axis)."
-        )
-    last = len(x.shape) - 1
-    spatial = checked("group_norm", x, save, range(1, last) if axes is None else axes)
-    if last in spatial:
-        raise ValueError(f"group_norm: axes={axes} has the channels in it; they are always normalised.")
-    return (*spatial, last + 1)
-
-
-def _group_norm_forward(
-    x: Any, scale: Any, bias: Any, *, groups: int, axes: Any, eps: float, use_fast_variance: bool, save: Save
-) -> tuple[Any, Normalized]:
-    over = _group_axes(x, groups, axes, save)
-    x_split, scale, bias = (_split(a, groups) for a in (x, scale, bias))
-    y, residuals = _forward(x_split, scale, bias, over, eps, use_fast_variance, save)
-    return y.reshape(x.shape), residuals
-
-
-def _group_norm_backward(
-    residuals: Normalized, g: Any, needs: Any, *, groups: int, axes: Any, save: Save, **_: Any
-) -> tuple[Any, ...]:
-    over = _group_axes(g, groups, axes, save)
-    cotangents = pull_back(residuals, _split(g, groups), needs, over, save)
-    return tuple(c if c is None else c.reshape(*c.shape[:-2], g.shape[-1]) for c in cotangents)
-
-
-def _group_norm_equations(op: OperatorSymbols) -> Equations:
-    static = op.static
-    over = _group_axes(op.args[0].type, static["groups"], static["axes"], static["save"])
-
-    def split(a: Any) -> Any:
-        return None if a is None else apply("split", partial(_split, groups=static["groups"]), a)
-
-    def merge(a: Any) -> Any:
-        return None if a is None else apply("merge", lambda v: v.reshape(*v.shape[:-2], -1), a)
-
-    split_op = op._replace(args=tuple(map(split, op.args)), cotangent=split(op.cotangent))
-    written = _equations(split_op, over, static["eps"], static["use_fast_variance"])
-    return Equations(merge(written.forward), tuple(map(merge, written.backward)))
-
-
-@layer(rule=Rule(_group_norm_forward, _group_norm_backward, _group_norm_equations), init=init_norm)
-def group_norm(
-    x: Float[Array, "*shape channels"],
-    scale: Float[Array, " channels"] | None = None,
-    bias: Float[Array, " channels"] | None = None,
-    *,
-    groups: int = 32,
-    axes: tuple[int, ...] | None = None,
-    eps: float = 1e-6,
-    use_fast_variance: bool = True,
-    save: Save = "input",
-) -> Float[Array, "*shape channels"]:
-    """Group normalisation: one mean and variance for each example and group of channels (the last axis).
-
-    `axes` are normalised together with the group's channels, by default all but the first (the batch) and the
-    channels'; for one example without a batch axis pass all its spatial axes. `groups=channels` is instance
-    normalisation. The rule is `layer_norm`'s on the channels split in two axes; arguments as there.
-
-    Raises:
-        ValueError: `groups` does not divide the channels; `save` or `axes` is wrong.
-
-    Reference: Wu and He, "Group normalization", 2018.
-
-    Example:
-        >>> import jax.numpy as jnp, funcprop as fp
-        >>> print(fp.layers.group_norm(jnp.array([[1.0, 3.0, 5.0, 5.0]]), groups=2).round(3))
-        [[-1.  1.  0.  0.]]
-    """
-    return _group_norm_forward(
-        jnp.asarray(x),
-        scale,
-        bias,
-        groups=groups,
-        axes=axes,
-        eps=eps,
-        use_fast_variance=use_fast_variance,
-        save=save,
-    )[0]
+    return normalized_forward(jnp.asarray(x), scale, None, axes, eps, None, save)[0]

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from funcprop.layer_calls import layer_call
-from funcprop.layers.activation import relu
+from funcprop.patterns.activation import relu
 from funcprop.primitives import pooling
 from funcprop.recognition import Pattern, Producer, Replacement, equal_to, layer_equation
 from funcprop.registry import layer

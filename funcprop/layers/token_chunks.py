@@ -1,0 +1,144 @@
+"""Chunks of tokens: their logits are made, reduced to what the loss or its cotangents read, and dropped."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from funcprop import _compat
+from funcprop.layers.token_loss import Options, denominator, pick, safe_labels, token_losses
+
+_PIECE = 2048  # columns of W̄ that are added up at a time: what is added stays in the cache
+
+
+def chunk_size(tokens: int, vocabulary: int) -> int:
+    """The default number of tokens in a chunk: a sixteenth, at most 2²³ logits, at least 64 tokens."""
+    most = min(-(-tokens // 16), 2**23 // max(vocabulary, 1))
+    count = -(-tokens // max(most, 64))
+    return -(-tokens // max(count, 1))
+
+
+def _logits(h: Any, w: Any, b: Any) -> Any:
+    return h @ w if b is None else h @ w + b
+
+
+def _is_label(labels: Any, vocabulary: int) -> Any:
+    """Where the column is the label's; negative labels count from the end, as indices do."""
+    return jnp.where(labels < 0, labels + vocabulary, labels)[:, None] == jnp.arange(vocabulary)
+
+
+def _add_product(total: Any, h: Any, z_bar: Any) -> Any:
+    """`total + hᵀ z̄`, some columns at a time."""
+
+    def add(total: Any, start: Any, width: int) -> Any:
+        piece = lax.dynamic_slice_in_dim(z_bar, start, width, 1)
+        before = lax.dynamic_slice_in_dim(total, start, width, 1)
+        # Activations first: the other order makes XLA's CPU backend copy a transpose.
+        after = before + lax.dot_general(h, piece, (((0,), (0,)), ((), ())))
+        return lax.dynamic_update_slice_in_dim(total, after, start, 1)
+
+    pieces, rest = divmod(total.shape[1], _PIECE)
+    if pieces > 1:
+        starts = jnp.arange(pieces, dtype=jnp.int32) * _PIECE
+        total = lax.scan(lambda total, start: (add(total, start, _PIECE), None), total, starts)[0]
+        return add(total, pieces * _PIECE, rest) if rest else total
+    return total + lax.dot_general(h, z_bar, (((0,), (0,)), ((), ())))
+
+
+def _over_chunks(step: Any, totals: Any, xs: Any, size: int) -> tuple[Any, Any]:
+    """Run `totals, ys = step(totals, xs)` over chunks of tokens; a last chunk is filled up with zeros.
+
+    The step is checkpointed: the reverse derivative of the backward makes the logits again, too.
+    """
+    tokens = jax.tree.leaves(xs)[0].shape[0]
+    count = -(-tokens // size)
+
+    def cut(x: Any) -> Any:
+        filled = jnp.pad(x, ((0, count * size - tokens), *((0, 0),) * (x.ndim - 1)))
+        return filled.reshape(count, size, *x.shape[1:])
+
+    leaves, tree = jax.tree.flatten(totals)
+    totals = jax.tree.unflatten(tree, _compat.align_varying_axes([jax.tree.leaves(xs)[0], *leaves])[1:])
+    totals, ys = lax.scan(jax.checkpoint(step, prevent_cse=False), totals, jax.tree.map(cut, xs))
+    return totals, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:tokens], ys)
+
+
+class Totals(NamedTuple):
+    """The cotangents that are summed over the tokens."""
+
+    w: Any
+    b: Any
+
+
+def _zeros(w: Any, b: Any, need_w: bool = True, need_b: bool = True) -> Totals:
+    return Totals(
+        jnp.zeros_like(w) if need_w else None, jnp.zeros_like(b) if need_b and b is not None else None
+    )
+
+
+def _add_gradient(totals: Totals, h: Any, w: Any, z_bar: Any) -> tuple[Totals, Any]:
+    """The cotangents of one chunk: those of `W` and `b` added to the totals, and that of `h`."""
+    added = Totals(
+        None if totals.w is None else _add_product(totals.w, h, z_bar),
+        None if totals.b is None else totals.b + z_bar.sum(0),
+    )
+    return added, lax.dot_general(z_bar, w, (((1,), (1,)), ((), ())))
+
+
+_staged = partial(jax.jit, inline=True)
+
+
+@partial(_staged, static_argnames=("size", "options", "gradient"))
+def statistics(
+    h: Any, w: Any, b: Any, labels: Any, weights: Any, size: int, options: Options, gradient: bool
+) -> tuple[Any, Any, Any]:
+    """`ℓ` and `z_y` of every token; with `gradient`, the cotangents of `h, w, b` for the cotangent 1."""
+    total_weight = denominator(labels, weights, options, h.dtype)
+
+    def step(totals: Any, x: Any) -> Any:
+        h, labels, share = x
+        z = _logits(h, w, b)
+        named = safe_labels(labels, options)
+        hit = _is_label(named, z.shape[1])
+        largest = z.max(-1, keepdims=True)
+        # What is subtracted from the logits cancels, and so it has no derivative.
+        largest = lax.stop_gradient(jnp.where(jnp.isfinite(largest), largest, 0))
+        exponentials = jnp.exp(z - largest)
+        total = exponentials.sum(-1, keepdims=True)
+        normalizer, picked = (largest + jnp.log(total))[:, 0], pick(z, named)
+        if not gradient:
+            return totals, (normalizer, picked, None)
+        losses = partial(token_losses, smooth=0.0, labels=labels, weights=weights, o=options)
+        normalizer_bar, picked_bar = jax.vjp(losses, normalizer, picked)[1](share)
+        slope = normalizer_bar[:, None] / total
+        z_bar = slope * exponentials + jnp.where(hit, picked_bar[:, None], 0)
+        totals, h_bar = _add_gradient(totals, h, w, z_bar)
+        return totals, (normalizer, picked, h_bar)
+
+    shares = jnp.broadcast_to(1 / total_weight, labels.shape).astype(h.dtype)
+    totals = _zeros(w, b) if gradient else None
+    totals, (normalizer, picked, h_bar) = _over_chunks(step, totals, (h, labels, shares), size)
+    return normalizer, picked, (h_bar, totals) if gradient else None
+
+
+@partial(_staged, static_argnames=("size", "needs"))
+def pull_back(
+    h: Any, w: Any, b: Any, labels: Any, normalizer: Any, normalizer_bar: Any, picked_bar: Any,
+    size: int, needs: tuple[bool, bool],
+) -> tuple[Any, Totals]:  # fmt: skip
+    """The cotangents of `h, w, b` from those of `ℓ` and `z_y`; the logits are made again."""
+
+    def step(totals: Any, x: Any) -> Any:
+        h, labels, normalizer, normalizer_bar, picked_bar = (v if v.ndim > 1 else v[:, None] for v in x)
+        z = _logits(h, w, b)
+        hit = _is_label(labels[:, 0], z.shape[1])
+        z_bar = normalizer_bar * jnp.exp(z - normalizer) + jnp.where(hit, picked_bar, 0)
+        return _add_gradient(totals, h, w, z_bar)
+
+    xs = (h, labels, normalizer, normalizer_bar, picked_bar)
+    totals, h_bar = _over_chunks(step, _zeros(w, b, *needs), xs, size)
+    return h_bar, totals

@@ -1,0 +1,165 @@
+"""What a command is about: how it is named, and a clear message for every target that cannot be used."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import module as module  # the fixture
+from command import run, run_json
+
+from funcprop.cli import main
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        "(2.0, 3.0)",
+        "{'w': 2.0, 'x': 3.0}",
+        "((2.0,), {'x': 3.0})",
+        "((2.0, 3.0), {})",
+    ],
+)
+def test_example_may_be_a_tuple_a_dict_or_both(module: Any, example: str) -> None:
+    name = module(f"""
+        def f(w, x):
+            return w * x
+        def example():
+            return {example}
+        """)
+    assert run_json("backward", f"{name}:f")["value"] == 6.0
+
+
+def test_a_tuple_argument_is_not_taken_for_all_arguments(module: Any) -> None:
+    name = module("""
+        def f(pair, params):
+            return pair[0] * pair[1] * params["w"]
+        def example():
+            return (2.0, 3.0), {"w": 4.0}
+        """)
+    assert run_json("backward", f"{name}:f")["value"] == 24.0
+
+
+def test_target_without_arguments_in_a_file_or_a_class(module: Any, tmp_path: Path) -> None:
+    name = module("""
+        from neighbour import TWO
+        class Models:
+            @staticmethod
+            def f():
+                return jnp.sin(jnp.float32(TWO))
+        """)
+    (tmp_path / "neighbour.py").write_text("TWO = 2.0\n")
+    expected = float(np.sin(np.float32(2)))
+    values = run_json("forward", f"{tmp_path / name}.py:Models.f")["values"]
+    np.testing.assert_allclose(values[-1]["entries"], expected, rtol=1e-6)
+
+
+SOURCE = """
+    PARAMS = {"w": 1.0}
+    def example():
+        return PARAMS, jnp.array([3.0, 4.0])
+    def loss(params, x):
+        return jnp.sum(params["w"] * x)
+    def three(a, b, c):
+        return a
+    def vector(params, x):
+        return params["w"] * x
+    def branch(params, x):
+        if params["w"] > 0:
+            return params["w"]
+    def broken(params, x):
+        return helper(x)
+    def helper(x):
+        return jnp.dot(x, jnp.ones(3))
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("los", r"has no 'los'; did you mean loss\?"),
+        ("PARAMS", r"is of type dict, not a function; write module:function, file\.py:function, or"),
+        ("three", r"do not fit three\(a, b, c\): missing a required argument: 'c'"),
+        ("vector", r"TypeError: vector returns \(float64\[2\]\), but gradients are of one real scalar"),
+        ("branch", r"line \d+, in branch\n.*params\[.w.\] > 0.*\n.*\njax\.TracerBoolConversionError"),
+        ("broken", r"line \d+, in broken(.|\n)*line \d+, in helper(.|\n)*\nTypeError: dot_general requires"),
+    ],
+)
+def test_errors_of_functions(module: Any, function: str, message: str) -> None:
+    result = run("backward", f"{module(SOURCE)}:{function}")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert re.search(message, result.stderr), result.stderr
+    assert "Traceback" not in result.stderr
+    assert "funcprop/cli" not in result.stderr
+    assert "internal frames" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "def f(x): return x",
+            r"f\(x\) needs arguments \(missing a required argument: 'x'\).*no example\(\)",
+        ),
+        (
+            "def f(x): return x\ndef example(): return jnp.ones(3)",
+            r"example\(\) returned .* of shape \(3,\);",
+        ),
+        ("def f(x): return x\ndef example(): return 1 / 0", r"example\(\) failed:\n(.|\n)*ZeroDivisionError"),
+        ("def f(x): return x\ndef example(): return {'y': 1.0}", "missing a required argument: 'x'"),
+        ("import no_such_package", r"cannot import module(.|\n)*line 2, in <module>(.|\n)*no_such_package'"),
+        ("def f(x: return x", r"cannot import module(.|\n)*SyntaxError"),
+        ("raise SystemExit(3)", r"cannot import module(.|\n)*SystemExit: 3"),
+    ],
+)
+def test_errors_of_modules(module: Any, source: str, message: str) -> None:
+    result = run("backward", f"{module(source)}:f", "--json")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert re.search(message, result.stderr), result.stderr
+    assert "importlib" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["forward", "chapterr"], "target 'chapterr' is incomplete; write module:function"),
+        (["forward", "no_such_module:f"], "cannot import module 'no_such_module' (from "),
+        (["forward", "nowhere/model.py:f"], "nowhere/model.py; write module:function"),
+        (["backward", "chapter", "--argnums", "first"], "--argnums 'first': write positions"),
+        (["backward", "chapter", "--argnums", "7"], "argnums=7, but the function was called with 4"),
+        (["train", "math:sqrt", "--hidden", "3"], "--hidden is for the built-in `chapter`"),
+        (["train", "math:sqrt"], "target 'math:sqrt': sqrt() failed:\nTypeError"),
+        (["train", "time:time"], "returns an object of type float; return an `fp.training.Setup`"),
+        (["train", "chapter", "--batch", "9999"], "batch=9999; choose one between 1 and the 1438"),
+        (["train", "chapter", "--lr", "1e9"], "FloatingPointError: fit: the mean loss of epoch 1 is"),
+        (["train", "chapter", "--data", "nowhere"], "DataError: nowhere/train-images-idx3-ubyte: no such"),
+    ],
+)
+def test_errors_of_the_command_line(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr, result.stderr
+
+
+def test_shapes_cannot_be_backpropagated_or_verified(module: Any) -> None:
+    name = module("""
+        def f(x):
+            return jnp.sum(jnp.tanh(x))
+        def example():
+            return (jax.ShapeDtypeStruct((3,), "float32"),)
+        """)
+    assert "but backpropagation needs arrays" in run("backward", f"{name}:f").stderr
+    assert "--verify needs arrays" in run("derive", f"{name}:f", "--verify").stderr
+    assert run("derive", f"{name}:f").exit_code == 0
+
+
+@pytest.mark.parametrize("missing", ["rich", "typer"])
+def test_missing_packages(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == f"funcprop: the command needs {missing!r}; pip install 'funcprop[cli]'"
