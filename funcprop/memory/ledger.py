@@ -139,7 +139,9 @@ def table(found: Footprint, largest: int = 12) -> str:
     ]
     for name, ledger in ledgers.items():
         rows = sorted(ledger.rows, key=lambda row: -row.nbytes)
-        lines: list[Sequence[str]] = [(f"largest in {name}", "bytes", "category", "operator", "type", "scope")]
+        lines: list[Sequence[str]] = [
+            (f"largest in {name}", "bytes", "category", "operator", "type", "scope")
+        ]
         lines += [
             (
                 row.name,
