@@ -1,0 +1,5 @@
+"""What a program holds in memory: predicted from its jaxpr, measured on the compiled program."""
+
+from funcprop.memory.ledger import Footprint as Footprint
+from funcprop.memory.ledger import Ledger as Ledger
+from funcprop.memory.ledger import Row as Row
