@@ -1,6 +1,10 @@
 """Backpropagation, opened up: hand-written backward rules for any JAX function, both sweeps in the open."""
 
 from funcprop import layers as layers
+
+# The layers come first: their rules and the rewrite import one another.
+# isort: split
+from funcprop import curvature as curvature
 from funcprop import models as models
 from funcprop import rules as rules
 from funcprop import testing as testing
@@ -8,6 +12,8 @@ from funcprop import training as training
 from funcprop.backprop import backprop as backprop
 from funcprop.comparison import Comparison as Comparison
 from funcprop.comparison import compare as compare
+from funcprop.curvature import ggn as ggn
+from funcprop.curvature import hessian as hessian
 from funcprop.drawing import BackwardGraph as BackwardGraph
 from funcprop.drawing import Difference as Difference
 from funcprop.drawing import Drawing as Drawing
