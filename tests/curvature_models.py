@@ -1,8 +1,8 @@
 """Tiny models of every kind whose curvature is tested, and the losses they are tested with.
 
-`MODELS[name]()` is a `Model`: `apply(params, x)` for ONE example, parameters (fewer than 200, float64) and a batch
-`x` of four examples. `LOSSES[name]` is a `Loss`: `of_one(output, target)` for ONE example, and targets for
-a batch. What is tested on batches maps them: `batched`, `mean`.
+`MODELS[name]()` is a `Model`: `apply(params, x)` for ONE example, parameters (fewer than 200, float64) and a
+batch `x` of four examples. `LOSSES[name]` is a `Loss`: `of_one(output, target)` for ONE example, and targets
+for a batch. What is tested on batches maps them: `batched`, `mean`.
 """
 
 from __future__ import annotations
