@@ -47,7 +47,7 @@ def matrices(request: pytest.FixtureRequest) -> dict[str, tuple[jax.Array, jax.A
     return jax.jit(all_of)(model.params, flat, model.x)
 
 
-@pytest.mark.parametrize(("operator", "loss"), [(o, l) for o in ("hessian", "ggn") for l in LOSSES])
+@pytest.mark.parametrize(("operator", "loss"), [(o, loss) for o in ("hessian", "ggn") for loss in LOSSES])
 def test_dense(matrices: dict[str, tuple[jax.Array, jax.Array]], operator: str, loss: str) -> None:
     ours, reference = matrices[f"{operator}, {loss}"]
     scale = float(jnp.abs(reference).max())
