@@ -1,5 +1,6 @@
 """Backpropagation, opened up: hand-written backward rules for any JAX function, both sweeps in the open."""
 
+from funcprop import curvature as curvature
 from funcprop import layers as layers
 from funcprop import memory as memory
 from funcprop import models as models
@@ -9,6 +10,8 @@ from funcprop import training as training
 from funcprop.backprop import backprop as backprop
 from funcprop.comparison import Comparison as Comparison
 from funcprop.comparison import compare as compare
+from funcprop.curvature import ggn as ggn
+from funcprop.curvature import hessian as hessian
 from funcprop.drawing import BackwardGraph as BackwardGraph
 from funcprop.drawing import Difference as Difference
 from funcprop.drawing import Drawing as Drawing

@@ -128,9 +128,11 @@ def table(found: Footprint, largest: int = 12) -> str:
     totals.append(("compiled", *("-" if x.compiled is None else f"{x.compiled:,}" for x in ledgers.values())))
     totals.append(("ratio", *("-" if x.ratio is None else f"{x.ratio:.3f}" for x in ledgers.values())))
     sums = [x.by("category") for x in ledgers.values()]
-    for category in CATEGORIES:
-        if any(category in each for each in sums):
-            totals.append((category, *(f"{each.get(category, 0):,}" for each in sums)))
+    totals.extend(
+        (category, *(f"{each.get(category, 0):,}" for each in sums))
+        for category in CATEGORIES
+        if any(category in each for each in sums)
+    )
     right = set(range(1, 1 + len(ledgers)))
     meanings = [_MEANING.get(line[0], "") for line in totals]
     parts = [

@@ -1,0 +1,103 @@
+"""The quantities of `curvature_benchmark.py`: a program for each, and the bounds that are sought.
+
+A quantity is added by one entry of `QUANTITIES`, and by one of `torch_curvature.PEERS` if a neighbour has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+import funcprop as fp
+from benchmark_cases.case import normal
+from benchmark_cases.vision import CNN
+
+
+class Problem(NamedTuple):
+    """A classifier: `model(params, x)` and `loss(outputs, y)` of a batch; the mean cross-entropy."""
+
+    model: Callable[[Any, jax.Array], jax.Array]
+    loss: Callable[[jax.Array, jax.Array], jax.Array]
+    params: Any
+    x: jax.Array
+    y: jax.Array
+
+    def of_params(self, params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The loss as a function of the parameters."""
+        return self.loss(self.model(params, x), y)
+
+    @property
+    def direction(self) -> Any:
+        """A vector like the parameters, with entries that are easy to make again elsewhere."""
+        return jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), self.params)
+
+
+class Program(NamedTuple):
+    """A function to be jitted, and its arguments."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+
+
+class Quantity(NamedTuple):
+    """How a quantity is computed, and for each problem the bound on its time ÷ the gradient's."""
+
+    program: Callable[[Problem], Program]
+    bounds: dict[str, float]
+
+
+def _classifier(model: nn.Module, x: jax.Array) -> Problem:
+    params = jax.jit(model.init)(jax.random.key(1), x[:1])
+
+    def loss(outputs: jax.Array, y: jax.Array) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, y).mean()
+
+    return Problem(model.apply, loss, params, x, jnp.arange(len(x)) % 10)
+
+
+def _mlp(batch: int) -> Problem:
+    layers = [nn.Dense(512), nn.relu, nn.Dense(256), nn.relu, nn.Dense(10)]
+    return _classifier(nn.Sequential(layers), normal(batch, 784))
+
+
+def _cnn(batch: int) -> Problem:
+    return _classifier(CNN(), normal(batch, 32, 32, 3))
+
+
+# In full, and in small for `--smoke`.
+PROBLEMS: dict[str, tuple[Callable[[], Problem], Callable[[], Problem]]] = {
+    "MLP": (lambda: _mlp(128), lambda: _mlp(4)),
+    "CNN": (lambda: _cnn(128), lambda: _cnn(2)),
+}
+
+
+def gradient(p: Problem) -> Program:
+    """What every quantity is measured by: plain JAX."""
+    return Program(jax.value_and_grad(p.of_params), (p.params, p.x, p.y))
+
+
+def _hessian_product(p: Problem) -> Program:
+    hessian = fp.hessian(p.of_params)
+    return Program(lambda params, v, x, y: hessian(params, x, y) @ v, (p.params, p.direction, p.x, p.y))
+
+
+def _ggn_product(p: Problem) -> Program:
+    ggn = fp.ggn(p.model, p.loss)
+    return Program(lambda params, v, x, y: ggn(params, x, y) @ v, (p.params, p.direction, p.x, p.y))
+
+
+def _next_ggn_product(p: Problem) -> Program:
+    linearized = fp.ggn(p.model, p.loss)(p.params, p.x, p.y).linearize()
+    return Program(lambda operator, v: operator @ v, (linearized, p.direction))
+
+
+QUANTITIES: dict[str, Quantity] = {
+    "Hessian-vector product": Quantity(_hessian_product, {"MLP": 2.0, "CNN": 1.25}),
+    "Gauss-Newton product": Quantity(_ggn_product, {"MLP": 1.6, "CNN": 1.4}),
+    "one more, linearised": Quantity(_next_ggn_product, {"MLP": 1.1, "CNN": 0.9}),
+}

@@ -1,0 +1,191 @@
+"""What do second-order quantities cost? Each against plain jitted `jax.value_and_grad` of the same loss.
+
+Two classifiers at batch 128, mean cross-entropy: an MLP 784-512-256-10, and a CNN of three convolutions
+(each with relu and an overlapping max-pool) and three dense layers. Data and parameters are arguments, never
+constants (XLA would fold them). All programs of a model take turns; each turn gives one ratio of a quantity's
+time to the gradient's of the same turn, and the table shows the median of these paired ratios with its
+quartiles, beside the fastest time. A star marks a bound that is not reached.
+
+`--peer` adds libraries for PyTorch, as far as they are installed, with the same weights and data: what they
+compute is compared with ours (1e-4 of the largest entry) before any time is taken; `÷ own` is their time to
+PyTorch's own gradient, `÷ ours` to our time in the same run.
+
+    python experiments/curvature_benchmark.py [--smoke] [--repeats N] [--model NAME] [--only NAME ...]
+                                              [--peer]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import matplotlib as mpl
+import numpy as np
+from benchmark_cases.curvature import PROBLEMS, QUANTITIES, Problem, gradient
+
+import funcprop as fp
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).parent / "results"
+GRADIENT = "value and gradient"
+AGREEMENT = 1e-4
+
+
+class Measured(NamedTuple):
+    """Fastest seconds, quartiles of the paired ratios to the gradient, temporary bytes, and the bound."""
+
+    seconds: float
+    lower_quartile: float
+    median: float
+    upper_quartile: float
+    temporary_bytes: int
+    bound: float | None
+
+
+def interleaved(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
+    """Seconds of each step in each turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(times) for name, times in seconds.items()}
+
+
+def blocking(program: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], Any]:
+    return lambda: jax.block_until_ready(program(*args))
+
+
+def measure(model: str, p: Problem, quantities: list[str], repeats: int) -> tuple[dict[str, Measured], dict]:
+    """All quantities of one model beside its gradient; and what they computed."""
+    programs = {GRADIENT: gradient(p), **{name: QUANTITIES[name].program(p) for name in quantities}}
+    compiled = {name: jax.jit(q.function).lower(*q.args).compile() for name, q in programs.items()}
+    steps = {name: blocking(compiled[name], q.args) for name, q in programs.items()}
+    values = {name: step() for name, step in steps.items()}
+    times = interleaved(steps, repeats)
+    found = {}
+    for name, seconds in times.items():
+        quartiles = np.percentile(seconds / times[GRADIENT], [25, 50, 75])
+        bound = None if name == GRADIENT else QUANTITIES[name].bounds.get(model)
+        size = compiled[name].memory_analysis().temp_size_in_bytes
+        found[name] = Measured(float(seconds.min()), *map(float, quartiles), size, bound)
+    return found, values
+
+
+def measure_peers(
+    model: str, p: Problem, ours: dict[str, Measured], values: dict[str, Any], repeats: int
+) -> dict[str, dict[str, float]]:
+    """The libraries' fastest seconds, after a comparison of what they compute with our values."""
+    from benchmark_cases import torch_curvature
+
+    steps = {}
+    for quantity, library, twin, step in torch_curvature.steps(model, p, list(ours)):
+        if quantity == "gradient":
+            expected, actual = values[GRADIENT][1], twin.as_jax(list(step()[1]))
+        else:
+            expected, actual = values[quantity], twin.as_jax(step())
+        difference = torch_curvature.difference(expected, actual)
+        if difference > AGREEMENT:
+            raise AssertionError(
+                f"{model}, {quantity}: {library} differs by {difference:.1e} of the largest entry."
+            )
+        steps[quantity, library] = step
+    times = interleaved(steps, repeats)
+    own = times["gradient", "torch"]
+    found = {}
+    for (quantity, library), seconds in times.items():
+        mine = ours[GRADIENT if quantity == "gradient" else quantity].seconds
+        row = {
+            "seconds": float(seconds.min()),
+            "to its gradient": float(np.median(seconds / own)),
+            "to ours": float(seconds.min()) / mine,
+        }
+        found[f"{quantity}, {library}"] = row
+        print(
+            f"{model:5} {quantity:28} {library:14}{row['seconds'] * 1e3:9.1f} ms, ÷ own "
+            f"{row['to its gradient']:.2f}, ÷ ours {row['to ours']:.2f}",
+            flush=True,
+        )
+    return found
+
+
+def line(model: str, name: str, m: Measured) -> str:
+    """One line of the table."""
+    bound = "" if m.bound is None else f"{m.bound:.2f}{'*' if m.median > m.bound else ' '}"
+    quartiles = f"{m.lower_quartile:.2f}–{m.upper_quartile:.2f}"
+    return (
+        f"{model:5} {name:32}{m.seconds * 1e3:9.1f}{m.median:8.2f} {quartiles:>13}{bound:>8}"
+        f"{m.temporary_bytes / 2**20:10.1f}"
+    )
+
+
+def draw(results: dict[str, dict[str, Measured]], path: Path) -> None:
+    """The ratios beside their bounds, one panel a model."""
+    figure, panels = plt.subplots(
+        1, len(results), figsize=(6 * len(results), 3.5), layout="constrained", squeeze=False
+    )
+    for axes, (model, found) in zip(panels[0], results.items(), strict=True):
+        rows = {name: m for name, m in found.items() if name != GRADIENT}
+        places = np.arange(len(rows))
+        medians = np.array([m.median for m in rows.values()])
+        spread = [
+            medians - [m.lower_quartile for m in rows.values()],
+            [m.upper_quartile for m in rows.values()] - medians,
+        ]
+        axes.barh(places, medians, 0.6, xerr=spread, ecolor="grey")
+        bounds = [np.nan if m.bound is None else m.bound for m in rows.values()]
+        axes.plot(bounds, places, "k|", markersize=16)
+        axes.axvline(1, color="grey", linewidth=0.8)
+        axes.set_yticks(places, list(rows))
+        axes.invert_yaxis()
+        axes.set_xlabel("time ÷ jax.value_and_grad (bar: bound)")
+        axes.set_title(model)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measure, print, and write `results/curvature_benchmark.json` and `.png`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true", help="small batches, one turn")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--model", choices=list(PROBLEMS), help="one model alone")
+    parser.add_argument("--only", nargs="*", default=[], help="quantities whose name contains one of these")
+    parser.add_argument("--peer", action="store_true", help="the same in other libraries, if installed")
+    options = parser.parse_args()
+    repeats = 1 if options.smoke else options.repeats
+    quantities = [q for q in QUANTITIES if not options.only or any(part in q for part in options.only)]
+    print(f"jax {jax.__version__}, {jax.default_backend()}, rules {fp.rules.default.name}")
+    print(f"{'':38}{'ms':>9}{'ratio':>8}{'quartiles':>14}{'≤':>8}{'temp MB':>10}")
+    results: dict[str, dict[str, Measured]] = {}
+    peers: dict[str, dict[str, dict[str, float]]] = {}
+    for model, (full, small) in PROBLEMS.items():
+        if options.model not in (None, model):
+            continue
+        p = (small if options.smoke else full)()
+        results[model], values = measure(model, p, quantities, repeats)
+        for name, m in results[model].items():
+            print(line(model, name, m), flush=True)
+        if options.peer:
+            peers[model] = measure_peers(model, p, results[model], values, repeats)
+    RESULTS.mkdir(exist_ok=True)
+    content = {
+        model: {"ours": {name: m._asdict() for name, m in found.items()}, "peers": peers.get(model, {})}
+        for model, found in results.items()
+    }
+    (RESULTS / "curvature_benchmark.json").write_text(json.dumps(content, indent=2))
+    draw(results, RESULTS / "curvature_benchmark.png")
+
+
+if __name__ == "__main__":
+    main()
