@@ -10,9 +10,18 @@ ROOT = Path(funcprop.__file__).parent
 
 
 def imported(path: Path, modules: set[str]) -> set[str]:
-    """The modules of the library that a file imports, wherever in the file."""
+    """The modules of the library that a file imports, wherever in the file, but for its annotations alone."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    tree = ast.parse(path.read_text("utf-8"))
+    for_annotations = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in for_annotations:
+            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
