@@ -25,7 +25,10 @@ _LIGHT = frozenset("broadcast_in_dim iota rev slice transpose".split())
 
 
 def dot_general(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
-    """A product, after copies of the operands that are not in order."""
+    """A product, after copies of the operands that are not in order.
+
+    In order are batch axes in front, and then one axis besides the summed one.
+    """
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
     sides = ((lhs_sum, lhs_batch, True), (rhs_sum, rhs_batch, False))
     arranged = []
@@ -36,8 +39,9 @@ def dot_general(lowering: Lowering, eqn: Any, operands: list[Value | None], scop
         rest = [d for d in range(len(shape)) if d not in summed and d not in batch]
         order = [*batch, *rest, *summed] if is_lhs else [*batch, *summed, *rest]
         kept = [d for d in order if shape[d] > 1]
-        if value is not None and kept != sorted(kept) and len(kept) != 2:
-            (value,) = transposed(lowering, value, [shape[d] for d in order], scope)  # noqa: PLW2901
+        as_it_is = list(batch) == list(range(len(batch))) and len(summed) == 1 and len(rest) <= 1
+        if value is not None and not as_it_is and kept != sorted(kept) and (batch or len(kept) != 2):
+            (value,) = transposed(lowering, value, shape, order, scope)  # noqa: PLW2901
         arranged.append(value)
     return lowering.add("dot_general", "kernel", scope, arranged, [v.aval for v in eqn.outvars])
 
@@ -52,10 +56,12 @@ def transpose(lowering: Lowering, eqn: Any, operands: list[Value | None], scope:
     return lowering.add("transpose", "move", scope, operands, [eqn.outvars[0].aval], expensive=False)
 
 
-def transposed(lowering: Lowering, value: Value, shape: Sequence[int], scope: str) -> list[Value | None]:
+def transposed(
+    lowering: Lowering, value: Value, shape: Sequence[int], order: Sequence[int], scope: str
+) -> list[Value | None]:
     """A copy in another order of axes."""
-    aval = jax.core.ShapedArray(tuple(shape), value.dtype)
-    return lowering.add("transpose", "move", scope, [value], [aval], expensive=False)
+    aval = jax.core.ShapedArray(tuple(shape[d] for d in order), value.dtype)
+    return lowering.shared("transpose", [value], aval, scope, tuple(order))
 
 
 def convolution(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
@@ -66,7 +72,7 @@ def convolution(lowering: Lowering, eqn: Any, operands: list[Value | None], scop
     for atom, value, order in zip(eqn.invars, operands, orders, strict=True):
         kept = [d for d in order if atom.aval.shape[d] > 1]
         if value is not None and kept != sorted(kept):
-            (value,) = transposed(lowering, value, [atom.aval.shape[d] for d in order], scope)  # noqa: PLW2901
+            (value,) = transposed(lowering, value, atom.aval.shape, order, scope)  # noqa: PLW2901
         arranged.append(value)
     result = eqn.outvars[0].aval
     order = [out[0], *out[2:], out[1]]
@@ -74,7 +80,7 @@ def convolution(lowering: Lowering, eqn: Any, operands: list[Value | None], scop
     kept = [d for d in order if result.shape[d] > 1]
     if kept == sorted(kept) or computed[0] is None:
         return computed
-    return transposed(lowering, computed[0], result.shape, scope)
+    return lowering.add("transpose", "move", scope, computed, [result], expensive=False)
 
 
 def select_and_scatter_add(
@@ -170,10 +176,7 @@ def _while(
 
 def _zeros(lowering: Lowering, aval: Any, scope: str) -> Value | None:
     """What a loop writes its stacked results over; loops share it."""
-    key = ("zeros", aval.shape, str(aval.dtype))
-    if key not in lowering.known:
-        lowering.known[key] = lowering.add("broadcast_in_dim", "move", scope, [], [aval], expensive=False)
-    return lowering.known[key][0]
+    return lowering.shared("broadcast_in_dim", [], aval, scope, "zeros")[0]
 
 
 def _hoist(

@@ -8,13 +8,19 @@ twice would read more than it writes.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from funcprop.memory.program import Program, Step, Value
 
 _FUSED = ("elementwise", "move")
+# What the library (YNNPACK) computes together with a sum or a maximum, from this many entries on.
+_LIBRARY = frozenset(
+    """abs add add_any broadcast_in_dim ceil convert_element_type cos div erf exp expm1 floor integer_pow iota
+    log log1p logistic max min mul neg pad pow round rsqrt sign sin sqrt square sub tan tanh transpose""".split()
+)
+_LIBRARY_REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
+_LIBRARY_ENTRIES = 4096
 
 
 @dataclass
@@ -30,11 +36,12 @@ class Member:
 class Kernel:
     """A step that is kept in memory, with what is computed inside of it.
 
-    `reads` are values from memory; those in `aligned` are read once, entry by entry, so that the result may be
+    A kernel of the library takes in what only it reads. `reads` are values from memory; those in `aligned` are read once, entry by entry, so that the result may be
     written over them. `in_place` are pairs of what is written over and the result.
     """
 
     root: Step
+    library: bool = False
     members: dict[int, Member] = field(default_factory=dict)
     reads: list[Value] = field(default_factory=list)
     aligned: set[int] = field(default_factory=set)
@@ -49,6 +56,8 @@ class Kernel:
 def kernels(program: Program, library: bool = True) -> list[Kernel]:
     """The kernels of a program, in its order. With `library`, sums are computed by a library too."""
     kept = {id(v) for v in program.outputs if v is not None}
+    grown = _grown(program, kept) if library else {}
+    single = _Unshared(program, kept, grown).find()
     within: dict[int, list[Kernel]] = {}
     made: list[Kernel] = []
     for step in reversed(program.steps):
@@ -60,21 +69,24 @@ def kernels(program: Program, library: bool = True) -> list[Kernel]:
                 entry[1].append(member.reused or user.reuses)
                 entry[2].append(member.aligned and user.kind == "elementwise")
         is_output = any(id(v) in kept for v in step.outputs)
+        alone = len(readers) == 1 and not is_output
         accepted = []
         for kernel, reused, aligned in readers.values():
             again = any(reused) or (len(reused) > 1 and not all(aligned))
-            alone = len(readers) == 1 and not is_output
-            if _accepts(kernel.root, step, library and not alone) and (
-                not step.expensive or (alone and not again)
-            ):
+            if kernel.library:
+                joins = alone and (_in_library(step) or step.op in _LIBRARY_REDUCTIONS)
+                joins = joins and id(step) not in grown
+            else:
+                joins = _accepts(kernel.root, step) and (not step.expensive or (alone and not again))
+            if joins:
                 accepted.append((kernel, Member(step, again, all(aligned))))
-        if (is_output or len(accepted) < len(readers)) and _reads_more_than_it_writes(step):
+        if id(step) in grown or (id(step) in single and not alone):
             accepted = []
         for kernel, member in accepted:
             kernel.members[id(step)] = member
         within[id(step)] = [kernel for kernel, _ in accepted]
         if is_output or len(accepted) < len(readers):
-            kernel = Kernel(step, {id(step): Member(step, False, True)})
+            kernel = Kernel(step, id(step) in grown, {id(step): Member(step, False, True)})
             within[id(step)].append(kernel)
             made.append(kernel)
     for kernel in made:
@@ -82,13 +94,37 @@ def kernels(program: Program, library: bool = True) -> list[Kernel]:
     return made[::-1]
 
 
-def _accepts(root: Step, step: Step, by_library: bool) -> bool:
+def _accepts(root: Step, step: Step) -> bool:
     """Whether the kernel of a root can compute a step inside."""
     if step.kind not in _FUSED or _is_long_concatenation(step) or _is_long_concatenation(root):
         return False
-    if root.kind == "reduce":
-        return not by_library
-    return root.kind in _FUSED or root.op == "dynamic_update_slice"
+    return root.kind in (*_FUSED, "reduce") or root.op == "dynamic_update_slice"
+
+
+def _grown(program: Program, kept: set[int]) -> dict[int, Step]:
+    """The steps whose results leave a kernel of the library: a reduction, or what follows if only it is read.
+
+    Reference: `LibraryRewriter` and `YnnMatcher` of XLA.
+    """
+    found: dict[int, Step] = {}
+    for step in reversed(program.steps):
+        if step.op not in _LIBRARY_REDUCTIONS or max(v.size for v in step.inputs) < _LIBRARY_ENTRIES:
+            continue
+        root = step
+        while not any(id(v) in kept for v in root.outputs):
+            users = {id(u): u for v in root.outputs for u in v.users}
+            (user,) = users.values() if len(users) == 1 else (None,)
+            if user is None or not _in_library(user):
+                break
+            root = user
+        found[id(root)] = root
+    return found
+
+
+def _in_library(step: Step) -> bool:
+    values = [*step.inputs, *step.outputs]
+    light = step.op in ("broadcast_in_dim", "transpose", "pad", "iota")
+    return step.op in _LIBRARY and (light or max(v.size for v in values) >= _LIBRARY_ENTRIES)
 
 
 def _is_long_concatenation(step: Step) -> bool:
@@ -104,11 +140,88 @@ def _is_long_concatenation(step: Step) -> bool:
     return len(result.shape) > 1 and along_rows and wide
 
 
+class _Unshared:
+    """Finds the steps that are not computed twice: those that read more than they write.
+
+    Unless each path from such a step to each of its readers can be inside of one kernel.
+
+    Reference: `InstructionFusion::ComputeGloballyUnfusible` of XLA.
+    """
+
+    def __init__(self, program: Program, kept: set[int], grown: Mapping[int, Step]) -> None:
+        self.program, self.kept, self.grown = program, kept, grown
+        self.after: dict[int, int] = {}  # of a step: a bit for each step from which it can be reached
+        self.bit: dict[int, int] = {}
+        for i, step in enumerate(program.steps):
+            self.bit[id(step)] = 1 << i
+            mask = 1 << i
+            for value in step.inputs:
+                mask |= self.after.get(id(value.step), 0)
+            self.after[id(step)] = mask
+        self.found: set[int] = set()
+
+    def find(self) -> set[int]:
+        """The identities of these steps."""
+        for step in reversed(self.program.steps):
+            if step.kind not in _FUSED:
+                continue
+            if _shifts_exponents(step):
+                self.found.add(id(step))
+            if not _reads_more_than_it_writes(step):
+                continue
+            known: dict[int, bool] = {}
+            users = {id(u): u for v in step.outputs for u in v.users}.values()
+            if not all(self._inside(step, user, known) for user in users):
+                self.found.add(id(step))
+        return self.found
+
+    def _inside(self, step: Step, reader: Step, known: dict[int, bool]) -> bool:
+        """Whether every path from a step to a reader can be inside of the reader's kernel."""
+        if step is reader:
+            return True
+        if id(reader) in known:
+            return known[id(reader)]
+        known[id(reader)] = all(
+            self._joins(value.step, reader) and self._inside(step, value.step, known)
+            for value in reader.inputs
+            if value.step is not None and self.after.get(id(value.step), 0) & self.bit[id(step)]
+        )
+        return known[id(reader)]
+
+    def _joins(self, step: Step, reader: Step) -> bool:
+        users = {id(u) for v in step.outputs for u in v.users}
+        alone = len(users) == 1 and not any(id(v) in self.kept for v in step.outputs)
+        return (
+            id(step) not in self.found
+            and id(reader) not in self.grown
+            and _accepts(reader, step)
+            and (not step.expensive or (alone and not reader.reuses))
+        )
+
+
+def _shifts_exponents(step: Step) -> bool:
+    """Whether a step is the argument of a softmax: it is subtracted its own maximum, then exponentiated.
+
+    XLA does not compute it twice, because roundings of the two could differ.
+    """
+    if step.kind != "elementwise":
+        return False
+    users = step.outputs[0].users
+    largest = [u.outputs[0] for u in users if u.op == "reduce_max"]
+    spread = {id(w.outputs[0]) for v in largest for w in v.users if w.op == "broadcast_in_dim"}
+    return any(
+        u.op == "sub"
+        and any(id(v) in spread for v in u.inputs)
+        and any(e.op == "exp" for e in u.outputs[0].users)
+        for u in users
+    )
+
+
 def _reads_more_than_it_writes(step: Step) -> bool:
-    written = step.outputs[0].size
-    full = [v for v in step.inputs if _rank(v.shape) >= _rank(step.outputs[0].shape)]
+    written = step.outputs[0]
+    full = [v for v in step.inputs if _rank(v.shape) >= _rank(written.shape)]
     full = [v for v in full if v.step is None or v.step.op not in ("broadcast_in_dim", "iota")]
-    return len(full) > 1 and sum(v.size for v in {id(v): v for v in step.inputs}.values()) > written
+    return len(full) > 1 and sum(v.size for v in {id(v): v for v in step.inputs}.values()) > written.size
 
 
 def _rank(shape: Sequence[int]) -> int:
@@ -125,19 +238,11 @@ def _connect(kernel: Kernel) -> None:
                 continue
             if id(value) not in aligned:
                 kernel.reads.append(value)
-            entrywise = member.aligned and not member.reused and step.kind == "elementwise"
+            entrywise = (
+                member.aligned and not kernel.library and not member.reused and step.kind == "elementwise"
+            )
             entrywise = entrywise and value.nbytes == kernel.outputs[0].nbytes
             entrywise = entrywise or any(value is over for over, _ in step.in_place)
             aligned[id(value)] = aligned.get(id(value), True) and entrywise
     kernel.aligned = {key for key, entrywise in aligned.items() if entrywise}
     kernel.in_place = list(kernel.root.in_place)
-
-
-def is_source(kernel: Kernel) -> bool:
-    """Whether a kernel reads nothing: it may run at any time."""
-    return not kernel.reads
-
-
-def size_of(values: Sequence[Value]) -> int:
-    """Bytes of some values together."""
-    return math.fsum(v.nbytes for v in values).__int__()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from funcprop import _compat
@@ -125,10 +126,21 @@ class Lowering:
         elif op in UPDATES:
             kind = "update"
         expensive = op in EXPENSIVE or kind in ("reduce", "kernel", "update") or op == "gather"
-        if op == "div" and (operands[1] is None or operands[1].size <= 1):
-            expensive = False  # A division by a number becomes a product.
+        if kind == "elementwise" and len(eqn.outvars) == 1:
+            operands = [v if v is None else self.spread(v, eqn.outvars[0].aval, scope) for v in operands]
+        if op == "div" and (operands[1] is None or operands[1].size <= 1 or _is_spread(operands[1])):
+            expensive = False  # A division by one number for many becomes a product.
         reuses = op == "gather" or (op == "broadcast_in_dim" and operands[0] is not None)
         return self.add(op, kind, scope, operands, [v.aval for v in eqn.outvars], expensive, reuses)
+
+    def spread(self, value: Value, aval: Any, scope: str) -> Value:
+        """An operand of an elementwise operator in the shape of the result."""
+        if value.size in (1, math.prod(aval.shape)):
+            return value
+        like = jax.core.ShapedArray(aval.shape, value.dtype)
+        (spread,) = self.shared("broadcast_in_dim", [value], like, scope, reuses=True)
+        assert spread is not None
+        return spread
 
     # --- building -----------------------------------------------------------------------------
 
@@ -151,6 +163,15 @@ class Lowering:
         self.steps.append(step)
         return list(step.outputs)
 
+    def shared(
+        self, op: str, operands: Sequence[Value], aval: Any, scope: str, detail: Hashable = (), **how: Any
+    ) -> list[Value | None]:
+        """A step that moves entries; equal ones are one."""
+        key = (op, tuple(map(id, operands)), aval.shape, str(aval.dtype), detail)
+        if key not in self.known:
+            self.known[key] = self.add(op, "move", scope, operands, [aval], expensive=False, **how)
+        return self.known[key]
+
     def value(self, aval: Any, step: Step | None = None) -> Value:
         return Value(tuple(getattr(aval, "shape", ())), getattr(aval, "dtype", None), nbytes_of(aval), step)
 
@@ -159,6 +180,8 @@ def _is_view(eqn: Any, op: str) -> bool | str:
     """Whether the result is the operand's own buffer (True), or each result that of its operand ("each")."""
     if op in VIEWS:
         return True if len(eqn.outvars) == 1 else "each"
+    if len(eqn.invars) == 2 and _is_identity(eqn, op):
+        return True
     aval, result = getattr(eqn.invars[0], "aval", None) if eqn.invars else None, eqn.outvars[0].aval
     if aval is None or isinstance(eqn.invars[0], _compat.Literal):
         return False
@@ -174,6 +197,22 @@ def _is_view(eqn: Any, op: str) -> bool | str:
     if op in REDUCTIONS and op not in ("argmax", "argmin"):
         return len(eqn.outvars) == 1 and math.prod(aval.shape) == math.prod(result.shape)
     return False
+
+
+# Operators that do nothing with this number on the right.
+_NEUTRAL = {"max": -math.inf, "min": math.inf, "add": 0, "mul": 1, "add_any": 0, "sub": 0, "div": 1}
+
+
+def _is_identity(eqn: Any, op: str) -> bool:
+    if op not in _NEUTRAL or not isinstance(eqn.invars[1], _compat.Literal):
+        return False
+    other = eqn.invars[1].val
+    same = eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape
+    return same and np.ndim(other) == 0 and bool(other == _NEUTRAL[op])
+
+
+def _is_spread(value: Value) -> bool:
+    return value.step is not None and value.step.op == "broadcast_in_dim" and bool(value.step.inputs)
 
 
 def _key(eqn: Any, operands: Sequence[Value | None], salt: int) -> Hashable | None:
