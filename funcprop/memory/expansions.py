@@ -31,7 +31,7 @@ def dot_general(lowering: Lowering, eqn: Any, operands: list[Value | None], scop
     """
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
     sides = ((lhs_sum, lhs_batch, True), (rhs_sum, rhs_batch, False))
-    arranged = []
+    arranged, seen, free = [], [], []
     for atom, value, (summed, batch, is_lhs) in zip(eqn.invars, operands, sides, strict=True):
         shape = atom.aval.shape
         if value is not None and value.step is not None and value.step.op == "transpose" and len(shape) == 2:
@@ -43,7 +43,14 @@ def dot_general(lowering: Lowering, eqn: Any, operands: list[Value | None], scop
         if value is not None and not as_it_is and kept != sorted(kept) and (batch or len(kept) != 2):
             (value,) = transposed(lowering, value, shape, order, scope)  # noqa: PLW2901
         arranged.append(value)
-    return lowering.add("dot_general", "kernel", scope, arranged, [v.aval for v in eqn.outvars])
+        free.append(math.prod(shape[d] for d in rest))
+        matrix = (*(shape[d] for d in batch), free[-1], math.prod(shape[d] for d in summed))
+        seen.append(shape if len(rest) == len(summed) == 1 else matrix)
+    result = eqn.outvars[0].aval
+    product = lowering.add("dot_general", "kernel", scope, arranged, [result], seen=seen)
+    if product[0] is not None:
+        product[0].laid = (*result.shape[: len(lhs_batch)], *free)
+    return product
 
 
 def transpose(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:

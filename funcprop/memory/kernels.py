@@ -21,6 +21,7 @@ _LIBRARY = frozenset(
 )
 _LIBRARY_REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
 _LIBRARY_ENTRIES = 4096
+_WINDOW = 32  # of sums that the library does not compute
 
 
 @dataclass
@@ -67,7 +68,7 @@ def kernels(program: Program, library: bool = True) -> list[Kernel]:
                 member = kernel.members[id(user)]
                 entry = readers.setdefault(id(kernel), (kernel, [], []))
                 entry[1].append(member.reused or user.reuses)
-                entry[2].append(member.aligned and user.kind == "elementwise")
+                entry[2].append(member.aligned and user.kind == "elementwise" and _seen_as_made(step, user))
         is_output = any(id(v) in kept for v in step.outputs)
         alone = len(readers) == 1 and not is_output
         accepted = []
@@ -90,7 +91,7 @@ def kernels(program: Program, library: bool = True) -> list[Kernel]:
             within[id(step)].append(kernel)
             made.append(kernel)
     for kernel in made:
-        _connect(kernel)
+        _connect(kernel, kept)
     return made[::-1]
 
 
@@ -98,7 +99,10 @@ def _accepts(root: Step, step: Step) -> bool:
     """Whether the kernel of a root can compute a step inside."""
     if step.kind not in _FUSED or _is_long_concatenation(step) or _is_long_concatenation(root):
         return False
-    return root.kind in (*_FUSED, "reduce") or root.op == "dynamic_update_slice"
+    if root.kind == "reduce":
+        # A longer one is done window by window, and such a kernel computes nothing inside.
+        return max(v.size for v in root.inputs) <= _WINDOW * root.outputs[0].size
+    return root.kind in _FUSED or root.op == "dynamic_update_slice"
 
 
 def _grown(program: Program, kept: set[int]) -> dict[int, Step]:
@@ -163,11 +167,7 @@ class _Unshared:
     def find(self) -> set[int]:
         """The identities of these steps."""
         for step in reversed(self.program.steps):
-            if step.kind not in _FUSED:
-                continue
-            if _shifts_exponents(step):
-                self.found.add(id(step))
-            if not _reads_more_than_it_writes(step):
+            if step.kind not in _FUSED or not _reads_more_than_it_writes(step):
                 continue
             known: dict[int, bool] = {}
             users = {id(u): u for v in step.outputs for u in v.users}.values()
@@ -199,24 +199,6 @@ class _Unshared:
         )
 
 
-def _shifts_exponents(step: Step) -> bool:
-    """Whether a step is the argument of a softmax: it is subtracted its own maximum, then exponentiated.
-
-    XLA does not compute it twice, because roundings of the two could differ.
-    """
-    if step.kind != "elementwise":
-        return False
-    users = step.outputs[0].users
-    largest = [u.outputs[0] for u in users if u.op == "reduce_max"]
-    spread = {id(w.outputs[0]) for v in largest for w in v.users if w.op == "broadcast_in_dim"}
-    return any(
-        u.op == "sub"
-        and any(id(v) in spread for v in u.inputs)
-        and any(e.op == "exp" for e in u.outputs[0].users)
-        for u in users
-    )
-
-
 def _reads_more_than_it_writes(step: Step) -> bool:
     written = step.outputs[0]
     full = [v for v in step.inputs if _rank(v.shape) >= _rank(written.shape)]
@@ -228,20 +210,36 @@ def _rank(shape: Sequence[int]) -> int:
     return sum(d > 1 for d in shape)
 
 
-def _connect(kernel: Kernel) -> None:
+def _seen_as_made(step: Step, user: Step) -> bool:
+    """Whether a reader sees a result in the shape in which it is computed."""
+    own = step.outputs[0]
+    return all(s == own.shape for v, s in zip(user.inputs, user.seen, strict=True) if v is own)
+
+
+def _in_memory(value: Value, kept: set[int]) -> tuple[int, ...]:
+    """The shape in which a value is kept: that of its readers, if they agree."""
+    if value.laid is not None:
+        return value.laid
+    shapes = {s for u in value.users for v, s in zip(u.inputs, u.seen, strict=True) if v is value}
+    return (
+        shapes.pop() if len(shapes) == 1 and value.step is not None and id(value) not in kept else value.shape
+    )
+
+
+def _connect(kernel: Kernel, kept: set[int]) -> None:
     """What a kernel reads from memory."""
     aligned: dict[int, bool] = {}
+    result = kernel.outputs[0]
+    whole = not kernel.library and _in_memory(result, kept) == result.shape
     for member in reversed(kernel.members.values()):
         step = member.step
-        for value in step.inputs:
+        for value, seen in zip(step.inputs, step.seen, strict=True):
             if value.step is not None and id(value.step) in kernel.members:
                 continue
             if id(value) not in aligned:
                 kernel.reads.append(value)
-            entrywise = (
-                member.aligned and not kernel.library and not member.reused and step.kind == "elementwise"
-            )
-            entrywise = entrywise and value.nbytes == kernel.outputs[0].nbytes
+            entrywise = whole and member.aligned and not member.reused and step.kind == "elementwise"
+            entrywise = entrywise and seen == _in_memory(value, kept) and value.nbytes == result.nbytes
             entrywise = entrywise or any(value is over for over, _ in step.in_place)
             aligned[id(value)] = aligned.get(id(value), True) and entrywise
     kernel.aligned = {key for key, entrywise in aligned.items() if entrywise}

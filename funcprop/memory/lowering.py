@@ -126,12 +126,17 @@ class Lowering:
         elif op in UPDATES:
             kind = "update"
         expensive = op in EXPENSIVE or kind in ("reduce", "kernel", "update") or op == "gather"
+        seen = [tuple(getattr(a.aval, "shape", ())) for a in eqn.invars]
         if kind == "elementwise" and len(eqn.outvars) == 1:
-            operands = [v if v is None else self.spread(v, eqn.outvars[0].aval, scope) for v in operands]
+            result = eqn.outvars[0].aval
+            spread = [v if v is None else self.spread(v, result, scope) for v in operands]
+            seen = [s if v is w else result.shape for s, v, w in zip(seen, operands, spread, strict=True)]
+            operands = spread
         if op == "div" and (operands[1] is None or operands[1].size <= 1 or _is_spread(operands[1])):
             expensive = False  # A division by one number for many becomes a product.
         reuses = op == "gather" or (op == "broadcast_in_dim" and operands[0] is not None)
-        return self.add(op, kind, scope, operands, [v.aval for v in eqn.outvars], expensive, reuses)
+        avals = [v.aval for v in eqn.outvars]
+        return self.add(op, kind, scope, operands, avals, expensive, reuses, seen)
 
     def spread(self, value: Value, aval: Any, scope: str) -> Value:
         """An operand of an elementwise operator in the shape of the result."""
@@ -153,10 +158,13 @@ class Lowering:
         avals: Sequence[Any],
         expensive: bool = True,
         reuses: bool = False,
+        seen: Sequence[tuple[int, ...]] | None = None,
     ) -> list[Value | None]:
-        """Append a step and return its results."""
+        """Append a step and return its results; `seen` are the shapes in which it sees its operands."""
         inputs = [v for v in operands if v is not None]
+        shapes = [() if v is None else v.shape for v in operands] if seen is None else seen
         step = Step(op, kind, scope, inputs, [], expensive, reuses)
+        step.seen = [shape for v, shape in zip(operands, shapes, strict=True) if v is not None]
         step.outputs = [self.value(aval, step) for aval in avals]
         if kind == "update" and operands[0] is not None:
             step.in_place.append((operands[0], step.outputs[0]))

@@ -19,7 +19,11 @@ Kind: TypeAlias = Literal["elementwise", "move", "reduce", "update", "kernel", "
 
 @dataclass(eq=False)
 class Value:
-    """An array of the program. `step` computes it; an argument has none."""
+    """An array of the program. `step` computes it; an argument has none.
+
+    `laid` is the shape in which it is computed, if that is another one, as for a matrix product of arrays with
+    more axes.
+    """
 
     shape: tuple[int, ...]
     dtype: Any
@@ -29,6 +33,7 @@ class Value:
     name: str = ""
     argument: int | None = None
     constant: bool = False
+    laid: tuple[int, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -38,7 +43,7 @@ class Value:
 
 @dataclass(eq=False)
 class Step:
-    """What one equation does. `inputs` are arrays with more than one entry that a step or an argument made.
+    """What one equation does. `inputs` are the arrays that it reads, `seen` the shapes in which it does.
 
     `reuses` says that entries of the inputs are read more than once; `extra` are bytes of its own; `in_place`
     are pairs of an input and the result that is written over it. A loop has its body in `bodies`, a
@@ -54,6 +59,7 @@ class Step:
     reuses: bool = False
     extra: int = 0
     bodies: tuple[Program, ...] = ()
+    seen: list[tuple[int, ...]] = field(default_factory=list)
     in_place: list[tuple[Value, Value]] = field(default_factory=list)
 
 
