@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from funcprop import _compat
-from funcprop.memory.program import Step, Value
+from funcprop.memory.steps import Step, Value
 
 if TYPE_CHECKING:
     from funcprop.memory.lowering import Lowering

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from funcprop.memory.program import Program, Step, Value
+from funcprop.memory.steps import Program, Step, Value
 
 _FUSED = ("elementwise", "move")
 # What the library (YNNPACK) computes together with a sum or a maximum, from this many entries on.

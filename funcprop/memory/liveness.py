@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from funcprop.memory.heap import Buffer, heap_size, peak
 from funcprop.memory.kernels import Kernel, kernels
-from funcprop.memory.program import Program, Step, Value
+from funcprop.memory.steps import Program, Step, Value
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ import numpy as np
 
 from funcprop import _compat
 from funcprop.memory import expansions
-from funcprop.memory.program import Kind, Program, Step, Value, nbytes_of
+from funcprop.memory.steps import Kind, Program, Step, Value, nbytes_of
 from funcprop.tracing import CHECKPOINTS, INLINED
 
 CALLS = INLINED | CHECKPOINTS | {"custom_jvp_call", "custom_vjp_call", "custom_lin", "custom_vjp_call_jaxpr"}
