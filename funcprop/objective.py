@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 
 from funcprop.graph import Graph, Variable
-from funcprop.tracing import CHECKPOINTS, INLINED, Traced, trace_call
+from funcprop.tracing import CHECKPOINTS, INLINED, Arguments, Traced, trace_call
 
 Argnums: TypeAlias = "int | Sequence[int] | None"
 
@@ -81,38 +81,43 @@ def trace_objective(
 
     def used(traced: Traced) -> tuple[Any, Any]:
         _check_scalar(traced.graph)
-        return use(Objective(traced, at, tuple(sorted(_chosen(traced, at)))))
+        chosen = differentiable(traced.signature, traced.arguments, traced.leaves, at)
+        return use(Objective(traced, at, chosen))
 
     return trace_call(used, fun, args, kwargs, inline=INLINED | CHECKPOINTS, name_result="J", has_aux=has_aux)
 
 
-def _chosen(traced: Traced, argnums: int | tuple[int, ...] | None) -> set[int]:
-    """The leaves to differentiate: parameters of the arguments at `argnums`, each of which must have some."""
-    signature = traced.signature
+def differentiable(
+    signature: Arguments, arrays: Sequence[int], leaves: Sequence[Any], argnums: Argnums
+) -> tuple[int, ...]:
+    """The leaves to differentiate: parameters of the arguments at `argnums`, each of which must have some.
+
+    `arrays` are the positions of the leaves that are arrays.
+    """
     smooth = {
         i
-        for i in traced.arguments
-        if signature.trainable[i] and jnp.issubdtype(jnp.result_type(traced.leaves[i]), jnp.inexact)
+        for i in arrays
+        if signature.trainable[i] and jnp.issubdtype(jnp.result_type(leaves[i]), jnp.inexact)
     }
-    count = len(signature.positional(traced.leaves))
+    count = len(signature.positional(leaves))
     held: list[set[int]] = [set() for _ in range(count)]
     for i, (kind, which, *_) in enumerate(signature.paths):
         if kind.idx == 0:
             held[which.idx].add(i)
     if argnums is None:
-        return smooth & set().union(*held)
+        return tuple(sorted(smooth & set().union(*held)))
     chosen: set[int] = set()
     for p in (argnums,) if isinstance(argnums, int) else argnums:
         if not -count <= p < count:
             raise ValueError(f"argnums={p}, but the function was called with {count} positional arguments.")
         if not held[p] & smooth:
-            holds = ", ".join(repr(traced.leaves[i]) for i in sorted(held[p])) or "nothing"
+            holds = ", ".join(repr(leaves[i]) for i in sorted(held[p])) or "nothing"
             raise TypeError(
                 f"the argument at argnums={p} holds {holds}, which has no derivative; choose arguments with "
                 "floating-point arrays, or argnums=None to differentiate what can be differentiated."
             )
         chosen |= held[p] & smooth
-    return chosen
+    return tuple(sorted(chosen))
 
 
 def _check_scalar(graph: Graph) -> None:

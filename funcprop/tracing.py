@@ -71,6 +71,12 @@ class Arguments:
     trainable: Sequence[bool]
     positional: Callable[[Sequence[Any]], Sequence[Any]]
 
+    @classmethod
+    def of(cls, call: Call) -> Arguments:
+        """Those of a call as it is written."""
+        paths = [path for path, _ in jax.tree.leaves_with_path(call.arguments(call.leaves))]
+        return cls(paths, [True] * len(paths), lambda leaves: call.arguments(leaves)[0])
+
 
 def trace(fun: Callable[..., Any]) -> Callable[..., Graph]:
     """The computational graph of `fun` at given arguments: `trace(fun)(*args, **kwargs) -> Graph`.
@@ -135,8 +141,7 @@ def trace_function(
     call = Call.of(args, kwargs, is_array)
     has_state = signature is not None
     if signature is None:
-        paths = [path for path, _ in jax.tree.leaves_with_path(call.arguments(call.leaves))]
-        signature = Arguments(paths, [True] * len(paths), lambda leaves: call.arguments(leaves)[0])
+        signature = Arguments.of(call)
     result_trees: list[Any] = []
 
     def flat(*values: Any) -> Any:

@@ -1,0 +1,221 @@
+"""Equations that the compiler turns into several steps, and what these hold.
+
+XLA's CPU backend computes a product only on operands whose batch axes lead, rows before the summed axis on the
+left and after it on the right, and a convolution only on `NHWC` and `HWIO`: other operands are copied first. It
+makes a `while` of a `scan`: constants are read in place, carries and results are written in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import jax
+import numpy as np
+
+from funcprop import _compat
+from funcprop.memory.steps import Step, Value
+
+if TYPE_CHECKING:
+    from funcprop.memory.lowering import Lowering
+
+# What the compiler moves out of a loop only together with what reads it.
+_LIGHT = frozenset("broadcast_in_dim iota rev slice transpose".split())
+
+
+def dot_general(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+    """A product, after copies of the operands that are not in order.
+
+    In order are batch axes in front, and then one axis besides the summed one.
+    """
+    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+    sides = ((lhs_sum, lhs_batch, True), (rhs_sum, rhs_batch, False))
+    arranged, seen, free = [], [], []
+    for atom, value, (summed, batch, is_lhs) in zip(eqn.invars, operands, sides, strict=True):
+        shape = atom.aval.shape
+        if value is not None and value.step is not None and value.step.op == "transpose" and len(shape) == 2:
+            value = value.step.inputs[0]  # noqa: PLW2901  A transposed matrix is read as it is.
+        rest = [d for d in range(len(shape)) if d not in summed and d not in batch]
+        order = [*batch, *rest, *summed] if is_lhs else [*batch, *summed, *rest]
+        kept = [d for d in order if shape[d] > 1]
+        as_it_is = list(batch) == list(range(len(batch))) and len(summed) == 1 and len(rest) <= 1
+        if value is not None and not as_it_is and kept != sorted(kept) and (batch or len(kept) != 2):
+            (value,) = transposed(lowering, value, shape, order, scope)  # noqa: PLW2901
+        arranged.append(value)
+        free.append(math.prod(shape[d] for d in rest))
+        matrix = (*(shape[d] for d in batch), free[-1], math.prod(shape[d] for d in summed))
+        seen.append(shape if len(rest) == len(summed) == 1 else matrix)
+    result = eqn.outvars[0].aval
+    product = lowering.add("dot_general", "kernel", scope, arranged, [result], seen=seen)
+    if product[0] is not None:
+        product[0].laid = (*result.shape[: len(lhs_batch)], *free)
+    return product
+
+
+def transpose(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+    """A transposition; that of a matrix product is the product of the factors in the other order."""
+    value = operands[0]
+    if value is not None and value.step is not None and value.step.op == "dot_general":
+        kept = [d for d in eqn.params["permutation"] if eqn.invars[0].aval.shape[d] > 1]
+        if len(kept) == 2:
+            return [value]
+    return lowering.add("transpose", "move", scope, operands, [eqn.outvars[0].aval], expensive=False)
+
+
+def transposed(
+    lowering: Lowering, value: Value, shape: Sequence[int], order: Sequence[int], scope: str
+) -> list[Value | None]:
+    """A copy in another order of axes."""
+    aval = jax.core.ShapedArray(tuple(shape[d] for d in order), value.dtype)
+    return lowering.shared("transpose", [value], aval, scope, tuple(order))
+
+
+def convolution(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+    """A convolution, after copies of what is not `NHWC` or `HWIO`, and a copy of such a result."""
+    lhs, rhs, out = eqn.params["dimension_numbers"]
+    orders = ([lhs[0], *lhs[2:], lhs[1]], [*rhs[2:], rhs[1], rhs[0]])
+    arranged: list[Value | None] = []
+    for atom, value, order in zip(eqn.invars, operands, orders, strict=True):
+        kept = [d for d in order if atom.aval.shape[d] > 1]
+        if value is not None and kept != sorted(kept):
+            (value,) = transposed(lowering, value, atom.aval.shape, order, scope)  # noqa: PLW2901
+        arranged.append(value)
+    result = eqn.outvars[0].aval
+    order = [out[0], *out[2:], out[1]]
+    computed = lowering.add("conv_general_dilated", "kernel", scope, arranged, [result])
+    kept = [d for d in order if result.shape[d] > 1]
+    if kept == sorted(kept) or computed[0] is None:
+        return computed
+    return lowering.add("transpose", "move", scope, computed, [result], expensive=False)
+
+
+def select_and_scatter_add(
+    lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str
+) -> list[Value | None]:
+    """The derivative of max-pooling: positions of all entries, the largest in each window, then a scatter."""
+    source, operand = (atom.aval for atom in eqn.invars)
+    rank = len(operand.shape)
+    positions = [
+        lowering.add("iota", "move", scope, [], [jax.core.ShapedArray(operand.shape, np.dtype("int32"))])[0]
+        for _ in range(rank)
+    ]
+    index = jax.core.ShapedArray(source.shape, np.dtype("int32"))
+    found = lowering.add("reduce_window", "kernel", scope, [operands[1], *positions], [index] * rank)
+    places = jax.core.ShapedArray((math.prod(source.shape), rank), np.dtype("int32"))
+    (indices,) = lowering.add("concatenate", "move", scope, found, [places], expensive=False)
+    (zeros,) = lowering.add("broadcast_in_dim", "move", scope, [], [operand], expensive=False)
+    return lowering.add("scatter_add", "update", scope, [zeros, indices, operands[0]], [operand])
+
+
+def twice(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+    """A kernel that holds as much again as its results while it runs."""
+    avals = [v.aval for v in eqn.outvars]
+    results = lowering.add(eqn.primitive.name, "kernel", scope, operands, avals)
+    lowering.steps[-1].extra = sum(v.nbytes for v in lowering.steps[-1].outputs)
+    return results
+
+
+Expansion: TypeAlias = "Callable[[Lowering, Any, list[Value | None], str], list[Value | None]]"
+TABLE: dict[str, Expansion] = {
+    "dot_general": dot_general,
+    "transpose": transpose,
+    "conv_general_dilated": convolution,
+    "select_and_scatter_add": select_and_scatter_add,
+    "random_bits": twice,
+    "threefry2x32": twice,
+    "cumsum": twice,
+    "cumprod": twice,
+    "cummax": twice,
+    "cummin": twice,
+    "cumlogsumexp": twice,
+}
+
+
+# --- control flow -----------------------------------------------------------------------------
+
+
+def loop(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+    """A `scan` or `while` as one step with its body."""
+    if eqn.primitive.name == "scan":
+        return _scan(lowering, eqn, operands, scope)
+    skipped, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    body = eqn.params["body_jaxpr"]
+    given = operands[skipped:]
+    return _while(lowering, eqn, body, given, consts, len(given) - consts, scope)
+
+
+def _scan(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+    consts, carry = _compat.scan_counts(eqn.params)
+    return _while(lowering, eqn, eqn.params["jaxpr"], operands, consts, carry, scope)
+
+
+def _while(
+    lowering: Lowering, eqn: Any, body: Any, operands: list[Value | None], consts: int, carry: int, scope: str
+) -> list[Value | None]:
+    """The loop: carries, and one array for each stacked result, are written in place."""
+    inner = lowering.nested()
+    jaxpr, avals = _compat.open_jaxpr(body), [v.aval for v in eqn.outvars]
+    state = [inner.value(v.aval) for v in jaxpr.invars[: consts + carry]]
+    scanned = [inner.value(atom.aval) for atom in list(eqn.invars)[len(eqn.invars) - len(operands) :]]
+    scanned = scanned[consts + carry :]
+    slices: list[Value | None] = []
+    for value, var in zip(scanned, jaxpr.invars[consts + carry :], strict=True):
+        slices += inner.add("dynamic_slice", "move", "", [value], [var.aval], expensive=False)
+    results = inner.walk(body, [*state, *slices], "", 0)
+    stacked = [inner.value(aval) for aval in avals[carry:]]
+    written: list[Value | None] = []
+    for array, result, aval in zip(stacked, results[carry:], avals[carry:], strict=True):
+        written += inner.add("dynamic_update_slice", "update", "", [array, result], [aval])
+    for i, value in enumerate(arguments := [*state, *scanned, *stacked]):
+        value.argument = i
+    over = [*operands[consts : consts + carry], *(_zeros(lowering, aval, scope) for aval in avals[carry:])]
+    hoisted = _hoist(lowering, inner, state[:consts], operands[:consts])
+    program = inner.finish(arguments, [*results[:carry], *written])
+    program.donated = {consts + i: i for i in range(carry)}
+    read = [*operands[:consts], *operands[consts + carry :], *hoisted]
+    finals = lowering.add(eqn.primitive.name, "loop", scope, [*read, *over], avals)
+    step = lowering.steps[-1]
+    step.bodies = (program,)
+    step.in_place = [(v, final) for v, final in zip(over, step.outputs, strict=True) if v is not None]
+    return finals
+
+
+def _zeros(lowering: Lowering, aval: Any, scope: str) -> Value | None:
+    """What a loop writes its stacked results over; loops share it."""
+    return lowering.shared("broadcast_in_dim", [], aval, scope, "zeros")[0]
+
+
+def _hoist(
+    lowering: Lowering, inner: Lowering, consts: Sequence[Value], given: Sequence[Value | None]
+) -> list[Value]:
+    """Move what depends on the loop's constants only, and is work, out of the loop; the results."""
+    outer: dict[int, Value | None] = {id(v): g for v, g in zip(consts, given, strict=True)}
+    invariant: list[Step] = []
+    known = set(outer)
+    for step in inner.steps:
+        if step.inputs and not step.bodies and all(id(v) in known for v in step.inputs):
+            invariant.append(step)
+            known.update(id(v) for v in step.outputs)
+    wanted: set[int] = set()
+    chosen = set()
+    for step in reversed(invariant):
+        if step.op not in _LIGHT or any(id(v) in wanted for v in step.outputs):
+            chosen.add(id(step))
+            wanted.update(id(v) for v in step.inputs)
+    for step in invariant:
+        if id(step) not in chosen:
+            continue
+        inputs = [outer.get(id(v), v) for v in step.inputs]
+        step.inputs = [v for v in inputs if v is not None]
+        lowering.steps.append(step)
+    inner.steps[:] = [step for step in inner.steps if id(step) not in chosen]
+    return [v for step in invariant if id(step) in chosen for v in step.outputs]
+
+
+def branch(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+    """A conditional: room for the largest branch."""
+    programs = tuple(lowering.nested().program(body) for body in eqn.params["branches"])
+    results = lowering.add("cond", "branch", scope, operands[1:], [v.aval for v in eqn.outvars])
+    lowering.steps[-1].bodies = programs
+    return results

@@ -1,0 +1,92 @@
+"""A jaxpr as the compiler sees it: a flat list of steps between values.
+
+Calls are inlined, equal steps are one, what is not read is gone, and reshapes are no steps at all: a value and
+its reshaped views are one buffer. A loop remains one step with a program inside.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from funcprop.tracing import without_transformations
+
+Kind: TypeAlias = Literal["elementwise", "move", "reduce", "update", "kernel", "loop", "branch"]
+
+
+@dataclass(eq=False)
+class Value:
+    """An array of the program. `step` computes it; an argument has none.
+
+    `laid` is the shape in which it is computed, if that is another one, as for a matrix product of arrays with
+    more axes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    nbytes: int
+    step: Step | None = None
+    users: list[Step] = field(default_factory=list)
+    name: str = ""
+    argument: int | None = None
+    constant: bool = False
+    laid: tuple[int, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of entries."""
+        return math.prod(self.shape)
+
+
+@dataclass(eq=False)
+class Step:
+    """What one equation does. `inputs` are the arrays that it reads, `seen` the shapes in which it does.
+
+    `reuses` says that entries of the inputs are read more than once; `extra` are bytes of its own; `in_place`
+    are pairs of an input and the result that is written over it. A loop has its body in `bodies`, a
+    conditional its branches.
+    """
+
+    op: str
+    kind: Kind
+    scope: str
+    inputs: list[Value]
+    outputs: list[Value]
+    expensive: bool = False
+    reuses: bool = False
+    extra: int = 0
+    bodies: tuple[Program, ...] = ()
+    seen: list[tuple[int, ...]] = field(default_factory=list)
+    in_place: list[tuple[Value, Value]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Program:
+    """Steps in the order of the jaxpr. An output that is None is a number written in the function.
+
+    `donated` says which argument an output is written over.
+    """
+
+    arguments: list[Value]
+    constants: list[Value]
+    steps: list[Step]
+    outputs: list[Value | None]
+    donated: dict[int, int] = field(default_factory=dict)
+
+
+def nbytes_of(aval: Any) -> int:
+    """Bytes of a value; 0 for what has no size (references, tokens); a key counts as its words."""
+    shape, dtype = getattr(aval, "shape", None), getattr(aval, "dtype", None)
+    if shape is None or dtype is None:
+        return 0
+    if isinstance(dtype, np.dtype):
+        return 0 if dtype.name == "float0" else math.prod(shape) * dtype.itemsize
+    return math.prod(shape) * int(getattr(dtype, "itemsize", 8))
+
+
+def clean(scope: str) -> str:
+    """A scope without the marks of transformations."""
+    return without_transformations(scope, ("vmap", "jvp", "transpose", "checkpoint", "rematted_computation"))
