@@ -1,7 +1,7 @@
 """The same quantities by libraries for PyTorch: same weights, same data, as many threads as JAX has.
 
-None of them is a dependency; this module is imported for `--peer` alone, and what is not installed is left out
-with a warning.
+None of them is a dependency; this module is imported for `--peer` alone, and what is not installed is left
+out with a warning.
 """
 
 from __future__ import annotations

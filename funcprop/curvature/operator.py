@@ -23,6 +23,7 @@ from funcprop import _compat
 from funcprop.curvature import products
 from funcprop.curvature.binding import Same
 from funcprop.curvature.finite import require_finite
+from funcprop.curvature.linearization import split
 from funcprop.curvature.parameters import Parameters
 
 DENSE_BYTES = 2**32  # a larger matrix is made only when asked for
@@ -299,9 +300,14 @@ def identity(like: LinearOperator | PyTree) -> Identity:
 
 @jax.jit
 def _linearized(operator: LinearOperator) -> Linearized:
-    closed = jax.make_jaxpr(operator.linear_map())(operator.parameters.structs)
-    jaxpr, residuals = _compat.with_constants_as_inputs(closed)
-    return Linearized(tuple(map(jnp.asarray, residuals)), operator.parameters, Same(jaxpr))
+    names = operator.parameters
+    leaves, tree = jax.tree.flatten(operator)
+
+    def product(leaves: Sequence[Any], v: Sequence[Any]) -> list[Any]:
+        return jax.tree.leaves(jax.tree.unflatten(tree, leaves).linear_map()(names.unflatten(v)))
+
+    residuals, jaxpr = split(product, leaves, jax.tree.leaves(names.structs))
+    return Linearized(tuple(residuals), names, Same(jaxpr))
 
 
 def _added(trees: Sequence[PyTree]) -> PyTree:
