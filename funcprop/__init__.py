@@ -10,6 +10,7 @@ from funcprop import training as training
 from funcprop.backprop import backprop as backprop
 from funcprop.comparison import Comparison as Comparison
 from funcprop.comparison import compare as compare
+from funcprop.curvature import fisher as fisher
 from funcprop.curvature import ggn as ggn
 from funcprop.curvature import hessian as hessian
 from funcprop.drawing import BackwardGraph as BackwardGraph

@@ -12,7 +12,7 @@ import pytest
 import funcprop as fp
 import funcprop.testing  # `import funcprop` alone does not import the checker
 
-PUBLIC = (fp, fp.layers, fp.models, fp.rules, fp.training, funcprop.testing)
+PUBLIC = (fp, fp.curvature, fp.layers, fp.models, fp.rules, fp.training, funcprop.testing)
 EXAMPLES = doctest.DocTestParser()
 
 
@@ -25,7 +25,13 @@ def public_names() -> Iterator[tuple[str, Any]]:
             full = f"{module.__name__}.{name}"
             yield full, value
             if inspect.isclass(value):
-                yield from ((f"{full}.{k}", v) for k, v in vars(value).items() if k[0] != "_" and callable(v))
+                # With what it inherits, which may stand in a class that is not public.
+                own = {k: v for base in value.__mro__[::-1] if _ours(base) for k, v in vars(base).items()}
+                yield from ((f"{full}.{k}", v) for k, v in own.items() if k[0] != "_" and callable(v))
+
+
+def _ours(kind: type) -> bool:
+    return kind.__module__.startswith("funcprop.")
 
 
 def owner(name: str) -> Any:
@@ -34,8 +40,11 @@ def owner(name: str) -> Any:
 
 
 def with_examples() -> list[Any]:
-    found = []
+    found, seen = [], []
     for name, value in public_names():
+        if any(value is other for other in seen):
+            continue
+        seen.append(value)
         test = EXAMPLES.get_doctest(inspect.getdoc(value) or "", {}, name, name, 0)
         if test.examples:
             found.append(pytest.param(test, id=name))

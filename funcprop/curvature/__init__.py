@@ -1,12 +1,18 @@
 """Curvature: second-order quantities of any JAX model, as linear operators on its parameters."""
 
+from funcprop.curvature.convergence import ConvergenceWarning as ConvergenceWarning
+from funcprop.curvature.estimate import Estimate as Estimate
+from funcprop.curvature.fisher import fisher as fisher
 from funcprop.curvature.gauss_newton import GaussNewton as GaussNewton
 from funcprop.curvature.gauss_newton import ggn as ggn
 from funcprop.curvature.hessian import Hessian as Hessian
 from funcprop.curvature.hessian import hessian as hessian
+from funcprop.curvature.likelihood import Likelihood as Likelihood
+from funcprop.curvature.operator import Dense as Dense
 from funcprop.curvature.operator import Identity as Identity
 from funcprop.curvature.operator import Linearized as Linearized
 from funcprop.curvature.operator import LinearOperator as LinearOperator
 from funcprop.curvature.operator import Scaled as Scaled
 from funcprop.curvature.operator import Sum as Sum
 from funcprop.curvature.operator import identity as identity
+from funcprop.curvature.spectrum import Spectrum as Spectrum

@@ -22,13 +22,14 @@ from jaxtyping import Array, Float, PyTree, Scalar
 from funcprop import _compat
 from funcprop.curvature import products
 from funcprop.curvature.binding import Same
-from funcprop.curvature.finite import require_finite
+from funcprop.curvature.convergence import is_traced, warn_unless
+from funcprop.curvature.lanczos import Tridiagonal, tridiagonal
+from funcprop.curvature.linearization import split
 from funcprop.curvature.parameters import Parameters
+from funcprop.curvature.queries import DENSE_BYTES, Queries
 
-DENSE_BYTES = 2**32  # a larger matrix is made only when asked for
 
-
-class LinearOperator(abc.ABC):
+class LinearOperator(Queries):
     """A symmetric matrix of P × P entries, P the number of parameters, by its products.
 
     Attributes:
@@ -118,52 +119,29 @@ class LinearOperator(abc.ABC):
     def __neg__(self) -> LinearOperator:
         return Scaled.of(-1.0, self)
 
-    # --- the matrix and what is exact of it ---------------------------------------------------
-
-    def dense(self, *, columns: int | None = None, limit: int = DENSE_BYTES) -> Float[Array, "P P"]:
-        """The matrix, in `ravel_pytree` order.
+    def sqrt(self, *, products: int | None = None, limit: int = DENSE_BYTES) -> LinearOperator:
+        """The symmetric square root: `S @ (S @ v)` is `A @ v`.
 
         Args:
-            columns: how many columns are computed at once; chosen for their bytes if None.
+            products: if given, each `S @ v` is approximated by so many products with A, by Lanczos, and warns
+                where the last one still changed the result. Otherwise the matrix is formed, once.
             limit: the most bytes that the matrix may have.
 
         Raises:
-            ValueError: the matrix is larger than `limit`.
-            FloatingPointError: it is not finite; the message has the parameter's path.
+            ValueError: the operator has a negative eigenvalue. (Under `jit`, S is NaN.)
+
+        Example:
+            >>> import jax.numpy as jnp, funcprop as fp
+            >>> H = fp.hessian(lambda w: 2 * jnp.sum(w**2))(jnp.ones(2))
+            >>> print(H.sqrt() @ jnp.ones(2))
+            [2. 2.]
         """
-        self._require_room(self.shape, limit, "the matrix")
-        every = tuple(range(len(self.parameters.paths)))
-        return require_finite(self, products.block(self, every, every, columns), "dense()")
-
-    def block(
-        self, rows: Any, columns: Any = None, *, at_once: int | None = None, limit: int = DENSE_BYTES
-    ) -> Float[Array, "R C"]:
-        """The rows of one parameter and the columns of another (the same if None), as a matrix.
-
-        A parameter is given by its path, as `"params/Dense_0/kernel"` or a sequence of keys; a path with
-        several parameters below it means all of them. Only these columns are computed.
-
-        Raises:
-            ValueError: there is no such parameter, or the block has more than `limit` bytes.
-        """
-        names = self.parameters
-        r = names.select(rows)
-        c = r if columns is None else names.select(columns)
-        size = tuple(sum(names.sizes[i] for i in positions) for positions in (r, c))
-        self._require_room(size, limit, "the block")
-        return require_finite(self, products.block(self, r, c, at_once), "block()")
-
-    def diagonal(self, *, columns: int | None = None) -> PyTree:
-        """The diagonal as a pytree, exactly, from P products; only `columns` of them exist at a time."""
-        return require_finite(self, products.diagonal(self, columns), "diagonal()")
-
-    def _require_room(self, shape: tuple[int, ...], limit: int, what: str) -> None:
-        needed = math.prod(shape) * self.dtype.itemsize
-        if needed > limit:
-            raise ValueError(
-                f"{what} has {shape[0]} × {shape[1]} entries, {needed:.3g} bytes, and limit={limit}; use "
-                "products, block(), diagonal() or where=, or raise limit=."
-            )
+        if products is not None:
+            Root.require_positive(self.eigsh(2, which="BE")[0])
+            return Root(self.linearize(), self.parameters, products)
+        values, vectors = jnp.linalg.eigh(self.dense(limit=limit))
+        Root.require_positive(values)
+        return Dense(vectors * Root.of_values(values) @ vectors.T, self.parameters)
 
 
 # --- operators made of operators ----------------------------------------------------------------
@@ -285,6 +263,79 @@ class Identity(LinearOperator):
         return lambda v: v
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Dense(LinearOperator):
+    """An operator by its symmetric matrix, in `ravel_pytree` order."""
+
+    matrix: Float[Array, "P P"]
+    parameters: Parameters = field(metadata={"static": True})
+
+    def linear_map(self) -> Callable[[PyTree], PyTree]:
+        """Multiply by the matrix."""
+        return lambda v: self.parameters.unravel(self.matrix @ self.parameters.ravel(v))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Root(LinearOperator):
+    """The square root of a positive semi-definite operator, for each vector in its Krylov space."""
+
+    operator: LinearOperator
+    parameters: Parameters = field(metadata={"static": True})
+    products: int = field(metadata={"static": True})
+
+    @staticmethod
+    def of_values(values: Array) -> Array:
+        """The roots of eigenvalues; rounding makes zeros negative, and what is more negative becomes NaN."""
+        roots = jnp.sqrt(jnp.maximum(values, 0))
+        return jnp.where(values < -_rounding(values), jnp.nan, roots)
+
+    @staticmethod
+    def require_positive(values: Array) -> None:
+        """Raise a ValueError if an eigenvalue is negative beyond rounding."""
+        if not is_traced(values) and bool(values.min() < -_rounding(values)):
+            raise ValueError(
+                f"sqrt: the operator is indefinite: an eigenvalue is {float(values.min()):.3e}; take a "
+                "Gauss-Newton or Fisher matrix, or add damping * identity(A)."
+            )
+
+    def linear_map(self) -> Callable[[PyTree], PyTree]:
+        """Linear up to the error of the approximation."""
+        names, apply = self.parameters, products.flat_map(self.operator)
+        tolerance = float(jnp.finfo(names.dtype).eps) ** 0.5
+
+        def root(v: PyTree) -> PyTree:
+            start = names.ravel(v)
+            length = jnp.linalg.norm(start)
+            unit = jnp.where(length > 0, start / length, 1 / math.sqrt(names.size))
+            found = tridiagonal(apply, unit, min(self.products, names.size), jax.random.key(0))
+            last, before = (_root_of_first(part) for part in (found, found.without_last()))
+            change = jnp.linalg.norm(last.at[:-1].add(-before)) * length
+            result = length * (found.basis.T @ last)
+            warn_unless(
+                (change <= tolerance * jnp.linalg.norm(result)) | (self.products >= names.size),
+                f"sqrt: the last of {self.products} products still changed the result by {{}} of {{}}; raise "
+                "products=.",
+                change,
+                jnp.linalg.norm(result),
+            )
+            return names.unravel(result)
+
+        return root
+
+
+def _root_of_first(found: Tridiagonal) -> Array:
+    """The first column of the square root of the small matrix."""
+    values, vectors = found.eigh()
+    return vectors @ (Root.of_values(values) * vectors[0])
+
+
+def _rounding(values: Array) -> Array:
+    """How far from zero rounding may put an eigenvalue."""
+    return 100 * jnp.finfo(values.dtype).eps * jnp.abs(values).max()
+
+
 def identity(like: LinearOperator | PyTree) -> Identity:
     """The identity on the parameters of an operator, or on a pytree of parameters.
 
@@ -299,9 +350,14 @@ def identity(like: LinearOperator | PyTree) -> Identity:
 
 @jax.jit
 def _linearized(operator: LinearOperator) -> Linearized:
-    closed = jax.make_jaxpr(operator.linear_map())(operator.parameters.structs)
-    jaxpr, residuals = _compat.with_constants_as_inputs(closed)
-    return Linearized(tuple(map(jnp.asarray, residuals)), operator.parameters, Same(jaxpr))
+    names = operator.parameters
+    leaves, tree = jax.tree.flatten(operator)
+
+    def product(leaves: Sequence[Any], v: Sequence[Any]) -> list[Any]:
+        return jax.tree.leaves(jax.tree.unflatten(tree, leaves).linear_map()(names.unflatten(v)))
+
+    residuals, jaxpr = split(product, leaves, jax.tree.leaves(names.structs))
+    return Linearized(tuple(residuals), names, Same(jaxpr))
 
 
 def _added(trees: Sequence[PyTree]) -> PyTree:

@@ -1,0 +1,57 @@
+"""A number that was estimated from random samples, with its error bar."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+from scipy import stats
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """The mean of independent samples and its standard error.
+
+    Attributes:
+        value: the mean; an array or a pytree of arrays.
+        error: its standard error, `s / √n` with the unbiased variance `s²` of the n samples; like `value`.
+        samples: n.
+    """
+
+    value: PyTree
+    error: PyTree
+    samples: int = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, samples: PyTree) -> Estimate:
+        """The mean over the leading axis, of at least two samples."""
+        (n,) = {len(leaf) for leaf in jax.tree.leaves(samples)}
+        value = jax.tree.map(lambda leaf: jnp.mean(leaf, 0), samples)
+        error = jax.tree.map(lambda leaf: jnp.std(leaf, 0, ddof=1) / np.sqrt(n), samples)
+        return cls(value, error, n)
+
+    def interval(self, confidence: float = 0.95) -> tuple[PyTree, PyTree]:
+        """Lower and upper end of Student's interval: it covers the truth that often if samples are normal.
+
+        Raises:
+            ValueError: `confidence` is not between 0 and 1.
+        """
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence={confidence} is not between 0 and 1; 0.95 is usual.")
+        width = float(stats.t.ppf(0.5 + confidence / 2, self.samples - 1))
+        low = jax.tree.map(lambda v, e: v - width * e, self.value, self.error)
+        high = jax.tree.map(lambda v, e: v + width * e, self.value, self.error)
+        return low, high
+
+    def __repr__(self) -> str:
+        def shown(value: Any, error: Any) -> str:
+            return f"{value} ± {error}"
+
+        if not isinstance(self.value, jax.Array):
+            return f"Estimate({self.samples} samples of {jax.tree.structure(self.value)})"
+        return f"Estimate({shown(self.value, self.error)}, {self.samples} samples)"

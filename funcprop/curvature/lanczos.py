@@ -1,0 +1,70 @@
+"""Lanczos' tridiagonalisation of a symmetric operator, with full reorthogonalisation and restarts.
+
+`A ≈ Qᵀ T Q` on the space of `v, A v, A² v, …`, the rows of `Q` orthonormal, `T` tridiagonal. That space may
+be smaller than asked for: a Gauss-Newton matrix of few examples has a low rank. `matfree.decomp.tridiag_sym`
+divides by the length of a vector that is zero then; here the iteration goes on from a new random vector,
+orthogonal to all before, so that `T` falls into blocks. The first block is that of `v`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Tridiagonal(NamedTuple):
+    """Orthonormal rows, and the matrix's diagonal and off-diagonal."""
+
+    basis: Float[Array, "m P"]
+    diagonal: Float[Array, " m"]
+    off_diagonal: Float[Array, " l"]
+
+    def without_last(self) -> Tridiagonal:
+        """The same, one step earlier."""
+        return Tridiagonal(self.basis[:-1], self.diagonal[:-1], self.off_diagonal[:-1])
+
+    def eigh(self) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:
+        """Eigenvalues of the small matrix, ascending, and its eigenvectors as columns."""
+        matrix = jnp.diag(self.diagonal) + jnp.diag(self.off_diagonal, 1) + jnp.diag(self.off_diagonal, -1)
+        return jnp.linalg.eigh(matrix)
+
+
+def tridiagonal(
+    apply: Callable[[Array], Array], start: Float[Array, " P"], dimension: int, key: Array
+) -> Tridiagonal:
+    """`dimension` products with `apply`, from `start`; `key` is for the vectors of restarts.
+
+    Reference: Lanczos, "An iteration method for the solution of the eigenvalue problem of linear differential
+    and integral operators", Journal of Research of the National Bureau of Standards 1950.
+    """
+    tiny = jnp.finfo(start.dtype).eps * jnp.sqrt(len(start))
+
+    def orthogonal(v: Array, basis: Array) -> Array:
+        for _ in range(2):  # Once leaves rounding errors of the size of what it removed.
+            v = v - basis.T @ (basis @ v)
+        return v
+
+    def step(i: Any, state: Any) -> Any:
+        basis, diagonal, off_diagonal, v, largest = state
+        basis = basis.at[i].set(v)
+        product = apply(v)
+        rest = orthogonal(product, basis)
+        length = jnp.linalg.norm(rest)
+        largest = jnp.maximum(largest, jnp.linalg.norm(product))
+        exhausted = length <= tiny * largest
+        # Under NaN nothing compares as true, and NaN is what comes out.
+        fresh = jax.random.normal(jax.random.fold_in(key, i), v.shape, v.dtype)
+        following = jax.lax.cond(exhausted, lambda: orthogonal(fresh, basis), lambda: rest)
+        following = following / jnp.maximum(jnp.linalg.norm(following), jnp.finfo(v.dtype).tiny)
+        diagonal = diagonal.at[i].set(v @ product)
+        return basis, diagonal, off_diagonal.at[i].set(jnp.where(exhausted, 0, length)), following, largest
+
+    empty = jnp.zeros((dimension, len(start)), start.dtype)
+    zeros = jnp.zeros(dimension, start.dtype)
+    state = (empty, zeros, zeros, start / jnp.linalg.norm(start), jnp.zeros((), start.dtype))
+    basis, diagonal, off_diagonal, *_ = jax.lax.fori_loop(0, dimension, step, state)
+    return Tridiagonal(basis, diagonal, off_diagonal[:-1])

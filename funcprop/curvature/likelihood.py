@@ -1,0 +1,82 @@
+"""What a model's outputs say about an example's target: the densities that Fisher matrices are of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+
+class Likelihood(NamedTuple):
+    """A density `p(y | o)` of the target of ONE example, given the model's outputs for it.
+
+    Attributes:
+        negative_log: `(o, y) ↦ −log p(y | o)`, up to a constant.
+        sample: `(key, o) ↦ y`, drawn from the density.
+        fisher: `(o, u) ↦ E_y[∇_o log p (∇_o log p)ᵀ] u`, the Fisher matrix of the outputs times a vector.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, funcprop as fp
+        >>> poisson = fp.curvature.Likelihood(  # of counts, by the logarithm of their rate
+        ...     lambda o, y: jnp.sum(jnp.exp(o) - y * o),
+        ...     lambda key, o: jax.random.poisson(key, jnp.exp(o)),
+        ...     lambda o, u: jnp.exp(o) * u,
+        ... )
+        >>> F = fp.fisher(lambda w, x: x @ w, poisson)(jnp.zeros(2), jnp.eye(2))
+        >>> print(F.dense())
+        [[0.5 0. ]
+         [0.  0.5]]
+    """
+
+    negative_log: Callable[[PyTree, PyTree], Array]
+    sample: Callable[[Array, PyTree], PyTree]
+    fisher: Callable[[PyTree, PyTree], PyTree]
+
+
+def _categorical_fisher(logits: Array, u: Array) -> Array:
+    p = jax.nn.softmax(logits)
+    return p * (u - jnp.sum(p * u, -1, keepdims=True))
+
+
+# Logits on the last axis; further axes are independent positions, whose logarithms add up.
+CATEGORICAL = Likelihood(
+    lambda logits, y: jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, y)),
+    lambda key, logits: jax.random.categorical(key, logits),
+    _categorical_fisher,
+)
+
+# Of unit variance, around the outputs.
+GAUSSIAN = Likelihood(
+    lambda mean, y: 0.5 * jnp.sum((mean - y) ** 2),
+    lambda key, mean: mean + jax.random.normal(key, mean.shape, mean.dtype),
+    lambda mean, u: u,
+)
+
+# Independent, each by its logit.
+BERNOULLI = Likelihood(
+    lambda logits, y: jnp.sum(optax.sigmoid_binary_cross_entropy(logits, y)),
+    lambda key, logits: jax.random.bernoulli(key, jax.nn.sigmoid(logits)).astype(logits.dtype),
+    lambda logits, u: jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits) * u,
+)
+
+LIKELIHOODS = {"categorical": CATEGORICAL, "gaussian": GAUSSIAN, "bernoulli": BERNOULLI}
+
+
+def likelihood_of(given: Any) -> Likelihood:
+    """A likelihood by its name, or itself.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if isinstance(given, Likelihood):
+        return given
+    if not isinstance(given, str) or given not in LIKELIHOODS:
+        raise ValueError(
+            f"likelihood={given!r} is not known; choose one of {', '.join(LIKELIHOODS)}, or make an "
+            "fp.curvature.Likelihood."
+        )
+    return LIKELIHOODS[given]

@@ -1,0 +1,129 @@
+"""`(A + δ I) x = b`: JAX's conjugate gradients, and MINRES for indefinite operators, which JAX lacks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from funcprop.curvature.binding import Same
+from funcprop.curvature.convergence import warn_unless
+from funcprop.curvature.finite import require_finite
+from funcprop.curvature.products import flat_map
+
+if TYPE_CHECKING:
+    from funcprop.curvature.operator import LinearOperator
+
+Apply = Callable[[Array], Array]
+
+
+def solve(
+    operator: LinearOperator,
+    b: Float[Array, " P"],
+    damping: Any,
+    method: str,
+    preconditioner: Any,
+    tolerance: float | None,
+    most: int | None,
+) -> Float[Array, " P"]:
+    """`LinearOperator.solve`, where the arguments are explained, on flat vectors."""
+    if method not in SOLVERS:
+        raise ValueError(f"method={method!r} is not known; choose one of {', '.join(SOLVERS)}.")
+    require_damping(damping)
+    if tolerance is None:
+        tolerance = float(jnp.finfo(operator.dtype).eps) ** (2 / 3)
+    most = 10 * operator.parameters.size if most is None else most
+    by_operator = preconditioner if hasattr(preconditioner, "linear_map") else None
+    by_function = None if preconditioner is None or by_operator is not None else Same(preconditioner)
+    x, residual, length = _solve(operator, b, damping, by_operator, by_function, method, tolerance, most)
+    require_finite(operator, x, "solve()")
+    warn_unless(
+        residual <= 2 * tolerance * length,  # The iteration's own residual drifts from this one by rounding.
+        f"solve: the residual ‖(A + δ I) x − b‖ is {{}}, above tolerance={tolerance:.1e} times ‖b‖={{}}, "
+        f"after at most {most} products by method={method!r}; raise damping= or products=, give a "
+        "preconditioner=, or use method='minres' if the operator is indefinite.",
+        residual,
+        length,
+    )
+    return x
+
+
+def require_damping(damping: Any) -> None:
+    """Raise a ValueError if damping is negative or not one number."""
+    if jnp.ndim(damping):
+        raise ValueError(f"damping has shape {jnp.shape(damping)}, but it is one number.")
+    if not isinstance(damping, jax.core.Tracer) and not damping >= 0:
+        raise ValueError(f"damping={damping} is negative; (A + damping I) needs damping ≥ 0.")
+
+
+@functools.partial(jax.jit, static_argnames=("by_function", "method", "most"))
+def _solve(
+    operator: LinearOperator,
+    b: Array,
+    damping: Any,
+    by_operator: LinearOperator | None,
+    by_function: Same | None,
+    method: str,
+    tolerance: float,
+    most: int,
+) -> tuple[Array, Array, Array]:
+    names, product = operator.parameters, flat_map(operator)
+    preconditioner = None if by_operator is None else flat_map(by_operator)
+    if by_function is not None:
+        preconditioner = lambda x: names.ravel(by_function.value(names.unravel(x)))  # noqa: E731
+
+    def apply(x: Array) -> Array:
+        return product(x) + jnp.asarray(damping, x.dtype) * x
+
+    x = SOLVERS[method](apply, b, preconditioner or (lambda x: x), tolerance, most)
+    return x, jnp.linalg.norm(apply(x) - b), jnp.linalg.norm(b)
+
+
+def _conjugate_gradients(apply: Apply, b: Array, precondition: Apply, tolerance: float, most: int) -> Array:
+    return jax.scipy.sparse.linalg.cg(apply, b, tol=tolerance, maxiter=most, M=precondition)[0]
+
+
+def minres(apply: Apply, b: Array, precondition: Apply, tolerance: float, most: int) -> Array:
+    """The x in the Krylov space of smallest residual; for symmetric operators of any signs.
+
+    Reference: Paige and Saunders, "Solution of sparse indefinite systems of linear equations", SIAM Journal
+    on Numerical Analysis 1975; the recurrences and their names are theirs.
+    """
+    y = precondition(b)
+    first = jnp.sqrt(b @ y)
+    zero = jnp.zeros((), b.dtype)
+    tiny = jnp.finfo(b.dtype).tiny
+
+    def unfinished(state: Any) -> Any:
+        return (state["phibar"] > tolerance * first) & (state["beta"] > 0) & (state["k"] < most)
+
+    def step(s: Any) -> Any:
+        v = s["y"] / s["beta"]
+        y = apply(v) - jnp.where(s["k"] > 0, s["beta"] / s["previous"], 0) * s["r1"]
+        alpha = v @ y
+        y = y - alpha / s["beta"] * s["r2"]
+        r1, r2 = s["r2"], y
+        y = precondition(r2)
+        beta = jnp.sqrt(jnp.maximum(r2 @ y, 0))
+        delta = s["c"] * s["delta"] + s["s"] * alpha
+        gamma_bar = s["s"] * s["delta"] - s["c"] * alpha
+        gamma = jnp.maximum(jnp.hypot(gamma_bar, beta), tiny)
+        c, sine = gamma_bar / gamma, beta / gamma
+        w = (v - s["epsilon"] * s["w1"] - delta * s["w2"]) / gamma
+        return {
+            "x": s["x"] + c * s["phibar"] * w, "w1": s["w2"], "w2": w, "r1": r1, "r2": r2, "y": y,
+            "previous": s["beta"], "beta": beta, "epsilon": s["s"] * beta, "delta": -s["c"] * beta,
+            "c": c, "s": sine, "phibar": sine * s["phibar"], "k": s["k"] + 1,
+        }  # fmt: skip
+
+    vectors = {name: jnp.zeros_like(b) for name in ("x", "w1", "w2")} | {"r1": b, "r2": b, "y": y}
+    numbers = {"previous": first, "beta": first, "epsilon": zero, "delta": zero, "c": zero - 1, "s": zero}
+    start: dict[str, Any] = vectors | numbers | {"phibar": first, "k": 0}
+    return jax.lax.while_loop(unfinished, step, start)["x"]
+
+
+SOLVERS: dict[str, Callable[..., Array]] = {"cg": _conjugate_gradients, "minres": minres}
