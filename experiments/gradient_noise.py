@@ -8,8 +8,12 @@ simple noise scale `tr Σ / ‖G‖²`, which grows as the loss falls.
 An MLP 64-32-10 with tanh learns the digits by SGD. For every batch size the steps to each target loss are
 counted at every step size of a grid, and the fewest are kept (medians over the seeds); `B_crit` is fitted to
 them. The noise scale comes from `fp.per_example` with the quantities gradient and variance of a minibatch
-(`‖G‖²` without its bias, `‖g‖² − tr Σ / B`) at every step of one run, averaged over the steps up to each target
-as sums of numerators and of denominators; beside it, the same of the whole training set, without estimate.
+(`‖G‖²` without its bias, `‖g‖² − tr Σ / B`) at every step of one run, averaged over the steps up to each
+target as sums of numerators and of denominators; beside it, that of the whole training set, no estimate.
+
+Found: the law fits (S_min 21, 43, 88; B_crit 12, 21, 30 for losses of 0.5, 0.2, 0.1), and both grow
+together, but the noise scale of all data (59, 86, 119) is four to five times the critical batch size. The
+minibatches of 64 estimate it within 17 %.
 
     python experiments/gradient_noise.py [--smoke] [--seeds N]
 """
@@ -141,7 +145,7 @@ def noise_of(params: Any, x: Any, y: Any) -> tuple[jax.Array, jax.Array, Any]:
 
 
 def follow(x: Any, y: Any, most: int) -> tuple[list[Noise], list[Noise]]:
-    """One run of SGD to the last target: the noise of its minibatches, and at every tenth step of all data."""
+    """One run of SGD to the last target: the noise of its minibatches, at every tenth step of all data."""
     params, random = initialise(jax.random.key(1)), np.random.default_rng(1)
     estimated, exact = [], []
     total = jax.jit(loss)
@@ -184,7 +188,7 @@ def draw(
     right.semilogy([n.step for n in exact], [n.scale for n in exact], "o-", label="noise scale, all data")
     for target, (_, critical) in zip(TARGETS, fits, strict=True):
         step = max(n.step for n in exact if n.loss >= target)
-        right.plot(step, critical, "k*", label=f"critical batch size, to a loss of {target}")
+        right.plot(step, critical, "*", markersize=12, label=f"critical batch size, to a loss of {target}")
     right.set(xlabel=f"step at batch {NOISE_BATCH}", ylabel="examples")
     right.legend()
     figure.savefig(path, dpi=150)

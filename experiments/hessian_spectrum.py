@@ -7,12 +7,18 @@ stochastic Lanczos quadrature (Ghorbani, Krishnan and Xiao 2019); the gradient s
 the top K eigenvectors (Gur-Ari, Roberts and Dyer 2018, "Gradient descent happens in a tiny subspace").
 
 An MLP 64-32-K with tanh and softmax cross-entropy learns the first K of the ten digits by SGD with momentum,
-for K = 3, 5, 10. At the start and after every fifth of the training the 2K + 2 largest eigenvalues of the
+for K = 3, 5, 10. At the start and after 1, 3, 10 and 30 epochs the 2K + 2 largest eigenvalues of the
 Hessian `H` and of the Gauss-Newton matrix `G` are computed by Lanczos, and the smallest of `H`; the traces of
 both, whose difference is that of the residual `H − G`; and the share of the gradient in the span of the top K
 and K − 1 eigenvectors. Outliers are counted by the largest ratio of neighbouring eigenvalues.
 
-    python experiments/hessian_spectrum.py [--smoke] [--epochs N] [--seed S]
+Found: K − 1 outliers, not K, in the first epochs (2; 4; 9 for K = 3, 5, 10), as many in `G` as in `H`, and
+their values nearly the same. Later, with losses below 0.02, those of ten classes run into the bulk. The
+residual has a positive trace, a fifth to a half of the Hessian's, in the bulk. The gradient's share in the
+top K grew to about 0.9 for ten classes, but wandered between 0 and 0.9 for fewer: that claim did not
+reproduce.
+
+    python experiments/hessian_spectrum.py [--smoke] [--seed S]
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +43,8 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 CLASSES = (3, 5, 10)
-HIDDEN, BATCH, STAGES = 32, 64, 5
+HIDDEN, BATCH = 32, 64
+EPOCHS = (0, 1, 3, 10, 30)  # when to look
 PROBES = 16  # random vectors of the spectral density
 
 
@@ -175,10 +183,8 @@ def main() -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="three classes, one look before and after one epoch"
     )
-    parser.add_argument("--epochs", type=int, default=50, help="in all; a multiple of five")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    stages, each = (1, 1) if options.smoke else (STAGES, max(1, options.epochs // STAGES))
     data = fp.training.digits().train
     found: dict[int, list[Seen]] = {}
     densities: dict[int, Any] = {}
@@ -192,11 +198,10 @@ def main() -> None:
         key, init_key = jax.random.split(jax.random.key(options.seed))
         params = initialise(init_key, classes)
         state = OPTIMIZER.init(params)
-        for stage in range(stages + 1):
-            if stage:
-                key, epoch_key = jax.random.split(key)
-                params, state = train(params, state, epoch_key, x, y, each)
-            seen = look(params, x, y, classes, stage * each)
+        for before, epoch in pairwise((0, *EPOCHS[: 2 if options.smoke else None])):
+            key, epoch_key = jax.random.split(key)
+            params, state = train(params, state, epoch_key, x, y, epoch - before)
+            seen = look(params, x, y, classes, epoch)
             found.setdefault(classes, []).append(seen)
             print(
                 f"{classes:3}{seen.epoch:7}{seen.loss:10.5f}{seen.outliers:15}{outliers(seen.gauss_newton):6}"
