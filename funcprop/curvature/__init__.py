@@ -1,6 +1,7 @@
 """Curvature: second-order quantities of any JAX model, as linear operators on its parameters."""
 
 from funcprop.curvature.convergence import ConvergenceWarning as ConvergenceWarning
+from funcprop.curvature.diagonal import hessian_diagonal as hessian_diagonal
 from funcprop.curvature.estimate import Estimate as Estimate
 from funcprop.curvature.fisher import fisher as fisher
 from funcprop.curvature.gauss_newton import GaussNewton as GaussNewton
