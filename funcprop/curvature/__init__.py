@@ -1,6 +1,9 @@
 """Curvature: second-order quantities of any JAX model, as linear operators on its parameters."""
 
 from funcprop.curvature.convergence import ConvergenceWarning as ConvergenceWarning
+from funcprop.curvature.diagonal import HessianDiagonal as HessianDiagonal
+from funcprop.curvature.diagonal import Plan as Plan
+from funcprop.curvature.diagonal import PlanRow as PlanRow
 from funcprop.curvature.diagonal import hessian_diagonal as hessian_diagonal
 from funcprop.curvature.estimate import Estimate as Estimate
 from funcprop.curvature.fisher import fisher as fisher

@@ -72,9 +72,7 @@ def propagate(
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _results(
-    analysis: Analysis, eqn: Any, states: list[State], trusted: frozenset[Any]
-) -> list[State]:
+def _results(analysis: Analysis, eqn: Any, states: list[State], trusted: frozenset[Any]) -> list[State]:
     name, bodies = eqn.primitive.name, [body for _, body in _compat.sub_jaxprs(eqn)]
     count = len(eqn.outvars)
     if name in _FLAT:

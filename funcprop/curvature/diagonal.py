@@ -9,7 +9,8 @@ dense layer of `O` outputs needs `O` products, not `I × O`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,10 @@ import jax.numpy as jnp
 
 from funcprop import _compat
 from funcprop.calls import Call, is_array, traced
-from funcprop.curvature.columns import Columns, choose, diagonal_of, hessian_of
+from funcprop.curvature.columns import Columns, choose, diagonal_of
 from funcprop.curvature.nodes import Node, find_nodes
 from funcprop.curvature.piecewise import why_curved
+from funcprop.flops import of_jaxpr
 from funcprop.graph import aligned
 from funcprop.registry import RuleSet
 
@@ -31,9 +33,10 @@ Progress = Callable[[int, int], None]
 class PlanRow:
     """How the diagonal of some leaves is computed.
 
-    `form` is `"zero"` (the loss is piecewise affine in them), `"units"` or `"directions"`
-    (`funcprop.curvature.columns`); `products` are the products with the Hessian at `node`, `block` how many are
-    made at once, `flops` those of all of them, and `nbytes` what one block holds.
+    `form` is `"zero"` (the loss is piecewise affine in them), `"units"`, `"directions"` or `"outputs"`
+    (`funcprop.curvature.columns`); `products` are the products with the Hessian at `node`, or the sweeps
+    backwards from outputs up to which the loss is piecewise affine; `block` is how many are made at once,
+    `flops` those of all of them, and `nbytes` what one block holds.
     """
 
     leaves: tuple[str, ...]
@@ -55,7 +58,7 @@ class Plan:
 
     @property
     def products(self) -> int:
-        """Products with Hessians of parts of the loss, each cheaper than a Hessian-vector product of it all."""
+        """Products with Hessians of parts of the loss; each costs less than one of all of it."""
         return sum(row.products for row in self.rows)
 
     @property
@@ -77,7 +80,9 @@ class Plan:
             )
             for row in self.rows
         ]  # fmt: skip
-        title = f"diagonal of {self.parameters:,} parameters by {self.products:,} products: {self.flops:,} flops"
+        title = (
+            f"diagonal of {self.parameters:,} parameters by {self.products:,} products: {self.flops:,} flops"
+        )
         return title + "\n" + aligned(table, right={3, 4, 5, 6}, widest=60)
 
 
@@ -106,27 +111,21 @@ class HessianDiagonal:
             found.extend(columns for columns, *_ in self._columns(problem, values))
             return 0
 
-        shapes = [jax.ShapeDtypeStruct(jnp.shape(v), jnp.result_type(v)) for v in problem.call.values]
-        jax.eval_shape(planned, shapes)
-        rows = [PlanRow(tuple(problem.paths[i] for i in problem.zero), "zero", "", 0, 0, 0, 0)]
+        jax.eval_shape(planned, [jax.ShapeDtypeStruct(jnp.shape(v), _dtype(v)) for v in problem.call.values])
+        rows = [PlanRow(tuple(map(problem.path, problem.zero)), "zero", "", 0, 0, 0, 0)]
         rows = rows if problem.zero else []
         for c in found:
-            shape = "×".join(map(str, c.node.variable.aval.shape))
-            where = f"itself [{shape}]" if c.node.activations is None else f"its product [{shape}]"
-            names = tuple(problem.paths[i] for i in c.node.leaves)
-            rows.append(PlanRow(names, c.form, where, c.count, c.block, c.count * c.flops, c.block * c.nbytes))
-        return Plan(tuple(rows), problem.parameters, problem.gradient_flops(self.rules))
-
-    def _columns(self, problem: _Problem, values: Any) -> Any:
-        """For every node, how it is computed and what is needed to."""
-        wanted = list(
-            dict.fromkeys(
-                v
-                for node in problem.nodes
-                for v in (node.variable, node.data, *node.free)
-                if v is not None and not isinstance(v, _compat.Literal)
+            names = tuple(map(problem.path, c.node.leaves))
+            rows.append(
+                PlanRow(names, c.form, _where(c), c.count, c.block, c.count * c.flops, c.block * c.nbytes)
             )
-        )
+        size = sum(math.prod(v.aval.shape) for v in problem.parameter_variables)
+        return Plan(tuple(rows), size, problem.gradient_flops())
+
+    def _columns(self, problem: _Problem, values: Any) -> Iterator[tuple[Columns, Any, Any]]:
+        """For every node how it is computed, the other operand of its product, and its dtype."""
+        wanted = [v for n in problem.nodes for v in (n.variable, n.data, *n.free) if v is not None]
+        wanted = list(dict.fromkeys(v for v in wanted if not isinstance(v, _compat.Literal)))
         head = _compat.with_results(problem.jaxpr, wanted)
         known = dict(zip(wanted, _compat.evaluate(head, (), [*problem.constants, *values]), strict=True))
 
@@ -134,27 +133,37 @@ class HessianDiagonal:
             return atom.val if isinstance(atom, _compat.Literal) else known[atom]
 
         for node in problem.nodes:
-            value = node.from_variable(known[node.variable])
-            product = hessian_of(node, [known[v] for v in node.free], value, self.rules)
-            columns = choose(node, product, value, self.byte_limit, self.block_size)
-            data = None if node.data is None else read(node.data)
-            yield columns, product, data, value.dtype
+            columns = choose(node, read, self.rules, self.byte_limit, self.block_size)
+            yield columns, None if node.data is None else read(node.data), node.variable.aval.dtype
 
     def _leaves(self, problem: _Problem, values: Any) -> list[Any]:
-        given = {i: values[k] for k, i in enumerate(problem.call.variables)}
-        found = {i: jnp.zeros_like(given[i]) for i in problem.leaves}
+        first = len(problem.constants)
+        found = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in problem.parameter_variables]
         planned = list(self._columns(problem, values))
-        total = sum(columns.count for columns, *_ in planned)
-        before = 0
-        for columns, product, data, dtype in planned:
-            a = columns.node.canonical_activations(data)
+        total, before = sum(columns.count for columns, *_ in planned), 0
+        for columns, data, dtype in planned:
             done = None if self.progress is None else _reporter(self.progress, columns, before, total)
-            diagonal = diagonal_of(columns, product, a, dtype, done)
-            for leaf, entries in columns.node.split(diagonal).items():
-                index = problem.call.variables[leaf - len(problem.constants)]
-                found[index] = entries.astype(found[index].dtype)
+            diagonal = diagonal_of(columns, data, dtype, done)
+            for position, entries in columns.node.split(diagonal).items():
+                found[position - first] = entries.astype(found[position - first].dtype)
             before += columns.count
-        return [found[i] for i in problem.leaves]
+        return found
+
+
+def _where(columns: Columns) -> str:
+    """The variable that columns are of."""
+
+    def shown(v: Any) -> str:
+        return f"[{'×'.join(map(str, v.aval.shape))}]"
+
+    if columns.cut is not None:
+        return f"outputs {shown(columns.cut.outputs)}"
+    own = columns.node.activations is None
+    return f"{'itself' if own else 'its product'} {shown(columns.node.variable)}"
+
+
+def _dtype(value: Any) -> Any:
+    return value.dtype if hasattr(value, "dtype") else jnp.result_type(value)
 
 
 def _reporter(progress: Progress, columns: Columns, before: int, total: int) -> Callable[[Any], None]:
@@ -166,11 +175,13 @@ def _reporter(progress: Progress, columns: Columns, before: int, total: int) -> 
 
 @dataclass(frozen=True, eq=False)
 class _Problem:
-    """The loss as a jaxpr, and its nodes. `leaves` are the leaves of the call that are parameters."""
+    """The loss as a jaxpr of its constants, the parameters, and all other arrays; and its nodes.
+
+    `paths` are those of the parameters, `zero` the positions of those in which the loss is piecewise affine.
+    """
 
     call: Call
-    leaves: tuple[int, ...]
-    paths: dict[int, str]
+    paths: tuple[str, ...]
     jaxpr: Any
     constants: list[Any]
     nodes: list[Node]
@@ -178,47 +189,48 @@ class _Problem:
 
     @classmethod
     def of(cls, loss: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> _Problem:
-        call = Call.of((params, *args), kwargs, is_array)
         named = jax.tree.leaves_with_path(params)
-        for path, leaf in named:
-            dtype = getattr(leaf, "dtype", None)
-            if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        paths = tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in named)
+        for path, (_, leaf) in zip(paths, named, strict=True):
+            if not is_array(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
                 raise TypeError(
-                    f"hessian_diagonal: params{jax.tree_util.keystr(path)} is {leaf!r}, which has no real "
-                    "derivatives; pass floating-point arrays, and other values as further arguments."
+                    f"hessian_diagonal: the parameter {path!r} is {leaf!r}, which has no real "
+                    "derivative; pass floating-point arrays, and other values as further arguments."
                 )
+        call = Call.of((params, *args), kwargs, is_array)
 
         def flat(*values: Any) -> list[Any]:
             call_args, call_kwargs = call.arguments(call.filled(values))
-            return [loss(*call_args, **call_kwargs)]
+            return jax.tree.leaves(loss(*call_args, **call_kwargs))
 
-        closed = traced(flat, call.values, loss)
-        jaxpr, constants = _compat.with_constants_as_inputs(_compat.inlined(closed))
-        result = jaxpr.outvars[0].aval
-        if result.shape != () or not jnp.issubdtype(result.dtype, jnp.floating):
+        closed = _compat.inlined(traced(flat, call.values, loss))
+        jaxpr, constants = _compat.with_constants_as_inputs(closed)
+        results = [v.aval for v in jaxpr.outvars]
+        if [r.shape for r in results] != [()] or not jnp.issubdtype(results[0].dtype, jnp.floating):
+            shown = ", ".join(r.str_short() for r in results)
             raise TypeError(
-                f"hessian_diagonal: the loss returns {result.str_short()}, but a Hessian is that of one real "
-                "scalar; return the mean or the sum over the examples."
+                f"hessian_diagonal: the loss returns ({shown}), but a Hessian is that of one real scalar; "
+                "return the mean or the sum over the examples, alone."
             )
-        inputs = [len(constants) + call.variables.index(i) for i in range(len(named))]
-        affine = [i for i in inputs if why_curved(jaxpr, i) is None]
-        nodes = find_nodes(jaxpr, [i for i in inputs if i not in affine])
-        paths = {i: jax.tree_util.keystr(p) for i, (p, _) in zip(inputs, named, strict=True)}
-        return cls(call, tuple(range(len(named))), paths, jaxpr, constants, nodes, tuple(affine))
+        # Positional arguments come before keyword ones, so that the parameters are the first variables.
+        positions = range(len(constants), len(constants) + len(paths))
+        zero = tuple(i for i in positions if why_curved(jaxpr, i) is None)
+        nodes = find_nodes(jaxpr, [i for i in positions if i not in zero])
+        return cls(call, paths, jaxpr, constants, nodes, zero)
 
     @property
-    def parameters(self) -> int:
-        return sum(self.call.leaves[i].size for i in self.leaves)
+    def parameter_variables(self) -> list[Any]:
+        return self.jaxpr.invars[len(self.constants) : len(self.constants) + len(self.paths)]
 
-    def gradient_flops(self, rules: RuleSet | None) -> int:
+    def path(self, position: int) -> str:
+        """The path of the parameter at a position among the inputs of the jaxpr."""
+        return self.paths[position - len(self.constants)]
+
+    def gradient_flops(self) -> int:
         """Floating-point operations of the gradient, which is linearised."""
-        from funcprop.flops import of_jaxpr
-
-        inputs = [v.aval for v in self.jaxpr.invars]
-        first = len(self.constants)
-        positions = tuple(first + self.call.variables.index(i) for i in self.leaves)
+        positions = tuple(range(len(self.constants), len(self.constants) + len(self.paths)))
         gradient = jax.grad(lambda *a: _compat.evaluate(self.jaxpr, (), a)[0], positions)
-        return of_jaxpr(jax.make_jaxpr(gradient)(*inputs))
+        return of_jaxpr(_compat.retrace(gradient, self.jaxpr))
 
 
 def hessian_diagonal(
@@ -257,9 +269,8 @@ def hessian_diagonal(
         TypeError: the loss is not one real scalar, or a leaf of `params` is not a floating-point array.
         ValueError: `block_size` or `byte_limit` is not positive.
 
-    Reference: Dangel, Tatzel and Hennig, "ViViT", TMLR 2022, and Dangel, Kunstner and Hennig, "BackPACK", ICLR
-    2020, section 3, for sequential networks; Powell and Toint, SIAM J. Numer. Anal. 16, 1979, for sharing
-    products between independent parts.
+    Reference: Dangel, Kunstner and Hennig, "BackPACK", ICLR 2020, for sequential networks; Powell and Toint,
+    SIAM J. Numer. Anal. 16, 1979, for sharing products between independent parts.
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp

@@ -1,7 +1,7 @@
 """The variable through which a parameter leaf acts on a loss, and what of the loss comes after it.
 
-A weight that enters one product `z = a w` (a `dot_general` or a convolution) acts through `z`, the bias that is
-added to `z` likewise; every other leaf acts through itself. In the coordinates of this module `z` is
+A weight that enters one product `z = a w` (a `dot_general` or a convolution) acts through `z`, the bias that
+is added to `z` likewise; every other leaf acts through itself. In the coordinates of this module `z` is
 `Z[s, m, q, r]`: positions `s` that the loss keeps apart (examples), positions `m` that it mixes (tokens under
 attention), features `q` that it mixes and `r` that it keeps apart; and `a` is `a[s, m, i]`, so that
 `∂Z[s, m, q, r] / ∂w[i, q', r'] = a[s, m, i] δ_qq' δ_rr'`.
@@ -23,16 +23,19 @@ from funcprop import _compat
 from funcprop.curvature.dependence import propagate
 from funcprop.curvature.separability import Separability, is_separable
 
-_VIEWS = frozenset({"reshape", "transpose", "squeeze", "expand_dims", "convert_element_type", "copy", "copy_p"})
+_VIEWS = frozenset(
+    {"reshape", "transpose", "squeeze", "expand_dims", "convert_element_type", "copy", "copy_p"}
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Node:
     """Where one or two leaves act, and the rest of the loss.
 
-    `tail` is a jaxpr from `variable` and then `free` to the loss. `positions` and `features` are the axes of the
-    variable, `apart` says of each axis whether the loss is a sum over its slices. `data` is the other operand of
-    the product and `activations` makes `a[*positions, i]` of it; without a product both are None and `a` is 1.
+    `tail` is a jaxpr from `variable` and then `free` to the loss. `positions` and `features` are the axes of
+    the variable, `apart` says of each axis whether the loss is a sum over its slices. `data` is the other
+    operand of the product and `activations` makes `a[*positions, i]` of it; without a product both are None
+    and `a` is 1.
     `assign` takes the diagonal `[i, *features]` apart: `{leaf: its diagonal}`.
     """
 
@@ -66,7 +69,7 @@ class Node:
     def to_variable(self, Z: Any) -> Any:
         """From `Z[s, m, q, r]` to the variable's own axes."""
         order, shape = self.order(), self.variable.aval.shape
-        return jnp.transpose(Z.reshape([shape[d] for d in order]), np.argsort(order))
+        return jnp.transpose(Z.reshape([shape[d] for d in order]), np.argsort(order).tolist())
 
     def from_variable(self, z: Any) -> Any:
         """From the variable's own axes to `Z[s, m, q, r]`."""
@@ -97,18 +100,22 @@ def find_nodes(jaxpr: Any, leaves: Sequence[int]) -> list[Node]:
     """The nodes of the leaves (positions among the inputs), from which the one result depends on them."""
     uses = Counter(v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, _compat.Literal))
     uses.update(v for v in jaxpr.outvars if not isinstance(v, _compat.Literal))
-    products, plain = [], []
+    products: list[tuple[int, Node]] = []
+    plain: list[int] = []
     for leaf in leaves:
         found = _product(jaxpr, leaf, uses)
-        (plain if found is None else products).append((leaf, found))
+        if found is None:
+            plain.append(leaf)
+        else:
+            products.append((leaf, found))
     taken: set[int] = set()
     nodes: list[Node] = []
     for _, entry in products:
-        bias = _bias(jaxpr, entry, [leaf for leaf, _ in plain if leaf not in taken], uses)
+        bias = _bias(jaxpr, entry, [leaf for leaf in plain if leaf not in taken], uses)
         if bias is not None:
             taken.add(bias[0])
         nodes.append(_with_bias(entry, bias))
-    nodes += [_itself(jaxpr, leaf) for leaf, _ in plain if leaf not in taken]
+    nodes += [_itself(jaxpr, leaf) for leaf in plain if leaf not in taken]
     completed = [_completed(jaxpr, node) for node in nodes]
     return [node for node in completed if node is not None]
 
@@ -178,7 +185,7 @@ def _dot(eqn: Any, leaf: int, side: int, view: Any) -> Node | None:
     rest = range(len(first), len(inner) + len(outer))
     positions, features = (first, rest) if side == 1 else (rest, first)
     inputs = math.prod(weight.shape[d] for d in summed)
-    back, order = _through_view(view, leaf), np.argsort([*summed, *outer])
+    back, order = _through_view(view, leaf), np.argsort([*summed, *outer]).tolist()
 
     def activations(a: Any) -> Any:
         return jnp.transpose(a, [*inner, *of_data]).reshape([*[data.shape[d] for d in inner], inputs])
@@ -202,7 +209,7 @@ def _convolution(eqn: Any, leaf: int, view: Any) -> Node | None:
     window = [kernel[d] for d in numbers.rhs_spec[2:]]
     out = numbers.out_spec
     positions = (out[0], *out[2:])
-    order, inputs = np.argsort([*taps, numbers.rhs_spec[0]]), math.prod(kernel[d] for d in taps)
+    order, inputs = np.argsort([*taps, numbers.rhs_spec[0]]).tolist(), math.prod(kernel[d] for d in taps)
     back = _through_view(view, leaf)
 
     def activations(x: Any) -> Any:
@@ -217,12 +224,22 @@ def _convolution(eqn: Any, leaf: int, view: Any) -> Node | None:
         return back(jnp.transpose(split, order))
 
     return Node(
-        (leaf,), eqn.outvars[0], None, (), positions, (out[1],), (), inputs, eqn.invars[0], activations, assign
+        (leaf,),
+        eqn.outvars[0],
+        None,
+        (),
+        positions,
+        (out[1],),
+        (),
+        inputs,
+        eqn.invars[0],
+        activations,
+        assign,
     )
 
 
 def _bias(jaxpr: Any, node: Node, candidates: Sequence[int], uses: Counter[Any]) -> Any:
-    """`(leaf, its shape, the sum, where its axes are in the sum)` if the product's only use adds a leaf to it."""
+    """`(leaf, its shape, the sum, its axes in the sum)` if a leaf is added to the product, and no more."""
     z = node.variable
     if uses[z] != 1 or z in jaxpr.outvars:
         return None
@@ -238,7 +255,9 @@ def _bias(jaxpr: Any, node: Node, candidates: Sequence[int], uses: Counter[Any])
             continue
         body = _compat.jaxpr_of(chain, [variable], [other], "view")
         shape = variable.aval.shape
-        reached = [propagate(Separability(), body, [d])[0] if shape[d] > 1 else None for d in range(len(shape))]
+        reached = [
+            propagate(Separability(), body, [d])[0] if shape[d] > 1 else None for d in range(len(shape))
+        ]
         places = [d for d in reached if d is not None]
         wide = [d for d, size in zip(node.features, sizes, strict=True) if size > 1]
         if sorted(places) == sorted(wide):
@@ -248,7 +267,8 @@ def _bias(jaxpr: Any, node: Node, candidates: Sequence[int], uses: Counter[Any])
 
 def _chain(jaxpr: Any, start: Any, end: Any, uses: Counter[Any]) -> list[Any] | None:
     """The views and broadcasts that lead from one variable to another, if that is all it is used for."""
-    chain, variable = [], start
+    chain: list[Any] = []
+    variable = start
     while variable is not end:
         if uses[variable] != 1 or variable in jaxpr.outvars:
             return None
@@ -257,12 +277,12 @@ def _chain(jaxpr: Any, start: Any, end: Any, uses: Counter[Any]) -> list[Any] | 
             return None
         chain.append(eqn)
         (variable,) = eqn.outvars
-    return chain if chain or start is end else None
+    return chain
 
 
 def _with_bias(node: Node, bias: Any) -> Node:
     """The node after the addition; the bias is a weight whose activation is 1."""
-    if bias is None:
+    if bias is None or node.activations is None:
         return node
     leaf, leaf_shape, total, places = bias
     make, assign_weight, shape = node.activations, node.assign, total.aval.shape

@@ -2,8 +2,8 @@
 
 If `L(z) = Σ_n ℓ_n(z_n)` along an axis of `z`, its Hessian is block-diagonal along it, and one Hessian-vector
 product gives a column of every block: examples of a batch share their columns, and so do tokens until
-something mixes them. The axis is followed through the equations from `z` to `L`; whatever is not known to keep
-the slices apart counts as mixing them.
+something mixes them. The axis is followed through the equations from `z` to `L`; whatever is not known to
+keep the slices apart counts as mixing them.
 
 Reference: Powell and Toint, "On the estimation of sparse Hessian matrices", SIAM J. Numer. Anal. 16, 1979.
 """
