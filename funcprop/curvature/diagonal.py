@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from funcprop import _compat
 from funcprop.calls import Call, is_array, traced
 from funcprop.curvature.columns import Columns, choose, diagonal_of
-from funcprop.curvature.nodes import Node, find_nodes
+from funcprop.curvature.entries import find_nodes
+from funcprop.curvature.nodes import Node
 from funcprop.curvature.piecewise import why_curved
 from funcprop.flops import of_jaxpr
 from funcprop.graph import aligned

@@ -41,6 +41,8 @@ class Separability:
 
     def operator(self, eqn: Any, states: Sequence[Any]) -> int:
         """The axis of the results."""
+        if eqn.primitive.name == "dot_general" and None not in states and min(states) >= 0:
+            return _through_batched_product(eqn, *states)
         found = {s for s in states if s is not None}
         if len(found) != 1:
             return MIXED
@@ -151,12 +153,14 @@ def _reshaped(shape: Sequence[int], result: Sequence[int], axis: int) -> int:
     return MIXED
 
 
+def _through_batched_product(eqn: Any, left: int, right: int) -> int:
+    _, batched = eqn.params["dimension_numbers"]
+    pairs = list(zip(*batched, strict=True))
+    return pairs.index((left, right)) if (left, right) in pairs else MIXED
+
+
 def _through_product(eqn: Any, where: Sequence[int], axis: int) -> int:
     contracted, batched = eqn.params["dimension_numbers"]
-    if len(where) == 2:
-        same = axis in batched[0] and axis in batched[1]
-        place = list(batched[0]).index(axis) if same else None
-        return place if place is not None and batched[1][place] == axis else MIXED
     (side,) = where
     if axis in contracted[side]:
         return SUMMED
