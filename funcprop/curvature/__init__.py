@@ -1,5 +1,11 @@
 """Curvature: second-order quantities of any JAX model, as linear operators on its parameters."""
 
+from funcprop.curvature.accumulation import Accumulated as Accumulated
+from funcprop.curvature.accumulation import LoaderError as LoaderError
+from funcprop.curvature.accumulation import accumulate as accumulate
+from funcprop.curvature.accumulation import check_deterministic as check_deterministic
+from funcprop.curvature.accumulation import merge as merge
+from funcprop.curvature.accumulation import over_batches as over_batches
 from funcprop.curvature.convergence import ConvergenceWarning as ConvergenceWarning
 from funcprop.curvature.diagonal import HessianDiagonal as HessianDiagonal
 from funcprop.curvature.diagonal import Plan as Plan
