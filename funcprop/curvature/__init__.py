@@ -1,6 +1,16 @@
 """Curvature: second-order quantities of any JAX model, as linear operators on its parameters."""
 
+from funcprop.curvature.accumulation import Accumulated as Accumulated
+from funcprop.curvature.accumulation import LoaderError as LoaderError
+from funcprop.curvature.accumulation import accumulate as accumulate
+from funcprop.curvature.accumulation import check_deterministic as check_deterministic
+from funcprop.curvature.accumulation import merge as merge
+from funcprop.curvature.accumulation import over_batches as over_batches
 from funcprop.curvature.convergence import ConvergenceWarning as ConvergenceWarning
+from funcprop.curvature.diagonal import HessianDiagonal as HessianDiagonal
+from funcprop.curvature.diagonal import Plan as Plan
+from funcprop.curvature.diagonal import PlanRow as PlanRow
+from funcprop.curvature.diagonal import hessian_diagonal as hessian_diagonal
 from funcprop.curvature.estimate import Estimate as Estimate
 from funcprop.curvature.fisher import fisher as fisher
 from funcprop.curvature.gauss_newton import GaussNewton as GaussNewton

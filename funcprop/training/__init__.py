@@ -13,3 +13,5 @@ from funcprop.training.loop import Setup as Setup
 from funcprop.training.loop import apply_loss as apply_loss
 from funcprop.training.loop import fit as fit
 from funcprop.training.loop import make_step as make_step
+from funcprop.training.newton import NewtonCGState as NewtonCGState
+from funcprop.training.newton import newton_cg as newton_cg

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from funcprop.registry import RuleSet
-from funcprop.transforms import value_and_grad
+from funcprop.rewrite import with_rules
 
 Loss: TypeAlias = Callable[..., Any]
 Batches: TypeAlias = "Iterable[Any] | Callable[[Any], Iterable[Any]]"
@@ -90,7 +90,8 @@ def make_step(
 
     Args:
         loss: `loss(params, *batch)`, a real scalar; see `Setup` for how a batch is passed.
-        optimizer: an optax gradient transformation.
+        optimizer: an optax gradient transformation. One with extra arguments is given `value`, `grad`,
+            `value_fn` (the loss of the minibatch, as a function of the parameters) and `batch`.
         rules: a rule set; `fp.rules.default` if None.
 
     Raises:
@@ -106,9 +107,13 @@ def make_step(
         [0.5 0.5] 2.0
     """
 
+    transformation = optax.with_extra_args_support(optimizer)
+
     def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, Any]:
-        value, gradient = value_and_grad(lambda p: apply_loss(loss, p, batch), rules=rules)(params)
-        updates, state = optimizer.update(gradient, state, params)
+        value_fn = with_rules(lambda p: apply_loss(loss, p, batch), rules)
+        value, gradient = jax.value_and_grad(value_fn)(params)
+        extra = {"value": value, "grad": gradient, "value_fn": value_fn, "batch": batch}
+        updates, state = transformation.update(gradient, state, params, **extra)
         return optax.apply_updates(params, updates), state, value
 
     return jax.jit(step, donate_argnums=(0, 1))

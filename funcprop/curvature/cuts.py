@@ -1,0 +1,144 @@
+"""Where the loss after a node is piecewise affine up to some outputs: the Hessian is Gauss-Newton's there.
+
+If `L(Z) = h(o(Z))` with `o` piecewise affine, `∂²L/∂Z² = Jᵀ (∂²h/∂o²) J`, `J = ∂o/∂Z`, and nothing besides.
+With the eigenvalues `λ` and eigenvectors `v` of the small matrices `∂²h/∂o²`, one of each slice that the loss
+keeps apart,
+
+    diagonal[q, i, r] = Σ_c λ_c Σ_s (Σ_m a[s, m, i] (Jᵀ v_c)[s, m, q, r])²,
+
+so that as many sweeps backwards are enough as a slice of the outputs has entries. For the weights of a relu
+network these are its outputs, for the last layer of any network too.
+
+Reference: Schraudolph, "Fast curvature matrix-vector products", Neural Computation 2002; Dangel, Kunstner and
+Hennig, "BackPACK", ICLR 2020, for the columns of the loss's Hessian.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from funcprop import _compat
+from funcprop.curvature.dependence import propagate
+from funcprop.curvature.nodes import Node
+from funcprop.curvature.piecewise import why_curved
+from funcprop.curvature.separability import Separability, is_separable
+from funcprop.registry import RuleSet
+from funcprop.rewrite import with_rules
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """`L = h(o(Z))`: both parts as jaxprs, from a variable and then what else they read.
+
+    `order` has the axes of the outputs: those that follow the node's independent slices, then the others, of
+    which a slice has `size` entries.
+    """
+
+    node: Node
+    outputs: Any
+    model: Any
+    model_free: tuple[Any, ...]
+    loss: Any
+    loss_free: tuple[Any, ...]
+    order: tuple[int, ...]
+    size: int
+
+    def slices(self, o: Any) -> Any:
+        """The outputs as `[s r, c]`."""
+        return jnp.transpose(o, self.order).reshape(-1, self.size)
+
+    def unsliced(self, slices: Any) -> Any:
+        """From `[s r, c]` back."""
+        shape = self.outputs.aval.shape
+        return jnp.transpose(slices.reshape([shape[d] for d in self.order]), np.argsort(self.order).tolist())
+
+
+def find_cut(node: Node) -> Cut | None:
+    """The cut with the smallest slices, if the loss has one after the node."""
+    found = [cut for k in _places(node.tail) if (cut := _cut(node, k)) is not None]
+    return min(found, key=lambda cut: cut.size, default=None)
+
+
+def _places(tail: Any) -> list[int]:
+    """After which equations everything later depends on the node through one variable only."""
+    last: dict[Any, int] = {}
+    for k, eqn in enumerate(tail.eqns):
+        last.update({v: k for v in eqn.invars if not isinstance(v, _compat.Literal)})
+    last.update({v: len(tail.eqns) for v in tail.outvars if not isinstance(v, _compat.Literal)})
+    alive, places = {tail.invars[0]}, []
+    for k, eqn in enumerate(tail.eqns):
+        alive = {v for v in {*alive, *eqn.outvars} if last.get(v, -1) > k}
+        if len(alive) == 1 and alive <= set(eqn.outvars):
+            places.append(k)
+    return places
+
+
+def _cut(node: Node, k: int) -> Cut | None:
+    before, after = node.tail.eqns[: k + 1], node.tail.eqns[k + 1 :]
+    later = set(_compat.free_variables(after)) | set(node.tail.outvars)
+    (outputs,) = [v for v in before[-1].outvars if v in later]
+    free = tuple(v for v in _compat.free_variables(before) if v is not node.variable)
+    model = _compat.jaxpr_of(before, [node.variable, *free], [outputs], "model")
+    if not _compat.is_differentiable(outputs.aval) or why_curved(model, 0) is not None:
+        return None
+    loss_free = tuple(v for v in _compat.free_variables(after) if v is not outputs)
+    loss = _compat.jaxpr_of(after, [outputs, *loss_free], list(node.tail.outvars), "loss")
+    kept = [d for d in node.order() if node.apart[d]]
+    at = [d for d in kept if d in node.positions] + [d for d in kept if d in node.features]
+    none = [None] * len(free)
+    images = [propagate(Separability(), model, [d, *none])[0] for d in at]
+    if any(d is None or d < 0 for d in images) or len(set(images)) < len(images):
+        return None
+    if not all(is_separable(loss, 0, d) for d in images):
+        return None
+    shape = outputs.aval.shape
+    rest = [d for d in range(len(shape)) if d not in images]
+    size = math.prod(shape[d] for d in rest)
+    return Cut(node, outputs, model, free, loss, loss_free, (*images, *rest), size)
+
+
+def functions_of(
+    cut: Cut, read: Callable[[Any], Any], value: Any, rules: RuleSet | None
+) -> tuple[Callable[[Any], Any], Callable[[Any], Any], Any]:
+    """The pullback `[s r, c] ↦ Z[s, m, q, r]`, the product with `∂²h/∂o²` on `[s r, c]`, and the outputs."""
+    node = cut.node
+
+    def model(Z: Any) -> Any:
+        operands = [node.to_variable(Z), *map(read, cut.model_free)]
+        return cut.slices(_compat.evaluate(cut.model, (), operands)[0])
+
+    def loss(slices: Any) -> Any:
+        return _compat.evaluate(cut.loss, (), [cut.unsliced(slices), *map(read, cut.loss_free)])[0]
+
+    outputs, pullback = jax.vjp(with_rules(model, rules), value)
+    _, product = jax.linearize(jax.grad(with_rules(loss, rules)), outputs)
+    return lambda slices: pullback(slices)[0], product, outputs
+
+
+def eigensystem(product: Callable[[Any], Any], outputs: Any, at_once: int) -> tuple[Any, Any]:
+    """Eigenvalues `[s r, c]` and eigenvectors `[s r, c', c]` of the Hessians of all slices."""
+
+    def row(c: Any) -> Any:
+        return product(
+            jnp.broadcast_to((jnp.arange(outputs.shape[1]) == c).astype(outputs.dtype), outputs.shape)
+        )
+
+    hessians = jax.lax.map(row, jnp.arange(outputs.shape[1]), batch_size=min(at_once, outputs.shape[1]))
+    return jnp.linalg.eigh(jnp.moveaxis(hessians, 0, -1))
+
+
+def column_terms(cut: Cut, cotangents: Any, weights: Any, a: Any, sizes: Sequence[int]) -> Any:
+    """`[q, i, r]` of some columns: `cotangents[c, s, m, q, r]` and their eigenvalues `weights[c, s, r]`."""
+    _, M, _, _ = sizes
+    if M == 1:
+        squares = jnp.einsum("csqr,csr->sqr", cotangents[:, :, 0] ** 2, weights)
+        return jnp.einsum("si,sqr->qir", a[:, 0] ** 2, squares)
+    products = jnp.einsum("smi,csmqr->csqir", a, cotangents)
+    return jnp.einsum("csqir,csr->qir", products**2, weights)

@@ -1,0 +1,288 @@
+"""The exact diagonal of a Hessian, for any function.
+
+P separate Hessian-vector products give it, each at the price of a few gradients. Here the gradient is
+linearised once, and the products are made in blocks under `vmap`; and they are fewer, because a weight of a
+product acts only through that product's result (`funcprop.curvature.nodes`): where examples do not mix, a
+dense layer of `O` outputs needs `O` products, not `I × O`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from funcprop import _compat
+from funcprop.calls import Call, is_array, traced
+from funcprop.curvature.columns import Columns, choose, diagonal_of
+from funcprop.curvature.entries import find_nodes
+from funcprop.curvature.nodes import Node
+from funcprop.curvature.piecewise import why_curved
+from funcprop.flops import of_jaxpr
+from funcprop.graph import aligned
+from funcprop.registry import RuleSet
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """How the diagonal of some leaves is computed.
+
+    `form` is `"zero"` (the loss is piecewise affine in them), `"units"`, `"directions"` or `"outputs"`
+    (`funcprop.curvature.columns`); `products` are the products with the Hessian at `node`, or the sweeps
+    backwards from outputs up to which the loss is piecewise affine; `block` is how many are made at once,
+    `flops` those of all of them, and `nbytes` what one block holds.
+    """
+
+    leaves: tuple[str, ...]
+    form: str
+    node: str
+    products: int
+    block: int
+    flops: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an exact diagonal will cost. `print` shows a table."""
+
+    rows: tuple[PlanRow, ...]
+    parameters: int
+    gradient_flops: int
+
+    @property
+    def products(self) -> int:
+        """Products with Hessians of parts of the loss; each costs less than one of all of it."""
+        return sum(row.products for row in self.rows)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations, those of the gradient included."""
+        return self.gradient_flops + sum(row.flops for row in self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the largest block of columns."""
+        return max((row.nbytes for row in self.rows), default=0)
+
+    def __str__(self) -> str:
+        table = [("leaves", "form", "at", "products", "block", "flops", "bytes")]
+        table += [
+            (
+                ", ".join(row.leaves), row.form, row.node, f"{row.products:,}", f"{row.block}",
+                f"{row.flops:,}", f"{row.nbytes:,}",
+            )
+            for row in self.rows
+        ]  # fmt: skip
+        title = (
+            f"diagonal of {self.parameters:,} parameters by {self.products:,} products: {self.flops:,} flops"
+        )
+        return title + "\n" + aligned(table, right={3, 4, 5, 6}, widest=60)
+
+
+@dataclass(frozen=True, eq=False)
+class HessianDiagonal:
+    """What `hessian_diagonal` returns: `(params, *args) -> diagonal`, and `plan(params, *args)`."""
+
+    loss: Callable[..., Any]
+    rules: RuleSet | None
+    block_size: int | None
+    byte_limit: int
+    progress: Progress | None
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
+        """The diagonal, a pytree like `params`."""
+        problem = _Problem.of(self.loss, params, args, kwargs)
+        leaves = jax.jit(lambda values: self._leaves(problem, values))(problem.call.values)
+        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+    def plan(self, params: Any, *args: Any, **kwargs: Any) -> Plan:
+        """What it will cost; nothing is computed, and `jax.ShapeDtypeStruct`s are enough."""
+        problem = _Problem.of(self.loss, params, args, kwargs)
+        found: list[Columns] = []
+
+        def planned(values: Any) -> int:
+            found.extend(columns for columns, *_ in self._columns(problem, values))
+            return 0
+
+        jax.eval_shape(planned, [jax.ShapeDtypeStruct(jnp.shape(v), _dtype(v)) for v in problem.call.values])
+        rows = [PlanRow(tuple(map(problem.path, problem.zero)), "zero", "", 0, 0, 0, 0)]
+        rows = rows if problem.zero else []
+        for c in found:
+            names = tuple(map(problem.path, c.node.leaves))
+            rows.append(
+                PlanRow(names, c.form, _where(c), c.count, c.block, c.count * c.flops, c.block * c.nbytes)
+            )
+        size = sum(math.prod(v.aval.shape) for v in problem.parameter_variables)
+        return Plan(tuple(rows), size, problem.gradient_flops())
+
+    def _columns(self, problem: _Problem, values: Any) -> Iterator[tuple[Columns, Any, Any]]:
+        """For every node how it is computed, the other operand of its product, and its dtype."""
+        wanted = [v for n in problem.nodes for v in (n.variable, n.data, *n.free) if v is not None]
+        wanted = list(dict.fromkeys(v for v in wanted if not isinstance(v, _compat.Literal)))
+        head = _compat.with_results(problem.jaxpr, wanted)
+        known = dict(zip(wanted, _compat.evaluate(head, (), [*problem.constants, *values]), strict=True))
+
+        def read(atom: Any) -> Any:
+            return atom.val if isinstance(atom, _compat.Literal) else known[atom]
+
+        for node in problem.nodes:
+            columns = choose(node, read, self.rules, self.byte_limit, self.block_size)
+            yield columns, None if node.data is None else read(node.data), node.variable.aval.dtype
+
+    def _leaves(self, problem: _Problem, values: Any) -> list[Any]:
+        first = len(problem.constants)
+        found = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in problem.parameter_variables]
+        planned = list(self._columns(problem, values))
+        total, before = sum(columns.count for columns, *_ in planned), 0
+        for columns, data, dtype in planned:
+            done = None if self.progress is None else _reporter(self.progress, columns, before, total)
+            diagonal = diagonal_of(columns, data, dtype, done)
+            for position, entries in columns.node.split(diagonal).items():
+                found[position - first] = entries.astype(found[position - first].dtype)
+            before += columns.count
+        return found
+
+
+def _where(columns: Columns) -> str:
+    """The variable that columns are of."""
+
+    def shown(v: Any) -> str:
+        return f"[{'×'.join(map(str, v.aval.shape))}]"
+
+    if columns.cut is not None:
+        return f"outputs {shown(columns.cut.outputs)}"
+    own = columns.node.activations is None
+    return f"{'itself' if own else 'its product'} {shown(columns.node.variable)}"
+
+
+def _dtype(value: Any) -> Any:
+    return value.dtype if hasattr(value, "dtype") else jnp.result_type(value)
+
+
+def _reporter(progress: Progress, columns: Columns, before: int, total: int) -> Callable[[Any], None]:
+    def report(number: Any) -> None:
+        progress(before + round(columns.count * (int(number) + 1) / columns.blocks), total)
+
+    return functools.partial(jax.debug.callback, report)
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """The loss as a jaxpr of its constants, the parameters, and all other arrays; and its nodes.
+
+    `paths` are those of the parameters, `zero` the positions of those in which the loss is piecewise affine.
+    """
+
+    call: Call
+    paths: tuple[str, ...]
+    jaxpr: Any
+    constants: list[Any]
+    nodes: list[Node]
+    zero: tuple[int, ...]
+
+    @classmethod
+    def of(cls, loss: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> _Problem:
+        named = jax.tree.leaves_with_path(params)
+        paths = tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in named)
+        for path, (_, leaf) in zip(paths, named, strict=True):
+            if not is_array(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                raise TypeError(
+                    f"hessian_diagonal: the parameter {path!r} is {leaf!r}, which has no real "
+                    "derivative; pass floating-point arrays, and other values as further arguments."
+                )
+        call = Call.of((params, *args), kwargs, is_array)
+
+        def flat(*values: Any) -> list[Any]:
+            call_args, call_kwargs = call.arguments(call.filled(values))
+            return jax.tree.leaves(loss(*call_args, **call_kwargs))
+
+        closed = _compat.inlined(traced(flat, call.values, loss))
+        jaxpr, constants = _compat.with_constants_as_inputs(closed)
+        results = [v.aval for v in jaxpr.outvars]
+        if [r.shape for r in results] != [()] or not jnp.issubdtype(results[0].dtype, jnp.floating):
+            shown = ", ".join(r.str_short() for r in results)
+            raise TypeError(
+                f"hessian_diagonal: the loss returns ({shown}), but a Hessian is that of one real scalar; "
+                "return the mean or the sum over the examples, alone."
+            )
+        # Positional arguments come before keyword ones, so that the parameters are the first variables.
+        positions = range(len(constants), len(constants) + len(paths))
+        zero = tuple(i for i in positions if why_curved(jaxpr, i) is None)
+        nodes = find_nodes(jaxpr, [i for i in positions if i not in zero])
+        return cls(call, paths, jaxpr, constants, nodes, zero)
+
+    @property
+    def parameter_variables(self) -> list[Any]:
+        return self.jaxpr.invars[len(self.constants) : len(self.constants) + len(self.paths)]
+
+    def path(self, position: int) -> str:
+        """The path of the parameter at a position among the inputs of the jaxpr."""
+        return self.paths[position - len(self.constants)]
+
+    def gradient_flops(self) -> int:
+        """Floating-point operations of the gradient, which is linearised."""
+        positions = tuple(range(len(self.constants), len(self.constants) + len(self.paths)))
+        gradient = jax.grad(lambda *a: _compat.evaluate(self.jaxpr, (), a)[0], positions)
+        return of_jaxpr(_compat.retrace(gradient, self.jaxpr))
+
+
+def hessian_diagonal(
+    loss: Callable[..., Any],
+    *,
+    rules: RuleSet | None = None,
+    block_size: int | None = None,
+    byte_limit: int = 256 << 20,
+    progress: Progress | None = None,
+) -> HessianDiagonal:
+    """The exact diagonal of the Hessian: `hessian_diagonal(loss)(params, *args)`, a pytree like `params`.
+
+    `d_p = ∂²L/∂θ_p²`, with no factor of its own: of a mean over examples it is the diagonal of the mean
+    Hessian. Exact for any graph (residual connections, attention, tied weights, loops).
+
+    A leaf in which the loss is piecewise affine has the diagonal zero. A weight of one product, and the bias
+    added to it, are reached through the product's result `Z`, of which the loss's Hessian gives
+
+        d[i, q] = Σ_{s, m, m'} a[s, m, i] a[s, m', i] ∂²L/∂Z[s, m, q]∂Z[s, m', q],
+
+    `s` the examples that the loss keeps apart (found from its equations), `m` the positions that it mixes: by
+    one product with that Hessian for every `(m, q)` or every `(i, q)`, whichever takes fewer operations. Any
+    other leaf takes one product for each entry. `hessian_diagonal(loss).plan(params, *args)` says all this in
+    numbers before anything is computed.
+
+    The result can be jitted, and should be if it is called repeatedly.
+
+    Args:
+        loss: `loss(params, *args)`, one real scalar, twice differentiable by JAX.
+        rules: a rule set; `fp.rules.default` if None.
+        block_size: how many products are made at once; chosen by bytes if None.
+        byte_limit: the most bytes that the tangents and cotangents of a block may take.
+        progress: called as `progress(done, total)` with numbers of products, from within the computation.
+
+    Raises:
+        TypeError: the loss is not one real scalar, or a leaf of `params` is not a floating-point array.
+        ValueError: `block_size` or `byte_limit` is not positive.
+
+    Reference: Dangel, Kunstner and Hennig, "BackPACK", ICLR 2020, for sequential networks; Powell and Toint,
+    SIAM J. Numer. Anal. 16, 1979, for sharing products between independent parts.
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> loss = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)
+        >>> diagonal = fp.curvature.hessian_diagonal(loss)
+        >>> print(diagonal(jnp.zeros(2), jnp.array([[1.0, 2.0], [3.0, 0.0]])))
+        [10.  4.]
+        >>> print(diagonal.plan(jnp.zeros(2), jnp.ones((2, 2))).products)
+        1
+    """
+    for name, value in (("block_size", block_size), ("byte_limit", byte_limit)):
+        if value is not None and value <= 0:
+            raise ValueError(f"hessian_diagonal: {name}={value}; pass a positive number, or leave it out.")
+    return HessianDiagonal(loss, rules, block_size, byte_limit, progress)

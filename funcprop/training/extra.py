@@ -1,0 +1,32 @@
+"""The extra arguments of optax's `update`: which are needed, and which of them a function takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def chosen_arguments(function: Callable[..., Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The extra arguments that are parameters of a function after its first; all if it takes any."""
+    _, *parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(extra)
+    names = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    return {name: value for name, value in extra.items() if name in names}
+
+
+def require_arguments(optimizer: str, given: Mapping[str, Any], *names: str) -> list[Any]:
+    """The arguments with these names, and `params` besides.
+
+    Raises:
+        ValueError: one is missing, or None.
+    """
+    missing = [name for name in ("params", *names) if given.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"{optimizer}: update() lacks {', '.join(missing)}; call "
+            f"update(updates, state, params, {', '.join(f'{name}=…' for name in names)}), or let "
+            "fp.training.make_step do it."
+        )
+    return [given[name] for name in names]

@@ -1,0 +1,367 @@
+"""The exact diagonal against jax.hessian, which form is chosen, and what the analyses behind it say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from compiling import compiled
+from jax.flatten_util import ravel_pytree
+
+import funcprop as fp
+from funcprop.curvature.piecewise import why_curved
+from funcprop.curvature.separability import is_separable
+
+KEY = jax.random.key(0)
+N = 4
+Y = jnp.arange(N) % 3
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.fold_in(KEY, seed), shape)
+
+
+def cross_entropy(logits: Any, labels: Any) -> Any:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def of_dense_matrix(loss: Callable[..., Any], params: Any, *args: Any) -> jax.Array:
+    flat, unravel = ravel_pytree(params)
+    return compiled(lambda p, *a: jnp.diag(jax.hessian(lambda p: loss(unravel(p), *a))(p)))(flat, *args)
+
+
+def assert_exact(loss: Callable[..., Any], params: Any, *args: Any, **options: Any) -> fp.curvature.Plan:
+    diagonal = fp.curvature.hessian_diagonal(loss, **options)
+    found, expected = diagonal(params, *args), of_dense_matrix(loss, params, *args)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, params)
+    np.testing.assert_allclose(ravel_pytree(found)[0], expected, rtol=1e-10, atol=1e-14)
+    return diagonal.plan(params, *args)
+
+
+# --- the models of the issue ------------------------------------------------------------------
+
+
+class Convolutional(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.avg_pool(nn.tanh(nn.Conv(4, (3, 3), param_dtype=x.dtype)(x)), (2, 2), (2, 2))
+        x = nn.Conv(4, (3, 3), feature_group_count=2, param_dtype=x.dtype)(x)
+        x = nn.max_pool(nn.tanh(x), (2, 2), (2, 2))
+        x = nn.tanh(nn.Conv(3, (2, 2), strides=1, padding="VALID", param_dtype=x.dtype)(x))
+        return nn.Dense(3, param_dtype=x.dtype)(x.reshape(x.shape[0], -1))
+
+
+class Block(nn.Module):
+    """Pre-norm attention, a gelu block and residual connections."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        h = nn.LayerNorm(param_dtype=x.dtype)(x)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2, param_dtype=x.dtype)(h, h)
+        h = nn.Dense(6, param_dtype=x.dtype)(nn.LayerNorm(param_dtype=x.dtype)(x))
+        x = x + nn.Dense(4, param_dtype=x.dtype)(nn.gelu(h))
+        return nn.Dense(3, param_dtype=x.dtype)(x.mean(1))
+
+
+def of_module(module: nn.Module, x: Any) -> tuple[Callable[..., Any], Any]:
+    return lambda p, x, y: cross_entropy(module.apply(p, x), y), module.init(KEY, x)
+
+
+def test_attention_block() -> None:
+    x = normal(N, 2, 4)
+    loss, params = of_module(Block(), x)
+    plan = fp.curvature.hessian_diagonal(loss).plan(params, x, Y)  # values: tests/test_curvature_oracles.py
+    # Examples share their products: as many as a sequence has units, not as weights.
+    forms = {path: row for row in plan.rows for path in row.leaves}
+    assert forms["params/Dense_0/kernel"].form == "units"
+    assert forms["params/Dense_0/kernel"] is forms["params/Dense_0/bias"]
+    assert forms["params/Dense_0/kernel"].products == 2 * 6
+    assert forms["params/LayerNorm_0/scale"].products == 4
+
+
+def test_convolutions_pooling_and_groups() -> None:
+    x = normal(N, 8, 8, 2)
+    loss, params = of_module(Convolutional(), x)
+    plan = assert_exact(loss, params, x, Y)
+    forms = {path: row.form for row in plan.rows for path in row.leaves}
+    assert forms["params/Conv_0/kernel"] == "directions"  # 64 positions, but only 18 inputs
+    assert forms["params/Conv_2/kernel"] == "units"  # 1 position, 16 inputs
+    assert forms["params/Conv_1/kernel"] == "directions"  # grouped: it is its own node
+
+
+def test_relu_network_needs_its_outputs_only() -> None:
+    params = {"a": normal(4, 9, seed=1), "b": normal(9, seed=2), "c": normal(9, 8, seed=3), "d": normal(8, 2)}
+
+    def loss(p: Any, x: Any) -> Any:
+        h = jax.nn.relu(jnp.abs(jax.nn.relu(x @ p["a"] + p["b"]) @ p["c"]) - 1)
+        return jnp.mean(jnp.cos(h @ p["d"]))  # indefinite: eigenvalues of both signs
+
+    plan = assert_exact(loss, params, normal(N, 4))
+    forms = {path: (row.form, row.products) for row in plan.rows for path in row.leaves}
+    assert forms["a"] == forms["b"] == ("outputs", 2)
+    assert all(products <= 2 for _, products in forms.values())
+
+
+def test_shared_positions_before_a_mean() -> None:
+    # Piecewise affine up to outputs that mix the positions of one example.
+    params = {"a": normal(3, 5, seed=1), "b": normal(5, 2, seed=2)}
+
+    def loss(p: Any, x: Any, y: Any) -> Any:
+        return jnp.sum((jax.nn.relu(x @ p["a"]).mean(1) @ p["b"] - y) ** 2)
+
+    plan = assert_exact(loss, params, normal(N, 6, 3), normal(N, 2, seed=5))
+    assert [row.form for row in plan.rows] == ["outputs", "units"]
+
+
+def test_tied_embedding_and_loop() -> None:
+    params = {"embedding": normal(5, 3, seed=1), "recurrent": normal(3, 3, seed=2), "unused": normal(2)}
+
+    def loss(p: Any, tokens: Any) -> Any:
+        x = jnp.moveaxis(p["embedding"][tokens], 1, 0)
+
+        def step(h: Any, x: Any) -> Any:
+            h = jnp.tanh(h @ p["recurrent"] + x)
+            return h, h
+
+        _, h = jax.lax.scan(step, jnp.zeros((len(tokens), 3)), x)
+        logits = jnp.moveaxis(h, 0, 1) @ p["embedding"].T
+        return cross_entropy(logits[:, :-1], tokens[:, 1:])
+
+    plan = assert_exact(loss, params, jax.random.randint(KEY, (N, 4), 0, 5))
+    forms = {path: (row.form, row.products) for row in plan.rows for path in row.leaves}
+    assert forms == {"embedding": ("directions", 15), "recurrent": ("directions", 9), "unused": ("zero", 0)}
+
+
+def test_layers_under_vmap_with_the_weight_on_the_left() -> None:
+    params = [normal(5, 3, seed=1), normal(5, seed=2), normal(2, 5, seed=3)]
+
+    def loss(p: Any, x: Any) -> Any:
+        one = lambda x: p[2] @ jnp.tanh(p[0] @ x + p[1])  # noqa: E731
+        return jnp.mean(jnp.exp(jax.vmap(one)(x)))
+
+    plan = assert_exact(loss, params, normal(N, 3))
+    assert sorted((row.form, len(row.leaves), row.products) for row in plan.rows) == [
+        ("units", 1, 1),  # the loss keeps the outputs apart
+        ("units", 2, 5),
+    ]
+
+
+def test_weights_through_reshapes_and_several_axes() -> None:
+    params = {"w": normal(2, 3, 4, seed=1), "b": normal(4, seed=2), "v": normal(8, 3, seed=3)}
+
+    def loss(p: Any, x: Any) -> Any:
+        h = jnp.tanh(jnp.einsum("nij,ijk->nk", x, p["w"]) + p["b"])
+        return jnp.mean(jnp.sin(h @ p["v"].reshape(2, 4, 3)[0]) ** 2)
+
+    assert_exact(loss, params, normal(N, 2, 3))
+
+
+def test_a_batch_that_mixes_is_still_exact() -> None:
+    params = {"w": normal(3, 4, seed=1), "b": normal(4, seed=2)}
+
+    def loss(p: Any, x: Any) -> Any:
+        h = x @ p["w"] + p["b"]
+        h = (h - h.mean(0)) / jnp.sqrt(h.var(0) + 0.1)  # batch norm in training mode
+        return jnp.sum(jnp.tanh(h) ** 3)
+
+    plan = assert_exact(loss, params, normal(N, 3))
+    # Only the features are kept apart; one product serves all of them.
+    (row,) = plan.rows
+    assert row.leaves == ("w", "b")
+    assert row.products == 4
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 100])
+def test_incomplete_blocks(block_size: int) -> None:
+    params = {"w": normal(4, 5, seed=1), "s": normal(5, seed=2), "v": normal(5, 7, seed=3), "b": normal(7)}
+
+    def loss(p: Any, x: Any) -> Any:
+        return jnp.mean(jax.nn.logsumexp(jax.nn.gelu(jnp.sin(x @ p["w"]) * p["s"] @ p["v"] + p["b"]), -1))
+
+    assert_exact(loss, params, normal(N, 4), block_size=block_size)
+
+
+@jax.custom_jvp
+def straight_through(x: Any) -> Any:
+    return jnp.round(x)
+
+
+@straight_through.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return straight_through(*primals), tangents[0] * jnp.cos(primals[0])
+
+
+@jax.custom_vjp
+def mixing_backwards(x: Any) -> Any:
+    return x * 2
+
+
+mixing_backwards.defvjp(lambda x: (x * 2, x), lambda x, g: (g * jnp.sum(x),))
+
+
+def test_derivatives_that_are_not_those_of_the_body() -> None:
+    assert_exact(lambda w, x: jnp.sum(straight_through(x * w) ** 2), normal(3), normal(N, 3, seed=1))
+    w, x = normal(3, 2), normal(N, 3, seed=1)
+    diagonal = fp.curvature.hessian_diagonal(lambda w: jnp.sum(jnp.sin(mixing_backwards(x @ w))))(w)
+    jacobian = compiled(jax.jacrev(jax.grad(lambda w: jnp.sum(jnp.sin(mixing_backwards(x @ w))))))(w)
+    np.testing.assert_allclose(diagonal, jnp.einsum("abab->ab", jacobian), rtol=1e-10)
+
+
+def test_scale_is_the_losses_own() -> None:
+    # ½ (wᵀ diag(c) w) has the diagonal c; a mean of N such losses too.
+    c = jnp.array([1.0, 2.0, -3.0])
+    half = fp.curvature.hessian_diagonal(lambda w: 0.5 * jnp.sum(c * w**2))(jnp.ones(3))
+    np.testing.assert_allclose(half, c, rtol=1e-14)
+    mean = fp.curvature.hessian_diagonal(lambda w, x: jnp.mean((x @ w) ** 2))
+    np.testing.assert_allclose(
+        mean(jnp.ones(3), normal(N, 3)), 2 * jnp.mean(normal(N, 3) ** 2, 0), rtol=1e-12
+    )
+
+
+# --- plan and progress ------------------------------------------------------------------------
+
+
+def test_plan_from_shapes_alone_and_under_jit() -> None:
+    x = normal(N, 2, 4)
+    loss, params = of_module(nn.Dense(3, param_dtype=x.dtype), x.mean(1))
+    diagonal = fp.curvature.hessian_diagonal(loss)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (params, x.mean(1), Y))
+    plan = diagonal.plan(*shapes)
+    assert plan.parameters == 15
+    assert plan.products == sum(row.products for row in plan.rows) == 3
+    assert plan.flops > plan.gradient_flops > 0
+    assert plan.nbytes == max(row.nbytes for row in plan.rows) > 0
+    assert "params/kernel, params/bias" in str(plan)
+    under_jit = jax.jit(diagonal)(params, x.mean(1), Y)
+    for a, b in zip(jax.tree.leaves(under_jit), jax.tree.leaves(diagonal(params, x.mean(1), Y)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_predicted_bytes_bound_the_block() -> None:
+    w, x = normal(6, 40), normal(N, 6)
+    options: dict[str, Any] = {"byte_limit": 12_000}
+    loss = lambda w, x: jnp.mean(jnp.sum(jnp.tanh(x @ w), 1) ** 4)  # noqa: E731
+    small = fp.curvature.hessian_diagonal(loss, **options).plan(w, x)
+    large = fp.curvature.hessian_diagonal(loss).plan(w, x)
+    assert small.nbytes <= 12_000 < large.nbytes
+    assert_exact(loss, w, x, **options)
+
+
+def test_progress_counts_to_the_end() -> None:
+    seen: list[tuple[int, int]] = []
+    diagonal = fp.curvature.hessian_diagonal(
+        lambda w, x: jnp.sum(jnp.prod(jnp.tanh(x @ w), 1)),
+        block_size=2,
+        progress=lambda *s: seen.append(s),
+    )
+    diagonal(normal(3, 5), normal(N, 3))
+    jax.effects_barrier()
+    assert sorted(seen) == [(2, 5), (3, 5), (5, 5)]
+
+
+# --- the analyses -----------------------------------------------------------------------------
+
+APART = {
+    "elementwise": lambda z: jnp.sum(jnp.tanh(z) * jnp.arange(3.0)),
+    "softmax over features": lambda z: jnp.sum(jax.nn.softmax(z) ** 2) / 3,
+    "layer norm": lambda z: jnp.mean(nn.LayerNorm(use_bias=False, use_scale=False).apply({}, z) ** 3),
+    "attention": lambda z: jnp.sum(
+        jnp.tanh(jax.nn.dot_product_attention(z[:, :, None], z[:, :, None], z[:, :, None]))
+    ),
+    "transposed and reshaped": lambda z: jnp.sum(jnp.sin(z.T.reshape(-1, 4).T.reshape(4, -1).sum(1))),
+    "padded, concatenated, reversed": lambda z: jnp.sum(
+        jnp.exp(jnp.pad(jnp.concatenate([z, z[:, ::-1]], 1), ((0, 0), (1, 0))).cumsum(1))
+    ),
+    "loop over features": lambda z: jax.lax.scan(lambda c, x: (jnp.sin(c + x), None), jnp.zeros(4), z.T)[
+        0
+    ].sum(),
+    "branches": lambda z: jax.lax.cond(True, lambda z: jnp.sum(z**2), lambda z: jnp.sum(jnp.cos(z)), z),
+    "custom derivatives": lambda z: jnp.sum(jax.nn.relu(z) * jax.nn.softplus(z) ** 2),
+    "picked by label": lambda z: cross_entropy(z, Y),
+    "convolution": lambda z: jnp.sum(
+        jax.lax.conv_general_dilated(z[:, None], jnp.ones((2, 1, 2)), (1,), "SAME") ** 3
+    ),
+}
+MIXING = {
+    "square of the sum": lambda z: jnp.sum(z) ** 2,
+    "batch norm": lambda z: jnp.sum((z / jnp.sqrt(jnp.var(z, 0) + 1)) ** 3),
+    "Gram matrix": lambda z: jnp.sum((z @ z.T) ** 2),
+    "reversed batch": lambda z: jnp.sum(z * z[::-1] ** 2),
+    "sorted batch": lambda z: jnp.sum(jnp.sort(z, 0) * jnp.tanh(z)),
+    "softmax over the batch": lambda z: jax.nn.logsumexp(z),
+    "loop over the batch": lambda z: jax.lax.scan(lambda c, x: (jnp.sin(c + x), None), jnp.zeros(3), z)[
+        0
+    ].sum(),
+    "custom derivative": lambda z: jnp.sum(jnp.sin(mixing_backwards(z))),
+    "taken by index": lambda z: jnp.sum(z[jnp.array([1, 0, 3, 2])] * z**2),
+}
+
+
+@pytest.mark.parametrize("name", [*APART, *MIXING])
+def test_separability_is_what_the_dense_hessian_shows(name: str) -> None:
+    # float64 has room between what is zero and what is not.
+    fun = {**APART, **MIXING}[name]
+    if name == "attention":
+        z: Any = normal(4, 2, 3)
+    else:
+        z = normal(4, 3)
+    found = is_separable(jax.make_jaxpr(fun)(z), 0, 0)
+    hessian = compiled(jax.jacrev(jax.grad(fun)))(z).reshape(4, z.size // 4, 4, z.size // 4)
+    blocks = np.abs(np.asarray(hessian)).max(axis=(1, 3))
+    between = (blocks - np.diag(np.diag(blocks))).max()
+    assert found == (name in APART)
+    assert (between < 1e-14) == (name in APART)
+
+
+CURVED = {
+    "product with itself": (lambda w: w * w, "mul is curved"),
+    "tanh": (lambda w: jnp.tanh(w), "tanh"),
+    "through an index": (lambda w: 1 / w, "div"),
+    "its own norm": (lambda w: w / jnp.linalg.norm(w), "mul"),
+    "straight through": (straight_through, "straight_through"),
+    "in a loop": (lambda w: jax.lax.fori_loop(0, 3, lambda i, c: c * w, jnp.ones(3)), "mul"),
+}
+AFFINE = {
+    "relu of a product": lambda w: jax.nn.relu(w @ jnp.ones((3, 3))) @ jnp.ones((3, 2)),
+    "chosen": lambda w: jnp.where(w > 0, w, 0.1 * w),
+    "pooled, padded, indexed": lambda w: jnp.max(jnp.pad(w, 1)[jnp.array([0, 2])]),
+    "sorted": lambda w: jnp.sort(w) - jnp.clip(w, -1, 1),
+    "in a loop": lambda w: jax.lax.scan(lambda c, x: (c + x, c), jnp.array(0.0), w),
+    "stopped": lambda w: jnp.sum(jax.lax.stop_gradient(jnp.exp(w)) * w),
+}
+
+
+@pytest.mark.parametrize("name", CURVED)
+def test_what_is_curved_says_where(name: str) -> None:
+    fun, reason = CURVED[name]
+    assert reason in str(why_curved(jax.make_jaxpr(fun)(normal(3)), 0))
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_what_is_piecewise_affine(name: str) -> None:
+    assert why_curved(jax.make_jaxpr(AFFINE[name])(normal(3)), 0) is None
+    assert (
+        float(jnp.abs(of_dense_matrix(lambda w: ravel_pytree(AFFINE[name](w))[0].sum(), normal(3))).max())
+        == 0
+    )
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+
+def test_errors() -> None:
+    diagonal = fp.curvature.hessian_diagonal(lambda p, x: p["w"] * x)
+    with pytest.raises(TypeError, match=r"loss returns \(float64\[2\]\).*mean or the sum"):
+        diagonal({"w": jnp.ones(2)}, jnp.ones(2))
+    with pytest.raises(TypeError, match=r"parameter .w/k. is .*no real"):
+        diagonal({"w": {"k": jnp.arange(2)}}, jnp.ones(2))
+    with pytest.raises(ValueError, match="block_size=0; pass a positive"):
+        fp.curvature.hessian_diagonal(jnp.sum, block_size=0)
+    with pytest.raises(ValueError, match="byte_limit=-1"):
+        fp.curvature.hessian_diagonal(jnp.sum, byte_limit=-1)
