@@ -1,6 +1,7 @@
 """Backpropagation, opened up: hand-written backward rules for any JAX function, both sweeps in the open."""
 
 from funcprop import layers as layers
+from funcprop import memory as memory
 from funcprop import models as models
 from funcprop import rules as rules
 from funcprop import testing as testing

@@ -1,0 +1,1 @@
+"""What a program holds in memory: predicted from its jaxpr, measured on the compiled program."""
