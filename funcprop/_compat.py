@@ -246,7 +246,7 @@ def barrier_options(platform: str) -> dict[str, str] | None:
     def products(options: dict[str, str]) -> int:
         shape = jax.ShapeDtypeStruct((2, 2), jnp.float32)
         gradient = jax.jit(jax.grad(lambda x: step(step(x)).sum()), compiler_options=options)
-        return gradient.lower(shape).compile().as_text().count(" dot(")
+        return str(gradient.lower(shape).compile().as_text()).count(" dot(")
 
     try:
         return options if products(options) > products({}) else None

@@ -1,8 +1,8 @@
 """A function traced to a jaxpr and emitted again, equation by equation, as a function of the same arguments.
 
 What happens to the equations on the way is the business of `emit`. Here is the rest: arguments that are not
-traced stay what they are, results come back in their structure, and what the function changes in its arguments
-(containers, nnx models) is changed in the caller's.
+traced stay what they are, results come back in their structure, and what the function changes in its
+arguments (containers, nnx models) is changed in the caller's.
 """
 
 from __future__ import annotations
