@@ -7,6 +7,7 @@ Everything here is plain plumbing around jaxprs and primitives; no other module 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -138,10 +139,11 @@ def with_results(jaxpr: Any, outvars: Sequence[Any]) -> Any:
     return jaxpr.replace(outvars=list(outvars), debug_info=debug)
 
 
-def inlined(closed: Any) -> Any:
-    """The jaxpr with the bodies of nested jits in place of their calls.
+def inlined(closed: Any, keep: Callable[[Equation], bool] = lambda eqn: False) -> Any:
+    """The jaxpr with the bodies of nested jits in place of their calls, but for those that `keep` names.
 
-    Nothing is traced, so it may be called where the axis names of an enclosing `shard_map` are unbound.
+    The scopes around a call become those of its body. Nothing is traced, so it may be called where the axis
+    names of an enclosing `shard_map` are unbound.
     """
     inner = open_jaxpr(closed)
     if not any(eqn.primitive.name in ("jit", "pjit") for eqn in inner.eqns):
@@ -149,20 +151,23 @@ def inlined(closed: Any) -> Any:
     equations: list[Equation] = []
     constvars, consts = list(inner.constvars), constants(closed)
 
-    def inline(jaxpr: Any, inputs: Sequence[Any]) -> list[Any]:
+    def inline(jaxpr: Any, inputs: Sequence[Any], outer: Any = None) -> list[Any]:
         """Append the equations of a body whose constants and arguments are `inputs`; its results."""
         atoms = dict(zip([*jaxpr.constvars, *jaxpr.invars], inputs, strict=True))
         for eqn in jaxpr.eqns:
             operands = [v if isinstance(v, Literal) else atoms[v] for v in eqn.invars]
-            if eqn.primitive.name in ("jit", "pjit"):
+            stack = eqn.source_info.name_stack
+            stack = stack if outer is None else outer + stack
+            if eqn.primitive.name in ("jit", "pjit") and not keep(eqn):
                 body = eqn.params["jaxpr"]
                 closed_over = [Var(v.aval) for v in open_jaxpr(body).constvars]
                 constvars.extend(closed_over)
                 consts.extend(constants(body))
-                results = inline(open_jaxpr(body), [*closed_over, *operands])
+                results = inline(open_jaxpr(body), [*closed_over, *operands], stack)
             else:
                 results = [Var(v.aval) for v in eqn.outvars]
-                equations.append(eqn.replace(invars=operands, outvars=results))
+                where = eqn.source_info.replace(name_stack=stack)
+                equations.append(eqn.replace(invars=operands, outvars=results, source_info=where))
             atoms.update(zip(eqn.outvars, results, strict=True))
         return [v if isinstance(v, Literal) else atoms[v] for v in jaxpr.outvars]
 
@@ -224,6 +229,29 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
 def temporary_bytes(compiled: Any) -> int:
     """Bytes that a compiled program needs besides its arguments and results."""
     return int(compiled.memory_analysis().temp_size_in_bytes)
+
+
+@functools.cache
+def barrier_options(platform: str) -> dict[str, str] | None:
+    """Compiler options under which XLA keeps the recomputation that `jax.checkpoint` asks for.
+
+    The CPU backend drops the barriers in front of it, so that common subexpressions are shared and nothing is
+    recomputed; an option leaves them in. None if this XLA has no such option, or if it has no effect.
+    """
+    if platform != "cpu":
+        return {}
+    options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+    step = jax.checkpoint(lambda x: jnp.tanh(x @ x))
+
+    def products(options: dict[str, str]) -> int:
+        shape = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+        gradient = jax.jit(jax.grad(lambda x: step(step(x)).sum()), compiler_options=options)
+        return str(gradient.lower(shape).compile().as_text()).count(" dot(")
+
+    try:
+        return options if products(options) > products({}) else None
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 # --- where an equation comes from -------------------------------------------------------------

@@ -10,7 +10,6 @@ function; custom derivatives and opaque kernels are left as they are.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,9 +17,10 @@ from typing import Any
 
 import jax
 
-from funcprop import _compat, _mutation, _nnx
+from funcprop import _compat
 from funcprop.attach import Arrays, BoundRule, attach
 from funcprop.calls import Call, is_array, traced
+from funcprop.emission import emitted_again
 from funcprop.layer_calls import broken_layer_call, layer_call
 from funcprop.patterns import PATTERNS
 from funcprop.recognition import recognised
@@ -70,53 +70,7 @@ def with_rules(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callabl
     if not isinstance(rules, RuleSet):
         raise RuleError(f"rules={rules!r} is not a rule set; pass `fp.rules.default` or another RuleSet.")
 
-    @functools.wraps(fun)
-    def rewritten(*args: Any, **kwargs: Any) -> Any:
-        if _nnx.has_models((args, kwargs)):
-            return _nnx.call(rewrite, fun, args, kwargs)
-        return rewrite(fun, args, kwargs)
-
-    rewrite = functools.partial(_rewrite, rules=rules)
-    return rewritten
-
-
-def _rewrite(
-    fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, rules: RuleSet
-) -> Any:
-    """`fun(*args, **kwargs)`, carrying the rules."""
-    call = Call.of(args, kwargs, lambda leaf: isinstance(leaf, jax.core.Tracer))
-    structure: list[Any] = []
-
-    def flat(*values: Any) -> Arrays:
-        leaves = call.filled(values)
-        call_args, call_kwargs = call.arguments(leaves)
-        result = fun(*call_args, **call_kwargs)
-        changed = _mutation.changed((call_args, call_kwargs), leaves, call.tree)
-        results, result_tree = jax.tree.flatten((result, changed))
-        staged = [isinstance(x, jax.core.Tracer) for x in results]
-        concrete = [None if is_staged else (x,) for x, is_staged in zip(results, staged, strict=True)]
-        structure.append((result_tree, concrete))
-        return [x for x, is_staged in zip(results, staged, strict=True) if is_staged]
-
-    jaxpr = traced(flat, call.values, fun, "a differentiated argument")
-    outputs = iter(_arrays(Rewriter(rules).run(jaxpr, call.values), jaxpr))
-    result_tree, concrete = structure[-1]
-    values = [next(outputs) if c is None else c[0] for c in concrete]
-    result, changed = jax.tree.unflatten(result_tree, values)
-    if changed is not None:
-        _mutation.write_back(args, changed[0], "args")
-        _mutation.write_back(kwargs, changed[1], "kwargs")
-    return result
-
-
-def _arrays(results: Sequence[Any], jaxpr: Any) -> Iterator[Any]:
-    """The results as JAX returns them; a constant result is a plain number in the jaxpr."""
-    for value, var in zip(results, _compat.open_jaxpr(jaxpr).outvars, strict=True):
-        if isinstance(value, jax.Array):
-            yield value
-        else:
-            array = jax.numpy.asarray(value, var.aval.dtype)
-            yield _compat.with_weak_type(array, bool(getattr(var.aval, "weak_type", False)))
+    return emitted_again(fun, lambda jaxpr, values: Rewriter(rules).run(jaxpr, values))
 
 
 @dataclass(frozen=True)

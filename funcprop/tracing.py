@@ -174,6 +174,12 @@ def trace_function(
     )
 
 
+def graph_of(label: str, closed: Any, inline: frozenset[str] = INLINED) -> Graph:
+    """The graph of a jaxpr, whose inputs are called `in0`, `in1` …"""
+    names = [f"in{i}" for i in range(len(_compat.open_jaxpr(closed).invars))]
+    return _Builder(inline).build(label, closed, names)[0]
+
+
 def _pair(returned: Any, fun: Callable[..., Any]) -> tuple[Any, Any]:
     if not (isinstance(returned, tuple | list) and len(returned) == 2):
         raise TypeError(

@@ -1,0 +1,72 @@
+"""A budget as a `jax.checkpoint` policy, which sees of an operator its kind and the types of its operands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from funcprop import _compat
+from funcprop.flops import flops
+from funcprop.memory.saving import Residuals, nbytes, residuals
+
+Kind = tuple[str, tuple[tuple[tuple[int, ...], str], ...]]
+
+
+@dataclass(frozen=True)
+class SaveOperators:
+    """Save the results of these kinds of operators, each the name of a primitive and its operands' types."""
+
+    kinds: frozenset[Kind]
+
+    def __call__(self, primitive: Any, *avals: Any, **params: Any) -> bool:
+        """Whether `jax.checkpoint` saves what the primitive makes."""
+        return _kind(primitive, avals) in self.kinds
+
+
+def _kind(primitive: Any, avals: Any) -> Kind:
+    types = ((tuple(getattr(a, "shape", ())), str(getattr(a, "dtype", ""))) for a in avals)
+    return primitive.name, tuple(types)
+
+
+def policy_within(closed: Any, budget: int) -> tuple[SaveOperators, Residuals]:
+    """The policy for a function given by its jaxpr, and what it holds.
+
+    Kinds are taken by the FLOPs that a saved byte spares, the most first, and left out again, the last first,
+    until what `jax.vjp` holds fits the budget.
+    """
+    spared: dict[Kind, int] = {}
+    held: dict[Kind, int] = {}
+    for eqn, times in _equations(closed, 1):
+        kind = _kind(eqn.primitive, [v.aval for v in eqn.invars])
+        spared[kind] = spared.get(kind, 0) + times * flops(eqn)
+        held[kind] = held.get(kind, 0) + times * sum(nbytes(v.aval) for v in eqn.outvars)
+    ranked = sorted((k for k in held if spared[k] and held[k]), key=lambda k: -spared[k] / held[k])
+    chosen: list[Kind] = []
+    room = budget
+    for kind in ranked:
+        if held[kind] <= room:
+            chosen.append(kind)
+            room -= held[kind]
+    jaxpr = _compat.open_jaxpr(closed)
+    avals = [v.aval for v in jaxpr.invars]
+    consts = _compat.array_constants(closed)
+    while True:
+        policy = SaveOperators(frozenset(chosen))
+        saving: Any = jax.checkpoint(lambda *values: _compat.evaluate(jaxpr, consts, values), policy=policy)
+        found = residuals(saving, avals)
+        if found.computed <= budget or not chosen:
+            return policy, found
+        chosen.pop()
+
+
+def _equations(jaxpr: Any, times: int) -> Iterator[tuple[Any, int]]:
+    """The equations that a policy is asked about, and how often each is run."""
+    for eqn in _compat.open_jaxpr(jaxpr).eqns:
+        if eqn.primitive.name in ("jit", "pjit", "scan"):
+            for _, body in _compat.sub_jaxprs(eqn):
+                yield from _equations(body, times * eqn.params.get("length", 1))
+        elif not eqn.effects:
+            yield eqn, times
