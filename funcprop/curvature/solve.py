@@ -40,7 +40,7 @@ def solve(
     by_operator = preconditioner if hasattr(preconditioner, "linear_map") else None
     by_function = None if preconditioner is None or by_operator is not None else Same(preconditioner)
     x, residual, length = _solve(operator, b, damping, by_operator, by_function, method, tolerance, most)
-    require_finite(operator, x, "solve()")
+    require_finite(operator, (x, residual), "solve()")
     warn_unless(
         residual <= 2 * tolerance * length,  # The iteration's own residual drifts from this one by rounding.
         f"solve: the residual ‖(A + δ I) x − b‖ is {{}}, above tolerance={tolerance:.1e} times ‖b‖={{}}, "
@@ -79,20 +79,23 @@ def _solve(
     def apply(x: Array) -> Array:
         return product(x) + jnp.asarray(damping, x.dtype) * x
 
-    x = SOLVERS[method](apply, b, preconditioner or (lambda x: x), tolerance, most)
+    x = SOLVERS[method](apply, b, preconditioner, tolerance, most)
     return x, jnp.linalg.norm(apply(x) - b), jnp.linalg.norm(b)
 
 
-def _conjugate_gradients(apply: Apply, b: Array, precondition: Apply, tolerance: float, most: int) -> Array:
+def _conjugate_gradients(
+    apply: Apply, b: Array, precondition: Apply | None, tolerance: float, most: int
+) -> Array:
     return jax.scipy.sparse.linalg.cg(apply, b, tol=tolerance, maxiter=most, M=precondition)[0]
 
 
-def minres(apply: Apply, b: Array, precondition: Apply, tolerance: float, most: int) -> Array:
+def minres(apply: Apply, b: Array, precondition: Apply | None, tolerance: float, most: int) -> Array:
     """The x in the Krylov space of smallest residual; for symmetric operators of any signs.
 
     Reference: Paige and Saunders, "Solution of sparse indefinite systems of linear equations", SIAM Journal
     on Numerical Analysis 1975; the recurrences and their names are theirs.
     """
+    precondition = precondition or (lambda x: x)
     y = precondition(b)
     first = jnp.sqrt(b @ y)
     zero = jnp.zeros((), b.dtype)

@@ -71,8 +71,10 @@ class Point:
     @classmethod
     def of(cls, params: PyTree, where: Where | None) -> Point:
         """Split `params`; errors are those of `chosen` and of `Parameters.of`."""
-        marks = chosen(params, where)
         leaves, tree = jax.tree.flatten(params)
+        if not leaves:
+            raise ValueError(f"params={params!r} has no leaves; there is nothing to differentiate.")
+        marks = chosen(params, where)
         inside, outside = _split(leaves, tree, marks)
         parameters = Parameters.of(inside)
         return cls(jax.tree.map(jnp.asarray, inside), outside, tree, marks, parameters)
