@@ -19,6 +19,9 @@ from funcprop.curvature.hessian import Hessian as Hessian
 from funcprop.curvature.hessian import hessian as hessian
 from funcprop.curvature.influence import Influence as Influence
 from funcprop.curvature.influence import influence as influence
+from funcprop.curvature.laplace import Laplace as Laplace
+from funcprop.curvature.laplace import Predictive as Predictive
+from funcprop.curvature.laplace import laplace as laplace
 from funcprop.curvature.likelihood import Likelihood as Likelihood
 from funcprop.curvature.operator import Dense as Dense
 from funcprop.curvature.operator import Identity as Identity
