@@ -42,11 +42,15 @@ def matrices(request: pytest.FixtureRequest) -> dict[str, tuple[jax.Array, jax.A
                 fp.ggn(of_batch, of_outputs)(params, x, y).dense(),
                 jacobian.T @ inner @ jacobian,
             )
-        # The diagonal has a program of its own; one loss for each model is enough to find what it mistakes.
+        # Diagonals have programs of their own; one loss for each model is enough to find what they mistake.
         name = list(LOSSES)[list(MODELS).index(request.param) % len(LOSSES)]
         y, of_outputs = LOSSES[name].targets(EXAMPLES, model.outputs), mean(LOSSES[name])
-        diagonal = fp.hessian(lambda p: of_outputs(of_batch(p, x), y))(params).diagonal()
-        found["diagonal"] = ravel_pytree(diagonal)[0], jnp.diagonal(found[f"hessian, {name}"][1])
+        for operator, at in (
+            ("hessian", fp.hessian(lambda p: of_outputs(of_batch(p, x), y))(params)),
+            ("ggn", fp.ggn(of_batch, of_outputs)(params, x, y)),
+        ):
+            diagonal = ravel_pytree(at.diagonal())[0]
+            found[f"diagonal of {operator}"] = diagonal, jnp.diagonal(found[f"{operator}, {name}"][1])
         return found
 
     return jax.jit(all_of)(model.params, flat, model.x)
@@ -57,8 +61,9 @@ def test_dense(matrices: dict[str, tuple[jax.Array, jax.Array]], operator: str, 
     assert_equal(*matrices[f"{operator}, {loss}"])
 
 
-def test_diagonal(matrices: dict[str, tuple[jax.Array, jax.Array]]) -> None:
-    assert_equal(*matrices["diagonal"])
+@pytest.mark.parametrize("operator", ["hessian", "ggn"])
+def test_diagonal(matrices: dict[str, tuple[jax.Array, jax.Array]], operator: str) -> None:
+    assert_equal(*matrices[f"diagonal of {operator}"])
 
 
 def assert_equal(ours: jax.Array, reference: jax.Array) -> None:

@@ -17,6 +17,11 @@ from funcprop.curvature.gauss_newton import GaussNewton as GaussNewton
 from funcprop.curvature.gauss_newton import ggn as ggn
 from funcprop.curvature.hessian import Hessian as Hessian
 from funcprop.curvature.hessian import hessian as hessian
+from funcprop.curvature.influence import Influence as Influence
+from funcprop.curvature.influence import influence as influence
+from funcprop.curvature.laplace import Laplace as Laplace
+from funcprop.curvature.laplace import Predictive as Predictive
+from funcprop.curvature.laplace import laplace as laplace
 from funcprop.curvature.likelihood import Likelihood as Likelihood
 from funcprop.curvature.operator import Dense as Dense
 from funcprop.curvature.operator import Identity as Identity

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import PyTree
 
 from funcprop.curvature.binding import Bound
+from funcprop.curvature.diagonal import hessian_diagonal
 from funcprop.curvature.hessian import require_scalar
 from funcprop.curvature.operator import LinearOperator
 from funcprop.curvature.parameters import Parameters, Where
 from funcprop.curvature.subset import Point
 from funcprop.registry import RuleSet
+from funcprop.rules import autodiff
 
 Map = Callable[[PyTree], PyTree]
 
@@ -66,6 +70,25 @@ class GaussNewton(LinearOperator):
         backward = jax.vjp(by(rows), [leaves[i] for i in rows])[1]
         curvature = self.outputs(outputs)
         return lambda parts: backward(curvature(forward(list(parts))))[0]
+
+    def exact_diagonal(self, columns: int | None) -> PyTree:
+        """By `fp.curvature.hessian_diagonal`: for most parameters a sweep for each output of an example."""
+        return _diagonal(self, columns)
+
+
+@functools.partial(jax.jit, static_argnames="columns")
+def _diagonal(operator: GaussNewton, columns: int | None) -> PyTree:
+    # `½ (J t)ᵀ B (J t)` has the Hessian `Jᵀ B J`.
+    written = replace(operator.model, rules=autodiff)
+    outputs, forward = jax.linearize(lambda p: written(operator.point.whole(p)), operator.point.chosen)
+    curvature = operator.outputs(outputs)
+
+    def half_square(t: PyTree) -> Any:
+        moved = forward(t)
+        return optax.tree.vdot(moved, curvature(moved)) / 2
+
+    exact = hessian_diagonal(half_square, rules=operator.model.rules, block_size=columns)
+    return exact(jax.tree.map(jnp.zeros_like, operator.point.chosen))
 
 
 @jax.tree_util.register_dataclass

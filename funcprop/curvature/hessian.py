@@ -13,7 +13,6 @@ from jaxtyping import PyTree
 
 from funcprop.curvature.binding import Bound
 from funcprop.curvature.diagonal import hessian_diagonal
-from funcprop.curvature.finite import require_finite
 from funcprop.curvature.operator import LinearOperator
 from funcprop.curvature.parameters import Parameters, Where
 from funcprop.curvature.subset import Point
@@ -57,9 +56,9 @@ class Hessian(LinearOperator):
         at_rows, at_columns = ([jnp.zeros_like(leaves[i]) for i in which] for which in (rows, columns))
         return jax.linearize(lambda c: jax.grad(value)(at_rows, c), at_columns)[1]
 
-    def diagonal(self, *, columns: int | None = None) -> PyTree:
-        """The diagonal as a pytree, exactly, by `fp.curvature.hessian_diagonal`: fewer than P products."""
-        return require_finite(self, _diagonal(self, columns), "diagonal()")
+    def exact_diagonal(self, columns: int | None) -> PyTree:
+        """By `fp.curvature.hessian_diagonal`: fewer than P products."""
+        return _diagonal(self, columns)
 
 
 def hessian(

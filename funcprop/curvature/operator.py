@@ -204,6 +204,10 @@ class Sum(LinearOperator):
         """The sum of the terms' products."""
         return _added([term.product(v) for term in self.terms])
 
+    def exact_diagonal(self, columns: int | None) -> PyTree:
+        """The sum of the terms' diagonals."""
+        return _added([term.exact_diagonal(columns) for term in self.terms])
+
     def block_map(self, rows: Sequence[int], columns: Sequence[int]) -> Callable[[Sequence[Any]], list[Any]]:
         """The sum of the terms' blocks."""
         maps = [term.block_map(rows, columns) for term in self.terms]
@@ -244,6 +248,10 @@ class Scaled(LinearOperator):
     def product(self, v: PyTree) -> PyTree:
         """The operator's product, scaled."""
         return self._scaled(self.operator.product(v))
+
+    def exact_diagonal(self, columns: int | None) -> PyTree:
+        """The operator's diagonal, scaled."""
+        return self._scaled(self.operator.exact_diagonal(columns))
 
     def block_map(self, rows: Sequence[int], columns: Sequence[int]) -> Callable[[Sequence[Any]], list[Any]]:
         """The operator's block, scaled."""

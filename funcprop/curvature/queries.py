@@ -82,7 +82,7 @@ class Queries(abc.ABC):
     def diagonal(
         self: Any, *, samples: int | None = None, key: Array | None = None, columns: int | None = None
     ) -> PyTree | Estimate:
-        """The diagonal as a pytree: exactly, by P products, or an `Estimate` from `samples` products.
+        """The diagonal as a pytree: exactly, by P products or fewer, or an `Estimate` from `samples`.
 
         The estimate is the mean of `v ⊙ A v` over random signs `v` (Bekas et al. 2007).
 
@@ -96,7 +96,11 @@ class Queries(abc.ABC):
         """
         if samples is not None:
             return estimate(self, "diagonal", samples, key)
-        return require_finite(self, products.diagonal(self, columns), "diagonal()")
+        return require_finite(self, self.exact_diagonal(columns), "diagonal()")
+
+    def exact_diagonal(self: Any, columns: int | None) -> PyTree:
+        """The diagonal by P products; operators that know a shorter way go it."""
+        return products.diagonal(self, columns)
 
     # --- numbers ------------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ from funcprop.training.data import Dataset as Dataset
 from funcprop.training.data import Split as Split
 from funcprop.training.data import digits as digits
 from funcprop.training.data import minibatches as minibatches
+from funcprop.training.diagonal import DiagonalState as DiagonalState
+from funcprop.training.diagonal import scale_by_diagonal as scale_by_diagonal
 from funcprop.training.idx import DataError as DataError
 from funcprop.training.idx import fashion_mnist as fashion_mnist
 from funcprop.training.idx import read_idx as read_idx

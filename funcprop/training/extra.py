@@ -26,7 +26,7 @@ def require_arguments(optimizer: str, given: Mapping[str, Any], *names: str) -> 
     if missing:
         raise ValueError(
             f"{optimizer}: update() lacks {', '.join(missing)}; call "
-            f"update(updates, state, params, {', '.join(f'{name}=…' for name in names)}), or let "
+            f"update({', '.join(['updates', 'state', 'params', *(f'{name}=…' for name in names)])}), or let "
             "fp.training.make_step do it."
         )
     return [given[name] for name in names]

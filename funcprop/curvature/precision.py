@@ -1,0 +1,148 @@
+"""Precision matrices `c H + diag(δ)` of four structures, `H` a Gauss-Newton matrix, `δ` a prior's precisions.
+
+All that a Gaussian posterior needs is here: its log-determinant, the covariance of what is linear in the
+parameters, and samples. `c` and `δ` are arguments, so that all of it can be differentiated by them.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+
+from funcprop.curvature.parameters import Parameters
+
+Jacobian = Sequence[Float[Array, "outputs ..."]]
+
+
+class Precision(abc.ABC):
+    """`H` in some structure; `scale` is `c` and `prior` has `δ` for every entry, leaf by leaf."""
+
+    parameters: Parameters
+
+    @abc.abstractmethod
+    def logdet(self, scale: Any, prior: Sequence[Array]) -> Scalar:
+        """`log det(c H + diag(δ))`."""
+
+    @abc.abstractmethod
+    def covariance(self, jacobian: Jacobian, scale: Any, prior: Sequence[Array]) -> Float[Array, "o o"]:
+        """`J (c H + diag(δ))⁻¹ Jᵀ`, for the leaves' Jacobians `[outputs, *leaf]`."""
+
+    @abc.abstractmethod
+    def sample(self, key: PRNGKeyArray, scale: Any, prior: Sequence[Array]) -> list[Array]:
+        """One draw from `N(0, (c H + diag(δ))⁻¹)`, leaf by leaf."""
+
+    def _flat(self, leaves: Sequence[Array]) -> Array:
+        return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
+
+    def _rows(self, jacobian: Jacobian) -> Float[Array, "o P"]:
+        return jnp.concatenate([j.reshape(j.shape[0], -1) for j in jacobian], axis=1)
+
+    def _leaves(self, flat: Array) -> list[Array]:
+        return list(jax.tree.leaves(self.parameters.unravel(flat)))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Full(Precision):
+    """The matrix itself."""
+
+    matrix: Float[Array, "P P"]
+    parameters: Parameters = field(metadata={"static": True})
+
+    def _factor(self, scale: Any, prior: Sequence[Array]) -> Array:
+        return jnp.linalg.cholesky(scale * self.matrix + jnp.diag(self._flat(prior)))
+
+    def logdet(self, scale: Any, prior: Sequence[Array]) -> Scalar:
+        """By its Cholesky factor."""
+        return 2 * jnp.sum(jnp.log(jnp.diagonal(self._factor(scale, prior))))
+
+    def covariance(self, jacobian: Jacobian, scale: Any, prior: Sequence[Array]) -> Float[Array, "o o"]:
+        """By its Cholesky factor."""
+        factor = self._factor(scale, prior)
+        half = jax.scipy.linalg.solve_triangular(factor, self._rows(jacobian).T, lower=True)
+        return half.T @ half
+
+    def sample(self, key: PRNGKeyArray, scale: Any, prior: Sequence[Array]) -> list[Array]:
+        """`L⁻ᵀ z`."""
+        factor = self._factor(scale, prior)
+        z = jax.random.normal(key, factor.shape[:1], factor.dtype)
+        return self._leaves(jax.scipy.linalg.solve_triangular(factor.T, z, lower=False))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Diagonal(Precision):
+    """The diagonal of `H`, leaf by leaf; what is beside it counts as zero."""
+
+    entries: tuple[Array, ...]
+    parameters: Parameters = field(metadata={"static": True})
+
+    def _sum(self, scale: Any, prior: Sequence[Array]) -> list[Array]:
+        return [scale * h + δ for h, δ in zip(self.entries, prior, strict=True)]
+
+    def logdet(self, scale: Any, prior: Sequence[Array]) -> Scalar:
+        """The sum of the logarithms."""
+        return jnp.sum(jnp.log(self._flat(self._sum(scale, prior))))
+
+    def covariance(self, jacobian: Jacobian, scale: Any, prior: Sequence[Array]) -> Float[Array, "o o"]:
+        """Leaf by leaf."""
+        parts = []
+        for j, precision in zip(jacobian, self._sum(scale, prior), strict=True):
+            rows = j.reshape(j.shape[0], -1)
+            parts.append((rows / jnp.ravel(precision)) @ rows.T)
+        return sum(parts[1:], parts[0])
+
+    def sample(self, key: PRNGKeyArray, scale: Any, prior: Sequence[Array]) -> list[Array]:
+        """Independent entries."""
+        precisions = self._sum(scale, prior)
+        keys = jax.random.split(key, len(precisions))
+        return [
+            jax.random.normal(k, p.shape, p.dtype) / jnp.sqrt(p)
+            for k, p in zip(keys, precisions, strict=True)
+        ]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class LowRank(Precision):
+    """`H ≈ U diag(s) Uᵀ`, its leading eigenpairs.
+
+    With `V = D^(−½) U √(c s)`, `D = diag(δ)`: `c H + D = D^½ (I + V Vᵀ) D^½`, and all follows from the small
+    matrix `I + Vᵀ V`.
+    """
+
+    values: Float[Array, " k"]
+    vectors: Float[Array, "P k"]
+    parameters: Parameters = field(metadata={"static": True})
+
+    def _half(self, scale: Any, prior: Sequence[Array]) -> tuple[Array, Array]:
+        """`√δ`, and `V`."""
+        root = jnp.sqrt(self._flat(prior))
+        # An eigenvalue of a positive semi-definite matrix is negative by rounding alone.
+        return root, self.vectors * jnp.sqrt(jnp.maximum(scale * self.values, 0)) / root[:, None]
+
+    def logdet(self, scale: Any, prior: Sequence[Array]) -> Scalar:
+        """`Σ log δ + log det(I + Vᵀ V)`."""
+        root, V = self._half(scale, prior)
+        return 2 * jnp.sum(jnp.log(root)) + jnp.linalg.slogdet(jnp.eye(V.shape[1]) + V.T @ V)[1]
+
+    def covariance(self, jacobian: Jacobian, scale: Any, prior: Sequence[Array]) -> Float[Array, "o o"]:
+        """`R Rᵀ − R V (I + Vᵀ V)⁻¹ Vᵀ Rᵀ` with `R = J D^(−½)`."""
+        root, V = self._half(scale, prior)
+        R = self._rows(jacobian) / root
+        small = R @ V
+        return R @ R.T - small @ jnp.linalg.solve(jnp.eye(V.shape[1]) + V.T @ V, small.T)
+
+    def sample(self, key: PRNGKeyArray, scale: Any, prior: Sequence[Array]) -> list[Array]:
+        """`D^(−½) (I + V Vᵀ)^(−½) z`, by the eigenvectors of `Vᵀ V`."""
+        root, V = self._half(scale, prior)
+        z = jax.random.normal(key, root.shape, root.dtype)
+        left, singular, _ = jnp.linalg.svd(V, full_matrices=False)
+        shrunk = z + left @ ((1 / jnp.sqrt(1 + singular**2) - 1) * (left.T @ z))
+        return self._leaves(shrunk / root)

@@ -1,0 +1,98 @@
+"""Influence functions on ridge regression, where everything is known, and against training again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import funcprop as fp
+from funcprop.curvature import influence
+
+N, D, λ = 30, 3, 0.3
+X = jax.random.normal(jax.random.key(0), (N, D))
+Y = jax.random.normal(jax.random.key(1), (N,))
+TEST = jax.random.normal(jax.random.key(2), (4, D)), jax.random.normal(jax.random.key(3), (4,))
+
+
+def squared(w: Any, x: Any, y: Any) -> Any:
+    return 0.5 * (x @ w - y) ** 2
+
+
+def penalty(w: Any) -> Any:
+    return 0.5 * λ * jnp.sum(w**2)
+
+
+H = X.T @ X / N + λ * jnp.eye(D)
+W = jnp.linalg.solve(H, X.T @ Y / N)
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    return influence(squared, regularizer=penalty, tolerance=1e-13)(W, X, Y)
+
+
+def test_ridge_regression_in_closed_form(found: Any) -> None:
+    gradients = X * (X @ W - Y)[:, None]
+    of_test = TEST[0] * (TEST[0] @ W - TEST[1])[:, None]
+    expected = of_test @ jnp.linalg.solve(H, gradients.T) / N
+    np.testing.assert_allclose(found.on_losses(*TEST), expected, rtol=1e-10)
+    np.testing.assert_allclose(found.on_mean_loss(*TEST), expected.mean(0), rtol=1e-10)
+
+
+def test_leaving_one_out_and_training_again(found: Any) -> None:
+    for n in (0, 5):
+        kept = jnp.arange(N) != n
+        again = jnp.linalg.solve(X[kept].T @ X[kept] / N + λ * jnp.eye(D), X[kept].T @ Y[kept] / N)
+        leverage = X[n] @ jnp.linalg.solve(H, X[n]) / N
+        moved = found.on_parameters(n) / (1 - leverage)
+        np.testing.assert_allclose(W + moved, again, rtol=1e-10)
+
+
+def test_retraining_a_classifier_agrees_in_rank() -> None:
+    labels = (X @ jnp.array([1.0, -1.0, 0.5]) + 0.5 * Y > 0).astype(float)
+
+    def logistic(w: Any, x: Any, y: Any) -> Any:
+        return jnp.logaddexp(0, x @ w) - y * (x @ w)
+
+    @jax.jit
+    def trained(weights: Any) -> Any:
+        def objective(w: Any) -> Any:
+            return weights @ jax.vmap(logistic, (None, 0, 0))(w, X, labels) / N + penalty(w)
+
+        def newton(_: Any, w: Any) -> Any:
+            return w - jnp.linalg.solve(jax.hessian(objective)(w), jax.grad(objective)(w))
+
+        return jax.lax.fori_loop(0, 20, newton, jnp.zeros(D))
+
+    w = trained(jnp.ones(N))
+    predicted = influence(logistic, regularizer=penalty, tolerance=1e-12)(w, X, labels).on_mean_loss(
+        X, labels
+    )
+    mean_loss = lambda w: jnp.mean(jax.vmap(logistic, (None, 0, 0))(w, X, labels))  # noqa: E731
+    without = [trained(jnp.ones(N).at[n].set(0)) for n in range(N)]
+    actual = jnp.array([mean_loss(w_n) - mean_loss(w) for w_n in without])
+    assert np.corrcoef(predicted, actual)[0, 1] > 0.99
+    # The error is of second order in 1/N.
+    assert float(jnp.abs(predicted - actual).max()) < 0.2 * float(jnp.abs(actual).max())
+
+
+def test_another_curvature_and_its_damping(found: Any) -> None:
+    mean = lambda outputs, y: 0.5 * jnp.mean((outputs - y) ** 2)  # noqa: E731
+    gauss_newton = fp.ggn(lambda w, x: x @ w, mean)(W, X, Y)
+    other = influence(squared, curvature=gauss_newton, damping=λ, tolerance=1e-13)(W, X, Y)
+    np.testing.assert_allclose(other.on_losses(*TEST), found.on_losses(*TEST), rtol=1e-9)
+
+
+def test_errors(found: Any) -> None:
+    with pytest.raises(ValueError, match=r"influence: damping=-0\.1 is negative"):
+        influence(squared, damping=-0.1)
+    with pytest.raises(ValueError, match=r"shapes \(30, 3\), \(29,\), but the leading axis"):
+        influence(squared)(W, X, Y[1:])
+    with pytest.raises(IndexError, match="example=30, but there are 30"):
+        found.on_parameters(30)
+    with pytest.warns(fp.curvature.ConvergenceWarning, match="solve: the residual"):
+        influence(squared, regularizer=penalty, products=1)(W, X, Y).on_mean_loss(*TEST)
