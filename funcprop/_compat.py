@@ -254,6 +254,30 @@ def barrier_options(platform: str) -> dict[str, str] | None:
         return None
 
 
+def memory_fields(compiled: Any) -> dict[str, int]:
+    """What a compiled program says of its memory: `argument, output, temporary, alias` and `peak` bytes."""
+    names = {"argument": "argument_size", "output": "output_size", "temporary": "temp_size"}
+    names |= {"alias": "alias_size", "peak": "peak_memory"}
+    found = compiled.memory_analysis()
+    return {ours: int(getattr(found, f"{theirs}_in_bytes", 0)) for ours, theirs in names.items()}
+
+
+def counted_flops(compiled: Any) -> float | None:
+    """What XLA's own cost analysis counts; None where it does not."""
+    found = compiled.cost_analysis()
+    return None if not found else found.get("flops")
+
+
+@functools.cache
+def accepts_compiler_options(options: tuple[tuple[str, Any], ...]) -> bool:
+    """Whether this compiler knows some options."""
+    try:
+        jax.jit(jnp.negative, compiler_options=dict(options)).lower(jnp.float32(0)).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
 # --- where an equation comes from -------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -47,15 +47,15 @@ def _placed(order: Sequence[Buffer], rounded: dict[int, int]) -> int:
     return top
 
 
-def peak(buffers: Sequence[Buffer], cost: Callable[[Buffer], int] = lambda b: b.nbytes) -> tuple[int, int]:
-    """The time at which most bytes are needed, and how many."""
+def peak_time(buffers: Sequence[Buffer]) -> int:
+    """When most bytes are needed."""
     changes: dict[int, int] = {}
     for buffer in buffers:
-        changes[buffer.start] = changes.get(buffer.start, 0) + cost(buffer)
-        changes[buffer.end + 1] = changes.get(buffer.end + 1, 0) - cost(buffer)
+        changes[buffer.start] = changes.get(buffer.start, 0) + buffer.nbytes
+        changes[buffer.end + 1] = changes.get(buffer.end + 1, 0) - buffer.nbytes
     most, at, held = 0, 0, 0
     for time in sorted(changes):
         held += changes[time]
         if held > most:
             most, at = held, time
-    return at, most
+    return at

@@ -171,7 +171,8 @@ class _Unshared:
                 continue
             known: dict[int, bool] = {}
             users = {id(u): u for v in step.outputs for u in v.users}.values()
-            if not all(self._inside(step, user, known) for user in users):
+            returned = any(id(v) in self.kept for v in step.outputs)
+            if returned or not all(self._inside(step, user, known) for user in users):
                 self.found.add(id(step))
         return self.found
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from funcprop.memory.heap import Buffer, heap_size, peak
+from funcprop.memory.heap import Buffer, heap_size, peak_time
 from funcprop.memory.kernels import Kernel, kernels
 from funcprop.memory.steps import Program, Step, Value
 
@@ -21,11 +21,10 @@ class Timeline:
     """A program as it runs: kernels in order, buffers, and the bytes of all its temporary ones.
 
     `temporary` is the size of the arena that holds what is neither argument nor result. `at` is the time of
-    the peak, `live` the buffers needed then. `inside` are the timelines of loop bodies, by their kernel.
+    its peak, `live` the buffers needed then. `inside` are the timelines of loop bodies, by their step.
     """
 
     order: list[Kernel]
-    buffers: list[Buffer]
     temporary: int
     at: int
     live: list[Buffer]
@@ -178,6 +177,7 @@ class _Simulation:
         inside: dict[int, Timeline] = {}
         scratch: list[Buffer] = []
         fixed: dict[int, list[Buffer]] = {id(a): [] for a in self.donated.values()}
+        successors: dict[int, Buffer] = {}
         for argument in self.donated.values():
             fixed[id(argument)].append(
                 Buffer(argument.nbytes, -1, self.last.get(id(argument), -1), [argument])
@@ -187,9 +187,12 @@ class _Simulation:
             pairs = {id(result): value for value, result in kernel.in_place}
             for value in kernel.outputs:
                 end = self.last.get(id(value), time)
-                over = pairs.get(id(value)) or self._overwritten(kernel, value, time, taken, of)
+                dying = self._overwritten(kernel, value, time, taken, of)
+                over = pairs.get(id(value)) or next(iter(dying), None)
                 if id(value) in self.donated:
-                    fixed[id(self.donated[id(value)])].append(Buffer(value.nbytes, time, end, [value]))
+                    buffer = Buffer(value.nbytes, time, end, [value])
+                    fixed[id(self.donated[id(value)])].append(buffer)
+                    successors.update({id(of[id(v)]): buffer for v in dying})
                 elif over is not None and id(over) in of:
                     buffer = of[id(over)]
                     buffer.end = max(buffer.end, end)
@@ -204,25 +207,24 @@ class _Simulation:
             extra = kernel.root.extra + self._inside(kernel, inside)
             if extra:
                 scratch.append(Buffer(extra, time, time, [kernel.root]))
-        arena = self._outside_of_arguments_and_results([*buffers, *scratch], fixed)
-        at, _ = peak([*buffers, *scratch], lambda b: b.nbytes)
-        live = [b for b in [*buffers, *scratch] if b.start <= at <= b.end]
-        return Timeline(self.order, buffers, heap_size(arena), at, live, inside)
+        arena = self._outside_of_arguments_and_results([*buffers, *scratch], fixed, successors)
+        at = peak_time(arena)
+        live = [b for b in arena if b.start <= at <= b.end]
+        return Timeline(self.order, heap_size(arena), at, live, inside)
 
     def _overwritten(
         self, kernel: Kernel, value: Value, time: int, taken: set[int], of: Mapping[int, Buffer]
-    ) -> Value | None:
-        """An operand that is read for the last time, entry by entry, and is as large."""
-        for operand in kernel.reads:
-            if (
-                id(operand) in kernel.aligned
-                and id(operand) in of
-                and id(operand) not in taken
-                and operand.nbytes == value.nbytes
-                and of[id(operand)].end == time
-            ):
-                return operand
-        return None
+    ) -> list[Value]:
+        """The operands that are read for the last time, entry by entry, and are as large."""
+        return [
+            operand
+            for operand in kernel.reads
+            if id(operand) in kernel.aligned
+            and id(operand) in of
+            and id(operand) not in taken
+            and operand.nbytes == value.nbytes
+            and of[id(operand)].end == time
+        ]
 
     def _inside(self, kernel: Kernel, inside: dict[int, Timeline]) -> int:
         """What the bodies of a loop, or the largest branch, hold besides what goes in and out."""
@@ -230,16 +232,17 @@ class _Simulation:
         largest = max(found, key=lambda t: t.temporary, default=None)
         if largest is None:
             return 0
-        inside[id(kernel)] = largest
+        inside[id(kernel.root)] = largest
         return largest.temporary
 
     def _outside_of_arguments_and_results(
-        self, buffers: Sequence[Buffer], fixed: Mapping[int, list[Buffer]]
+        self, buffers: Sequence[Buffer], fixed: Mapping[int, list[Buffer]], successors: Mapping[int, Buffer]
     ) -> list[Buffer]:
         """The buffers of the arena: without results, and without what fits into the memory of one for a while.
 
         Temporary values go into the memory of a result before it is written, and into that of a donated
-        argument between its last reading and the writing of its successor.
+        argument between its last reading and the writing of its successor. `successors` are results that are
+        written over a buffer entry by entry, so that both may share memory.
         """
         rooms: list[tuple[int, list[Buffer]]] = [
             (used[0].nbytes, list(used)) for used in fixed.values() if used
@@ -250,7 +253,8 @@ class _Simulation:
                 rooms.append((buffer.nbytes, [buffer]))
                 continue
             for size, used in reversed(rooms):
-                if size >= buffer.nbytes and not any(b.meets(buffer) for b in used):
+                after = successors.get(id(buffer))
+                if size >= buffer.nbytes and not any(b.meets(buffer) for b in used if b is not after):
                     used.append(buffer)
                     break
             else:

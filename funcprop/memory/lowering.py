@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from funcprop import _compat
+from funcprop.layer_calls import boundary_p
 from funcprop.memory import expansions
 from funcprop.memory.steps import Kind, Program, Step, Value, nbytes_of
 from funcprop.tracing import CHECKPOINTS, INLINED
@@ -105,6 +106,8 @@ class Lowering:
         return results
 
     def _lowered(self, eqn: Any, op: str, operands: list[Value | None], scope: str) -> list[Value | None]:
+        if eqn.primitive is boundary_p:
+            return operands[eqn.params["call"].tree.num_leaves :]
         if (view := _is_view(eqn, op)) and operands:
             source = operands[0]
             if source is not None and op == "name" and not source.name:

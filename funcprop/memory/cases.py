@@ -1,0 +1,317 @@
+"""The programs whose memory is accounted: a function as it is, its gradient, a train step.
+
+A case is a function from flat arrays to flat arrays, with the types, names and purposes of its arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from funcprop import _compat
+from funcprop.calls import Call, is_array, traced
+from funcprop.memory.ledger import Category
+from funcprop.objective import differentiable, positions
+from funcprop.registry import RuleSet
+from funcprop.rewrite import with_rules
+from funcprop.tracing import Arguments, argument_names
+
+Kind: TypeAlias = Literal["loss", "prediction", "step"]
+KINDS: tuple[Kind, ...] = Kind.__args__  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A program: its jaxpr, and for each argument its name and purpose. `donated` are positions."""
+
+    jaxpr: Any
+    names: Sequence[str]
+    categories: Sequence[Category]
+    donated: frozenset[int] = frozenset()
+
+    @property
+    def aliases(self) -> dict[int, int]:
+        """Which argument is overwritten by which result, as JAX matches them: the next of equal type."""
+        jaxpr = _compat.open_jaxpr(self.jaxpr)
+        free: dict[Any, deque[int]] = defaultdict(deque)
+        for i in sorted(self.donated):
+            free[_type(jaxpr.invars[i].aval)].append(i)
+        pairs = {}
+        for j, v in enumerate(jaxpr.outvars):
+            if queue := free[_type(v.aval)]:
+                pairs[queue.popleft()] = j
+        return pairs
+
+    def compiled(self, options: Mapping[str, Any]) -> Any:
+        """The compiled program."""
+        inner, consts = _compat.open_jaxpr(self.jaxpr), _compat.constants(self.jaxpr)
+        types = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inner.invars]
+        program = jax.jit(
+            lambda *values: _compat.evaluate(inner, consts, values),
+            donate_argnums=tuple(sorted(self.donated)),
+            compiler_options=dict(options) or None,
+        )
+        return program.lower(*types).compile()
+
+
+def _type(aval: Any) -> tuple[Any, ...]:
+    return tuple(aval.shape), str(aval.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A call of the user's function, and what of it is differentiated.
+
+    `inference` is the function itself; `result` is how many results are its own, the others being auxiliary.
+    """
+
+    call: Call
+    fun: Callable[..., Any]
+    signature: Arguments
+    argnums: int | tuple[int, ...] | None
+    chosen: tuple[int, ...]
+    names: Sequence[str]
+    has_aux: bool
+    has_state: bool
+    rules: RuleSet | None
+    inference: Case
+    results: Sequence[Any]
+
+    @classmethod
+    def of(
+        cls,
+        fun: Callable[..., Any],
+        args: Any,
+        kwargs: Mapping[str, Any],
+        argnums: Any,
+        has_aux: bool,
+        rules: RuleSet | None,
+        signature: Arguments | None,
+    ) -> Subject:
+        """Trace the function. With a signature it returns the new state of models besides."""
+        call = Call.of(args, kwargs, is_array)
+        has_state = signature is not None
+        signature = signature or Arguments.of(call)
+        at = None if argnums is None else positions(argnums)
+        chosen = differentiable(signature, call.variables, call.leaves, at)
+        names = argument_names(fun, [signature.paths[i] for i in call.variables])
+        own: list[int] = []
+
+        def flat(*values: Any) -> list[Any]:
+            call_args, call_kwargs = call.arguments(call.filled(values))
+            returned = fun(*call_args, **call_kwargs)
+            result, rest = _split(returned, has_aux, has_state)
+            arrays = _arrays(result)
+            own[:] = [len(arrays)]
+            return [*arrays, *_arrays(rest)]
+
+        jaxpr = traced(flat, call.values, fun)
+        purposes: list[Category] = ["parameters" if i in chosen else "inputs" for i in call.variables]
+        inference = Case(jaxpr, names, purposes)
+        results = [v.aval for v in _compat.open_jaxpr(jaxpr).outvars[: own[0]]]
+        return cls(call, fun, signature, at, chosen, names, has_aux, has_state, rules, inference, results)
+
+    @property
+    def label(self) -> str:
+        """The function's name."""
+        return getattr(self.fun, "__name__", type(self.fun).__name__)
+
+    @property
+    def kind(self) -> Kind:
+        """A loss returns one real scalar; a train step contains a backward sweep."""
+        if (
+            len(self.results) == 1
+            and self.results[0].shape == ()
+            and jnp.issubdtype(self.results[0].dtype, jnp.floating)
+        ):
+            return "loss"
+        return (
+            "step" if any("transpose(" in scope for scope in _scopes(self.inference.jaxpr)) else "prediction"
+        )
+
+    # --- training -----------------------------------------------------------------------------
+
+    def gradient(self) -> Case | None:
+        """Value and gradient of a loss; results and pullback of anything else; None if nothing is smooth."""
+        others = [i for i in self.call.variables if i not in self.chosen]
+        smooth = [t for t in self.results if _compat.is_differentiable(t)]
+        if not self.chosen or not smooth:
+            return None
+        is_loss = self.kind == "loss"
+
+        def program(chosen: list[Any], others: list[Any], seeds: list[Any]) -> Any:
+            function = with_rules(self._of_chosen, self.rules)
+            values, pullback, rest = jax.vjp(lambda c: function(c, others), chosen, has_aux=True)
+            given = iter([jnp.ones((), values[0].dtype)] if is_loss else seeds)
+            cotangents = [
+                next(given) if _compat.is_differentiable(t) else _compat.zero_tangent(t) for t in self.results
+            ]
+            return _arrays((values, rest, pullback(cotangents)))
+
+        seeds = [] if is_loss else [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in smooth]
+        return self._case(program, others, [("∂J/∂result", "inputs", t) for t in seeds])
+
+    def step(self, optimizer: optax.GradientTransformation, donate: bool) -> Case | None:
+        """A step of an optimizer on a loss: new parameters, new state, value."""
+        others = [i for i in self.call.variables if i not in self.chosen]
+        if not self.chosen:
+            return None
+        if self.kind != "loss":
+            shapes = ", ".join(str(t) for t in self.results)
+            raise TypeError(
+                f"{self.label} returns ({shapes}), but optimizer={optimizer!r} needs the gradient of one real "
+                "scalar; return the loss, with has_aux=True if there are other results."
+            )
+        state = jax.eval_shape(optimizer.init, self._tree([self._type(i) for i in self.chosen]))
+        state_leaves, state_tree = jax.tree.flatten_with_path(state)
+
+        def program(chosen: list[Any], others: list[Any], state: list[Any]) -> Any:
+            function = with_rules(self._of_chosen, self.rules)
+            gradient = jax.value_and_grad(lambda c: _first(function(c, others)), has_aux=True)
+            (value, rest), found = gradient(chosen)
+            with jax.named_scope("optimizer"):
+                parameters = self._tree(chosen)
+                updates, new_state = optimizer.update(
+                    self._tree(found), jax.tree.unflatten(state_tree, state), parameters
+                )
+                updated = optax.apply_updates(parameters, updates)
+            return _arrays((updated, new_state, value, rest))
+
+        kept: list[tuple[str, Category, Any]] = [
+            ("state/" + jax.tree_util.keystr(path, simple=True, separator="/"), "optimizer state", leaf)
+            for path, leaf in state_leaves
+        ]
+        case = self._case(program, others, kept)
+        count, own = len(self.chosen), len(case.names) - len(kept)
+        donated = [*range(count), *range(own, own + len(kept))] if donate else []
+        return Case(case.jaxpr, case.names, case.categories, frozenset(donated))
+
+    def whole_step(self) -> Case:
+        """The user's own train step, with what it donates."""
+        jaxpr = _compat.open_jaxpr(self.inference.jaxpr)
+        donated = frozenset(
+            jaxpr.invars.index(v)
+            for eqn in jaxpr.eqns
+            for v, gives in zip(eqn.invars, eqn.params.get("donated_invars", ()), strict=False)
+            if gives and v in jaxpr.invars
+        )
+        return Case(self.inference.jaxpr, self.names, _purposes(self.inference.jaxpr), donated)
+
+    def _of_chosen(self, chosen: Sequence[Any], others: Sequence[Any]) -> tuple[list[Any], Any]:
+        """The function's own results, and the others, of its arrays."""
+        leaves = list(self.call.leaves)
+        rest = [i for i in self.call.variables if i not in self.chosen]
+        for i, value in [*zip(self.chosen, chosen, strict=True), *zip(rest, others, strict=True)]:
+            leaves[i] = value
+        call_args, call_kwargs = self.call.arguments(leaves)
+        result, extra = _split(self.fun(*call_args, **call_kwargs), self.has_aux, self.has_state)
+        return _arrays(result), _arrays(extra)
+
+    def _tree(self, chosen: Sequence[Any]) -> Any:
+        """The differentiated arrays in the structure of their arguments."""
+        leaves: list[Any] = [None] * len(self.call.leaves)
+        for i, value in zip(self.chosen, chosen, strict=True):
+            leaves[i] = value
+        arguments = self.signature.positional(leaves)
+        if self.argnums is None:
+            return tuple(arguments)
+        if isinstance(self.argnums, int):
+            return arguments[self.argnums]
+        return tuple(arguments[p] for p in self.argnums)
+
+    def _type(self, i: int) -> jax.ShapeDtypeStruct:
+        value = self.call.leaves[i]
+        return jax.ShapeDtypeStruct(jnp.shape(value), jnp.result_type(value))
+
+    def _case(
+        self,
+        program: Callable[[list[Any], list[Any], list[Any]], Any],
+        others: Sequence[int],
+        more: Sequence[tuple[str, Category, Any]],
+    ) -> Case:
+        """A program of what is differentiated, the other arguments and further ones."""
+        name = dict(zip(self.call.variables, self.names, strict=True))
+        given = [self._type(i) for i in self.chosen], [self._type(i) for i in others], [t for *_, t in more]
+
+        def flat(*values: Any) -> Any:
+            first, second = len(self.chosen), len(self.chosen) + len(others)
+            return program(list(values[:first]), list(values[first:second]), list(values[second:]))
+
+        jaxpr = traced(flat, [t for part in given for t in part], self.fun)
+        names = [*(name[i] for i in (*self.chosen, *others)), *(label for label, _, _ in more)]
+        purposes: list[Category] = ["parameters"] * len(self.chosen) + ["inputs"] * len(others)
+        return Case(jaxpr, names, [*purposes, *(category for _, category, _ in more)])
+
+
+def _first(returned: tuple[list[Any], Any]) -> tuple[Any, Any]:
+    return returned[0][0], returned[1]
+
+
+def _split(returned: Any, has_aux: bool, has_state: bool) -> tuple[Any, Any]:
+    """The function's own result, and auxiliary data with the new state of models."""
+    own, state = returned if has_state else (returned, None)
+    if not has_aux:
+        return own, (None, state)
+    if not (isinstance(own, tuple | list) and len(own) == 2):
+        raise TypeError(
+            f"has_aux=True, but the function returns {type(own).__name__}; return the pair (result, "
+            "auxiliary data)."
+        )
+    return own[0], (own[1], state)
+
+
+def _arrays(tree: Any) -> list[Any]:
+    return [x for x in jax.tree.leaves(tree) if isinstance(x, jax.core.Tracer) or is_array(x)]
+
+
+def _scopes(jaxpr: Any) -> Iterator[str]:
+    for eqn in _compat.open_jaxpr(jaxpr).eqns:
+        yield _compat.scope(eqn)
+        for _, body in _compat.sub_jaxprs(eqn):
+            yield from _scopes(body)
+
+
+def _purposes(jaxpr: Any) -> list[Category]:
+    """What the arguments of a train step are: carried ones are parameters if the forward sweep reads them."""
+    inner = _compat.open_jaxpr(jaxpr)
+    returned = defaultdict(int)
+    for v in inner.outvars:
+        returned[_type(v.aval)] += 1
+    forward = _read_forward(jaxpr)
+    found: list[Category] = []
+    for v, reads in zip(inner.invars, forward, strict=True):
+        carried = returned[_type(v.aval)] > 0 and _compat.is_differentiable(v.aval)
+        returned[_type(v.aval)] -= carried
+        if carried:
+            found.append("parameters" if reads else "optimizer state")
+        else:
+            small = math.prod(v.aval.shape) == 1 and returned[_type(v.aval)] > 0
+            found.append("optimizer state" if small else "inputs")
+    return found
+
+
+def _read_forward(jaxpr: Any, prefix: str = "") -> list[bool]:
+    """For each argument, whether an equation of a forward sweep under differentiation reads it."""
+    inner = _compat.open_jaxpr(jaxpr)
+    read = set()
+    for eqn in inner.eqns:
+        scope = f"{prefix}/{_compat.scope(eqn)}"
+        operands = [v for v in eqn.invars if not isinstance(v, _compat.Literal)]
+        bodies = [body for _, body in _compat.sub_jaxprs(eqn)]
+        if "jvp(" in scope and "transpose(" not in scope:
+            read.update(operands)
+        elif len(bodies) == 1 and len(_compat.open_jaxpr(bodies[0]).invars) == len(eqn.invars):
+            inside = _read_forward(bodies[0], scope)
+            read.update(
+                v
+                for v, reads in zip(eqn.invars, inside, strict=True)
+                if reads and not isinstance(v, _compat.Literal)
+            )
+    return [v in read for v in inner.invars]

@@ -1,0 +1,121 @@
+"""Where the numbers of XLA's CPU backend mislead: each trap in words, where it bites, with its remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from funcprop import _compat
+from funcprop.flops import of_jaxpr
+from funcprop.memory.cases import Case
+from funcprop.memory.rows import Predicted, predicted
+from funcprop.tracing import CHECKPOINTS
+
+# With it, a chain of layers is no longer one kernel whose memory is not reported.
+SHOWN = {"xla_cpu_experimental_ynn_fusion_type": ""}
+# With it, what `jax.checkpoint` computes again is not shared with what was computed before.
+RECOMPUTING = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A compiled program: bytes, and what it hid before an option showed it."""
+
+    total: int
+    fields: dict[str, int]
+    hidden: int
+    flops: float | None
+
+
+def keeps_barriers(options: Mapping[str, Any]) -> bool:
+    """Whether compiler options say that recomputation is kept."""
+    return "cse_barrier_expander" in str(options.get("xla_disable_hlo_passes", ""))
+
+
+def measured(case: Case, options: Mapping[str, Any], shown: Mapping[str, Any]) -> Measured:
+    """Compile; with `shown` once more, where this compiler knows that option, to see what the first hides."""
+    program = case.compiled(options)
+    fields = _compat.memory_fields(program)
+    flops = _compat.counted_flops(program)
+    total, hidden = _total(fields), 0
+    if shown and _compat.accepts_compiler_options(tuple(shown.items())):
+        other = _compat.memory_fields(case.compiled({**options, **shown}))
+        hidden = max(0, _total(other) - total)
+        fields = other if hidden else fields
+    return Measured(total + hidden, fields, hidden, flops)
+
+
+def _total(fields: Mapping[str, int]) -> int:
+    return fields["argument"] + fields["output"] + fields["temporary"] - fields["alias"]
+
+
+def found(case: Case, ours: Predicted, program: Measured, options: Mapping[str, Any]) -> Iterator[str]:
+    """The traps that bite this program."""
+    if program.hidden:
+        ((option, value),) = SHOWN.items()
+        yield (
+            f"The forward pass compiles to a fused kernel whose own memory is not reported: {program.hidden:,} "
+            f"bytes are hidden. They are shown, and counted here, with compiler_options={{{option!r}: {value!r}}}."
+        )
+    fields = program.fields
+    if fields["temporary"] and fields["peak"] < program.total - fields["temporary"] // 2:
+        yield (
+            f"memory_analysis().peak_memory_in_bytes says {fields['peak']:,}, without the temporaries; use "
+            f"argument + output + temp − alias, which is {program.total:,}."
+        )
+    if not keeps_barriers(options) and any(_checkpoints(case.jaxpr)):
+        kept = predicted(case, library=True, barriers=True)
+        if kept.total < 0.98 * ours.total:
+            ((option, value),) = RECOMPUTING.items()
+            known = _compat.accepts_compiler_options(tuple(RECOMPUTING.items()))
+            remedy = (
+                f"jit with compiler_options={{{option!r}: {value!r}}}, or put the checkpointed part into a scan"
+                if known
+                else "put the checkpointed part into a scan; this XLA does not have the option that keeps it"
+            )
+            yield (
+                "What jax.checkpoint computes again is shared with what was computed before, so nothing is "
+                f"saved: {ours.total:,} bytes where {kept.total:,} would do; {remedy}."
+            )
+    ours_flops = of_jaxpr(case.jaxpr)
+    if program.flops and any(_loops(case.jaxpr)) and program.flops < 0.5 * ours_flops:
+        yield (
+            f"cost_analysis() counts the body of a loop once: it says {program.flops:,.0f} flops, there are "
+            f"{ours_flops:,}; fp.trace(fun)(*args).flops counts every iteration of the function itself."
+        )
+
+
+def undonated(case: Case | None) -> Iterator[str]:
+    """What a train step holds twice because it donates nothing."""
+    if case is None or case.donated:
+        return
+    jaxpr = _compat.open_jaxpr(case.jaxpr)
+    state = [i for i, c in enumerate(case.categories) if c in ("parameters", "optimizer state")]
+    saved = sum(
+        jaxpr.invars[i].aval.size * jaxpr.invars[i].aval.dtype.itemsize
+        for i in Case(case.jaxpr, case.names, case.categories, frozenset(state)).aliases
+    )
+    if saved:
+        yield (
+            f"The step donates nothing, so that parameters and optimizer state exist twice: {saved:,} bytes; "
+            "jax.jit(step, donate_argnums=…) writes the new ones over the old."
+        )
+
+
+def _checkpoints(jaxpr: Any) -> Iterator[Any]:
+    """Checkpoints outside of loops."""
+    for eqn in _compat.open_jaxpr(jaxpr).eqns:
+        if eqn.primitive.name in CHECKPOINTS:
+            yield eqn
+        if eqn.primitive.name not in ("scan", "while"):
+            for _, body in _compat.sub_jaxprs(eqn):
+                yield from _checkpoints(body)
+
+
+def _loops(jaxpr: Any) -> Iterator[Any]:
+    for eqn in _compat.open_jaxpr(jaxpr).eqns:
+        if eqn.primitive.name == "scan" and eqn.params["length"] > 1:
+            yield eqn
+        for _, body in _compat.sub_jaxprs(eqn):
+            yield from _loops(body)
