@@ -263,6 +263,9 @@ _GREEK = {
 }  # fmt: skip
 
 
+_ESCAPES = {c: f"\\{c}" for c in "_%&#${}"} | {"\\": "\\backslash ", "^": "\\wedge ", "~": "\\sim "}
+
+
 def latex_name(name: str) -> str:
     """A variable's name in LaTeX: one letter with digits as a subscript, Greek letters, or upright text."""
     primes = len(name) - len(name.rstrip("′"))
@@ -274,6 +277,5 @@ def latex_name(name: str) -> str:
         letter = f"\\mathbf{{{letter}}}" if letter.isupper() and digits else letter
         written = f"{letter}_{{{digits}}}" if digits else letter
     else:
-        escaped = re.sub(r"([_%&#$])", r"\\\1", stem)
-        written = f"\\mathrm{{{escaped}}}"
+        written = f"\\mathrm{{{''.join(_ESCAPES.get(c, c) for c in stem)}}}"
     return written + "'" * primes

@@ -153,6 +153,19 @@ def test_repeated_blocks_are_folded_to_one_with_their_number() -> None:
     assert {e.kind for e in unfolded.edges} == {"flow"}
 
 
+@pytest.mark.parametrize("depth", [None, 0])
+def test_nodes_say_what_they_stand_for(depth: int | None) -> None:
+    graph = stack(*[4] * 12)
+    nodes = fp.draw(graph, depth=depth).picture.nodes
+    operators = [name for node in nodes if node.kind != "variable" for name in node.members]
+    assert sorted(operators) == sorted(op.name for op in graph.operators)
+    produced = {v.name: v for v in graph.variables}
+    for node in nodes:
+        if node.kind == "variable":
+            assert node.members[0] == node.name
+            assert {produced[name].type for name in node.members} == {produced[node.name].type}
+
+
 def test_only_equal_blocks_that_follow_each_other_are_folded() -> None:
     counts = box_labels(fp.draw(stack(4, 4, 5, 5, 5, 4)).picture)
     assert {k: n for k, n in counts.items() if k.startswith("Block")} == {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import funcprop as fp
-from funcprop.expressions import Equations, apply
+from funcprop.expressions import Equations, apply, latex_name
 from funcprop.verification import DerivationError
 
 FORWARD = [
@@ -335,3 +335,17 @@ def test_a_function_with_a_derivative_of_its_own_is_written_by_its_name():
     derived = fp.derive(lambda w: jnp.sum(fp.name(jax.nn.relu(w), "h")))(jnp.array([1.0, -2.0]))
     assert derived.forward[0].text() == "h = relu(w)"
     assert derived.verify()
+
+
+def test_latex_of_names_with_characters_that_mean_something_to_latex():
+    assert latex_name("a_b{c}\\d^e~f") == "\\mathrm{a\\_b\\{c\\}\\backslash d\\wedge e\\sim f}"
+
+
+def test_a_mask_that_is_spread_has_no_cotangent():
+    def masked(w, allowed):
+        spread = jnp.broadcast_to(allowed, (3, 2))
+        return fp.name(jnp.sum(jnp.where(spread, w, 0.0)), "J")
+
+    derivation = fp.derive(masked)(jnp.ones((3, 2)), jnp.array([True, False]))
+    assert not any("allowed" in line.left for line in derivation.backward)
+    derivation.verify()

@@ -348,15 +348,27 @@ class _Assembly:
             if self.collapsed(s) is None
         )
         goal = next((f"v:{v.name}" for v in self.graph.outputs if f"v:{v.name}" in self.nodes), None)
+        members = self.members()
         return Picture(
             self.graph.name,
-            tuple(self.nodes.values()),
+            tuple(replace(node, members=tuple(members[key])) for key, node in self.nodes.items()),
             edges,
             boxes,
             self.shown.legend,
             self._origin(edges),
             goal,
         )
+
+    def members(self) -> dict[str, list[str]]:
+        """The names that each node stands for, by its key."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for op in self.graph.operators:
+            found[self.operator_node(op)].append(op.name)
+        for v in self.graph.variables:
+            for key in (f"v:{self.drawn(v).name}", f"r:{self.drawn(v).name}"):
+                if key in self.nodes:
+                    found[key].append(v.name)
+        return found
 
     def _origin(self, edges: Iterable[Edge]) -> str | None:
         """The input that is farthest from the result, and of those the one that is used the least."""

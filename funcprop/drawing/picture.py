@@ -19,7 +19,8 @@ class Node:
 
     `label` is written into it, and beneath that `brief` or, where types are asked for, `details`; `tooltip`
     is the full story. `role` is what it is coloured by. `count` says for how many it stands, where repeated
-    blocks are folded.
+    blocks are folded. `members` are the names of the operators that it stands for, or of the variables if it
+    is a square, in the order in which they are computed.
     """
 
     key: str
@@ -32,6 +33,7 @@ class Node:
     box: str | None
     role: str = ""
     count: int = 1
+    members: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,10 @@ def _spread(op: OperatorSymbols) -> Equations | None:
     def back(g: Any) -> Any:
         return jax.linear_transpose(forward, jax.ShapeDtypeStruct(x.shape, g.dtype))(g)[0]
 
-    return Equations(apply("broadcast", forward, x), (apply("sum", back, op.cotangent),))
+    # A mask has no cotangent.
+    is_smooth = jnp.issubdtype(x.type.dtype, jnp.inexact)
+    backward = apply("sum", back, op.cotangent) if is_smooth else None
+    return Equations(apply("broadcast", forward, x), (backward,))
 
 
 def _same(op: OperatorSymbols) -> Equations:
