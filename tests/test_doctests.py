@@ -12,8 +12,9 @@ import pytest
 import funcprop as fp
 import funcprop.testing  # `import funcprop` alone does not import the checker
 
-PUBLIC = (fp, fp.curvature, fp.layers, fp.models, fp.rules, fp.training, funcprop.testing)
-PUBLIC = (fp, fp.layers, fp.memory, fp.models, fp.rules, fp.training, funcprop.testing)
+PUBLIC = (
+    fp, fp.curvature, fp.layers, fp.memory, fp.models, fp.rules, fp.training, funcprop.testing,
+)  # fmt: skip
 EXAMPLES = doctest.DocTestParser()
 
 

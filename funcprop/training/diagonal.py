@@ -55,7 +55,7 @@ def scale_by_diagonal(
         >>> newton = optax.chain(fp.training.scale_by_diagonal(hessian, damping=0.0), optax.scale(-1.0))
         >>> w = jnp.zeros(2)
         >>> step, _ = newton.update(jax.grad(f)(w), newton.init(w), w, value_fn=f)
-        >>> print(optax.apply_updates(w, step))
+        >>> print(jnp.round(optax.apply_updates(w, step), 4))
         [3. 3.]
     """
     if damping < 0:
