@@ -12,7 +12,10 @@ import pytest
 import funcprop as fp
 import funcprop.testing  # `import funcprop` alone does not import the checker
 
-PUBLIC = (fp, fp.curvature, fp.layers, fp.models, fp.rules, fp.training, funcprop.testing)
+PUBLIC = (
+    *(fp, fp.curvature, fp.layers, fp.memory, fp.models, fp.rules, fp.training),
+    funcprop.testing,
+)
 EXAMPLES = doctest.DocTestParser()
 
 

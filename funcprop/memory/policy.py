@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,9 @@ import jax
 
 from funcprop import _compat
 from funcprop.flops import flops
+from funcprop.memory.program import Program
 from funcprop.memory.saving import Residuals, nbytes, residuals
+from funcprop.memory.schedule import Segment
 
 Kind = tuple[str, tuple[tuple[tuple[int, ...], str], ...]]
 
@@ -31,15 +33,16 @@ def _kind(primitive: Any, avals: Any) -> Kind:
     return primitive.name, tuple(types)
 
 
-def policy_within(closed: Any, budget: int) -> tuple[SaveOperators, Residuals]:
-    """The policy for a function given by its jaxpr, and what it holds.
+def policy_within(program: Program, budget: int) -> tuple[SaveOperators, Residuals]:
+    """The policy for a function given by its program, and what it holds.
 
-    Kinds are taken by the FLOPs that a saved byte spares, the most first, and left out again, the last first,
-    until what `jax.vjp` holds fits the budget.
+    Only what a recomputation of everything would run again is worth saving. Kinds are taken by the FLOPs that
+    a saved byte spares, the most first, and left out again, the last first, until what `jax.vjp` holds
+    fits the budget.
     """
     spared: dict[Kind, int] = {}
     held: dict[Kind, int] = {}
-    for eqn, times in _equations(closed, 1):
+    for eqn, times in _run_again(program):
         kind = _kind(eqn.primitive, [v.aval for v in eqn.invars])
         spared[kind] = spared.get(kind, 0) + times * flops(eqn)
         held[kind] = held.get(kind, 0) + times * sum(nbytes(v.aval) for v in eqn.outvars)
@@ -50,9 +53,8 @@ def policy_within(closed: Any, budget: int) -> tuple[SaveOperators, Residuals]:
         if held[kind] <= room:
             chosen.append(kind)
             room -= held[kind]
-    jaxpr = _compat.open_jaxpr(closed)
+    jaxpr, consts = _compat.open_jaxpr(program.closed), _compat.array_constants(program.closed)
     avals = [v.aval for v in jaxpr.invars]
-    consts = _compat.array_constants(closed)
     while True:
         policy = SaveOperators(frozenset(chosen))
         saving: Any = jax.checkpoint(lambda *values: _compat.evaluate(jaxpr, consts, values), policy=policy)
@@ -62,11 +64,18 @@ def policy_within(closed: Any, budget: int) -> tuple[SaveOperators, Residuals]:
         chosen.pop()
 
 
-def _equations(jaxpr: Any, times: int) -> Iterator[tuple[Any, int]]:
-    """The equations that a policy is asked about, and how often each is run."""
-    for eqn in _compat.open_jaxpr(jaxpr).eqns:
+def _run_again(program: Program) -> Iterator[tuple[Any, int]]:
+    """The equations of the program, and how often each is run, that are needed to recompute it."""
+    whole = Segment(0, len(program.points) - 1, True, 0, 0, 0, 0)
+    jaxpr = _compat.open_jaxpr(program.closed)
+    again = program.run_again(whole)
+    yield from _equations([eqn for eqn, flops in zip(jaxpr.eqns, again, strict=True) if flops], 1)
+
+
+def _equations(equations: Sequence[Any], times: int) -> Iterator[tuple[Any, int]]:
+    for eqn in equations:
         if eqn.primitive.name in ("jit", "pjit", "scan"):
             for _, body in _compat.sub_jaxprs(eqn):
-                yield from _equations(body, times * eqn.params.get("length", 1))
+                yield from _equations(_compat.open_jaxpr(body).eqns, times * eqn.params.get("length", 1))
         elif not eqn.effects:
             yield eqn, times

@@ -44,6 +44,7 @@ class Form(NamedTuple):
     reads: Reads
     held: int
     derived: int
+    sources: int = 0
     again: int = 0
     peak: int = 0
     body: tuple[Program, Schedule] | None = None
@@ -54,7 +55,6 @@ class Step(NamedTuple):
 
     made: int
     operands: int
-    sources: int
     flops: int
     movable: bool
     forms: tuple[Form, ...]
@@ -109,12 +109,13 @@ class Program:
         for step in self.steps[self.points[segment.start] : self.points[segment.stop]]:
             yield step, step.forms[segment.variant if len(step.forms) > 1 else 0]
 
-    def run_again(self, segment: Segment) -> list[Step]:
-        """The steps of a segment whose results are made a second time."""
+    def run_again(self, segment: Segment) -> list[int]:
+        """The FLOPs that each step of a segment is run again for."""
+        steps = list(self.forms(segment))
         if not segment.recomputed:
-            return []
+            return [0] * len(steps)
         sweep = _Sweep(self.chain)
-        return [step for step, _ in reversed(list(self.forms(segment))) if sweep.add(step)]
+        return [sweep.add(step, form) for step, form in reversed(steps)][::-1]
 
 
 class _Sweep:
@@ -124,22 +125,21 @@ class _Sweep:
         self.chain = chain
         self.needed = self.read = self.flops = self.derived = self.size = 0
 
-    def add(self, step: Step) -> bool:
-        """Put a step before the others; whether it will be run again."""
-        form = step.forms[0]
+    def add(self, step: Step, form: Form) -> int:
+        """Put a step before the others; the FLOPs that it is run again for."""
         self.needed |= form.held
         self.size += self.chain.size(form.held & ~self.read)
         self.read |= form.held
         self.derived += form.derived
+        again = 0
         if self.needed & step.made:
             self.needed |= step.operands
-            self.flops += step.flops
-            return step.flops > 0
-        if form.derived:
-            self.needed |= step.sources
-            self.flops += form.reads.again
-            return form.reads.again > 0
-        return False
+            again = step.flops
+        elif form.derived:
+            self.needed |= form.sources
+            again = form.reads.again
+        self.flops += again
+        return again
 
 
 def program(
@@ -198,7 +198,7 @@ def _demanded(jaxpr: Any, steps: Sequence[Step], depends: dict[Any, bool]) -> li
         if any(depends[v] and v in demanded for v in eqn.outvars) or eqn.effects:
             demanded |= {v for v in _compat.free_variables([eqn]) if depends.get(v, False)}
         else:
-            step = step._replace(sources=0, forms=(Form(eqn, Reads(), 0, 0),))
+            step = step._replace(forms=(Form(eqn, Reads(), 0, 0),))
         found.append(step)
     return found[::-1]
 
@@ -225,14 +225,14 @@ def _step(
             for changed, length, body, schedule in _bodies(eqn, perturbed, known)
         ]
     operands = _mask(bits, eqn.invars)
-    sources = _mask(bits, [eqn.invars[i] for i in first.reads.sources])
-    step = Step(_mask(bits, eqn.outvars), operands, sources, flops(eqn), not eqn.effects, tuple(forms))
+    step = Step(_mask(bits, eqn.outvars), operands, flops(eqn), not eqn.effects, tuple(forms))
     return step, first.reads.active
 
 
 def _form(eqn: Any, found: Reads, bits: dict[Any, int]) -> Form:
     held = [eqn.invars[i] for i in found.operands] + [eqn.outvars[i] for i in found.results]
-    return Form(eqn, found, _mask(bits, held), found.derived)
+    sources = _mask(bits, [eqn.invars[i] for i in found.sources])
+    return Form(eqn, found, _mask(bits, held), found.derived, sources)
 
 
 def _remembered(eqn: Any, perturbed: tuple[bool, ...], known: dict[Any, Reads]) -> Reads:
@@ -332,9 +332,10 @@ def _segments(
             again, peak = sum(form.again for form in forms), max((form.peak for form in forms), default=0)
             yield Segment(i, i + 1, False, held, extra, again, peak, variant)
             if variant and all(step.movable for step in inside):
-                (step,) = inside
-                needed = step.operands & before[start]
-                yield Segment(i, i + 1, True, needed, 0, step.flops + again, extra + peak, variant)
+                sweep = _Sweep(whole)
+                flops_again = again + sum(map(sweep.add, inside, forms))
+                needed = sweep.needed & before[start]
+                yield Segment(i, i + 1, True, needed, 0, flops_again, extra + peak, variant)
     for j in range(1, len(points)):
         sweep, position = _Sweep(whole), points[j]
         for i in range(j - 1, -1, -1):
@@ -343,7 +344,7 @@ def _segments(
             if not all(step.movable for step in inside):
                 break
             for step in reversed(inside):
-                sweep.add(step)
+                sweep.add(step, step.forms[0])
             if j - i > LONGEST and not (i in slim and j in slim):
                 continue
             outside = before[position]

@@ -97,7 +97,7 @@ class RematPlan:
 
     @functools.cached_property
     def recomputed(self) -> tuple[Operator, ...]:
-        """The operators that are run again; those of a loop's body in its every step."""
+        """The operators that are run again, with the FLOPs of that; those of a loop's body in every step."""
         return tuple(_recomputed(self.program, self.schedule, self._graph))
 
     @functools.cached_property
@@ -129,7 +129,7 @@ class RematPlan:
             return None
         if _compat.barrier_options(jax.default_backend()) is None:
             return (
-                "this XLA shares what is recomputed with the forward sweep, and no option against it is known: "
+                "this XLA shares what is recomputed with the forward sweep, and has no option against it: "
                 "the bytes are those of the program as it is written, not as it is compiled"
             )
         if self.compiler_options:
@@ -141,7 +141,7 @@ class RematPlan:
     @functools.cached_property
     def _policy(self) -> tuple[SaveOperators, Residuals]:
         limit = self.budget if self.residual_bytes <= self.budget else self.residual_bytes
-        return policy_within(self.program.closed, limit)
+        return policy_within(self.program, limit)
 
     @property
     def policy(self) -> SaveOperators:
@@ -291,8 +291,8 @@ def _saved(program: Program, schedule: Schedule, graph: Graph) -> Iterator[Varia
         held |= s.held
     for var, bit in program.bits.items():
         if held & bit:
-            found = names.get(var) or inputs.get(var)
-            yield found or _part(str(var.aval), program.chain.size(bit))
+            found, size = names.get(var) or inputs.get(var), program.chain.size(bit)
+            yield _part(str(var.aval), size) if found is None else replace(found, nbytes=size)
     for s in schedule.segments:
         if s.recomputed:
             continue
@@ -319,11 +319,10 @@ def _saved(program: Program, schedule: Schedule, graph: Graph) -> Iterator[Varia
 def _recomputed(program: Program, schedule: Schedule, graph: Graph) -> Iterator[Operator]:
     operators = {v: op for op in graph.operators for v in op.jaxpr.outvars}
     for s in schedule.segments:
-        again = {id(step) for step in program.run_again(s)}
-        for step, form in program.forms(s):
+        for (_, form), again in zip(program.forms(s), program.run_again(s), strict=True):
             first = next((operators[v] for v in form.equation.outvars if v in operators), None)
-            if id(step) in again and first is not None:
-                yield first
+            if again and first is not None:
+                yield replace(first, flops=again)
             if form.body is not None:
                 body, inner = form.body
                 length = form.equation.params["length"]

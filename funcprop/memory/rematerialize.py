@@ -1,9 +1,9 @@
 """Rematerialisation under a budget: what to save for the backward sweep, and what to compute again.
 
 A program is a chain of steps with cut points between them. Of `N` equal layers cut into `k` recomputed
-chunks, `k + N/k` units are held at the peak, `k` inputs of chunks and the `N/k` layers of the one chunk that is being
-differentiated; with `k = √N` that is `2√N` (Chen et al. 2016). Here layers are not equal, chunks need not be
-either, what is cheap to hold for its FLOPs is held inside of them, and a schedule is chosen among all by
+chunks, `k + N/k` units are held at the peak: `k` inputs of chunks, and the `N/k` layers of the one chunk that
+is being differentiated; with `k = √N` that is `2√N` (Chen et al. 2016). Here layers and chunks need not be
+equal, what is cheap to hold for its FLOPs is held inside of them, and a schedule is chosen among all by
 dynamic programming (`funcprop.memory.schedule`).
 """
 
@@ -122,7 +122,7 @@ def remat_plan(
         >>> square, x = jax.ShapeDtypeStruct((3, 3), "float32"), jax.ShapeDtypeStruct((2, 3), "float32")
         >>> plan = fp.memory.remat_plan(loss, budget=100)([square] * 4, x)
         >>> plan.plain_residual_bytes, plan.residual_bytes, plan.extra_flops, plan.forward_flops
-        (192, 96, 54, 174)
+        (192, 96, 24, 174)
     """
     limits = _Limits(budget, peak, chunks, count_arguments)
 
