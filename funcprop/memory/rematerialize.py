@@ -122,7 +122,7 @@ def remat_plan(
         >>> square, x = jax.ShapeDtypeStruct((3, 3), "float32"), jax.ShapeDtypeStruct((2, 3), "float32")
         >>> plan = fp.memory.remat_plan(loss, budget=100)([square] * 4, x)
         >>> plan.plain_residual_bytes, plan.residual_bytes, plan.extra_flops, plan.forward_flops
-        (192, 96, 54, 174)
+        (192, 96, 24, 174)
     """
     limits = _Limits(budget, peak, chunks, count_arguments)
 
