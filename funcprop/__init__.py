@@ -36,6 +36,9 @@ from funcprop.registry import Rule as Rule
 from funcprop.registry import RuleError as RuleError
 from funcprop.registry import RuleSet as RuleSet
 from funcprop.registry import layer as layer
+from funcprop.report import Report as Report
+from funcprop.report import ReportError as ReportError
+from funcprop.report import report as report
 from funcprop.rewrite import matches as matches
 from funcprop.rewrite import with_rules as with_rules
 from funcprop.tracing import trace as trace

@@ -7,13 +7,15 @@ from funcprop.cli.compare import compare
 from funcprop.cli.derive import derive
 from funcprop.cli.draw import draw
 from funcprop.cli.forward import forward
+from funcprop.cli.report import report
 from funcprop.cli.train import train
 
 HELP = """Backpropagation, opened up: see both sweeps of any JAX function.
 
 TARGET is `module:function` or `path/to/file.py:function`, whose arguments `example()` of the same module
 returns: a tuple, a dict of keyword arguments, or (args, kwargs). For `train` it is `module:setup`, a function
-without arguments that returns an `fp.training.Setup`. `chapter` is built in.
+without arguments that returns an `fp.training.Setup`; `report` uses a `setup()` beside the function.
+`chapter` is built in.
 """
 
 # Plain help: boxes and colours are for terminals, and the help is often piped.
@@ -24,5 +26,5 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (forward, backward, derive, draw, compare, train):
+for command in (report, forward, backward, derive, draw, compare, train):
     app.command()(command)

@@ -33,12 +33,13 @@ class TargetError(Exception):
 
 @dataclass(frozen=True)
 class Target:
-    """A function and the arguments to call it with."""
+    """A function, the arguments to call it with, and the module that it is in; None for the built-in."""
 
     label: str
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    module: ModuleType | None = None
 
     def has_arrays(self) -> bool:
         """Whether the arguments are values; shapes (`jax.ShapeDtypeStruct`) can only be traced."""
@@ -81,7 +82,7 @@ def load(target: str) -> Target:
                 f"and module {module.__name__!r} has no example() that gives them; define "
                 "`def example(): return (…)` beside the function."
             )
-    return Target(target, function, args, kwargs)
+    return Target(target, function, args, kwargs, module)
 
 
 def chapter_example() -> tuple[Any, ...]:

@@ -111,11 +111,12 @@ def users_setup(target: str, options: Options) -> Setup:
     function, module = load_function(target)
     with users_code(f"target {target!r}: {function.__name__}() failed", module):
         given = function()
-    setup = _as_setup(target, given)
+    setup = as_setup(target, given)
     return setup if options.epochs is None else setup._replace(epochs=options.epochs)
 
 
-def _as_setup(target: str, given: Any) -> Setup:
+def as_setup(target: str, given: Any) -> Setup:
+    """What a `setup()` returned, a `Setup` or a dict with its fields."""
     fields = ", ".join(
         f"{name} (optional)" if name in Setup._field_defaults else name for name in Setup._fields
     )

@@ -1,0 +1,90 @@
+"""`funcprop report TARGET`: one HTML page with everything there is to see."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax.numpy as jnp
+import numpy as np
+import typer
+from rich.console import Console
+
+import funcprop as fp
+from funcprop.cli.backward import parse_argnums
+from funcprop.cli.output import Output, digits, emit, number
+from funcprop.cli.target import Target, TargetError, load, users_code
+from funcprop.cli.train import as_setup
+from funcprop.training import Setup
+
+
+def report(
+    target: Annotated[str, typer.Argument(help="module:function, file.py:function or chapter")],
+    out: Annotated[Path | None, typer.Option(help="file to write; the function's name if not given")] = None,
+    argnums: Annotated[
+        str, typer.Option(help="positions of the arguments to differentiate, as 0 or 0,2; or all")
+    ] = "0",
+    epochs: Annotated[int, typer.Option(min=1, help="of the training run that setup() describes")] = 10,
+    examples: Annotated[
+        bool, typer.Option("--examples", help="embed the entries of data and labels, not only statistics")
+    ] = False,
+    depth: Annotated[
+        int | None, typer.Option(min=0, help="collapse scopes that have this many around them; 0 for all")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """A page to open in a browser: the graph, both sweeps step by step, equations, memory, cost, training."""
+    options = {"epochs": epochs, "examples": examples, "depth": depth}
+    emit(lambda: write(target, out, parse_argnums(argnums), options), as_json)
+
+
+def write(target: str, out: Path | None, argnums: Sequence[int] | None, options: dict[str, Any]) -> Output:
+    """Gather, write the page, and say what is on it."""
+    found, setup = _on_digits() if target == "chapter" else _users(load(target))
+    path = out or Path(f"{re.sub(r'[^A-Za-z0-9]+', '_', target.rpartition(':')[2])}.html")
+    console = Console(stderr=True)
+    with (
+        console.status("Both sweeps, equations, costs, training …") if console.is_terminal else nullcontext()
+    ):
+        with users_code(f"target {target!r}: the report failed", found.module):
+            of = fp.report(found.function, argnums, title=target, setup=setup, **options)
+            page = of(*found.args, **found.kwargs)
+        try:
+            text = page.html
+        except (fp.ReportError, fp.DrawingError) as error:
+            raise TargetError(str(error)) from None
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise TargetError(f"--out {str(path)!r} cannot be written: {error.strerror}.") from None
+    size = len(text.encode())
+    value = "" if page.value is None else f"J = {digits(page.value)}, "
+    line = f"{path}: {value}{len(page.graph)} operators, {size / 1e3:,.0f} kB. Open it in a browser."
+    data = {"target": target, "out": str(path), "bytes": size, "value": number(page.value), **page.as_dict()}
+    if page.curves is not None:
+        data["training"]["metrics"] = {k: list(map(number, v)) for k, v in page.curves.metrics.items()}
+    return Output(line, data)
+
+
+def _users(target: Target) -> tuple[Target, Setup | None]:
+    """The target with the training run that its module's `setup()` describes, if there is one."""
+    setup = getattr(target.module, "setup", None)
+    if not callable(setup):
+        return target, None
+    with users_code(f"target {target.label!r}: setup() of its module failed", target.module):
+        given = setup()
+    return target, as_setup(f"{target.label.rpartition(':')[0]}:setup", given)
+
+
+def _on_digits() -> tuple[Target, Setup]:
+    """The chapter's model for the first of scikit-learn's digits, and its training on all of them."""
+    with users_code("target 'chapter': the training cannot be set up", None):
+        split = fp.training.digits()
+        setup = fp.training.chapter(split)
+    image, label = jnp.asarray(split.train.images[0]), jnp.asarray(split.train.labels[0])
+    found = load("chapter")
+    return replace(found, args=(setup.params, image, label, jnp.asarray(np.float32(1e-4)))), setup

@@ -1,0 +1,199 @@
+// The graph: zoom, pan, focus and choice of nodes.
+const canvas = byId("canvas"), tip = byId("tip");
+const picture = canvas.querySelector("svg");
+const whole = picture.viewBox.baseVal;
+const full = { x: 0, y: 0, width: whole.width, height: whole.height };
+let view = { ...full };
+const nodeByKey = new Map(data.nodes.map((node, i) => [node.key, i]));
+const groups = new Array(data.nodes.length).fill(null);
+const arrowsFrom = data.nodes.map(() => []), arrowsTo = data.nodes.map(() => []);
+let chosen = -1;
+
+picture.setAttribute("role", "group");
+picture.setAttribute("aria-label", picture.querySelector("desc")?.textContent ?? "Computational graph");
+for (const title of picture.querySelectorAll(":scope > title, :scope > desc")) title.remove();
+
+for (const group of picture.querySelectorAll("g[data-key]")) {
+  const title = group.querySelector(":scope > title");
+  const n = nodeByKey.get(group.dataset.key);
+  if (n === undefined || group.classList.contains("funcprop-box")) continue;
+  groups[n] = group;
+  data.nodes[n].label = group.dataset.name;
+  data.nodes[n].tooltip = title.textContent;
+  group.dataset.node = n;
+  group.setAttribute("tabindex", "0");
+  group.setAttribute("role", "button");
+  group.setAttribute("aria-label", `${data.nodes[n].kind} ${title.textContent}`);
+  title.remove();
+}
+const arrows = [...picture.querySelectorAll(".funcprop-edge")].map((group) => {
+  const arrow = { group, source: nodeByKey.get(group.dataset.source), target: nodeByKey.get(group.dataset.target) };
+  arrowsFrom[arrow.source].push(arrow);
+  arrowsTo[arrow.target].push(arrow);
+  return arrow;
+});
+
+// --- zoom and pan ---------------------------------------------------------------------------------
+
+// The part that is seen has the shape of the canvas, so that nothing is distorted or cut off.
+function apply() {
+  const shape = canvas.clientWidth / Math.max(canvas.clientHeight, 1);
+  const width = Math.max(view.width, view.height * shape), height = width / shape;
+  const x = view.x - (width - view.width) / 2, y = view.y - (height - view.height) / 2;
+  view = { x, y, width, height };
+  picture.setAttribute("viewBox", `${x} ${y} ${width} ${height}`);
+}
+
+const scale = () => canvas.clientWidth / view.width;
+
+// A wide graph starts at its inputs, at a size that can be read.
+function fit(everything) {
+  view = { ...full };
+  apply();
+  const least = everything ? 0 : 0.6, most = 2.2;
+  if (scale() < least || scale() > most) {
+    const wanted = scale() < least ? least : most;
+    const width = canvas.clientWidth / wanted, height = canvas.clientHeight / wanted;
+    const isTooLarge = scale() < least;
+    const start = full.width / 2 - width / 2;
+    view = { x: isTooLarge && full.width > width ? -8 : start, y: full.height / 2 - height / 2, width, height };
+    if (isTooLarge) {
+      const first = groups[data.nodes.findIndex((node) => node.kind === "variable")];
+      const wanted = first ? middle(first).y - height / 2 : 0;
+      if (full.height > height) view.y = Math.min(Math.max(wanted, 0), full.height - height);
+    }
+    apply();
+  }
+}
+
+function zoom(factor, centre) {
+  const at = centre ?? { x: view.x + view.width / 2, y: view.y + view.height / 2 };
+  const wanted = Math.min(Math.max(scale() * factor, 0.02), 8) / scale();
+  view = { x: at.x - (at.x - view.x) / wanted, y: at.y - (at.y - view.y) / wanted, width: view.width / wanted, height: view.height / wanted };
+  apply();
+}
+
+function pointAt(event) {
+  const box = canvas.getBoundingClientRect();
+  return { x: view.x + (event.clientX - box.left) / scale(), y: view.y + (event.clientY - box.top) / scale() };
+}
+
+function middle(group) {
+  const box = group.getBBox(), offset = group.parentNode.transform?.baseVal.consolidate()?.matrix;
+  return { x: box.x + box.width / 2 + (offset?.e ?? 0), y: box.y + box.height / 2 + (offset?.f ?? 0), box };
+}
+
+function bringIntoView(n) {
+  if (n < 0 || !groups[n]) return;
+  const { x, y } = middle(groups[n]);
+  const margin = 0.08;
+  const isSeen = x > view.x + margin * view.width && x < view.x + (1 - margin) * view.width && y > view.y + margin * view.height && y < view.y + (1 - margin) * view.height;
+  if (isSeen) return;
+  view.x = x - view.width / 2;
+  view.y = y - view.height / 2;
+  apply();
+}
+
+byId("zoom-in").addEventListener("click", () => zoom(1.4));
+byId("zoom-out").addEventListener("click", () => zoom(1 / 1.4));
+byId("zoom-fit").addEventListener("click", () => fit(true));
+canvas.addEventListener("wheel", (event) => {
+  if (!event.ctrlKey && !event.metaKey) return;
+  event.preventDefault();
+  zoom(Math.exp(-event.deltaY / 250), pointAt(event));
+}, { passive: false });
+
+const fingers = new Map();
+let moved = 0;
+canvas.addEventListener("pointerdown", (event) => {
+  fingers.set(event.pointerId, event);
+  moved = 0;
+});
+addEventListener("pointermove", (event) => {
+  const before = fingers.get(event.pointerId);
+  if (!before) return;
+  const others = [...fingers.values()].filter((finger) => finger.pointerId !== event.pointerId);
+  if (others.length === 1) {
+    const distance = (finger) => Math.hypot(finger.clientX - others[0].clientX, finger.clientY - others[0].clientY);
+    zoom(distance(event) / Math.max(distance(before), 1), pointAt(others[0]));
+  }
+  view.x -= (event.clientX - before.clientX) / scale() / (others.length + 1);
+  view.y -= (event.clientY - before.clientY) / scale() / (others.length + 1);
+  moved += Math.abs(event.clientX - before.clientX) + Math.abs(event.clientY - before.clientY);
+  fingers.set(event.pointerId, event);
+  canvas.classList.toggle("dragging", moved > 4);
+  apply();
+});
+for (const kind of ["pointerup", "pointercancel"]) {
+  addEventListener(kind, (event) => {
+    fingers.delete(event.pointerId);
+    canvas.classList.remove("dragging");
+  });
+}
+new ResizeObserver(apply).observe(canvas);
+
+// --- nodes ------------------------------------------------------------------------------------
+
+function choose(n) {
+  if (chosen >= 0) groups[chosen]?.classList.remove("chosen");
+  for (const group of picture.querySelectorAll(".near")) group.classList.remove("near");
+  chosen = n;
+  if (n < 0 || !groups[n]) return;
+  groups[n].classList.add("chosen");
+  for (const arrow of [...arrowsFrom[n], ...arrowsTo[n]]) arrow.group.classList.add("near");
+}
+
+const nodeAt = (event) => { const group = event.target.closest("[data-node]"); return group ? Number(group.dataset.node) : -1; };
+canvas.addEventListener("click", (event) => {
+  if (moved > 4) return;
+  const n = nodeAt(event);
+  if (n >= 0) showNode(n);
+});
+canvas.addEventListener("pointerover", (event) => {
+  const n = nodeAt(event);
+  if (n < 0 || fingers.size) { tip.hidden = true; return; }
+  tip.textContent = [data.nodes[n].tooltip, ...summary(n)].join("\n");
+  tip.hidden = false;
+  const stage = canvas.parentNode.getBoundingClientRect(), at = groups[n].getBoundingClientRect();
+  const left = Math.min(Math.max(at.left - stage.left, 8), stage.width - tip.offsetWidth - 8);
+  const below = at.bottom - stage.top + 8;
+  tip.style.left = `${Math.max(left, 8)}px`;
+  tip.style.top = `${below + tip.offsetHeight < stage.height ? below : Math.max(at.top - stage.top - tip.offsetHeight - 8, 8)}px`;
+});
+canvas.addEventListener("pointerleave", () => { tip.hidden = true; });
+
+// The norms of what a node holds, for the tooltip.
+function summary(n) {
+  const node = data.nodes[n];
+  if (node.kind === "scope") return [];
+  const v = data.variables[node.kind === "variable" ? node.members[0] : data.operators[node.members[0]].out[0]];
+  return [["‖value‖", v?.value], ["‖gradient‖", v?.gradient]].filter(([, x]) => x).map(([name, x]) => `${name} = ${digits(x[4])}`);
+}
+
+function focusNode(n) {
+  if (n === undefined || !groups[n]) return;
+  bringIntoView(n);
+  groups[n].focus({ preventScroll: true });
+}
+
+const order = data.nodes.map((_, n) => n).filter((n) => groups[n]);
+canvas.addEventListener("focusin", (event) => bringIntoView(nodeAt(event)));
+canvas.addEventListener("keydown", (event) => {
+  const n = nodeAt(event);
+  if (n < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
+  const at = order.indexOf(n);
+  const moves = {
+    ArrowRight: () => focusNode(arrowsFrom[n][0]?.target),
+    ArrowLeft: () => focusNode(arrowsTo[n][0]?.source),
+    ArrowDown: () => focusNode(order[(at + 1) % order.length]),
+    ArrowUp: () => focusNode(order[(at + order.length - 1) % order.length]),
+    Home: () => focusNode(order[0]),
+    End: () => focusNode(order.at(-1)),
+    Enter: () => showNode(n),
+    " ": () => showNode(n),
+  };
+  if (!(event.key in moves)) return;
+  event.preventDefault();
+  moves[event.key]();
+});
+fit(false);

@@ -1,0 +1,96 @@
+"""What the page's script knows, as plain data with indices for names.
+
+A number is rounded to five digits, which is more than can be seen.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from funcprop.drawing.symbols import symbol
+from funcprop.graph import Operator
+from funcprop.report.equations import Equations, by_variable
+from funcprop.report.inspection import Quantity
+from funcprop.report.statistics import Statistics
+
+if TYPE_CHECKING:
+    from funcprop.report.report import Report
+
+
+def contents(report: Report, equations: Equations) -> dict[str, Any]:
+    """Nodes, operators and values with their numbers; the order of both sweeps."""
+    graph, inspection = report.graph, report.inspection
+    nodes = report.drawing.picture.nodes
+    quantities = {name: i for i, name in enumerate(inspection.quantities)}
+    operators = {op.name: i for i, op in enumerate(graph.operators)}
+    node_of_variable = {name: i for i, n in enumerate(nodes) if n.kind == "variable" for name in n.members}
+    node_of_operator = {name: i for i, n in enumerate(nodes) if n.kind != "variable" for name in n.members}
+    value_lines = dict(by_variable(equations.forward, ""))
+    gradient_lines = dict(by_variable(equations.backward, f"∂{graph.outputs[0].name}/∂"))
+
+    def operator(op: Operator) -> dict[str, Any]:
+        return {
+            "name": op.name,
+            "op": op.op,
+            "symbol": symbol(op),
+            "scope": op.scope,
+            "source": op.source,
+            "flops": op.flops,
+            "in": [quantities[v.name] for v in op.inputs if v.kind != "literal"],
+            "out": [quantities[v.name] for v in op.outputs],
+            "inside": [quantities[name] for name in inspection.inside.get(op.name, ())],
+            "node": node_of_operator[op.name],
+        }
+
+    def variable(name: str, q: Quantity) -> dict[str, Any]:
+        found = _described(q)
+        found["node"] = node_of_variable.get(name, -1)
+        found["equations"] = [x for lines in (value_lines, gradient_lines) if (x := lines.get(name))]
+        return found
+
+    return {
+        "nodes": [
+            {
+                "key": node.key,
+                "kind": node.kind,
+                "members": [(quantities if node.kind == "variable" else operators)[m] for m in node.members],
+                "saved": node.key.startswith("r:"),
+            }
+            for node in nodes
+        ],
+        "operators": [operator(op) for op in graph.operators],
+        "variables": [variable(name, q) for name, q in inspection.quantities.items()],
+        "result": quantities[graph.outputs[0].name],
+        "backward": [
+            [operators[s.operator], [quantities[n] for n in s.adds], [quantities[n] for n in s.completes]]
+            for s in inspection.backward
+        ],
+    }
+
+
+def _described(q: Quantity) -> dict[str, Any]:
+    shape = "" if q.shape is None else f"[{','.join(map(str, q.shape))}]"
+    found: dict[str, Any] = {
+        "name": q.name,
+        "kind": "parameter" if q.is_parameter else q.kind,
+        "scope": q.scope,
+        "type": q.dtype + shape,
+        "bytes": q.nbytes,
+        "value": _numbers(q.value),
+        "gradient": _numbers(q.gradient),
+    }
+    return found if q.entries is None else {**found, "entries": q.entries}
+
+
+def _numbers(found: Statistics | None) -> list[Any] | None:
+    """Minimum, maximum, mean, deviation, norm, zeros, non-finite, size, and the histogram as a list."""
+    if found is None:
+        return None
+    h = found.histogram
+    plain = (found.minimum, found.maximum, found.mean, found.std, found.norm, found.zeros)
+    histogram = None if h is None else [_short(h.low), _short(h.high), list(h.counts)]
+    return [*map(_short, plain), found.nonfinite, found.size, histogram]
+
+
+def _short(number: float | None) -> float | None:
+    return None if number is None else float(f"{number:.5g}")

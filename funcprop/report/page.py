@@ -1,0 +1,66 @@
+"""The page: templates filled in, everything from the function escaped.
+
+Text is escaped by jinja2 or by the modules that make SVG and MathML; what the script needs is one JSON object
+without angle brackets. The script is allowed by its hash and nothing else is, and nothing can be loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jinja2
+from markupsafe import Markup
+
+from funcprop.drawing.picture import bytes_text
+from funcprop.report.contents import contents
+from funcprop.report.equations import equations
+
+if TYPE_CHECKING:
+    from funcprop.report.report import Report
+
+_ASSETS = resources.files("funcprop.report") / "assets"
+_STYLES = ("page.css", "viewer.css")
+_SCRIPTS = ("page.js", "panel.js", "viewer.js", "player.js")
+
+
+def render(report: Report) -> str:
+    """The page of a report."""
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (_ASSETS / name).read_text("utf-8")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": bytes_text, "digits": digits, "count": lambda n: f"{n:,}"}
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    script = "(() => {\n" + "\n".join(map(_asset, _SCRIPTS)) + "\n})();"
+    written = equations(report)
+    page = environment.get_template("page.html").render(
+        report=report,
+        graph=report.graph,
+        picture=report.drawing.picture,
+        svg=Markup(report.drawing.svg()),
+        equations=written,
+        data=contents(report, written),
+        style=Markup("\n".join(map(_asset, _STYLES))),
+        script=Markup(script),
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        backend=jax.default_backend(),
+        jax_version=jax.__version__,
+    )
+    # A name can have half of a surrogate pair, which no encoding of text has.
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def _asset(name: str) -> str:
+    return (_ASSETS / name).read_text("utf-8")
+
+
+def digits(number: Any) -> str:
+    """Four significant digits, or a dash."""
+    return "–" if number is None else f"{number:.4g}".replace("-", "−")

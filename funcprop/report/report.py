@@ -1,0 +1,205 @@
+"""`fp.report(fun)(*args)`: everything there is to see of a function, on one page that needs nothing else."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from funcprop.backprop import backprop
+from funcprop.drawing import Drawing, draw
+from funcprop.equations import Derivation, derive
+from funcprop.graph import Graph
+from funcprop.memory import Footprint
+from funcprop.objective import Argnums, positions
+from funcprop.registry import RuleSet
+from funcprop.report.cost import Cost, cost
+from funcprop.report.curves import Curves, train
+from funcprop.report.inspection import Inspection, Quantity, first_nonfinite, inspect
+from funcprop.training import Setup
+
+# Up to this many values are all in the table.
+FEW = 60
+
+# A picture with more nodes is drawn with its innermost scopes collapsed.
+MOST_NODES = 400
+
+
+class ReportError(RuntimeError):
+    """The page cannot be written; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page about a function: `.html` is its text, `.save(path)` writes it, `.as_dict()` is its content.
+
+    A notebook shows the page itself. A section is None where there is nothing to show.
+    """
+
+    title: str
+    derivation: Derivation
+    drawing: Drawing = field(repr=False)
+    inspection: Inspection = field(repr=False)
+    value: float | None
+    nonfinite: str | None
+    cost: Cost = field(repr=False)
+    memory: Footprint | None = field(repr=False, default=None)
+    curves: Curves | None = field(repr=False, default=None)
+
+    @property
+    def graph(self) -> Graph:
+        """What the page is about."""
+        return self.derivation.traced.graph
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are differentiated by."""
+        found = [q for q in self.inspection.quantities.values() if q.is_parameter]
+        return sum(math.prod(q.shape or ()) for q in found)
+
+    @property
+    def value_bytes(self) -> int:
+        """The bytes of everything that the forward sweep stores, arguments included."""
+        return sum(v.nbytes or 0 for v in self.graph.variables)
+
+    @property
+    def rows(self) -> list[Quantity]:
+        """What was given and what has a name, or everything if that is little."""
+        quantities = self.inspection.quantities
+        if len(quantities) <= FEW:
+            return list(quantities.values())
+        shown = {v.name for v in self.graph.variables if v.named or v.kind == "input"}
+        return [q for name, q in quantities.items() if name in shown]
+
+    @cached_property
+    def html(self) -> str:
+        """The whole page; it works from a file and loads nothing.
+
+        Raises:
+            ReportError: jinja2, which writes it, is not installed.
+            DrawingError: there is no layout engine.
+        """
+        try:
+            from funcprop.report.page import render
+        except ModuleNotFoundError as error:
+            raise ReportError(
+                f"fp.report: the page needs {error.name!r}; pip install 'funcprop[draw]' brings it."
+            ) from error
+        return render(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The numbers of the page as plain data, for JSON; statistics are of finite entries."""
+        return {
+            "title": self.title,
+            "graph": {"operators": len(self.graph), "flops": self.graph.flops, "nbytes": self.value_bytes},
+            "parameters": self.parameters,
+            "first_nonfinite": self.nonfinite,
+            "variables": [asdict(q) for q in self.inspection.quantities.values()],
+            "cost": asdict(self.cost),
+            "memory": None if self.memory is None else self.memory.as_dict(),
+            "training": None if self.curves is None else asdict(self.curves),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the page into a file."""
+        Path(path).write_text(self.html, encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        frame = 'style="width:100%;height:85vh;border:0" sandbox="allow-scripts"'
+        return f'<iframe {frame} title="{escape(self.title)}" srcdoc="{escape(self.html)}"></iframe>'
+
+
+def report(
+    fun: Callable[..., Any],
+    argnums: Argnums = 0,
+    *,
+    rules: RuleSet | None = None,
+    title: str | None = None,
+    setup: Setup | None = None,
+    epochs: int = 10,
+    seconds: float = 30.0,
+    examples: bool = False,
+    depth: int | None = None,
+    fold: bool = True,
+) -> Callable[..., Report]:
+    """One self-contained HTML page about a scalar function: `report(fun)(*args, **kwargs) -> Report`.
+
+    The page has the computational graph to zoom into, with shape, bytes, equation, statistics and histograms
+    of value and gradient of every node; both sweeps step by step; the typeset equations; costs, and with
+    `setup` the curves of a short training run. It needs no network and no server.
+
+    Arguments may be shapes (`jax.ShapeDtypeStruct`); then there are no values and no statistics. Of what is
+    not differentiated by (data and labels) the page has statistics only, unless `examples`.
+
+    Args:
+        fun: returns a real scalar.
+        argnums: the arguments to differentiate with respect to, as in `fp.backprop`.
+        rules: a rule set for the sweeps; `fp.rules.handwritten` if None.
+        title: the heading; the function's name if None.
+        setup: a training run whose curves are shown.
+        epochs, seconds: when it ends, whichever comes first.
+        examples: embed histograms and the entries of arguments that are not differentiated by.
+        depth, fold: how the graph is drawn, as in `fp.draw`; without `depth`, inner scopes of a graph that
+            has more than 400 nodes are collapsed.
+
+    Raises:
+        TypeError: `fun` does not return one real scalar, or an argument at `argnums` has no derivative.
+        ValueError: there is no argument at a position in `argnums`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, funcprop as fp
+        >>> params = fp.models.init_chapter(jax.random.key(0), inputs=4, hidden=3, outputs=2)
+        >>> page = fp.report(fp.models.chapter)(params, jnp.ones(4), jnp.array(1), jnp.array(0.1))
+        >>> page.html.startswith("<!doctype html>")
+        True
+    """
+
+    def write(*args: Any, **kwargs: Any) -> Report:
+        derivation = derive(fun, argnums)(*args, **kwargs)
+        traced = derivation.traced
+        is_concrete = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in traced.leaves)
+        propagation = backprop(fun, argnums, rules=rules)(*args, **kwargs) if is_concrete else None
+        numbers = _all_smooth(args) if argnums is None else positions(argnums)
+        return Report(
+            traced.graph.name if title is None else title,
+            derivation,
+            _drawing(traced.graph, depth, fold),
+            inspect(derivation, propagation, examples),
+            None if propagation is None else float(propagation.value),
+            first_nonfinite(propagation),
+            cost(traced.graph, fun, numbers, args, kwargs),
+            None,
+            None if setup is None else train(setup, min(epochs, setup.epochs), seconds),
+        )
+
+    return write
+
+
+def _all_smooth(args: tuple[Any, ...]) -> tuple[int, ...]:
+    """The positions of arguments that have anything to differentiate by."""
+
+    def is_smooth(leaf: Any) -> bool:
+        return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
+
+    return tuple(i for i, arg in enumerate(args) if any(map(is_smooth, jax.tree.leaves(arg))))
+
+
+def _drawing(graph: Graph, depth: int | None, fold: bool) -> Drawing:
+    """The graph, its innermost scopes collapsed until it has a size that can be read."""
+    drawing = draw(graph, depth=depth, fold=fold)
+    if depth is not None or len(drawing.picture.nodes) <= MOST_NODES:
+        return drawing
+    deepest = max(op.scope.count("/") for op in graph.operators)
+    for level in range(deepest, -1, -1):
+        drawing = draw(graph, depth=level, fold=fold)
+        if len(drawing.picture.nodes) <= MOST_NODES:
+            break
+    return drawing
