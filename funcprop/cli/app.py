@@ -7,6 +7,7 @@ from funcprop.cli.compare import compare
 from funcprop.cli.derive import derive
 from funcprop.cli.draw import draw
 from funcprop.cli.forward import forward
+from funcprop.cli.second import second
 from funcprop.cli.train import train
 
 HELP = """Backpropagation, opened up: see both sweeps of any JAX function.
@@ -24,5 +25,5 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (forward, backward, derive, draw, compare, train):
+for command in (forward, backward, derive, draw, second, compare, train):
     app.command()(command)
