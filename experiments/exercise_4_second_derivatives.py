@@ -1,10 +1,10 @@
 """Exercise 4: second derivatives. What happens to the graph, and how long does it take?
 
 An N-layer network of equal widths, differentiated by its weights alone. The closed forms count its matrix
-products: forward N, gradient 3N − 1, Hessian-vector product 8N − 5, Gauss-Newton product 5N − 2, dense Hessian
-of P parameters 2N − 1 + P (6N − 4). Beside them stand what `fp.second_order_cost` predicts from the jaxpr, what
-it counts in XLA's program, and the predicted and measured times. The classes of the operators of a
-Hessian-vector product (`fp.second_order_graph`) say what happened to the graph.
+products: forward N, gradient 3N − 1, Hessian-vector product 8N − 5, Gauss-Newton product 5N − 2, dense
+Hessian of P parameters 2N − 1 + P (6N − 4). Beside them stand what `fp.second_order_cost` predicts from the
+jaxpr, what it counts in XLA's program, and the predicted and measured times. The classes of the operators of
+a Hessian-vector product (`fp.second_order_graph`) say what happened to the graph.
 
     python experiments/exercise_4_second_derivatives.py [--smoke] [--repeats N]
 """
@@ -93,7 +93,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         left.plot(layers, counted, "o", color=colour, label=label)
     left.set(xlabel="layers N", ylabel="matrix products", yscale="log", xticks=layers)
     left.set_title("lines: closed forms; points: counted in XLA's program", fontsize=10)
-    left.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.86))
+    left.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.54))
     everything = [
         (name, row["predicted"]["seconds"] * 1e3, row["measured"]["seconds"] * 1e3)
         for name in results[0]["law"]
