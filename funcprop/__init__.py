@@ -41,6 +41,8 @@ from funcprop.report import ReportError as ReportError
 from funcprop.report import report as report
 from funcprop.rewrite import matches as matches
 from funcprop.rewrite import with_rules as with_rules
+from funcprop.second_order_cost import SecondOrderCost as SecondOrderCost
+from funcprop.second_order_cost import second_order_cost as second_order_cost
 from funcprop.tracing import trace as trace
 from funcprop.transforms import grad as grad
 from funcprop.transforms import hvp as hvp

@@ -361,6 +361,14 @@ linear_p = _compat.define_primitive(
 )
 
 
+def linear_body(eqn: Any) -> Any | None:
+    """What an equation computes that is the tangent map of a rule, as a jaxpr; None for another equation."""
+    if eqn.primitive is not linear_p:
+        return None
+    body = jax.make_jaxpr(partial(_linear_call, **eqn.params))(*[v.aval for v in eqn.invars])
+    return _compat.inlined(body)
+
+
 def _kind(value: Any) -> str:
     return (
         f"a {type(value).__name__} of length {len(value)}" if isinstance(value, tuple | list) else repr(value)

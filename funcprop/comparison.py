@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from funcprop.objective import positions
 from funcprop.registry import RuleSet
 from funcprop.rewrite import Match, Rewriter, matches
 from funcprop.rules import autodiff, default
+from funcprop.timing import fastest, random_operand
 from funcprop.transforms import value_and_grad
 
 
@@ -245,31 +245,15 @@ def _alone(match: Match, rules: RuleSet, repeats: int) -> Measured:
     if not all(isinstance(aval.dtype, np.dtype) for aval in avals):
         repeats = 0  # There are no random numbers of the type of a key.
     rng = np.random.default_rng(0)
-    values = [_random(rng, aval) for aval in avals] if repeats else avals
+    values = [random_operand(rng, aval) for aval in avals] if repeats else avals
     return _measured([program(autodiff), program(rules)], values, repeats)
-
-
-def _random(rng: np.random.Generator, aval: Any) -> Any:
-    """Standard normal numbers; zeros of a type without derivative."""
-    if not _compat.is_differentiable(aval):
-        return jnp.zeros(aval.shape, aval.dtype)
-    return jnp.asarray(rng.standard_normal(aval.shape), aval.dtype)
 
 
 def _measured(programs: Sequence[Callable[..., Any]], values: Sequence[Any], repeats: int) -> Measured:
     compiled = [jax.jit(program).lower(*values).compile() for program in programs]
     temporary = [_compat.temporary_bytes(program) for program in compiled]
-    fastest: list[float | None] = [None, None]
-    for turn in range(repeats + 1 if repeats else 0):
-        for i, program in enumerate(compiled):
-            start = time.perf_counter()
-            jax.block_until_ready(program(*values))
-            seconds = time.perf_counter() - start
-            best = fastest[i]
-            # The first turn touches memory for the first time and does not count.
-            if turn and (best is None or seconds < best):
-                fastest[i] = seconds
-    return Measured(fastest[0], fastest[1], temporary[0], temporary[1])
+    seconds: list[Any] = fastest([(p, values) for p in compiled], repeats) if repeats else [None, None]
+    return Measured(*seconds, *temporary)
 
 
 def _cells(measured: Measured | None) -> tuple[str, str, str, str]:

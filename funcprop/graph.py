@@ -147,6 +147,18 @@ def _count(n: int | None) -> str:
     return "-" if n is None else f"{n:,}"
 
 
+def bytes_text(nbytes: int) -> str:
+    """A number of bytes with at most four digits: `48 B`, `1.5 KiB`."""
+    if nbytes < 1024:
+        return f"{nbytes} B"
+    size = float(nbytes)
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        size /= 1024
+        if size < 1000 or unit == "TiB":
+            break
+    return f"{size:.3g} {unit}"
+
+
 def aligned(rows: Sequence[Sequence[str]], right: set[int], widest: int) -> str:
     """Rows as columns of text under the first row, cut to `widest`; columns in `right` end at the right."""
     clipped = [[c if len(c) <= widest else c[: widest - 1] + "…" for c in row] for row in rows]

@@ -65,13 +65,14 @@ def trace_objective(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     has_aux: bool = False,
+    inline: frozenset[str] = INLINED | CHECKPOINTS,
 ) -> Any:
     """Trace a scalar function and hand it to `use`, which returns as in `trace_call`.
 
     With `has_aux` the function returns the scalar and auxiliary data.
 
-    Jits and checkpoints are inlined. A result that is not computed, but an argument or a constant, is named
-    `J`, by an operator that does nothing.
+    The bodies of jits and checkpoints stand in the place of their calls (`inline`). A result that is not
+    computed, but an argument or a constant, is named `J`, by an operator that does nothing.
 
     Raises:
         TypeError: the result is not one real scalar, or an argument at `argnums` has no derivative.
@@ -84,7 +85,7 @@ def trace_objective(
         chosen = differentiable(traced.signature, traced.arguments, traced.leaves, at)
         return use(Objective(traced, at, chosen))
 
-    return trace_call(used, fun, args, kwargs, inline=INLINED | CHECKPOINTS, name_result="J", has_aux=has_aux)
+    return trace_call(used, fun, args, kwargs, inline=inline, name_result="J", has_aux=has_aux)
 
 
 def differentiable(

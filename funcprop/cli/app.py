@@ -8,6 +8,7 @@ from funcprop.cli.derive import derive
 from funcprop.cli.draw import draw
 from funcprop.cli.forward import forward
 from funcprop.cli.report import report
+from funcprop.cli.second import second
 from funcprop.cli.train import train
 
 HELP = """Backpropagation, opened up: see both sweeps of any JAX function.
@@ -27,4 +28,5 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (report, forward, backward, derive, draw, compare, train):
+for command in (forward, backward, derive, draw, second, compare, train):
     app.command()(command)

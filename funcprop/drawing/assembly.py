@@ -6,10 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from funcprop.drawing.picture import Box, Edge, EdgeKind, Node, Picture, bytes_text, value_text
+from funcprop.drawing.picture import Box, Edge, EdgeKind, Node, Picture, value_text
 from funcprop.drawing.scopes import Folding, Scope, fold, scope_path, scope_tree
 from funcprop.drawing.symbols import symbol
-from funcprop.graph import Graph, Operator, Variable
+from funcprop.graph import Graph, Operator, Variable, bytes_text
 
 # Up to this many operators, every value is a square, and the types stand in the picture.
 FEW = 40

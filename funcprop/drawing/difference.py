@@ -137,7 +137,9 @@ class Difference:
         drawn = {a: after[b] for a, b in self.matching.operators.items()} | removed
         roles = dict.fromkeys((op.name for op in self.added), ADDED)
         roles |= dict.fromkeys((op.name for op in removed.values()), REMOVED)
-        variable_roles = {v.name: ADDED for v in self.added_variables}
+        # A value that both have is not coloured as what computes it now.
+        variable_roles = dict.fromkeys((v.name for v in self.after.variables), "")
+        variable_roles |= {v.name: ADDED for v in self.added_variables}
         variable_roles |= {of[v.name].name: REMOVED for v in gone}
         edge_roles = {end[:3]: ADDED for end in self._arrows(self.after) if end[:3] not in self._common}
         missing = []

@@ -9,6 +9,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
+from funcprop.graph import bytes_text
+
 NodeKind = Literal["variable", "operator", "scope"]
 EdgeKind = Literal["flow", "residual", "repeat"]
 
@@ -108,15 +110,3 @@ def value_text(shape: tuple[int, ...] | None, dtype: str | None, nbytes: int | N
     if nbytes is not None:
         parts.append(bytes_text(nbytes))
     return ", ".join(parts) or "no size"
-
-
-def bytes_text(nbytes: int) -> str:
-    """A number of bytes with at most four digits: `48 B`, `1.5 KiB`."""
-    if nbytes < 1024:
-        return f"{nbytes} B"
-    size = float(nbytes)
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        size /= 1024
-        if size < 1000 or unit == "TiB":
-            break
-    return f"{size:.3g} {unit}"

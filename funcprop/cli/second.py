@@ -1,0 +1,49 @@
+"""`funcprop second TARGET`: what second derivatives cost, predicted and measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import funcprop as fp
+from funcprop.cli.backward import parse_argnums
+from funcprop.cli.output import Output, emit
+from funcprop.cli.target import Target, TargetError, load, users_code
+
+
+def second(
+    target: Annotated[str, typer.Argument(help="module:function, file.py:function or chapter")],
+    argnums: Annotated[
+        str, typer.Option(help="positions of the arguments to differentiate, as 0 or 0,2, or all")
+    ] = "0",
+    output: Annotated[
+        str | None, typer.Option(help="the model's output, by its name in `funcprop forward`")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="how often each program is run")] = 10,
+    out: Annotated[Path | None, typer.Option(help="file to write: .txt the table, .json the data")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Matrix products, bytes and time of gradient, HVP, Gauss-Newton product and Hessian."""
+    emit(lambda: report(load(target), parse_argnums(argnums), output, repeats, out), as_json)
+
+
+def report(
+    target: Target, argnums: Sequence[int] | None, output: str | None, repeats: int, out: Path | None
+) -> Output:
+    """The table of `fp.second_order_cost`, also written to a file if there is one."""
+    if out is not None and out.suffix not in (".txt", ".json"):
+        raise TargetError(f"--out {str(out)!r}: its suffix does not say what to write; use .txt or .json.")
+    with users_code(f"target {target.label!r}: counting failed", None):
+        costs = fp.second_order_cost(target.function, argnums, output=output, repeats=repeats)
+        found = costs(*target.args, **target.kwargs)
+    text, data = str(found), {"target": target.label, **found.as_dict()}
+    if out is not None:
+        try:
+            out.write_text((text if out.suffix == ".txt" else json.dumps(data)) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise TargetError(f"--out {str(out)!r} cannot be written: {error.strerror}.") from None
+    return Output(text, data)

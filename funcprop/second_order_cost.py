@@ -1,0 +1,250 @@
+"""`fp.second_order_cost(fun)(*args)`: what second derivatives cost, predicted and measured.
+
+For a network of N layers of equal widths, differentiated by its weights, the chapter's exercise counts
+matrix products: `N` of the value, `3N − 1` of the gradient, `8N − 5` of a Hessian-vector product, `5N − 2` of
+a Gauss-Newton product, and `2N − 1 + P (6N − 4)` of the dense Hessian of `P` parameters. Here the same is
+counted for any function: before compiling, in the jaxpr, and afterwards, in the program that XLA made of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+
+from funcprop.graph import aligned, bytes_text
+from funcprop.objective import Argnums, Objective, trace_objective
+from funcprop.registry import RuleSet
+from funcprop.rules import default
+from funcprop.second_order_programs import DENSE, GAUSS_NEWTON, GRADIENT, programs
+from funcprop.timing import Rates, fastest, measured_rates
+from funcprop.tracing import INLINED
+from funcprop.work import Work, of_compiled, of_jaxpr
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a computation takes. `operators` are equations, or instructions of the compiled program.
+
+    `bytes` are those of arguments, results and temporaries together. `seconds` is None where nothing is run.
+    """
+
+    operators: int
+    products: int
+    flops: int
+    bytes: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """A computation with its predicted and its measured cost; `reason` says why it was not measured."""
+
+    name: str
+    predicted: Cost
+    measured: Cost | None
+    reason: str | None = None
+
+    @property
+    def time(self) -> float | None:
+        """Measured over predicted seconds."""
+        if self.measured is None or self.measured.seconds is None or self.predicted.seconds is None:
+            return None
+        return self.measured.seconds / self.predicted.seconds
+
+
+@dataclass(frozen=True)
+class SecondOrderCost:
+    """What the derivatives of one function cost. `print` shows a table, `as_dict` is plain data.
+
+    `left` says of a computation that is not there why. `parameters` is how many numbers are differentiated.
+    """
+
+    name: str
+    parameters: int
+    platform: str
+    rows: tuple[CostRow, ...]
+    left: dict[str, str]
+    rates: Rates | None
+    output: str | None
+
+    def __getitem__(self, name: str) -> CostRow:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"{name!r}; there are {', '.join(row.name for row in self.rows)}.")
+
+    @property
+    def worst(self) -> float | None:
+        """How far the predicted times are off: the largest factor, in either direction."""
+        ratios = [row.time for row in self.rows if row.time is not None]
+        return max((max(r, 1 / r) for r in ratios), default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        rows = [{**asdict(row), "time": row.time} for row in self.rows]
+        rates = None if self.rates is None else {k: _finite(v) for k, v in asdict(self.rates).items()}
+        return {**asdict(self), "rows": rows, "rates": rates, "worst": self.worst}
+
+    def __str__(self) -> str:
+        title = f"{self.name}: derivatives by {self.parameters:,} parameters, on {self.platform}"
+        head = ("", "products", "XLA", "operators", "XLA", "Mflop", "XLA", "bytes", "XLA")
+        table = [[*head, "ms", "measured", "ratio"]]
+        table += [[row.name, *_cells(row), *_times(row)] for row in self.rows]
+        parts = [title, aligned(table, right=set(range(1, 12)), widest=40)]
+        notes = [f"{row.name}: not measured, {row.reason}" for row in self.rows if row.reason]
+        notes += [f"{name}: left out, {reason}" for name, reason in self.left.items()]
+        if self.output is not None:
+            notes.append(f"{GAUSS_NEWTON}: the model's output is {self.output}")
+        if self.rates is not None:
+            notes.append(_rates_text(self.rates))
+        if self.worst is not None:
+            notes.append(f"Predicted times are off by a factor of at most {self.worst:.1f} here.")
+        return "\n\n".join([*parts, "\n".join(notes)] if notes else parts)
+
+    __repr__ = __str__
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None
+
+
+def _rates_text(rates: Rates) -> str:
+    products = f"{rates.flops_per_second / 1e9:.3g} Gflop/s in products, "
+    return (
+        f"Times are predicted from {products if math.isfinite(rates.flops_per_second) else ''}"
+        f"{rates.bytes_per_second / 1e9:.3g} GB/s, {rates.call_seconds * 1e6:.2g} µs a call and "
+        f"{rates.step_seconds * 1e6:.2g} µs a step, measured in this run."
+    )
+
+
+def _cells(row: CostRow) -> list[str]:
+    cells = []
+    for key in ("products", "operators", "flops", "bytes"):
+        for cost in (row.predicted, row.measured):
+            value = None if cost is None else getattr(cost, key)
+            shown = "-" if value is None else f"{value / 1e6:.4g}" if key == "flops" else f"{value:,}"
+            cells.append(shown)
+    return cells
+
+
+def _times(row: CostRow) -> tuple[str, str, str]:
+    seconds = [row.predicted.seconds, None if row.measured is None else row.measured.seconds]
+    shown = ["-" if s is None else f"{s * 1e3:.3g}" for s in seconds]
+    return shown[0], shown[1], "-" if row.time is None else f"{row.time:.2f}"
+
+
+def second_order_cost(
+    fun: Callable[..., Any],
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    *,
+    output: str | None = None,
+    rules: RuleSet | None = None,
+    repeats: int = 10,
+    largest: int = 2**28,
+    patience: float = 10.0,
+) -> Callable[..., SecondOrderCost]:
+    """What gradient, Hessian-vector and Gauss-Newton products and the dense Hessian cost.
+
+    `second_order_cost(fun, argnums)(*args, **kwargs) -> SecondOrderCost`. Matrix products, operators,
+    operations, bytes and time are predicted from the jaxpr; then every program is compiled and run, and what
+    XLA made of it is counted. Times are predicted from how fast this machine is at the costliest product of
+    the function and at moving bytes, measured in the same run; `ratio` says how far off they are. With shapes
+    (`jax.ShapeDtypeStruct`) for arguments nothing is run and there are no times.
+
+    The Hessian-vector products are those of `fp.hvp` (forward over reverse), and reverse over reverse. The
+    dense Hessian is one of them for each parameter, after what they share.
+
+    A Gauss-Newton product needs to know where the model ends and the loss begins: at the value named `output`
+    (a name that `fp.trace` shows), by default at what the last of `fp.layers`' losses reads. What reaches the
+    objective past it, as weight decay does, enters with its exact Hessian.
+
+    Args:
+        fun: returns a real scalar.
+        argnums: the arguments to differentiate; None for all that have a derivative.
+        has_aux: `fun` returns the scalar and auxiliary data.
+        output: the name of the model's output.
+        rules: a rule set; `fp.rules.default` if None.
+        repeats: how often each program is run.
+        largest: the bytes of a dense Hessian beyond which it is only predicted.
+        patience: the predicted seconds of a dense Hessian beyond which it is only predicted.
+
+    Raises:
+        ValueError: `repeats` is less than 1, there is no argument at `argnums`, or no value named `output`.
+        TypeError: `fun` does not return one real scalar, or nothing can be differentiated.
+
+    References: Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 1994; Schraudolph,
+    "Fast curvature matrix-vector products for second-order gradient descent", Neural Computation 2002.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, funcprop as fp
+        >>> def loss(weights, x):
+        ...     for w in weights:
+        ...         x = jnp.tanh(x @ w)
+        ...     return jnp.sum(x**2)
+        >>> square = jax.ShapeDtypeStruct((8, 8), "float32")
+        >>> cost = fp.second_order_cost(loss)([square] * 3, square)
+        >>> [(row.name, row.predicted.products, row.measured.products) for row in cost.rows[:3]]
+        [('value', 3, 3), ('gradient', 8, 8), ('HVP forward-over-reverse', 19, 19)]
+    """
+    if repeats < 1:
+        raise ValueError(f"second_order_cost: repeats={repeats}; every program has to run at least once.")
+    rule_set = default if rules is None else rules
+
+    def costs(*args: Any, **kwargs: Any) -> SecondOrderCost:
+        def use(objective: Objective) -> tuple[SecondOrderCost, None]:
+            run = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in objective.traced.leaves)
+            return _costs(objective, output, rule_set, repeats if run else 0, largest, patience), None
+
+        return trace_objective(use, fun, argnums, args, kwargs, has_aux, INLINED)
+
+    return costs
+
+
+def _costs(
+    objective: Objective, output: str | None, rules: RuleSet, repeats: int, largest: int, patience: float
+) -> SecondOrderCost:
+    found, split, left = programs(objective, output, rules)
+    count = sum(math.prod(v.shape or ()) for v in objective.inputs.values())
+    jaxprs = {p.name: jax.make_jaxpr(p.function)(*p.operands) for p in found}
+    rates = measured_rates(jaxprs[GRADIENT], repeats) if repeats else None
+    works = {name: of_jaxpr(jaxpr) for name, jaxpr in jaxprs.items()}
+    predicted = {n: _cost(work, None if rates is None else rates.seconds(work)) for n, work in works.items()}
+    reasons = dict.fromkeys(predicted) | {DENSE: _too_large(predicted[DENSE], count, largest, patience)}
+    measured: dict[str, Cost] = {}
+    compiled = [
+        (p.name, jax.jit(p.function).lower(*p.operands).compile(), p.operands)
+        for p in found
+        if reasons[p.name] is None
+    ]
+    # The dense Hessian takes far longer than the others and is not run in turn with them.
+    for together in (compiled[:-1], compiled[-1:]) if reasons[DENSE] is None else (compiled,):
+        longest = max((predicted[name].seconds or 0 for name, _, _ in together), default=0)
+        runs = max(1, min(repeats, int(patience / longest))) if longest else repeats
+        seconds = fastest([run[1:] for run in together], runs) if repeats else [None] * len(together)
+        for (name, program, _), s in zip(together, seconds, strict=True):
+            measured[name] = _cost(of_compiled(program), s)
+    rows = tuple(CostRow(name, cost, measured.get(name), reasons[name]) for name, cost in predicted.items())
+    return SecondOrderCost(
+        objective.traced.graph.name, count, jax.default_backend(), rows, left, rates, split
+    )
+
+
+def _cost(work: Work, seconds: float | None) -> Cost:
+    return Cost(work.operators, work.products, work.flops, work.bytes, seconds)
+
+
+def _too_large(predicted: Cost, parameters: int, largest: int, patience: float) -> str | None:
+    """Why a dense Hessian is not measured; None if it is."""
+    if predicted.bytes > largest:
+        return (
+            f"it needs {bytes_text(predicted.bytes)} ({parameters:,}² numbers are its result), and the limit "
+            f"is {bytes_text(largest)} (`largest`)"
+        )
+    if predicted.seconds is not None and predicted.seconds > patience:
+        return f"it would take {predicted.seconds:.3g} s, and the limit is {patience:g} s (`patience`)"
+    return None

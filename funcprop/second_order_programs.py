@@ -1,0 +1,84 @@
+"""The programs whose costs `fp.second_order_cost` compares: from the value to the dense Hessian."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from funcprop.gauss_newton import SplitError, function_of, gauss_newton_product, model_output
+from funcprop.objective import Objective
+from funcprop.registry import RuleSet
+from funcprop.rewrite import with_rules
+
+VALUE, GRADIENT, GAUSS_NEWTON, DENSE = "value", "gradient", "Gauss-Newton product", "dense Hessian"
+FORWARD, REVERSE = "HVP forward-over-reverse", "HVP reverse-over-reverse"
+
+
+class Program(NamedTuple):
+    """A function of arrays, and the arrays or their types."""
+
+    name: str
+    function: Callable[..., Any]
+    operands: tuple[Any, ...]
+
+
+def programs(
+    objective: Objective, output: str | None, rules: RuleSet
+) -> tuple[list[Program], str | None, dict[str, str]]:
+    """The programs; the name of the model's output; and what is left out, with the reason.
+
+    The direction of every product is an operand of its own, with the values of the parameters.
+
+    Raises:
+        ValueError: there is no value of the name `output`.
+    """
+    traced = objective.traced
+    operands = {i: _operand(traced.leaves[i]) for i in traced.arguments}
+    params = [operands[i] for i in objective.inputs]
+    others = [x for i, x in operands.items() if i not in objective.inputs]
+    value = with_rules(function_of(objective), rules)
+    gradient = jax.grad(value)
+
+    def forward_over_reverse(params: Any, direction: Any, others: Any) -> Any:
+        return jax.jvp(lambda p: gradient(p, others), (params,), (direction,))[1]
+
+    def reverse_over_reverse(params: Any, direction: Any, others: Any) -> Any:
+        return jax.vjp(lambda p: gradient(p, others), params)[1](direction)[0]
+
+    def dense(params: Any, others: Any) -> Any:
+        flat, unravel = ravel_pytree(params)
+        push = jax.linearize(lambda p: ravel_pytree(gradient(unravel(p), others))[0], flat)[1]
+        unit = lambda i: jnp.zeros_like(flat).at[i].set(1)  # noqa: E731
+        return jax.lax.map(lambda i: push(unit(i)), jnp.arange(flat.size))
+
+    found = [
+        Program(VALUE, value, (params, others)),
+        Program(GRADIENT, gradient, (params, others)),
+        Program(FORWARD, forward_over_reverse, (params, params, others)),
+        Program(REVERSE, reverse_over_reverse, (params, params, others)),
+        Program(DENSE, dense, (params, others)),
+    ]
+    try:
+        split = model_output(objective, output)
+    except SplitError as error:
+        if output is not None:
+            raise
+        return found, None, {GAUSS_NEWTON: str(error)}
+    model = with_rules(function_of(objective, wanted=split), rules)
+    loss = with_rules(function_of(objective, replaced=split), rules)
+
+    def product(params: Any, direction: Any, others: Any) -> Any:
+        of_params = lambda p: model(p, others)  # noqa: E731
+        of_output = lambda o, p: loss(p, others, o)  # noqa: E731
+        return gauss_newton_product(of_params, of_output, params, direction)
+
+    found.insert(-1, Program(GAUSS_NEWTON, product, (params, params, others)))
+    return found, split.name, {}
+
+
+def _operand(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)

@@ -1,0 +1,257 @@
+"""`fp.second_order_cost`: the laws of the chapter's exercise, in the jaxpr and in what XLA made of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+from test_cli import module as module  # the fixture
+from test_cli import run, run_json
+
+import funcprop as fp
+from funcprop.objective import trace_objective
+from funcprop.second_order_programs import programs
+from funcprop.work import of_compiled, of_jaxpr
+
+
+def mlp(weights: Any, x: Any) -> Any:
+    for w in weights:
+        x = jnp.tanh(x @ w)
+    return fp.layers.mean_squared_error(x, jnp.zeros_like(x))
+
+
+def laws(layers: int, parameters: int) -> dict[str, int]:
+    """Matrix products, by the closed forms of the chapter's exercise 4."""
+    return {
+        "value": layers,
+        "gradient": 3 * layers - 1,
+        "HVP forward-over-reverse": 8 * layers - 5,
+        "HVP reverse-over-reverse": 8 * layers - 5,
+        "Gauss-Newton product": 5 * layers - 2,
+        "dense Hessian": 2 * layers - 1 + parameters * (6 * layers - 4),
+    }
+
+
+@cache
+def cost(layers: int, width: int, batch: int) -> fp.SecondOrderCost:
+    square = jax.ShapeDtypeStruct((width, width), jnp.float32)
+    return fp.second_order_cost(mlp)([square] * layers, jax.ShapeDtypeStruct((batch, width), jnp.float32))
+
+
+@pytest.mark.parametrize(("layers", "width", "batch"), [(1, 6, 4), (2, 8, 5), (3, 5, 7), (5, 4, 6)])
+def test_the_laws_hold_in_the_jaxpr_and_in_the_compiled_program(layers: int, width: int, batch: int) -> None:
+    found = cost(layers, width, batch)
+    expected = laws(layers, layers * width**2)
+    assert found.parameters == layers * width**2
+    assert {row.name: row.predicted.products for row in found.rows} == expected
+    assert {row.name: row.measured.products for row in found.rows} == expected
+    assert found["gradient"].measured.seconds is None
+
+
+def test_the_laws_hold_with_the_flags_that_users_have() -> None:
+    program = (
+        "import jax, jax.numpy as jnp, funcprop as fp; from test_second_order_cost import mlp\n"
+        "s = jax.ShapeDtypeStruct((16, 16), 'float32'); c = fp.second_order_cost(mlp)([s] * 3, s)\n"
+        "print({row.name: row.measured.products for row in c.rows})"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(laws(3, 3 * 256))
+
+
+def test_operations_are_those_of_xlas_own_analysis() -> None:
+    """Without loops, XLA counts them itself."""
+    args = [jnp.ones((6, 6))] * 2, jnp.ones((5, 6))
+    for fun in (mlp, jax.grad(mlp)):
+        compiled = jax.jit(fun).lower(*args).compile()
+        found = compiled.cost_analysis()
+        expected = found["flops"] + found["transcendentals"]
+        assert of_compiled(compiled).flops == pytest.approx(expected, rel=0.005)
+        assert of_jaxpr(jax.make_jaxpr(fun)(*args)).flops == pytest.approx(expected, rel=0.1)
+
+
+def test_bytes_of_the_dense_hessian_are_its_square() -> None:
+    row = cost(3, 5, 7)["dense Hessian"]
+    assert row.measured.bytes == pytest.approx(row.predicted.bytes, rel=0.1)
+    assert row.predicted.bytes > 4 * 75**2
+
+
+def values(fun: Any, *args: Any, output: str | None = None, argnums: Any = 0) -> dict[str, Any]:
+    """What the programs compute: products with the parameters themselves as direction."""
+
+    def use(objective: Any) -> Any:
+        return {p.name: jax.jit(p.function)(*p.operands) for p in programs(objective, output, None)[0]}, None
+
+    return trace_objective(use, fun, argnums, args, {})
+
+
+def test_the_programs_compute_what_they_are_called() -> None:
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {"W1": jax.random.normal(keys[0], (3, 4)), "W2": jax.random.normal(keys[1], (2, 3))}
+    x, y, λ = jax.random.normal(keys[2], (4,)), jnp.array(1), jnp.array(0.3)
+    found = values(fp.models.chapter, params, x, y, λ)
+    flat, unravel = ravel_pytree(params)
+    objective = lambda flat: fp.models.chapter(unravel(flat), x, y, λ)  # noqa: E731
+    hessian = jax.hessian(objective)(flat)
+    same = lambda a, b: np.testing.assert_allclose(ravel_pytree(a)[0], b, rtol=1e-12, atol=1e-13)  # noqa: E731
+    same(found["value"], objective(flat))
+    same(found["gradient"], jax.grad(objective)(flat))
+    for order in ("forward", "reverse"):
+        same(found[f"HVP {order}-over-reverse"], hessian @ flat)
+    same(found["dense Hessian"], hessian.ravel())
+    # Jᵀ H J of the loss in the logits, and the weight decay's λ I, by definition.
+    logits = lambda flat: unravel(flat)["W2"] @ jnp.tanh(unravel(flat)["W1"] @ x)  # noqa: E731
+    jacobian, p = jax.jacobian(logits)(flat), jax.nn.softmax(logits(flat))
+    gauss_newton = jacobian.T @ (jnp.diag(p) - jnp.outer(p, p)) @ jacobian + λ * jnp.eye(flat.size)
+    same(found["Gauss-Newton product"], gauss_newton @ flat)
+
+
+def foreign(w: Any, x: Any) -> Any:
+    o = fp.name(jnp.tanh(x @ w), "o")
+    return jnp.sum(jnp.cos(o))
+
+
+def test_the_models_output_is_told_by_name() -> None:
+    w, x = jax.random.normal(jax.random.key(0), (3, 2)), jnp.ones((4, 3))
+    found = values(foreign, w, x, output="o")["Gauss-Newton product"]
+    flat = w.ravel()
+    model = lambda flat: jnp.tanh(x @ flat.reshape(3, 2)).ravel()  # noqa: E731
+    jacobian = jax.jacobian(model)(flat)
+    expected = jacobian.T @ jnp.diag(-jnp.cos(model(flat))) @ jacobian @ flat
+    np.testing.assert_allclose(found[0].ravel(), expected, rtol=1e-12)
+
+
+def test_without_a_loss_layer_the_row_is_left_out_with_the_reason() -> None:
+    shapes = jax.ShapeDtypeStruct((3, 2), jnp.float32), jax.ShapeDtypeStruct((4, 3), jnp.float32)
+    found = fp.second_order_cost(foreign)(*shapes)
+    assert "Gauss-Newton product" not in [row.name for row in found.rows]
+    assert "left out, none of its operators is a loss of fp.layers" in str(found)
+    with pytest.raises(KeyError, match="there are value, gradient"):
+        found["Gauss-Newton product"]
+    with pytest.raises(ValueError, match=r"output='oo' is no value that foreign computes .*; did you mean o"):
+        fp.second_order_cost(foreign, output="oo")(*shapes)
+    with pytest.raises(ValueError, match="repeats=0; every program has to run"):
+        fp.second_order_cost(foreign, repeats=0)
+    with pytest.raises(TypeError, match="gradients are of one real scalar"):
+        fp.second_order_cost(jnp.sin)(jnp.ones(3))
+
+
+def test_a_large_hessian_is_predicted_and_not_measured() -> None:
+    square = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+    found = fp.second_order_cost(mlp)([square] * 2, square)
+    row = found["dense Hessian"]
+    assert row.measured is None
+    assert row.predicted.products == laws(2, 2 * 512**2)["dense Hessian"]
+    assert row.predicted.bytes > 4 * (2 * 512**2) ** 2
+    assert "dense Hessian: not measured, it needs 1" in str(found)
+    args = [jnp.ones((4, 4))] * 2, jnp.ones((4, 4))
+    impatient = fp.second_order_cost(mlp, patience=1e-9, repeats=1)(*args)
+    assert "and the limit is 1e-09 s" in impatient["dense Hessian"].reason
+
+
+def test_loops_and_rules_count_as_often_as_they_run() -> None:
+    """A rule hoists products out of the loop; the tangent map of a rule is counted as what it computes."""
+
+    def loop(w: Any, x: Any) -> Any:
+        step = lambda c, _: (jnp.tanh(c @ w), None)  # noqa: E731
+        return fp.layers.mean_squared_error(jax.lax.scan(step, x, None, length=6)[0], x)
+
+    args = jax.ShapeDtypeStruct((4, 4), jnp.float32), jax.ShapeDtypeStruct((3, 4), jnp.float32)
+    for rules in (fp.rules.autodiff, fp.rules.handwritten):
+        found = fp.second_order_cost(loop, rules=rules)(*args)
+        assert all(row.predicted.products == row.measured.products for row in found.rows)
+        assert found["value"].measured.products == 6
+
+
+TEXT = """\
+HloModule m
+
+%branch (p: f32[2,3]) -> f32[2,3] {
+  ROOT %p = f32[2,3]{1,0} parameter(0)
+}
+
+ENTRY %main (a: f32[2,3], b: f32[3,4]) -> f32[2,4] {
+  %a = f32[2,3]{1,0} parameter(0)
+  %b = f32[3,4]{1,0} parameter(1)
+  %c = f32[2,3]{1,0} conditional(%p, %a, %a), branch_computations={%branch, %branch}
+  %k = f32[3,3,4,8]{3,2,1,0} broadcast(%b), dimensions={}
+  %i = f32[1,5,5,4]{3,2,1,0} broadcast(%b), dimensions={}
+  %v = f32[1,3,3,8]{3,2,1,0} convolution(%i, %k), window={size=3x3}, dim_labels=b01f_01io->b01f
+  ROOT %d = (f32[2,4]{1,0}, s8[64]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
+}
+"""
+
+
+def test_products_in_libraries_and_convolutions_are_counted() -> None:
+    """As a GPU's program writes them."""
+    sizes = SimpleNamespace(
+        argument_size_in_bytes=7, output_size_in_bytes=5, temp_size_in_bytes=3, alias_size_in_bytes=1
+    )
+    found = of_compiled(SimpleNamespace(as_text=lambda: TEXT, memory_analysis=lambda: sizes))
+    assert (found.products, found.bytes) == (2, 14)
+    assert found.flops == 2 * 8 * 3 + 2 * (9 * 8) * (3 * 3 * 4)
+
+
+def test_times_are_measured_and_models_are_taken_as_they_are() -> None:
+    net = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    found = fp.second_order_cost(lambda net, x: jnp.sum(net(x) ** 2), repeats=1)(net, jnp.ones((4, 3)))
+    assert found.parameters == 8
+    assert all(row.time > 0 for row in found.rows)
+    assert found.worst >= 1
+    assert "µs a call" in str(found)
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path: Any) -> None:
+    data = run_json("second", "chapter", "--repeats", "1", "--out", str(tmp_path / "cost.json"))
+    assert data == json.loads((tmp_path / "cost.json").read_text())
+    assert (data["target"], data["output"], data["parameters"]) == ("chapter", "o", 18)
+    assert [row["predicted"]["products"] for row in data["rows"]] == list(laws(2, 18).values())
+    text = run("second", "chapter", "--repeats", "1", "--out", str(tmp_path / "cost.txt")).stdout
+    assert text == (tmp_path / "cost.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "cost.svg"], "its suffix does not say what to write; use .txt or .json"),
+        (["--out", "/nowhere/cost.txt", "--repeats", "1"], "cannot be written: No such file or directory"),
+        (["--output", "ö"], "output='ö' is no value that chapter computes"),
+        (["--argnums", "7"], "argnums=7, but the function was called with 4 positional arguments"),
+    ],
+)
+def test_what_cannot_be_counted_is_said(options: list[str], message: str) -> None:
+    result = run("second", "chapter", *options)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_the_users_own_lines_are_shown(module: Any) -> None:
+    name = module("""
+        def broken(x):
+            return x if x > 0 else -x
+        def example():
+            return (jnp.array(1.0),)
+        """)
+    result = run("second", f"{name}:broken")
+    assert result.exit_code == 1
+    assert "return x if x > 0" in result.stderr
+    assert "/funcprop/cli/" not in result.stderr
