@@ -122,6 +122,15 @@ class Queries(abc.ABC):
             return estimate(self, "trace", samples, key)
         return jnp.sum(self.parameters.ravel(self.diagonal()))
 
+    def traces(self: Any, *, samples: int | None = None, key: Array | None = None) -> PyTree | Estimate:
+        """The trace of each parameter's own block, as a pytree of numbers; they add up to the trace.
+
+        Exactly, or an `Estimate`; arguments and errors as in `diagonal`.
+        """
+        if samples is not None:
+            return estimate(self, "traces", samples, key)
+        return jax.tree.map(jnp.sum, self.diagonal())
+
     def frobenius_norm(
         self: Any, *, samples: int | None = None, key: Array | None = None
     ) -> Scalar | Estimate:
