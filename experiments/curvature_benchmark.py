@@ -8,7 +8,7 @@ quartiles, beside the fastest time. A star marks a bound that is not reached.
 
 `--peer` adds libraries for PyTorch, as far as they are installed, with the same weights and data: what they
 compute is compared with ours (1e-4 of the largest entry) before any time is taken; `÷ own` is their time to
-PyTorch's own gradient, `÷ ours` to our time in the same run.
+PyTorch's own gradient, `÷ ours` to our time in the same turn.
 
     python experiments/curvature_benchmark.py [--smoke] [--repeats N] [--model NAME] [--only NAME ...]
                                               [--peer]
@@ -64,12 +64,15 @@ def blocking(program: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[],
     return lambda: jax.block_until_ready(program(*args))
 
 
-def measure(model: str, p: Problem, quantities: list[str], repeats: int) -> tuple[dict[str, Measured], dict]:
-    """All quantities of one model beside its gradient; and what they computed."""
+def measure(
+    model: str, p: Problem, quantities: list[str], repeats: int
+) -> tuple[dict[str, Measured], dict[str, Callable[[], Any]]]:
+    """All quantities of one model beside its gradient; and the steps that compute them."""
     programs = {GRADIENT: gradient(p), **{name: QUANTITIES[name].program(p) for name in quantities}}
     compiled = {name: jax.jit(q.function).lower(*q.args).compile() for name, q in programs.items()}
     steps = {name: blocking(compiled[name], q.args) for name, q in programs.items()}
-    values = {name: step() for name, step in steps.items()}
+    for step in steps.values():
+        step()
     times = interleaved(steps, repeats)
     found = {}
     for name, seconds in times.items():
@@ -77,36 +80,37 @@ def measure(model: str, p: Problem, quantities: list[str], repeats: int) -> tupl
         bound = None if name == GRADIENT else QUANTITIES[name].bounds.get(model)
         size = compiled[name].memory_analysis().temp_size_in_bytes
         found[name] = Measured(float(seconds.min()), *map(float, quartiles), size, bound)
-    return found, values
+    return found, steps
 
 
 def measure_peers(
-    model: str, p: Problem, ours: dict[str, Measured], values: dict[str, Any], repeats: int
+    model: str, p: Problem, ours: dict[str, Callable[[], Any]], repeats: int
 ) -> dict[str, dict[str, float]]:
-    """The libraries' fastest seconds, after a comparison of what they compute with our values."""
+    """The libraries' fastest seconds, taken in turn with ours, after a comparison of what they compute."""
     from benchmark_cases import torch_curvature
 
     steps = {}
-    for quantity, library, twin, step in torch_curvature.steps(model, p, list(ours)):
-        if quantity == "gradient":
-            expected, actual = values[GRADIENT][1], twin.as_jax(list(step()[1]))
-        else:
-            expected, actual = values[quantity], twin.as_jax(step())
-        difference = torch_curvature.difference(expected, actual)
+    for quantity, library, actual, step in torch_curvature.steps(model, p, list(ours)):
+        expected = ours[quantity]()
+        if quantity == GRADIENT:
+            expected = expected[1]
+        difference = torch_curvature.difference(expected, actual())
         if difference > AGREEMENT:
             raise AssertionError(
                 f"{model}, {quantity}: {library} differs by {difference:.1e} of the largest entry."
             )
         steps[quantity, library] = step
+        steps[quantity, "ours"] = ours[quantity]
     times = interleaved(steps, repeats)
-    own = times["gradient", "torch"]
+    own = times[GRADIENT, "torch"]
     found = {}
     for (quantity, library), seconds in times.items():
-        mine = ours[GRADIENT if quantity == "gradient" else quantity].seconds
+        if library == "ours":
+            continue
         row = {
             "seconds": float(seconds.min()),
             "to its gradient": float(np.median(seconds / own)),
-            "to ours": float(seconds.min()) / mine,
+            "to ours": float(np.median(seconds / times[quantity, "ours"])),
         }
         found[f"{quantity}, {library}"] = row
         print(
@@ -173,11 +177,11 @@ def main() -> None:
         if options.model not in (None, model):
             continue
         p = (small if options.smoke else full)()
-        results[model], values = measure(model, p, quantities, repeats)
+        results[model], steps = measure(model, p, quantities, repeats)
         for name, m in results[model].items():
             print(line(model, name, m), flush=True)
         if options.peer:
-            peers[model] = measure_peers(model, p, results[model], values, repeats)
+            peers[model] = measure_peers(model, p, steps, repeats)
     RESULTS.mkdir(exist_ok=True)
     content = {
         model: {"ours": {name: m._asdict() for name, m in found.items()}, "peers": peers.get(model, {})}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +78,18 @@ def test_a_vector_of_parameters_and_one_number() -> None:
     close(one.dense(), [[12.0]])
 
 
+def test_columns_are_chunked_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lengths(columns: int) -> list[int]:
+        jaxpr = jax.make_jaxpr(lambda v: operator(M) @ v)(jnp.ones((SIZE, columns))).jaxpr
+        return [eqn.params["length"] for eqn in equations(jaxpr) if eqn.primitive.name == "scan"]
+
+    assert lengths(9) in ([], [1])
+    # A column computes the tangent of `M w`, and M is symmetrised: about 300 bytes.
+    monkeypatch.setattr(fp.curvature.products, "COLUMN_BYTES", 1000)
+    (found,) = set(lengths(8))
+    assert 3 <= found <= 8
+
+
 # --- transformations --------------------------------------------------------------------------
 
 
@@ -89,18 +103,21 @@ def test_an_operator_passes_through_jit_and_vmap() -> None:
     close(jax.grad(lambda m: operator(m).trace())(jnp.asarray(M)), np.eye(SIZE))
 
 
-def primitives(jaxpr, inside: str | None = None, found: list[str] | None = None) -> list[str]:
-    """The names of all equations, or of those in the bodies of `inside`."""
-    found = [] if found is None else found
+def equations(jaxpr, inside: str | None = None) -> Iterator[Any]:
+    """All equations of a jaxpr, at any depth, or those in the bodies of `inside`."""
     for eqn in jaxpr.eqns:
         if inside is None:
-            found.append(eqn.primitive.name)
+            yield eqn
         for value in eqn.params.values():
             for body in value if isinstance(value, tuple | list) else [value]:
-                body = getattr(body, "jaxpr", body)
-                if hasattr(body, "eqns"):
-                    primitives(body, None if eqn.primitive.name == inside else inside, found)
-    return found
+                opened = getattr(body, "jaxpr", body)
+                if hasattr(opened, "eqns"):
+                    yield from equations(opened, None if eqn.primitive.name == inside else inside)
+
+
+def primitives(jaxpr, inside: str | None = None) -> list[str]:
+    """The names of these equations."""
+    return [eqn.primitive.name for eqn in equations(jaxpr, inside)]
 
 
 @pytest.mark.parametrize(
@@ -188,6 +205,7 @@ def test_where_leaves_out_what_has_no_derivative() -> None:
             lambda A: A @ (PARAMS | {"c": jnp.ones(2)}),
             r"v has shape \(2,\) at 'c', but the parameter has shape \(\)",
         ),
+        (lambda A: A @ (1j * jnp.ones(10)), "v is complex128, but the parameters are real"),
         (lambda A: A @ jnp.ones(9), r"v has shape \(9,\), but the operator has shape \(10, 10\)"),
         (lambda A: A @ jnp.ones((2, 10)), r"a vector of shape \(10,\), a matrix of shape \(10, m\)"),
         (lambda A: A.solve(jnp.ones(9)), r"b has shape \(9,\), but a flat b has shape \(10,\)"),

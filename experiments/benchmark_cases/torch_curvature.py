@@ -38,10 +38,10 @@ class Twin(NamedTuple):
 
 
 class Peer(NamedTuple):
-    """A library's way to a quantity: a step to be timed, whose result is like that of our program."""
+    """A library's way to a quantity: a step to be timed, and its result in the form of our program's."""
 
     library: str
-    build: Callable[[Twin, Problem], Callable[[], Any]]
+    build: Callable[[Twin, Problem], tuple[Callable[[], Any], Callable[[], Any]]]
 
 
 def _tensor(array: Any) -> torch.Tensor:
@@ -111,46 +111,47 @@ def twin(name: str, p: Problem) -> Twin:
     return Twin(model, nn.CrossEntropyLoss(), x, y, as_jax, from_jax)
 
 
-def gradient(t: Twin) -> Callable[[], Any]:
+def _gradient(t: Twin, p: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """The neighbours' own gradient, which their times are divided by."""
 
     def step() -> Any:
-        value = t.loss(t.model(t.x), t.y)
-        return value, torch.autograd.grad(value, t.params)
+        return torch.autograd.grad(t.loss(t.model(t.x), t.y), t.params)
 
-    return step
+    return step, lambda: t.as_jax(list(step()))
 
 
-def _curvlinops(kind: str) -> Callable[[Twin, Problem], Callable[[], Any]]:
-    def build(t: Twin, p: Problem) -> Callable[[], Any]:
+def _curvlinops(kind: str) -> Callable[[Twin, Problem], tuple[Callable[[], Any], Callable[[], Any]]]:
+    def build(t: Twin, p: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
         import curvlinops
 
         operator = getattr(curvlinops, kind)(
             t.model, t.loss, t.params, [(t.x, t.y)], check_deterministic=False
         )
         v = t.from_jax(p.direction)
-        return lambda: operator @ v
+        return lambda: operator @ v, lambda: t.as_jax(operator @ v)
 
     return build
 
 
 # For each quantity the libraries that have it.
 PEERS: dict[str, list[Peer]] = {
+    "value and gradient": [Peer("torch", _gradient)],
     "Hessian-vector product": [Peer("curvlinops", _curvlinops("HessianLinearOperator"))],
     "Gauss-Newton product": [Peer("curvlinops", _curvlinops("GGNLinearOperator"))],
 }
 
 
-def steps(name: str, p: Problem, quantities: list[str]) -> Iterator[tuple[str, str, Twin, Callable[[], Any]]]:
-    """For each quantity and each library that is installed: a step; first the gradient itself."""
-    yield "gradient", "torch", twin(name, p), gradient(twin(name, p))
+def steps(
+    name: str, p: Problem, quantities: list[str]
+) -> Iterator[tuple[str, str, Callable[[], Any], Callable[[], Any]]]:
+    """For each quantity and each library that is installed: what it computes, and the step to be timed."""
     for quantity in quantities:
         for peer in PEERS.get(quantity, []):
             if find_spec(peer.library) is None:
                 warnings.warn(f"{peer.library} is not installed and is left out", stacklevel=2)
                 continue
-            t = twin(name, p)
-            yield quantity, peer.library, t, peer.build(t, p)
+            step, value = peer.build(twin(name, p), p)
+            yield quantity, peer.library, value, step
 
 
 def difference(ours: Any, theirs: Any) -> float:

@@ -4,6 +4,7 @@ import typer
 
 from funcprop.cli.backward import backward
 from funcprop.cli.compare import compare
+from funcprop.cli.curvature import curvature
 from funcprop.cli.derive import derive
 from funcprop.cli.draw import draw
 from funcprop.cli.forward import forward
@@ -29,4 +30,5 @@ app = typer.Typer(
 )
 for command in (report, forward, backward, derive, draw, compare, train):
 for command in (forward, backward, derive, draw, second, compare, train):
+for command in (forward, backward, derive, draw, curvature, compare, train):
     app.command()(command)

@@ -31,3 +31,6 @@ from funcprop.curvature.operator import Scaled as Scaled
 from funcprop.curvature.operator import Sum as Sum
 from funcprop.curvature.operator import identity as identity
 from funcprop.curvature.spectrum import Spectrum as Spectrum
+from funcprop.curvature.summary import EXACT as EXACT
+from funcprop.curvature.summary import Summary as Summary
+from funcprop.curvature.summary import summary as summary

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from funcprop.curvature.operator import LinearOperator
 
 ENDS = {"LA": "largest", "SA": "smallest", "BE": "half of each end", "LM": "largest in magnitude"}
+BASIS_BYTES = 2**32  # what the vectors of a Krylov space may take, unless their number is given
 METHODS = ("lanczos", "lobpcg", "dense")
 
 
@@ -68,7 +69,11 @@ def _by_lanczos(
     operator: LinearOperator, k: int, which: str, tolerance: float, most: int | None, key: Array
 ) -> Pairs:
     """In Krylov spaces that double until all pairs have converged, or have `most` dimensions."""
-    most = min(operator.parameters.size, max(10 * k, 320) if most is None else most)
+    size = operator.parameters.size
+    if most is None:
+        room = BASIS_BYTES // (size * operator.dtype.itemsize)
+        most = max(k, min(max(10 * k, 320), room))
+    most = min(most, size)
     if most < k:
         raise ValueError(f"products={most} are fewer than k={k}; allow at least as many, better ten times.")
     operator = operator.linearize()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 from scipy import stats
 
 
@@ -29,10 +28,10 @@ class Estimate:
 
     @classmethod
     def of(cls, samples: PyTree) -> Estimate:
-        """The mean over the leading axis, of at least two samples."""
+        """The mean over the leading axis; the error of a single sample is not known, and NaN."""
         (n,) = {len(leaf) for leaf in jax.tree.leaves(samples)}
         value = jax.tree.map(lambda leaf: jnp.mean(leaf, 0), samples)
-        error = jax.tree.map(lambda leaf: jnp.std(leaf, 0, ddof=1) / np.sqrt(n), samples)
+        error = jax.tree.map(lambda leaf: _deviation(leaf) / np.sqrt(n), samples)
         return cls(value, error, n)
 
     def interval(self, confidence: float = 0.95) -> tuple[PyTree, PyTree]:
@@ -49,9 +48,11 @@ class Estimate:
         return low, high
 
     def __repr__(self) -> str:
-        def shown(value: Any, error: Any) -> str:
-            return f"{value} ± {error}"
-
         if not isinstance(self.value, jax.Array):
             return f"Estimate({self.samples} samples of {jax.tree.structure(self.value)})"
-        return f"Estimate({shown(self.value, self.error)}, {self.samples} samples)"
+        return f"Estimate({self.value} ± {self.error}, {self.samples} samples)"
+
+
+def _deviation(samples: Array) -> Array:
+    """The root of the unbiased variance."""
+    return jnp.std(samples, 0, ddof=1) if len(samples) > 1 else jnp.full(samples.shape[1:], jnp.nan)

@@ -1,9 +1,10 @@
 """Lanczos' tridiagonalisation of a symmetric operator, with full reorthogonalisation and restarts.
 
 `A ≈ Qᵀ T Q` on the space of `v, A v, A² v, …`, the rows of `Q` orthonormal, `T` tridiagonal. That space may
-be smaller than asked for: a Gauss-Newton matrix of few examples has a low rank. `matfree.decomp.tridiag_sym`
-divides by the length of a vector that is zero then; here the iteration goes on from a new random vector,
-orthogonal to all before, so that `T` falls into blocks. The first block is that of `v`.
+be smaller than asked for: a Gauss-Newton matrix of few examples has a low rank, and the Hessian of a
+piecewise linear loss is zero. `matfree.decomp.tridiag_sym` divides by the length of what is left, which is
+NaN where that is exactly nothing; here the iteration goes on from a new random vector, orthogonal to all
+before, so that `T` falls into blocks. The first block is that of `v`.
 """
 
 from __future__ import annotations

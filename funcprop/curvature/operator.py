@@ -90,9 +90,8 @@ class LinearOperator(Queries):
                 f"v has shape {v.shape}, but the operator has shape {self.shape}; give a vector of shape "
                 f"({names.size},), a matrix of shape ({names.size}, m), or a pytree like the parameters."
             )
-        if v.ndim == 2:
-            return products.products(self, v.astype(self.dtype), None)
-        return names.ravel(products.product(self, names.unravel(v)))
+        v = names.real(v, "v").astype(self.dtype)
+        return products.flat_product(self, v) if v.ndim == 1 else products.products(self, v, None)
 
     def linearize(self) -> LinearOperator:
         """The same operator with the forward pass done: products cost only what depends on the vector."""

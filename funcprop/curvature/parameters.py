@@ -185,8 +185,20 @@ class Parameters:
                 raise ValueError(
                     f"{name} has shape {jnp.shape(leaf)} at {path!r}, but the parameter has shape {shape}."
                 )
-            arrays.append(jnp.asarray(leaf).astype(dtype))
+            arrays.append(self.real(leaf, name).astype(dtype))
         return arrays
+
+    @staticmethod
+    def real(values: Any, name: str) -> Array:
+        """The values as an array.
+
+        Raises:
+            TypeError: they are complex.
+        """
+        array = jnp.asarray(values)
+        if jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise TypeError(f"{name} is {array.dtype}, but the parameters are real; take its real part.")
+        return array
 
 
 def path_name(path: Any) -> str:

@@ -27,6 +27,13 @@ def product(operator: LinearOperator, v: PyTree) -> PyTree:
     return operator.product(v)
 
 
+@jax.jit
+def flat_product(operator: LinearOperator, v: Float[Array, " P"]) -> Float[Array, " P"]:
+    """`A v` for one flat vector."""
+    names = operator.parameters
+    return names.ravel(operator.product(names.unravel(v)))
+
+
 @functools.partial(jax.jit, static_argnames="at_once")
 def products(operator: LinearOperator, matrix: Float[Array, "P m"], at_once: int | None) -> Array:
     """`A V` for flat columns."""

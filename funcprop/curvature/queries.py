@@ -122,6 +122,15 @@ class Queries(abc.ABC):
             return estimate(self, "trace", samples, key)
         return jnp.sum(self.parameters.ravel(self.diagonal()))
 
+    def traces(self: Any, *, samples: int | None = None, key: Array | None = None) -> PyTree | Estimate:
+        """The trace of each parameter's own block, as a pytree of numbers; they add up to the trace.
+
+        Exactly, or an `Estimate`; arguments and errors as in `diagonal`.
+        """
+        if samples is not None:
+            return estimate(self, "traces", samples, key)
+        return jax.tree.map(jnp.sum, self.diagonal())
+
     def frobenius_norm(
         self: Any, *, samples: int | None = None, key: Array | None = None
     ) -> Scalar | Estimate:
@@ -197,7 +206,8 @@ class Queries(abc.ABC):
                 converged; finds one vector of an eigenvalue that occurs several times. "lobpcg", on a block,
                 finds all; takes 5 k < P. "dense", exact, forms the matrix.
             tolerance: on `‖A v − λ v‖ / ‖A‖`; `ε^(2/3)` of the dtype if None.
-            products: at most so many products (Lanczos; 320 or 10 k if None) or iterations (LOBPCG; 100).
+            products: at most so many products (Lanczos; 320 or 10 k if None, or as many vectors as fit 4 GiB)
+                or iterations (LOBPCG; 100).
             key: of the starting vectors; `jax.random.key(0)` if None.
 
         Raises:
@@ -289,7 +299,7 @@ class Queries(abc.ABC):
         if names.is_flat(b):
             if jnp.shape(b) != (names.size,):
                 raise ValueError(f"b has shape {jnp.shape(b)}, but a flat b has shape ({names.size},).")
-            flat = jnp.asarray(b).astype(names.dtype)
+            flat = names.real(b, "b").astype(names.dtype)
             return solve(self, flat, damping, method, preconditioner, tolerance, products)
         flat = names.ravel(names.vector(b, "b"))
         return names.unravel(solve(self, flat, damping, method, preconditioner, tolerance, products))

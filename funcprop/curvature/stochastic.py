@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 INTEGRANDS: dict[str, Callable[[], Any]] = {
     "trace": stochtrace.monte_carlo_trace,
     "diagonal": stochtrace.monte_carlo_diagonal,
+    "traces": stochtrace.monte_carlo_diagonal,
     "squared norm": stochtrace.monte_carlo_frobeniusnorm_squared,
 }
 
@@ -37,10 +38,11 @@ def estimate(operator: LinearOperator, quantity: str, samples: int, key: Array |
     require_samples(samples, key)
     found = Estimate.of(_samples(operator, quantity, samples, key))
     require_finite(operator, found.value, quantity)
-    if quantity != "diagonal":
+    if quantity not in ("diagonal", "traces"):
         return found
-    unravel = operator.parameters.unravel
-    return Estimate(unravel(found.value), unravel(found.error), samples)
+    names = operator.parameters
+    shaped = names.unravel if quantity == "diagonal" else names.unflatten
+    return Estimate(shaped(found.value), shaped(found.error), samples)
 
 
 def squared_to_norm(squared: Estimate) -> Estimate:
@@ -66,4 +68,12 @@ def signs(operator: LinearOperator, samples: int, key: Array) -> Array:
 @functools.partial(jax.jit, static_argnames=("quantity", "samples"))
 def _samples(operator: LinearOperator, quantity: str, samples: int, key: Array) -> Array:
     apply, integrand = flat_map(operator), INTEGRANDS[quantity]()
-    return mapped(lambda v: integrand(apply, v), signs(operator, samples, key), None)
+    slices = operator.parameters.slices
+
+    def sample(v: Array) -> Array:
+        found = integrand(apply, v)
+        if quantity == "traces":
+            return jnp.stack([jnp.sum(found[part]) for part in slices])
+        return found
+
+    return mapped(sample, signs(operator, samples, key), None)

@@ -1,0 +1,171 @@
+"""`funcprop curvature TARGET`: the Hessian's spectrum, as numbers and as a plot."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import typer
+
+import funcprop as fp
+from funcprop.cli.backward import parse_argnums
+from funcprop.cli.output import Output, digits, emit, number, table
+from funcprop.cli.target import Target, TargetError, load, users_code
+from funcprop.curvature import Summary
+
+BAR = 40  # characters of the longest bar
+
+
+def curvature(
+    target: Annotated[str, typer.Argument(help="module:function, file.py:function or chapter")],
+    argnums: Annotated[str, typer.Option(help="position of the argument with the parameters")] = "0",
+    k: Annotated[int, typer.Option("-k", min=1, help="eigenvalues at each end")] = 5,
+    samples: Annotated[int, typer.Option(min=2, help="random vectors of the estimates")] = 10,
+    products: Annotated[int, typer.Option(min=1, help="Lanczos steps of each")] = 64,
+    exact: Annotated[
+        int, typer.Option(min=0, help="up to so many parameters all eigenvalues are computed")
+    ] = fp.curvature.EXACT,
+    seed: Annotated[int, typer.Option(help="of the random vectors")] = 0,
+    out: Annotated[Path | None, typer.Option(help="a plot to write: .png, .pdf or .svg")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """The Hessian: top eigenvalues, spectral density, trace, each parameter's share, condition."""
+
+    def compute() -> Output:
+        loaded, key = load(target), jax.random.key(seed)
+        return report(loaded, parse_argnums(argnums), out, k=k, samples=samples, products=products,
+                      exact=exact, key=key)  # fmt: skip
+
+    emit(compute, as_json)
+
+
+def report(target: Target, argnums: Sequence[int] | None, out: Path | None, **options: Any) -> Output:
+    """Summarise the Hessian, and plot it if there is a file to write."""
+    if argnums is None or len(argnums) != 1:
+        raise TargetError("--argnums for `curvature` is one position, of the argument with the parameters.")
+    if not target.has_arrays():
+        raise TargetError(f"target {target.label!r}: example() returns shapes, but curvature is of values.")
+    if out is not None and out.suffix not in (".png", ".pdf", ".svg"):
+        raise TargetError(f"--out {str(out)!r}: its suffix is not one of .png, .pdf and .svg.")
+    with (
+        users_code(f"target {target.label!r}: its curvature failed", None),
+        warnings.catch_warnings(record=True, category=fp.curvature.ConvergenceWarning) as warned,
+    ):
+        warnings.simplefilter("always", fp.curvature.ConvergenceWarning)
+        found = fp.curvature.summary(_hessian(target, argnums[0]), **options)
+    said = [str(w.message) for w in warned]
+    if out is not None:
+        _plot(found, target.label, out)
+    text = "\n\n".join([_text(found, target.label), *(f"Warning: {message}" for message in said)])
+    return Output(text, _data(found, target.label) | {"warnings": said, "out": out and str(out)})
+
+
+def _hessian(target: Target, position: int) -> fp.curvature.Hessian:
+    count = len(target.args)
+    if not -count <= position < count:
+        raise TargetError(f"--argnums {position}, but there are {count} positional arguments.")
+    params = target.args[position]
+    before, after = target.args[: position % count], target.args[position % count + 1 :]
+
+    def loss(params: Any, before: Any, after: Any, **kwargs: Any) -> Any:
+        return target.function(*before, params, *after, **kwargs)
+
+    loss.__name__ = target.function.__name__
+    return fp.hessian(loss)(params, before, after, **target.kwargs)
+
+
+def _text(found: Summary, label: str) -> str:
+    how = "all eigenvalues" if found.exact else "Lanczos, and estimates ± their standard errors"
+    lines = [
+        f"{label}: Hessian of {sum(found.sizes)} parameters, {found.signs}; {how}",
+        "",
+        f"largest    {'  '.join(digits(float(v)) for v in found.largest[::-1])}",
+        f"smallest   {'  '.join(digits(float(v)) for v in found.smallest)}",
+        f"condition  {digits(found.condition)}",
+        f"trace      {_with_error(*found.trace)}",
+        "",
+        _parameters(found),
+        "",
+        _histogram(found),
+    ]
+    return "\n".join(lines)
+
+
+def _parameters(found: Summary) -> str:
+    rows = [("parameter", "entries", "trace", "share")]
+    for path, size, value, error, share in zip(
+        found.paths, found.sizes, *found.traces, found.shares, strict=True
+    ):
+        rows.append((path or "(all)", str(size), _with_error(value, error), f"{100 * share:.1f} %"))
+    return table(rows, right=[1, 2, 3])
+
+
+def _histogram(found: Summary) -> str:
+    edges, counts, errors = found.counts()
+    longest = max(counts.max(), 1e-300)
+    rows = [("from", "to", "eigenvalues", "")]
+    for low, high, count, error in zip(edges[:-1], edges[1:], counts, errors, strict=True):
+        bar = "█" * round(BAR * float(count / longest)) or ("▏" if count > 0 else "")
+        rows.append((digits(float(low)), digits(float(high)), _with_error(count, error), bar))
+    return table(rows, right=[0, 1, 2])
+
+
+def _with_error(value: Any, error: Any) -> str:
+    return digits(float(value)) + (f" ± {float(error):.2g}" if error else "")
+
+
+def _data(found: Summary, label: str) -> dict[str, Any]:
+    edges, counts, count_errors = found.counts()
+    grid, density, density_errors = found.density()
+    parameters = zip(found.paths, found.sizes, *found.traces, found.shares, strict=True)
+    return {
+        "target": label,
+        "parameters": sum(found.sizes),
+        "exact": found.exact,
+        "signs": found.signs,
+        "largest": found.largest.tolist(),
+        "smallest": found.smallest.tolist(),
+        "condition": found.condition,
+        "trace": {"value": found.trace[0], "error": found.trace[1]},
+        "shares": [
+            {"path": path, "size": size, "trace": float(value), "error": float(error), "share": number(share)}
+            for path, size, value, error, share in parameters
+        ],
+        "histogram": {
+            "edges": edges.tolist(),
+            "counts": counts.tolist(),
+            "errors": count_errors.tolist(),
+        },
+        "density": {"at": grid.tolist(), "value": density.tolist(), "error": density_errors.tolist()},
+    }
+
+
+def _plot(found: Summary, label: str, path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise TargetError("--out needs matplotlib; pip install 'funcprop[draw]'") from None
+    figure = Figure(figsize=(10, 0.25 * len(found.paths) + 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    grid, density, errors = found.density()
+    left.plot(grid, density, linewidth=1)
+    left.fill_between(grid, density - 2 * errors, density + 2 * errors, alpha=0.3)
+    ends = [*found.smallest, *found.largest]
+    left.plot(ends, [density.max() / 1e5] * len(ends), "k|", markersize=12, label="eigenvalues at the ends")
+    left.set_yscale("log")
+    left.set_ylim(density.max() / 1e5, 2 * density.max())
+    left.set_xlabel("eigenvalue")
+    left.set_ylabel("density")
+    left.legend()
+    right.barh(found.paths, found.traces[0], xerr=2 * found.traces[1], ecolor="grey")
+    right.axvline(0, color="grey", linewidth=0.8)
+    right.invert_yaxis()
+    right.set_xlabel("trace of the parameter's block")
+    figure.suptitle(f"{label}: Hessian of {sum(found.sizes)} parameters")
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise TargetError(f"--out {str(path)!r} cannot be written: {error.strerror}.") from None
