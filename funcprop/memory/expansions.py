@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from funcprop.memory.lowering import Lowering
 
 # What the compiler moves out of a loop only together with what reads it.
-_LIGHT = frozenset("broadcast_in_dim iota rev slice transpose".split())
+_LIGHT = frozenset("broadcast_in_dim iota reshape rev slice transpose".split())
 
 
 def dot_general(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
@@ -31,26 +31,30 @@ def dot_general(lowering: Lowering, eqn: Any, operands: list[Value | None], scop
     """
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
     sides = ((lhs_sum, lhs_batch, True), (rhs_sum, rhs_batch, False))
-    arranged, seen, free = [], [], []
+    arranged, free = [], []
     for atom, value, (summed, batch, is_lhs) in zip(eqn.invars, operands, sides, strict=True):
         shape = atom.aval.shape
         if value is not None and value.step is not None and value.step.op == "transpose" and len(shape) == 2:
-            value = value.step.inputs[0]  # noqa: PLW2901  A transposed matrix is read as it is.
+            value = value.step.inputs[0]  # A transposed matrix is read as it is.
         rest = [d for d in range(len(shape)) if d not in summed and d not in batch]
         order = [*batch, *rest, *summed] if is_lhs else [*batch, *summed, *rest]
         kept = [d for d in order if shape[d] > 1]
-        as_it_is = list(batch) == list(range(len(batch))) and len(summed) == 1 and len(rest) <= 1
-        if value is not None and not as_it_is and kept != sorted(kept) and (batch or len(kept) != 2):
-            (value,) = transposed(lowering, value, shape, order, scope)  # noqa: PLW2901
+        in_order = list(batch) == list(range(len(batch))) and len(summed) == 1 and len(rest) <= 1
+        if value is not None and not in_order:
+            if kept != sorted(kept) and (batch or len(kept) != 2):
+                (value,) = transposed(lowering, value, shape, order, scope)
+            sizes = [
+                math.prod(shape[d] for d in axes) for axes in ((rest, summed) if is_lhs else (summed, rest))
+            ]
+            assert value is not None
+            value = lowering.view(value, (*(shape[d] for d in batch), *sizes), scope)
         arranged.append(value)
         free.append(math.prod(shape[d] for d in rest))
-        matrix = (*(shape[d] for d in batch), free[-1], math.prod(shape[d] for d in summed))
-        seen.append(shape if len(rest) == len(summed) == 1 else matrix)
     result = eqn.outvars[0].aval
-    product = lowering.add("dot_general", "kernel", scope, arranged, [result], seen=seen)
-    if product[0] is not None:
-        product[0].laid = (*result.shape[: len(lhs_batch)], *free)
-    return product
+    matrices = result.update(shape=(*result.shape[: len(lhs_batch)], *free))
+    is_matrix = len(result.shape) <= len(lhs_batch) + 2
+    (product,) = lowering.add("dot_general", "kernel", scope, arranged, [result if is_matrix else matrices])
+    return [product if product is None else lowering.view(product, result.shape, scope)]
 
 
 def transpose(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:

@@ -33,15 +33,16 @@ class Timeline:
 
 def timeline(program: Program, library: bool = True) -> Timeline:
     """Run a program on paper; `library` as in `kernels`."""
-    made = kernels(program, library)
+    made, same = kernels(program, library)
+    outputs = [None if v is None else same.get(id(v), v) for v in program.outputs]
     over: list[tuple[Value, Value]] = []
     for i, j in program.donated.items():
-        result = program.outputs[j]
+        result = outputs[j]
         if result is not None and result.step is not None:
             over.append((program.arguments[i], result))
     made = _with_copies(made, over)
     order = _breadth_first(program, made)
-    return _Simulation(program, order, over, library).run()
+    return _Simulation(outputs, order, over, library).run()
 
 
 # --- copies -----------------------------------------------------------------------------------
@@ -155,18 +156,18 @@ class _Simulation:
 
     def __init__(
         self,
-        program: Program,
+        outputs: Sequence[Value | None],
         order: list[Kernel],
         donated: Sequence[tuple[Value, Value]],
         library: bool,
     ) -> None:
-        self.program, self.order, self.library = program, order, library
+        self.order, self.library = order, library
         self.end = len(order)
         self.last: dict[int, int] = {}
         for time, kernel in enumerate(order):
             for value in kernel.reads:
                 self.last[id(value)] = time
-        self.results = {id(v) for v in program.outputs if v is not None}
+        self.results = {id(v) for v in outputs if v is not None}
         for key in self.results:
             self.last[key] = self.end
         self.donated = {id(result): argument for argument, result in donated}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -55,11 +57,15 @@ class Lowering:
 
     def program(self, closed: Any, names: Sequence[str] = ()) -> Program:
         """The whole program; `names` are those of the arguments."""
-        jaxpr = _compat.open_jaxpr(closed)
-        arguments = [self.value(v.aval) for v in jaxpr.invars]
+        jaxpr, consts = _compat.with_constants_as_inputs(closed)
+        jaxpr, _ = _compat.without_unread_inputs(jaxpr, [True] * len(jaxpr.invars))
+        values = [self.value(v.aval) for v in jaxpr.invars]
+        self.constants, arguments = values[: len(consts)], values[len(consts) :]
+        for value in self.constants:
+            value.constant, value.name = True, "constant"
         for i, value in enumerate(arguments):
             value.argument, value.name = i, names[i] if i < len(names) else ""
-        return self.finish(arguments, self.walk(closed, list(arguments), "", 0))
+        return self.finish(arguments, self.walk(jaxpr, list(values), "", 0))
 
     def finish(self, arguments: list[Value], outputs: list[Value | None]) -> Program:
         """The program of the steps so far."""
@@ -112,7 +118,9 @@ class Lowering:
             source = operands[0]
             if source is not None and op == "name" and not source.name:
                 source.name = eqn.params["name"]
-            return [source] if view is True else list(operands)
+            if view == "each":
+                return list(operands)
+            return [None if source is None else self.view(source, eqn.outvars[0].aval.shape, scope)]
         if op in ("scan", "while"):
             return expansions.loop(self, eqn, operands, scope)
         if op == "cond":
@@ -129,17 +137,26 @@ class Lowering:
         elif op in UPDATES:
             kind = "update"
         expensive = op in EXPENSIVE or kind in ("reduce", "kernel", "update") or op == "gather"
-        seen = [tuple(getattr(a.aval, "shape", ())) for a in eqn.invars]
         if kind == "elementwise" and len(eqn.outvars) == 1:
-            result = eqn.outvars[0].aval
-            spread = [v if v is None else self.spread(v, result, scope) for v in operands]
-            seen = [s if v is w else result.shape for s, v, w in zip(seen, operands, spread, strict=True)]
-            operands = spread
+            operands = [v if v is None else self.spread(v, eqn.outvars[0].aval, scope) for v in operands]
+        if kind == "reduce" and operands:
+            operands = [_unfolded(v, eqn.params.get("axes", ())) for v in operands]
         if op == "div" and (operands[1] is None or operands[1].size <= 1 or _is_spread(operands[1])):
             expensive = False  # A division by one number for many becomes a product.
         reuses = op == "gather" or (op == "broadcast_in_dim" and operands[0] is not None)
         avals = [v.aval for v in eqn.outvars]
-        return self.add(op, kind, scope, operands, avals, expensive, reuses, seen)
+        return self.add(op, kind, scope, operands, avals, expensive, reuses)
+
+    def view(self, value: Value, shape: Sequence[int], scope: str) -> Value:
+        """A value in another shape."""
+        if value.step is not None and value.step.kind == "view":
+            value = value.step.inputs[0]
+        if value.shape == tuple(shape) or value.size <= 1:
+            return value
+        aval = jax.core.ShapedArray(tuple(shape), value.dtype)
+        (seen,) = self.shared("reshape", [value], aval, scope, kind="view")
+        assert seen is not None
+        return seen
 
     def spread(self, value: Value, aval: Any, scope: str) -> Value:
         """An operand of an elementwise operator in the shape of the result."""
@@ -161,13 +178,10 @@ class Lowering:
         avals: Sequence[Any],
         expensive: bool = True,
         reuses: bool = False,
-        seen: Sequence[tuple[int, ...]] | None = None,
     ) -> list[Value | None]:
-        """Append a step and return its results; `seen` are the shapes in which it sees its operands."""
+        """Append a step and return its results."""
         inputs = [v for v in operands if v is not None]
-        shapes = [() if v is None else v.shape for v in operands] if seen is None else seen
         step = Step(op, kind, scope, inputs, [], expensive, reuses)
-        step.seen = [shape for v, shape in zip(operands, shapes, strict=True) if v is not None]
         step.outputs = [self.value(aval, step) for aval in avals]
         if kind == "update" and operands[0] is not None:
             step.in_place.append((operands[0], step.outputs[0]))
@@ -180,7 +194,8 @@ class Lowering:
         """A step that moves entries; equal ones are one."""
         key = (op, tuple(map(id, operands)), aval.shape, str(aval.dtype), detail)
         if key not in self.known:
-            self.known[key] = self.add(op, "move", scope, operands, [aval], expensive=False, **how)
+            kind = how.pop("kind", "move")
+            self.known[key] = self.add(op, kind, scope, operands, [aval], expensive=False, **how)
         return self.known[key]
 
     def value(self, aval: Any, step: Step | None = None) -> Value:
@@ -220,6 +235,22 @@ def _is_identity(eqn: Any, op: str) -> bool:
     other = eqn.invars[1].val
     same = eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape
     return same and np.ndim(other) == 0 and bool(other == _NEUTRAL[op])
+
+
+def _unfolded(value: Value | None, axes: Sequence[int]) -> Value | None:
+    """What is summed: a reshape that only joins summed axes with each other is left out."""
+    if value is None or value.step is None or value.step.kind != "view":
+        return value
+    (source,) = value.step.inputs
+    if len(source.shape) <= len(value.shape):
+        return value
+    ends = list(itertools.accumulate(source.shape, operator.mul, initial=1))
+    ends_here = list(itertools.accumulate(value.shape, operator.mul, initial=1))
+    for axis in set(range(len(value.shape))) - set(axes):
+        low, high = ends_here[axis], ends_here[axis + 1]
+        if low not in ends or high not in ends or ends.index(high) - ends.index(low) > 1:
+            return value
+    return source
 
 
 def _is_spread(value: Value) -> bool:
