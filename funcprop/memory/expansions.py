@@ -54,6 +54,7 @@ def dot_general(lowering: Lowering, eqn: Any, operands: list[Value | None], scop
     matrices = result.update(shape=(*result.shape[: len(lhs_batch)], *free))
     is_matrix = len(result.shape) <= len(lhs_batch) + 2
     (product,) = lowering.add("dot_general", "kernel", scope, arranged, [result if is_matrix else matrices])
+    lowering.steps[-1].late = not lhs_batch and tuple(lhs_sum) == (0,)
     return [product if product is None else lowering.view(product, result.shape, scope)]
 
 
@@ -112,6 +113,19 @@ def select_and_scatter_add(
     return lowering.add("scatter_add", "update", scope, [zeros, indices, operands[0]], [operand])
 
 
+def add(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+    """A sum; what is scattered into zeros and added to something is scattered into that at once."""
+    aval = eqn.outvars[0].aval
+    for value, other in zip(operands, operands[::-1], strict=True):
+        step = None if value is None else value.step
+        if step is not None and step.op in ("scatter-add", "scatter_add") and other is not None:
+            zeros = step.inputs[0].step
+            if zeros is not None and zeros.op == "broadcast_in_dim" and not zeros.inputs:
+                return lowering.add(step.op, "update", scope, [other, *step.inputs[1:]], [aval])
+    terms = [None if v is None else lowering.spread(v, aval, scope) for v in operands]
+    return lowering.add(eqn.primitive.name, "elementwise", scope, terms, [aval], expensive=False)
+
+
 def twice(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
     """A kernel that holds as much again as its results while it runs."""
     avals = [v.aval for v in eqn.outvars]
@@ -122,6 +136,8 @@ def twice(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str
 
 Expansion: TypeAlias = "Callable[[Lowering, Any, list[Value | None], str], list[Value | None]]"
 TABLE: dict[str, Expansion] = {
+    "add": add,
+    "add_any": add,
     "dot_general": dot_general,
     "transpose": transpose,
     "conv_general_dilated": convolution,

@@ -141,7 +141,10 @@ def _breadth_first(program: Program, made: Sequence[Kernel]) -> list[Kernel]:
         item = ready.popleft()
         if isinstance(item, Kernel):
             order.append(item)
-        for kernel in readers.get(id(item), ()):
+        following = readers.get(id(item), [])
+        if isinstance(item, Kernel) and len(item.members) > 1:
+            following = sorted(following, key=lambda kernel: kernel.root.late)
+        for kernel in following:
             waiting[id(kernel)] -= 1
             if waiting[id(kernel)] == 0:
                 ready.append(kernel)

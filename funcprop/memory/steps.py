@@ -43,7 +43,8 @@ class Step:
 
     `reuses` says that entries of the inputs are read more than once; `extra` are bytes of its own; `in_place`
     are pairs of an input and the result that is written over it. A loop has its body in `bodies`, a
-    conditional its branches.
+    conditional its branches. `late` marks a product that sums over the rows of its left factor: the compiler
+    puts it behind other readers of its operands.
     """
 
     op: str
@@ -54,6 +55,7 @@ class Step:
     expensive: bool = False
     reuses: bool = False
     extra: int = 0
+    late: bool = False
     bodies: tuple[Program, ...] = ()
     in_place: list[tuple[Value, Value]] = field(default_factory=list)
 
