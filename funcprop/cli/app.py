@@ -7,6 +7,7 @@ from funcprop.cli.compare import compare
 from funcprop.cli.derive import derive
 from funcprop.cli.draw import draw
 from funcprop.cli.forward import forward
+from funcprop.cli.memory import memory
 from funcprop.cli.report import report
 from funcprop.cli.train import train
 
@@ -26,5 +27,5 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (report, forward, backward, derive, draw, compare, train):
+for command in (report, forward, backward, derive, draw, compare, memory, train):
     app.command()(command)

@@ -1,8 +1,8 @@
 """Equations that the compiler turns into several steps, and what these hold.
 
-XLA's CPU backend computes a product only on operands whose batch axes lead, rows before the summed axis on the
-left and after it on the right, and a convolution only on `NHWC` and `HWIO`: other operands are copied first. It
-makes a `while` of a `scan`: constants are read in place, carries and results are written in place.
+XLA's CPU backend computes a product only on operands whose batch axes lead and which have one axis besides
+the summed one, and a convolution only on `NHWC` and `HWIO`: other operands are copied first. It makes a
+`while` of a `scan`: constants are read in place, carries and results are written in place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from funcprop.memory.lowering import Lowering
 
 # What the compiler moves out of a loop only together with what reads it.
-_LIGHT = frozenset("broadcast_in_dim iota reshape rev slice transpose".split())
+_LIGHT = frozenset({"broadcast_in_dim", "iota", "reshape", "rev", "slice", "transpose"})
 
 
 def dot_general(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
@@ -84,7 +84,7 @@ def convolution(lowering: Lowering, eqn: Any, operands: list[Value | None], scop
     for atom, value, order in zip(eqn.invars, operands, orders, strict=True):
         kept = [d for d in order if atom.aval.shape[d] > 1]
         if value is not None and kept != sorted(kept):
-            (value,) = transposed(lowering, value, atom.aval.shape, order, scope)  # noqa: PLW2901
+            (value,) = transposed(lowering, value, atom.aval.shape, order, scope)
         arranged.append(value)
     result = eqn.outvars[0].aval
     order = [out[0], *out[2:], out[1]]

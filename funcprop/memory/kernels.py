@@ -1,9 +1,9 @@
 """Which steps the compiler runs as one kernel: what is inside of a kernel never reaches memory.
 
-The rules are those of XLA's fusion pass for the CPU. A step is made part of the kernels that read it if it is
-one pass over entries, as often as there are such kernels; it is kept in memory if one of its readers is a call
-of a library (a product, a convolution), if it is expensive and would be computed twice, or if computing it
-twice would read more than it writes.
+The rules are those of XLA's fusion pass for the CPU. A step is made part of the kernels that read it if it
+is one pass over entries, as often as there are such kernels; it is kept in memory if one of its readers is a
+call of a library (a product, a convolution), if it is expensive and would be computed twice, or if computing
+it twice would read more than it writes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from funcprop.memory.steps import Program, Step, Value
 _FUSED = ("view", "elementwise", "move")
 # What the library (YNNPACK) computes together with a sum or a maximum, from this many entries on.
 _LIBRARY = frozenset(
-    """abs add add_any broadcast_in_dim ceil convert_element_type cos div erf exp expm1 floor integer_pow iota
-    log log1p logistic max min mul neg pad pow reshape round rsqrt sign sin sqrt square sub tan tanh transpose""".split()
+    {"abs", "add", "add_any", "broadcast_in_dim", "ceil", "convert_element_type", "cos", "div", "erf"}
+    | {"exp", "expm1", "floor", "integer_pow", "iota", "log", "log1p", "logistic", "max", "min", "mul"}
+    | {"neg", "pad", "pow", "reshape", "round", "rsqrt", "sign", "sin", "sqrt", "square", "sub", "tan"}
+    | {"tanh", "transpose"}
 )
 _LIBRARY_REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
 _LIBRARY_ENTRIES = 4096
@@ -37,8 +39,9 @@ class Member:
 class Kernel:
     """A step that is kept in memory, with what is computed inside of it.
 
-    A kernel of the library takes in what only it reads. `reads` are values from memory; those in `aligned` are read once, entry by entry, so that the result may be
-    written over them. `in_place` are pairs of what is written over and the result.
+    A kernel of the library takes in what only it reads. `reads` are values from memory; those in `aligned`
+    are read once, entry by entry, so that the result may be written over them. `in_place` are pairs of what
+    is written over and the result.
     """
 
     root: Step

@@ -242,7 +242,7 @@ class _Simulation:
     def _outside_of_arguments_and_results(
         self, buffers: Sequence[Buffer], fixed: Mapping[int, list[Buffer]], successors: Mapping[int, Buffer]
     ) -> list[Buffer]:
-        """The buffers of the arena: without results, and without what fits into the memory of one for a while.
+        """The buffers of the arena: without results, and without what fits into the memory of one.
 
         Temporary values go into the memory of a result before it is written, and into that of a donated
         argument between its last reading and the writing of its successor. `successors` are results that are

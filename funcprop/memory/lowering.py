@@ -19,29 +19,34 @@ from funcprop.tracing import CHECKPOINTS, INLINED
 
 CALLS = INLINED | CHECKPOINTS | {"custom_jvp_call", "custom_vjp_call", "custom_lin", "custom_vjp_call_jaxpr"}
 VIEWS = frozenset(
-    """bitcast_convert_type copy copy_p expand_dims mesh_cast name optimization_barrier pcast pvary reshape
-    sharding_constraint squeeze stop_gradient""".split()
+    {"bitcast_convert_type", "copy", "copy_p", "expand_dims", "mesh_cast", "name"}
+    | {"optimization_barrier", "pcast", "pvary", "reshape", "sharding_constraint", "squeeze"}
+    | {"stop_gradient"}
 )
 MOVES = frozenset(
-    "broadcast_in_dim concatenate dynamic_slice gather iota pad rev slice split transpose".split()
+    {"broadcast_in_dim", "concatenate", "dynamic_slice", "gather", "iota", "pad", "rev", "slice"}
+    | {"split", "transpose"}
 )
 REDUCTIONS = frozenset(
-    """argmax argmin reduce reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum
-    reduce_xor""".split()
+    {"argmax", "argmin", "reduce", "reduce_and", "reduce_max", "reduce_min", "reduce_or"}
+    | {"reduce_prod", "reduce_sum", "reduce_xor"}
 )
 UPDATES = frozenset(
-    """dynamic_update_slice scatter scatter-add scatter_add scatter_max scatter_min scatter_mul scatter-mul
-    scatter-max scatter-min scatter_sub""".split()
+    {"dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "scatter_max", "scatter_min"}
+    | {"scatter_mul", "scatter-mul", "scatter-max", "scatter-min", "scatter_sub"}
 )
 # One pass over each entry, and not worth doing twice.
 EXPENSIVE = frozenset(
-    """acos acosh asin asinh atan atan2 atanh cbrt cosh digamma div erf erf_inv erfc exp exp2 expm1 lgamma log
-    log1p logistic pow rem rsqrt sinh sqrt tan tanh""".split()
+    {"acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "cosh", "digamma", "div"}
+    | {"erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "lgamma", "log", "log1p", "logistic", "pow"}
+    | {"rem", "rsqrt", "sinh", "sqrt", "tan", "tanh"}
 )
 CHEAP = frozenset(
-    """abs add add_any and ceil clamp clz complex conj convert_element_type cos eq floor ge gt imag integer_pow
-    is_finite le lt max min mul ne neg nextafter not or population_count real reduce_precision round select_n
-    shift_left shift_right_arithmetic shift_right_logical sign sin square sub xor""".split()
+    {"abs", "add", "add_any", "and", "ceil", "clamp", "clz", "complex", "conj"}
+    | {"convert_element_type", "cos", "eq", "floor", "ge", "gt", "imag", "integer_pow", "is_finite"}
+    | {"le", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "population_count"}
+    | {"real", "reduce_precision", "round", "select_n", "shift_left", "shift_right_arithmetic"}
+    | {"shift_right_logical", "sign", "sin", "square", "sub", "xor"}
 )
 
 
@@ -80,6 +85,7 @@ class Lowering:
     # --- equations ----------------------------------------------------------------------------
 
     def walk(self, closed: Any, inputs: Sequence[Value | None], prefix: str, salt: int) -> list[Value | None]:
+        """Append the steps of a jaxpr in a scope; its results. Steps with another `salt` are never equal."""
         jaxpr = _compat.open_jaxpr(closed)
         env: dict[Any, Value | None] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var in jaxpr.constvars:
@@ -98,10 +104,10 @@ class Lowering:
         scope = "/".join(part for part in (prefix, _compat.scope(eqn)) if part)
         bodies = list(_compat.sub_jaxprs(eqn))
         if op in CALLS and bodies:
-            if op in CHECKPOINTS and self.barriers:
-                self.salts += 1
-                salt = self.salts
             body = bodies[0][1]
+            if op in CHECKPOINTS and self.barriers and eqn.params.get("prevent_cse"):
+                self.salts += 1
+                return self._behind_barrier(body, operands, scope)
             return self.walk(body, operands[: len(_compat.open_jaxpr(body).invars)], scope, salt)
         key = _key(eqn, operands, salt)
         if key in self.known:
@@ -109,6 +115,20 @@ class Lowering:
         results = self._lowered(eqn, op, operands, scope)
         if key is not None:
             self.known[key] = results
+        return results
+
+    def _behind_barrier(self, body: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+        """A checkpoint that is kept: nothing is shared, and it starts when all that goes in is there."""
+        (barrier,) = self.add(
+            "optimization_barrier", "kernel", scope, operands, [jax.core.ShapedArray((), bool)]
+        )
+        assert barrier is not None
+        start = len(self.steps)
+        results = self.walk(body, operands, scope, self.salts)
+        inside = set(map(id, self.steps[start:]))
+        for step in self.steps[start:]:
+            if not any(id(v.step) in inside for v in step.inputs):
+                step.inputs.append(barrier)
         return results
 
     def _lowered(self, eqn: Any, op: str, operands: list[Value | None], scope: str) -> list[Value | None]:
@@ -199,6 +219,7 @@ class Lowering:
         return self.known[key]
 
     def value(self, aval: Any, step: Step | None = None) -> Value:
+        """A new value."""
         return Value(tuple(getattr(aval, "shape", ())), getattr(aval, "dtype", None), nbytes_of(aval), step)
 
 

@@ -1,8 +1,8 @@
 """A jaxpr as the compiler sees it: a flat list of steps between values.
 
 Calls are inlined, equal steps are one, and what is not read is gone. A reshape is a step, a "view": it costs
-nothing by itself, but what is computed for two shapes is computed twice. A loop remains one step with a program
-inside.
+nothing by itself, but what is computed for two shapes is computed twice. A loop remains one step with a
+program inside.
 """
 
 from __future__ import annotations

@@ -55,8 +55,9 @@ def found(case: Case, ours: Predicted, program: Measured, options: Mapping[str, 
     if program.hidden:
         ((option, value),) = SHOWN.items()
         yield (
-            f"The forward pass compiles to a fused kernel whose own memory is not reported: {program.hidden:,} "
-            f"bytes are hidden. They are shown, and counted here, with compiler_options={{{option!r}: {value!r}}}."
+            "the forward pass compiles to a fused kernel whose own memory is not reported: "
+            f"{program.hidden:,} bytes are hidden. They are shown, and counted here, with "
+            f"compiler_options={{{option!r}: {value!r}}}."
         )
     fields = program.fields
     if fields["temporary"] and fields["peak"] < program.total - fields["temporary"] // 2:
@@ -70,12 +71,13 @@ def found(case: Case, ours: Predicted, program: Measured, options: Mapping[str, 
             ((option, value),) = RECOMPUTING.items()
             known = _compat.accepts_compiler_options(tuple(RECOMPUTING.items()))
             remedy = (
-                f"jit with compiler_options={{{option!r}: {value!r}}}, or put the checkpointed part into a scan"
+                f"jit with compiler_options={{{option!r}: {value!r}}}, or put the checkpointed part into a "
+                "scan"
                 if known
                 else "put the checkpointed part into a scan; this XLA does not have the option that keeps it"
             )
             yield (
-                "What jax.checkpoint computes again is shared with what was computed before, so nothing is "
+                "what jax.checkpoint computes again is shared with what was computed before, so nothing is "
                 f"saved: {ours.total:,} bytes where {kept.total:,} would do; {remedy}."
             )
     ours_flops = of_jaxpr(case.jaxpr)
