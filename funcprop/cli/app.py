@@ -8,6 +8,7 @@ from funcprop.cli.curvature import curvature
 from funcprop.cli.derive import derive
 from funcprop.cli.draw import draw
 from funcprop.cli.forward import forward
+from funcprop.cli.memory import memory
 from funcprop.cli.report import report
 from funcprop.cli.second import second
 from funcprop.cli.train import train
@@ -31,4 +32,5 @@ app = typer.Typer(
 for command in (report, forward, backward, derive, draw, compare, train):
 for command in (forward, backward, derive, draw, second, compare, train):
 for command in (forward, backward, derive, draw, curvature, compare, train):
+for command in (report, forward, backward, derive, draw, compare, memory, train):
     app.command()(command)

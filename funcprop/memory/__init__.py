@@ -1,5 +1,6 @@
 """What a program holds in memory: predicted from its jaxpr, measured on the compiled program."""
 
+from funcprop.memory.batch_limit import batch_limit as batch_limit
 from funcprop.memory.footprint import footprint as footprint
 from funcprop.memory.ledger import Footprint as Footprint
 from funcprop.memory.ledger import Ledger as Ledger

@@ -166,8 +166,8 @@ class Subject:
         if self.kind != "loss":
             shapes = ", ".join(str(t) for t in self.results)
             raise TypeError(
-                f"{self.label} returns ({shapes}), but optimizer={optimizer!r} needs the gradient of one real "
-                "scalar; return the loss, with has_aux=True if there are other results."
+                f"{self.label} returns ({shapes}), but optimizer={optimizer!r} needs the gradient of one "
+                "real scalar; return the loss, with has_aux=True if there are other results."
             )
         state = jax.eval_shape(optimizer.init, self._tree([self._type(i) for i in self.chosen]))
         state_leaves, state_tree = jax.tree.flatten_with_path(state)
@@ -246,7 +246,8 @@ class Subject:
 
         jaxpr = traced(flat, [t for part in given for t in part], self.fun)
         names = [*(name[i] for i in (*self.chosen, *others)), *(label for label, _, _ in more)]
-        purposes: list[Category] = ["parameters"] * len(self.chosen) + ["inputs"] * len(others)
+        purposes: list[Category] = ["parameters" for _ in self.chosen]
+        purposes += ["inputs" for _ in others]
         return Case(jaxpr, names, [*purposes, *(category for _, category, _ in more)])
 
 
@@ -281,7 +282,7 @@ def _scopes(jaxpr: Any) -> Iterator[str]:
 def _purposes(jaxpr: Any) -> list[Category]:
     """What the arguments of a train step are: carried ones are parameters if the forward sweep reads them."""
     inner = _compat.open_jaxpr(jaxpr)
-    returned = defaultdict(int)
+    returned: dict[Any, int] = defaultdict(int)
     for v in inner.outvars:
         returned[_type(v.aval)] += 1
     forward = _read_forward(jaxpr)

@@ -1,8 +1,8 @@
 """Equations that the compiler turns into several steps, and what these hold.
 
-XLA's CPU backend computes a product only on operands whose batch axes lead, rows before the summed axis on the
-left and after it on the right, and a convolution only on `NHWC` and `HWIO`: other operands are copied first. It
-makes a `while` of a `scan`: constants are read in place, carries and results are written in place.
+XLA's CPU backend computes a product only on operands whose batch axes lead and which have one axis besides
+the summed one, and a convolution only on `NHWC` and `HWIO`: other operands are copied first. It makes a
+`while` of a `scan`: constants are read in place, carries and results are written in place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from funcprop.memory.lowering import Lowering
 
 # What the compiler moves out of a loop only together with what reads it.
-_LIGHT = frozenset("broadcast_in_dim iota rev slice transpose".split())
+_LIGHT = frozenset({"broadcast_in_dim", "iota", "reshape", "rev", "slice", "transpose"})
 
 
 def dot_general(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
@@ -31,26 +31,31 @@ def dot_general(lowering: Lowering, eqn: Any, operands: list[Value | None], scop
     """
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
     sides = ((lhs_sum, lhs_batch, True), (rhs_sum, rhs_batch, False))
-    arranged, seen, free = [], [], []
+    arranged, free = [], []
     for atom, value, (summed, batch, is_lhs) in zip(eqn.invars, operands, sides, strict=True):
         shape = atom.aval.shape
         if value is not None and value.step is not None and value.step.op == "transpose" and len(shape) == 2:
-            value = value.step.inputs[0]  # noqa: PLW2901  A transposed matrix is read as it is.
+            value = value.step.inputs[0]  # A transposed matrix is read as it is.
         rest = [d for d in range(len(shape)) if d not in summed and d not in batch]
         order = [*batch, *rest, *summed] if is_lhs else [*batch, *summed, *rest]
         kept = [d for d in order if shape[d] > 1]
-        as_it_is = list(batch) == list(range(len(batch))) and len(summed) == 1 and len(rest) <= 1
-        if value is not None and not as_it_is and kept != sorted(kept) and (batch or len(kept) != 2):
-            (value,) = transposed(lowering, value, shape, order, scope)  # noqa: PLW2901
+        in_order = list(batch) == list(range(len(batch))) and len(summed) == 1 and len(rest) <= 1
+        if value is not None and not in_order:
+            if kept != sorted(kept) and (batch or len(kept) != 2):
+                (value,) = transposed(lowering, value, shape, order, scope)
+            sizes = [
+                math.prod(shape[d] for d in axes) for axes in ((rest, summed) if is_lhs else (summed, rest))
+            ]
+            assert value is not None
+            value = lowering.view(value, (*(shape[d] for d in batch), *sizes), scope)
         arranged.append(value)
         free.append(math.prod(shape[d] for d in rest))
-        matrix = (*(shape[d] for d in batch), free[-1], math.prod(shape[d] for d in summed))
-        seen.append(shape if len(rest) == len(summed) == 1 else matrix)
     result = eqn.outvars[0].aval
-    product = lowering.add("dot_general", "kernel", scope, arranged, [result], seen=seen)
-    if product[0] is not None:
-        product[0].laid = (*result.shape[: len(lhs_batch)], *free)
-    return product
+    matrices = result.update(shape=(*result.shape[: len(lhs_batch)], *free))
+    is_matrix = len(result.shape) <= len(lhs_batch) + 2
+    (product,) = lowering.add("dot_general", "kernel", scope, arranged, [result if is_matrix else matrices])
+    lowering.steps[-1].late = not lhs_batch and tuple(lhs_sum) == (0,)
+    return [product if product is None else lowering.view(product, result.shape, scope)]
 
 
 def transpose(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
@@ -79,7 +84,7 @@ def convolution(lowering: Lowering, eqn: Any, operands: list[Value | None], scop
     for atom, value, order in zip(eqn.invars, operands, orders, strict=True):
         kept = [d for d in order if atom.aval.shape[d] > 1]
         if value is not None and kept != sorted(kept):
-            (value,) = transposed(lowering, value, atom.aval.shape, order, scope)  # noqa: PLW2901
+            (value,) = transposed(lowering, value, atom.aval.shape, order, scope)
         arranged.append(value)
     result = eqn.outvars[0].aval
     order = [out[0], *out[2:], out[1]]
@@ -108,6 +113,19 @@ def select_and_scatter_add(
     return lowering.add("scatter_add", "update", scope, [zeros, indices, operands[0]], [operand])
 
 
+def add(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+    """A sum; what is scattered into zeros and added to something is scattered into that at once."""
+    aval = eqn.outvars[0].aval
+    for value, other in zip(operands, operands[::-1], strict=True):
+        step = None if value is None else value.step
+        if step is not None and step.op in ("scatter-add", "scatter_add") and other is not None:
+            zeros = step.inputs[0].step
+            if zeros is not None and zeros.op == "broadcast_in_dim" and not zeros.inputs:
+                return lowering.add(step.op, "update", scope, [other, *step.inputs[1:]], [aval])
+    terms = [None if v is None else lowering.spread(v, aval, scope) for v in operands]
+    return lowering.add(eqn.primitive.name, "elementwise", scope, terms, [aval], expensive=False)
+
+
 def twice(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
     """A kernel that holds as much again as its results while it runs."""
     avals = [v.aval for v in eqn.outvars]
@@ -118,6 +136,8 @@ def twice(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str
 
 Expansion: TypeAlias = "Callable[[Lowering, Any, list[Value | None], str], list[Value | None]]"
 TABLE: dict[str, Expansion] = {
+    "add": add,
+    "add_any": add,
     "dot_general": dot_general,
     "transpose": transpose,
     "conv_general_dilated": convolution,

@@ -12,7 +12,7 @@ from funcprop.memory import traps
 from funcprop.memory.cases import KINDS, Case, Kind, Subject
 from funcprop.memory.ledger import Footprint, Ledger
 from funcprop.memory.rows import predicted
-from funcprop.memory.traps import SHOWN, Measured, measured
+from funcprop.memory.traps import SHOWN, measured
 from funcprop.registry import RuleSet
 from funcprop.tracing import Arguments
 
@@ -26,37 +26,41 @@ def footprint(
     donate: bool = True,
     rules: RuleSet | None = None,
     kind: Kind | None = None,
-    compile: bool = True,
+    measure: bool = True,
+    programs: Sequence[str] = ("inference", "training"),
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Footprint]:
     """The memory of a function, predicted and compiled, buffer by buffer.
 
-    `footprint(fun, argnums)(*args, **kwargs) -> Footprint`. Arguments may be shapes; the function is traced and
-    compiled, never run. What is predicted is the peak of a liveness analysis of the jaxpr,
+    `footprint(fun, argnums)(*args, **kwargs) -> Footprint`. Arguments may be shapes; the function is traced
+    and compiled, never run. What is predicted is the peak of a liveness analysis of the jaxpr,
 
         max over t of the bytes of all buffers that are needed at t,
 
     after what XLA's CPU backend does to it: fusion, order, writing in place, copies of donated arguments that
     are still read, placement. What is compiled is `argument + output + temporary − alias`.
 
-    A loss (one real scalar) is accounted as it is (`inference`), and its value with its gradient, or a step of
-    `optimizer` (`training`). A prediction is accounted as it is, and with the pullback of cotangents that are
-    given as arguments. A whole train step, which contains a backward sweep of its own, is `training` alone.
+    A loss (one real scalar) is accounted as it is (`inference`), and its value with its gradient, or a step
+    of `optimizer` (`training`). A prediction is accounted as it is, and with the pullback of cotangents that
+    are given as arguments. A whole train step, which contains a backward sweep of its own, is `training`
+    alone.
 
     Args:
         fun: a loss, a prediction, or a train step, jitted or not.
         argnums: what is differentiated, as in `fp.grad`; None for all that can be.
         has_aux: whether `fun` returns the pair (result, auxiliary data).
-        optimizer: any optax optimizer; `training` is a step of it that returns new parameters, state and value.
+        optimizer: any optax optimizer; `training` is a step of it: new parameters, new state, value.
         donate: whether that step overwrites parameters and state.
         rules: a rule set for the gradient; `fp.rules.default` if None.
         kind: "loss", "prediction" or "step" if it is not what it looks like.
-        compile: whether to compile; if not, `compiled` is None.
+        measure: whether to compile; if not, `compiled` is None.
+        programs: which of the two to account.
         compiler_options: as in `jax.jit`.
 
     Raises:
         ValueError: `kind` is not known, or there is no argument at a position in `argnums`.
-        TypeError: `optimizer` with a function that is not a loss, or an argument at `argnums` has no derivative.
+        TypeError: `optimizer` with a function that is not a loss, or an argument at `argnums` has no
+            derivative.
 
     Example:
         >>> import jax, jax.numpy as jnp, funcprop as fp
@@ -72,21 +76,25 @@ def footprint(
 
     def account(subject: Subject) -> Footprint:
         which = kind or subject.kind
-        inference = subject.inference
-        if which == "step":
-            training: Case | None = subject.whole_step()
-        elif optimizer is not None:
-            training = subject.step(optimizer, donate)
-        else:
-            training = subject.gradient()
-        notes: list[str] = []
-        ledgers = {}
+        cases: dict[str, Case | None] = {}
         if which != "step":
-            ledgers["inference"] = _ledger(inference, compile, options, notes, hides=True)
-        if training is not None:
-            ledgers["training"] = _ledger(training, compile, options, notes, hides=False)
+            cases["inference"] = subject.inference
+        if "training" in programs:
+            cases["training"] = (
+                subject.whole_step()
+                if which == "step"
+                else subject.gradient()
+                if optimizer is None
+                else subject.step(optimizer, donate)
+            )
+        notes: list[str] = []
+        ledgers = {
+            name: _ledger(case, measure, options, notes, name)
+            for name, case in cases.items()
+            if case is not None and name in programs
+        }
         if which == "step":
-            notes += traps.undonated(training)
+            notes += traps.undonated(cases.get("training"))
         return Footprint(subject.label, ledgers.get("inference"), ledgers.get("training"), tuple(notes))
 
     def accounted(*args: Any, **kwargs: Any) -> Footprint:
@@ -116,12 +124,12 @@ def with_subject(
     return _nnx.call(run, fun, args, dict(kwargs))
 
 
-def _ledger(case: Case, compile: bool, options: Mapping[str, Any], notes: list[str], hides: bool) -> Ledger:
-    barriers = traps.keeps_barriers(options)
-    found = predicted(case, library=not hides, barriers=barriers)
-    if not compile:
+def _ledger(case: Case, measure: bool, options: Mapping[str, Any], notes: list[str], name: str) -> Ledger:
+    """One program; what inference hides in fused kernels is shown."""
+    shown = SHOWN if name == "inference" else {}
+    found = predicted(case, library=not shown, barriers=traps.keeps_barriers(options))
+    if not measure:
         return Ledger(found.total, None, found.rows)
-    result: Measured = measured(case, options, SHOWN if hides else {})
-    title = "Inference" if hides else "Training"
-    notes += (f"{title}: {text}" for text in traps.found(case, found, result, options))
+    result = measured(case, options, shown)
+    notes += (f"{name}: {text}" for text in traps.found(case, found, result, options))
     return Ledger(found.total, result.total, found.rows, result.fields)

@@ -1,9 +1,9 @@
 """Which steps the compiler runs as one kernel: what is inside of a kernel never reaches memory.
 
-The rules are those of XLA's fusion pass for the CPU. A step is made part of the kernels that read it if it is
-one pass over entries, as often as there are such kernels; it is kept in memory if one of its readers is a call
-of a library (a product, a convolution), if it is expensive and would be computed twice, or if computing it
-twice would read more than it writes.
+The rules are those of XLA's fusion pass for the CPU. A step is made part of the kernels that read it if it
+is one pass over entries, as often as there are such kernels; it is kept in memory if one of its readers is a
+call of a library (a product, a convolution), if it is expensive and would be computed twice, or if computing
+it twice would read more than it writes.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 
 from funcprop.memory.steps import Program, Step, Value
 
-_FUSED = ("elementwise", "move")
+_FUSED = ("view", "elementwise", "move")
 # What the library (YNNPACK) computes together with a sum or a maximum, from this many entries on.
 _LIBRARY = frozenset(
-    """abs add add_any broadcast_in_dim ceil convert_element_type cos div erf exp expm1 floor integer_pow iota
-    log log1p logistic max min mul neg pad pow round rsqrt sign sin sqrt square sub tan tanh transpose""".split()
+    {"abs", "add", "add_any", "broadcast_in_dim", "ceil", "convert_element_type", "cos", "div", "erf"}
+    | {"exp", "expm1", "floor", "integer_pow", "iota", "log", "log1p", "logistic", "max", "min", "mul"}
+    | {"neg", "pad", "pow", "reshape", "round", "rsqrt", "sign", "sin", "sqrt", "square", "sub", "tan"}
+    | {"tanh", "transpose"}
 )
 _LIBRARY_REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
 _LIBRARY_ENTRIES = 4096
@@ -37,8 +39,9 @@ class Member:
 class Kernel:
     """A step that is kept in memory, with what is computed inside of it.
 
-    A kernel of the library takes in what only it reads. `reads` are values from memory; those in `aligned` are read once, entry by entry, so that the result may be
-    written over them. `in_place` are pairs of what is written over and the result.
+    A kernel of the library takes in what only it reads. `reads` are values from memory; those in `aligned`
+    are read once, entry by entry, so that the result may be written over them. `in_place` are pairs of what
+    is written over and the result.
     """
 
     root: Step
@@ -54,8 +57,11 @@ class Kernel:
         return self.root.outputs
 
 
-def kernels(program: Program, library: bool = True) -> list[Kernel]:
-    """The kernels of a program, in its order. With `library`, sums are computed by a library too."""
+def kernels(program: Program, library: bool = True) -> tuple[list[Kernel], dict[int, Value]]:
+    """The kernels of a program, in its order, and what values are the same memory as another, by identity.
+
+    With `library`, sums are computed by a library too.
+    """
     kept = {id(v) for v in program.outputs if v is not None}
     grown = _grown(program, kept) if library else {}
     single = _Unshared(program, kept, grown).find()
@@ -68,7 +74,7 @@ def kernels(program: Program, library: bool = True) -> list[Kernel]:
                 member = kernel.members[id(user)]
                 entry = readers.setdefault(id(kernel), (kernel, [], []))
                 entry[1].append(member.reused or user.reuses)
-                entry[2].append(member.aligned and user.kind == "elementwise" and _seen_as_made(step, user))
+                entry[2].append(member.aligned and user.kind == "elementwise")
         is_output = any(id(v) in kept for v in step.outputs)
         alone = len(readers) == 1 and not is_output
         accepted = []
@@ -91,8 +97,23 @@ def kernels(program: Program, library: bool = True) -> list[Kernel]:
             within[id(step)].append(kernel)
             made.append(kernel)
     for kernel in made:
-        _connect(kernel, kept)
-    return made[::-1]
+        _connect(kernel)
+    return _without_views(made[::-1])
+
+
+def _without_views(made: Sequence[Kernel]) -> tuple[list[Kernel], dict[int, Value]]:
+    """The kernels that compute something, and for the result of each other the value that it is."""
+    same: dict[int, Value] = {}
+    real = []
+    for kernel in made:
+        kernel.reads = list({id(v): v for v in (same.get(id(v), v) for v in kernel.reads)}.values())
+        kernel.aligned = {id(same[key]) if key in same else key for key in kernel.aligned}
+        kernel.in_place = [(same.get(id(v), v), result) for v, result in kernel.in_place]
+        if all(member.step.kind == "view" for member in kernel.members.values()):
+            same[id(kernel.outputs[0])] = kernel.reads[0]
+        else:
+            real.append(kernel)
+    return real, same
 
 
 def _accepts(root: Step, step: Step) -> bool:
@@ -127,7 +148,7 @@ def _grown(program: Program, kept: set[int]) -> dict[int, Step]:
 
 def _in_library(step: Step) -> bool:
     values = [*step.inputs, *step.outputs]
-    light = step.op in ("broadcast_in_dim", "transpose", "pad", "iota")
+    light = step.op in ("broadcast_in_dim", "transpose", "pad", "iota", "reshape")
     return step.op in _LIBRARY and (light or max(v.size for v in values) >= _LIBRARY_ENTRIES)
 
 
@@ -211,36 +232,19 @@ def _rank(shape: Sequence[int]) -> int:
     return sum(d > 1 for d in shape)
 
 
-def _seen_as_made(step: Step, user: Step) -> bool:
-    """Whether a reader sees a result in the shape in which it is computed."""
-    own = step.outputs[0]
-    return all(s == own.shape for v, s in zip(user.inputs, user.seen, strict=True) if v is own)
-
-
-def _in_memory(value: Value, kept: set[int]) -> tuple[int, ...]:
-    """The shape in which a value is kept: that of its readers, if they agree."""
-    if value.laid is not None:
-        return value.laid
-    shapes = {s for u in value.users for v, s in zip(u.inputs, u.seen, strict=True) if v is value}
-    return (
-        shapes.pop() if len(shapes) == 1 and value.step is not None and id(value) not in kept else value.shape
-    )
-
-
-def _connect(kernel: Kernel, kept: set[int]) -> None:
+def _connect(kernel: Kernel) -> None:
     """What a kernel reads from memory."""
     aligned: dict[int, bool] = {}
     result = kernel.outputs[0]
-    whole = not kernel.library and _in_memory(result, kept) == result.shape
     for member in reversed(kernel.members.values()):
         step = member.step
-        for value, seen in zip(step.inputs, step.seen, strict=True):
+        for value in step.inputs:
             if value.step is not None and id(value.step) in kernel.members:
                 continue
             if id(value) not in aligned:
                 kernel.reads.append(value)
-            entrywise = whole and member.aligned and not member.reused and step.kind == "elementwise"
-            entrywise = entrywise and seen == _in_memory(value, kept) and value.nbytes == result.nbytes
+            entrywise = member.aligned and not member.reused and step.kind == "elementwise"
+            entrywise = entrywise and not kernel.library and value.nbytes == result.nbytes
             entrywise = entrywise or any(value is over for over, _ in step.in_place)
             aligned[id(value)] = aligned.get(id(value), True) and entrywise
     kernel.aligned = {key for key, entrywise in aligned.items() if entrywise}

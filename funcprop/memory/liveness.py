@@ -33,15 +33,16 @@ class Timeline:
 
 def timeline(program: Program, library: bool = True) -> Timeline:
     """Run a program on paper; `library` as in `kernels`."""
-    made = kernels(program, library)
+    made, same = kernels(program, library)
+    outputs = [None if v is None else same.get(id(v), v) for v in program.outputs]
     over: list[tuple[Value, Value]] = []
     for i, j in program.donated.items():
-        result = program.outputs[j]
+        result = outputs[j]
         if result is not None and result.step is not None:
             over.append((program.arguments[i], result))
     made = _with_copies(made, over)
     order = _breadth_first(program, made)
-    return _Simulation(program, order, over, library).run()
+    return _Simulation(outputs, order, over, library).run()
 
 
 # --- copies -----------------------------------------------------------------------------------
@@ -140,7 +141,10 @@ def _breadth_first(program: Program, made: Sequence[Kernel]) -> list[Kernel]:
         item = ready.popleft()
         if isinstance(item, Kernel):
             order.append(item)
-        for kernel in readers.get(id(item), ()):
+        following = readers.get(id(item), [])
+        if isinstance(item, Kernel) and len(item.members) > 1:
+            following = sorted(following, key=lambda kernel: kernel.root.late)
+        for kernel in following:
             waiting[id(kernel)] -= 1
             if waiting[id(kernel)] == 0:
                 ready.append(kernel)
@@ -155,18 +159,18 @@ class _Simulation:
 
     def __init__(
         self,
-        program: Program,
+        outputs: Sequence[Value | None],
         order: list[Kernel],
         donated: Sequence[tuple[Value, Value]],
         library: bool,
     ) -> None:
-        self.program, self.order, self.library = program, order, library
+        self.order, self.library = order, library
         self.end = len(order)
         self.last: dict[int, int] = {}
         for time, kernel in enumerate(order):
             for value in kernel.reads:
                 self.last[id(value)] = time
-        self.results = {id(v) for v in program.outputs if v is not None}
+        self.results = {id(v) for v in outputs if v is not None}
         for key in self.results:
             self.last[key] = self.end
         self.donated = {id(result): argument for argument, result in donated}
@@ -238,7 +242,7 @@ class _Simulation:
     def _outside_of_arguments_and_results(
         self, buffers: Sequence[Buffer], fixed: Mapping[int, list[Buffer]], successors: Mapping[int, Buffer]
     ) -> list[Buffer]:
-        """The buffers of the arena: without results, and without what fits into the memory of one for a while.
+        """The buffers of the arena: without results, and without what fits into the memory of one.
 
         Temporary values go into the memory of a result before it is written, and into that of a donated
         argument between its last reading and the writing of its successor. `successors` are results that are

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -17,29 +19,34 @@ from funcprop.tracing import CHECKPOINTS, INLINED
 
 CALLS = INLINED | CHECKPOINTS | {"custom_jvp_call", "custom_vjp_call", "custom_lin", "custom_vjp_call_jaxpr"}
 VIEWS = frozenset(
-    """bitcast_convert_type copy copy_p expand_dims mesh_cast name optimization_barrier pcast pvary reshape
-    sharding_constraint squeeze stop_gradient""".split()
+    {"bitcast_convert_type", "copy", "copy_p", "expand_dims", "mesh_cast", "name"}
+    | {"optimization_barrier", "pcast", "pvary", "reshape", "sharding_constraint", "squeeze"}
+    | {"stop_gradient"}
 )
 MOVES = frozenset(
-    "broadcast_in_dim concatenate dynamic_slice gather iota pad rev slice split transpose".split()
+    {"broadcast_in_dim", "concatenate", "dynamic_slice", "gather", "iota", "pad", "rev", "slice"}
+    | {"split", "transpose"}
 )
 REDUCTIONS = frozenset(
-    """argmax argmin reduce reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum
-    reduce_xor""".split()
+    {"argmax", "argmin", "reduce", "reduce_and", "reduce_max", "reduce_min", "reduce_or"}
+    | {"reduce_prod", "reduce_sum", "reduce_xor"}
 )
 UPDATES = frozenset(
-    """dynamic_update_slice scatter scatter-add scatter_add scatter_max scatter_min scatter_mul scatter-mul
-    scatter-max scatter-min scatter_sub""".split()
+    {"dynamic_update_slice", "scatter", "scatter-add", "scatter_add", "scatter_max", "scatter_min"}
+    | {"scatter_mul", "scatter-mul", "scatter-max", "scatter-min", "scatter_sub"}
 )
 # One pass over each entry, and not worth doing twice.
 EXPENSIVE = frozenset(
-    """acos acosh asin asinh atan atan2 atanh cbrt cosh digamma div erf erf_inv erfc exp exp2 expm1 lgamma log
-    log1p logistic pow rem rsqrt sinh sqrt tan tanh""".split()
+    {"acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "cbrt", "cosh", "digamma", "div"}
+    | {"erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "lgamma", "log", "log1p", "logistic", "pow"}
+    | {"rem", "rsqrt", "sinh", "sqrt", "tan", "tanh"}
 )
 CHEAP = frozenset(
-    """abs add add_any and ceil clamp clz complex conj convert_element_type cos eq floor ge gt imag integer_pow
-    is_finite le lt max min mul ne neg nextafter not or population_count real reduce_precision round select_n
-    shift_left shift_right_arithmetic shift_right_logical sign sin square sub xor""".split()
+    {"abs", "add", "add_any", "and", "ceil", "clamp", "clz", "complex", "conj"}
+    | {"convert_element_type", "cos", "eq", "floor", "ge", "gt", "imag", "integer_pow", "is_finite"}
+    | {"le", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "population_count"}
+    | {"real", "reduce_precision", "round", "select_n", "shift_left", "shift_right_arithmetic"}
+    | {"shift_right_logical", "sign", "sin", "square", "sub", "xor"}
 )
 
 
@@ -55,11 +62,15 @@ class Lowering:
 
     def program(self, closed: Any, names: Sequence[str] = ()) -> Program:
         """The whole program; `names` are those of the arguments."""
-        jaxpr = _compat.open_jaxpr(closed)
-        arguments = [self.value(v.aval) for v in jaxpr.invars]
+        jaxpr, consts = _compat.with_constants_as_inputs(closed)
+        jaxpr, _ = _compat.without_unread_inputs(jaxpr, [True] * len(jaxpr.invars))
+        values = [self.value(v.aval) for v in jaxpr.invars]
+        self.constants, arguments = values[: len(consts)], values[len(consts) :]
+        for value in self.constants:
+            value.constant, value.name = True, "constant"
         for i, value in enumerate(arguments):
             value.argument, value.name = i, names[i] if i < len(names) else ""
-        return self.finish(arguments, self.walk(closed, list(arguments), "", 0))
+        return self.finish(arguments, self.walk(jaxpr, list(values), "", 0))
 
     def finish(self, arguments: list[Value], outputs: list[Value | None]) -> Program:
         """The program of the steps so far."""
@@ -74,6 +85,7 @@ class Lowering:
     # --- equations ----------------------------------------------------------------------------
 
     def walk(self, closed: Any, inputs: Sequence[Value | None], prefix: str, salt: int) -> list[Value | None]:
+        """Append the steps of a jaxpr in a scope; its results. Steps with another `salt` are never equal."""
         jaxpr = _compat.open_jaxpr(closed)
         env: dict[Any, Value | None] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var in jaxpr.constvars:
@@ -92,10 +104,10 @@ class Lowering:
         scope = "/".join(part for part in (prefix, _compat.scope(eqn)) if part)
         bodies = list(_compat.sub_jaxprs(eqn))
         if op in CALLS and bodies:
-            if op in CHECKPOINTS and self.barriers:
-                self.salts += 1
-                salt = self.salts
             body = bodies[0][1]
+            if op in CHECKPOINTS and self.barriers and eqn.params.get("prevent_cse"):
+                self.salts += 1
+                return self._behind_barrier(body, operands, scope)
             return self.walk(body, operands[: len(_compat.open_jaxpr(body).invars)], scope, salt)
         key = _key(eqn, operands, salt)
         if key in self.known:
@@ -105,6 +117,20 @@ class Lowering:
             self.known[key] = results
         return results
 
+    def _behind_barrier(self, body: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+        """A checkpoint that is kept: nothing is shared, and it starts when all that goes in is there."""
+        (barrier,) = self.add(
+            "optimization_barrier", "kernel", scope, operands, [jax.core.ShapedArray((), bool)]
+        )
+        assert barrier is not None
+        start = len(self.steps)
+        results = self.walk(body, operands, scope, self.salts)
+        inside = set(map(id, self.steps[start:]))
+        for step in self.steps[start:]:
+            if not any(id(v.step) in inside for v in step.inputs):
+                step.inputs.append(barrier)
+        return results
+
     def _lowered(self, eqn: Any, op: str, operands: list[Value | None], scope: str) -> list[Value | None]:
         if eqn.primitive is boundary_p:
             return operands[eqn.params["call"].tree.num_leaves :]
@@ -112,7 +138,9 @@ class Lowering:
             source = operands[0]
             if source is not None and op == "name" and not source.name:
                 source.name = eqn.params["name"]
-            return [source] if view is True else list(operands)
+            if view == "each":
+                return list(operands)
+            return [None if source is None else self.view(source, eqn.outvars[0].aval.shape, scope)]
         if op in ("scan", "while"):
             return expansions.loop(self, eqn, operands, scope)
         if op == "cond":
@@ -129,17 +157,26 @@ class Lowering:
         elif op in UPDATES:
             kind = "update"
         expensive = op in EXPENSIVE or kind in ("reduce", "kernel", "update") or op == "gather"
-        seen = [tuple(getattr(a.aval, "shape", ())) for a in eqn.invars]
         if kind == "elementwise" and len(eqn.outvars) == 1:
-            result = eqn.outvars[0].aval
-            spread = [v if v is None else self.spread(v, result, scope) for v in operands]
-            seen = [s if v is w else result.shape for s, v, w in zip(seen, operands, spread, strict=True)]
-            operands = spread
+            operands = [v if v is None else self.spread(v, eqn.outvars[0].aval, scope) for v in operands]
+        if kind == "reduce" and operands:
+            operands = [_unfolded(v, eqn.params.get("axes", ())) for v in operands]
         if op == "div" and (operands[1] is None or operands[1].size <= 1 or _is_spread(operands[1])):
             expensive = False  # A division by one number for many becomes a product.
         reuses = op == "gather" or (op == "broadcast_in_dim" and operands[0] is not None)
         avals = [v.aval for v in eqn.outvars]
-        return self.add(op, kind, scope, operands, avals, expensive, reuses, seen)
+        return self.add(op, kind, scope, operands, avals, expensive, reuses)
+
+    def view(self, value: Value, shape: Sequence[int], scope: str) -> Value:
+        """A value in another shape."""
+        if value.step is not None and value.step.kind == "view":
+            value = value.step.inputs[0]
+        if value.shape == tuple(shape) or value.size <= 1:
+            return value
+        aval = jax.core.ShapedArray(tuple(shape), value.dtype)
+        (seen,) = self.shared("reshape", [value], aval, scope, kind="view")
+        assert seen is not None
+        return seen
 
     def spread(self, value: Value, aval: Any, scope: str) -> Value:
         """An operand of an elementwise operator in the shape of the result."""
@@ -161,13 +198,10 @@ class Lowering:
         avals: Sequence[Any],
         expensive: bool = True,
         reuses: bool = False,
-        seen: Sequence[tuple[int, ...]] | None = None,
     ) -> list[Value | None]:
-        """Append a step and return its results; `seen` are the shapes in which it sees its operands."""
+        """Append a step and return its results."""
         inputs = [v for v in operands if v is not None]
-        shapes = [() if v is None else v.shape for v in operands] if seen is None else seen
         step = Step(op, kind, scope, inputs, [], expensive, reuses)
-        step.seen = [shape for v, shape in zip(operands, shapes, strict=True) if v is not None]
         step.outputs = [self.value(aval, step) for aval in avals]
         if kind == "update" and operands[0] is not None:
             step.in_place.append((operands[0], step.outputs[0]))
@@ -180,10 +214,12 @@ class Lowering:
         """A step that moves entries; equal ones are one."""
         key = (op, tuple(map(id, operands)), aval.shape, str(aval.dtype), detail)
         if key not in self.known:
-            self.known[key] = self.add(op, "move", scope, operands, [aval], expensive=False, **how)
+            kind = how.pop("kind", "move")
+            self.known[key] = self.add(op, kind, scope, operands, [aval], expensive=False, **how)
         return self.known[key]
 
     def value(self, aval: Any, step: Step | None = None) -> Value:
+        """A new value."""
         return Value(tuple(getattr(aval, "shape", ())), getattr(aval, "dtype", None), nbytes_of(aval), step)
 
 
@@ -220,6 +256,22 @@ def _is_identity(eqn: Any, op: str) -> bool:
     other = eqn.invars[1].val
     same = eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape
     return same and np.ndim(other) == 0 and bool(other == _NEUTRAL[op])
+
+
+def _unfolded(value: Value | None, axes: Sequence[int]) -> Value | None:
+    """What is summed: a reshape that only joins summed axes with each other is left out."""
+    if value is None or value.step is None or value.step.kind != "view":
+        return value
+    (source,) = value.step.inputs
+    if len(source.shape) <= len(value.shape):
+        return value
+    ends = list(itertools.accumulate(source.shape, operator.mul, initial=1))
+    ends_here = list(itertools.accumulate(value.shape, operator.mul, initial=1))
+    for axis in set(range(len(value.shape))) - set(axes):
+        low, high = ends_here[axis], ends_here[axis + 1]
+        if low not in ends or high not in ends or ends.index(high) - ends.index(low) > 1:
+            return value
+    return source
 
 
 def _is_spread(value: Value) -> bool:

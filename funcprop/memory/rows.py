@@ -39,6 +39,7 @@ def _arguments(program: Program, case: Case, time: Timeline) -> Iterable[Row]:
     """The arguments that are read: others are not given to the program."""
     read = {id(v) for kernel in time.order for v in kernel.reads}
     read |= {id(v) for v in program.outputs if v is not None}
+    read |= {id(s.inputs[0]) for v in program.outputs if v is not None and (s := v.step) and s.kind == "view"}
     scopes = _scopes_of(program, case)
     for value, name, category in zip(program.arguments, case.names, case.categories, strict=True):
         if id(value) in read:

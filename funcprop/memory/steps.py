@@ -1,7 +1,8 @@
 """A jaxpr as the compiler sees it: a flat list of steps between values.
 
-Calls are inlined, equal steps are one, what is not read is gone, and reshapes are no steps at all: a value and
-its reshaped views are one buffer. A loop remains one step with a program inside.
+Calls are inlined, equal steps are one, and what is not read is gone. A reshape is a step, a "view": it costs
+nothing by itself, but what is computed for two shapes is computed twice. A loop remains one step with a
+program inside.
 """
 
 from __future__ import annotations
@@ -14,16 +15,12 @@ import numpy as np
 
 from funcprop.tracing import without_transformations
 
-Kind: TypeAlias = Literal["elementwise", "move", "reduce", "update", "kernel", "loop", "branch"]
+Kind: TypeAlias = Literal["view", "elementwise", "move", "reduce", "update", "kernel", "loop", "branch"]
 
 
 @dataclass(eq=False)
 class Value:
-    """An array of the program. `step` computes it; an argument has none.
-
-    `laid` is the shape in which it is computed, if that is another one, as for a matrix product of arrays with
-    more axes.
-    """
+    """An array of the program. `step` computes it; an argument has none."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -33,7 +30,6 @@ class Value:
     name: str = ""
     argument: int | None = None
     constant: bool = False
-    laid: tuple[int, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -43,11 +39,12 @@ class Value:
 
 @dataclass(eq=False)
 class Step:
-    """What one equation does. `inputs` are the arrays that it reads, `seen` the shapes in which it does.
+    """What one equation does, or a part of it. `inputs` are the arrays that it reads.
 
     `reuses` says that entries of the inputs are read more than once; `extra` are bytes of its own; `in_place`
     are pairs of an input and the result that is written over it. A loop has its body in `bodies`, a
-    conditional its branches.
+    conditional its branches. `late` marks a product that sums over the rows of its left factor: the compiler
+    puts it behind other readers of its operands.
     """
 
     op: str
@@ -58,8 +55,8 @@ class Step:
     expensive: bool = False
     reuses: bool = False
     extra: int = 0
+    late: bool = False
     bodies: tuple[Program, ...] = ()
-    seen: list[tuple[int, ...]] = field(default_factory=list)
     in_place: list[tuple[Value, Value]] = field(default_factory=list)
 
 

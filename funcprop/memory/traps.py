@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 from funcprop import _compat
 from funcprop.flops import of_jaxpr
 from funcprop.memory.cases import Case
@@ -14,8 +16,6 @@ from funcprop.tracing import CHECKPOINTS
 
 # With it, a chain of layers is no longer one kernel whose memory is not reported.
 SHOWN = {"xla_cpu_experimental_ynn_fusion_type": ""}
-# With it, what `jax.checkpoint` computes again is not shared with what was computed before.
-RECOMPUTING = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +55,9 @@ def found(case: Case, ours: Predicted, program: Measured, options: Mapping[str, 
     if program.hidden:
         ((option, value),) = SHOWN.items()
         yield (
-            f"The forward pass compiles to a fused kernel whose own memory is not reported: {program.hidden:,} "
-            f"bytes are hidden. They are shown, and counted here, with compiler_options={{{option!r}: {value!r}}}."
+            "the forward pass compiles to a fused kernel whose own memory is not reported: "
+            f"{program.hidden:,} bytes are hidden. They are shown, and counted here, with "
+            f"compiler_options={{{option!r}: {value!r}}}."
         )
     fields = program.fields
     if fields["temporary"] and fields["peak"] < program.total - fields["temporary"] // 2:
@@ -67,15 +68,14 @@ def found(case: Case, ours: Predicted, program: Measured, options: Mapping[str, 
     if not keeps_barriers(options) and any(_checkpoints(case.jaxpr)):
         kept = predicted(case, library=True, barriers=True)
         if kept.total < 0.98 * ours.total:
-            ((option, value),) = RECOMPUTING.items()
-            known = _compat.accepts_compiler_options(tuple(RECOMPUTING.items()))
+            known = _compat.barrier_options(jax.default_backend())
             remedy = (
-                f"jit with compiler_options={{{option!r}: {value!r}}}, or put the checkpointed part into a scan"
+                f"jit with compiler_options={known}, or put the checkpointed part into a scan"
                 if known
                 else "put the checkpointed part into a scan; this XLA does not have the option that keeps it"
             )
             yield (
-                "What jax.checkpoint computes again is shared with what was computed before, so nothing is "
+                "what jax.checkpoint computes again is shared with what was computed before, so nothing is "
                 f"saved: {ours.total:,} bytes where {kept.total:,} would do; {remedy}."
             )
     ours_flops = of_jaxpr(case.jaxpr)

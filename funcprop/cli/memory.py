@@ -1,0 +1,88 @@
+"""`funcprop memory TARGET`: what a function holds in memory, for inference and for training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import optax
+import typer
+
+import funcprop as fp
+from funcprop.cli.backward import parse_argnums
+from funcprop.cli.output import Output, emit
+from funcprop.cli.target import Target, TargetError, load, users_code
+
+# For memory only the kind of an optimizer matters, not its rates.
+_OPTIMIZERS = {
+    "sgd": optax.sgd(0.1),
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "adam": optax.adam(1e-3),
+    "adamw": optax.adamw(1e-3),
+    "none": None,
+}
+
+
+def memory(
+    target: Annotated[str, typer.Argument(help="module:function, file.py:function or chapter")],
+    argnums: Annotated[
+        str, typer.Option(help="positions of the arguments to differentiate, as 0 or 0,2")
+    ] = "0",
+    optimizer: Annotated[
+        str, typer.Option(help="sgd, momentum, adam or adamw: account a train step, not the gradient alone")
+    ] = "none",
+    measure: Annotated[bool, typer.Option(help="compile, and show predicted beside compiled")] = True,
+    budget: Annotated[
+        int | None, typer.Option(min=1, help="bytes: also the largest batch that fits, by leading axes")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="file to write the JSON to")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """What is held at the peak, buffer by buffer: inference and training, predicted and compiled."""
+    emit(lambda: report(load(target), parse_argnums(argnums), optimizer, measure, budget, out), as_json)
+
+
+def report(
+    target: Target,
+    argnums: Sequence[int] | None,
+    optimizer: str,
+    measure: bool,
+    budget: int | None,
+    out: Path | None,
+) -> Output:
+    """The tables of `fp.memory.footprint`, and `fp.memory.batch_limit` where there is a budget."""
+    if optimizer not in _OPTIMIZERS:
+        raise TargetError(f"--optimizer {optimizer!r} is not known; choose one of {', '.join(_OPTIMIZERS)}.")
+    chosen = _OPTIMIZERS[optimizer]
+    at = argnums if argnums is None or len(argnums) > 1 else argnums[0]
+    with users_code(f"target {target.label!r}: accounting failed", None):
+        account = fp.memory.footprint(target.function, at, optimizer=chosen, measure=measure)
+        found = account(*target.args, **target.kwargs)
+    text, data = str(found), {"target": target.label, **found.as_dict()}
+    if budget is not None:
+        limits = _limits(target, at, chosen, budget, tuple(found.ledgers))
+        text += "\n\n" + "\n".join(
+            f"largest batch within {budget:,} bytes, {name}: {limit:,}" for name, limit in limits.items()
+        )
+        data |= {"budget": budget, "batch_limit": limits}
+    if out is not None:
+        try:
+            out.write_text(found.json(), encoding="utf-8")
+        except OSError as error:
+            raise TargetError(f"--out {str(out)!r} cannot be written: {error.strerror}.") from None
+        text = f"{out}: {', '.join(found.ledgers)} of {target.label}\n\n{text}"
+    return Output(text, data)
+
+
+def _limits(
+    target: Target, argnums: Any, optimizer: Any, budget: int, programs: Sequence[Any]
+) -> dict[str, int]:
+    """The largest batch of each program."""
+    with users_code(f"target {target.label!r}: --budget {budget}", None):
+        return {
+            program: fp.memory.batch_limit(
+                target.function, budget, argnums, program=program, optimizer=optimizer
+            )(*target.args, **target.kwargs)
+            for program in programs
+        }
