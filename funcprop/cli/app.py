@@ -29,8 +29,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (report, forward, backward, derive, draw, compare, train):
-for command in (forward, backward, derive, draw, second, compare, train):
-for command in (forward, backward, derive, draw, curvature, compare, train):
-for command in (report, forward, backward, derive, draw, compare, memory, train):
+COMMANDS = (report, forward, backward, derive, draw, memory, second, curvature, compare, train)
+for command in COMMANDS:
     app.command()(command)
