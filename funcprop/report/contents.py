@@ -5,6 +5,7 @@ A number is rounded to five digits, which is more than can be seen.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from funcprop.drawing.symbols import symbol
@@ -58,6 +59,7 @@ def contents(report: Report, equations: Equations) -> dict[str, Any]:
             }
             for node in nodes
         ],
+        "origin": next((i for i, n in enumerate(nodes) if n.key == report.drawing.picture.origin), 0),
         "operators": [operator(op) for op in graph.operators],
         "variables": [variable(name, q) for name, q in inspection.quantities.items()],
         "result": quantities[graph.outputs[0].name],
@@ -93,4 +95,8 @@ def _numbers(found: Statistics | None) -> list[Any] | None:
 
 
 def _short(number: float | None) -> float | None:
-    return None if number is None else float(f"{number:.5g}")
+    if number is None:
+        return None
+    rounded = float(f"{number:.5g}")
+    # The largest of all numbers, which masks are filled with, would be rounded to infinity.
+    return rounded if math.isfinite(rounded) else number

@@ -46,24 +46,17 @@ function apply() {
 
 const scale = () => canvas.clientWidth / view.width;
 
-// A wide graph starts at its inputs, at a size that can be read.
+// A wide graph starts at its input, at a size that can be read.
 function fit(everything) {
   view = { ...full };
   apply();
-  const least = everything ? 0 : 0.6, most = 2.2;
-  if (scale() < least || scale() > most) {
-    const wanted = scale() < least ? least : most;
-    const width = canvas.clientWidth / wanted, height = canvas.clientHeight / wanted;
-    const isTooLarge = scale() < least;
-    const start = full.width / 2 - width / 2;
-    view = { x: isTooLarge && full.width > width ? -8 : start, y: full.height / 2 - height / 2, width, height };
-    if (isTooLarge) {
-      const first = groups[data.nodes.findIndex((node) => node.kind === "variable")];
-      const wanted = first ? middle(first).y - height / 2 : 0;
-      if (full.height > height) view.y = Math.min(Math.max(wanted, 0), full.height - height);
-    }
-    apply();
-  }
+  const wanted = everything ? scale() : Math.min(Math.max(scale(), 0.6), 2.2);
+  if (wanted === scale()) return;
+  const width = canvas.clientWidth / wanted, height = canvas.clientHeight / wanted;
+  const start = groups[data.origin] ? middle(groups[data.origin]) : { x: 0, y: 0 };
+  const from = (centre, length, all) => (length >= all ? (all - length) / 2 : Math.min(Math.max(centre - length / 2, -8), all - length + 8));
+  view = { x: from(start.x, width, full.width), y: from(start.y, height, full.height), width, height };
+  apply();
 }
 
 function zoom(factor, centre) {
@@ -177,7 +170,8 @@ function focusNode(n) {
 }
 
 const order = data.nodes.map((_, n) => n).filter((n) => groups[n]);
-canvas.addEventListener("focusin", (event) => bringIntoView(nodeAt(event)));
+// Not for a pointer: what it presses would slip away beneath it.
+canvas.addEventListener("focusin", (event) => { if (event.target.matches(":focus-visible")) bringIntoView(nodeAt(event)); });
 canvas.addEventListener("keydown", (event) => {
   const n = nodeAt(event);
   if (n < 0 || event.ctrlKey || event.metaKey || event.altKey) return;

@@ -1,0 +1,364 @@
+"""`fp.report`: what the page says, against NumPy; what it must not say; that no name becomes markup."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_cli import module as module  # the fixture
+from test_cli import run, run_json
+
+import funcprop as fp
+from funcprop.cli.target import chapter_example
+from funcprop.report.mathml import MathError, mathml
+from funcprop.report.statistics import statistics
+
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+
+
+def loss(params: Any, x: Any) -> Any:
+    return fp.name(jnp.sum((x @ params[HOSTILE]) ** 2), "J")
+
+
+@pytest.fixture(scope="module")
+def hostile() -> fp.Report:
+    return fp.report(loss, title=HOSTILE)({HOSTILE: jnp.ones((2, 3))}, jnp.array([[0.123456789, 7.0]]))
+
+
+@pytest.fixture(scope="module")
+def chapter() -> fp.Report:
+    setup = fp.training.Setup(
+        lambda w, x: jnp.mean((w - x) ** 2), jnp.array(0.0), [(jnp.ones(3),)], optax.sgd(0.1)
+    )
+    return fp.report(fp.models.chapter, setup=setup, epochs=3)(*chapter_example())
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, and the text of every kind of element."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.setdefault(self.tags[-1][0] if self.tags else "", []).append(data)
+
+
+def data_of(report: fp.Report) -> Any:
+    found = re.findall(r'<script type="application/json" id="data">(.*?)</script>', report.html, re.DOTALL)
+    return json.loads(found[0])
+
+
+# --- numbers ----------------------------------------------------------------------------------
+
+
+def test_statistics_are_numpys(chapter: fp.Report) -> None:
+    p = fp.backprop(fp.models.chapter)(*chapter_example())
+    variables = {v["name"]: v for v in data_of(chapter)["variables"]}
+    assert set(variables) == {"W1", "W2", "x", "y", "λ", *p.values}
+    for name, array in {**p.values, **chapter_example()[0]}.items():
+        for kind, a in (
+            ("value", np.asarray(array)),
+            ("gradient", np.asarray(p.gradients[name]) if name != "J" else None),
+        ):
+            if a is None:
+                continue
+            found = variables[name][kind]
+            expected = [a.min(), a.max(), a.mean(), a.std(), np.sqrt((a * a).sum()), (a == 0).mean()]
+            np.testing.assert_allclose(found[:6], expected, rtol=1e-4, atol=1e-12)
+            assert found[6:8] == [0, a.size]
+            if a.size > 1:
+                low, high, counts = found[8]
+                np.testing.assert_allclose([low, high], [a.min(), a.max()], rtol=1e-4)
+                assert counts == np.histogram(a, len(counts))[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([np.nan, np.inf, 1.0, 3.0], {"minimum": 1.0, "maximum": 3.0, "mean": 2.0, "nonfinite": 2}),
+        ([1e200, -1e200], {"norm": np.sqrt(2) * 1e200, "std": 1e200, "mean": 0.0}),
+        ([1e-200, 1e-200], {"norm": np.sqrt(2) * 1e-200, "std": 0.0}),
+        ([1.0, 1.0 + 2e-16], {"minimum": 1.0, "nonfinite": 0}),
+        ([0.0, 0.0, 5.0], {"zeros": 2 / 3}),
+        ([np.nan], {"minimum": None, "nonfinite": 1, "histogram": None}),
+        ([], {"minimum": None, "norm": 0.0, "size": 0}),
+        ([3 + 4j, 0], {"maximum": 5.0, "norm": 5.0}),
+        ([True, False], {"mean": 0.5}),
+    ],
+)
+def test_statistics_of_unusual_arrays(values: list[Any], expected: dict[str, Any]) -> None:
+    found = statistics(jnp.array(values))
+    assert found is not None
+    for name, value in expected.items():
+        if isinstance(value, float):
+            np.testing.assert_allclose(getattr(found, name), value, rtol=1e-12, atol=0)
+        else:
+            assert getattr(found, name) == value
+    if found.histogram is not None:
+        assert sum(found.histogram.counts) == found.size - found.nonfinite
+    assert statistics(jax.random.key(0)) is None
+
+
+def test_steps_are_the_two_sweeps(chapter: fp.Report) -> None:
+    p = fp.backprop(fp.models.chapter)(*chapter_example())
+    data = data_of(chapter)
+    names = [v["name"] for v in data["variables"]]
+    assert [names[i] for op in data["operators"] for i in op["out"]] == list(p.values)
+    completed = [names[i] for _, _, completes in data["backward"] for i in completes]
+    assert sorted(completed) == sorted(p.gradients)
+    # `∂J/∂s` and the two parts of `∂J/∂W1` are seen in the steps in which they arise.
+    adds = [(data["operators"][op]["op"], {names[i] for i in a}) for op, a, _ in data["backward"]]
+    assert adds[0] == ("add", {"L", "s"})
+    assert adds[1] == ("l2_penalty", {"W1", "W2"})
+
+
+def test_products_follow_the_law_of_second_derivatives() -> None:
+    def mlp(weights: Any, x: Any) -> Any:
+        for w in weights:
+            x = jnp.tanh(x @ w)
+        return jnp.sum(x)
+
+    n = 4
+    page = fp.report(mlp)([jnp.ones((3, 3))] * n, jnp.ones((2, 3)))
+    forward, gradient, product = (p.products for p in page.cost.programs)
+    # With weights alone differentiated, the product with respect to the input is left out.
+    assert (forward, gradient) == (n, 3 * n - 1)
+    assert product > gradient
+    assert sum(k.flops for k in page.cost.kinds) == page.graph.flops
+    assert page.parameters == n * 9
+
+
+def test_values_in_a_loop_are_in_the_node_of_the_loop() -> None:
+    def looped(w: Any, xs: Any) -> Any:
+        return jax.lax.scan(lambda c, x: (fp.name(c * w + x, "c"), None), 0.0, xs)[0]
+
+    data = data_of(fp.report(looped)(0.5, jnp.arange(4.0)))
+    (scan,) = [op for op in data["operators"] if op["op"] == "scan"]
+    (inside,) = [data["variables"][i] for i in scan["inside"] if data["variables"][i]["name"] == "scan/c"]
+    c = np.array([0.0, 1.0, 2.5, 4.25])
+    np.testing.assert_allclose(inside["value"][:3], [c.min(), c.max(), c.mean()], rtol=1e-4)
+    np.testing.assert_allclose(inside["gradient"][:2], [0.125, 1.0], rtol=1e-4)
+
+
+def test_a_training_run_that_blows_up_is_shown() -> None:
+    diverging = fp.training.Setup(lambda w: jnp.exp(w**2), jnp.array(2.0), [()], optax.sgd(1e3), epochs=5)
+    page = fp.report(jnp.square, setup=diverging)(3.0)
+    assert page.curves is not None
+    assert page.curves.epochs == 1
+    assert "the mean loss of epoch 2 is" in str(page.curves.stopped)
+    assert "the mean loss of epoch 2 is" in page.html
+
+
+def test_curves_are_those_of_the_run(chapter: fp.Report) -> None:
+    assert chapter.curves is not None
+    w = 0.0
+    for found in chapter.curves.metrics["loss"]:
+        np.testing.assert_allclose(found, (w - 1) ** 2, rtol=1e-12)
+        w -= 0.2 * (w - 1)
+    (chart,) = chapter.curves.charts
+    heights = [100 - float(point.split(",")[1]) for point in chart.lines[0].points.split()]
+    labels = [float(tick.label) for tick in chart.ticks]
+    shown = [labels[0] + h / 100 * (labels[-1] - labels[0]) for h in heights]
+    np.testing.assert_allclose(shown, chapter.curves.metrics["loss"], atol=1e-3)
+
+
+# --- what the page is -------------------------------------------------------------------------
+
+
+def test_nothing_of_the_users_is_markup(hostile: fp.Report) -> None:
+    elements = Elements(hostile.html)
+    tags = [tag for tag, _ in elements.tags]
+    assert "img" not in tags
+    assert tags.count("script") == 2
+    assert not any(name.startswith("on") for _, attributes in elements.tags for name in attributes)
+    for kind in ("title", "h1", "button", "mi", "script"):
+        assert any("onerror=alert(1)" in text for text in elements.texts[kind]), kind
+    (variable,) = [v["name"] for v in data_of(hostile)["variables"] if v["kind"] == "parameter"]
+    assert variable == HOSTILE
+
+
+def test_the_page_loads_nothing(chapter: fp.Report) -> None:
+    elements = Elements(chapter.html)
+    for tag, attributes in elements.tags:
+        for name in ("src", "href", "action", "srcset", "data"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:,")), (tag, attributes)
+    assert "url(" not in chapter.html
+    assert "@import" not in chapter.html
+    assert set(re.findall(r"https?://[^\s\"'<)]+", chapter.html)) <= {"http://www.w3.org/2000/svg"}
+
+
+def test_data_are_on_the_page_only_if_it_is_asked_for() -> None:
+    x = jnp.array([[0.1234567, 7.0, -2.0, 0.5]])
+    params = {HOSTILE: jnp.ones((4, 3))}
+    without = fp.report(loss)(params, x)
+    (seen,) = [v for v in data_of(without)["variables"] if v["name"] == "x"]
+    assert "entries" not in seen
+    assert seen["value"][8] is None
+    assert "0.1235" not in without.html
+    given = fp.report(loss, examples=True)(params, x)
+    (seen,) = [v for v in data_of(given)["variables"] if v["name"] == "x"]
+    assert "0.1235" in seen["entries"]
+    assert sum(seen["value"][8][2]) == 4
+    (weights,) = [v for v in data_of(given)["variables"] if v["name"] == HOSTILE]
+    assert "entries" not in weights
+
+
+def test_shapes_have_no_values_but_everything_else() -> None:
+    page = fp.report(loss)(
+        {HOSTILE: jax.ShapeDtypeStruct((2, 3), "float32")}, jax.ShapeDtypeStruct((5, 2), "float32")
+    )
+    assert page.value is None
+    assert "The arguments were shapes" in page.html
+    data = data_of(page)
+    assert data["backward"]
+    assert all(v["value"] is None for v in data["variables"])
+
+
+def test_what_is_not_finite_is_said() -> None:
+    page = fp.report(lambda w: jnp.sum(jnp.log(w)))(jnp.array([1.0, -1.0]))
+    assert "value of log is not finite" in str(page.nonfinite)
+    assert "First number that is not finite: forward sweep: value of log" in page.html
+
+
+def blocks(count: int) -> fp.Report:
+    def deep(weights: Any, x: Any) -> Any:
+        for i, w in enumerate(weights):
+            with jax.named_scope(f"a_block_with_a_long_name_{i}"):
+                x = x + jnp.tanh(x @ w) * jnp.exp(-(x**2)) / jnp.sqrt(1 + x**2)
+        return jnp.sum(x)
+
+    return fp.report(deep)([jnp.ones((30, 30))] * count, jnp.linspace(0, 1, 60).reshape(2, 30))
+
+
+def test_repeated_blocks_are_drawn_once_and_add_little_but_their_numbers() -> None:
+    small, large = blocks(3), blocks(9)
+    data = data_of(large)
+    members = [m for node in data["nodes"] if node["kind"] == "operator" for m in node["members"]]
+    assert sorted(members) == list(range(len(large.graph)))
+    written = {key for v in data["variables"] for key in v["equations"]}
+    ids = {a["id"] for _, a in Elements(large.html).tags if "id" in a}
+    assert {f"eq-{key}" for key in written} <= ids
+    added = len(large.graph) - len(small.graph)
+    # A thousand operators in folded blocks are to fit into 2 MB.
+    assert 0 < len(large.html) - len(small.html) < 1500 * added
+    assert len(large.drawing.picture.nodes) == len(small.drawing.picture.nodes)
+
+
+def test_in_a_notebook_it_is_a_frame(hostile: fp.Report) -> None:
+    ((tag, attributes),) = Elements(hostile._repr_html_()).tags
+    assert tag == "iframe"
+    assert attributes["srcdoc"] == hostile.html
+    assert attributes["sandbox"] == "allow-scripts"
+
+
+# --- formulas ---------------------------------------------------------------------------------
+
+
+def test_mathml_of_the_chapters_last_line() -> None:
+    line = fp.derive(fp.models.chapter)(*chapter_example()).backward[-1]
+    bold = '<msub><mi mathvariant="normal" class="bold">W</mi><mn>1</mn></msub>'
+    assert mathml(line.left_latex, line.left) == (
+        '<math alttext="∂J/∂W1"><mfrac><mrow><mo>∂</mo><mi>J</mi></mrow>'
+        f"<mrow><mo>∂</mo>{bold}</mrow></mfrac></math>"
+    )
+    assert mathml(line.forms[-1].latex(), "").endswith(
+        f'<mo>+</mo><mi>λ</mi><mspace width="0.17em"/>{bold}</math>'
+    )
+
+
+@pytest.mark.parametrize("name", ["</b>&amp;", "a_b{c}\\d^e~ f", "\\frac", "日本 1e-5", "φ′", "{}"])
+def test_names_stay_as_they_are_in_formulas(name: str) -> None:
+    from funcprop.expressions import latex_name
+
+    elements = Elements(mathml(latex_name(name), name))
+    assert {tag for tag, _ in elements.tags} <= {"math", "mi", "mo", "msup"}
+    assert "".join(text for texts in elements.texts.values() for text in texts) == name
+
+
+@pytest.mark.parametrize(
+    "latex", ["\\sqrt{x}", "\\frac{a", "x}", "\\left(x", "\\mathrm x", "\\mathrm{\\alpha}"]
+)
+def test_what_is_no_formula_is_an_error(latex: str) -> None:
+    with pytest.raises(MathError, match="the formula"):
+        mathml(latex, "")
+
+
+# --- the command ------------------------------------------------------------------------------
+
+TARGET = """
+    import optax
+    def loss(w, x):
+        return jnp.mean((x @ w) ** 2)
+    def example():
+        return jnp.ones(2), jnp.ones((3, 2))
+    def setup():
+        return fp.training.Setup(loss, jnp.ones(2), [(jnp.ones((3, 2)),)], optax.sgd(0.1), epochs=4)
+"""
+
+
+def test_the_command_writes_the_page(module: Any, tmp_path: Path) -> None:
+    name = module(TARGET)
+    result = run("report", f"{name}:loss", "--epochs", "2")
+    assert result.stdout.startswith("loss.html: J = 4, ")
+    assert "2 of 2 epochs" in (tmp_path / "loss.html").read_text("utf-8")
+    data = run_json("report", f"{name}:loss", "--out", str(tmp_path / "other.html"))
+    assert (tmp_path / "other.html").stat().st_size == data["bytes"]
+    assert len(data["training"]["metrics"]["loss"]) == 4
+    assert {v["name"] for v in data["variables"]} >= {"w", "x"}
+    assert "cannot be written" in run("report", f"{name}:loss", "--out", "/nowhere/a.html").stderr
+
+
+COMMANDS = ("forward", "backward", "derive", "draw", "compare", "report")
+BROKEN = """
+    number = 3
+    def lonely(x):
+        return x
+    def value(x):
+        if x > 0:
+            return x
+        return -x
+    def example():
+        return (jnp.array(1.0),)
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_what_is_wrong_with_a_target(command: str, module: Any) -> None:
+    name = module(BROKEN)
+    without = Path("without_example.py")
+    without.write_text("def lonely(x):\n    return x\n")
+    cases = {
+        "nowhere.nothing:f": "cannot import module 'nowhere.nothing'",
+        f"{name}:number": "is of type int, not a function",
+        "without_example.py:lonely": "needs arguments (missing a required argument: 'x')",
+        f"{name}:value": "if x > 0:",
+    }
+    for target, message in cases.items():
+        result = run(command, target)
+        assert result.exit_code == 1, target
+        assert message in result.stderr, target
+        assert not result.stdout
+        frames = re.findall(r'File "(.*?)"', result.stderr)
+        assert all("/funcprop/" not in frame and "site-packages" not in frame for frame in frames), frames
+
+
+def test_setup_that_fails_is_the_users_to_mend(module: Any) -> None:
+    name = module(TARGET + "    def setup():\n        return 1 / 0\n")
+    result = run("report", f"{name}:loss")
+    assert result.exit_code == 1
+    assert "setup() of its module failed" in result.stderr
+    assert "return 1 / 0" in result.stderr

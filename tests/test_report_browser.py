@@ -1,0 +1,396 @@
+"""The report in headless Chromium: every node opens, both sweeps run, the keyboard works, nothing is hidden.
+
+Without Chromium these tests are skipped; where the environment has FUNCPROP_BROWSER=required they fail.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import linen as nn
+from playwright.sync_api import Browser, Page, sync_playwright
+
+import funcprop as fp
+from funcprop.cli.target import chapter_example
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+
+
+class Opened(NamedTuple):
+    """A page in the browser, with everything that it said or asked for."""
+
+    page: Page
+    report: fp.Report
+    complaints: list[str]
+    requests: list[str]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        reason = "there is no Chromium; `apt-get install chromium` brings one"
+        if os.environ.get("FUNCPROP_BROWSER") == "required":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    # As root, which continuous integration often is, Chromium runs only without its sandbox.
+    options: Any = {"executable_path": CHROMIUM, "args": ["--no-sandbox"]}
+    with sync_playwright() as playwright, playwright.chromium.launch(**options) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def chapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[fp.Report, Path]:
+    setup = fp.training.Setup(
+        lambda w, x: jnp.mean((w - x) ** 2), jnp.array(0.0), [(jnp.ones(3),)], optax.sgd(0.1)
+    )
+    report = fp.report(fp.models.chapter, setup=setup, epochs=3)(*chapter_example())
+    return report, saved(report, tmp_path_factory)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return x + nn.Dense(3, param_dtype=float)(nn.tanh(nn.LayerNorm(param_dtype=float)(x)))
+
+
+class Blocks(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        for _ in range(3):
+            x = Block()(x)
+        return x
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[fp.Report, Path]:
+    """Three equal Flax blocks, a loop, and names that would be markup."""
+    model, x = Blocks(), jnp.ones((2, 3))
+    params = model.init(jax.random.key(0), x)
+
+    def loss(weights: Any, x: Any) -> Any:
+        hidden = model.apply(weights["model"], x) @ weights[HOSTILE]
+        with jax.named_scope("<b>scope</b>"):
+            total = fp.name(jnp.tanh(hidden), "<i>&amp;</i>")
+        return fp.name(jax.lax.scan(lambda c, h: (c + jnp.sum(h**2), None), 0.0, total)[0], "J")
+
+    report = fp.report(loss, title=HOSTILE)({"model": params, HOSTILE: jnp.ones((3, 2))}, x)
+    return report, saved(report, tmp_path_factory)
+
+
+def saved(report: fp.Report, directory: pytest.TempPathFactory) -> Path:
+    path = directory.mktemp("report") / "page.html"
+    report.save(path)
+    return path
+
+
+def opened(browser: Browser, made: tuple[fp.Report, Path], **options: Any) -> Iterator[Opened]:
+    report, path = made
+    complaints: list[str] = []
+    requests: list[str] = []
+    with browser.new_context(**options) as context:
+        page = context.new_page()
+        page.set_default_timeout(5000)
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(path.as_uri())
+        yield Opened(page, report, complaints, requests)
+        assert not complaints
+        assert requests == [path.as_uri()]
+
+
+@pytest.fixture(params=["chapter", "hostile"])
+def either(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Opened]:
+    yield from opened(browser, request.getfixturevalue(request.param))
+
+
+@pytest.fixture
+def page(browser: Browser, chapter: tuple[fp.Report, Path]) -> Iterator[Opened]:
+    yield from opened(browser, chapter, reduced_motion="no-preference")
+
+
+# --- nodes ------------------------------------------------------------------------------------
+
+
+def test_every_nodes_panel_opens(either: Opened) -> None:
+    page, nodes = either.page, either.report.drawing.picture.nodes
+    groups = page.locator("#canvas [data-node]")
+    assert groups.count() == len(nodes)
+    symbols = {n.name: n.label for n in nodes}
+    for i in range(len(nodes)):
+        group = groups.nth(i)
+        group.dispatch_event("click")
+        name, kind = group.get_attribute("data-name"), group.get_attribute("class").split()[0]
+        heading = page.locator("#panel h3").text_content()
+        assert heading is not None
+        if kind == "funcprop-variable":
+            assert heading == name
+        else:
+            op = next(op for op in either.report.graph.operators if op.name == name)
+            assert heading.split()[-1] == op.op
+            assert heading.startswith(symbols[name].split("\n")[0]) or heading == op.op
+        assert "chosen" in group.get_attribute("class")
+        assert page.locator("#panel .statistics dd").first.text_content() not in ("", "–")
+        page.keyboard.press("Escape")
+        assert page.locator("#panel h3").count() == 0
+
+
+def test_a_real_click_and_a_hover(page: Opened) -> None:
+    square = page.page.locator('#canvas [data-name="W1"]')
+    square.hover()
+    tip = page.page.locator("#tip")
+    assert "float64[3,4]" in tip.text_content()
+    assert "‖gradient‖" in tip.text_content()
+    square.click()
+    panel = page.page.locator("#panel")
+    assert panel.locator("h3").text_content() == "W1"
+    gradient = fp.backprop(fp.models.chapter)(*chapter_example()).gradients["W1"]
+    shown = panel.locator("div.of-gradient dd").nth(4).text_content()
+    assert float(shown.replace("−", "-")) == pytest.approx(float(jnp.linalg.norm(gradient)), rel=1e-3)
+    assert panel.locator(".histogram svg").count() == 2
+    assert panel.locator("math").count() > 1
+    # From a value to the operators that use it, and back.
+    panel.locator(".links button", has_text="linear").first.click()
+    assert panel.locator("h3").text_content().split()[-1] == "linear"
+
+
+def test_zoom_and_pan(page: Opened) -> None:
+    def view() -> list[float]:
+        return [float(x) for x in page.page.locator("#canvas svg").first.get_attribute("viewBox").split()]
+
+    start = view()
+    page.page.click("#zoom-in")
+    zoomed = view()
+    assert zoomed[2] == pytest.approx(start[2] / 1.4)
+    box = page.page.locator("#canvas").bounding_box()
+    page.page.mouse.move(box["x"] + 30, box["y"] + 30)
+    page.page.mouse.down()
+    page.page.mouse.move(box["x"] + 130, box["y"] + 80, steps=4)
+    page.page.mouse.up()
+    panned = view()
+    assert zoomed[0] - panned[0] == pytest.approx(100 * zoomed[2] / box["width"], rel=1e-3)
+    assert zoomed[1] - panned[1] == pytest.approx(50 * zoomed[2] / box["width"], rel=1e-3)
+    assert page.page.locator("#panel h3").count() == 0
+    page.page.click("#zoom-fit")
+    fitted, whole = view(), page.report.drawing.layout
+    assert fitted[0] <= 0
+    assert fitted[0] + fitted[2] >= whole.width
+    # What a keyboard moves to is brought into view.
+    for _ in range(8):
+        page.page.keyboard.press("+")
+    page.page.locator('#canvas [data-name="J"]').first.focus()
+    x, _, width, _ = view()
+    assert (
+        x
+        < float(page.page.evaluate("document.querySelector('#canvas [data-name=J] rect').x.baseVal.value"))
+        + 30
+        < x + width
+    )
+
+
+def test_repetitions_of_a_folded_block(browser: Browser, hostile: tuple[fp.Report, Path]) -> None:
+    for page, report, _, _ in opened(browser, hostile):
+        kernel = page.locator('#canvas [data-name$="Block_0/Dense_0/kernel"]')
+        kernel.dispatch_event("click")
+        assert page.locator("#panel select option").count() == 3
+        page.locator("#panel select").select_option(index=2)
+        assert page.locator("#panel h3").text_content().endswith("Block_2/Dense_0/kernel")
+        value = report.inspection.quantities[page.locator("#panel h3").text_content()].value
+        shown = page.locator("#panel div.of-value dd").nth(4).text_content()
+        assert float(shown) == pytest.approx(value.norm, rel=1e-3)
+
+
+# --- both sweeps ------------------------------------------------------------------------------
+
+
+def lit(page: Page, sweep: str) -> list[str]:
+    return page.locator(f"#canvas .lit-{sweep}").evaluate_all("nodes => nodes.map(n => n.dataset.name)")
+
+
+def test_the_sweeps_step_by_step(page: Opened) -> None:
+    operators = page.report.graph.operators
+    for i, op in enumerate(operators, 1):
+        page.page.click("#next")
+        assert f"Forward {i} of {len(operators)} · {op.name}" in page.page.locator("#caption").text_content()
+        assert op.name in lit(page.page, "forward")
+        assert page.page.locator("#canvas .flow-forward").count() > 0
+    assert not lit(page.page, "backward")
+    gradients = fp.backprop(fp.models.chapter)(*chapter_example()).gradients
+    back = [op.name for op in reversed(operators)]
+    for i, name in enumerate(back, 1):
+        page.page.click("#next")
+        assert f"Backward {i} of {len(back)} · {name}" in page.page.locator("#caption").text_content()
+        assert page.page.locator("#canvas .flow-backward").count() > 0
+    assert set(gradients) <= set(lit(page.page, "backward"))
+    page.page.click("#back")
+    assert f"Backward {len(back) - 1}" in page.page.locator("#caption").text_content()
+    page.page.click("#first")
+    assert not lit(page.page, "forward") + lit(page.page, "backward")
+
+
+def test_the_animation_runs_and_pauses(page: Opened) -> None:
+    page.page.select_option("#speed", "16")
+    page.page.click("#play")
+    page.page.locator("#canvas .flow-forward path").first.wait_for()
+    assert page.page.evaluate("document.getAnimations().some(a => a.animationName === 'flow')")
+    page.page.locator("#caption", has_text="Backward 6 of 6").wait_for()
+    assert page.page.locator("#play").text_content().strip() == "Play"
+    page.page.select_option("#speed", "0.25")
+    page.page.click("#play")
+    page.page.locator("#caption", has_text="Forward 1 of 6").wait_for()
+    assert page.page.locator("#play").get_attribute("aria-pressed") == "true"
+    page.page.click("#play")
+    page.page.wait_for_timeout(300)
+    assert "Forward 1 of 6" in page.page.locator("#caption").text_content()
+    page.page.locator("#position").fill("9")
+    assert "Backward 3 of 6" in page.page.locator("#caption").text_content()
+
+
+def test_who_wants_no_motion_gets_none(browser: Browser, chapter: tuple[fp.Report, Path]) -> None:
+    for page, *_ in opened(browser, chapter, reduced_motion="reduce"):
+        page.select_option("#speed", "16")
+        page.click("#play")
+        page.locator("#caption", has_text="Backward 6 of 6").wait_for()
+        assert page.evaluate("document.getAnimations().length") == 0
+
+
+# --- keyboard ---------------------------------------------------------------------------------
+
+
+def focused(page: Page) -> str | None:
+    return page.evaluate("document.activeElement.dataset.name ?? null")
+
+
+def test_the_keyboard_reaches_and_opens_every_node(page: Opened) -> None:
+    page.page.locator("nav a").last.focus()
+    reached = []
+    for node in page.report.drawing.picture.nodes:
+        page.page.keyboard.press("Tab")
+        reached.append(focused(page.page))
+        outline = page.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        assert outline == "solid"
+        page.page.keyboard.press("Enter")
+        assert page.page.locator("#panel h3").count() == 1, node
+        page.page.keyboard.press("Escape")
+    assert reached == [node.name for node in page.report.drawing.picture.nodes]
+    page.page.locator('#canvas [data-name="x"]').focus()
+    for _ in range(20):
+        page.page.keyboard.press("ArrowRight")
+    assert focused(page.page) == "J"
+    page.page.keyboard.press("ArrowLeft")
+    assert focused(page.page) == page.report.graph.operators[-1].name
+    for key, where in (("n", "Forward 1"), ("n", "Forward 2"), ("b", "Forward 1")):
+        page.page.keyboard.press(key)
+        assert where in page.page.locator("#caption").text_content()
+    page.page.keyboard.press("p")
+    assert page.page.locator("#play").get_attribute("aria-pressed") == "true"
+    page.page.keyboard.press("p")
+    assert page.page.locator("#play").get_attribute("aria-pressed") == "false"
+    page.page.locator(".skip").focus()
+    page.page.keyboard.press("Enter")
+    assert page.page.evaluate("document.activeElement.id") == "after-graph"
+
+
+# --- text -------------------------------------------------------------------------------------
+
+
+def test_hostile_names_stay_text(browser: Browser, hostile: tuple[fp.Report, Path]) -> None:
+    for page, *_ in opened(browser, hostile):
+        assert page.title() == f"{HOSTILE} · funcprop"
+        assert page.locator("h1").text_content() == HOSTILE
+        assert page.locator("img, b:not(.brand b), main i").count() == 0
+        square = page.locator(f'#canvas [data-name="{HOSTILE}"]')
+        square.dispatch_event("click")
+        assert page.locator("#panel h3").text_content() == HOSTILE
+        assert page.locator("#equations mi", has_text=HOSTILE[-20:]).count() > 0
+        page.locator("#values button", has_text=HOSTILE).click()
+        assert page.locator("#panel img").count() == 0
+        page.locator("#position").fill(page.locator("#position").get_attribute("max"))
+        assert page.locator("img").count() == 0
+
+
+CONTRASTS = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const rgba = (colour) => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const luminance = ([r, g, b]) => [r, g, b].map((c) => c / 255)
+    .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (element) => {
+    const shape = element.closest("text")?.parentNode.querySelector(":scope > rect, :scope > ellipse");
+    if (shape && rgba(getComputedStyle(shape).fill)[3] > 0) return rgba(getComputedStyle(shape).fill);
+    for (let e = element; e; e = e.parentElement) {
+      const colour = rgba(getComputedStyle(e).backgroundColor);
+      if (colour[3] === 255) return colour;
+    }
+    return [255, 255, 255, 255];
+  };
+  const found = [];
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node = texts.nextNode(); node; node = texts.nextNode()) {
+    const element = node.parentElement;
+    if (!node.data.trim() || element.closest("script, style, svg [aria-hidden]")) continue;
+    if (!element.checkVisibility()) continue;
+    const style = getComputedStyle(element);
+    const a = luminance(rgba(element.closest("text") ? style.fill : style.color));
+    const b = luminance(behind(element));
+    found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.data.trim().slice(0, 40)]);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast(browser: Browser, hostile: tuple[fp.Report, Path], scheme: str) -> None:
+    for page, *_ in opened(browser, hostile, color_scheme=scheme, reduced_motion="reduce"):
+        last = int(page.locator("#position").get_attribute("max"))
+        page.locator('#canvas [data-name="J"]').first.dispatch_event("click")
+        page.locator("details summary").first.click()
+        for position in (0, last // 4, 3 * last // 4, last):
+            page.locator("#position").fill(str(position))
+            measured = page.evaluate(CONTRASTS)
+            assert len(measured) > 200
+            assert [text for ratio, text in measured if ratio < 4.5] == []
+
+
+def test_the_theme_is_the_systems_until_it_is_chosen(
+    browser: Browser, chapter: tuple[fp.Report, Path]
+) -> None:
+    dark = "getComputedStyle(document.body).backgroundColor"
+    for page, *_ in opened(browser, chapter, color_scheme="dark"):
+        night = page.evaluate(dark)
+        page.click("#theme")
+        day = page.evaluate(dark)
+        assert day != night
+        assert page.locator("#theme").text_content() == "Dark theme"
+        page.emulate_media(color_scheme="light")
+        assert page.evaluate(dark) == day
+        page.click("#theme")
+        assert page.evaluate(dark) == night
+
+
+def test_a_phone(browser: Browser, hostile: tuple[fp.Report, Path]) -> None:
+    size = {"width": 390, "height": 844}
+    for page, report, *_ in opened(browser, hostile, viewport=size, has_touch=True, is_mobile=True):
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        for button in page.locator("button:visible:not(.link)").all():
+            box = button.bounding_box()
+            assert min(box["width"], box["height"]) >= 24
+            assert 0 <= box["x"] <= box["x"] + box["width"] <= 390
+        first = page.locator(f'#canvas [data-key="{report.drawing.picture.origin}"]')
+        first.tap()
+        assert page.locator("#panel h3").text_content() == first.get_attribute("data-name")
+        page.tap("#next")
+        assert "Forward 1 of" in page.locator("#caption").text_content()
