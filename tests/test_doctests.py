@@ -13,8 +13,6 @@ import funcprop as fp
 import funcprop.testing  # `import funcprop` alone does not import the checker
 
 PUBLIC = (
-    fp, fp.curvature, fp.layers, fp.memory, fp.models, fp.rules, fp.training, funcprop.testing,
-)  # fmt: skip
     *(fp, fp.curvature, fp.layers, fp.memory, fp.models, fp.rules, fp.training),
     funcprop.testing,
 )
