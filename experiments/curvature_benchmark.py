@@ -10,6 +10,10 @@ quartiles, beside the fastest time. A star marks a bound that is not reached.
 compute is compared with ours (1e-4 of the largest entry) before any time is taken; `÷ own` is their time to
 PyTorch's own gradient, `÷ ours` to our time in the same turn.
 
+The exact Hessian diagonal has two models of its own and is measured against what it replaces: as many
+Hessian-vector products as there are parameters, each the jitted `jax.jvp` of `jax.grad`. A run of them is
+timed in each turn, and multiplied.
+
     python experiments/curvature_benchmark.py [--smoke] [--repeats N] [--model NAME] [--only NAME ...]
                                               [--peer]
 """
@@ -27,6 +31,8 @@ import jax
 import matplotlib as mpl
 import numpy as np
 from benchmark_cases.curvature import PROBLEMS, QUANTITIES, Problem, gradient
+from benchmark_cases.hessian_diagonal import DIAGONALS, Case
+from jax.flatten_util import ravel_pytree
 
 import funcprop as fp
 
@@ -35,6 +41,8 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
 GRADIENT = "value and gradient"
+DIAGONAL = "exact Hessian diagonal"
+PRODUCTS = 50  # in a run
 AGREEMENT = 1e-4
 
 
@@ -121,12 +129,38 @@ def measure_peers(
     return found
 
 
+def measure_diagonal(name: str, case: Case, repeats: int) -> Measured:
+    """The exact diagonal, its ratios to P Hessian-vector products, after a comparison with eight of these."""
+    flat, unravel = ravel_pytree(case.args[0])
+
+    def product(params: Any, index: Any, *data: Any) -> Any:
+        direction = unravel((jax.numpy.arange(flat.size) == index).astype(flat.dtype))
+        return jax.jvp(lambda p: jax.grad(case.loss)(p, *data), (params,), (direction,))[1]
+
+    diagonal = jax.jit(fp.curvature.hessian_diagonal(case.loss)).lower(*case.args).compile()
+    one = jax.jit(product).lower(case.args[0], 0, *case.args[1:]).compile()
+    found = ravel_pytree(diagonal(*case.args))[0]
+    for index in np.random.default_rng(0).choice(flat.size, 8):
+        expected = ravel_pytree(one(case.args[0], index, *case.args[1:]))[0][index]
+        np.testing.assert_allclose(found[index], expected, rtol=1e-3, atol=1e-5 * float(abs(found).max()))
+
+    def products() -> None:
+        for index in range(PRODUCTS):
+            jax.block_until_ready(one(case.args[0], index, *case.args[1:]))
+
+    times = interleaved({DIAGONAL: blocking(diagonal, case.args), "products": products}, repeats)
+    every = times["products"] * (flat.size / PRODUCTS)
+    quartiles = np.percentile(times[DIAGONAL] / every, [25, 50, 75])
+    size = diagonal.memory_analysis().temp_size_in_bytes
+    return Measured(float(times[DIAGONAL].min()), *map(float, quartiles), size, case.bound)
+
+
 def line(model: str, name: str, m: Measured) -> str:
     """One line of the table."""
     bound = "" if m.bound is None else f"{m.bound:.2f}{'*' if m.median > m.bound else ' '}"
     quartiles = f"{m.lower_quartile:.2f}–{m.upper_quartile:.2f}"
     return (
-        f"{model:5} {name:32}{m.seconds * 1e3:9.1f}{m.median:8.2f} {quartiles:>13}{bound:>8}"
+        f"{model:5} {name:37}{m.seconds * 1e3:9.1f}{m.median:8.2f} {quartiles:>13}{bound:>8}"
         f"{m.temporary_bytes / 2**20:10.1f}"
     )
 
@@ -170,7 +204,7 @@ def main() -> None:
     repeats = 1 if options.smoke else options.repeats
     quantities = [q for q in QUANTITIES if not options.only or any(part in q for part in options.only)]
     print(f"jax {jax.__version__}, {jax.default_backend()}, rules {fp.rules.default.name}")
-    print(f"{'':38}{'ms':>9}{'ratio':>8}{'quartiles':>14}{'≤':>8}{'temp MB':>10}")
+    print(f"{'':43}{'ms':>9}{'ratio':>8}{'quartiles':>14}{'≤':>8}{'temp MB':>10}")
     results: dict[str, dict[str, Measured]] = {}
     peers: dict[str, dict[str, dict[str, float]]] = {}
     for model, (full, small) in PROBLEMS.items():
@@ -182,11 +216,19 @@ def main() -> None:
             print(line(model, name, m), flush=True)
         if options.peer:
             peers[model] = measure_peers(model, p, steps, repeats)
+            peers[model] = measure_peers(model, p, results[model], values, repeats)
+    diagonals: dict[str, Measured] = {}
+    if options.model is None and (not options.only or any(part in DIAGONAL for part in options.only)):
+        print(f"{DIAGONAL} ÷ P products")
+        for name, (full, small) in DIAGONALS.items():
+            diagonals[name] = measure_diagonal(name, (small if options.smoke else full)(), repeats)
+            print(line("", name, diagonals[name]), flush=True)
     RESULTS.mkdir(exist_ok=True)
-    content = {
+    content: dict[str, Any] = {
         model: {"ours": {name: m._asdict() for name, m in found.items()}, "peers": peers.get(model, {})}
         for model, found in results.items()
     }
+    content[DIAGONAL] = {name: m._asdict() for name, m in diagonals.items()}
     (RESULTS / "curvature_benchmark.json").write_text(json.dumps(content, indent=2))
     draw(results, RESULTS / "curvature_benchmark.png")
 

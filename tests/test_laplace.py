@@ -140,7 +140,7 @@ def test_probabilities_are_less_certain_than_the_network() -> None:
     one = laplace(lambda p, x: network(p, x)[0], "bernoulli")(PARAMS, X, (LABELS == 0).astype(float))
     expected = jax.nn.sigmoid(jax.vmap(network, (None, 0))(PARAMS, NEW)[:, :1])
     np.testing.assert_allclose(one.probabilities(NEW, 1e9), expected, rtol=1e-6)
-    # The sigmoid's mean under the outputs' distribution, by quadrature; MacKay's formula is within 0.02 of it.
+    # The sigmoid's mean over the outputs, by quadrature; MacKay's formula is within 0.02 of it.
     nodes, weights = np.polynomial.hermite_e.hermegauss(60)
     mean, covariance = one.predictive(NEW, 0.5)
     expected = jax.nn.sigmoid(mean + jnp.sqrt(covariance[:, 0]) * nodes) @ weights / weights.sum()
