@@ -216,7 +216,6 @@ def main() -> None:
             print(line(model, name, m), flush=True)
         if options.peer:
             peers[model] = measure_peers(model, p, steps, repeats)
-            peers[model] = measure_peers(model, p, results[model], values, repeats)
     diagonals: dict[str, Measured] = {}
     if options.model is None and (not options.only or any(part in DIAGONAL for part in options.only)):
         print(f"{DIAGONAL} ÷ P products")

@@ -57,15 +57,15 @@ def test_mean_over_minibatches_of_different_sizes(whole: Any) -> None:
 
 
 def test_interrupted_saved_and_continued(whole: Any, tmp_path: Path) -> None:
-    class Interrupted(Exception):
+    class StoppedError(Exception):
         pass
 
     def save(number: int, state: Any) -> None:
         np.savez(tmp_path / "state.npz", *jax.tree.leaves(state))
         if number == 2:
-            raise Interrupted
+            raise StoppedError
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(StoppedError):
         accumulate(diagonal, batches, progress=save)
     structure = jax.tree.structure(fp.curvature.Accumulated(PARAMS, 0, 0, 0))
     with np.load(tmp_path / "state.npz") as saved:
@@ -83,7 +83,7 @@ def test_merged_parts_are_the_whole(whole: Any) -> None:
     parts = [accumulate(diagonal, [batch]) for batch in batches()]
     assert_same(merge(parts[2], merge(parts[0], parts[1])).mean, whole)
     assert int(merge(*parts[:2]).examples) == 6
-    with pytest.raises(ValueError, match="merge: the means are .* of the same quantity"):
+    with pytest.raises(ValueError, match=r"merge: the means are .* of the same quantity"):
         merge(parts[0], accumulate(jnp.mean, [X]))
 
 
@@ -129,6 +129,6 @@ def test_products_over_the_data_set(hessian: Any) -> None:
     np.testing.assert_allclose(operator @ np.eye(8), hessian, rtol=1e-10, atol=1e-14)
     values = scipy.sparse.linalg.eigsh(operator, 2, which="LA", return_eigenvectors=False)
     np.testing.assert_allclose(np.sort(values), np.linalg.eigvalsh(hessian)[-2:], rtol=1e-9)
+    noise = iter(range(9))
     with pytest.raises(LoaderError, match="minibatch 1 differs"):
-        noise = iter(range(9))
         over_batches(fp.hessian(loss), PARAMS, lambda: [(X, Y + next(noise))])
