@@ -127,7 +127,8 @@ def with_subject(
 def _ledger(case: Case, measure: bool, options: Mapping[str, Any], notes: list[str], name: str) -> Ledger:
     """One program; what inference hides in fused kernels is shown."""
     shown = SHOWN if name == "inference" else {}
-    found = predicted(case, library=not shown, barriers=traps.keeps_barriers(options))
+    library = not shown and not traps.without_library(options)
+    found = predicted(case, library, traps.keeps_barriers(options))
     if not measure:
         return Ledger(found.total, None, found.rows)
     result = measured(case, options, shown)

@@ -82,13 +82,12 @@ def _with_copies(made: list[Kernel], donated: Sequence[tuple[Value, Value]]) -> 
             for i in readers[id(argument)]:
                 _replace(made[i], argument, copied)
     for i, kernel in enumerate(made):
-        uses: dict[int, int] = {}
-        for value, _ in kernel.in_place:
-            uses[id(value)] = uses.get(id(value), 0) + 1
-        pairs = []
+        pairs: list[tuple[Value, Value]] = []
         for value, result in kernel.in_place:
             others = [j for j in readers.get(id(value), ()) if j != i]
-            owned = value.step is not None and id(value) in position and uses[id(value)] == 1
+            # Of results that begin as one value, the first is written over it, the others over copies.
+            owned = value.step is not None and id(value) in position
+            owned = owned and not any(v is value for v, _ in pairs)
             body_owned = value.step is None and kernel.root.op == "dynamic_update_slice" and not others
             if (owned and all(before[i] >> j & 1 for j in others)) or body_owned:
                 pairs.append((value, result))

@@ -33,6 +33,11 @@ def keeps_barriers(options: Mapping[str, Any]) -> bool:
     return "cse_barrier_expander" in str(options.get("xla_disable_hlo_passes", ""))
 
 
+def without_library(options: Mapping[str, Any]) -> bool:
+    """Whether compiler options say that sums are not computed by a library."""
+    return any(options.get(name) == value for name, value in SHOWN.items())
+
+
 def measured(case: Case, options: Mapping[str, Any], shown: Mapping[str, Any]) -> Measured:
     """Compile; with `shown` once more, where this compiler knows that option, to see what the first hides."""
     program = case.compiled(options)
