@@ -300,23 +300,28 @@ def compiled_instructions(compiled: Any) -> tuple[dict[str, list[Instruction]], 
 def barrier_options(platform: str) -> dict[str, str] | None:
     """Compiler options under which XLA keeps the recomputation that `jax.checkpoint` asks for.
 
-    The CPU backend drops the barriers in front of it, so that common subexpressions are shared and nothing is
-    recomputed; an option leaves them in. None if this XLA has no such option, or if it has no effect.
+    Some versions of the CPU backend drop the barriers in front of it, so that common subexpressions are shared
+    and nothing is recomputed; an option leaves them in. Empty where none is needed, None where none helps.
     """
     if platform != "cpu":
         return {}
-    options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
-    step = jax.checkpoint(lambda x: jnp.tanh(x @ x))
 
-    def products(options: dict[str, str]) -> int:
+    def layer(x: Any) -> Any:
+        return jnp.tanh(x @ x)
+
+    def products(layer: Callable[[Any], Any], options: dict[str, str]) -> int:
         shape = jax.ShapeDtypeStruct((2, 2), jnp.float32)
-        gradient = jax.jit(jax.grad(lambda x: step(step(x)).sum()), compiler_options=options)
+        gradient = jax.jit(jax.grad(lambda x: layer(layer(x)).sum()), compiler_options=options)
         return str(gradient.lower(shape).compile().as_text()).count(" dot(")
 
-    try:
-        return options if products(options) > products({}) else None
-    except jax.errors.JaxRuntimeError:
-        return None
+    without = products(layer, {})
+    for options in ({}, {"xla_disable_hlo_passes": "cse_barrier_expander"}):
+        try:
+            if products(jax.checkpoint(layer), options) > without:
+                return options
+        except jax.errors.JaxRuntimeError:  # This XLA does not know the option.
+            continue
+    return None
 
 
 def memory_fields(compiled: Any) -> dict[str, int]:

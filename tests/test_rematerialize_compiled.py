@@ -67,12 +67,16 @@ def test_equal_layers_in_chunks(measured):
 
 
 def test_the_plan_is_proved_on_the_compiled_program(measured):
-    (plain, plain_flops), (lean, lean_flops), (undone, undone_flops) = measured["proof"]
+    (plain, plain_flops), (lean, lean_flops), without_options = measured["proof"]
     assert lean < 0.7 * plain
-    # Without its options the program recomputes less than it says, and holds as much as before.
-    assert undone > 0.9 * plain
-    assert plain_flops <= undone_flops < lean_flops
-    assert "without its options" in measured["text"]
+    assert plain_flops < lean_flops
+    assert (without_options is None) == (measured["options"] == {})
+    if measured["options"]:
+        # Without them the program recomputes less than it says, and holds as much as before.
+        undone, undone_flops = without_options
+        assert undone > 0.9 * plain
+        assert undone_flops < lean_flops
+        assert "without its options" in measured["text"]
 
 
 def test_a_loop_needs_no_option(measured):
