@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from funcprop.report.report import Report
 
 _ASSETS = resources.files("funcprop.report") / "assets"
-_STYLES = ("page.css", "viewer.css")
+_STYLES = ("page.css", "charts.css", "viewer.css")
 _SCRIPTS = ("page.js", "panel.js", "viewer.js", "player.js")
 
 

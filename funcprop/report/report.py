@@ -18,12 +18,13 @@ from funcprop.backprop import backprop
 from funcprop.drawing import Drawing, draw
 from funcprop.equations import Derivation, derive
 from funcprop.graph import Graph
-from funcprop.memory import Footprint
 from funcprop.objective import Argnums, positions
 from funcprop.registry import RuleSet
 from funcprop.report.cost import Cost, cost
 from funcprop.report.curves import Curves, train
 from funcprop.report.inspection import Inspection, Quantity, first_nonfinite, inspect
+from funcprop.report.layers import Memory, memory
+from funcprop.report.spectrum import Top, top
 from funcprop.training import Setup
 
 # Up to this many values are all in the table.
@@ -51,7 +52,8 @@ class Report:
     value: float | None
     nonfinite: str | None
     cost: Cost = field(repr=False)
-    memory: Footprint | None = field(repr=False, default=None)
+    memory: Memory = field(repr=False)
+    spectrum: Top | None = field(repr=False, default=None)
     curves: Curves | None = field(repr=False, default=None)
 
     @property
@@ -104,7 +106,8 @@ class Report:
             "first_nonfinite": self.nonfinite,
             "variables": [asdict(q) for q in self.inspection.quantities.values()],
             "cost": asdict(self.cost),
-            "memory": None if self.memory is None else self.memory.as_dict(),
+            "memory": {"of": self.memory.subject, **self.memory.footprint.as_dict()},
+            "eigenvalues": None if self.spectrum is None else asdict(self.spectrum),
             "training": None if self.curves is None else asdict(self.curves),
         }
 
@@ -133,8 +136,9 @@ def report(
     """One self-contained HTML page about a scalar function: `report(fun)(*args, **kwargs) -> Report`.
 
     The page has the computational graph to zoom into, with shape, bytes, equation, statistics and histograms
-    of value and gradient of every node; both sweeps step by step; the typeset equations; costs, and with
-    `setup` the curves of a short training run. It needs no network and no server.
+    of value and gradient of every node; both sweeps step by step; the typeset equations; the memory of
+    inference and training by layer; costs; the largest eigenvalues of the Hessian where they take seconds;
+    and with `setup` the curves of a short training run. It needs no network and no server.
 
     Arguments may be shapes (`jax.ShapeDtypeStruct`); then there are no values and no statistics. Of what is
     not differentiated by (data and labels) the page has statistics only, unless `examples`.
@@ -168,6 +172,7 @@ def report(
         is_concrete = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in traced.leaves)
         propagation = backprop(fun, argnums, rules=rules)(*args, **kwargs) if is_concrete else None
         numbers = _all_smooth(args) if argnums is None else positions(argnums)
+        costs = cost(traced.graph, fun, numbers, args, kwargs)
         return Report(
             traced.graph.name if title is None else title,
             derivation,
@@ -175,8 +180,9 @@ def report(
             inspect(derivation, propagation, examples),
             None if propagation is None else float(propagation.value),
             first_nonfinite(propagation),
-            cost(traced.graph, fun, numbers, args, kwargs),
-            None,
+            costs,
+            memory(fun, numbers, args, kwargs, setup),
+            top(fun, numbers, args, kwargs, costs) if is_concrete else None,
             None if setup is None else train(setup, min(epochs, setup.epochs), seconds),
         )
 

@@ -1,0 +1,145 @@
+"""The memory ledger as bars: bytes at the peak by layer and by what they are for."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from funcprop.memory import Footprint, Ledger, Row, footprint
+from funcprop.training import Setup
+
+# The categories of a ledger that are told apart by a colour; the others are small.
+CATEGORIES = (
+    "parameters",
+    "optimizer state",
+    "inputs",
+    "saved",
+    "activations",
+    "cotangents",
+    "gradients",
+    "other",
+)
+# More layers than this are not told apart; what is beyond, or too small to be seen, is one bar.
+MOST_LAYERS = 16
+SMALLEST = 0.005
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a bar."""
+
+    category: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What one layer, or value, holds at the peak of one program."""
+
+    program: str
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The length of the bar."""
+        return sum(part.nbytes for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The bars of one layer, or of one value where the function has no named scopes."""
+
+    name: str
+    bars: tuple[Bar, ...]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A footprint, what it is of, and its bars; `unit` says what they are of."""
+
+    subject: str
+    footprint: Footprint
+    unit: str
+    layers: tuple[Layer, ...]
+
+    @property
+    def largest(self) -> int:
+        """The length of the longest bar."""
+        return max((bar.nbytes for layer in self.layers for bar in layer.bars), default=0) or 1
+
+    @property
+    def categories(self) -> list[tuple[str, list[int]]]:
+        """Bytes by category in each program, without categories that are nowhere."""
+        found = [(c, [_by_category(x.rows)[c] for x in self.footprint.ledgers.values()]) for c in CATEGORIES]
+        return [(category, nbytes) for category, nbytes in found if any(nbytes)]
+
+
+def memory(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int],
+    args: Sequence[Any],
+    kwargs: Any,
+    setup: Setup | None,
+) -> Memory:
+    """The memory of a function and its gradient, or of a step of the training run on one of its minibatches."""
+    if setup is None:
+        return _bars("the function and its gradient", footprint(fun, argnums)(*args, **kwargs))
+    batches = setup.batches(jax.random.key(0)) if callable(setup.batches) else setup.batches
+    batch = next(iter(batches))
+    parts = batch if type(batch) in (tuple, list) else (batch,)
+    found = footprint(setup.loss, optimizer=setup.optimizer)(setup.params, *parts)
+    return _bars("the loss of one minibatch, and a whole training step", found)
+
+
+def _bars(subject: str, found: Footprint) -> Memory:
+    rows = [row for ledger in found.ledgers.values() for row in ledger.rows]
+    depth = _depth(rows)
+    unit = "layer" if depth else "value"
+
+    def group(row: Row) -> str:
+        if row.category == "unused":
+            return "gaps between buffers"
+        return "/".join(row.scope.split("/")[:depth]) or "outside of layers" if depth else row.name
+
+    totals: dict[str, int] = defaultdict(int)
+    for row in rows:
+        totals[group(row)] += row.nbytes
+    largest = sorted(totals, key=lambda name: -totals[name])[:MOST_LAYERS]
+    visible = SMALLEST * sum(totals.values())
+    kept = [name for name in totals if name in largest and totals[name] >= visible]
+    layers = [Layer(n, _of(found.ledgers, lambda row, n=n: group(row) == n)) for n in kept]
+    if len(kept) < len(totals):
+        rest = _of(found.ledgers, lambda row: group(row) not in kept)
+        layers.append(Layer(f"{len(totals) - len(kept)} others", rest))
+    return Memory(subject, found, unit, tuple(layers))
+
+
+def _of(ledgers: dict[str, Ledger], belongs: Callable[[Row], bool]) -> tuple[Bar, ...]:
+    bars = []
+    for program, ledger in ledgers.items():
+        sums = _by_category(row for row in ledger.rows if belongs(row))
+        bars.append(Bar(program, tuple(Part(c, n) for c, n in sums.items() if n)))
+    return tuple(bars)
+
+
+def _by_category(rows: Iterable[Row]) -> dict[str, int]:
+    sums = dict.fromkeys(CATEGORIES, 0)
+    for row in rows:
+        sums[row.category if row.category in sums else "other"] += row.nbytes
+    return sums
+
+
+def _depth(rows: Sequence[Row]) -> int:
+    """How many parts of a scope's name tell layers apart; 0 if there are no layers."""
+    paths = [row.scope.split("/") for row in rows if row.scope]
+    deepest = max(map(len, paths), default=0)
+    names = [len({tuple(path[:depth]) for path in paths}) for depth in range(deepest + 1)]
+    found = 0
+    for depth, count in enumerate(names):
+        if 1 < count <= MOST_LAYERS:
+            found = depth
+    return found
