@@ -205,6 +205,17 @@ def test_weight_decay_takes_one_product() -> None:
     assert_exact(squared_sum, params["w"], normal(N, 4))
 
 
+def test_layers_and_names_are_seen_through() -> None:
+    params = {"w": normal(4, 3, seed=1), "b": normal(3, seed=2)}
+
+    def loss(p: Any, x: Any, y: Any) -> Any:
+        h = fp.name(fp.layers.dense(x, p["w"], p["b"]), "h")
+        return fp.layers.softmax_cross_entropy(fp.layers.tanh(h), y).mean()
+
+    (row,) = assert_exact(loss, params, normal(N, 4), Y).rows
+    assert (row.leaves, row.products) == (("w", "b"), 3)
+
+
 @pytest.mark.parametrize("block_size", [1, 3, 100])
 def test_incomplete_blocks(block_size: int) -> None:
     params = {"w": normal(4, 5, seed=1), "s": normal(5, seed=2), "v": normal(5, 7, seed=3), "b": normal(7)}

@@ -26,6 +26,7 @@ from funcprop.curvature.piecewise import why_curved
 from funcprop.curvature.terms import terms
 from funcprop.flops import of_jaxpr
 from funcprop.graph import aligned
+from funcprop.layer_calls import without_marks
 from funcprop.registry import RuleSet
 
 Progress = Callable[[int, int], None]
@@ -207,6 +208,7 @@ class _Problem:
 
         closed = _compat.inlined(traced(flat, call.values, loss))
         jaxpr, constants = _compat.with_constants_as_inputs(closed)
+        jaxpr = without_marks(jaxpr)
         results = [v.aval for v in jaxpr.outvars]
         if [r.shape for r in results] != [()] or not jnp.issubdtype(results[0].dtype, jnp.floating):
             shown = ", ".join(r.str_short() for r in results)
@@ -256,11 +258,11 @@ def hessian_diagonal(
 
     `s` the examples that the loss keeps apart (found from its equations), `m` the positions that it mixes: by
     one product with that Hessian for every `(m, q)`, or for every `(i, q)`; or, where the loss is piecewise
-    affine from `Z` up to some outputs (in relu networks, and in the last layer of any), by one sweep backwards
-    for every output of an example, because the Gauss-Newton matrix is the Hessian there. Whichever takes the
-    fewest operations is taken. Any other leaf takes one product for each entry, and a penalty that is a sum
-    over entries (weight decay) one for all. `hessian_diagonal(loss).plan(params, *args)` says all this in
-    numbers before anything is computed.
+    affine from `Z` up to some outputs (in relu networks, and in the last layer of any), by one sweep
+    backwards for every output of an example, because the Gauss-Newton matrix is the Hessian there. Whichever
+    takes the fewest operations is taken. Any other leaf takes one product for each entry, and a penalty that
+    is a sum over entries (weight decay) one for all. `hessian_diagonal(loss).plan(params, *args)` says all
+    this in numbers before anything is computed.
 
     The result can be jitted, and should be if it is called repeatedly.
 
