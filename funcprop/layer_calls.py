@@ -142,3 +142,17 @@ def _why_not_whole(eqn: Any, boundary: Any) -> str | None:
     if list(boundary.outvars) != list(body.outvars):
         return "only some of its results are used"
     return None
+
+
+def without_marks(jaxpr: Any) -> Any:
+    """The jaxpr without what only marks values: the boundaries of layers, and names."""
+    renamed: dict[Any, Any] = {}
+    equations = []
+    for eqn in jaxpr.eqns:
+        operands = [v if isinstance(v, _compat.Literal) else renamed.get(v, v) for v in eqn.invars]
+        if eqn.primitive is boundary_p or eqn.primitive.name == "name":
+            renamed.update(zip(eqn.outvars, operands[len(operands) - len(eqn.outvars) :], strict=True))
+        else:
+            equations.append(eqn.replace(invars=operands))
+    outvars = [v if isinstance(v, _compat.Literal) else renamed.get(v, v) for v in jaxpr.outvars]
+    return jaxpr.replace(eqns=equations, outvars=outvars)

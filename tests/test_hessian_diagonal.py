@@ -177,6 +177,45 @@ def test_a_batch_that_mixes_is_still_exact() -> None:
     assert row.products == 4
 
 
+def test_weight_decay_takes_one_product() -> None:
+    params = {"w": normal(4, 3, seed=1), "b": normal(3, seed=2), "v": normal(3, 2, seed=3)}
+
+    def loss(p: Any, x: Any, λ: Any) -> Any:
+        penalty = sum(jnp.sum(w**2) for w in (p["w"], p["v"])) - jnp.sum(jnp.log(jnp.abs(p["v"])))
+        return (jnp.sum(jax.nn.logsumexp(jnp.tanh(x @ p["w"] + p["b"]) @ p["v"], -1)) + λ / 2 * penalty) / N
+
+    plan = assert_exact(loss, params, normal(N, 4), jnp.array(0.7))
+    assert sorted((row.leaves, row.form, row.products) for row in plan.rows) == [
+        (("v",), "directions", 1),
+        (("v",), "units", 2),
+        (("w",), "directions", 1),
+        (("w", "b"), "units", 3),
+    ]
+
+    def mixing(p: Any, x: Any) -> Any:  # what is added is no penalty: the norm is not a sum over entries
+        return jnp.sum(jnp.tanh(x @ p)) + jnp.linalg.norm(p) ** 3
+
+    plan = assert_exact(mixing, params["w"], normal(N, 4))
+    assert [row.products for row in plan.rows] == [12]
+
+    def squared_sum(p: Any, x: Any) -> Any:  # the sum is used twice, once in a square
+        total = jnp.sum(jnp.tanh(x @ p)) + jnp.sum(p**2)
+        return total**2 + total
+
+    assert_exact(squared_sum, params["w"], normal(N, 4))
+
+
+def test_layers_and_names_are_seen_through() -> None:
+    params = {"w": normal(4, 3, seed=1), "b": normal(3, seed=2)}
+
+    def loss(p: Any, x: Any, y: Any) -> Any:
+        h = fp.name(fp.layers.dense(x, p["w"], p["b"]), "h")
+        return fp.layers.softmax_cross_entropy(fp.layers.tanh(h), y).mean()
+
+    (row,) = assert_exact(loss, params, normal(N, 4), Y).rows
+    assert (row.leaves, row.products) == (("w", "b"), 3)
+
+
 @pytest.mark.parametrize("block_size", [1, 3, 100])
 def test_incomplete_blocks(block_size: int) -> None:
     params = {"w": normal(4, 5, seed=1), "s": normal(5, seed=2), "v": normal(5, 7, seed=3), "b": normal(7)}

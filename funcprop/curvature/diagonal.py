@@ -23,8 +23,10 @@ from funcprop.curvature.columns import Columns, choose, diagonal_of
 from funcprop.curvature.entries import find_nodes
 from funcprop.curvature.nodes import Node
 from funcprop.curvature.piecewise import why_curved
+from funcprop.curvature.terms import terms
 from funcprop.flops import of_jaxpr
 from funcprop.graph import aligned
+from funcprop.layer_calls import without_marks
 from funcprop.registry import RuleSet
 
 Progress = Callable[[int, int], None]
@@ -146,7 +148,7 @@ class HessianDiagonal:
             done = None if self.progress is None else _reporter(self.progress, columns, before, total)
             diagonal = diagonal_of(columns, data, dtype, done)
             for position, entries in columns.node.split(diagonal).items():
-                found[position - first] = entries.astype(found[position - first].dtype)
+                found[position - first] += entries.astype(found[position - first].dtype)
             before += columns.count
         return found
 
@@ -206,6 +208,7 @@ class _Problem:
 
         closed = _compat.inlined(traced(flat, call.values, loss))
         jaxpr, constants = _compat.with_constants_as_inputs(closed)
+        jaxpr = without_marks(jaxpr)
         results = [v.aval for v in jaxpr.outvars]
         if [r.shape for r in results] != [()] or not jnp.issubdtype(results[0].dtype, jnp.floating):
             shown = ", ".join(r.str_short() for r in results)
@@ -216,7 +219,8 @@ class _Problem:
         # Positional arguments come before keyword ones, so that the parameters are the first variables.
         positions = range(len(constants), len(constants) + len(paths))
         zero = tuple(i for i in positions if why_curved(jaxpr, i) is None)
-        nodes = find_nodes(jaxpr, [i for i in positions if i not in zero])
+        curved = [i for i in positions if i not in zero]
+        nodes = [node for term in terms(jaxpr, curved) for node in find_nodes(term, curved)]
         return cls(call, paths, jaxpr, constants, nodes, zero)
 
     @property
@@ -253,9 +257,12 @@ def hessian_diagonal(
         d[i, q] = Σ_{s, m, m'} a[s, m, i] a[s, m', i] ∂²L/∂Z[s, m, q]∂Z[s, m', q],
 
     `s` the examples that the loss keeps apart (found from its equations), `m` the positions that it mixes: by
-    one product with that Hessian for every `(m, q)` or every `(i, q)`, whichever takes fewer operations. Any
-    other leaf takes one product for each entry. `hessian_diagonal(loss).plan(params, *args)` says all this in
-    numbers before anything is computed.
+    one product with that Hessian for every `(m, q)`, or for every `(i, q)`; or, where the loss is piecewise
+    affine from `Z` up to some outputs (in relu networks, and in the last layer of any), by one sweep
+    backwards for every output of an example, because the Gauss-Newton matrix is the Hessian there. Whichever
+    takes the fewest operations is taken. Any other leaf takes one product for each entry, and a penalty that
+    is a sum over entries (weight decay) one for all. `hessian_diagonal(loss).plan(params, *args)` says all
+    this in numbers before anything is computed.
 
     The result can be jitted, and should be if it is called repeatedly.
 
