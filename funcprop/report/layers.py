@@ -85,7 +85,7 @@ def memory(
     kwargs: Any,
     setup: Setup | None,
 ) -> Memory:
-    """The memory of a function and its gradient, or of a step of the training run on one of its minibatches."""
+    """The memory of a function and its gradient, or of a training step on one of its minibatches."""
     if setup is None:
         return _bars("the function and its gradient", footprint(fun, argnums)(*args, **kwargs))
     batches = setup.batches(jax.random.key(0)) if callable(setup.batches) else setup.batches
@@ -111,7 +111,11 @@ def _bars(subject: str, found: Footprint) -> Memory:
     largest = sorted(totals, key=lambda name: -totals[name])[:MOST_LAYERS]
     visible = SMALLEST * sum(totals.values())
     kept = [name for name in totals if name in largest and totals[name] >= visible]
-    layers = [Layer(n, _of(found.ledgers, lambda row, n=n: group(row) == n)) for n in kept]
+
+    def within(name: str) -> Layer:
+        return Layer(name, _of(found.ledgers, lambda row: group(row) == name))
+
+    layers = [within(name) for name in kept]
     if len(kept) < len(totals):
         rest = _of(found.ledgers, lambda row: group(row) not in kept)
         layers.append(Layer(f"{len(totals) - len(kept)} others", rest))

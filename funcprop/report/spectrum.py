@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcprop.curvature import hessian
+from funcprop.curvature.hessian import hessian
 from funcprop.report.cost import Cost
 
 COUNT = 10
