@@ -111,7 +111,9 @@ def _replace(kernel: Kernel, value: Value, by: Value) -> None:
 
 
 def _scope(value: Value) -> str:
-    return "" if value.step is None else value.step.scope
+    if value.step is not None:
+        return value.step.scope
+    return value.users[0].scope if value.users else ""
 
 
 # --- order ------------------------------------------------------------------------------------

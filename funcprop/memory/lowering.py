@@ -227,6 +227,8 @@ def _is_view(eqn: Any, op: str) -> bool | str:
     """Whether the result is the operand's own buffer (True), or each result that of its operand ("each")."""
     if op in VIEWS:
         return True if len(eqn.outvars) == 1 else "each"
+    if not eqn.outvars:
+        return False
     if len(eqn.invars) == 2 and _is_identity(eqn, op):
         return True
     aval, result = getattr(eqn.invars[0], "aval", None) if eqn.invars else None, eqn.outvars[0].aval

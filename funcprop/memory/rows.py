@@ -96,12 +96,16 @@ class _Temporaries:
     def rows(self, time: Timeline, prefix: str) -> list[Row]:
         """The buffers that are live at the peak, those in loops included, and what gaps there are."""
         starts = {id(v): i for i, kernel in enumerate(time.order) for v in kernel.outputs}
+        readers: dict[int, list[str]] = {}
+        for kernel in time.order:
+            for value in kernel.reads:
+                readers.setdefault(id(value), []).append(kernel.root.scope)
         found = []
         for buffer in time.live:
             if isinstance(buffer.values[0], Step):
                 found += self._scratch(buffer.values[0], buffer.nbytes, time, prefix)
             else:
-                found.append(self._row(buffer, starts, time.at, prefix))
+                found.append(self._row(buffer, starts, readers, time.at, prefix))
         gaps = time.temporary - sum(row.nbytes for row in found)
         if gaps > 0:
             found.append(Row("gaps", clean(prefix), "unused", gaps, (gaps,), "uint8", "placement"))
@@ -114,21 +118,29 @@ class _Temporaries:
             return self.rows(time.inside[id(step)], scope)
         return [Row(step.op, clean(scope), "activations", nbytes, (nbytes,), "uint8", step.op)]
 
-    def _row(self, buffer: Buffer, starts: Mapping[int, int], at: int, prefix: str) -> Row:
+    def _row(
+        self,
+        buffer: Buffer,
+        starts: Mapping[int, int],
+        readers: Mapping[int, Sequence[str]],
+        at: int,
+        prefix: str,
+    ) -> Row:
+        """A buffer, by the value that it holds at a time."""
         values = [v for v in buffer.values if isinstance(v, Value)]
         value = [v for v in values if starts.get(id(v), 0) <= at][-1]
         step = value.step
         assert step is not None
         scope = _joined(prefix, step.scope)
-        name, category = value.name or step.op, self._category(value, scope)
+        name, category = value.name or step.op, self._category(value, scope, readers.get(id(value), ()))
         return _row(name, clean(scope), category, value, step.op)
 
-    def _category(self, value: Value, scope: str) -> Category:
+    def _category(self, value: Value, scope: str, later: Sequence[str]) -> Category:
+        """By the sweep that makes a value, and those of the kernels that read it."""
         step = value.step
         assert step is not None
         if step.op == "copy" and id(step.inputs[0]) in self.argument:
             return self.argument[id(step.inputs[0])][1]
-        later = [user.scope for user in value.users]
         if "transpose(" in scope:
             return "gradients" if any("transpose(" not in user for user in later) else "cotangents"
         if "optimizer" in scope.split("/"):

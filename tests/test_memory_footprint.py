@@ -1,0 +1,257 @@
+"""`fp.memory.footprint`: predicted against compiled bytes of real programs, purposes, traps, messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax import ShapeDtypeStruct
+
+import funcprop as fp
+from funcprop import _compat
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Any]:
+    """Footprints of programs as users compile them: the flags of the tests change what is compiled."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
+    script = Path(__file__).with_name("footprint_programs.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], env=kept, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# --- against the compiler ---------------------------------------------------------------------
+
+
+def test_exercise_3_prediction_is_exact(compiled: dict[str, Any]) -> None:
+    d, h, q, b = 784, 256, 10, 1024
+    formula = 4 * (h * d + q * h + b * d + b * h + b * q)
+    found = compiled["chapter"]["inference"]
+    assert (found["predicted"], found["compiled"]) == (formula, formula)
+
+
+def test_exercise_3_training_with_momentum(compiled: dict[str, Any]) -> None:
+    d, h, q, b = 784, 256, 10, 1024
+    p = h * d + q * h
+    formula = 4 * (p + b * d + b + p + 2 * b * h + p)
+    found = compiled["chapter"]["training"]
+    assert found["compiled"] == pytest.approx(formula, rel=1e-4)
+    assert found["predicted"] == pytest.approx(formula, rel=0.01)
+    by = {row["category"] for row in found["rows"]}
+    assert {"parameters", "optimizer state", "inputs", "saved", "cotangents"} <= by
+    state = sum(row["nbytes"] for row in found["rows"] if row["category"] == "optimizer state")
+    assert state == 4 * p
+
+
+@pytest.mark.parametrize("program", ["inference", "training"])
+@pytest.mark.parametrize("model", ["CNN", "LSTM", "transformer"])
+def test_predicted_is_near_compiled(compiled: dict[str, Any], model: str, program: str) -> None:
+    found = compiled[model][program]
+    assert found["compiled"] > 0
+    assert found["predicted"] == pytest.approx(found["compiled"], rel=0.15)
+
+
+def test_rows_add_up_and_saved_is_what_training_holds(compiled: dict[str, Any]) -> None:
+    for model in ("chapter", "CNN", "LSTM", "transformer"):
+        for program in ("inference", "training"):
+            found = compiled[model][program]
+            assert sum(row["nbytes"] for row in found["rows"]) == found["predicted"]
+            saved = sum(row["nbytes"] for row in found["rows"] if row["category"] == "saved")
+            assert (saved > 0) == (program == "training")
+
+
+def test_scopes_are_those_of_the_layers(compiled: dict[str, Any]) -> None:
+    rows = compiled["transformer"]["training"]["rows"]
+    scope = {row["name"]: row["scope"] for row in rows if row["category"] == "parameters"}
+    assert scope["params/Dense_0/kernel"] == "Transformer/Dense_0"
+    assert all("jvp(" not in row["scope"] and "transpose(" not in row["scope"] for row in rows)
+
+
+def test_recomputation_that_is_undone(compiled: dict[str, Any]) -> None:
+    undone, kept = compiled["checkpointed"], compiled["checkpointed with barriers"]
+    (said,) = [text for text in undone["warnings"] if "jax.checkpoint" in text]
+    assert said.startswith("training: what jax.checkpoint computes again is shared")
+    assert "scan" in said
+    if _compat.barrier_options(jax.default_backend()):
+        assert "cse_barrier_expander" in said
+        assert kept["training"]["compiled"] < 0.7 * undone["training"]["compiled"]
+        assert kept["training"]["predicted"] == pytest.approx(kept["training"]["compiled"], rel=0.05)
+        assert not any("jax.checkpoint" in text for text in kept["warnings"])
+
+
+def test_hidden_temporaries_and_the_peak_field(compiled: dict[str, Any]) -> None:
+    notes = compiled["CNN"]["warnings"]
+    if any("xla_cpu_experimental_ynn_fusion_type" in text for text in notes):
+        (said,) = [text for text in notes if "fused kernel" in text]
+        assert said.startswith("inference: the forward pass compiles to a fused kernel")
+    peak = compiled["CNN"]["training"]["fields"]["peak"]
+    assert any(f"peak_memory_in_bytes says {peak:,}, without the temporaries" in text for text in notes)
+
+
+def test_loops_are_counted_once_by_the_cost_analysis(compiled: dict[str, Any]) -> None:
+    assert any("counts the body of a loop once" in text for text in compiled["LSTM"]["warnings"])
+    assert not any("counts the body" in text for text in compiled["CNN"]["warnings"])
+
+
+def test_a_users_own_step(compiled: dict[str, Any]) -> None:
+    step, undonated = compiled["step"], compiled["step that donates nothing"]
+    for found in (step, undonated):
+        assert found["inference"] is None
+        assert found["training"]["predicted"] == pytest.approx(found["training"]["compiled"], rel=0.05)
+    purposes = {
+        row["name"]: row["category"] for row in step["training"]["rows"] if row["operator"] == "input"
+    }
+    assert purposes["a"] == "parameters"
+    assert purposes["state/0/mu/a"] == "optimizer state"
+    assert purposes["x"] == "inputs"
+    # Parameters, both moments and the count are held twice if they are not donated.
+    twice = 3 * 4 * (64 * 128 + 128 * 10) + 4
+    (said,) = [text for text in undonated["warnings"] if "donates nothing" in text]
+    assert f"{twice:,} bytes" in said
+    assert not any("donates nothing" in text for text in step["warnings"])
+
+
+# --- without compiling ------------------------------------------------------------------------
+
+
+def account(fun: Any, *args: Any, **options: Any) -> fp.memory.Footprint:
+    return fp.memory.footprint(fun, measure=False, **options)(*args)
+
+
+def f64(*dims: int) -> ShapeDtypeStruct:
+    return ShapeDtypeStruct(dims, "float64")
+
+
+def loss_of_params(w: Any, x: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.tanh(x @ w["a"]) @ w["b"])
+
+
+WEIGHTS = {"a": f64(8, 6), "b": f64(6, 4)}
+
+
+def test_a_gradient_returns_gradients_and_reads_parameters() -> None:
+    found = account(loss_of_params, WEIGHTS, f64(100, 8))
+    assert found.training is not None
+    assert found.training.compiled is None
+    assert found.training.ratio is None
+    by = found.training.by("category")
+    assert by["parameters"] == by["gradients"] == 8 * (8 * 6 + 6 * 4)
+    assert by["inputs"] == 8 * 100 * 8
+    assert by["saved"] == 8 * 100 * 6
+
+
+def test_a_prediction_is_pulled_back_from_given_cotangents() -> None:
+    found = account(lambda w, x: jnp.tanh(x @ w["a"]) @ w["b"], WEIGHTS, f64(100, 8))
+    assert found.training is not None
+    seeds = [row for row in found.training.rows if row.name == "∂J/∂result"]
+    assert [(row.shape, row.category, row.dtype) for row in seeds] == [((100, 4), "inputs", "float64")]
+
+
+def test_an_optimizer_adds_its_state_and_donation_takes_results_away() -> None:
+    p = 8 * (8 * 6 + 6 * 4)
+    plain = account(loss_of_params, WEIGHTS, f64(2000, 8), optimizer=optax.sgd(0.1)).training
+    adam = account(loss_of_params, WEIGHTS, f64(2000, 8), optimizer=optax.adam(0.1)).training
+    kept = account(loss_of_params, WEIGHTS, f64(2000, 8), optimizer=optax.adam(0.1), donate=False).training
+    assert plain is not None
+    assert adam is not None
+    assert kept is not None
+    assert adam.by("category")["optimizer state"] - 4 == 2 * p
+    assert 2 * p <= adam.predicted - plain.predicted <= 2 * p + 256
+    assert kept.predicted - adam.predicted == pytest.approx(3 * p, abs=600)
+    moments = [row for row in adam.rows if row.name == "state/0/mu/a"]
+    assert [row.nbytes for row in moments] == [8 * 8 * 6]
+
+
+def test_rules_change_what_is_kept() -> None:
+    x = ShapeDtypeStruct((4, 16, 16, 8), "float32")
+    pooled = lambda x: jnp.sum(nn.max_pool(x, (2, 2), (2, 2)) ** 2)  # noqa: E731
+    ours = account(pooled, x, rules=fp.rules.handwritten).training
+    plain = account(pooled, x, rules=fp.rules.autodiff).training
+    assert ours is not None
+    assert plain is not None
+    assert ours.predicted < 0.6 * plain.predicted
+
+
+def test_loops_hold_the_stacked_results_of_all_steps() -> None:
+    def loss(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.mean(jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, length=32)[0])
+
+    found = account(loss, f64(8, 8), f64(64, 8))
+    assert found.training is not None
+    assert found.inference is not None
+    stacked = [row for row in found.training.rows if row.shape == (32, 64, 8)]
+    assert stacked
+    assert {row.category for row in stacked} <= {"saved", "activations"}
+    assert found.training.predicted > 32 * 64 * 8 * 8 > found.inference.predicted
+
+
+def test_models_of_equinox_and_nnx() -> None:
+    net = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))
+    found = account(lambda net, x: jnp.sum(jax.vmap(net)(x) ** 2), net, f64(100, 4))
+    assert found.training is not None
+    assert "layers/0/weight" in {row.name for row in found.training.rows}
+
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.dense, self.norm = nnx.Linear(4, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nnx.silu(self.norm(self.dense(x)))
+
+    model = Net(nnx.Rngs(0))
+    before = model.norm.mean[...]
+    of_nnx = account(lambda net, x: jnp.sum(net(x)), model, ShapeDtypeStruct((32, 4), "float32"))
+    assert of_nnx.training is not None
+    kernel = next(row for row in of_nnx.training.rows if row.name == "dense/kernel")
+    assert (kernel.category, kernel.nbytes) == ("parameters", 48)
+    assert jnp.array_equal(model.norm.mean[...], before)
+
+
+def test_nothing_is_run() -> None:
+    ran = []
+
+    def loss(w: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda: ran.append(1))
+        return jnp.sum(w**2)
+
+    account(loss, jnp.ones(3))
+    assert not ran
+
+
+def test_text_and_json() -> None:
+    found = account(loss_of_params, WEIGHTS, f64(100, 8))
+    assert found.training is not None
+    text = str(found)
+    assert text.startswith("loss_of_params: bytes held at the peak")
+    assert f"{found.training.predicted:,}" in text
+    assert "of the forward sweep, kept for the backward sweep" in text
+    data = json.loads(found.json())
+    assert data["training"]["predicted"] == found.training.predicted
+    assert data["inference"]["compiled"] is None
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="kind='train' is not known; use one of loss, prediction, step"):
+        fp.memory.footprint(jnp.sin, kind="train")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="needs the gradient of one real scalar; return the loss"):
+        account(jnp.sin, f64(3), optimizer=optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"argnums=2, but the function was called with 1"):
+        account(jnp.sin, f64(3), argnums=2)
+    with pytest.raises(TypeError, match="has no derivative"):
+        account(jnp.abs, ShapeDtypeStruct((3,), "int32"))
+    with pytest.raises(TypeError, match="has_aux=True, but the function returns"):
+        account(jnp.sin, f64(3), has_aux=True)
