@@ -235,8 +235,9 @@ def temporary_bytes(compiled: Any) -> int:
 def barrier_options(platform: str) -> dict[str, str] | None:
     """Compiler options under which XLA keeps the recomputation that `jax.checkpoint` asks for.
 
-    Some versions of the CPU backend drop the barriers in front of it, so that common subexpressions are shared
-    and nothing is recomputed; an option leaves them in. Empty where none is needed, None where none helps.
+    Some versions of the CPU backend drop the barriers in front of it, so that common subexpressions are
+    shared and nothing is recomputed; an option leaves them in. Empty where none is needed, None where none
+    helps.
     """
     if platform != "cpu":
         return {}
