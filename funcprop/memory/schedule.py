@@ -18,8 +18,9 @@ heterogeneous chains", 2019), whose segments are recomputed in pieces; here a se
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,6 +58,18 @@ class Schedule(NamedTuple):
     peak: int
 
 
+# A cut point, and the live values that are held there.
+State = tuple[int, int]
+
+
+class Step(NamedTuple):
+    """A segment from a state, and the bytes that it adds to what is held there."""
+
+    before: State
+    segment: Segment
+    nbytes: int
+
+
 @dataclass(frozen=True)
 class Chain:
     """Cut points `0 … len(live) − 1`, the values live at each, the size of every value, and the segments."""
@@ -74,13 +87,37 @@ class Chain:
             mask ^= low
         return total
 
+    @property
+    def end(self) -> State:
+        """The state at which every path ends."""
+        return len(self.live) - 1, 0
+
+    @functools.cached_property
+    def steps(self) -> dict[State, list[Step]]:
+        """The segments as steps between states, by the state to which they lead, in order of cut points."""
+        into: list[list[Segment]] = [[] for _ in self.live]
+        for s in self.segments:
+            into[s.stop].append(s)
+        masks: list[list[int]] = [[0], *([] for _ in self.live[1:])]
+        found: dict[State, list[Step]] = {}
+        for stop in range(1, len(self.live)):
+            for s in into[stop]:
+                for mask in masks[s.start]:
+                    nbytes = self.size(s.held & ~mask) + s.extra
+                    state = stop, (mask | s.held) & self.live[stop]
+                    if state not in found:
+                        found[state] = []
+                        masks[stop].append(state[1])
+                    found[state].append(Step((s.start, mask), s, nbytes))
+        return found
+
     def schedule(self, segments: Sequence[Segment]) -> Schedule:
         """The numbers of a path."""
-        held, extra, flops, peak = 0, 0, 0, 0
+        held, nbytes, flops, peak = 0, 0, 0, 0
         for s in segments:
-            held, extra, flops = held | s.held, extra + s.extra, flops + s.flops
-            peak = max(peak, self.size(held) + extra + s.transient)
-        return Schedule(tuple(segments), self.size(held) + extra, flops, peak)
+            nbytes += self.size(s.held & ~held) + s.extra
+            held, flops, peak = held | s.held, flops + s.flops, max(peak, nbytes + s.transient)
+        return Schedule(tuple(segments), nbytes, flops, peak)
 
 
 class _Labels(NamedTuple):
@@ -88,84 +125,90 @@ class _Labels(NamedTuple):
 
     nbytes: np.ndarray
     flops: np.ndarray
-    segment: np.ndarray
+    step: np.ndarray
     previous: np.ndarray
-    parent: np.ndarray
 
 
 def frontier(chain: Chain, budget: float = np.inf, peak: float = np.inf) -> list[Schedule]:
     """All schedules within the budget and the peak that no other one beats in bytes and FLOPs."""
-    into: list[list[int]] = [[] for _ in chain.live]
-    for number, s in enumerate(chain.segments):
-        into[s.stop].append(number)
+    labels = _labels(chain, budget, peak)
+    return [_path(chain, labels, i) for i in range(_count(chain, labels))]
+
+
+def _quickest(chain: Chain, budget: float, peak: float) -> Schedule | None:
+    """The last of the frontier."""
+    labels = _labels(chain, budget, peak)
+    count = _count(chain, labels)
+    return _path(chain, labels, count - 1) if count else None
+
+
+def _count(chain: Chain, labels: Mapping[State, _Labels]) -> int:
+    return labels[chain.end].nbytes.size if chain.end in labels else 0
+
+
+def _labels(chain: Chain, budget: float, peak: float) -> dict[State, _Labels]:
     most = max(100, MOST_LABELS // max(len(chain.segments), 1))
-    zero, none = np.zeros(1, np.int64), np.full(1, -1)
-    groups: list[dict[int, _Labels]] = [{0: _Labels(zero, zero, none, none, none)}]
-    order: list[list[int]] = [[0]]
-    for stop in range(1, len(chain.live)):
-        pending: dict[int, list[_Labels]] = {}
-        for number in into[stop]:
-            s = chain.segments[number]
-            for parent, mask in enumerate(order[s.start]):
-                labels = groups[s.start][mask]
-                nbytes = labels.nbytes + (chain.size(s.held & ~mask) + s.extra)
-                fits = np.flatnonzero((nbytes <= budget) & (nbytes + s.transient <= peak))
-                if fits.size:
-                    same = np.full(fits.size, number), np.full(fits.size, parent)
-                    new = _Labels(nbytes[fits], labels.flops[fits] + s.flops, same[0], fits, same[1])
-                    pending.setdefault((mask | s.held) & chain.live[stop], []).append(new)
-        groups.append({mask: _undominated(found, most) for mask, found in pending.items()})
-        order.append(list(groups[-1]))
-    last = groups[-1].get(0)
-    if last is None:
-        return []
-    return [_path(chain, groups, order, i) for i in range(last.nbytes.size)]
+    zero = np.zeros(1, np.int64)
+    labels: dict[State, _Labels] = {(0, 0): _Labels(zero, zero, zero, zero)}
+    for state, into in chain.steps.items():
+        found = []
+        for number, step in enumerate(into):
+            if (before := labels.get(step.before)) is None:
+                continue
+            room = min(budget, peak - step.segment.transient) - step.nbytes
+            fits = int(before.nbytes.searchsorted(room, side="right"))
+            if fits:
+                flops = before.flops[:fits] + step.segment.flops
+                found.append((before.nbytes[:fits] + step.nbytes, flops, number))
+        if found:
+            labels[state] = _undominated(found, most)
+    return labels
 
 
-def _undominated(found: Sequence[_Labels], most: int) -> _Labels:
-    labels = _Labels(*(np.concatenate(column) for column in zip(*found, strict=True)))
-    by = np.lexsort((labels.flops, labels.nbytes))
-    least = np.minimum.accumulate(labels.flops[by])
-    better = np.concatenate([[True], least[1:] < least[:-1]])
-    chosen = by[better]
+def _undominated(found: Sequence[tuple[np.ndarray, np.ndarray, int]], most: int) -> _Labels:
+    nbytes, flops = (np.concatenate([entry[i] for entry in found]) for i in (0, 1))
+    counts = [entry[0].size for entry in found]
+    by = np.lexsort((flops, nbytes))
+    least = np.minimum.accumulate(flops[by])
+    chosen = by[np.concatenate([[True], least[1:] < least[:-1]])]
     if chosen.size > most:
-        sizes = labels.nbytes[chosen]
+        sizes = nbytes[chosen]
         buckets = (sizes - sizes[0]) * most // (sizes[-1] - sizes[0] + 1)
         # Of each bucket the last has the fewest FLOPs; the smallest of all stays.
         last = np.append(buckets[1:] != buckets[:-1], True)
         last[0] = True
         chosen = chosen[last]
-    return _Labels(*(column[chosen] for column in labels))
+    entry = np.repeat(np.arange(len(found)), counts)[chosen]
+    start = np.cumsum([0, *counts[:-1]])
+    steps = np.array([number for *_, number in found])
+    return _Labels(nbytes[chosen], flops[chosen], steps[entry], chosen - start[entry])
 
 
-def _path(
-    chain: Chain, groups: Sequence[dict[int, _Labels]], order: Sequence[Sequence[int]], label: int
-) -> Schedule:
+def _path(chain: Chain, labels: Mapping[State, _Labels], label: int) -> Schedule:
     segments: list[Segment] = []
-    node, mask = len(groups) - 1, 0
-    while node > 0:
-        labels = groups[node][mask]
-        s = chain.segments[labels.segment[label]]
-        segments.append(s)
-        node, mask, label = s.start, order[s.start][labels.parent[label]], labels.previous[label]
+    state = chain.end
+    while state != (0, 0):
+        at = labels[state]
+        step = chain.steps[state][at.step[label]]
+        segments.append(step.segment)
+        state, label = step.before, at.previous[label]
     return chain.schedule(segments[::-1])
 
 
 def cheapest(chain: Chain, budget: float, peak: float = np.inf) -> Schedule | None:
     """The schedule of the fewest FLOPs within the budget and the peak; among those, one of a low peak."""
-    found = frontier(chain, budget, peak)
-    if not found:
+    best = _quickest(chain, budget, peak)
+    if best is None:
         return None
-    best = found[-1]
     low, high = max(best.nbytes, 0), best.peak
     for _ in range(4):
         # The peak of any schedule is at least what some schedule of these FLOPs holds.
         middle = (low + high) // 2
         if middle >= high:
             break
-        narrower = frontier(chain, budget, middle)
-        if narrower and narrower[-1].flops <= best.flops:
-            best = narrower[-1]
+        narrower = _quickest(chain, budget, middle)
+        if narrower is not None and narrower.flops <= best.flops:
+            best = narrower
             high = best.peak
         else:
             low = middle + 1
