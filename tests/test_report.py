@@ -126,20 +126,13 @@ def test_steps_are_the_two_sweeps(chapter: fp.Report) -> None:
     assert adds[1] == ("l2_penalty", {"W1", "W2"})
 
 
-def test_products_follow_the_law_of_second_derivatives() -> None:
-    def mlp(weights: Any, x: Any) -> Any:
-        for w in weights:
-            x = jnp.tanh(x @ w)
-        return jnp.sum(x)
-
-    n = 4
-    page = fp.report(mlp)([jnp.ones((3, 3))] * n, jnp.ones((2, 3)))
-    forward, gradient, product = (p.products for p in page.cost.programs)
-    # With weights alone differentiated, the product with respect to the input is left out.
-    assert (forward, gradient) == (n, 3 * n - 1)
-    assert product > gradient
-    assert sum(k.flops for k in page.cost.kinds) == page.graph.flops
-    assert page.parameters == n * 9
+def test_operators_and_their_cost(chapter: fp.Report) -> None:
+    assert sum(kind.flops for kind in chapter.kinds) == chapter.graph.flops
+    assert sum(kind.count for kind in chapter.kinds) == len(chapter.graph)
+    # W1 x and W2 h; backwards two outer products and W2ᵀ ∂J/∂o.
+    assert chapter.cost["value"].predicted.products == 2
+    assert chapter.cost["gradient"].predicted.products == 5
+    assert chapter.parameters == 3 * 4 + 2 * 3
 
 
 def test_values_in_a_loop_are_in_the_node_of_the_loop() -> None:
@@ -238,14 +231,19 @@ def blocks(count: int) -> fp.Report:
     def deep(weights: Any, x: Any) -> Any:
         for i, w in enumerate(weights):
             with jax.named_scope(f"a_block_with_a_long_name_{i}"):
-                x = x + jnp.tanh(x @ w) * jnp.exp(-(x**2)) / jnp.sqrt(1 + x**2)
+                x = x + jnp.tanh(x @ w) * jnp.exp(-x)
         return jnp.sum(x)
 
     return fp.report(deep)([jnp.ones((30, 30))] * count, jnp.linspace(0, 1, 60).reshape(2, 30))
 
 
-def test_repeated_blocks_are_drawn_once_and_add_little_but_their_numbers() -> None:
-    small, large = blocks(3), blocks(9)
+@pytest.fixture(scope="module")
+def three_blocks() -> fp.Report:
+    return blocks(3)
+
+
+def test_repeated_blocks_are_drawn_once_and_add_little_but_their_numbers(three_blocks: fp.Report) -> None:
+    small, large = three_blocks, blocks(6)
     data = data_of(large)
     members = [m for node in data["nodes"] if node["kind"] == "operator" for m in node["members"]]
     assert sorted(members) == list(range(len(large.graph)))
@@ -362,3 +360,48 @@ def test_setup_that_fails_is_the_users_to_mend(module: Any) -> None:
     assert result.exit_code == 1
     assert "setup() of its module failed" in result.stderr
     assert "return 1 / 0" in result.stderr
+
+
+# --- memory, cost, curvature ------------------------------------------------------------------
+
+
+def test_bars_of_memory_add_up_to_the_ledger(three_blocks: fp.Report) -> None:
+    memory = three_blocks.memory
+    assert memory.unit == "layer"
+    for i, ledger in enumerate(memory.footprint.ledgers.values()):
+        bars = [layer.bars[i] for layer in memory.layers]
+        assert sum(bar.nbytes for bar in bars) == ledger.predicted == sum(row.nbytes for row in ledger.rows)
+        by_category = {category: sums[i] for category, sums in memory.categories}
+        assert sum(by_category.values()) == ledger.predicted
+        assert by_category["parameters"] == ledger.by("category")["parameters"]
+    names = [layer.name for layer in memory.layers if layer.name.startswith("a_block")]
+    assert names == [f"a_block_with_a_long_name_{i}" for i in range(3)]
+    inference, training = memory.layers[0].bars
+    assert inference.nbytes < training.nbytes
+
+
+def test_memory_of_a_training_step_has_the_optimizers_state(chapter: fp.Report) -> None:
+    adam = fp.training.Setup(
+        lambda w, x: jnp.sum((w - x) ** 2), jnp.zeros(100), [(jnp.ones(100),)], optax.adam(0.1)
+    )
+    memory = fp.report(lambda w, x: jnp.sum((w - x) ** 2), setup=adam, epochs=1)(
+        jnp.zeros(100), jnp.ones(100)
+    ).memory
+    sums = dict(memory.categories)
+    assert sums["optimizer state"][0] == 0
+    assert sums["optimizer state"][1] >= 2 * 800
+    assert memory.unit == "value"
+
+
+def test_the_top_of_the_spectrum_is_that_of_the_matrix() -> None:
+    def bowl(w: Any, scale: Any) -> Any:
+        return jnp.sum(scale * w**2) / 2 + jnp.prod(w[:2])
+
+    scale, w = jnp.linspace(-1.0, 3.0, 15), jnp.ones(15)
+    found = fp.report(bowl, argnums=0)(w, scale).spectrum
+    assert found is not None
+    expected = np.linalg.eigvalsh(jax.hessian(bowl)(w, scale))[::-1][:10]
+    np.testing.assert_allclose(found.values, expected, atol=1e-10)
+    # The second argument may be the one that is differentiated by; of two there is no spectrum.
+    assert fp.report(bowl, argnums=1)(w, scale).spectrum.values == pytest.approx([0.0] * 10, abs=1e-12)
+    assert fp.report(bowl, argnums=(0, 1))(w, scale).spectrum is None

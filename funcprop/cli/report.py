@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 import funcprop as fp
-from funcprop.cli.backward import parse_argnums
+from funcprop.cli.options import ArgnumsOrAll, AsJson, TargetName, parse_argnums
 from funcprop.cli.output import Output, digits, emit, number
 from funcprop.cli.target import Target, TargetError, load, users_code
 from funcprop.cli.train import as_setup
@@ -23,11 +23,9 @@ from funcprop.training import Setup
 
 
 def report(
-    target: Annotated[str, typer.Argument(help="module:function, file.py:function or chapter")],
+    target: TargetName,
     out: Annotated[Path | None, typer.Option(help="file to write; the function's name if not given")] = None,
-    argnums: Annotated[
-        str, typer.Option(help="positions of the arguments to differentiate, as 0 or 0,2; or all")
-    ] = "0",
+    argnums: ArgnumsOrAll = "0",
     epochs: Annotated[int, typer.Option(min=1, help="of the training run that setup() describes")] = 10,
     examples: Annotated[
         bool, typer.Option("--examples", help="embed the entries of data and labels, not only statistics")
@@ -35,7 +33,7 @@ def report(
     depth: Annotated[
         int | None, typer.Option(min=0, help="collapse scopes that have this many around them; 0 for all")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """A page to open in a browser: the graph, both sweeps step by step, equations, memory, cost, training."""
     options = {"epochs": epochs, "examples": examples, "depth": depth}

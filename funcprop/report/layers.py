@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,7 @@ def memory(
     setup: Setup | None,
 ) -> Memory:
     """The memory of a function and its gradient, or of a training step on one of its minibatches."""
+    """The memory of a function and its gradient, or of a step of the training run on one minibatch."""
     if setup is None:
         return _bars("the function and its gradient", footprint(fun, argnums)(*args, **kwargs))
     batches = setup.batches(jax.random.key(0)) if callable(setup.batches) else setup.batches
@@ -116,16 +118,26 @@ def _bars(subject: str, found: Footprint) -> Memory:
         return Layer(name, _of(found.ledgers, lambda row: group(row) == name))
 
     layers = [within(name) for name in kept]
+    kept = sorted(kept, key=_natural) if depth else kept
+    outermost = {name.partition("/")[0] for name in kept if "/" in name}
+    # What all layers are in says nothing of any.
+    shared = outermost.pop() + "/" if depth and len(outermost) == 1 else ""
+    layers = [Layer(n.removeprefix(shared), _of(found.ledgers, {n}, group)) for n in kept]
     if len(kept) < len(totals):
-        rest = _of(found.ledgers, lambda row: group(row) not in kept)
+        rest = _of(found.ledgers, totals.keys() - kept, group)
         layers.append(Layer(f"{len(totals) - len(kept)} others", rest))
     return Memory(subject, found, unit, tuple(layers))
 
 
-def _of(ledgers: dict[str, Ledger], belongs: Callable[[Row], bool]) -> tuple[Bar, ...]:
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts `Block_2` before `Block_10`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _of(ledgers: dict[str, Ledger], groups: Collection[str], group: Callable[[Row], str]) -> tuple[Bar, ...]:
     bars = []
     for program, ledger in ledgers.items():
-        sums = _by_category(row for row in ledger.rows if belongs(row))
+        sums = _by_category(row for row in ledger.rows if group(row) in groups)
         bars.append(Bar(program, tuple(Part(c, n) for c, n in sums.items() if n)))
     return tuple(bars)
 

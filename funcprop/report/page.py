@@ -15,7 +15,7 @@ import jax
 import jinja2
 from markupsafe import Markup
 
-from funcprop.drawing.picture import bytes_text
+from funcprop.graph import bytes_text
 from funcprop.report.contents import contents
 from funcprop.report.equations import equations
 
@@ -36,7 +36,7 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": bytes_text, "digits": digits, "count": lambda n: f"{n:,}"}
+    environment.filters |= {"bytes": bytes_text, "digits": digits, "count": _count, "amount": _amount}
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     script = "(() => {\n" + "\n".join(map(_asset, _SCRIPTS)) + "\n})();"
     written = equations(report)
@@ -61,6 +61,26 @@ def _asset(name: str) -> str:
     return (_ASSETS / name).read_text("utf-8")
 
 
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def _count(number: int) -> str:
+    return f"{number:,}"
+
+
+def _amount(number: int, unit: str) -> str:
+    """A number in a table of costs: bytes, or a count that is rounded when it is large."""
+    if unit == "bytes":
+        return bytes_text(number)
+    return _count(number) if number < 1_000_000 else _scientific(f"{number:.2e}")
+
+
 def digits(number: Any) -> str:
     """Four significant digits, or a dash."""
-    return "–" if number is None else f"{number:.4g}".replace("-", "−")
+    return "–" if number is None else _scientific(f"{number:.4g}").replace("-", "−")
+
+
+def _scientific(text: str) -> str:
+    """`1.5e-07` as `1.5 · 10⁻⁷`."""
+    mantissa, e, exponent = text.partition("e")
+    return f"{mantissa} · 10{str(int(exponent)).translate(_SUPERSCRIPT)}" if e else text

@@ -20,11 +20,12 @@ from funcprop.equations import Derivation, derive
 from funcprop.graph import Graph
 from funcprop.objective import Argnums, positions
 from funcprop.registry import RuleSet
-from funcprop.report.cost import Cost, cost
+from funcprop.report.cost import Kind, kinds
 from funcprop.report.curves import Curves, train
 from funcprop.report.inspection import Inspection, Quantity, first_nonfinite, inspect
 from funcprop.report.layers import Memory, memory
 from funcprop.report.spectrum import Top, top
+from funcprop.second_order_cost import SecondOrderCost, second_order_cost
 from funcprop.training import Setup
 
 # Up to this many values are all in the table.
@@ -51,7 +52,7 @@ class Report:
     inspection: Inspection = field(repr=False)
     value: float | None
     nonfinite: str | None
-    cost: Cost = field(repr=False)
+    cost: SecondOrderCost = field(repr=False)
     memory: Memory = field(repr=False)
     spectrum: Top | None = field(repr=False, default=None)
     curves: Curves | None = field(repr=False, default=None)
@@ -71,6 +72,11 @@ class Report:
     def value_bytes(self) -> int:
         """The bytes of everything that the forward sweep stores, arguments included."""
         return sum(v.nbytes or 0 for v in self.graph.variables)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The operators of the function by kind."""
+        return kinds(self.graph)
 
     @property
     def rows(self) -> list[Quantity]:
@@ -105,7 +111,8 @@ class Report:
             "parameters": self.parameters,
             "first_nonfinite": self.nonfinite,
             "variables": [asdict(q) for q in self.inspection.quantities.values()],
-            "cost": asdict(self.cost),
+            "cost": self.cost.as_dict(),
+            "operators": [asdict(kind) for kind in self.kinds],
             "memory": {"of": self.memory.subject, **self.memory.footprint.as_dict()},
             "eigenvalues": None if self.spectrum is None else asdict(self.spectrum),
             "training": None if self.curves is None else asdict(self.curves),
@@ -172,7 +179,7 @@ def report(
         is_concrete = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in traced.leaves)
         propagation = backprop(fun, argnums, rules=rules)(*args, **kwargs) if is_concrete else None
         numbers = _all_smooth(args) if argnums is None else positions(argnums)
-        costs = cost(traced.graph, fun, numbers, args, kwargs)
+        costs = second_order_cost(fun, argnums, rules=rules, repeats=3, patience=2.0)(*args, **kwargs)
         return Report(
             traced.graph.name if title is None else title,
             derivation,

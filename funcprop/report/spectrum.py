@@ -13,10 +13,12 @@ import numpy as np
 
 from funcprop.curvature.hessian import hessian
 from funcprop.report.cost import Cost
+from funcprop.second_order_cost import SecondOrderCost
+from funcprop.second_order_programs import FORWARD
 
 COUNT = 10
-# Of more parameters, or with a dearer product, it would take longer than a reader of the page would wait.
-MOST_PARAMETERS, MOST_FLOPS = 300_000, 2_000_000_000
+# Of more parameters, or if a product takes longer, it is left out: some 64 to 320 products are needed.
+MOST_PARAMETERS, MOST_SECONDS = 300_000, 0.1
 # Up to this many parameters, the matrix itself is decomposed.
 FEW_PARAMETERS = 400
 
@@ -31,11 +33,16 @@ class Top:
 
 
 def top(
-    fun: Callable[..., Any], argnums: int | Sequence[int], args: Sequence[Any], kwargs: Any, cost: Cost
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int],
+    args: Sequence[Any],
+    kwargs: Any,
+    cost: SecondOrderCost,
 ) -> Top | None:
     """The top of the spectrum; None if it takes too long, or several arguments are differentiated by."""
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    if len(numbers) != 1 or cost.programs[-1].flops > MOST_FLOPS:
+    product = cost[FORWARD].measured
+    if len(numbers) != 1 or product is None or (product.seconds or 0) > MOST_SECONDS:
         return None
     at = numbers[0] % len(args)
     leaves = jax.tree.leaves(args[at])

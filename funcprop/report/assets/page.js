@@ -21,8 +21,9 @@ function digits(x) {
   if (x === null || x === undefined) return "–";
   if (x === 0) return "0";
   const size = Math.abs(x);
-  const text = size >= 1e5 || size < 1e-3 ? x.toExponential(2) : String(Number(x.toPrecision(4)));
-  return text.replace(/-/g, "−");
+  if (size < 1e5 && size >= 1e-3) return String(Number(x.toPrecision(4))).replace("-", "−");
+  const [mantissa, exponent] = x.toExponential(2).replace("e+", "e").split("e");
+  return `${mantissa.replace("-", "−")} · 10${[...exponent].map((c) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(c)]).join("")}`;
 }
 
 function bytes(n) {

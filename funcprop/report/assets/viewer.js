@@ -37,17 +37,19 @@ const arrows = [...picture.querySelectorAll(".funcprop-edge")].map((group) => {
 
 // The part that is seen has the shape of the canvas, so that nothing is distorted or cut off.
 function apply() {
-  const shape = canvas.clientWidth / Math.max(canvas.clientHeight, 1);
+  if (!canvas.clientWidth || !canvas.clientHeight) return;
+  const shape = canvas.clientWidth / canvas.clientHeight;
   const width = Math.max(view.width, view.height * shape), height = width / shape;
   const x = view.x - (width - view.width) / 2, y = view.y - (height - view.height) / 2;
   view = { x, y, width, height };
   picture.setAttribute("viewBox", `${x} ${y} ${width} ${height}`);
 }
 
-const scale = () => canvas.clientWidth / view.width;
+const scale = () => Math.max(canvas.clientWidth, 1) / view.width;
 
 // A wide graph starts at its input, at a size that can be read.
 function fit(everything) {
+  isFitted = canvas.clientWidth > 0 && canvas.clientHeight > 0;
   view = { ...full };
   apply();
   const wanted = everything ? scale() : Math.min(Math.max(scale(), 0.6), 2.2);
@@ -123,7 +125,12 @@ for (const kind of ["pointerup", "pointercancel"]) {
     canvas.classList.remove("dragging");
   });
 }
-new ResizeObserver(apply).observe(canvas);
+// It has no size until the page is laid out.
+let isFitted = false;
+new ResizeObserver(() => {
+  if (isFitted) apply();
+  else if (canvas.clientWidth && canvas.clientHeight) fit(false);
+}).observe(canvas);
 
 // --- nodes ------------------------------------------------------------------------------------
 
