@@ -199,8 +199,10 @@ def _differentiate(bound: BoundRule, primals: Any, tangents: Any) -> tuple[Array
         saved = [*extra, *(r for r, is_read in zip(residuals, read, strict=True) if is_read)]
         linear = LinearMap(pullback, None, tuple(smooth_avals))
     else:
-        saved = residuals
-        linear = LinearMap(backward, pushforward, tuple(smooth_avals))
+        inputs = [arguments[i].to_tangent_aval() for i in perturbed]
+        programs = _as_jaxpr(backward, residuals, smooth_avals), _as_jaxpr(pushforward, residuals, inputs)
+        saved, (pullback, pushed_by_rule) = _on_shared(programs, residuals)
+        linear = LinearMap(pullback, pushed_by_rule, tuple(smooth_avals))
     pushed = linear_p.bind(*saved, *(tangents[i] for i in perturbed), linear=linear, residuals=len(saved))
     full_tangents: list[Any] = [_compat.zero_tangent(aval) for aval in result_avals]
     for i, tangent in zip(smooth, pushed, strict=True):
@@ -231,6 +233,26 @@ def _as_jaxpr(
         return _compat.evaluate(pruned, (), [*first, *given, *cts])
 
     return program, read, extra
+
+
+def _on_shared(programs: Sequence[Any], residuals: Arrays) -> tuple[Arrays, list[Callable[..., Arrays]]]:
+    """Several programs of `_as_jaxpr`, on the same values: what any of them reads, and these programs."""
+    kept = [i for i in range(len(residuals)) if any(read[i] for _, read, _ in programs)]
+    extras = [extra for _, _, extra in programs]
+    saved = [*(value for extra in extras for value in extra), *(residuals[i] for i in kept)]
+
+    def on_shared(program: Any, read: Sequence[bool], first: int, count: int) -> Callable[..., Arrays]:
+        def call(saved: Arrays, inputs: Arrays) -> Arrays:
+            pairs = zip(kept, saved[len(saved) - len(kept) :], strict=True)
+            return program([*saved[first : first + count], *(x for i, x in pairs if read[i])], inputs)
+
+        return call
+
+    starts = [sum(map(len, extras[:k])) for k in range(len(extras))]
+    return saved, [
+        on_shared(program, read, start, len(extra))
+        for (program, read, extra), start in zip(programs, starts, strict=True)
+    ]
 
 
 # --- the linear primitive ---------------------------------------------------------------------

@@ -22,38 +22,47 @@ def matrices(request: pytest.FixtureRequest) -> dict[str, tuple[jax.Array, jax.A
     of_batch = batched(model)
     flat, unravel = ravel_pytree(model.params)
 
-    def all_of(params, flat, x):
+    names = list(LOSSES)
+    targets = tuple(loss.targets(EXAMPLES, model.outputs) for loss in LOSSES.values())
+
+    def of_outputs(outputs, ys):
+        return jnp.stack([mean(loss)(outputs, y) for loss, y in zip(LOSSES.values(), ys, strict=True)])
+
+    def of_params(params, x, ys, weights):
+        return weights @ of_outputs(of_batch(params, x), ys)
+
+    def all_of(params, flat, x, targets):
         outputs = of_batch(params, x)
         jacobian = jax.jacrev(lambda flat: of_batch(unravel(flat), x).ravel())(flat)
-        found = {}
-        for name, loss in LOSSES.items():
-            y = loss.targets(EXAMPLES, model.outputs)
-            of_outputs = mean(loss)
-
-            def of_params(params, x, y, of_outputs=of_outputs):
-                return of_outputs(of_batch(params, x), y)
-
-            inner = jax.hessian(lambda o, f=of_outputs, y=y: f(o.reshape(outputs.shape), y))(outputs.ravel())
-            found[f"hessian, {name}"] = (
-                fp.hessian(of_params)(params, x, y).dense(),
-                jax.hessian(lambda flat, f=of_params, y=y: f(unravel(flat), x, y))(flat),
-            )
-            found[f"ggn, {name}"] = (
-                fp.ggn(of_batch, of_outputs)(params, x, y).dense(),
-                jacobian.T @ inner @ jacobian,
-            )
+        inner = jax.hessian(lambda o: of_outputs(o.reshape(outputs.shape), targets))(outputs.ravel())
+        references = {
+            "hessian": jax.hessian(lambda flat: of_outputs(of_batch(unravel(flat), x), targets))(flat),
+            "ggn": jnp.einsum("op,noq,qr->npr", jacobian, inner, jacobian),
+        }
+        # The losses one after the other, chosen by their weights, are one program.
+        each = jnp.eye(len(LOSSES))
+        G = fp.ggn(of_batch, lambda outputs, chosen: chosen[1] @ of_outputs(outputs, chosen[0]))
+        ours = {
+            "hessian": jax.lax.map(lambda w: fp.hessian(of_params)(params, x, targets, w).dense(), each),
+            "ggn": jax.lax.map(lambda w: G(params, x, (targets, w)).dense(), each),
+        }
+        found = {
+            f"{operator}, {name}": (ours[operator][n], references[operator][n])
+            for operator in ours
+            for n, name in enumerate(names)
+        }
         # Diagonals have programs of their own; one loss for each model is enough to find what they mistake.
-        name = list(LOSSES)[list(MODELS).index(request.param) % len(LOSSES)]
-        y, of_outputs = LOSSES[name].targets(EXAMPLES, model.outputs), mean(LOSSES[name])
+        number = list(MODELS).index(request.param) % len(LOSSES)
+        name, y, of_one = names[number], targets[number], mean(LOSSES[names[number]])
         for operator, at in (
-            ("hessian", fp.hessian(lambda p: of_outputs(of_batch(p, x), y))(params)),
-            ("ggn", fp.ggn(of_batch, of_outputs)(params, x, y)),
+            ("hessian", fp.hessian(lambda p: of_one(of_batch(p, x), y))(params)),
+            ("ggn", fp.ggn(of_batch, of_one)(params, x, y)),
         ):
             diagonal = ravel_pytree(at.diagonal())[0]
             found[f"diagonal of {operator}"] = diagonal, jnp.diagonal(found[f"{operator}, {name}"][1])
         return found
 
-    return jax.jit(all_of)(model.params, flat, model.x)
+    return jax.jit(all_of)(model.params, flat, model.x, targets)
 
 
 @pytest.mark.parametrize(("operator", "loss"), [(o, loss) for o in ("hessian", "ggn") for loss in LOSSES])

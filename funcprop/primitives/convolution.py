@@ -285,6 +285,14 @@ def _backward(choose: Chooser, residuals: Operands, g: Any, needs: Any, **static
     return x_cotangent, w_cotangent
 
 
+def _jvp(choose: Chooser, residuals: Operands, tangents: Any, **static: Any) -> Any:
+    """Linear in each operand: as the value is computed, so are the tangents."""
+    (x, w), (x_dot, w_dot) = residuals, tangents
+    pairs = [(a, b) for a, b in ((x_dot, w), (x, w_dot)) if a is not None and b is not None]
+    terms = [_forward(choose, *pair, **static)[0] for pair in pairs]
+    return terms[0] if len(terms) == 1 else lax.add(*terms)
+
+
 def _input_cotangent(w: Any, g: Any, static: Any, geometry: Geometry) -> Any:
     lhs, _, out = static["dimension_numbers"]
     matrix = _kernel_matrix(w, static, geometry)
@@ -354,6 +362,7 @@ def rule(choose: Chooser = plan) -> Rule:
         partial(_equations, choose),
         platforms=frozenset({"cpu"}),
         applies=partial(_applies, choose),
+        jvp=partial(_jvp, choose),
     )
 
 

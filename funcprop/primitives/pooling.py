@@ -100,6 +100,31 @@ def _pooled(x: Any, relu: bool, moved: bool, window: dict[str, Any]) -> tuple[An
     return y, tap
 
 
+def _jvp(residuals: Positions, tangents: Any, **window: Any) -> Any:
+    """The tangent at the position of each maximum."""
+    (x_dot,) = tangents
+    order = _order(x_dot.shape, window)
+    y_dot = _taken(residuals.tap, lax.transpose(x_dot, order), _reordered(window, order))
+    return lax.transpose(y_dot, _inverse(order))
+
+
+def _taken(tap: Any, x: Any, window: dict[str, Any]) -> Any:
+    """Of every window the entry at its tap; nothing is at no tap."""
+    dimensions, strides, dilation = _window(window)
+    zero = np.array(0, x.dtype)
+    padded = lax.pad(x, zero, [(lo, hi, 0) for lo, hi in window["padding"]])
+    total: Any = None
+    for k, offset in enumerate(_taps(dimensions)):
+        start = [o * d for o, d in zip(offset, dilation, strict=True)]
+        limit = [a + (n - 1) * s + 1 for a, n, s in zip(start, tap.shape, strides, strict=True)]
+        here = lax.slice(padded, start, limit, strides)
+        term = lax.select(
+            lax.eq(tap, lax.full(tap.shape, k, tap.dtype)), here, lax.full(tap.shape, 0, x.dtype)
+        )
+        total = term if total is None else lax.add(total, term)
+    return total
+
+
 def _backward(residuals: Positions, g: Any, needs: Any, **window: Any) -> tuple[Any]:
     shape = residuals.x.shape
     order = _order(shape, window)
@@ -283,6 +308,7 @@ def rule(*, relu: bool = False, minimum: bool = False, everywhere: bool = False)
         partial(_equations, relu=relu, minimum=minimum),
         platforms=frozenset({"cpu"}),
         applies=partial(_applies, relu=relu, everywhere=everywhere),
+        jvp=_jvp,
     )
 
 
