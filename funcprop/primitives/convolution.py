@@ -121,7 +121,8 @@ def plan(g: Geometry) -> Plan:
     return Plan(margin, weight=rows >= 8192 and wide, input=narrowing if strided else g.inputs <= 3)
 
 
-def _geometry(x: Any, w: Any, static: Any) -> Geometry:
+def geometry_of(x: Any, w: Any, static: Any) -> Geometry:
+    """The sizes of a convolution of `x` by `w` with these parameters."""
     lhs, rhs, _ = static["dimension_numbers"]
     kernel = tuple(w.shape[a] for a in rhs[2:])
     spatial = tuple(x.shape[a] for a in lhs[2:])
@@ -149,7 +150,7 @@ def _taps(static: Any, geometry: Geometry) -> Iterator[tuple[list[int], list[int
         yield start, [a + (n - 1) * s + 1 for a, n, s in ends]
 
 
-def _patches(x: Any, static: Any, geometry: Geometry) -> Any:
+def patches_of(x: Any, static: Any, geometry: Geometry) -> Any:
     """The input as a matrix: a row for each output position, a column for each tap and channel."""
     zero = np.array(0, x.dtype)
     x = lax.pad(x, zero, [(0, 0, 0), *((lo, hi, 0) for lo, hi in static["padding"]), (0, 0, 0)])
@@ -162,7 +163,7 @@ def _patches(x: Any, static: Any, geometry: Geometry) -> Any:
 
 
 def _sum_of_patches(patches: Any, static: Any, geometry: Geometry) -> Any:
-    """The transpose of `_patches` (col2im): every entry of a patch is added where it was taken from."""
+    """The transpose of `patches_of` (col2im): every entry of a patch is added where it was taken from."""
     patches = patches.reshape(-1, *geometry.output, geometry.columns)
     padded = [n + lo + hi for n, (lo, hi) in zip(geometry.input, static["padding"], strict=True)]
     zero = np.array(0, patches.dtype)
@@ -178,7 +179,8 @@ def _sum_of_patches(patches: Any, static: Any, geometry: Geometry) -> Any:
     return lax.pad(total, zero, [(0, 0, 0), *inside, (0, 0, 0)])
 
 
-def _channels_last(x: Any, spec: Sequence[int]) -> Any:
+def with_channels_last(x: Any, spec: Sequence[int]) -> Any:
+    """The axes of `x` in the order batch, space, channels."""
     return lax.transpose(x, (spec[0], *spec[2:], spec[1]))
 
 
@@ -259,7 +261,7 @@ def _with_margin(x: Any, w: Any, static: Any) -> Any:
 
 
 def _forward(choose: Chooser, x: Any, w: Any, **static: Any) -> tuple[Any, Operands]:
-    margin = choose(_geometry(x, w, static)).margin
+    margin = choose(geometry_of(x, w, static)).margin
     y = _with_margin(x, w, static) if margin else lax.conv_general_dilated(x, w, **static)
     return y, Operands(x, w)
 
@@ -267,7 +269,7 @@ def _forward(choose: Chooser, x: Any, w: Any, **static: Any) -> tuple[Any, Opera
 def _backward(choose: Chooser, residuals: Operands, g: Any, needs: Any, **static: Any) -> tuple[Any, Any]:
     x, w = residuals
     need_x, need_w = needs
-    geometry = _geometry(x, w, static)
+    geometry = geometry_of(x, w, static)
     chosen = choose(geometry)
 
     def convolve(x: Any, w: Any) -> Any:
@@ -293,7 +295,7 @@ def _input_cotangent(w: Any, g: Any, static: Any, geometry: Geometry) -> Any:
         patches = _product(g.reshape(-1, geometry.outputs), matrix, (1, 1), static)
         return _sum_of_patches(patches, static, geometry).astype(w.dtype)
 
-    x = _mapped_in_chunks(of_chunk, chunk(geometry), _channels_last(g, out))
+    x = _mapped_in_chunks(of_chunk, chunk(geometry), with_channels_last(g, out))
     return _from_channels_last(x, lhs)
 
 
@@ -302,10 +304,10 @@ def _weight_cotangent(x: Any, g: Any, static: Any, geometry: Geometry) -> Any:
 
     def of_chunk(x: Any, g: Any) -> Any:
         # Patches first: the other order makes XLA's CPU backend copy a transpose.
-        return _product(_patches(x, static, geometry), g.reshape(-1, geometry.outputs), (0, 0), static)
+        return _product(patches_of(x, static, geometry), g.reshape(-1, geometry.outputs), (0, 0), static)
 
     # Transposed before the loop, where XLA does so too for its own convolutions, and what is around them.
-    channels_last = _channels_last(x, lhs), _channels_last(g, out)
+    channels_last = with_channels_last(x, lhs), with_channels_last(g, out)
     matrix = _summed_over_chunks(of_chunk, chunk(geometry), *channels_last)
     kernel = matrix.reshape(*geometry.kernel, geometry.inputs, geometry.outputs)
     return lax.transpose(kernel, np.argsort((*rhs[2:], rhs[1], rhs[0])))
@@ -320,7 +322,7 @@ def _applies(choose: Chooser, x: Any, w: Any, **static: Any) -> bool | str:
         return "the padding is negative"
     if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         return f"the operands are {x.dtype} and {w.dtype}"
-    geometry = _geometry(x, w, static)
+    geometry = geometry_of(x, w, static)
     if not geometry.kernel:
         return "the convolution has no spatial axis"
     if 0 in (geometry.batch, geometry.inputs, geometry.outputs, *geometry.input, *geometry.output):
