@@ -13,6 +13,7 @@ from funcprop.comparison import compare as compare
 from funcprop.curvature import fisher as fisher
 from funcprop.curvature import ggn as ggn
 from funcprop.curvature import hessian as hessian
+from funcprop.curvature import per_example as per_example
 from funcprop.drawing import BackwardGraph as BackwardGraph
 from funcprop.drawing import Difference as Difference
 from funcprop.drawing import Drawing as Drawing

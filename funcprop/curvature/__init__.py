@@ -30,6 +30,9 @@ from funcprop.curvature.operator import LinearOperator as LinearOperator
 from funcprop.curvature.operator import Scaled as Scaled
 from funcprop.curvature.operator import Sum as Sum
 from funcprop.curvature.operator import identity as identity
+from funcprop.curvature.per_example import Audit as Audit
+from funcprop.curvature.per_example import PerExample as PerExample
+from funcprop.curvature.per_example import per_example as per_example
 from funcprop.curvature.spectrum import Spectrum as Spectrum
 from funcprop.curvature.summary import EXACT as EXACT
 from funcprop.curvature.summary import Summary as Summary

@@ -1,0 +1,333 @@
+"""The gradients of a batch of examples in one leaf, in whichever form they are known.
+
+A form answers for moments, for the gradients themselves, for their inner products and for Kronecker factors.
+There are four: outer products of one tap, rows of a table, gradients that are at hand, and sums of several.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from funcprop.curvature.outer import contractions
+from funcprop.curvature.outer.contractions import NORMS, SQUARES, SUM, Moments, Wanted
+from funcprop.curvature.outer.operators import OuterForm
+
+# The largest leaf without an outer product whose curvature is kept as a dense matrix.
+DENSE = 1024
+
+
+class Factors(NamedTuple):
+    """The two factors of one leaf's curvature, summed over the batch: of activations and of cotangents.
+
+    A factor is a matrix, a stack of matrices for independent blocks, or a vector that stands for a diagonal.
+    """
+
+    activations: Any
+    cotangents: Any
+
+
+class Form(Protocol):
+    """The gradients `W[c, n]` of columns `c` and examples `n` in one leaf."""
+
+    def part(self, start: Any, count: int) -> Form:
+        """The form of some of the examples."""
+
+    def moments(self, wanted: Mapping[str, Wanted]) -> Moments:
+        """For each group of columns the sum and sum of squares in the leaf's shape, and `[n]` square norms."""
+
+    def each(self, columns: slice) -> Any:
+        """The gradients, `[c, n, *leaf]`."""
+
+    def gram(self, columns: slice) -> Any:
+        """Inner products, `[n, c, n, c]`."""
+
+    def factors(self, columns: slice, reduce: bool) -> Factors:
+        """Kronecker factors, summed over examples (see `funcprop.curvature.kronecker` for conventions)."""
+
+
+def _rows(x: Any, start: Any, count: int, axis: int) -> Any:
+    return lax.dynamic_slice_in_dim(x, start, count, axis)
+
+
+# --- gradients at hand ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class AtHand:
+    """The gradients themselves, `[c, n, *leaf]`.
+
+    `positions` are `[c, n, t, o]` where a gradient is a sum over `t`, for the factors of weight sharing.
+    """
+
+    w: Any
+    limit: int
+    positions: Any = None
+
+    def part(self, start: Any, count: int) -> AtHand:
+        positions = None if self.positions is None else _rows(self.positions, start, count, 1)
+        return replace(self, w=_rows(self.w, start, count, 1), positions=positions)
+
+    def moments(self, wanted: Mapping[str, Wanted]) -> Moments:
+        found: Moments = {}
+        for name, (columns, what) in wanted.items():
+            here = self.w[columns]
+            if SUM in what:
+                found[name, SUM] = here.sum((0, 1))
+            if SQUARES in what:
+                found[name, SQUARES] = (here * here).sum((0, 1))
+            if NORMS in what:
+                found[name, NORMS] = (here * here).sum((0, *range(2, here.ndim)))
+        return found
+
+    def each(self, columns: slice) -> Any:
+        return self.w[columns]
+
+    def gram(self, columns: slice) -> Any:
+        w = jnp.moveaxis(self.w[columns], 0, 1)
+        flat = w.reshape(w.shape[0] * w.shape[1], -1)
+        return (flat @ flat.T).reshape(*w.shape[:2], *w.shape[:2])
+
+    def factors(self, columns: slice, reduce: bool) -> Factors:
+        flat = self.w[columns].reshape(-1, math.prod(self.w.shape[2:]))
+        if self.positions is not None and not reduce:
+            flat = self.positions[columns].reshape(-1, self.positions.shape[-1])
+        one = jnp.full((1, 1), self.w.shape[1], flat.dtype)
+        if flat.shape[-1] > DENSE:
+            return Factors(one, (flat * flat).sum(0))
+        return Factors(one, contractions.symmetric_product(flat))
+
+
+# --- outer products ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class OuterProducts:
+    """One tap: `raw[n]` is the other operand, `g[c, n]` the cotangent of the operator's result."""
+
+    form: OuterForm
+    raw: Any
+    g: Any
+    limit: int
+
+    @property
+    def size(self) -> int:
+        return self.g.shape[1]
+
+    def part(self, start: Any, count: int) -> OuterProducts:
+        return replace(self, raw=_rows(self.raw, start, count, 0), g=_rows(self.g, start, count, 1))
+
+    def folded(self, columns: slice) -> tuple[Any, Any]:
+        """`a[k, n, t, i]` and `g[k, c, n, t, o]`."""
+        a, g = self.form.activations, self.form.cotangents
+        assert a is not None
+        return jax.vmap(a, out_axes=1)(self.raw), jax.vmap(jax.vmap(g, out_axes=1), out_axes=1)(self.g[columns])
+
+    def moments(self, wanted: Mapping[str, Wanted]) -> Moments:
+        if self.form.positions == 1:
+            a, g = self.folded(slice(None))
+
+            def one(a: Any, g: Any) -> Moments:
+                return contractions.single_position(a, g, wanted)
+
+            found = _over_blocks(one, a[:, :, 0], g[:, :, :, 0])
+            found = {k: v.sum(0) if k[1] == NORMS else v for k, v in found.items()}
+        else:
+            assert self.form.activations is not None
+            by_pairs = {name: w for name, w in wanted.items() if w.what == {NORMS} and self._pairs_pay()}
+            others = {name: w for name, w in wanted.items() if name not in by_pairs}
+            found = {}
+            if others:
+                arguments = self.form.activations, self.raw, self.form.cotangents, self.g
+                found = contractions.by_example(*arguments, others)
+            for name, (columns, _) in by_pairs.items():
+                norms = jax.vmap(contractions.norms_by_pairs)(*self.folded(columns))
+                found[name, NORMS] = norms.sum(0)
+        return {k: v if k[1] == NORMS else self.form.to_leaf(v) for k, v in found.items()}
+
+    def _pairs_pay(self) -> bool:
+        """Whether inner products of positions cost less than the gradients."""
+        a = jax.eval_shape(self.form.activations, self.raw[0])  # type: ignore[arg-type]
+        outputs = jax.eval_shape(self.form.cotangents, self.g[0, 0]).shape[-1]
+        return self.form.positions * (a.shape[-1] + outputs) < a.shape[-1] * outputs
+
+    def each(self, columns: slice) -> Any:
+        a, g = self.folded(columns)
+        w = jnp.einsum("knti,kcnto->cnkio", a, g)
+        return jax.vmap(jax.vmap(self.form.to_leaf))(w)
+
+    def gram(self, columns: slice) -> Any:
+        return jax.vmap(lambda a, g: contractions.gram_blocks(a, g, self.limit))(*self.folded(columns)).sum(0)
+
+    def factors(self, columns: slice, reduce: bool) -> Factors:
+        def part(start: Any, count: int) -> Moments:
+            a, g = self.part(start, count).folded(columns)
+            if reduce:
+                a, g = a.mean(2, keepdims=True), g.sum(3, keepdims=True)
+            rows = a.reshape(len(a), -1, a.shape[-1]), g.reshape(len(g), -1, g.shape[-1])
+            both = [_over_blocks(contractions.symmetric_product, x) for x in rows]
+            return {("A", SUM): both[0] / a.shape[2], ("G", SUM): both[1]}
+
+        a, g = jax.eval_shape(self.folded, columns)
+        each = (a.size * a.dtype.itemsize + g.size * g.dtype.itemsize) // self.size
+        found = contractions.in_parts(part, self.size, self.limit // max(1, each))
+        return Factors(*(x[0] if len(x) == 1 else x for x in (found["A", SUM], found["G", SUM])))
+
+
+def _over_blocks(fun: Callable[..., Any], *arrays: Any) -> Any:
+    """`fun` for each block; a single one without a batched product."""
+    if len(arrays[0]) == 1:
+        return jax.tree.map(lambda y: y[None], fun(*(x[0] for x in arrays)))
+    return jax.vmap(fun)(*arrays)
+
+
+# --- rows of a table --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A table of which rows were taken: `ids[n, t]` and the cotangents of the rows, `g[c, n, t, o]`.
+
+    The gradient has a row for each id, the sum of its cotangents; equal rows are joined within an example.
+    """
+
+    ids: Any
+    g: Any
+    rows: int
+    to_leaf: Callable[[Any], Any]
+    limit: int
+
+    def part(self, start: Any, count: int) -> Rows:
+        return replace(self, ids=_rows(self.ids, start, count, 0), g=_rows(self.g, start, count, 1))
+
+    def _scattered(self, ids: Any, values: Any) -> Any:
+        zeros = jnp.zeros((self.rows, values.shape[-1]), values.dtype)
+        return zeros.at[ids.reshape(-1)].add(values.reshape(-1, values.shape[-1]))
+
+    def moments(self, wanted: Mapping[str, Wanted]) -> Moments:
+        found: Moments = {}
+        for name, (columns, what) in wanted.items():
+            here = self.g[columns]
+            if SUM in what:
+                found[name, SUM] = self.to_leaf(self._scattered(self.ids, here.sum(0)))
+            if not what & {SQUARES, NORMS}:
+                continue
+            squares = jax.vmap(_joined_squares)(self.ids, jnp.moveaxis(here, 1, 0))
+            if SQUARES in what:
+                found[name, SQUARES] = self.to_leaf(self._scattered(self.ids, squares))
+            if NORMS in what:
+                found[name, NORMS] = squares.sum((1, 2))
+        return found
+
+    def each(self, columns: slice) -> Any:
+        one = jax.vmap(lambda ids, g: self.to_leaf(self._scattered(ids, g)))
+        return jax.vmap(one, in_axes=(None, 0))(self.ids, self.g[columns])
+
+    def gram(self, columns: slice) -> Any:
+        g = jnp.moveaxis(self.g[columns], 0, 1)
+
+        def row(x: tuple[Any, Any]) -> Any:
+            ids, g_n = x
+            equal = (ids[:, None] == self.ids.reshape(1, -1)).astype(g.dtype)
+            joined = jnp.einsum("ts,cto->cso", equal, g_n).reshape(len(g_n), *self.ids.shape, -1)
+            return jnp.einsum("cmso,mdso->cmd", joined, g)
+
+        return lax.map(row, (self.ids, g))
+
+    def factors(self, columns: slice, reduce: bool) -> Factors:
+        """What is taken is one-hot: with the positions as examples, the factor of activations is diagonal."""
+        g, positions = self.g[columns], self.ids.shape[1]
+        if reduce:
+            counts = jax.vmap(lambda ids: jnp.zeros(self.rows, g.dtype).at[ids].add(1.0))(self.ids)
+            summed = g.sum(2)
+            return Factors(
+                (counts**2).sum(0) / positions**2,
+                contractions.symmetric_product(summed.reshape(-1, g.shape[-1])),
+            )
+        counts = jnp.zeros(self.rows, g.dtype).at[self.ids.reshape(-1)].add(1.0)
+        return Factors(counts / positions, contractions.symmetric_product(g.reshape(-1, g.shape[-1])))
+
+
+def _joined_squares(ids: Any, g: Any) -> Any:
+    """`Σ_c` of the squared sums of rows with equal ids, each shared evenly among these; `[t, o]`."""
+    equal = (ids[:, None] == ids[None]).astype(g.dtype)
+    return (jnp.einsum("ts,cso->cto", equal, g) ** 2).sum(0) / equal.sum(1)[:, None]
+
+
+# --- several taps -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Several:
+    """The sum of several forms: their gradients add up, their squares do not.
+
+    Whatever is not linear is computed from the gradients of a few examples at a time.
+    """
+
+    forms: Sequence[Form]
+    leaf: Any
+    size: int
+    limit: int
+
+    def part(self, start: Any, count: int) -> Several:
+        return replace(self, forms=[f.part(start, count) for f in self.forms], size=count)
+
+    def _at_a_time(self, columns: int) -> int:
+        return self.limit // max(1, columns * self.leaf.size * self.leaf.dtype.itemsize)
+
+    def moments(self, wanted: Mapping[str, Wanted]) -> Moments:
+        sums = {name: Wanted(w.columns, frozenset({SUM})) for name, w in wanted.items() if SUM in w.what}
+        parts = [form.moments(sums) for form in self.forms] if sums else []
+        found: Moments = {(name, SUM): sum(p[name, SUM] for p in parts) for name in sums}
+        for name, (columns, what) in wanted.items():
+            if rest := what - {SUM}:
+
+                def of_part(start: Any, count: int, columns: slice = columns, rest: Any = rest) -> Moments:
+                    here = AtHand(self.part(start, count).each(columns), self.limit)
+                    return here.moments({"": Wanted(slice(None), rest)})
+
+                few = self._at_a_time(columns.stop - columns.start)
+                squares = contractions.in_parts(of_part, self.size, few)
+                found |= {(name, kind): v for (_, kind), v in squares.items()}
+        return found
+
+    def each(self, columns: slice) -> Any:
+        first, *others = [form.each(columns) for form in self.forms]
+        return sum(others, start=first)
+
+    def gram(self, columns: slice) -> Any:
+        most = max(1, self._at_a_time(2 * (columns.stop - columns.start)))
+        few = max(k for k in range(1, min(most, self.size) + 1) if self.size % k == 0)
+        starts = jnp.arange(0, self.size, few)
+
+        def flat(start: Any) -> Any:
+            w = jnp.moveaxis(self.part(start, few).each(columns), 0, 1)
+            return w.reshape(few * w.shape[1], -1)
+
+        def row(start: Any) -> Any:
+            left = flat(start)
+            return lax.map(lambda other: left @ flat(other).T, starts)
+
+        blocks = lax.map(row, starts)  # by examples of the left, of the right, then rows and columns
+        count = columns.stop - columns.start
+        joined = jnp.moveaxis(blocks, 2, 1).reshape(self.size * count, self.size * count)
+        return joined.reshape(self.size, count, self.size, count)
+
+    def factors(self, columns: slice, reduce: bool) -> Factors:
+        one = jnp.full((1, 1), self.size, self.leaf.dtype)
+        if self.leaf.size > DENSE:
+            wanted = {"": Wanted(columns, frozenset({SQUARES}))}
+            return Factors(one, self.moments(wanted)["", SQUARES].reshape(-1))
+
+        def part(start: Any, count: int) -> Moments:
+            w = self.part(start, count).each(columns).reshape(-1, self.leaf.size)
+            return {("G", SUM): contractions.symmetric_product(w)}
+
+        few = self._at_a_time(columns.stop - columns.start)
+        return Factors(one, contractions.in_parts(part, self.size, few)["G", SUM])
