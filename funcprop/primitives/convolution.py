@@ -74,11 +74,17 @@ class Geometry(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Whether the value is computed with a margin, and each cotangent by patches; otherwise it is XLA's."""
+    """Whether the value is computed with a margin, and each cotangent by patches; otherwise it is XLA's.
+
+    `turned` says that an input's cotangent by XLA is a convolution with a kernel that is turned beforehand.
+    In the body of a loop XLA's CPU backend turns it too late, and convolves slowly: 72 × 13×13, 96→64
+    channels, 3×3: 29 ms against 5.5.
+    """
 
     margin: bool
     weight: bool
     input: bool
+    turned: bool = False
 
 
 Chooser = Callable[[Geometry], Plan]
@@ -119,6 +125,11 @@ def plan(g: Geometry) -> Plan:
     wide = g.outputs >= (48 if g.padded else 16)
     narrowing = g.inputs >= 48 >= g.outputs and g.batch >= 32 and rows >= 2500
     return Plan(margin, weight=rows >= 8192 and wide, input=narrowing if strided else g.inputs <= 3)
+
+
+def plan_in_loops(g: Geometry) -> Plan:
+    """The plan for convolutions whose cotangents are computed in the body of a loop."""
+    return plan(g)._replace(turned=True)
 
 
 def geometry_of(x: Any, w: Any, static: Any) -> Geometry:
@@ -282,9 +293,38 @@ def _backward(choose: Chooser, residuals: Operands, g: Any, needs: Any, **static
         (w_cotangent,) = jax.linear_transpose(lambda w: convolve(x, w), w)(g)
     if need_x and chosen.input:
         x_cotangent = _input_cotangent(w, g, static, geometry).astype(x.dtype)
+    elif need_x and chosen.turned:
+        x_cotangent = _by_turned_kernel(w, g, static, geometry).astype(x.dtype)
     elif need_x:
         (x_cotangent,) = jax.linear_transpose(lambda x: convolve(x, w), x)(g)
     return x_cotangent, w_cotangent
+
+
+def _by_turned_kernel(w: Any, g: Any, static: Any, geometry: Geometry) -> Any:
+    """The input's cotangent: a convolution of `ȳ`, spread by the strides, with the kernel turned around."""
+    lhs, rhs, out = static["dimension_numbers"]
+    padding = [
+        ((k - 1) * d - lo, n + lo - 1 - (o - 1) * s)
+        for n, o, (lo, _), k, d, s in zip(
+            geometry.input, geometry.output, static["padding"], geometry.kernel, static["rhs_dilation"],
+            geometry.strides, strict=True,
+        )
+    ]  # fmt: skip
+    # Channels change places, so that what is turned lies as a kernel that convolves forwards.
+    order = list(range(w.ndim))
+    order[rhs[0]], order[rhs[1]] = rhs[1], rhs[0]
+    turned = lax.transpose(lax.rev(w, rhs[2:]), order)
+    return lax.conv_general_dilated(
+        g,
+        turned,
+        window_strides=(1,) * len(padding),
+        padding=padding,
+        lhs_dilation=geometry.strides,
+        rhs_dilation=static["rhs_dilation"],
+        dimension_numbers=lax.ConvDimensionNumbers(out, rhs, lhs),
+        precision=static["precision"],
+        preferred_element_type=static["preferred_element_type"],
+    )
 
 
 def _input_cotangent(w: Any, g: Any, static: Any, geometry: Geometry) -> Any:

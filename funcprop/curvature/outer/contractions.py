@@ -35,6 +35,15 @@ def product(a: Any, g: Any) -> Any:
     return lax.dot_general(a, g, (((0,), (0,)), ((), ())), preferred_element_type=wide)
 
 
+def over_columns(fun: Callable[[Any], Any], g: Any, unroll: int = 64) -> Any:
+    """`Σ_c fun(g[c])`: one column after the other, because XLA's CPU backend is slow to sum a leading axis."""
+    if len(g) <= unroll:
+        first, *others = [fun(g[c]) for c in range(len(g))]
+        return sum(others, start=first)
+    zero = jax.eval_shape(fun, g[0])
+    return lax.scan(lambda total, c: (total + fun(c), None), jnp.zeros(zero.shape, zero.dtype), g)[0]
+
+
 def single_position(a: Any, g: Any, wanted: Mapping[str, Wanted]) -> Moments:
     """Moments for `a[n, i]`, `g[c, n, o]`."""
     found: Moments = {}
@@ -42,11 +51,13 @@ def single_position(a: Any, g: Any, wanted: Mapping[str, Wanted]) -> Moments:
     for name, (columns, what) in wanted.items():
         here = g[columns]
         if SUM in what:
-            found[name, SUM] = product(a, here.sum(0))
+            found[name, SUM] = product(a, over_columns(lambda g: g, here))
+        if what & {SQUARES, NORMS}:
+            squares = over_columns(lambda g: g * g, here)
         if SQUARES in what:
-            found[name, SQUARES] = product(squared, (here * here).sum(0))
+            found[name, SQUARES] = product(squared, squares)
         if NORMS in what:
-            found[name, NORMS] = squared.sum(-1) * (here * here).sum((0, -1))
+            found[name, NORMS] = squared.sum(-1) * squares.sum(-1)
     return found
 
 
@@ -129,9 +140,12 @@ def gram_blocks(a: Any, g: Any, limit: int) -> Any:
 
 
 def symmetric_product(a: Any, blocks: int = 4, least: int = 256) -> Any:
-    """`aᵀ a`, of which only the upper blocks are computed: XLA has no product that knows its symmetry."""
-    d = a.shape[1]
-    if d < least:
+    """`aᵀ a`, of which only the upper blocks are computed: XLA has no product that knows its symmetry.
+
+    With few rows the product costs no more than writing its result, and is left whole.
+    """
+    rows, d = a.shape
+    if d < least or rows < 4 * d:
         return product(a, a)
     cuts = [round(d * k / blocks) for k in range(blocks + 1)]
     upper = [product(a[:, cuts[i] : cuts[i + 1]], a[:, cuts[i] :]) for i in range(blocks)]

@@ -79,11 +79,13 @@ class AtHand:
         for name, (columns, what) in wanted.items():
             here = self.w[columns]
             if SUM in what:
-                found[name, SUM] = here.sum((0, 1))
+                found[name, SUM] = contractions.over_columns(lambda w: w, here).sum(0)
+            if what & {SQUARES, NORMS}:
+                squares = contractions.over_columns(lambda w: w * w, here)
             if SQUARES in what:
-                found[name, SQUARES] = (here * here).sum((0, 1))
+                found[name, SQUARES] = squares.sum(0)
             if NORMS in what:
-                found[name, NORMS] = (here * here).sum((0, *range(2, here.ndim)))
+                found[name, NORMS] = squares.sum(tuple(range(1, squares.ndim)))
         return found
 
     def each(self, columns: slice) -> Any:
@@ -174,7 +176,7 @@ class OuterProducts:
             both = [_over_blocks(contractions.symmetric_product, x) for x in rows]
             return {("A", SUM): both[0] / a.shape[2], ("G", SUM): both[1]}
 
-        a, g = jax.eval_shape(self.folded, columns)
+        a, g = jax.eval_shape(lambda: self.folded(columns))
         each = (a.size * a.dtype.itemsize + g.size * g.dtype.itemsize) // self.size
         found = contractions.in_parts(part, self.size, self.limit // max(1, each))
         return Factors(*(x[0] if len(x) == 1 else x for x in (found["A", SUM], found["G", SUM])))

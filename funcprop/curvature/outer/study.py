@@ -16,10 +16,15 @@ from funcprop.curvature.outer.mixing import example_of, trace_example
 from funcprop.curvature.outer.operators import outer_form
 from funcprop.curvature.outer.tapped import Numbered, run
 from funcprop.curvature.outer.taps import Plan, Tap, find
+from funcprop.primitives import convolution
 from funcprop.registry import RuleSet
 from funcprop.rewrite import with_rules
+from funcprop.rules import default
 
 Model = Callable[[Any, Any], Any]
+
+_CONV = "conv_general_dilated"
+_CONV_IN_LOOPS = convolution.rule(convolution.plan_in_loops)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +64,7 @@ class Study:
             results, activations = run(self.plan, self.taps, [*leaves, *jax.tree.leaves(x)], deltas)
             return jax.tree.unflatten(jax.tree.structure(self.output), results), activations
 
-        batched = with_rules(jax.vmap(one), self.rules)
+        batched = with_rules(jax.vmap(one), self.rules or _rules())
         zeros = [jnp.zeros((size, *t.perturbation.shape), t.dtype) for t in self.taps]
         return jax.vjp(lambda deltas: batched(x, deltas), dict(enumerate(zeros)), has_aux=True)
 
@@ -77,6 +82,13 @@ class Study:
                 found = [AtHand(jnp.broadcast_to(zero[:1, :1], zero.shape), limit)]
             forms.append(found[0] if len(found) == 1 else Several(found, leaf, size, limit))
         return forms
+
+
+def _rules() -> RuleSet:
+    """The default rules; the sweeps run in a loop over parts of the batch."""
+    if default.find(_CONV, jax.default_backend()) is None:
+        return default
+    return default.replace({_CONV: _CONV_IN_LOOPS})
 
 
 def form_of(tap: Tap, leaf: Any, activation: Any, g: Any, limit: int) -> Form:
