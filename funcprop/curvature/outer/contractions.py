@@ -19,11 +19,66 @@ from jax import lax
 SUM, SQUARES, NORMS = "sum", "squares", "norms"
 
 
-class Wanted(NamedTuple):
-    """The columns of a group, and which of their moments are wanted."""
+class Columns(NamedTuple):
+    """Some columns, and what the examples' squares count, `[n]`, if not 1."""
 
-    columns: slice
-    what: frozenset[str]
+    at: slice
+    weight: Any = None
+
+    def scaled(self, g: Any) -> Any:
+        """These columns of `g[c, n, …]`, multiplied so that their squares have the weights."""
+        here = g[self.at]
+        if self.weight is None:
+            return here
+        return here * jnp.sqrt(self.weight).reshape(-1, *(1,) * (here.ndim - 2))
+
+    def part(self, start: Any, count: int) -> Columns:
+        """The same for some of the examples."""
+        if self.weight is None:
+            return self
+        return self._replace(weight=lax.dynamic_slice_in_dim(self.weight, start, count))
+
+
+class Group(NamedTuple):
+    """Columns whose moments are wanted together, and which moments."""
+
+    members: tuple[Columns, ...]
+    what: frozenset[str] = frozenset()
+
+    @property
+    def first(self) -> int:
+        """The first column."""
+        return min(m.at.start for m in self.members)
+
+    @property
+    def last(self) -> int:
+        """One past the last column."""
+        return max(m.at.stop for m in self.members)
+
+    def total(self, g: Any) -> Any:
+        """`Σ_c g[c]`, for `g[c, n, …]`."""
+        return over_columns(lambda c: g[c], self.columns())
+
+    def squares(self, g: Any) -> Any:
+        """`Σ_c w[n] g[c, n]²`."""
+        parts = []
+        for at, weight in self.members:
+            here = over_columns(lambda c: g[c] * g[c], range(at.start, at.stop))
+            parts.append(here if weight is None else here * weight.reshape(-1, *(1,) * (here.ndim - 1)))
+        return sum(parts[1:], start=parts[0])
+
+    def scaled(self, g: Any) -> Any:
+        """All columns of `g[c, n, …]`, multiplied so that their squares have the weights."""
+        parts = [member.scaled(g) for member in self.members]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+    def columns(self) -> range:
+        """The columns, if they follow each other."""
+        return range(self.first, self.last)
+
+    def part(self, start: Any, count: int) -> Group:
+        """The same for some of the examples."""
+        return self._replace(members=tuple(m.part(start, count) for m in self.members))
 
 
 Moments = dict[tuple[str, str], Any]
@@ -35,28 +90,28 @@ def product(a: Any, g: Any) -> Any:
     return lax.dot_general(a, g, (((0,), (0,)), ((), ())), preferred_element_type=wide)
 
 
-def over_columns(fun: Callable[[Any], Any], g: Any, unroll: int = 64) -> Any:
-    """`Σ_c fun(g[c])`: one column after the other, because XLA's CPU backend is slow to sum a leading axis."""
-    if len(g) <= unroll:
-        first, *others = [fun(g[c]) for c in range(len(g))]
+def over_columns(term: Callable[[Any], Any], columns: range, unroll: int = 64) -> Any:
+    """`Σ_c term(c)`: one after the other, because XLA's CPU backend is slow to sum a leading axis."""
+    if len(columns) <= unroll:
+        first, *others = [term(c) for c in columns]
         return sum(others, start=first)
-    zero = jax.eval_shape(fun, g[0])
-    return lax.scan(lambda total, c: (total + fun(c), None), jnp.zeros(zero.shape, zero.dtype), g)[0]
+    zero = jax.eval_shape(term, columns.start)
+    numbers = jnp.arange(columns.start, columns.stop)
+    return lax.scan(lambda t, c: (t + term(c), None), jnp.zeros(zero.shape, zero.dtype), numbers)[0]
 
 
-def single_position(a: Any, g: Any, wanted: Mapping[str, Wanted]) -> Moments:
+def single_position(a: Any, g: Any, wanted: Mapping[str, Group]) -> Moments:
     """Moments for `a[n, i]`, `g[c, n, o]`."""
     found: Moments = {}
     squared = a * a
-    for name, (columns, what) in wanted.items():
-        here = g[columns]
-        if SUM in what:
-            found[name, SUM] = product(a, over_columns(lambda g: g, here))
-        if what & {SQUARES, NORMS}:
-            squares = over_columns(lambda g: g * g, here)
-        if SQUARES in what:
+    for name, group in wanted.items():
+        if SUM in group.what:
+            found[name, SUM] = product(a, group.total(g))
+        if group.what & {SQUARES, NORMS}:
+            squares = group.squares(g)
+        if SQUARES in group.what:
             found[name, SQUARES] = product(squared, squares)
-        if NORMS in what:
+        if NORMS in group.what:
             found[name, NORMS] = squared.sum(-1) * squares.sum(-1)
     return found
 
@@ -66,51 +121,60 @@ def by_example(
     raw: Any,
     cotangents: Callable[[Any], Any],
     g: Any,
-    wanted: Mapping[str, Wanted],
+    wanted: Mapping[str, Group],
 ) -> Moments:
     """Moments by one product for each example, in `[k, i, o]`.
 
     `activations(raw[n])` is `[k, t, i]`, `cotangents(g[c, n])` is `[k, t, o]`.
     """
-    size = g.shape[1]
-    sides = {name: g[w.columns] for name, w in wanted.items()}
+    # All columns from the first to the last that is wanted, as they lie.
+    first = min(group.first for group in wanted.values())
+    last = max(group.last for group in wanted.values())
     fold = jax.vmap(cotangents)
 
-    def one(n: Any) -> tuple[Any, dict[str, Any]]:
-        """The activations of an example, and each group's cotangents side by side."""
-        here = {name: fold(lax.dynamic_index_in_dim(s, n, 1, keepdims=False)) for name, s in sides.items()}
-        beside = {name: jnp.moveaxis(s, 0, 2).reshape(*s.shape[1:3], -1) for name, s in here.items()}
+    def one(n: Any) -> tuple[Any, Any]:
+        """The activations of an example, and its columns' cotangents side by side."""
+        here = fold(lax.dynamic_index_in_dim(g, n, 1, keepdims=False)[first:last])
+        beside = jnp.moveaxis(here, 0, 2).reshape(*here.shape[1:3], -1)
         return activations(lax.dynamic_index_in_dim(raw, n, 0, keepdims=False)), beside
+
+    a, beside = jax.eval_shape(one, 0)
+    width = beside.shape[-1] // (last - first)
+    shape, dtype = (a.shape[0], a.shape[2], width), jnp.promote_types(g.dtype, jnp.float32)
 
     def step(totals: Moments, n: Any) -> tuple[Moments, Moments]:
         a, beside = one(n)
-        g = jnp.concatenate(list(beside.values()), -1)
-        w = product(a[0], g[0])[None] if len(a) == 1 else jax.vmap(product)(a, g)
-        ends = np.cumsum([s.shape[-1] for s in beside.values()])
+        w = product(a[0], beside[0])[None] if len(a) == 1 else jax.vmap(product)(a, beside)
+
+        def column(c: Any) -> Any:
+            return lax.dynamic_slice_in_dim(w, (c - first) * width, width, axis=-1)[None]
+
         now, each = {}, {}
-        for (name, (_, what)), start, end in zip(wanted.items(), [0, *ends[:-1]], ends, strict=True):
-            here = w[..., start:end]
-            if SUM in what:
-                now[name, SUM] = totals[name, SUM] + here
-            if SQUARES in what:
-                now[name, SQUARES] = totals[name, SQUARES] + here * here
-            if NORMS in what:
-                each[name, NORMS] = jnp.sum(here * here)
+        for name, group in wanted.items():
+            here = group.part(n, 1)
+            if SUM in group.what:
+                now[name, SUM] = totals[name, SUM] + over_columns(column, group.columns())[0]
+            if group.what & {SQUARES, NORMS}:
+                squares = here.squares(_Lazily(column))[0]
+            if SQUARES in group.what:
+                now[name, SQUARES] = totals[name, SQUARES] + squares
+            if NORMS in group.what:
+                each[name, NORMS] = jnp.sum(squares)
         return now, each
 
-    a, beside = jax.eval_shape(one, 0)
-    wide = jnp.promote_types(g.dtype, jnp.float32)
-    zeros = {
-        (name, kind): jnp.zeros((len(a), a.shape[-1], beside[name].shape[-1]), wide)
-        for name, (_, what) in wanted.items()
-        for kind in (SUM, SQUARES)
-        if kind in what
-    }
-    totals, each = lax.scan(step, zeros, jnp.arange(size))
-    columns = {name: len(s) for name, s in sides.items()}
-    return {
-        (name, kind): v.reshape(*v.shape[:2], columns[name], -1).sum(2) for (name, kind), v in totals.items()
-    } | each
+    kinds = [(name, kind) for name, group in wanted.items() for kind in (SUM, SQUARES) if kind in group.what]
+    totals, each = lax.scan(step, {k: jnp.zeros(shape, dtype) for k in kinds}, jnp.arange(g.shape[1]))
+    return totals | each
+
+
+class _Lazily:
+    """Columns that are made when they are read."""
+
+    def __init__(self, column: Callable[[Any], Any]) -> None:
+        self.column = column
+
+    def __getitem__(self, c: Any) -> Any:
+        return self.column(c)
 
 
 def norms_by_pairs(a: Any, g: Any) -> Any:
@@ -137,23 +201,6 @@ def gram_blocks(a: Any, g: Any, limit: int) -> Any:
         w = jnp.einsum("nti,ntco->ncio", a[:, :, start : start + step], side).reshape(n * c, -1)
         total = total + w @ w.T
     return total.reshape(n, c, n, c)
-
-
-def symmetric_product(a: Any, blocks: int = 4, least: int = 256) -> Any:
-    """`aᵀ a`, of which only the upper blocks are computed: XLA has no product that knows its symmetry.
-
-    With few rows the product costs no more than writing its result, and is left whole.
-    """
-    rows, d = a.shape
-    if d < least or rows < 4 * d:
-        return product(a, a)
-    cuts = [round(d * k / blocks) for k in range(blocks + 1)]
-    upper = [product(a[:, cuts[i] : cuts[i + 1]], a[:, cuts[i] :]) for i in range(blocks)]
-    rows: list[Any] = []
-    for i in range(blocks):
-        left = [upper[j][:, cuts[i] - cuts[j] : cuts[i + 1] - cuts[j]].T for j in range(i)]
-        rows.append(jnp.concatenate([*left, upper[i]], 1))
-    return jnp.concatenate(rows, 0)
 
 
 def in_parts(fun: Callable[[Any, int], Moments], size: int, most: int) -> Moments:

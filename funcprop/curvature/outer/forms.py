@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from funcprop.curvature.outer import contractions
-from funcprop.curvature.outer.contractions import NORMS, SQUARES, SUM, Moments, Wanted
+from funcprop.curvature.outer.contractions import NORMS, SQUARES, SUM, Group, Moments
 from funcprop.curvature.outer.operators import OuterForm
 
 # The largest leaf without an outer product whose curvature is kept as a dense matrix.
@@ -39,7 +39,7 @@ class Form(Protocol):
     def part(self, start: Any, count: int) -> Form:
         """The form of some of the examples."""
 
-    def moments(self, wanted: Mapping[str, Wanted]) -> Moments:
+    def moments(self, wanted: Mapping[str, Group]) -> Moments:
         """For each group of columns the sum and sum of squares in the leaf's shape, and `[n]` square norms."""
 
     def each(self, columns: slice) -> Any:
@@ -48,7 +48,7 @@ class Form(Protocol):
     def gram(self, columns: slice) -> Any:
         """Inner products, `[n, c, n, c]`."""
 
-    def factors(self, columns: slice, reduce: bool) -> Factors:
+    def factors(self, group: Group, reduce: bool) -> Factors:
         """Kronecker factors, summed over examples (see `funcprop.curvature.kronecker` for conventions)."""
 
 
@@ -74,17 +74,16 @@ class AtHand:
         positions = None if self.positions is None else _rows(self.positions, start, count, 1)
         return replace(self, w=_rows(self.w, start, count, 1), positions=positions)
 
-    def moments(self, wanted: Mapping[str, Wanted]) -> Moments:
+    def moments(self, wanted: Mapping[str, Group]) -> Moments:
         found: Moments = {}
-        for name, (columns, what) in wanted.items():
-            here = self.w[columns]
-            if SUM in what:
-                found[name, SUM] = contractions.over_columns(lambda w: w, here).sum(0)
-            if what & {SQUARES, NORMS}:
-                squares = contractions.over_columns(lambda w: w * w, here)
-            if SQUARES in what:
+        for name, group in wanted.items():
+            if SUM in group.what:
+                found[name, SUM] = group.total(self.w).sum(0)
+            if group.what & {SQUARES, NORMS}:
+                squares = group.squares(self.w)
+            if SQUARES in group.what:
                 found[name, SQUARES] = squares.sum(0)
-            if NORMS in what:
+            if NORMS in group.what:
                 found[name, NORMS] = squares.sum(tuple(range(1, squares.ndim)))
         return found
 
@@ -96,14 +95,14 @@ class AtHand:
         flat = w.reshape(w.shape[0] * w.shape[1], -1)
         return (flat @ flat.T).reshape(*w.shape[:2], *w.shape[:2])
 
-    def factors(self, columns: slice, reduce: bool) -> Factors:
-        flat = self.w[columns].reshape(-1, math.prod(self.w.shape[2:]))
+    def factors(self, group: Group, reduce: bool) -> Factors:
+        flat = group.scaled(self.w).reshape(-1, math.prod(self.w.shape[2:]))
         if self.positions is not None and not reduce:
-            flat = self.positions[columns].reshape(-1, self.positions.shape[-1])
+            flat = group.scaled(self.positions).reshape(-1, self.positions.shape[-1])
         one = jnp.full((1, 1), self.w.shape[1], flat.dtype)
         if flat.shape[-1] > DENSE:
             return Factors(one, (flat * flat).sum(0))
-        return Factors(one, contractions.symmetric_product(flat))
+        return Factors(one, contractions.product(flat, flat))
 
 
 # --- outer products ---------------------------------------------------------------------------
@@ -131,7 +130,7 @@ class OuterProducts:
         assert a is not None
         return jax.vmap(a, out_axes=1)(self.raw), jax.vmap(jax.vmap(g, out_axes=1), out_axes=1)(self.g[columns])
 
-    def moments(self, wanted: Mapping[str, Wanted]) -> Moments:
+    def moments(self, wanted: Mapping[str, Group]) -> Moments:
         if self.form.positions == 1:
             a, g = self.folded(slice(None))
 
@@ -148,9 +147,9 @@ class OuterProducts:
             if others:
                 arguments = self.form.activations, self.raw, self.form.cotangents, self.g
                 found = contractions.by_example(*arguments, others)
-            for name, (columns, _) in by_pairs.items():
-                norms = jax.vmap(contractions.norms_by_pairs)(*self.folded(columns))
-                found[name, NORMS] = norms.sum(0)
+            for name, group in by_pairs.items():
+                folded = replace(self, g=group.scaled(self.g)).folded(slice(None))
+                found[name, NORMS] = jax.vmap(contractions.norms_by_pairs)(*folded).sum(0)
         return {k: v if k[1] == NORMS else self.form.to_leaf(v) for k, v in found.items()}
 
     def _pairs_pay(self) -> bool:
@@ -167,16 +166,18 @@ class OuterProducts:
     def gram(self, columns: slice) -> Any:
         return jax.vmap(lambda a, g: contractions.gram_blocks(a, g, self.limit))(*self.folded(columns)).sum(0)
 
-    def factors(self, columns: slice, reduce: bool) -> Factors:
+    def factors(self, group: Group, reduce: bool) -> Factors:
+        scaled = replace(self, g=group.scaled(self.g))
+
         def part(start: Any, count: int) -> Moments:
-            a, g = self.part(start, count).folded(columns)
+            a, g = scaled.part(start, count).folded(slice(None))
             if reduce:
                 a, g = a.mean(2, keepdims=True), g.sum(3, keepdims=True)
             rows = a.reshape(len(a), -1, a.shape[-1]), g.reshape(len(g), -1, g.shape[-1])
-            both = [_over_blocks(contractions.symmetric_product, x) for x in rows]
+            both = [_over_blocks(lambda x: contractions.product(x, x), x) for x in rows]
             return {("A", SUM): both[0] / a.shape[2], ("G", SUM): both[1]}
 
-        a, g = jax.eval_shape(lambda: self.folded(columns))
+        a, g = jax.eval_shape(lambda: scaled.folded(slice(None)))
         each = (a.size * a.dtype.itemsize + g.size * g.dtype.itemsize) // self.size
         found = contractions.in_parts(part, self.size, self.limit // max(1, each))
         return Factors(*(x[0] if len(x) == 1 else x for x in (found["A", SUM], found["G", SUM])))
@@ -212,18 +213,16 @@ class Rows:
         zeros = jnp.zeros((self.rows, values.shape[-1]), values.dtype)
         return zeros.at[ids.reshape(-1)].add(values.reshape(-1, values.shape[-1]))
 
-    def moments(self, wanted: Mapping[str, Wanted]) -> Moments:
+    def moments(self, wanted: Mapping[str, Group]) -> Moments:
         found: Moments = {}
-        for name, (columns, what) in wanted.items():
-            here = self.g[columns]
-            if SUM in what:
-                found[name, SUM] = self.to_leaf(self._scattered(self.ids, here.sum(0)))
-            if not what & {SQUARES, NORMS}:
-                continue
-            squares = jax.vmap(_joined_squares)(self.ids, jnp.moveaxis(here, 1, 0))
-            if SQUARES in what:
+        for name, group in wanted.items():
+            if SUM in group.what:
+                found[name, SUM] = self.to_leaf(self._scattered(self.ids, group.total(self.g)))
+            if group.what & {SQUARES, NORMS}:
+                squares = jax.vmap(_joined_squares, (0, 1))(self.ids, group.scaled(self.g))
+            if SQUARES in group.what:
                 found[name, SQUARES] = self.to_leaf(self._scattered(self.ids, squares))
-            if NORMS in what:
+            if NORMS in group.what:
                 found[name, NORMS] = squares.sum((1, 2))
         return found
 
@@ -242,18 +241,16 @@ class Rows:
 
         return lax.map(row, (self.ids, g))
 
-    def factors(self, columns: slice, reduce: bool) -> Factors:
+    def factors(self, group: Group, reduce: bool) -> Factors:
         """What is taken is one-hot: with the positions as examples, the factor of activations is diagonal."""
-        g, positions = self.g[columns], self.ids.shape[1]
+        g, positions = group.scaled(self.g), self.ids.shape[1]
         if reduce:
             counts = jax.vmap(lambda ids: jnp.zeros(self.rows, g.dtype).at[ids].add(1.0))(self.ids)
-            summed = g.sum(2)
-            return Factors(
-                (counts**2).sum(0) / positions**2,
-                contractions.symmetric_product(summed.reshape(-1, g.shape[-1])),
-            )
+            summed = g.sum(2).reshape(-1, g.shape[-1])
+            return Factors((counts**2).sum(0) / positions**2, contractions.product(summed, summed))
         counts = jnp.zeros(self.rows, g.dtype).at[self.ids.reshape(-1)].add(1.0)
-        return Factors(counts / positions, contractions.symmetric_product(g.reshape(-1, g.shape[-1])))
+        flat = g.reshape(-1, g.shape[-1])
+        return Factors(counts / positions, contractions.product(flat, flat))
 
 
 def _joined_squares(ids: Any, g: Any) -> Any:
@@ -283,19 +280,18 @@ class Several:
     def _at_a_time(self, columns: int) -> int:
         return self.limit // max(1, columns * self.leaf.size * self.leaf.dtype.itemsize)
 
-    def moments(self, wanted: Mapping[str, Wanted]) -> Moments:
-        sums = {name: Wanted(w.columns, frozenset({SUM})) for name, w in wanted.items() if SUM in w.what}
+    def moments(self, wanted: Mapping[str, Group]) -> Moments:
+        sums = {name: g._replace(what=frozenset({SUM})) for name, g in wanted.items() if SUM in g.what}
         parts = [form.moments(sums) for form in self.forms] if sums else []
         found: Moments = {(name, SUM): sum(p[name, SUM] for p in parts) for name in sums}
-        for name, (columns, what) in wanted.items():
-            if rest := what - {SUM}:
+        for name, group in wanted.items():
+            if rest := group.what - {SUM}:
 
-                def of_part(start: Any, count: int, columns: slice = columns, rest: Any = rest) -> Moments:
-                    here = AtHand(self.part(start, count).each(columns), self.limit)
-                    return here.moments({"": Wanted(slice(None), rest)})
+                def of_part(start: Any, count: int, group: Group = group, rest: Any = rest) -> Moments:
+                    here = AtHand(self.part(start, count).each(slice(0, group.last)), self.limit)
+                    return here.moments({"": group.part(start, count)._replace(what=rest)})
 
-                few = self._at_a_time(columns.stop - columns.start)
-                squares = contractions.in_parts(of_part, self.size, few)
+                squares = contractions.in_parts(of_part, self.size, self._at_a_time(group.last))
                 found |= {(name, kind): v for (_, kind), v in squares.items()}
         return found
 
@@ -321,15 +317,16 @@ class Several:
         joined = jnp.moveaxis(blocks, 2, 1).reshape(self.size * count, self.size * count)
         return joined.reshape(self.size, count, self.size, count)
 
-    def factors(self, columns: slice, reduce: bool) -> Factors:
+    def factors(self, group: Group, reduce: bool) -> Factors:
         one = jnp.full((1, 1), self.size, self.leaf.dtype)
         if self.leaf.size > DENSE:
-            wanted = {"": Wanted(columns, frozenset({SQUARES}))}
-            return Factors(one, self.moments(wanted)["", SQUARES].reshape(-1))
+            squares = self.moments({"": group._replace(what=frozenset({SQUARES}))})
+            return Factors(one, squares["", SQUARES].reshape(-1))
 
         def part(start: Any, count: int) -> Moments:
-            w = self.part(start, count).each(columns).reshape(-1, self.leaf.size)
-            return {("G", SUM): contractions.symmetric_product(w)}
+            w = self.part(start, count).each(slice(0, group.last))
+            flat = group.part(start, count).scaled(w).reshape(-1, self.leaf.size)
+            return {("G", SUM): contractions.product(flat, flat)}
 
-        few = self._at_a_time(columns.stop - columns.start)
+        few = self._at_a_time(group.last)
         return Factors(one, contractions.in_parts(part, self.size, few)["G", SUM])

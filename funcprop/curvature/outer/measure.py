@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from funcprop.curvature.outer import contractions
-from funcprop.curvature.outer.contractions import NORMS, SQUARES, SUM, Wanted
+from funcprop.curvature.outer.contractions import NORMS, SQUARES, SUM, Columns, Group
 from funcprop.curvature.outer.forms import Form
-from funcprop.curvature.outer.roots import Loss, Root
+from funcprop.curvature.outer.roots import Loss, Root, SharesGradient
 from funcprop.curvature.outer.study import Study
 from funcprop.curvature.quantities import (
     EACH,
@@ -46,24 +46,33 @@ class Sweep:
     def groups(self) -> list[str]:
         """The groups of columns, in their order."""
         wanted = {part.group for part in self.parts}
-        return [group for group in (GRADIENT, SAMPLED, EXACT, OUTPUTS) if group in wanted]
+        return [group for group in (GRADIENT, EXACT, SAMPLED, OUTPUTS) if group in wanted]
+
+    @property
+    def shares_gradient(self) -> bool:
+        """Whether the gradient's column also counts as one of the exact columns."""
+        return {GRADIENT, EXACT} <= set(self.groups) and isinstance(self.root, SharesGradient)
 
     def count(self, group: str) -> int:
-        """How many columns a group has."""
+        """How many columns are swept for a group."""
         if group == EXACT:
             assert self.root is not None
-            return self.root.columns
+            return self.root.columns - self.shares_gradient
         if group == OUTPUTS:
             return sum(leaf.size for leaf in jax.tree.leaves(self.study.output))
         return 1
 
-    @property
-    def slices(self) -> dict[str, slice]:
-        """Where each group stands among all columns."""
-        found, start = {}, 0
+    def members(self, first_weight: Any) -> dict[str, Group]:
+        """Where each group's columns stand among all, and what the examples' squares count."""
+        found: dict[str, Group] = {}
+        start = 0
         for group in self.groups:
-            found[group] = slice(start, start + self.count(group))
+            found[group] = Group((Columns(slice(start, start + self.count(group))),))
             start += self.count(group)
+        if self.shares_gradient:
+            shared = found[GRADIENT].members[0]._replace(weight=first_weight)
+            others = (found[EXACT].members[0],) if self.count(EXACT) else ()
+            found[EXACT] = Group((shared, *others))
         return found
 
     def __call__(self, leaves: Sequence[Any], x: Any, y: Any, key: Any, size: int) -> tuple[Any, list[Any]]:
@@ -99,7 +108,7 @@ class Sweep:
 
     def _part(self, leaves: Sequence[Any], x: Any, y: Any, keys: Any, size: int) -> tuple[Any, list[Any]]:
         output, pull, activations = self.study.forward(leaves, x, size)
-        values, columns = self._columns(output, y, keys)
+        values, columns, first_weight = self._columns(output, y, keys)
         total = sum(map(self.count, self.groups))
         if total == 1:
             (one,) = pull(jax.tree.map(lambda c: c[0], columns))
@@ -109,15 +118,17 @@ class Sweep:
         else:
             return values, [{} for _ in leaves]
         forms = self.study.forms(activations, cotangents, size, self.limit)
-        return values, [self._contracted(form) for form in forms]
+        members = self.members(first_weight)
+        return values, [self._contracted(form, members) for form in forms]
 
-    def _columns(self, output: Any, y: Any, keys: Any) -> tuple[Any, Any]:
-        """The losses, and the cotangents of the output, columns first."""
+    def _columns(self, output: Any, y: Any, keys: Any) -> tuple[Any, Any, Any]:
+        """The losses, the cotangents of the output, columns first, and the weight of a shared gradient."""
         if GRADIENT in self.groups:
             values, gradient = jax.vmap(jax.value_and_grad(self.loss))(output, y)
         else:
             values, gradient = jax.vmap(self.loss)(output, y), None
         found: list[Any] = []
+        weight = None
         for group in self.groups:
             if group == GRADIENT:
                 found.append(jax.tree.map(lambda g: g[None], gradient))
@@ -127,24 +138,28 @@ class Sweep:
                 found.append(jax.tree.map(lambda g: g[None], sampled))
             elif group == EXACT:
                 assert self.root is not None
-                found.append(jax.vmap(self.root.all, out_axes=1)(output, y))
+                columns = self.root.all
+                if self.shares_gradient:
+                    assert isinstance(self.root, SharesGradient)
+                    columns, weight = self.root.others, jax.vmap(self.root.first_weight)(output, y)
+                found.append(jax.vmap(columns, out_axes=1)(output, y))
             else:
                 found.append(_entries(output, self.count(OUTPUTS)))
-        return values, jax.tree.map(lambda *c: jnp.concatenate(c), *found) if found else None
+        return values, jax.tree.map(lambda *c: jnp.concatenate(c), *found) if found else None, weight
 
-    def _contracted(self, form: Form) -> dict[Part, Any]:
+    def _contracted(self, form: Form, members: dict[str, Group]) -> dict[Part, Any]:
         found: dict[Part, Any] = {}
-        wanted: dict[str, Wanted] = {}
-        for group, columns in self.slices.items():
-            kinds = {part.kind for part in self.parts if part.group == group}
+        wanted: dict[str, Group] = {}
+        for name, group in members.items():
+            kinds = {part.kind for part in self.parts if part.group == name}
             if moments := kinds & {SUM, SQUARES, NORMS}:
-                wanted[group] = Wanted(columns, frozenset(moments))
+                wanted[name] = group._replace(what=frozenset(moments))
             if EACH in kinds:
-                found[Part(group, EACH)] = form.each(columns)
+                found[Part(name, EACH)] = form.each(group.members[0].at)
             if GRAM in kinds:
-                found[Part(group, GRAM)] = form.gram(columns)
+                found[Part(name, GRAM)] = form.gram(group.members[0].at)
             for kind in kinds & {EXPAND, REDUCE}:
-                found[Part(group, kind)] = form.factors(columns, kind == REDUCE)
+                found[Part(name, kind)] = form.factors(group, kind == REDUCE)
         if wanted:
             found |= {Part(*key): value for key, value in form.moments(wanted).items()}
         return found

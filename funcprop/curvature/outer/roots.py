@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,17 @@ class Root(Protocol):
         """`Σ_c ε_c s_c` with independent signs."""
 
 
+@runtime_checkable
+class SharesGradient(Protocol):
+    """A root whose first column is a multiple of the loss's gradient, which need not be swept twice."""
+
+    def first_weight(self, output: Any, y: Any) -> Any:
+        """The square of this multiple."""
+
+    def others(self, output: Any, y: Any) -> Any:
+        """All columns but the first."""
+
+
 def root_of(loss: Loss, output: Any, y: Any) -> Root:
     """The root of a loss whose output and label have these types."""
     leaves = jax.tree.leaves(output)
@@ -52,6 +63,8 @@ def root_of(loss: Loss, output: Any, y: Any) -> Root:
         program = _program(lambda o, y: loss(jax.tree.unflatten(tree, [o]), y), leaves[0], y)
         for reference, mean in _cross_entropies(leaves[0], y):
             if program == _program(reference, leaves[0], y):
+                if leaves[0].ndim == 1 and jnp.issubdtype(y.dtype, jnp.integer):
+                    return Labelled(leaves[0].shape[0])
                 return Softmax(leaves[0].shape, mean)
     if is_sum_of_entries(loss, output, y):
         return Diagonal(loss, output)
@@ -109,29 +122,93 @@ class Softmax:
             weight = y.reshape(self.rows, -1).sum(-1).astype(root.dtype)
         return root, jnp.sqrt(weight / self.rows if self.mean else weight)
 
-    def _reflected(self, root: Any, x: Any) -> Any:
-        """The reflection that exchanges `√p` with the first axis, of `x` without its first entry."""
-        v = root.at[..., 0].add(1.0)
-        full = jnp.concatenate([jnp.zeros_like(x[..., :1]), x], -1)
-        # ‖v‖² = 2 (1 + √p₀), because √p has the norm 1.
-        return full - v * ((v * full).sum(-1, keepdims=True) / (1 + root[..., :1]))
-
     def all(self, output: Any, y: Any) -> Any:
         root, weight = self._scaled(jax.tree.leaves(output)[0], y)
         classes = self.shape[-1]
         axes = jnp.broadcast_to(jnp.eye(classes - 1, dtype=root.dtype), (self.rows, classes - 1, classes - 1))
-        columns = root[:, None] * self._reflected(root[:, None], axes) * weight[:, None, None]
+        columns = root[:, None] * _reflected(root[:, None], axes) * weight[:, None, None]
         placed = jnp.einsum("rs,rck->rcsk", jnp.eye(self.rows, dtype=root.dtype), columns)
-        return self._like(output, placed.reshape(self.columns, *self.shape))
+        return _like(output, placed.reshape(self.columns, *self.shape))
 
     def sampled(self, output: Any, y: Any, key: Any) -> Any:
         root, weight = self._scaled(jax.tree.leaves(output)[0], y)
         signs = jax.random.rademacher(key, (self.rows, self.shape[-1] - 1), root.dtype)
-        return self._like(output, (root * self._reflected(root, signs) * weight[:, None]).reshape(self.shape))
+        return _like(output, (root * _reflected(root, signs) * weight[:, None]).reshape(self.shape))
 
-    @staticmethod
-    def _like(output: Any, columns: Any) -> Any:
-        return jax.tree.unflatten(jax.tree.structure(output), [columns])
+
+@dataclass(frozen=True)
+class Labelled:
+    """One row with the class `y`, so that one column is along the gradient `g = p − e_y`:
+
+        diag(p) − p pᵀ = p_y / (1 − p_y) g gᵀ + (1 − p_y) (diag(π) − π πᵀ)
+
+    where `π` are the probabilities of the other classes among themselves.
+    """
+
+    columns_and_one: int
+
+    @property
+    def columns(self) -> int:
+        return self.columns_and_one - 1
+
+    def _others(self, output: Any, y: Any) -> tuple[Any, Any]:
+        """`√p` of the classes that follow `y` in a circle, and their norm `√(1 − p_y)`."""
+        logits = jax.tree.leaves(output)[0]
+        following = (y + 1 + jnp.arange(self.columns)) % self.columns_and_one
+        root = jnp.sqrt(jax.nn.softmax(logits)[following])
+        return root, jnp.linalg.norm(root)
+
+    def _placed(self, output: Any, y: Any, x: Any) -> Any:
+        """Entries of the classes that follow `y`, put where they belong."""
+        place = (jnp.arange(self.columns_and_one) - y - 1) % self.columns_and_one
+        return _like(output, jnp.concatenate([x, jnp.zeros((*x.shape[:-1], 1), x.dtype)], -1)[..., place])
+
+    def first_weight(self, output: Any, y: Any) -> Any:
+        norm = self._others(output, y)[1]
+        # Where the label is certain the gradient vanishes, and so does the column.
+        return jnp.where(norm > 0, jax.nn.softmax(jax.tree.leaves(output)[0])[y] / norm**2, 0)
+
+    def others(self, output: Any, y: Any) -> Any:
+        axes = jnp.eye(self.columns - 1, dtype=jax.tree.leaves(output)[0].dtype)
+        return self._along_others(output, y, axes)
+
+    def _along_others(self, output: Any, y: Any, x: Any) -> Any:
+        root, norm = self._others(output, y)
+        unit = jnp.where(norm > 0, root / norm, jnp.ones_like(root) / math.sqrt(self.columns))
+        return self._placed(output, y, root * _reflected(unit, x))
+
+    def _first(self, output: Any, y: Any) -> Any:
+        root, norm = self._others(output, y)
+        logits = jax.tree.leaves(output)[0]
+        label = jnp.sqrt(jax.nn.softmax(logits)[y])
+        along = jnp.where(norm > 0, label / norm, 0)
+        here = jnp.where(jnp.arange(self.columns_and_one) == y, -label * norm, 0)
+        return jax.tree.map(lambda g: g * along + here, self._placed(output, y, root**2))
+
+    def all(self, output: Any, y: Any) -> Any:
+        return jax.tree.map(
+            lambda first, others: jnp.concatenate([first[None], others]),
+            self._first(output, y),
+            self.others(output, y),
+        )
+
+    def sampled(self, output: Any, y: Any, key: Any) -> Any:
+        signs = jax.random.rademacher(key, (self.columns,), jax.tree.leaves(output)[0].dtype)
+        others = self._along_others(output, y, signs[1:])
+        return jax.tree.map(lambda first, rest: signs[0] * first + rest, self._first(output, y), others)
+
+
+def _reflected(root: Any, x: Any) -> Any:
+    """The reflection that exchanges the unit vector `√p` with the first axis, of `x` without its first entry."""
+    v = root.at[..., 0].add(1.0)
+    full = jnp.concatenate([jnp.zeros((*x.shape[:-1], 1), x.dtype), x], -1)
+    # ‖v‖² = 2 (1 + √p₀).
+    return full - v * ((v * full).sum(-1, keepdims=True) / (1 + root[..., :1]))
+
+
+def _like(output: Any, columns: Any) -> Any:
+    """Columns in the structure of the output, which is a single array."""
+    return jax.tree.unflatten(jax.tree.structure(output), [columns])
 
 
 # --- sums over entries ------------------------------------------------------------------------
