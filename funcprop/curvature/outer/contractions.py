@@ -100,6 +100,17 @@ def over_columns(term: Callable[[Any], Any], columns: range, unroll: int = 64) -
     return lax.scan(lambda t, c: (t + term(c), None), jnp.zeros(zero.shape, zero.dtype), numbers)[0]
 
 
+def combination(g: Any, columns: Sequence[int], factors: Any) -> Any:
+    """`Σ_i factors[i][n] g[columns[i], n]`."""
+    numbers, factors = jnp.asarray(columns), jnp.stack(factors)
+
+    def term(i: Any) -> Any:
+        column = g[columns[i]] if isinstance(i, int) else g[numbers[i]]
+        return column * factors[i].reshape(-1, *(1,) * (column.ndim - 1))
+
+    return over_columns(term, range(len(columns)))
+
+
 def single_position(a: Any, g: Any, wanted: Mapping[str, Group]) -> Moments:
     """Moments for `a[n, i]`, `g[c, n, o]`."""
     found: Moments = {}

@@ -13,7 +13,7 @@ from jax import lax
 from funcprop.curvature.outer import contractions
 from funcprop.curvature.outer.contractions import NORMS, SQUARES, SUM, Columns, Group
 from funcprop.curvature.outer.forms import Form
-from funcprop.curvature.outer.roots import Loss, Root, SharesGradient
+from funcprop.curvature.outer.roots import Loss, Root, SharesGradient, signs
 from funcprop.curvature.outer.study import Study
 from funcprop.curvature.quantities import (
     EACH,
@@ -44,9 +44,21 @@ class Sweep:
 
     @property
     def groups(self) -> list[str]:
-        """The groups of columns, in their order."""
+        """The groups of columns that are swept, in their order.
+
+        The sampled column is a combination of the exact ones; where these are swept, so are their cotangents.
+        """
         wanted = {part.group for part in self.parts}
-        return [group for group in (GRADIENT, EXACT, SAMPLED, OUTPUTS) if group in wanted]
+        return [
+            group
+            for group in (GRADIENT, EXACT, SAMPLED, OUTPUTS)
+            if group in wanted and not (group == SAMPLED and EXACT in wanted)
+        ]
+
+    @property
+    def samples(self) -> bool:
+        """Whether random signs are drawn."""
+        return any(part.group == SAMPLED for part in self.parts)
 
     @property
     def shares_gradient(self) -> bool:
@@ -81,7 +93,7 @@ class Sweep:
         most = self.limit // max(1, self.study.bytes_of_example(columns))
         if any(part.kind in WHOLE for part in self.parts):
             most = size
-        keys = jax.random.split(key, size) if SAMPLED in self.groups else None
+        keys = jax.random.split(key, size) if self.samples else None
         count = contractions.part_size(size, most)
         if count == size:
             return self._part(leaves, x, y, keys, size)
@@ -119,7 +131,23 @@ class Sweep:
             return values, [{} for _ in leaves]
         forms = self.study.forms(activations, cotangents, size, self.limit)
         members = self.members(first_weight)
-        return values, [self._contracted(form, members) for form in forms]
+        found = [self._contracted(form, members) for form in forms]
+        if self.samples and SAMPLED not in self.groups:
+            sampled = self._combined(cotangents, keys, members[EXACT])
+            others = self.study.forms(activations, sampled, size, self.limit)
+            one = {SAMPLED: Group((Columns(slice(0, 1)),))}
+            found = [here | self._contracted(form, one) for here, form in zip(found, others, strict=True)]
+        return values, found
+
+    def _combined(self, cotangents: Any, keys: Any, exact: Group) -> Any:
+        """The sampled column's cotangents, from the exact ones."""
+        assert self.root is not None
+        root, dtype = self.root, jax.tree.leaves(self.study.output)[0].dtype
+        factors = list(jax.vmap(lambda key: signs(root, key, dtype), out_axes=1)(keys))
+        at = [c for member in exact.members for c in range(member.at.start, member.at.stop)]
+        if self.shares_gradient:
+            factors[0] = factors[0] * jnp.sqrt(exact.members[0].weight)
+        return jax.tree.map(lambda g: contractions.combination(g, at, factors)[None], cotangents)
 
     def _columns(self, output: Any, y: Any, keys: Any) -> tuple[Any, Any, Any]:
         """The losses, the cotangents of the output, columns first, and the weight of a shared gradient."""

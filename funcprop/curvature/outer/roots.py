@@ -44,6 +44,11 @@ class Root(Protocol):
         """`Σ_c ε_c s_c` with independent signs."""
 
 
+def signs(root: Root, key: Any, dtype: Any) -> Any:
+    """The random signs of all columns of one example."""
+    return jax.random.rademacher(key, (root.columns,), dtype)
+
+
 @runtime_checkable
 class SharesGradient(Protocol):
     """A root whose first column is a multiple of the loss's gradient, which need not be swept twice."""
@@ -132,8 +137,8 @@ class Softmax:
 
     def sampled(self, output: Any, y: Any, key: Any) -> Any:
         root, weight = self._scaled(jax.tree.leaves(output)[0], y)
-        signs = jax.random.rademacher(key, (self.rows, self.shape[-1] - 1), root.dtype)
-        return _like(output, (root * _reflected(root, signs) * weight[:, None]).reshape(self.shape))
+        x = signs(self, key, root.dtype).reshape(self.rows, -1)
+        return _like(output, (root * _reflected(root, x) * weight[:, None]).reshape(self.shape))
 
 
 @dataclass(frozen=True)
@@ -193,9 +198,9 @@ class Labelled:
         )
 
     def sampled(self, output: Any, y: Any, key: Any) -> Any:
-        signs = jax.random.rademacher(key, (self.columns,), jax.tree.leaves(output)[0].dtype)
-        others = self._along_others(output, y, signs[1:])
-        return jax.tree.map(lambda first, rest: signs[0] * first + rest, self._first(output, y), others)
+        x = signs(self, key, jax.tree.leaves(output)[0].dtype)
+        others = self._along_others(output, y, x[1:])
+        return jax.tree.map(lambda first, rest: x[0] * first + rest, self._first(output, y), others)
 
 
 def _reflected(root: Any, x: Any) -> Any:
@@ -299,7 +304,7 @@ class Diagonal:
 
     def sampled(self, output: Any, y: Any, key: Any) -> Any:
         root = self._root(output, y)
-        return ravel_pytree(output)[1](root * jax.random.rademacher(key, root.shape, root.dtype))
+        return ravel_pytree(output)[1](root * signs(self, key, root.dtype))
 
 
 # --- any other loss ---------------------------------------------------------------------------
@@ -325,8 +330,7 @@ class Dense:
 
     def sampled(self, output: Any, y: Any, key: Any) -> Any:
         root = self._root(output, y)
-        signs = jax.random.rademacher(key, root.shape[:1], root.dtype)
-        return ravel_pytree(output)[1](signs @ root)
+        return ravel_pytree(output)[1](signs(self, key, root.dtype) @ root)
 
 
 def _cholesky(h: Any) -> Any:
