@@ -19,6 +19,9 @@ from funcprop.curvature.hessian import Hessian as Hessian
 from funcprop.curvature.hessian import hessian as hessian
 from funcprop.curvature.influence import Influence as Influence
 from funcprop.curvature.influence import influence as influence
+from funcprop.curvature.kfac import ekfac as ekfac
+from funcprop.curvature.kfac import kfac as kfac
+from funcprop.curvature.kronecker import Kronecker as Kronecker
 from funcprop.curvature.laplace import Laplace as Laplace
 from funcprop.curvature.laplace import Predictive as Predictive
 from funcprop.curvature.laplace import laplace as laplace

@@ -37,7 +37,11 @@ class Audit(tuple[Route, ...]):
     """The routes of all parameters, as a table when printed."""
 
     def __str__(self) -> str:
-        rows = [(r.path, w, why) for r in self for w, why in zip(r.ways or ("unused",), r.reasons or ("",), strict=True)]
+        rows = [
+            (r.path, w, why)
+            for r in self
+            for w, why in zip(r.ways or ("unused",), r.reasons or ("",), strict=True)
+        ]
         widths = [max(len(row[k]) for row in rows) for k in range(2)]
         return "\n".join(f"{p:{widths[0]}}  {w:{widths[1]}}  {why}".rstrip() for p, w, why in rows)
 
@@ -49,12 +53,16 @@ class PerExample:
         self.model, self.loss, self.rules, self.limit = model, loss, rules, limit
         self._jitted = jax.jit(self._run, static_argnums=0)
 
-    def __call__(self, params: Any, x: Any, y: Any, quantities: Collection[str], key: Any = None) -> dict[str, Any]:
+    def __call__(
+        self, params: Any, x: Any, y: Any, quantities: Collection[str], key: Any = None
+    ) -> dict[str, Any]:
         """The quantities, each a pytree like `params` but for `gram`, `ntk` and `value`."""
         names = _checked(quantities)
         sampled = [n for n in names if n != VALUE and any(p.group == SAMPLED for p in QUANTITIES[n].parts)]
         if sampled and key is None:
-            raise ValueError(f"per_example: {sampled[0]!r} is an estimate by random signs; pass key=jax.random.key(…).")
+            raise ValueError(
+                f"per_example: {sampled[0]!r} is an estimate by random signs; pass key=jax.random.key(…)."
+            )
         batch_size(x, y)
         check_parameters(params)
         found = self._jitted(tuple(sorted(set(names))), params, x, y, key)
@@ -89,7 +97,14 @@ class PerExample:
 
 
 def sweep(
-    model: Model, loss: Loss, params: Any, x: Any, y: Any, parts: Collection[Part], rules: RuleSet | None, limit: int
+    model: Model,
+    loss: Loss,
+    params: Any,
+    x: Any,
+    y: Any,
+    parts: Collection[Part],
+    rules: RuleSet | None,
+    limit: int,
 ) -> Sweep:
     """The sweep for some contractions, of a model and a loss at given types."""
     study = Study.of(model, params, x, rules)
@@ -122,11 +137,15 @@ def batch_size(x: Any, y: Any) -> int:
         for path, leaf in jax.tree.leaves_with_path(tree):
             where = name + jax.tree_util.keystr(path)
             if not jnp.ndim(leaf):
-                raise ValueError(f"per_example: {where} is a scalar; the leading axis of x and y is the examples.")
+                raise ValueError(
+                    f"per_example: {where} is a scalar; the leading axis of x and y is the examples."
+                )
             sizes[where] = jnp.shape(leaf)[0]
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         listed = ", ".join(f"{where} has {n}" for where, n in sizes.items())
-        raise ValueError(f"per_example: the leading axis of x and y is the examples, but {listed or 'x is empty'}.")
+        raise ValueError(
+            f"per_example: the leading axis of x and y is the examples, but {listed or 'x is empty'}."
+        )
     return next(iter(sizes.values()))
 
 
@@ -147,7 +166,9 @@ def check_parameters(params: Any) -> None:
 def _checked(quantities: Collection[str]) -> list[str]:
     known = [*QUANTITIES, *ALIASES, VALUE]
     if isinstance(quantities, str) or not quantities:
-        raise ValueError(f"per_example: quantities={quantities!r}; pass a set of names among {', '.join(known)}.")
+        raise ValueError(
+            f"per_example: quantities={quantities!r}; pass a set of names among {', '.join(known)}."
+        )
     for name in quantities:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from funcprop.curvature.outer.contractions import NORMS, SQUARES, SUM
 
 GRADIENT, EXACT, SAMPLED, OUTPUTS = "gradient", "exact", "sampled", "outputs"
-EACH, GRAM, EXPAND, REDUCE = "each", "gram", "expand", "reduce"
+EACH, GRAM, EXPAND, REDUCE, ROTATED = "each", "gram", "expand", "reduce", "rotated"
 
 
 class Part(NamedTuple):
@@ -64,8 +64,12 @@ _TOTAL, _SQUARES, _NORMS = (Part(GRADIENT, kind) for kind in (SUM, SQUARES, NORM
 
 QUANTITIES: dict[str, Quantity] = {
     "gradient": Quantity("the gradient of the mean loss", (_TOTAL,), _mean),
-    "gradients": Quantity("each example's gradient, `[n, *leaf]`", (Part(GRADIENT, EACH),), lambda w, n: w[0]),
-    "norm": Quantity("the norm of each example's gradient in the leaf, `[n]`", (_NORMS,), lambda q, n: jnp.sqrt(q)),
+    "gradients": Quantity(
+        "each example's gradient, `[n, *leaf]`", (Part(GRADIENT, EACH),), lambda w, n: w[0]
+    ),
+    "norm": Quantity(
+        "the norm of each example's gradient in the leaf, `[n]`", (_NORMS,), lambda q, n: jnp.sqrt(q)
+    ),
     "second_moment": Quantity("`1/n Σ W²` of the examples' gradients", (_SQUARES,), _mean),
     "variance": Quantity("`1/n Σ (W − mean)²`", (_TOTAL, _SQUARES), _variance),
     "snr": Quantity("`mean² / variance`, entry by entry", (_TOTAL, _SQUARES), _signal_to_noise),
@@ -81,7 +85,9 @@ QUANTITIES: dict[str, Quantity] = {
         lambda k, n: k,
         whole=True,
     ),
-    "diag_ggn": Quantity("diagonal of the Gauss-Newton matrix of the mean loss", (Part(EXACT, SQUARES),), _mean),
+    "diag_ggn": Quantity(
+        "diagonal of the Gauss-Newton matrix of the mean loss", (Part(EXACT, SQUARES),), _mean
+    ),
     "diag_ggn_mc": Quantity("an unbiased estimate of the same", (Part(SAMPLED, SQUARES),), _mean),
     "trace_ggn": Quantity(
         "trace of the leaf's Gauss-Newton block", (Part(EXACT, NORMS),), lambda q, n: q.sum() / n
@@ -94,7 +100,9 @@ QUANTITIES: dict[str, Quantity] = {
     "kflr": Quantity("Kronecker factors `(A, G)`, exact columns, expand", (Part(EXACT, EXPAND),), _factors),
     "kflr_reduce": Quantity("the same, reduce", (Part(EXACT, REDUCE),), _factors),
     "kfac_empirical": Quantity(
-        "Kronecker factors `(A, G)` of the gradients' second moment, expand", (Part(GRADIENT, EXPAND),), _factors
+        "Kronecker factors `(A, G)` of the gradients' second moment, expand",
+        (Part(GRADIENT, EXPAND),),
+        _factors,
     ),
     "kfac_empirical_reduce": Quantity("the same, reduce", (Part(GRADIENT, REDUCE),), _factors),
 }

@@ -231,9 +231,7 @@ def in_parts(fun: Callable[[Any, int], Moments], size: int, most: int) -> Moment
     found = sums | {k: v.reshape(-1) for k, v in norms.items()}
     if rest := size % count:
         last = fun(size - rest, rest)
-        found = {
-            k: jnp.concatenate([v, last[k]]) if k[1] == NORMS else v + last[k] for k, v in found.items()
-        }
+        found = {k: jnp.concatenate([v, last[k]]) if k[1] == NORMS else v + last[k] for k, v in found.items()}
     return found
 
 

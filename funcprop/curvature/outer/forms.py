@@ -51,6 +51,9 @@ class Form(Protocol):
     def factors(self, group: Group, reduce: bool) -> Factors:
         """Kronecker factors, summed over examples (see `funcprop.curvature.kronecker` for conventions)."""
 
+    def squares_in(self, basis: Factors, group: Group) -> Any:
+        """`Σ (U_aᵀ W U_g)²` in the factors' bases, as `[k, i, o]`; the basis of a diagonal is a vector."""
+
 
 def _rows(x: Any, start: Any, count: int, axis: int) -> Any:
     return lax.dynamic_slice_in_dim(x, start, count, axis)
@@ -104,6 +107,12 @@ class AtHand:
             return Factors(one, (flat * flat).sum(0))
         return Factors(one, contractions.product(flat, flat))
 
+    def squares_in(self, basis: Factors, group: Group) -> Any:
+        flat = group.scaled(self.w).reshape(-1, math.prod(self.w.shape[2:]))
+        if basis.cotangents.ndim == 2:
+            flat = flat @ basis.cotangents
+        return (flat * flat).sum(0)[None, None]
+
 
 # --- outer products ---------------------------------------------------------------------------
 
@@ -128,7 +137,9 @@ class OuterProducts:
         """`a[k, n, t, i]` and `g[k, c, n, t, o]`."""
         a, g = self.form.activations, self.form.cotangents
         assert a is not None
-        return jax.vmap(a, out_axes=1)(self.raw), jax.vmap(jax.vmap(g, out_axes=1), out_axes=1)(self.g[columns])
+        return jax.vmap(a, out_axes=1)(self.raw), jax.vmap(jax.vmap(g, out_axes=1), out_axes=1)(
+            self.g[columns]
+        )
 
     def moments(self, wanted: Mapping[str, Group]) -> Moments:
         if self.form.positions == 1:
@@ -181,6 +192,18 @@ class OuterProducts:
         each = (a.size * a.dtype.itemsize + g.size * g.dtype.itemsize) // self.size
         found = contractions.in_parts(part, self.size, self.limit // max(1, each))
         return Factors(*(x[0] if len(x) == 1 else x for x in (found["A", SUM], found["G", SUM])))
+
+    def squares_in(self, basis: Factors, group: Group) -> Any:
+        a, g = self.form.activations, self.form.cotangents
+        assert a is not None
+        turned = OuterForm(
+            lambda x: a(x) @ basis.activations,
+            lambda x: g(x) @ basis.cotangents,
+            lambda w: w,
+            self.form.positions,
+        )
+        wanted = {"": group._replace(what=frozenset({SQUARES}))}
+        return replace(self, form=turned).moments(wanted)["", SQUARES]
 
 
 def _over_blocks(fun: Callable[..., Any], *arrays: Any) -> Any:
@@ -251,6 +274,10 @@ class Rows:
         counts = jnp.zeros(self.rows, g.dtype).at[self.ids.reshape(-1)].add(1.0)
         flat = g.reshape(-1, g.shape[-1])
         return Factors(counts / positions, contractions.product(flat, flat))
+
+    def squares_in(self, basis: Factors, group: Group) -> Any:
+        turned = replace(self, g=self.g @ basis.cotangents, to_leaf=lambda w: w)
+        return turned.moments({"": group._replace(what=frozenset({SQUARES}))})["", SQUARES][None]
 
 
 def _joined_squares(ids: Any, g: Any) -> Any:
@@ -330,3 +357,14 @@ class Several:
 
         few = self._at_a_time(group.last)
         return Factors(one, contractions.in_parts(part, self.size, few)["G", SUM])
+
+    def squares_in(self, basis: Factors, group: Group) -> Any:
+        if basis.cotangents.ndim == 1:
+            squares = self.moments({"": group._replace(what=frozenset({SQUARES}))})
+            return squares["", SQUARES].reshape(1, 1, -1)
+
+        def part(start: Any, count: int) -> Moments:
+            here = AtHand(self.part(start, count).each(slice(0, group.last)), self.limit)
+            return {("", SQUARES): here.squares_in(basis, group.part(start, count))}
+
+        return contractions.in_parts(part, self.size, self._at_a_time(group.last))["", SQUARES]

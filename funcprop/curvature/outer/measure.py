@@ -23,6 +23,7 @@ from funcprop.curvature.quantities import (
     GRAM,
     OUTPUTS,
     REDUCE,
+    ROTATED,
     SAMPLED,
     Part,
 )
@@ -41,6 +42,7 @@ class Sweep:
     root: Root | None
     parts: frozenset[Part]
     limit: int
+    bases: Sequence[Any] = ()
 
     @property
     def groups(self) -> list[str]:
@@ -131,12 +133,12 @@ class Sweep:
             return values, [{} for _ in leaves]
         forms = self.study.forms(activations, cotangents, size, self.limit)
         members = self.members(first_weight)
-        found = [self._contracted(form, members) for form in forms]
+        found = [self._contracted(i, form, members) for i, form in enumerate(forms)]
         if self.samples and SAMPLED not in self.groups:
             sampled = self._combined(cotangents, keys, members[EXACT])
             others = self.study.forms(activations, sampled, size, self.limit)
             one = {SAMPLED: Group((Columns(slice(0, 1)),))}
-            found = [here | self._contracted(form, one) for here, form in zip(found, others, strict=True)]
+            found = [found[i] | self._contracted(i, form, one) for i, form in enumerate(others)]
         return values, found
 
     def _combined(self, cotangents: Any, keys: Any, exact: Group) -> Any:
@@ -175,7 +177,7 @@ class Sweep:
                 found.append(_entries(output, self.count(OUTPUTS)))
         return values, jax.tree.map(lambda *c: jnp.concatenate(c), *found) if found else None, weight
 
-    def _contracted(self, form: Form, members: dict[str, Group]) -> dict[Part, Any]:
+    def _contracted(self, leaf: int, form: Form, members: dict[str, Group]) -> dict[Part, Any]:
         found: dict[Part, Any] = {}
         wanted: dict[str, Group] = {}
         for name, group in members.items():
@@ -188,6 +190,8 @@ class Sweep:
                 found[Part(name, GRAM)] = form.gram(group.members[0].at)
             for kind in kinds & {EXPAND, REDUCE}:
                 found[Part(name, kind)] = form.factors(group, kind == REDUCE)
+            if ROTATED in kinds:
+                found[Part(name, ROTATED)] = form.squares_in(self.bases[leaf], group)
         if wanted:
             found |= {Part(*key): value for key, value in form.moments(wanted).items()}
         return found
@@ -209,10 +213,10 @@ def _split(found: list[dict[Part, Any]]) -> tuple[list[Any], list[Any]]:
     """What is summed over examples, and what has a row for each, examples first."""
     sums = [{k: v for k, v in leaf.items() if k.kind not in ROWS} for leaf in found]
     rows = [{k: v for k, v in leaf.items() if k.kind in ROWS} for leaf in found]
-    return sums, [{k: jnp.moveaxis(v, 1, 0) if k.kind == EACH else v for k, v in leaf.items()} for leaf in rows]
+    return sums, [
+        {k: jnp.moveaxis(v, 1, 0) if k.kind == EACH else v for k, v in leaf.items()} for leaf in rows
+    ]
 
 
 def _rows_last(found: dict[Part, Any]) -> dict[Part, Any]:
     return {k: jnp.moveaxis(v, 0, 1) if k.kind == EACH else v for k, v in found.items()}
-
-

@@ -122,4 +122,6 @@ def _in_training(call: Any) -> bool:
 
 def _refuse(eqn: Any, what: str) -> None:
     where = _compat.scope(eqn) or _compat.source_line(eqn) or "the model"
-    raise ValueError(f"per_example: the examples mix: in {where}, {what} (batch norm in training mode). {REMEDY}")
+    raise ValueError(
+        f"per_example: the examples mix: in {where}, {what} (batch norm in training mode). {REMEDY}"
+    )

@@ -269,7 +269,11 @@ def _kinds(closed: Any, inputs: list[Any]) -> list[Any]:
             results = [*which]
         elif name == "reduce_sum" and entries:
             results = [("sum",)]
-        elif name in _LINEAR and which == {("sum",)} and (name not in ("mul", "div") or _by_constant(name, found)):
+        elif (
+            name in _LINEAR
+            and which == {("sum",)}
+            and (name not in ("mul", "div") or _by_constant(name, found))
+        ):
             results = [("sum",)]
         else:
             raise _MixedError

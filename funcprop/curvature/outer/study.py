@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ import jax.numpy as jnp
 from jax.lax import GatherScatterMode
 
 from funcprop import _compat
-from funcprop.curvature.outer.forms import AtHand, Form, OuterProducts, Rows, Several
+from funcprop.curvature.outer.forms import AtHand, Factors, Form, OuterProducts, Rows, Several
+from funcprop.curvature.outer.layout import Layout
 from funcprop.curvature.outer.mixing import example_of, trace_example
 from funcprop.curvature.outer.operators import outer_form
 from funcprop.curvature.outer.tapped import Numbered, run
@@ -74,14 +76,36 @@ class Study:
         forms: list[Form] = []
         for i, leaf in enumerate(self.leaves):
             mine = [n for n, tap in enumerate(self.taps) if tap.view.leaf == i]
-            found = [
-                form_of(self.taps[n], leaf, activations.get(n), cotangents[n], limit) for n in mine
-            ]
+            found = [form_of(self.taps[n], leaf, activations.get(n), cotangents[n], limit) for n in mine]
             if not found:
                 zero = jnp.zeros((columns, size, *leaf.shape), leaf.dtype)
                 found = [AtHand(jnp.broadcast_to(zero[:1, :1], zero.shape), limit)]
-            forms.append(found[0] if len(found) == 1 else Several(found, leaf, size, limit))
+            whole = len(found) == 1 and (not mine or self._covers(self.taps[mine[0]], leaf))
+            forms.append(found[0] if whole else Several(found, leaf, size, limit))
         return forms
+
+    @staticmethod
+    def _covers(tap: Tap, leaf: Any) -> bool:
+        """Whether a tap's operand has all entries of the leaf."""
+        layers = math.prod(loop.length for loop in tap.loops if loop.slices)
+        return tap.eqn is None or layers * tap.eqn.invars[tap.operand].aval.size >= leaf.size
+
+    def layout(self, i: int, factors: Factors) -> Layout:
+        """How the entries of a leaf lie in `[k, i, o]` of its factors."""
+        leaf = self.leaves[i]
+        mine = [tap for tap in self.taps if tap.view.leaf == i]
+        if len(mine) == 1 and self._covers(mine[0], leaf):
+            form = outer_form(mine[0])
+            rows = factors.activations.shape[-1]
+            if form is not None and form.activations is not None:
+                outputs = factors.cotangents.shape[-1]
+                return Layout.of(form.to_leaf, (leaf.size // (rows * outputs), rows, outputs), leaf.shape)
+            if _takes_rows(mine[0]):
+                table = mine[0].eqn.invars[0].aval.shape
+                to_leaf = mine[0].view.to_leaf
+                shape = (1, rows, leaf.size // rows)
+                return Layout.of(lambda w: to_leaf(w.reshape(table)), shape, leaf.shape)
+        return Layout(leaf.shape, (leaf.size,), (0,), (1, 1, leaf.size))
 
 
 def _rules() -> RuleSet:

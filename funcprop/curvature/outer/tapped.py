@@ -78,7 +78,11 @@ def _loop(
 ) -> tuple[Arrays, Numbered]:
     params = eqn.params
     consts, carries = _compat.scan_counts(params)
-    closed_over, init, xs = operands[:consts], operands[consts : consts + carries], operands[consts + carries :]
+    closed_over, init, xs = (
+        operands[:consts],
+        operands[consts : consts + carries],
+        operands[consts + carries :],
+    )
 
     def step(carry: Arrays, sliced: tuple[Arrays, Numbered]) -> tuple[Arrays, tuple[Arrays, Numbered]]:
         x, mine = sliced

@@ -223,9 +223,7 @@ def _carried_unchanged(eqn: Any) -> dict[int, int]:
     """The operands of a loop that it carries on as they are, each with its place among the results."""
     consts, carries = _compat.scan_counts(eqn.params)
     body = _compat.open_jaxpr(eqn.params["jaxpr"])
-    return {
-        consts + i: i for i in range(carries) if body.outvars[i] is body.invars[consts + i]
-    }
+    return {consts + i: i for i in range(carries) if body.outvars[i] is body.invars[consts + i]}
 
 
 def _linear_in(eqn: Any, views: list[View | None]) -> list[int] | None:
