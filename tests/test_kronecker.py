@@ -140,7 +140,7 @@ def test_pi_damping():
 
 
 def test_ekfac_has_the_best_eigenvalues():
-    """In KFAC's eigenbasis the diagonal of the true block; so nearer to it in the Frobenius norm than KFAC."""
+    """In KFAC's eigenbasis the diagonal of the true block; nearer to it in the Frobenius norm than KFAC."""
     model, loss = MODELS["mlp"](), LOSSES["softmax cross-entropy"]
     arguments = model.params, model.x, loss.targets(EXAMPLES, model.outputs)
     blocks = fp.ggn(batched(model), mean(loss))(*arguments)

@@ -118,7 +118,7 @@ def test_snr_is_squared_mean_over_variance():
 
 
 def test_scaling_of_the_gauss_newton_diagonal():
-    """½ (w x − y)² per example, mean over the batch: the diagonal is the mean of x²; without ½, twice that."""
+    """½ (w x − y)² per example, mean over the batch: the diagonal is the mean of x²; twice without ½."""
     x = jnp.array([[1.0], [2.0], [3.0]])
     for factor in (0.5, 1.0):
         model = fp.per_example(lambda w, x: w @ x, lambda o, y, f=factor: f * (o - y) ** 2)
@@ -177,7 +177,7 @@ def test_audit_of_layers():
 
 
 def test_no_outer_form():
-    """Weight norm, a parameter through softmax, one changed by a loop, one in a branch: exact all the same."""
+    """Weight norm, a parameter through softmax, changed by a loop, in a branch: exact all the same."""
 
     def model(p, x):
         w = p["v"] / jnp.linalg.norm(p["v"], axis=0)
@@ -252,7 +252,7 @@ def test_mixing_is_refused():
     x, y = jnp.ones((4, 3)), jnp.zeros(4)
     loss = lambda o, y: jnp.sum(o - y) ** 2  # noqa: E731
     with pytest.raises(
-        ValueError, match="examples mix: the model reduces over a named axis.*batch.*evaluation"
+        ValueError, match=r"examples mix: the model reduces over a named axis.*batch.*evaluation"
     ):
         fp.per_example(lambda w, x: w * (x - jax.lax.pmean(x, "batch")), loss)(jnp.ones(3), x, y, ["norm"])
     norm = nn.BatchNorm(use_running_average=False, param_dtype=float)
@@ -261,7 +261,7 @@ def test_mixing_is_refused():
     def training(params, x):
         return norm.apply({**variables, "params": params}, x[None], mutable=["batch_stats"])
 
-    with pytest.raises(ValueError, match="examples mix: in .*subtracts from a value its mean.*length one"):
+    with pytest.raises(ValueError, match=r"examples mix: in .*subtracts from a value its mean.*length one"):
         fp.per_example(lambda p, x: training(p, x)[0][0], loss)(variables["params"], x, y, ["norm"])
     with pytest.raises(ValueError, match=r"output\[1\], which loss\(output, y\) does not read"):
         fp.per_example(lambda w, x: (w * x, x.mean()), lambda o, y: loss(o[0], y))(

@@ -32,9 +32,9 @@ def kfac(
 ) -> Callable[..., Kronecker]:
     """Kronecker-factored curvature, `kfac(model, loss)(params, x, y, key=None) -> Kronecker`.
 
-    For each parameter `A ⊗ G` in place of its block of the Gauss-Newton matrix of the **mean** loss; the module
-    `funcprop.curvature.kronecker` has the conventions. Exact for one example, and for linear networks with squared
-    error.
+    For each parameter `A ⊗ G` in place of its block of the Gauss-Newton matrix of the **mean** loss; the
+    module `funcprop.curvature.kronecker` has the conventions. Exact for one example, and for linear networks
+    with squared error.
 
     Args:
         model, loss: of ONE example, as in `fp.per_example`.
@@ -50,12 +50,14 @@ def kfac(
     Raises:
         ValueError: `kind` or `sharing` is not known, or there is no key for "mc"; also as `fp.per_example`.
 
-    References: Martens and Grosse, ICML 2015; Botev, Ritter and Barber, ICML 2017; Eschenhagen et al., NeurIPS 2023.
+    References: Martens and Grosse, ICML 2015; Botev, Ritter and Barber, ICML 2017; Eschenhagen et al.,
+    NeurIPS 2023.
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
         >>> squared = lambda output, y: jnp.sum((output - y) ** 2) / 2
-        >>> A = fp.kfac(lambda w, x: x @ w, squared, kind="exact")(jnp.ones((2, 1)), jnp.eye(2), jnp.zeros((2, 1)))
+        >>> w, x, y = jnp.ones((2, 1)), jnp.eye(2), jnp.zeros((2, 1))
+        >>> A = fp.kfac(lambda w, x: x @ w, squared, kind="exact")(w, x, y)
         >>> print(A.dense())
         [[0.5 0. ]
          [0.  0.5]]
@@ -81,8 +83,8 @@ def ekfac(
     """KFAC's eigenvectors with the curvature's own second moments along them as eigenvalues.
 
     `ekfac(model, loss)(params, x, y, key=None)`; with `A ⊗ G = U S Uᵀ` the eigenvalues are
-    `diag(Uᵀ (1/N Σ W Wᵀ) U)`, which are the best in the Frobenius norm for these vectors. Arguments and errors are
-    those of `fp.kfac`; the result is in its eigenbasis and has no `.factors`.
+    `diag(Uᵀ (1/N Σ W Wᵀ) U)`, which are the best in the Frobenius norm for these vectors. Arguments and
+    errors are those of `fp.kfac`; the result is in its eigenbasis and has no `.factors`.
 
     Reference: George et al., "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis",
     NeurIPS 2018.
@@ -90,7 +92,8 @@ def ekfac(
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
         >>> squared = lambda output, y: jnp.sum((output - y) ** 2) / 2
-        >>> E = fp.ekfac(lambda w, x: x @ w, squared, kind="exact")(jnp.ones((2, 1)), jnp.eye(2), jnp.zeros((2, 1)))
+        >>> w, x, y = jnp.ones((2, 1)), jnp.eye(2), jnp.zeros((2, 1))
+        >>> E = fp.ekfac(lambda w, x: x @ w, squared, kind="exact")(w, x, y)
         >>> print(E.trace())
         1.0
     """

@@ -7,15 +7,15 @@ A parameter that enters as `W[n] = Σ_t a[n, t] ⊗ g[n, t]` has the Gauss-Newto
     reduce:  A = 1/N Σ_n (1/R Σ_t a)(1/R Σ_t a)ᵀ,      G = 1/N Σ_{n,c} (Σ_t g)(Σ_t g)ᵀ
 
 `g` are cotangents of the *unaveraged* loss of one example for the columns `c` of its root, so that `A ⊗ G` is
-of the loss's **mean** over the batch, without a factor ½. A parameter without an outer product (a bias, a norm's
-scale) has `A = (1)` and for `G` its whole block, or its diagonal if it has more than 1024 entries; so has one
-that enters in several places. A table of which rows are taken has a diagonal `A`.
+of the loss's **mean** over the batch, without a factor ½. A parameter without an outer product (a bias, a
+norm's scale) has `A = (1)` and for `G` its whole block, or its diagonal if it has more than 1024 entries; so
+has one that enters in several places. A table of which rows are taken has a diagonal `A`.
 
-References: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML
-2015; Grosse and Martens, "A Kronecker-factored approximate Fisher matrix for convolution layers", ICML 2016; Botev,
-Ritter and Barber, ICML 2017 (exact columns: KFLR); George et al., "Fast approximate natural gradient descent in a
-Kronecker-factored eigenbasis", NeurIPS 2018; Eschenhagen et al., "Kronecker-factored approximate curvature for
-modern neural network architectures", NeurIPS 2023 (expand and reduce).
+References: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature",
+ICML 2015; Grosse and Martens, "A Kronecker-factored approximate Fisher matrix for convolution layers", ICML
+2016; Botev, Ritter and Barber, ICML 2017 (exact columns: KFLR); George et al., "Fast approximate natural
+gradient descent in a Kronecker-factored eigenbasis", NeurIPS 2018; Eschenhagen et al., "Kronecker-factored
+approximate curvature for modern neural network architectures", NeurIPS 2023 (expand and reduce).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Product:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Eigen:
-    """`(U_a ⊗ U_g) diag(values) (U_a ⊗ U_g)ᵀ` of one parameter; the basis of a diagonal is a vector of ones."""
+    """`(U_a ⊗ U_g) diag(values) (U_a ⊗ U_g)ᵀ` of one parameter; ones are the basis of a diagonal."""
 
     ua: Array
     ug: Array
@@ -210,7 +210,7 @@ class Kronecker(LinearOperator):
         return replace(self, blocks=tuple(block.eigen().map(jnp.sqrt) for block in self.blocks))
 
     def update(self, other: Kronecker, decay: Any) -> Kronecker:
-        """The moving average `decay · self + (1 − decay) · other` of the factors (of the eigenvalues, for ekfac).
+        """The moving average `decay · self + (1 − decay) · other` of the factors (ekfac: the eigenvalues).
 
         Raises:
             ValueError: the operators are of different parameters, or of different kinds.
@@ -219,7 +219,7 @@ class Kronecker(LinearOperator):
             map(type, other.blocks)
         ):
             raise ValueError("update: the operators are of different parameters, or of different kinds.")
-        blocks = []
+        blocks: list[Product | Eigen] = []
         for mine, new in zip(self.blocks, other.blocks, strict=True):
             if isinstance(mine, Product) and isinstance(new, Product):
                 average = lambda a, b: decay * a + (1 - decay) * b  # noqa: E731

@@ -1,9 +1,9 @@
-"""`fp.per_example(model, loss)`: quantities of every example's gradient, in one forward and one backward sweep."""
+"""`fp.per_example(model, loss)`: quantities of every example's gradient, in one pass."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -119,9 +119,57 @@ def sweep(
 def per_example(
     model: Model, loss: Loss, *, rules: RuleSet | None = None, max_bytes: int = LIMIT
 ) -> PerExample:
-    """Quantities of the gradient of every example, in one pass.
+    """Quantities of the gradient of every example, in one forward and one backward sweep.
 
-    TODO
+    `per_example(model, loss)(params, x, y, quantities={...}, key=None)` returns `{quantity: pytree like
+    params}`. With `W[n]` the gradient of example n's loss in a leaf and N examples, all conventions fixed:
+
+    * `"value"`: the mean loss. `"gradient"`: `1/N Σ W`, of the mean loss.
+    * `"gradients"` (or `"batch_gradients"`): `W`, N × leaf. `"norm"`: `‖W[n]‖`, an array of length N for each
+      leaf, not squared; no gradient is made for it.
+    * `"second_moment"`: `1/N Σ W²`; `"variance"`: `1/N Σ (W − mean)²`; `"snr"`: `mean² / variance`, entry by
+      entry. (The variance is a difference of moments: where the mean is large beside it, digits are lost.)
+    * `"gram"`: `⟨W[n], W[m]⟩` over all leaves, N × N. `"ntk"`: the same of the C entries of the output, N × C
+    × N
+      × C.
+    * `"diag_ggn"`: the diagonal of the Gauss-Newton matrix `1/N Σ_n Jᵀ (∇²ℓ) J` of the **mean** loss, without
+    a
+      factor ½; `"trace_ggn"`: the trace of each leaf's block. `"diag_ggn_mc"`, `"trace_ggn_mc"`: unbiased
+      estimates, from one random combination of columns for each example; they need `key`.
+    * `"kfac"`, `"kfac_reduce"` (random columns; need `key`), `"kflr"`, `"kflr_reduce"` (all columns),
+      `"kfac_empirical"`, `"kfac_empirical_reduce"` (gradients): Kronecker factors `(A, G)` of each leaf; see
+      `fp.kfac`.
+
+    A parameter that enters through products, convolutions, tables, sums and scalings, also under a `scan`, as
+    layers that a scan stacks, or several times, is contracted from what met it and what came back; any other
+    has its gradients made one by one. `.audit(params, x)` says which way each goes, and why. All are exact.
+
+    Args:
+        model: `model(params, x)`, for ONE example; returns floating-point arrays.
+        loss: `loss(output, y)`, for ONE example; a scalar. For Gauss-Newton quantities it must be convex in
+        the
+            output: they are NaN where it is not.
+        rules: a rule set; the default rules if None.
+        max_bytes: what the stacked cotangents of several columns may take at a time; the batch is swept in
+        parts.
+
+    Raises:
+        ValueError: a quantity is unknown; the leading axes of `x` and `y` differ; an estimate has no key; or
+        the
+            examples mix: the model reduces over a named axis, computes batch statistics, or returns what the
+            loss does not read.
+        TypeError: a parameter has no gradient, or the loss is no scalar.
+
+    References: Goodfellow, "Efficient per-example gradient computations", 2015 (norms); Dangel, Kunstner and
+    Hennig, "BackPACK: packing more into backprop", ICLR 2020 (moments, diagonals); the papers at `fp.kfac`.
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> model, loss = lambda w, x: jnp.vdot(w, x), lambda output, y: (output - y) ** 2 / 2
+        >>> x, y = jnp.array([[3.0, 4.0], [0.0, 1.0]]), jnp.array([1.0, 0.0])
+        >>> found = fp.per_example(model, loss)(jnp.zeros(2), x, y, {"norm", "diag_ggn"})
+        >>> print(found["norm"], found["diag_ggn"])
+        [5. 0.] [4.5 8.5]
     """
     return PerExample(model, loss, rules, max_bytes)
 
@@ -158,8 +206,9 @@ def check_parameters(params: Any) -> None:
     for path, leaf in jax.tree.leaves_with_path(params):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
-                f"per_example: params{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}, which has no gradient; "
-                "pass floating-point leaves only and close over the rest (`eqx.partition(model, eqx.is_inexact_array)`)."
+                f"per_example: params{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}, which has no "
+                "gradient; pass floating-point leaves only and close over the rest "
+                "(`eqx.partition(model, eqx.is_inexact_array)`)."
             )
 
 

@@ -1,7 +1,8 @@
 """What `fp.per_example` computes: each quantity is a contraction of the forms, and what is made of it.
 
-The columns of the backward sweep come in groups: the gradient of the loss, all columns of the root of the loss's
-Hessian (`exact`), a random combination of these (`sampled`), and the entries of the output (`outputs`).
+The columns of the backward sweep come in groups: the gradient of the loss, all columns of the root of the
+loss's Hessian (`exact`), a random combination of these (`sampled`), and the entries of the output
+(`outputs`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 # What a group of columns is asked for: Σ_n W, Σ_{c,n} W², and Σ_c ‖W‖² of every example.
@@ -215,7 +214,7 @@ def gram_blocks(a: Any, g: Any, limit: int) -> Any:
 
 
 def in_parts(fun: Callable[[Any, int], Moments], size: int, most: int) -> Moments:
-    """`fun(start, count)` over parts of at most `most` of `size` examples: sums add up, norms stand in a row."""
+    """`fun(start, count)` over parts of at most `most` of `size` examples: sums add up, norms are a row."""
     count = part_size(size, most)
     if count == size:
         return fun(0, size)

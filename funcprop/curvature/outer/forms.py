@@ -40,7 +40,7 @@ class Form(Protocol):
         """The form of some of the examples."""
 
     def moments(self, wanted: Mapping[str, Group]) -> Moments:
-        """For each group of columns the sum and sum of squares in the leaf's shape, and `[n]` square norms."""
+        """For each group of columns sum and sum of squares, like the leaf, and square norms, `[n]`."""
 
     def each(self, columns: slice) -> Any:
         """The gradients, `[c, n, *leaf]`."""
@@ -74,10 +74,12 @@ class AtHand:
     positions: Any = None
 
     def part(self, start: Any, count: int) -> AtHand:
+        """The form of some of the examples."""
         positions = None if self.positions is None else _rows(self.positions, start, count, 1)
         return replace(self, w=_rows(self.w, start, count, 1), positions=positions)
 
     def moments(self, wanted: Mapping[str, Group]) -> Moments:
+        """Sum, squares and norms of each group."""
         found: Moments = {}
         for name, group in wanted.items():
             if SUM in group.what:
@@ -91,14 +93,17 @@ class AtHand:
         return found
 
     def each(self, columns: slice) -> Any:
+        """The gradients, `[c, n, *leaf]`."""
         return self.w[columns]
 
     def gram(self, columns: slice) -> Any:
+        """Inner products, `[n, c, n, c]`."""
         w = jnp.moveaxis(self.w[columns], 0, 1)
         flat = w.reshape(w.shape[0] * w.shape[1], -1)
         return (flat @ flat.T).reshape(*w.shape[:2], *w.shape[:2])
 
     def factors(self, group: Group, reduce: bool) -> Factors:
+        """Kronecker factors, summed over examples."""
         flat = group.scaled(self.w).reshape(-1, math.prod(self.w.shape[2:]))
         if self.positions is not None and not reduce:
             flat = group.scaled(self.positions).reshape(-1, self.positions.shape[-1])
@@ -108,6 +113,7 @@ class AtHand:
         return Factors(one, contractions.product(flat, flat))
 
     def squares_in(self, basis: Factors, group: Group) -> Any:
+        """Squares along the factors' eigenvectors."""
         flat = group.scaled(self.w).reshape(-1, math.prod(self.w.shape[2:]))
         if basis.cotangents.ndim == 2:
             flat = flat @ basis.cotangents
@@ -128,9 +134,11 @@ class OuterProducts:
 
     @property
     def size(self) -> int:
+        """The number of examples."""
         return self.g.shape[1]
 
     def part(self, start: Any, count: int) -> OuterProducts:
+        """The form of some of the examples."""
         return replace(self, raw=_rows(self.raw, start, count, 0), g=_rows(self.g, start, count, 1))
 
     def folded(self, columns: slice) -> tuple[Any, Any]:
@@ -142,6 +150,7 @@ class OuterProducts:
         )
 
     def moments(self, wanted: Mapping[str, Group]) -> Moments:
+        """Sum, squares and norms of each group."""
         if self.form.positions == 1:
             a, g = self.folded(slice(None))
 
@@ -170,14 +179,17 @@ class OuterProducts:
         return self.form.positions * (a.shape[-1] + outputs) < a.shape[-1] * outputs
 
     def each(self, columns: slice) -> Any:
+        """The gradients, `[c, n, *leaf]`."""
         a, g = self.folded(columns)
         w = jnp.einsum("knti,kcnto->cnkio", a, g)
         return jax.vmap(jax.vmap(self.form.to_leaf))(w)
 
     def gram(self, columns: slice) -> Any:
+        """Inner products, `[n, c, n, c]`."""
         return jax.vmap(lambda a, g: contractions.gram_blocks(a, g, self.limit))(*self.folded(columns)).sum(0)
 
     def factors(self, group: Group, reduce: bool) -> Factors:
+        """Kronecker factors, summed over examples."""
         scaled = replace(self, g=group.scaled(self.g))
 
         def part(start: Any, count: int) -> Moments:
@@ -194,6 +206,7 @@ class OuterProducts:
         return Factors(*(x[0] if len(x) == 1 else x for x in (found["A", SUM], found["G", SUM])))
 
     def squares_in(self, basis: Factors, group: Group) -> Any:
+        """Squares along the factors' eigenvectors."""
         a, g = self.form.activations, self.form.cotangents
         assert a is not None
         turned = OuterForm(
@@ -230,6 +243,7 @@ class Rows:
     limit: int
 
     def part(self, start: Any, count: int) -> Rows:
+        """The form of some of the examples."""
         return replace(self, ids=_rows(self.ids, start, count, 0), g=_rows(self.g, start, count, 1))
 
     def _scattered(self, ids: Any, values: Any) -> Any:
@@ -237,6 +251,7 @@ class Rows:
         return zeros.at[ids.reshape(-1)].add(values.reshape(-1, values.shape[-1]))
 
     def moments(self, wanted: Mapping[str, Group]) -> Moments:
+        """Sum, squares and norms of each group."""
         found: Moments = {}
         for name, group in wanted.items():
             if SUM in group.what:
@@ -250,10 +265,12 @@ class Rows:
         return found
 
     def each(self, columns: slice) -> Any:
+        """The gradients, `[c, n, *leaf]`."""
         one = jax.vmap(lambda ids, g: self.to_leaf(self._scattered(ids, g)))
         return jax.vmap(one, in_axes=(None, 0))(self.ids, self.g[columns])
 
     def gram(self, columns: slice) -> Any:
+        """Inner products, `[n, c, n, c]`."""
         g = jnp.moveaxis(self.g[columns], 0, 1)
 
         def row(x: tuple[Any, Any]) -> Any:
@@ -276,6 +293,7 @@ class Rows:
         return Factors(counts / positions, contractions.product(flat, flat))
 
     def squares_in(self, basis: Factors, group: Group) -> Any:
+        """Squares along the factors' eigenvectors."""
         turned = replace(self, g=self.g @ basis.cotangents, to_leaf=lambda w: w)
         return turned.moments({"": group._replace(what=frozenset({SQUARES}))})["", SQUARES][None]
 
@@ -302,12 +320,14 @@ class Several:
     limit: int
 
     def part(self, start: Any, count: int) -> Several:
+        """The form of some of the examples."""
         return replace(self, forms=[f.part(start, count) for f in self.forms], size=count)
 
     def _at_a_time(self, columns: int) -> int:
         return self.limit // max(1, columns * self.leaf.size * self.leaf.dtype.itemsize)
 
     def moments(self, wanted: Mapping[str, Group]) -> Moments:
+        """Sum, squares and norms of each group."""
         sums = {name: g._replace(what=frozenset({SUM})) for name, g in wanted.items() if SUM in g.what}
         parts = [form.moments(sums) for form in self.forms] if sums else []
         found: Moments = {(name, SUM): sum(p[name, SUM] for p in parts) for name in sums}
@@ -323,10 +343,12 @@ class Several:
         return found
 
     def each(self, columns: slice) -> Any:
+        """The gradients, `[c, n, *leaf]`."""
         first, *others = [form.each(columns) for form in self.forms]
         return sum(others, start=first)
 
     def gram(self, columns: slice) -> Any:
+        """Inner products, `[n, c, n, c]`."""
         most = max(1, self._at_a_time(2 * (columns.stop - columns.start)))
         few = max(k for k in range(1, min(most, self.size) + 1) if self.size % k == 0)
         starts = jnp.arange(0, self.size, few)
@@ -345,6 +367,7 @@ class Several:
         return joined.reshape(self.size, count, self.size, count)
 
     def factors(self, group: Group, reduce: bool) -> Factors:
+        """Kronecker factors, summed over examples."""
         one = jnp.full((1, 1), self.size, self.leaf.dtype)
         if self.leaf.size > DENSE:
             squares = self.moments({"": group._replace(what=frozenset({SQUARES}))})
@@ -359,6 +382,7 @@ class Several:
         return Factors(one, contractions.in_parts(part, self.size, few)["G", SUM])
 
     def squares_in(self, basis: Factors, group: Group) -> Any:
+        """Squares along the factors' eigenvectors."""
         if basis.cotangents.ndim == 1:
             squares = self.moments({"": group._replace(what=frozenset({SQUARES}))})
             return squares["", SQUARES].reshape(1, 1, -1)

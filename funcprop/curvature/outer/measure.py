@@ -1,4 +1,4 @@
-"""One forward sweep and one backward sweep of all columns, part of a batch at a time, and their contractions."""
+"""One forward sweep, one backward sweep of all columns, part of a batch at a time; their contractions."""
 
 from __future__ import annotations
 
@@ -98,29 +98,30 @@ class Sweep:
         keys = jax.random.split(key, size) if self.samples else None
         count = contractions.part_size(size, most)
         if count == size:
-            return self._part(leaves, x, y, keys, size)
+            return self._part(leaves, (x, y, keys), size)
         whole = size - size % count
         parted = jax.tree.map(lambda a: a[:whole].reshape(-1, count, *a.shape[1:]), (x, y, keys))
 
         def step(sums: list[Any], batch: Any) -> tuple[list[Any], Any]:
-            values, found = self._part(leaves, *batch, count)
+            values, found = self._part(leaves, batch, count)
             now, rows = _split(found)
             return jax.tree.map(jnp.add, sums, now), (values, rows)
 
         shapes = jax.eval_shape(
-            lambda: _split(self._part(leaves, *jax.tree.map(lambda a: a[0], parted), count)[1])[0]
+            lambda: _split(self._part(leaves, jax.tree.map(lambda a: a[0], parted), count)[1])[0]
         )
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         sums, stacked = lax.scan(step, zeros, parted)
         values, rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), stacked)
         if whole < size:
-            more, found = self._part(leaves, *jax.tree.map(lambda a: a[whole:], (x, y, keys)), size - whole)
+            more, found = self._part(leaves, jax.tree.map(lambda a: a[whole:], (x, y, keys)), size - whole)
             now, last = _split(found)
             sums = jax.tree.map(jnp.add, sums, now)
             values, rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), (values, rows), (more, last))
         return values, [a | _rows_last(b) for a, b in zip(sums, rows, strict=True)]
 
-    def _part(self, leaves: Sequence[Any], x: Any, y: Any, keys: Any, size: int) -> tuple[Any, list[Any]]:
+    def _part(self, leaves: Sequence[Any], batch: tuple[Any, Any, Any], size: int) -> tuple[Any, list[Any]]:
+        x, y, keys = batch
         output, pull, activations = self.study.forward(leaves, x, size)
         values, columns, first_weight = self._columns(output, y, keys)
         total = sum(map(self.count, self.groups))

@@ -1,9 +1,10 @@
 """A model is for ONE example. What gives away that it is not: examples that mix.
 
 Three signs are looked for, each refused with its reason. A collective over a named axis of the batch
-(`jax.lax.pmean`, Equinox's and nnx's batch norm with an axis name) has no axis here. Statistics over a batch of
-one (batch norm in training mode of a model that is called with `x[None]`) subtract from a value its own mean
-over a leading axis of length one. Results beside the output (updated running averages) are read by no loss.
+(`jax.lax.pmean`, Equinox's and nnx's batch norm with an axis name) has no axis here. Statistics over a batch
+of one (batch norm in training mode of a model that is called with `x[None]`) subtract from a value its own
+mean over a leading axis of length one. Results beside the output (updated running averages) are read by no
+loss.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from funcprop.calls import traced
 from funcprop.layer_calls import layer_call
 
 REMEDY = (
-    "The gradient of one example is then no function of that example alone. Use the running averages (evaluation "
-    "mode), or a normalisation within each example (group or layer norm)."
+    "The gradient of one example is then no function of that example alone. Use the running averages "
+    "(evaluation mode), or a normalisation within each example (group or layer norm)."
 )
 
 
@@ -56,8 +57,9 @@ def trace_example(model: Callable[[Any, Any], Any], params: Any, x: Any) -> tupl
     for path, leaf in jax.tree.leaves_with_path(output):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
-                f"per_example: the model's output{jax.tree_util.keystr(path)} is {leaf.dtype}{list(leaf.shape)}; "
-                "a model returns floating-point arrays, which `loss(output, y)` reads."
+                f"per_example: the model's output{jax.tree_util.keystr(path)} is "
+                f"{leaf.dtype}{list(leaf.shape)}; a model returns floating-point arrays, which "
+                "`loss(output, y)` reads."
             )
     statistics_of_one(closed)
     return closed, output

@@ -1,7 +1,7 @@
 """The outer form of each operator: how its operands and cotangent lie in `W[k] = Σ_t a[t, k] ⊗ g[t, k]`.
 
-`k` counts independent blocks (layers that a loop stacks, groups of a convolution, batch axes of a product), `t`
-the positions over which the sum goes (rows, space, time), `i` and `o` the rows and columns of a block. An
+`k` counts independent blocks (layers that a loop stacks, groups of a convolution, batch axes of a product),
+`t` the positions over which the sum goes (rows, space, time), `i` and `o` the rows and columns of a block. An
 operator says this for one example and one iteration; `OuterForm` adds the loops.
 """
 
@@ -96,7 +96,7 @@ def _folded(x: Any, *groups: Sequence[int]) -> Any:
 def _unfolded(x: Any, shape: Sequence[int], *groups: Sequence[int]) -> Any:
     """The inverse of `_folded`, for an array of this shape."""
     order = [d for group in groups for d in group]
-    return jnp.transpose(x.reshape([shape[d] for d in order]), np.argsort(order))
+    return jnp.transpose(x.reshape([shape[d] for d in order]), np.argsort(order).tolist())
 
 
 # --- products ---------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def _conv(tap: Tap) -> Split | None:
     def join(w: Any) -> Any:
         w = jnp.moveaxis(w.reshape(groups, *geometry.kernel, inputs, -1), 0, -2)
         w = w.reshape(*geometry.kernel, inputs, geometry.outputs)
-        return jnp.transpose(w, np.argsort((*rhs[2:], rhs[1], rhs[0])))
+        return jnp.transpose(w, np.argsort((*rhs[2:], rhs[1], rhs[0])).tolist())
 
     return Split(tap.view, activations, cotangents, join, geometry.batch * geometry.rows)
 

@@ -1,15 +1,17 @@
-"""Square roots of the loss's Hessian in the model's output: `∇²ℓ(o) = Σ_c s_c s_cᵀ`, one column `s_c` per sweep.
+"""Square roots of the loss's Hessian in the output: `∇²ℓ(o) = Σ_c s_c s_cᵀ`, one column `s_c` per sweep.
 
-A Gauss-Newton matrix is `Σ_c (Jᵀ s_c)(Jᵀ s_c)ᵀ`, and with random signs `ε`, `Jᵀ Σ_c ε_c s_c` is one column whose
-outer product is the Gauss-Newton matrix in expectation. Three ways to a root:
+A Gauss-Newton matrix is `Σ_c (Jᵀ s_c)(Jᵀ s_c)ᵀ`, and with random signs `ε`, `Jᵀ Σ_c ε_c s_c` is one column
+whose outer product is the Gauss-Newton matrix in expectation. Three ways to a root:
 
-* softmax cross-entropy, `diag(p) − p pᵀ` with rank `C − 1`: the rows of `√p` times a reflection without its first
+* softmax cross-entropy, `diag(p) − p pᵀ` with rank `C − 1`: the rows of `√p` times a reflection without its
+first
   column, which is `√p` itself. One sweep less than the output has entries.
 * a sum of functions of single entries (squared error, binary cross-entropy): the root of a diagonal.
 * any other: a Cholesky decomposition with pivots of the dense Hessian of one example.
 
-Reference: Botev, Ritter and Barber, "Practical Gauss-Newton optimisation for deep learning", ICML 2017; Dangel,
-Kunstner and Hennig, "BackPACK: packing more into backprop", ICLR 2020 (symmetric factorisation of the loss).
+Reference: Botev, Ritter and Barber, "Practical Gauss-Newton optimisation for deep learning", ICML 2017;
+Dangel, Kunstner and Hennig, "BackPACK: packing more into backprop", ICLR 2020 (symmetric factorisation of the
+loss).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -99,23 +102,29 @@ def _cross_entropies(output: Any, y: Any) -> Iterator[tuple[Loss, bool]]:
     for row in rows:
         if output.ndim == 1:
             yield row, False
-        yield lambda o, y, row=row: row(o, y).mean(), True
-        yield lambda o, y, row=row: row(o, y).sum(), False
+        yield partial(_reduced, row, jnp.mean), True
+        yield partial(_reduced, row, jnp.sum), False
+
+
+def _reduced(row: Loss, reduction: Callable[[Any], Any], output: Any, y: Any) -> Any:
+    return reduction(row(output, y))
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """`Σ_rows w (diag(p) − p pᵀ)`: `w` is what a row's label adds up to, over the rows if they are averaged."""
+    """`Σ_rows w (diag(p) − p pᵀ)`: `w` is a row's sum of labels, over the rows if they are averaged."""
 
     shape: tuple[int, ...]
     mean: bool
 
     @property
     def rows(self) -> int:
+        """How many rows there are."""
         return math.prod(self.shape[:-1])
 
     @property
     def columns(self) -> int:
+        """How many columns there are."""
         return self.rows * (self.shape[-1] - 1)
 
     def _scaled(self, output: Any, y: Any) -> tuple[Any, Any]:
@@ -128,6 +137,7 @@ class Softmax:
         return root, jnp.sqrt(weight / self.rows if self.mean else weight)
 
     def all(self, output: Any, y: Any) -> Any:
+        """All columns."""
         root, weight = self._scaled(jax.tree.leaves(output)[0], y)
         classes = self.shape[-1]
         axes = jnp.broadcast_to(jnp.eye(classes - 1, dtype=root.dtype), (self.rows, classes - 1, classes - 1))
@@ -136,6 +146,7 @@ class Softmax:
         return _like(output, placed.reshape(self.columns, *self.shape))
 
     def sampled(self, output: Any, y: Any, key: Any) -> Any:
+        """Their random combination."""
         root, weight = self._scaled(jax.tree.leaves(output)[0], y)
         x = signs(self, key, root.dtype).reshape(self.rows, -1)
         return _like(output, (root * _reflected(root, x) * weight[:, None]).reshape(self.shape))
@@ -154,6 +165,7 @@ class Labelled:
 
     @property
     def columns(self) -> int:
+        """How many columns there are."""
         return self.columns_and_one - 1
 
     def _others(self, output: Any, y: Any) -> tuple[Any, Any]:
@@ -169,11 +181,13 @@ class Labelled:
         return _like(output, jnp.concatenate([x, jnp.zeros((*x.shape[:-1], 1), x.dtype)], -1)[..., place])
 
     def first_weight(self, output: Any, y: Any) -> Any:
+        """The square of the multiple of the gradient."""
         norm = self._others(output, y)[1]
         # Where the label is certain the gradient vanishes, and so does the column.
         return jnp.where(norm > 0, jax.nn.softmax(jax.tree.leaves(output)[0])[y] / norm**2, 0)
 
     def others(self, output: Any, y: Any) -> Any:
+        """All columns but the first."""
         axes = jnp.eye(self.columns - 1, dtype=jax.tree.leaves(output)[0].dtype)
         return self._along_others(output, y, axes)
 
@@ -191,6 +205,7 @@ class Labelled:
         return jax.tree.map(lambda g: g * along + here, self._placed(output, y, root**2))
 
     def all(self, output: Any, y: Any) -> Any:
+        """All columns."""
         return jax.tree.map(
             lambda first, others: jnp.concatenate([first[None], others]),
             self._first(output, y),
@@ -198,13 +213,14 @@ class Labelled:
         )
 
     def sampled(self, output: Any, y: Any, key: Any) -> Any:
+        """Their random combination."""
         x = signs(self, key, jax.tree.leaves(output)[0].dtype)
         others = self._along_others(output, y, x[1:])
         return jax.tree.map(lambda first, rest: x[0] * first + rest, self._first(output, y), others)
 
 
 def _reflected(root: Any, x: Any) -> Any:
-    """The reflection that exchanges the unit vector `√p` with the first axis, of `x` without its first entry."""
+    """The reflection that exchanges the unit vector `√p` and the first axis, of `x` without its first."""
     v = root.at[..., 0].add(1.0)
     full = jnp.concatenate([jnp.zeros((*x.shape[:-1], 1), x.dtype), x], -1)
     # ‖v‖² = 2 (1 + √p₀).
@@ -219,13 +235,15 @@ def _like(output: Any, columns: Any) -> Any:
 # --- sums over entries ------------------------------------------------------------------------
 
 _ELEMENTWISE = frozenset(
-    "abs add asin asinh atan atan2 atanh acos acosh cbrt clamp convert_element_type copy cos cosh digamma div"
-    " eq erf erf_inv erfc exp exp2 expm1 floor ceil round ge gt integer_pow is_finite le lgamma log log1p"
-    " logistic lt max min mul ne neg nextafter pow rem rsqrt select_n sign sin sinh sqrt square stop_gradient"
-    " sub tan tanh and or not xor".split()
+    """
+    abs add and asin asinh atan atan2 atanh acos acosh cbrt ceil clamp convert_element_type copy cos cosh digamma
+    div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic lt max
+    min mul ne neg nextafter not or pow rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan
+    tanh xor
+    """.split()  # noqa: SIM905
 )
-_LINEAR = frozenset("add sub neg mul div convert_element_type reshape squeeze copy reduce_sum".split())
-_CALLS = frozenset("jit pjit custom_jvp_call closed_call core_call".split())
+_LINEAR = frozenset("add convert_element_type copy div mul neg reduce_sum reshape squeeze sub".split())  # noqa: SIM905
+_CALLS = frozenset(["jit", "pjit", "custom_jvp_call", "closed_call", "core_call"])
 
 
 def is_sum_of_entries(loss: Loss, output: Any, y: Any) -> bool:
@@ -267,9 +285,7 @@ def _kinds(closed: Any, inputs: list[Any]) -> list[Any]:
             results = _kinds(body, found)
         elif name in _ELEMENTWISE and entries and same:
             results = [*which]
-        elif name == "reduce_sum" and entries:
-            results = [("sum",)]
-        elif (
+        elif (name == "reduce_sum" and entries) or (
             name in _LINEAR
             and which == {("sum",)}
             and (name not in ("mul", "div") or _by_constant(name, found))
@@ -294,6 +310,7 @@ class Diagonal:
 
     @property
     def columns(self) -> int:
+        """How many columns there are."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.output))
 
     def _root(self, output: Any, y: Any) -> Any:
@@ -304,9 +321,11 @@ class Diagonal:
         return jnp.where(diagonal < -tolerance, jnp.nan, jnp.sqrt(jnp.maximum(diagonal, 0)))
 
     def all(self, output: Any, y: Any) -> Any:
+        """All columns."""
         return jax.vmap(ravel_pytree(output)[1])(jnp.diag(self._root(output, y)))
 
     def sampled(self, output: Any, y: Any, key: Any) -> Any:
+        """Their random combination."""
         root = self._root(output, y)
         return ravel_pytree(output)[1](root * signs(self, key, root.dtype))
 
@@ -323,6 +342,7 @@ class Dense:
 
     @property
     def columns(self) -> int:
+        """How many columns there are."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.output))
 
     def _root(self, output: Any, y: Any) -> Any:
@@ -330,9 +350,11 @@ class Dense:
         return _cholesky(jax.hessian(lambda o: self.loss(unravel(o), y))(flat))
 
     def all(self, output: Any, y: Any) -> Any:
+        """All columns."""
         return jax.vmap(ravel_pytree(output)[1])(self._root(output, y))
 
     def sampled(self, output: Any, y: Any, key: Any) -> Any:
+        """Their random combination."""
         root = self._root(output, y)
         return ravel_pytree(output)[1](signs(self, key, root.dtype) @ root)
 

@@ -53,14 +53,14 @@ class Study:
         return cls(plan, taps, leaves, output, rules)
 
     def bytes_of_example(self, columns: int) -> int:
-        """What `columns` stacked cotangents of one example take besides a gradient's own; all of a fallback's."""
+        """What stacked cotangents of one example take besides a gradient's own; all of a fallback's."""
         return sum(
             tap.perturbation.size * tap.perturbation.dtype.itemsize * (columns - (tap.reason is None))
             for tap in self.taps
         )
 
     def forward(self, leaves: Sequence[Any], x: Any, size: int) -> tuple[Any, Callable[[Any], Any], Numbered]:
-        """The outputs of a batch, the pullback of their cotangents to the taps, and the taps' other operands."""
+        """A batch's outputs, the pullback of their cotangents to the taps, and the taps' other operands."""
 
         def one(x: Any, deltas: Numbered) -> tuple[Any, Numbered]:
             results, activations = run(self.plan, self.taps, [*leaves, *jax.tree.leaves(x)], deltas)
@@ -147,7 +147,7 @@ def route(tap: Tap) -> tuple[str, str]:
 
 
 def _gradient(tap: Tap) -> Callable[[Any, Any], Any]:
-    """From one example's other operand and cotangent to its gradient in the leaf, by transposing the operator."""
+    """From one example's other operand and cotangent to its gradient, by transposing the operator."""
 
     def one(activation: Any, g: Any) -> Any:
         if tap.eqn is None:
@@ -160,7 +160,7 @@ def _gradient(tap: Tap) -> Callable[[Any, Any], Any]:
 
         return jax.linear_transpose(operator, jax.ShapeDtypeStruct(operand.shape, operand.dtype))(g)[0]
 
-    fold = one
+    fold: Callable[[Any, Any], Any] = one
     for loop in reversed(tap.loops):
         fold = _over_loop(fold, loop.slices)
     return lambda activation, g: tap.view.to_leaf(fold(activation, g))

@@ -2,12 +2,12 @@
 
 A parameter is followed through views (`views`). Where a view meets an operator that is linear in it and whose
 other operand is no parameter, there is a *tap*: the operator's result is perturbed, and the cotangent of this
-perturbation, with the other operand, tells the parameter's gradient. Where a view meets anything else, the view
-itself is perturbed by each example's own zeros (a *direct* tap): the cotangent is the gradient.
+perturbation, with the other operand, tells the parameter's gradient. Where a view meets anything else, the
+view itself is perturbed by each example's own zeros (a *direct* tap): the cotangent is the gradient.
 
 Loops are entered. What a loop closes over is used in every iteration, so that its taps have an axis of time;
-what it scans is one layer for each iteration. If what it closes over meets an operator that is not linear, the
-perturbation stands before the loop. So it does before branches, `while` and custom derivatives.
+what it scans is one layer for each iteration. If what it closes over meets an operator that is not linear,
+the perturbation stands before the loop. So it does before branches, `while` and custom derivatives.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ class _Walk:
     def _loop(
         self, eqn: Any, found: list[View | None], lengths: tuple[int, ...]
     ) -> tuple[Plan, dict[int, str]]:
-        """The plan of a loop's body, and the operands that must be perturbed before the loop, with reasons."""
+        """The plan of a loop's body, and the operands to be perturbed before the loop, with reasons."""
         consts, carries = _compat.scan_counts(eqn.params)
         unchanged = _carried_unchanged(eqn)
         marks = [object() for _ in found]

@@ -43,8 +43,8 @@ class Step:
 class View:
     """`scale` times the entries of a leaf, moved by `steps`.
 
-    A step that is None is a loop over the leading axis: what follows sees one slice. `loops` says of each loop around whether it slices the leaf; `mark` is the identity of
-    what the innermost of them closes over.
+    A step that is None is a loop over the leading axis: what follows sees one slice. `loops` says of each
+    loop around whether it slices the leaf; `mark` is the identity of what the innermost of them closes over.
     """
 
     leaf: int
