@@ -236,10 +236,10 @@ def _like(output: Any, columns: Any) -> Any:
 
 _ELEMENTWISE = frozenset(
     """
-    abs add and asin asinh atan atan2 atanh acos acosh cbrt ceil clamp convert_element_type copy cos cosh digamma
-    div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic lt max
-    min mul ne neg nextafter not or pow rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan
-    tanh xor
+    abs add and asin asinh atan atan2 atanh acos acosh cbrt ceil clamp convert_element_type copy cos cosh
+    digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p
+    logistic lt max min mul ne neg nextafter not or pow rem round rsqrt select_n sign sin sinh sqrt square
+    stop_gradient sub tan tanh xor
     """.split()  # noqa: SIM905
 )
 _LINEAR = frozenset("add convert_element_type copy div mul neg reduce_sum reshape squeeze sub".split())  # noqa: SIM905
