@@ -10,9 +10,12 @@ from funcprop import training as training
 from funcprop.backprop import backprop as backprop
 from funcprop.comparison import Comparison as Comparison
 from funcprop.comparison import compare as compare
+from funcprop.curvature import ekfac as ekfac
 from funcprop.curvature import fisher as fisher
 from funcprop.curvature import ggn as ggn
 from funcprop.curvature import hessian as hessian
+from funcprop.curvature import kfac as kfac
+from funcprop.curvature import per_example as per_example
 from funcprop.drawing import BackwardGraph as BackwardGraph
 from funcprop.drawing import Difference as Difference
 from funcprop.drawing import Drawing as Drawing

@@ -19,6 +19,9 @@ from funcprop.curvature.hessian import Hessian as Hessian
 from funcprop.curvature.hessian import hessian as hessian
 from funcprop.curvature.influence import Influence as Influence
 from funcprop.curvature.influence import influence as influence
+from funcprop.curvature.kfac import ekfac as ekfac
+from funcprop.curvature.kfac import kfac as kfac
+from funcprop.curvature.kronecker import Kronecker as Kronecker
 from funcprop.curvature.laplace import Laplace as Laplace
 from funcprop.curvature.laplace import Predictive as Predictive
 from funcprop.curvature.laplace import laplace as laplace
@@ -30,6 +33,9 @@ from funcprop.curvature.operator import LinearOperator as LinearOperator
 from funcprop.curvature.operator import Scaled as Scaled
 from funcprop.curvature.operator import Sum as Sum
 from funcprop.curvature.operator import identity as identity
+from funcprop.curvature.per_example import Audit as Audit
+from funcprop.curvature.per_example import PerExample as PerExample
+from funcprop.curvature.per_example import per_example as per_example
 from funcprop.curvature.spectrum import Spectrum as Spectrum
 from funcprop.curvature.summary import EXACT as EXACT
 from funcprop.curvature.summary import Summary as Summary

@@ -1,0 +1,144 @@
+"""`fp.kfac` and `fp.ekfac`: Kronecker-factored curvature of any model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from funcprop.curvature.kronecker import Eigen, Kronecker, Product
+from funcprop.curvature.outer.forms import Factors
+from funcprop.curvature.outer.roots import Loss
+from funcprop.curvature.outer.study import Model
+from funcprop.curvature.parameters import Parameters
+from funcprop.curvature.per_example import LIMIT, batch_size, sweep
+from funcprop.curvature.quantities import EXACT, EXPAND, GRADIENT, REDUCE, ROTATED, SAMPLED, Part
+from funcprop.registry import RuleSet
+
+_GROUPS = {"mc": SAMPLED, "exact": EXACT, "empirical": GRADIENT}
+_SHARING = {"expand": EXPAND, "reduce": REDUCE}
+
+
+def kfac(
+    model: Model,
+    loss: Loss,
+    *,
+    kind: str = "mc",
+    sharing: str = "expand",
+    rules: RuleSet | None = None,
+    max_bytes: int = LIMIT,
+) -> Callable[..., Kronecker]:
+    """Kronecker-factored curvature, `kfac(model, loss)(params, x, y, key=None) -> Kronecker`.
+
+    For each parameter `A ⊗ G` in place of its block of the Gauss-Newton matrix of the **mean** loss; the
+    module `funcprop.curvature.kronecker` has the conventions. Exact for one example, and for linear networks
+    with squared error.
+
+    Args:
+        model, loss: of ONE example, as in `fp.per_example`.
+        kind: "mc", one random combination of the root's columns (needs `key`); "exact", all columns (KFLR);
+            "empirical", the gradients themselves.
+        sharing: "expand" or "reduce", for weights that are used at several positions.
+        rules, max_bytes: as in `fp.per_example`.
+
+    Returns:
+        A `Kronecker`: a linear operator with `.factors[path] -> (A, G)`, `.inverse(damping)`, `.logdet()`,
+        `.sqrt()`, `.update(other, decay)`.
+
+    Raises:
+        ValueError: `kind` or `sharing` is not known, or there is no key for "mc"; also as `fp.per_example`.
+
+    References: Martens and Grosse, ICML 2015; Botev, Ritter and Barber, ICML 2017; Eschenhagen et al.,
+    NeurIPS 2023.
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> squared = lambda output, y: jnp.sum((output - y) ** 2) / 2
+        >>> w, x, y = jnp.ones((2, 1)), jnp.eye(2), jnp.zeros((2, 1))
+        >>> A = fp.kfac(lambda w, x: x @ w, squared, kind="exact")(w, x, y)
+        >>> print(A.dense())
+        [[0.5 0. ]
+         [0.  0.5]]
+    """
+    group, kind_of = _chosen(kind, sharing)
+
+    @jax.jit
+    def factored(params: Any, x: Any, y: Any, key: Any) -> Kronecker:
+        return _kfac(model, loss, params, x, y, key, Part(group, kind_of), rules, max_bytes)
+
+    return lambda params, x, y, key=None: factored(params, x, y, _with_key(key, group))
+
+
+def ekfac(
+    model: Model,
+    loss: Loss,
+    *,
+    kind: str = "mc",
+    sharing: str = "expand",
+    rules: RuleSet | None = None,
+    max_bytes: int = LIMIT,
+) -> Callable[..., Kronecker]:
+    """KFAC's eigenvectors with the curvature's own second moments along them as eigenvalues.
+
+    `ekfac(model, loss)(params, x, y, key=None)`; with `A ⊗ G = U S Uᵀ` the eigenvalues are
+    `diag(Uᵀ (1/N Σ W Wᵀ) U)`, which are the best in the Frobenius norm for these vectors. Arguments and
+    errors are those of `fp.kfac`; the result is in its eigenbasis and has no `.factors`.
+
+    Reference: George et al., "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis",
+    NeurIPS 2018.
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> squared = lambda output, y: jnp.sum((output - y) ** 2) / 2
+        >>> w, x, y = jnp.ones((2, 1)), jnp.eye(2), jnp.zeros((2, 1))
+        >>> E = fp.ekfac(lambda w, x: x @ w, squared, kind="exact")(w, x, y)
+        >>> print(E.trace())
+        1.0
+    """
+    group, kind_of = _chosen(kind, sharing)
+
+    @jax.jit
+    def factored(params: Any, x: Any, y: Any, key: Any) -> Kronecker:
+        plain = _kfac(model, loss, params, x, y, key, Part(group, kind_of), rules, max_bytes)
+        eigen = [block.eigen() for block in plain.blocks]
+        size = batch_size(x, y)
+        found = sweep(model, loss, params, x, y, [Part(group, ROTATED)], rules, max_bytes)
+        found = replace(found, bases=[Factors(block.ua, block.ug) for block in eigen])
+        _, squares = found(jax.tree.leaves(params), x, y, key, size)
+        blocks = [
+            Eigen(block.ua, block.ug, here[Part(group, ROTATED)] / size, block.layout)
+            for block, here in zip(eigen, squares, strict=True)
+        ]
+        return replace(plain, blocks=tuple(blocks))
+
+    return lambda params, x, y, key=None: factored(params, x, y, _with_key(key, group))
+
+
+def _kfac(
+    model: Model, loss: Loss, params: Any, x: Any, y: Any, key: Any, part: Part, rules: Any, limit: int
+) -> Kronecker:
+    names, size = Parameters.of(params), batch_size(x, y)
+    found = sweep(model, loss, params, x, y, [part], rules, limit)
+    _, factors = found(jax.tree.leaves(params), x, y, key, size)
+    blocks = []
+    for i, here in enumerate(factors):
+        both = here[part]
+        layout = found.study.layout(i, both)
+        blocks.append(Product(both.activations / size, both.cotangents / size, layout))
+    return Kronecker(tuple(blocks), names)
+
+
+def _chosen(kind: str, sharing: str) -> tuple[str, str]:
+    if kind not in _GROUPS:
+        raise ValueError(f"kfac: kind={kind!r} is not known; it is one of {', '.join(map(repr, _GROUPS))}.")
+    if sharing not in _SHARING:
+        raise ValueError(f"kfac: sharing={sharing!r} is not known; it is 'expand' or 'reduce'.")
+    return _GROUPS[kind], _SHARING[sharing]
+
+
+def _with_key(key: Any, group: str) -> Any:
+    if group == SAMPLED and key is None:
+        raise ValueError("kfac: kind='mc' draws random signs; pass key=jax.random.key(…), or kind='exact'.")
+    return key

@@ -1,0 +1,229 @@
+"""Block-diagonal curvature whose blocks are Kronecker products: KFAC and EKFAC.
+
+A parameter that enters as `W[n] = Σ_t a[n, t] ⊗ g[n, t]` has the Gauss-Newton block
+`1/N Σ_n Σ_c vec(W) vec(W)ᵀ`. KFAC approximates it by `A ⊗ G`. With R positions `t` that share the weights:
+
+    expand:  A = 1/(N R) Σ_{n,t} a aᵀ,                 G = 1/N Σ_{n,t,c} g gᵀ
+    reduce:  A = 1/N Σ_n (1/R Σ_t a)(1/R Σ_t a)ᵀ,      G = 1/N Σ_{n,c} (Σ_t g)(Σ_t g)ᵀ
+
+`g` are cotangents of the *unaveraged* loss of one example for the columns `c` of its root, so that `A ⊗ G` is
+of the loss's **mean** over the batch, without a factor ½. A parameter without an outer product (a bias, a
+norm's scale) has `A = (1)` and for `G` its whole block, or its diagonal if it has more than 1024 entries; so
+has one that enters in several places. A table of which rows are taken has a diagonal `A`.
+
+References: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature",
+ICML 2015; Grosse and Martens, "A Kronecker-factored approximate Fisher matrix for convolution layers", ICML
+2016; Botev, Ritter and Barber, ICML 2017 (exact columns: KFLR); George et al., "Fast approximate natural
+gradient descent in a Kronecker-factored eigenbasis", NeurIPS 2018; Eschenhagen et al., "Kronecker-factored
+approximate curvature for modern neural network architectures", NeurIPS 2023 (expand and reduce).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree, Scalar
+
+from funcprop.curvature.operator import LinearOperator
+from funcprop.curvature.outer.layout import Layout
+from funcprop.curvature.parameters import Parameters
+from funcprop.curvature.solve import require_damping
+
+
+def multiply(factor: Any, blocks: Any, axis: int) -> Any:
+    """A factor times blocks `[k, i, o]` along `i` (axis 1) or `o` (axis 2); a vector is a diagonal."""
+    if factor.ndim == 1:
+        return blocks * (factor[:, None] if axis == 1 else factor)
+    if axis == 1:
+        return factor @ blocks
+    return blocks @ jnp.swapaxes(factor, -1, -2)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Product:
+    """`A ⊗ G` of one parameter, with both factors."""
+
+    a: Array
+    g: Array
+    layout: Layout = field(metadata={"static": True})
+
+    def __call__(self, leaf: Any) -> Any:
+        """The product with one parameter."""
+        blocks = self.layout.to_matrix(leaf)
+        return self.layout.to_leaf(multiply(self.g, multiply(self.a, blocks, 1), 2))
+
+    def eigen(self) -> Eigen:
+        """The same by its eigenvectors."""
+        (a, ua), (g, ug) = _eigh(self.a), _eigh(self.g)
+        values = jnp.broadcast_to(a[..., :, None] * g[..., None, :], self.layout.matrix)
+        return Eigen(ua, ug, values, self.layout)
+
+    def inverse(self, damping: Any) -> Product:
+        """`(A + π√λ I)⁻¹ ⊗ (G + √λ/π I)⁻¹` with `π² = (tr A / dim A) / (tr G / dim G)`."""
+        mean_a, mean_g = _mean_eigenvalue(self.a), _mean_eigenvalue(self.g)
+        ratio = jnp.where((mean_a > 0) & (mean_g > 0), mean_a / jnp.where(mean_g > 0, mean_g, 1), 1)
+        pi, root = jnp.sqrt(ratio), jnp.sqrt(damping)
+        return Product(_inverse(self.a, pi * root), _inverse(self.g, root / pi), self.layout)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Eigen:
+    """`(U_a ⊗ U_g) diag(values) (U_a ⊗ U_g)ᵀ` of one parameter; ones are the basis of a diagonal."""
+
+    ua: Array
+    ug: Array
+    values: Array
+    layout: Layout = field(metadata={"static": True})
+
+    def __call__(self, leaf: Any) -> Any:
+        """The product with one parameter."""
+        blocks = multiply(_turned(self.ug), multiply(_turned(self.ua), self.layout.to_matrix(leaf), 1), 2)
+        return self.layout.to_leaf(multiply(self.ug, multiply(self.ua, self.values * blocks, 1), 2))
+
+    def eigen(self) -> Eigen:
+        """Itself."""
+        return self
+
+    def map(self, fun: Callable[[Any], Any]) -> Eigen:
+        """The same eigenvectors with other eigenvalues."""
+        return replace(self, values=fun(self.values))
+
+
+def _turned(basis: Any) -> Any:
+    return basis if basis.ndim == 1 else jnp.swapaxes(basis, -1, -2)
+
+
+def _eigh(factor: Any) -> tuple[Any, Any]:
+    """Eigenvalues, of which none is negative, and eigenvectors."""
+    if factor.ndim == 1:
+        return jnp.maximum(factor, 0), jnp.ones_like(factor)
+    values, vectors = jnp.linalg.eigh(factor)
+    return jnp.maximum(values, 0), vectors
+
+
+def _mean_eigenvalue(factor: Any) -> Any:
+    return (
+        factor.mean() if factor.ndim == 1 else jnp.trace(factor, axis1=-2, axis2=-1).mean() / factor.shape[-1]
+    )
+
+
+def _inverse(factor: Any, damping: Any) -> Any:
+    if factor.ndim == 1:
+        return 1 / (factor + damping)
+    eye = jnp.eye(factor.shape[-1], dtype=factor.dtype)
+    return jnp.linalg.inv(factor + damping * eye)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Kronecker(LinearOperator):
+    """A block-diagonal operator with a Kronecker-factored block for each parameter; `fp.kfac`, `fp.ekfac`.
+
+    It is a pytree, and everything of `LinearOperator` works on it.
+    """
+
+    blocks: tuple[Product | Eigen, ...]
+    parameters: Parameters = field(metadata={"static": True})
+
+    def linear_map(self) -> Callable[[PyTree], PyTree]:
+        """Each block by itself."""
+        names = self.parameters
+
+        def apply(v: PyTree) -> PyTree:
+            leaves = zip(self.blocks, jax.tree.leaves(v), strict=True)
+            return names.unflatten([block(leaf).astype(leaf.dtype) for block, leaf in leaves])
+
+        return apply
+
+    def block_map(self, rows: Sequence[int], columns: Sequence[int]) -> Callable[[Sequence[Any]], list[Any]]:
+        """Zero between different parameters."""
+        names = self.parameters
+
+        def apply(parts: Sequence[Any]) -> list[Any]:
+            given = dict(zip(columns, parts, strict=True))
+            return [
+                self.blocks[i](given[i]) if i in given else jnp.zeros(names.shapes[i], names.dtypes[i])
+                for i in rows
+            ]
+
+        return apply
+
+    @property
+    def factors(self) -> Mapping[str, tuple[Array, Array]]:
+        """`(A, G)` of each parameter, by its path.
+
+        A vector stands for a diagonal, a stack of matrices for independent blocks (layers that a loop stacks,
+        groups of a convolution).
+
+        Raises:
+            ValueError: the operator is in its eigenbasis.
+        """
+        found = {}
+        for path, block in zip(self.parameters.paths, self.blocks, strict=True):
+            if not isinstance(block, Product):
+                raise ValueError(
+                    "factors: the operator is in its eigenbasis (ekfac, sqrt); it has no factors."
+                )
+            found[path] = (block.a, block.g)
+        return found
+
+    def inverse(self, damping: Any, *, method: str = "pi") -> Kronecker:
+        """The inverse of the operator with its damping λ.
+
+        Args:
+            damping: a number ≥ 0.
+            method: "pi", `(A + π√λ I)⁻¹ ⊗ (G + √λ/π I)⁻¹` with `π` the root of the ratio of mean eigenvalues
+                (Martens and Grosse 2015, section 6.3); "eigenvalue", exactly `(A ⊗ G + λ I)⁻¹`, the only one
+                for an operator in its eigenbasis.
+
+        Raises:
+            ValueError: `damping` is negative, or `method` is not known.
+        """
+        require_damping(damping)
+        if method not in ("pi", "eigenvalue"):
+            raise ValueError(f'method={method!r} is not known; it is "pi" or "eigenvalue".')
+        blocks = [
+            block.inverse(damping)
+            if method == "pi" and isinstance(block, Product)
+            else block.eigen().map(lambda values: 1 / (values + damping))
+            for block in self.blocks
+        ]
+        return replace(self, blocks=tuple(blocks))
+
+    def logdet(self, damping: Any = 0.0, **_: Any) -> Scalar:
+        """`log det(A + damping I)`, of the eigenvalues; -inf where one is zero.
+
+        Raises:
+            ValueError: `damping` is negative.
+        """
+        require_damping(damping)
+        return sum(jnp.sum(jnp.log(block.eigen().values + damping)) for block in self.blocks)  # type: ignore[return-value]
+
+    def sqrt(self, **_: Any) -> Kronecker:
+        """The symmetric square root."""
+        return replace(self, blocks=tuple(block.eigen().map(jnp.sqrt) for block in self.blocks))
+
+    def update(self, other: Kronecker, decay: Any) -> Kronecker:
+        """The moving average `decay · self + (1 − decay) · other` of the factors (ekfac: the eigenvalues).
+
+        Raises:
+            ValueError: the operators are of different parameters, or of different kinds.
+        """
+        if self.parameters != other.parameters or list(map(type, self.blocks)) != list(
+            map(type, other.blocks)
+        ):
+            raise ValueError("update: the operators are of different parameters, or of different kinds.")
+        blocks: list[Product | Eigen] = []
+        for mine, new in zip(self.blocks, other.blocks, strict=True):
+            if isinstance(mine, Product) and isinstance(new, Product):
+                average = lambda a, b: decay * a + (1 - decay) * b  # noqa: E731
+                blocks.append(Product(average(mine.a, new.a), average(mine.g, new.g), mine.layout))
+            elif isinstance(mine, Eigen) and isinstance(new, Eigen):
+                blocks.append(replace(new, values=decay * mine.values + (1 - decay) * new.values))
+        return replace(self, blocks=tuple(blocks))

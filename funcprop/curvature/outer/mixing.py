@@ -1,0 +1,129 @@
+"""A model is for ONE example. What gives away that it is not: examples that mix.
+
+Three signs are looked for, each refused with its reason. A collective over a named axis of the batch
+(`jax.lax.pmean`, Equinox's and nnx's batch norm with an axis name) has no axis here. Statistics over a batch
+of one (batch norm in training mode of a model that is called with `x[None]`) subtract from a value its own
+mean over a leading axis of length one. Results beside the output (updated running averages) are read by no
+loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from funcprop import _compat
+from funcprop.calls import traced
+from funcprop.layer_calls import layer_call
+
+REMEDY = (
+    "The gradient of one example is then no function of that example alone. Use the running averages "
+    "(evaluation mode), or a normalisation within each example (group or layer norm)."
+)
+
+
+def example_of(x: Any) -> Any:
+    """The type of one example of a batch."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a)[1:], jnp.asarray(a).dtype), x)
+
+
+def trace_example(model: Callable[[Any, Any], Any], params: Any, x: Any) -> tuple[Any, Any]:
+    """The jaxpr of a model of one example, flat, and the type of its output.
+
+    Raises:
+        ValueError: the examples mix.
+        TypeError: the output is no pytree of floating-point arrays.
+    """
+    leaves, tree = jax.tree.flatten((params, x))
+    outputs: list[Any] = []
+
+    def flat(*values: Any) -> Any:
+        output = model(*jax.tree.unflatten(tree, values))
+        outputs.append(jax.tree.map(jnp.asarray, output))
+        return jax.tree.leaves(outputs[-1])
+
+    try:
+        closed = traced(flat, leaves, model, "a parameter or an input")
+    except NameError as error:
+        if "axis name" not in str(error):
+            raise
+        raise ValueError(
+            f"per_example: the examples mix: the model reduces over a named axis ({error}). {REMEDY}"
+        ) from error
+    output = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), outputs[-1])
+    for path, leaf in jax.tree.leaves_with_path(output):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"per_example: the model's output{jax.tree_util.keystr(path)} is "
+                f"{leaf.dtype}{list(leaf.shape)}; a model returns floating-point arrays, which "
+                "`loss(output, y)` reads."
+            )
+    statistics_of_one(closed)
+    return closed, output
+
+
+def refuse_unread(loss: Callable[[Any, Any], Any], output: Any, y: Any) -> None:
+    """Refuse a model that returns what the loss does not read.
+
+    Raises:
+        ValueError: with the paths of what is not read.
+        TypeError: the loss returns no scalar.
+    """
+    count = len(jax.tree.leaves(output))
+    result = jax.eval_shape(loss, output, y)
+    if not (hasattr(result, "shape") and result.shape == () and jnp.issubdtype(result.dtype, jnp.floating)):
+        raise TypeError(
+            f"per_example: loss(output, y) of one example returned {result}; it must return a floating-point "
+            "scalar. `model` and `loss` are for ONE example: per_example itself maps them over the leading "
+            "axis of x and y."
+        )
+    opened, consts = _compat.with_constants_as_inputs(jax.make_jaxpr(loss)(output, y))
+    read = _compat.without_unread_inputs(opened, [False] * len(opened.invars))[1][len(consts) :]
+    unread = [
+        jax.tree_util.keystr(path)
+        for (path, _), used in zip(jax.tree.leaves_with_path(output), read[:count], strict=True)
+        if not used
+    ]
+    if unread and len(unread) < count:
+        raise ValueError(
+            f"per_example: the model returns output{', output'.join(unread)}, which loss(output, y) does not "
+            "read. If these are updated statistics of the batch, the examples mix. "
+            f"{REMEDY} If not, let the model return only what the loss reads."
+        )
+
+
+def statistics_of_one(closed: Any) -> None:
+    """Refuse statistics over a leading axis of length one, and `fp.layers.batch_norm` in training mode."""
+    jaxpr = _compat.open_jaxpr(closed)
+    # The mean over axis 0 is followed through operators of one operand; beside it, what it is a mean of.
+    means: dict[Any, Any] = {}
+    for eqn in jaxpr.eqns:
+        if (call := layer_call(eqn)) is not None and call.layer.name == "batch_norm" and _in_training(call):
+            _refuse(eqn, "`fp.layers.batch_norm` computes its statistics")
+        if call is None:
+            for _, body in _compat.sub_jaxprs(eqn):
+                statistics_of_one(body)
+        operands = [v for v in eqn.invars if not isinstance(v, _compat.Literal)]
+        name = eqn.primitive.name
+        if name == "reduce_sum":
+            shape = operands[0].aval.shape
+            if shape[:1] == (1,) and 0 in eqn.params["axes"] and len(eqn.params["axes"]) < len(shape):
+                means[eqn.outvars[0]] = operands[0]
+        elif name == "sub" and len(operands) == 2 and means.get(operands[1]) is operands[0]:
+            _refuse(eqn, "it subtracts from a value its mean over the leading axis, which has length one")
+        elif len(operands) == 1 and operands[0] in means:
+            means.update((v, means[operands[0]]) for v in eqn.outvars)
+
+
+def _in_training(call: Any) -> bool:
+    return not any(name.startswith("statistics") for name in call.argument_names())
+
+
+def _refuse(eqn: Any, what: str) -> None:
+    where = _compat.scope(eqn) or _compat.source_line(eqn) or "the model"
+    raise ValueError(
+        f"per_example: the examples mix: in {where}, {what} (batch norm in training mode). {REMEDY}"
+    )

@@ -1,0 +1,202 @@
+"""A model of one example, taken apart: where its parameters enter, and what is known of each gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.lax import GatherScatterMode
+
+from funcprop import _compat
+from funcprop.curvature.outer.forms import AtHand, Factors, Form, OuterProducts, Rows, Several
+from funcprop.curvature.outer.layout import Layout
+from funcprop.curvature.outer.mixing import example_of, trace_example
+from funcprop.curvature.outer.operators import outer_form
+from funcprop.curvature.outer.tapped import Numbered, run
+from funcprop.curvature.outer.taps import Plan, Tap, find
+from funcprop.primitives import convolution
+from funcprop.registry import RuleSet
+from funcprop.rewrite import with_rules
+from funcprop.rules import default
+
+Model = Callable[[Any, Any], Any]
+
+_CONV = "conv_general_dilated"
+_CONV_IN_LOOPS = convolution.rule(convolution.plan_in_loops)
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """The plan of a model at given types; `output` is the type of one example's output."""
+
+    plan: Plan
+    taps: list[Tap]
+    leaves: Sequence[Any]
+    output: Any
+    rules: RuleSet | None
+
+    @classmethod
+    def of(cls, model: Model, params: Any, x: Any, rules: RuleSet | None) -> Study:
+        """Trace the model at one of the examples `x`.
+
+        Raises:
+            ValueError: the examples mix, see `mixing`.
+        """
+        example = example_of(x)
+        leaves = [jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)) for p in jax.tree.leaves(params)]
+        closed, output = trace_example(model, jax.tree.unflatten(jax.tree.structure(params), leaves), example)
+        plan, taps = find(closed, len(leaves))
+        return cls(plan, taps, leaves, output, rules)
+
+    def bytes_of_example(self, columns: int) -> int:
+        """What stacked cotangents of one example take besides a gradient's own; all of a fallback's."""
+        return sum(
+            tap.perturbation.size * tap.perturbation.dtype.itemsize * (columns - (tap.reason is None))
+            for tap in self.taps
+        )
+
+    def forward(self, leaves: Sequence[Any], x: Any, size: int) -> tuple[Any, Callable[[Any], Any], Numbered]:
+        """A batch's outputs, the pullback of their cotangents to the taps, and the taps' other operands."""
+
+        def one(x: Any, deltas: Numbered) -> tuple[Any, Numbered]:
+            results, activations = run(self.plan, self.taps, [*leaves, *jax.tree.leaves(x)], deltas)
+            return jax.tree.unflatten(jax.tree.structure(self.output), results), activations
+
+        batched = with_rules(jax.vmap(one), self.rules or _rules())
+        zeros = [jnp.zeros((size, *t.perturbation.shape), t.dtype) for t in self.taps]
+        return jax.vjp(lambda deltas: batched(x, deltas), dict(enumerate(zeros)), has_aux=True)
+
+    def forms(self, activations: Numbered, cotangents: Numbered, size: int, limit: int) -> list[Form]:
+        """What is known of the gradients in each leaf; cotangents are `[c, n, …]` for each tap."""
+        columns = next(iter(cotangents.values())).shape[0] if cotangents else 1
+        forms: list[Form] = []
+        for i, leaf in enumerate(self.leaves):
+            mine = [n for n, tap in enumerate(self.taps) if tap.view.leaf == i]
+            found = [form_of(self.taps[n], leaf, activations.get(n), cotangents[n], limit) for n in mine]
+            if not found:
+                zero = jnp.zeros((columns, size, *leaf.shape), leaf.dtype)
+                found = [AtHand(jnp.broadcast_to(zero[:1, :1], zero.shape), limit)]
+            whole = len(found) == 1 and (not mine or self._covers(self.taps[mine[0]], leaf))
+            forms.append(found[0] if whole else Several(found, leaf, size, limit))
+        return forms
+
+    @staticmethod
+    def _covers(tap: Tap, leaf: Any) -> bool:
+        """Whether a tap's operand has all entries of the leaf."""
+        layers = math.prod(loop.length for loop in tap.loops if loop.slices)
+        return tap.eqn is None or layers * tap.eqn.invars[tap.operand].aval.size >= leaf.size
+
+    def layout(self, i: int, factors: Factors) -> Layout:
+        """How the entries of a leaf lie in `[k, i, o]` of its factors."""
+        leaf = self.leaves[i]
+        mine = [tap for tap in self.taps if tap.view.leaf == i]
+        if len(mine) == 1 and self._covers(mine[0], leaf):
+            form = outer_form(mine[0])
+            rows = factors.activations.shape[-1]
+            if form is not None and form.activations is not None:
+                outputs = factors.cotangents.shape[-1]
+                return Layout.of(form.to_leaf, (leaf.size // (rows * outputs), rows, outputs), leaf.shape)
+            if _takes_rows(mine[0]):
+                table = mine[0].eqn.invars[0].aval.shape
+                to_leaf = mine[0].view.to_leaf
+                shape = (1, rows, leaf.size // rows)
+                return Layout.of(lambda w: to_leaf(w.reshape(table)), shape, leaf.shape)
+        return Layout(leaf.shape, (leaf.size,), (0,), (1, 1, leaf.size))
+
+
+def _rules() -> RuleSet:
+    """The default rules; the sweeps run in a loop over parts of the batch."""
+    if default.find(_CONV, jax.default_backend()) is None:
+        return default
+    return default.replace({_CONV: _CONV_IN_LOOPS})
+
+
+def form_of(tap: Tap, leaf: Any, activation: Any, g: Any, limit: int) -> Form:
+    """What one tap knows of the gradients: activations are `[n, …]`, cotangents `[c, n, …]`."""
+    g = g if tap.scale == 1 else g * tap.scale
+    if (form := outer_form(tap)) is not None:
+        if form.activations is not None:
+            return OuterProducts(form, activation, g, limit)
+        folded = jax.vmap(jax.vmap(form.cotangents))(g)  # c n k t o
+        w = jax.vmap(jax.vmap(form.to_leaf))(folded.sum(3)[:, :, :, None])
+        one_block = folded.shape[2] == 1 and form.positions > 1
+        return AtHand(w, limit, folded[:, :, 0] if one_block else None)
+    if _takes_rows(tap):
+        return _rows(tap, activation, g, limit)
+    return AtHand(jax.vmap(jax.vmap(_gradient(tap)), in_axes=(None, 0))(activation, g), limit)
+
+
+def route(tap: Tap) -> tuple[str, str]:
+    """How a tap is taken, and why, for the audit."""
+    if tap.reason is not None:
+        return "gradient", tap.reason
+    name = tap.eqn.primitive.name
+    form = outer_form(tap)
+    loops = "".join(", stacked by a loop" if loop.slices else ", used in a loop" for loop in tap.loops)
+    if form is not None and form.activations is None:
+        return "sum", f"`{name}`{loops}"
+    if form is not None:
+        return "outer product", f"`{name}`{loops}"
+    if _takes_rows(tap):
+        return "rows", f"`{name}`{loops}"
+    return "contraction", f"`{name}`{loops}"
+
+
+def _gradient(tap: Tap) -> Callable[[Any, Any], Any]:
+    """From one example's other operand and cotangent to its gradient, by transposing the operator."""
+
+    def one(activation: Any, g: Any) -> Any:
+        if tap.eqn is None:
+            return g
+        operand = tap.eqn.invars[tap.operand].aval
+
+        def operator(w: Any) -> Any:
+            operands = [activation, w] if tap.operand else [w, activation]
+            return _compat.one_equation(tap.eqn)(*operands[: len(tap.eqn.invars)])[0]
+
+        return jax.linear_transpose(operator, jax.ShapeDtypeStruct(operand.shape, operand.dtype))(g)[0]
+
+    fold: Callable[[Any, Any], Any] = one
+    for loop in reversed(tap.loops):
+        fold = _over_loop(fold, loop.slices)
+    return lambda activation, g: tap.view.to_leaf(fold(activation, g))
+
+
+def _over_loop(fun: Callable[[Any, Any], Any], slices: bool) -> Callable[[Any, Any], Any]:
+    mapped = jax.vmap(fun)
+    return mapped if slices else lambda a, g: mapped(a, g).sum(0)
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+def _takes_rows(tap: Tap) -> bool:
+    """Whether a tap is a gather of whole rows."""
+    if tap.eqn is None or tap.eqn.primitive.name != "gather" or not tap.view.distinct:
+        return False
+    numbers, table = tap.eqn.params["dimension_numbers"], tap.eqn.invars[0].aval
+    axes = len(tap.shape) - len(table.shape) + 1
+    return (
+        tuple(numbers.start_index_map) == (0,)
+        and tuple(numbers.collapsed_slice_dims) == (0,)
+        and not numbers.operand_batching_dims
+        and tuple(tap.eqn.params["slice_sizes"]) == (1, *table.shape[1:])
+        and tuple(numbers.offset_dims) == tuple(range(axes, len(tap.shape)))
+        and not any(loop.slices for loop in tap.loops)
+    )
+
+
+def _rows(tap: Tap, indices: Any, g: Any, limit: int) -> Rows:
+    table = tap.eqn.invars[0].aval
+    ids = indices.reshape(indices.shape[0], -1)
+    g = g.reshape(*g.shape[:2], ids.shape[1], -1)
+    inside = (ids >= 0) & (ids < table.shape[0])
+    if tap.eqn.params["mode"] == GatherScatterMode.CLIP:
+        ids = jnp.clip(ids, 0, table.shape[0] - 1)
+    elif tap.eqn.params["mode"] == GatherScatterMode.FILL_OR_DROP:
+        ids, g = jnp.where(inside, ids, 0), jnp.where(inside[None, :, :, None], g, 0)
+    return Rows(ids, g, table.shape[0], lambda w: tap.view.to_leaf(w.reshape(table.shape)), limit)

@@ -1,0 +1,296 @@
+"""Per-example quantities against dense Jacobians, which know nothing of taps."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from curvature_models import EXAMPLES, LOSSES, MODELS
+from flax import linen as nn
+
+import funcprop as fp
+from funcprop.curvature.outer import roots
+
+QUANTITIES = [
+    "value", "gradient", "gradients", "norm", "second_moment", "variance", "snr", "gram", "ntk", "diag_ggn",
+    "trace_ggn",
+]  # fmt: skip
+
+
+def close(actual, expected, case):
+    """To 1e-10 of the largest entry, with a floor for true zeros."""
+    a, e = np.asarray(actual), np.asarray(expected)
+    assert a.shape == e.shape, (case, a.shape, e.shape)
+    np.testing.assert_allclose(
+        a, e, rtol=0, atol=1e-10 * max(np.abs(e).max(initial=0), 1e-4), err_msg=str(case)
+    )
+
+
+class Oracle:
+    """Gradients and Gauss-Newton columns of every example, from the Jacobian of the outputs."""
+
+    def __init__(self, jacobian, outputs, loss, y):
+        self.leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(jacobian)]
+        of_output = jax.vmap(jax.value_and_grad(loss))(outputs, y)
+        values, g = map(np.asarray, of_output)
+        h = np.asarray(jax.vmap(jax.hessian(loss))(outputs, y))
+        self.value = values.mean()
+        self.gradients = [np.einsum("nc,nc...->n...", g, j) for j in self.leaves]
+        self.diagonals = [np.einsum("nc...,ncd,nd...->n...", j, h, j).mean(0) for j in self.leaves]
+
+    def __call__(self, name):
+        each = self.gradients
+        flat = np.concatenate([w.reshape(len(w), -1) for w in each], 1)
+        return {
+            "value": lambda: [self.value],
+            "gradient": lambda: [w.mean(0) for w in each],
+            "gradients": lambda: each,
+            "norm": lambda: [np.linalg.norm(w.reshape(len(w), -1), axis=1) for w in each],
+            "second_moment": lambda: [(w**2).mean(0) for w in each],
+            "variance": lambda: [w.var(0) for w in each],
+            "gram": lambda: [flat @ flat.T],
+            "ntk": lambda: [
+                sum(
+                    np.einsum("ncp,mdp->ncmd", j, j)
+                    for j in (v.reshape(*v.shape[:2], -1) for v in self.leaves)
+                )
+            ],
+            "diag_ggn": lambda: self.diagonals,
+            "trace_ggn": lambda: [d.sum() for d in self.diagonals],
+        }[name]()
+
+
+@functools.cache
+def jacobian(name):
+    model = MODELS[name]()
+    return jax.jit(
+        jax.vmap(
+            lambda x: (jax.jacrev(lambda p: model.apply(p, x))(model.params), model.apply(model.params, x))
+        )
+    )(model.x)
+
+
+def oracle(name, loss):
+    model = MODELS[name]()
+    return Oracle(*jacobian(name), LOSSES[loss].of_one, LOSSES[loss].targets(EXAMPLES, model.outputs))
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_exact(name, loss):
+    model = MODELS[name]()
+    y = LOSSES[loss].targets(EXAMPLES, model.outputs)
+    names = QUANTITIES if loss == "softmax cross-entropy" else ["norm", "diag_ggn"]
+    found = fp.per_example(model.apply, LOSSES[loss].of_one)(model.params, model.x, y, names)
+    expected = oracle(name, loss)
+    for quantity in set(names) - {"snr"}:
+        actual = jax.tree.leaves(found[quantity])
+        for k, (a, e) in enumerate(zip(actual, expected(quantity), strict=True)):
+            close(a, e, (name, loss, quantity, k))
+
+
+@pytest.mark.parametrize("name", ["cnn", "tied", "stacked"])
+def test_in_parts(name):
+    """A small byte bound: several parts, and a rest; nothing changes."""
+    model, loss = MODELS[name](), LOSSES["softmax cross-entropy"]
+    y = loss.targets(EXAMPLES, model.outputs)
+    x, y = (jnp.concatenate([a, a[::-1], a[:1]]) for a in (model.x, y))
+    names = ["norm", "gradients", "variance", "diag_ggn", "trace_ggn", "kflr"]
+    whole, parts = (
+        fp.per_example(model.apply, loss.of_one, max_bytes=limit)(model.params, x, y, names)
+        for limit in (2**26, 3000)
+    )
+    for a, e in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        close(a, e, name)
+
+
+def test_snr_is_squared_mean_over_variance():
+    found = fp.per_example(lambda w, x: jnp.vdot(w, x), lambda o, y: o * y)(
+        jnp.ones(2), jnp.array([[1.0, 0.0], [3.0, 0.0]]), jnp.ones(2), ["snr", "variance", "gradient"]
+    )
+    np.testing.assert_allclose(found["gradient"], [2, 0])
+    np.testing.assert_allclose(found["variance"], [1, 0])
+    np.testing.assert_allclose(found["snr"], [4, 0])
+
+
+def test_scaling_of_the_gauss_newton_diagonal():
+    """½ (w x − y)² per example, mean over the batch: the diagonal is the mean of x²; twice without ½."""
+    x = jnp.array([[1.0], [2.0], [3.0]])
+    for factor in (0.5, 1.0):
+        model = fp.per_example(lambda w, x: w @ x, lambda o, y, f=factor: f * (o - y) ** 2)
+        found = model(jnp.ones(1), x, jnp.zeros(3), ["diag_ggn", "trace_ggn"])
+        np.testing.assert_allclose(found["diag_ggn"], [2 * factor * 14 / 3])
+        np.testing.assert_allclose(found["trace_ggn"], 2 * factor * 14 / 3)
+
+
+@pytest.mark.parametrize("loss", ["softmax cross-entropy", "squared error"])
+def test_sampled_diagonal_is_unbiased(loss):
+    model, chosen = MODELS["mlp"](), LOSSES[loss]
+    y = chosen.targets(EXAMPLES, model.outputs)
+    quantities = fp.per_example(model.apply, chosen.of_one)
+    samples = 1000
+    keys = jax.random.split(jax.random.key(0), samples)
+    found = jax.jit(
+        jax.vmap(lambda key: quantities(model.params, model.x, y, ["diag_ggn_mc", "trace_ggn_mc"], key))
+    )(keys)
+    for name in ("diag_ggn", "trace_ggn"):
+        for a, e in zip(jax.tree.leaves(found[name + "_mc"]), oracle("mlp", loss)(name), strict=True):
+            error = np.asarray(a).std(0) / samples**0.5
+            assert (np.abs(np.asarray(a).mean(0) - e) <= 5 * error + 1e-12).all()
+
+
+def test_sampled_is_the_same_whatever_else_is_asked():
+    model, loss = MODELS["mlp"](), LOSSES["softmax cross-entropy"]
+    y = loss.targets(EXAMPLES, model.outputs)
+    quantities = fp.per_example(model.apply, loss.of_one)
+    key, names = jax.random.key(1), ["diag_ggn_mc", "kfac"]
+    alone = quantities(model.params, model.x, y, names, key)
+    for more in (["diag_ggn"], ["diag_ggn", "gradient"]):
+        beside = quantities(model.params, model.x, y, [*names, *more], key)
+        for name in names:
+            for a, e in zip(jax.tree.leaves(beside[name]), jax.tree.leaves(alone[name]), strict=True):
+                close(a, e, (name, more))
+
+
+# --- which way each parameter goes ------------------------------------------------------------
+
+
+def ways(name):
+    model = MODELS[name]()
+    return {
+        r.path: r.ways for r in fp.per_example(model.apply, lambda o, y: o.sum()).audit(model.params, model.x)
+    }
+
+
+def test_audit_of_layers():
+    cnn, lstm = ways("cnn"), ways("lstm")
+    assert cnn["['grouped']['w']"] == ("outer product",)
+    assert cnn["['grouped']['b']"] == ("sum",)
+    assert lstm["['wh']"] == ("outer product",)
+    assert ways("tied")["['embedding']"] == ("rows", "outer product")
+    assert ways("attention")["['query']"] == ("outer product",)
+    assert ways("attention")["['norm1']['scale']"] == ("contraction",)
+
+
+def test_no_outer_form():
+    """Weight norm, a parameter through softmax, changed by a loop, in a branch: exact all the same."""
+
+    def model(p, x):
+        w = p["v"] / jnp.linalg.norm(p["v"], axis=0)
+        carried, _ = jax.lax.scan(lambda c, t: (jnp.sin(c) * t, None), p["carried"], jnp.arange(1.0, 3.0))
+        h = jnp.tanh(x @ w) * jax.nn.softmax(p["mix"]) + carried
+        h = jax.lax.scan(lambda h, _: (h * jnp.exp(p["rate"]) + p["rate"], None), h, length=2)[0]
+        return jax.lax.cond(x[0] > 0, lambda q: q * h, lambda q: h - q, p["branch"])
+
+    rng = np.random.default_rng(0)
+    shapes = {"v": (4, 3), "mix": (3,), "carried": (3,), "rate": (3,), "branch": (3,), "unused": (2,)}
+    params = {k: jnp.asarray(rng.standard_normal(s)) for k, s in shapes.items()}
+    x, y = jnp.asarray(rng.standard_normal((5, 4))), jnp.asarray(rng.standard_normal((5, 3)))
+    loss = lambda o, y: jnp.sum((o - y) ** 2)  # noqa: E731
+    quantities = fp.per_example(model, loss)
+    found = quantities(params, x, y, ["gradients", "diag_ggn"])
+    each = jax.vmap(lambda x, y: jax.grad(lambda p: loss(model(p, x), y))(params))(x, y)
+    jacobians = jax.vmap(lambda x: jax.jacrev(lambda p: model(p, x))(params))(x)
+    for path in shapes:
+        close(found["gradients"][path], each[path], path)
+        close(found["diag_ggn"][path], 2 * (jacobians[path] ** 2).sum(1).mean(0), path)
+    routes = {route.path: route for route in quantities.audit(params, x)}
+    assert routes["['rate']"].reasons[0] == "it enters `exp`, in a loop"
+    assert routes["['carried']"].reasons == ("a loop carries it on, changed",)
+    assert routes["['branch']"].reasons == ("it enters `cond`",)
+    assert routes["['unused']"].ways == ()
+    assert all(routes[f"['{path}']"].falls_back for path in ("v", "mix", "branch"))
+    assert "['unused']" in str(quantities.audit(params, x))
+
+
+# --- roots ------------------------------------------------------------------------------------
+
+CROSS_ENTROPY = optax.softmax_cross_entropy_with_integer_labels
+ROOTS = {
+    "labels": (CROSS_ENTROPY, (5,), jnp.array(2), roots.Labelled, 4),
+    "two classes": (CROSS_ENTROPY, (2,), jnp.array(1), roots.Labelled, 1),
+    "rows": (lambda o, y: CROSS_ENTROPY(o, y).mean(), (3, 4), jnp.array([0, 3, 1]), roots.Softmax, 9),
+    "soft labels": (optax.softmax_cross_entropy, (3,), jnp.array([0.5, 0.3, 0.6]), roots.Softmax, 2),
+    "own cross-entropy": (lambda o, y: -jax.nn.log_softmax(o)[y], (4,), jnp.array(1), roots.Labelled, 3),
+    "squared error": (lambda o, y: ((o - y) ** 2).mean(), (2, 2), jnp.ones((2, 2)), roots.Diagonal, 4),
+    "huber": (lambda o, y: optax.huber_loss(o, y).sum(), (3,), jnp.zeros(3), roots.Diagonal, 3),
+    "products": (lambda o, y: (o.sum() - y) ** 2, (3,), jnp.array(1.0), roots.Dense, 3),
+    "entries meet": (lambda o, y: ((o + o[::-1]) ** 2).sum(), (3,), jnp.array(1.0), roots.Dense, 3),
+}
+
+
+@pytest.mark.parametrize("case", list(ROOTS))
+def test_root(case):
+    loss, shape, y, kind, columns = ROOTS[case]
+    output = 2 * jnp.asarray(np.random.default_rng(1).standard_normal(shape))
+    root = roots.root_of(loss, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (output, y)))
+    assert isinstance(root, kind)
+    found = root.all(output, y).reshape(columns, -1)
+    hessian = jax.hessian(loss)(output, y).reshape(output.size, output.size)
+    close(found.T @ found, hessian, case)
+    key = jax.random.key(0)
+    signs = roots.signs(root, key, found.dtype)
+    close(root.sampled(output, y, key).reshape(-1), signs @ found, case)
+
+
+def test_a_loss_that_is_not_convex_has_no_root():
+    for loss in (lambda o, y: o[0] * o[1], lambda o, y: jnp.sum(-(o**2))):
+        found = fp.per_example(lambda w, x: w * x, loss)(
+            jnp.ones(2), jnp.ones((1, 2)), jnp.ones(1), ["diag_ggn"]
+        )
+        assert np.isnan(found["diag_ggn"]).any()
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+def test_mixing_is_refused():
+    x, y = jnp.ones((4, 3)), jnp.zeros(4)
+    loss = lambda o, y: jnp.sum(o - y) ** 2  # noqa: E731
+    with pytest.raises(
+        ValueError, match=r"examples mix: the model reduces over a named axis.*batch.*evaluation"
+    ):
+        fp.per_example(lambda w, x: w * (x - jax.lax.pmean(x, "batch")), loss)(jnp.ones(3), x, y, ["norm"])
+    norm = nn.BatchNorm(use_running_average=False, param_dtype=float)
+    variables = norm.init(jax.random.key(0), x)
+
+    def training(params, x):
+        return norm.apply({**variables, "params": params}, x[None], mutable=["batch_stats"])
+
+    with pytest.raises(ValueError, match=r"examples mix: in .*subtracts from a value its mean.*length one"):
+        fp.per_example(lambda p, x: training(p, x)[0][0], loss)(variables["params"], x, y, ["norm"])
+    with pytest.raises(ValueError, match=r"output\[1\], which loss\(output, y\) does not read"):
+        fp.per_example(lambda w, x: (w * x, x.mean()), lambda o, y: loss(o[0], y))(
+            jnp.ones(3), x, y, ["norm"]
+        )
+    with pytest.raises(ValueError, match="batch_norm` computes its statistics"):
+        fp.per_example(lambda w, x: w * fp.layers.batch_norm(x[None])[0][0], loss)(
+            jnp.ones(3), x, y, ["norm"]
+        )
+    evaluating = nn.BatchNorm(use_running_average=True, param_dtype=float)
+    apply = lambda p, x: evaluating.apply({**variables, "params": p}, x[None])[0]  # noqa: E731
+    assert fp.per_example(apply, loss)(variables["params"], x, y, ["norm"])["norm"]["scale"].shape == (4,)
+
+
+def test_errors():
+    quantities = fp.per_example(lambda w, x: w * x, lambda o, y: jnp.sum((o - y) ** 2))
+    w, x, y = jnp.ones(2), jnp.ones((3, 2)), jnp.ones((3, 2))
+    with pytest.raises(ValueError, match=r"unknown quantity 'norms' \(did you mean 'norm'\?\).*diag_ggn"):
+        quantities(w, x, y, ["norms"])
+    with pytest.raises(ValueError, match="quantities='norm'; pass a set"):
+        quantities(w, x, y, "norm")
+    with pytest.raises(ValueError, match="leading axis of x and y is the examples, but x has 3, y has 2"):
+        quantities(w, x, y[:2], ["norm"])
+    with pytest.raises(ValueError, match=r"'kfac' is an estimate by random signs; pass key="):
+        quantities(w, x, y, ["kfac"])
+    with pytest.raises(TypeError, match=r"params\['n'\] is int64, which has no gradient"):
+        quantities({"n": jnp.ones(2, int)}, x, y, ["norm"])
+    with pytest.raises(TypeError, match="it must return a floating-point scalar"):
+        fp.per_example(lambda w, x: w * x, lambda o, y: o - y)(w, x, y, ["norm"])
+    one = quantities(w, x[:1], y[:1], ["variance", "batch_gradients"])
+    assert not one["variance"].any()
+    assert one["batch_gradients"].shape == (1, 2)
