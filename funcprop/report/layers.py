@@ -86,7 +86,6 @@ def memory(
     kwargs: Any,
     setup: Setup | None,
 ) -> Memory:
-    """The memory of a function and its gradient, or of a training step on one of its minibatches."""
     """The memory of a function and its gradient, or of a step of the training run on one minibatch."""
     if setup is None:
         return _bars("the function and its gradient", footprint(fun, argnums)(*args, **kwargs))
@@ -113,11 +112,6 @@ def _bars(subject: str, found: Footprint) -> Memory:
     largest = sorted(totals, key=lambda name: -totals[name])[:MOST_LAYERS]
     visible = SMALLEST * sum(totals.values())
     kept = [name for name in totals if name in largest and totals[name] >= visible]
-
-    def within(name: str) -> Layer:
-        return Layer(name, _of(found.ledgers, lambda row: group(row) == name))
-
-    layers = [within(name) for name in kept]
     kept = sorted(kept, key=_natural) if depth else kept
     outermost = {name.partition("/")[0] for name in kept if "/" in name}
     # What all layers are in says nothing of any.

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop.curvature.hessian import hessian
-from funcprop.report.cost import Cost
 from funcprop.second_order_cost import SecondOrderCost
 from funcprop.second_order_programs import FORWARD
 
