@@ -93,7 +93,9 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
         axes.set_title(f"batch {batch}")
         axes.set_ylabel("MB at the peak")
         axes.tick_params(axis="x", rotation=20)
-    figure.axes[0].legend(fontsize=8)
+        axes.set_ylim(0, 1.08 * max(line["formula"] for line in chosen) / 1e6)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center")
     figure.suptitle("Exercise 3: bars are predicted by purpose, marks the formula and the compiled program")
     figure.savefig(path, dpi=130)
 

@@ -13,6 +13,7 @@ from flax import linen as nn
 from jax import ShapeDtypeStruct
 
 import funcprop as fp
+from funcprop import _compat
 
 D, H, Q = 784, 256, 10
 
@@ -139,4 +140,5 @@ PROGRAMS = {
 }
 
 if __name__ == "__main__":
-    json.dump({name: program() for name, program in PROGRAMS.items()}, sys.stdout)
+    found: dict[str, Any] = {name: program() for name, program in PROGRAMS.items()}
+    json.dump({**found, "barrier options": _compat.barrier_options(jax.default_backend())}, sys.stdout)

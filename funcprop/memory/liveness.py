@@ -253,7 +253,9 @@ class _Simulation:
             (used[0].nbytes, list(used)) for used in fixed.values() if used
         ]
         arena = []
-        for buffer in sorted(buffers, key=lambda b: -b.nbytes):
+        at = peak_time(buffers)
+        # Of equal ones those that are needed at the peak come first.
+        for buffer in sorted(buffers, key=lambda b: (-b.nbytes, not b.start <= at <= b.end)):
             if any(id(v) in self.results for v in buffer.values):
                 rooms.append((buffer.nbytes, [buffer]))
                 continue

@@ -29,8 +29,9 @@ class Measured:
 
 
 def keeps_barriers(options: Mapping[str, Any]) -> bool:
-    """Whether compiler options say that recomputation is kept."""
-    return "cse_barrier_expander" in str(options.get("xla_disable_hlo_passes", ""))
+    """Whether recomputation is kept: by compiler options, or because this compiler keeps it anyway."""
+    asked = "cse_barrier_expander" in str(options.get("xla_disable_hlo_passes", ""))
+    return asked or _compat.barrier_options(jax.default_backend()) == {}
 
 
 def without_library(options: Mapping[str, Any]) -> bool:
