@@ -2,7 +2,8 @@
 
 A segment that is recomputed becomes a `jax.checkpoint` of its equations, a segment that is kept is emitted as
 it stands, so both are ordinary JAX. A scan has several *forms*: its body is a program of its own, and every
-useful schedule of the body is a form, whose bytes and FLOPs count once for every step of the loop.
+useful schedule of the body is a form, whose bytes and FLOPs count once for every step of the loop; and so is
+the loop in chunks.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from funcprop import _compat
 from funcprop.flops import flops
 from funcprop.layer_calls import broken_layer_call, layer_call
+from funcprop.memory.nested_loop import chunk_counts, in_chunks
 from funcprop.memory.saving import Reads, nbytes, reads
 from funcprop.memory.schedule import Chain, Schedule, Segment, frontier
 
@@ -224,6 +226,14 @@ def _step(
             )
             for changed, length, body, schedule in _bodies(eqn, perturbed, known)
         ]
+        if not eqn.effects:
+            forms += [
+                _form(changed, reads(changed, perturbed), bits)._replace(
+                    again=first.reads.again, peak=first.derived // count
+                )
+                for count in chunk_counts(eqn.params["length"])
+                for changed in [in_chunks(eqn, count)]
+            ]
     operands = _mask(bits, eqn.invars)
     step = Step(_mask(bits, eqn.outvars), operands, flops(eqn), not eqn.effects, tuple(forms))
     return step, first.reads.active

@@ -302,7 +302,8 @@ def _saved(program: Program, schedule: Schedule, graph: Graph) -> Iterator[Varia
             of = [names[v] for v in form.equation.outvars if v in names]
             label, scope = (of[0].name, of[0].scope) if of else (form.equation.primitive.name, "")
             if form.body is None:
-                yield _part(f"{label}: derivative", form.derived, scope)
+                what = "carries of its chunks" if form.again else "derivative"
+                yield _part(f"{label}: {what}", form.derived, scope)
                 continue
             body, inner = form.body
             length = form.equation.params["length"]
@@ -323,6 +324,8 @@ def _recomputed(program: Program, schedule: Schedule, graph: Graph) -> Iterator[
             first = next((operators[v] for v in form.equation.outvars if v in operators), None)
             if again and first is not None:
                 yield replace(first, flops=again)
+            if form.again and form.body is None and first is not None:
+                yield replace(first, flops=form.again)
             if form.body is not None:
                 body, inner = form.body
                 length = form.equation.params["length"]

@@ -50,8 +50,8 @@ def rematerialize(
 
     where `R` makes everything that the backward sweep reads from `S`, in segments between cut points. Among
     the schedules of fewest FLOPs it takes one of a low peak. Gradients are the same numbers. The result is an
-    ordinary function, made of `jax.checkpoint`s and of bodies of `scan` that hold less; it composes with
-    `jit`, `grad`, `jvp`, `vmap`, `fp.grad` and frameworks' own transformations.
+    ordinary function, made of `jax.checkpoint`s, of bodies of `scan` that hold less, and of scans in chunks;
+    it composes with `jit`, `grad`, `jvp`, `vmap`, `fp.grad` and frameworks' own transformations.
 
     The bytes are those of the leaves of `jax.vjp(f, *x)[1]` that are neither arguments nor constants of the
     function, differentiated in all its traced arguments: parameters and data exist anyway. It is planned
