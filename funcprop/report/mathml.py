@@ -86,7 +86,8 @@ class _Formula:
         while (token := self.peek()) in ("_", "^", "'"):
             self.take()
             if token == "'":
-                above.append("<mo>′</mo>")
+                # The character is raised by itself.
+                base = f'<mrow>{base}<mo lspace="0" rspace="0">′</mo></mrow>'
             elif token == "^":
                 above.append(self.argument())
             else:
