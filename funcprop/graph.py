@@ -142,6 +142,13 @@ class Graph:
 
     __repr__ = __str__
 
+    def _repr_svg_(self) -> str | None:
+        # A notebook asks for this, and nothing else does. Data flows from the graph to the room that draws
+        # it, which is therefore looked up when a picture is asked for, never when the graph is made.
+        from funcprop.drawing import notebook_svg
+
+        return notebook_svg(self)
+
 
 def _count(n: int | None) -> str:
     return "-" if n is None else f"{n:,}"

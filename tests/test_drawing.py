@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -19,7 +20,8 @@ from flax import linen as nn
 
 import funcprop as fp
 from funcprop.cli.target import chapter_example
-from funcprop.drawing import layout, palette
+from funcprop.drawing import distant, layout, palette
+from funcprop.drawing.picture import node_ids
 
 ENGINES = [
     pytest.param(
@@ -80,7 +82,7 @@ def test_the_input_is_lower_left_and_the_objective_upper_right(engine: Any) -> N
     svg = fp.draw(chapter(), engine=engine).svg()
     at = {name: centre(g) for name, g in elements(svg, "variable").items()}
     assert all(at["J"][0] > x for name, (x, _) in at.items() if name != "J")
-    assert all(at["x"][0] <= x for x, _ in at.values())
+    assert all(at["x"][0] <= x + 1 for x, _ in at.values())  # W1 is above it
     assert at["J"][1] < at["x"][1]
     order = [at[name][0] for name in ("x", "z", "h", "o", "L", "J")]
     assert order == sorted(order)
@@ -231,22 +233,71 @@ def test_unnamed_values_need_no_square() -> None:
 # --- what is written --------------------------------------------------------------------------
 
 NASTY = "<b>&\"'</script>\\N{x}\u2028"
+HOSTILE = [
+    NASTY,
+    "two\nlines\r\tand `code`",
+    "ünïcödé 漢字 🐍 \u202e",
+    "x" * 300,
+    "]] --> end; n0[(",
+    "&amp; %% #35;",
+]
+
+
+def hostile(label: str) -> fp.Graph:
+    """A name as that of an input, of a scope and of a value."""
+
+    def fun(p: Any) -> Any:
+        with jax.named_scope(label.replace("/", "")):
+            y = jnp.sinh(p[label])
+        return fp.name(jnp.cosh(y), label + "2")
+
+    return fp.trace(fun)({label: jnp.ones(2)})
 
 
 def nasty() -> fp.Graph:
     return fp.trace(lambda p: fp.name(jnp.sinh(p[NASTY]), NASTY + "2"))({NASTY: jnp.ones(2)})
 
 
+def printable(label: str) -> str:
+    return "".join(c if c.isprintable() else "�" for c in label)
+
+
+def as_dot_reads(label: str) -> str:
+    """Escapes of quotes are read, those of backslashes and line ends are left for the label."""
+    lines = label.replace("\\", "\\\\").split("\n")
+    return "\\n".join(map(printable, lines))
+
+
+MERMAID = re.compile(
+    r'flowchart LR|end|  *n\d+(\[|\(\(|\()"[^"\n]*"(\]|\)\)|\))|  *subgraph b\d+\["[^"\n]*"\]'
+    r'|  n\d+ (-->|==>|-\.->)(\|"[^"\n]*"\|)? n\d+|  classDef role\d+ [\w:#,]+|  class [n\d,]+ role\d+'
+)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("label", HOSTILE)
+def test_every_format_survives_every_name(label: str, engine: Any) -> None:
+    drawing = fp.draw(hostile(label), engine=engine, types=True)
+    both = {label, label + "2"}
+    found = json.loads(drawing.json())
+    assert {n["name"] for n in found["nodes"] if n["kind"] == "variable"} >= both
+    assert set(elements(drawing.svg(), "variable")) >= set(map(printable, both))
+    program = layout.find_engine(engine)[1]
+    done = subprocess.run([program, "-Tjson0"], input=drawing.dot().encode(), capture_output=True, check=True)
+    variables = {html.unescape(edge["variable"]) for edge in json.loads(done.stdout)["edges"]}
+    assert {as_dot_reads(label), as_dot_reads(label + "2")} <= variables
+    for line in drawing.mermaid().splitlines():
+        assert MERMAID.fullmatch(line) or line.strip() == "end", line
+    for text in (drawing.svg(), drawing.mermaid(), drawing.json()):
+        assert "</script>" not in text
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_names_are_escaped(engine: Any) -> None:
     drawing = fp.draw(nasty(), engine=engine, types=True)
     names = set(elements(drawing.svg(), "variable"))
-    assert names == {NASTY.replace("\u2028", "�"), NASTY.replace("\u2028", "�") + "2"}
+    assert names == {printable(NASTY), printable(NASTY) + "2"}
     assert "<b>" not in drawing.svg()
-    for text in (drawing.svg(), drawing.mermaid(), drawing.json()):
-        assert "</script>" not in text
-    found = json.loads(drawing.json())
-    assert {n["name"] for n in found["nodes"] if n["kind"] == "variable"} == {NASTY, NASTY + "2"}
     assert '"<b>' not in drawing.mermaid()
 
 
@@ -272,6 +323,55 @@ def test_a_drawing_shows_itself_in_a_notebook() -> None:
     assert drawing.svg() in drawing._repr_html_()
     # Several on one page must not share ids or styles.
     assert not re.search(r"\sid=|<style", drawing.svg())
+
+
+@pytest.mark.parametrize("sweeps", [fp.trace, fp.backward_graph, fp.second_order_graph])
+def test_graphs_show_themselves_in_a_notebook(sweeps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = sweeps(fp.models.chapter)(*chapter_example())
+    assert graph._repr_svg_() == fp.draw(graph).svg()
+    difference = fp.diff(graph, chapter())
+    assert difference._repr_svg_() == fp.draw(difference).svg()
+    # A notebook shows the table where nothing can be laid out.
+    monkeypatch.setattr(layout.shutil, "which", lambda *_, **__: None)
+    assert graph._repr_svg_() is None
+
+
+def test_a_notebook_shows_large_graphs_collapsed() -> None:
+    widths = tuple(range(4, 64))  # All blocks differ, so that nothing is folded.
+    graph = stack(*widths)
+    assert len(fp.draw(graph).picture.nodes) > 300
+    assert len(fp.draw(graph, depth=1).picture.nodes) < len(fp.draw(graph, depth=2).picture.nodes) <= 300
+    assert graph._repr_svg_() == fp.draw(graph, depth=2).svg()
+    flat = fp.trace(lambda x: [jnp.sinh(x + i) for i in range(200)])(1.0)
+    assert flat._repr_svg_() is None
+
+
+def test_small_graphs_show_their_types() -> None:
+    assert "float64[3,4], 96 B" in {n.details for n in fp.draw(chapter()).picture.nodes}
+    assert ">float64[3,4], 96 B</text>" in fp.draw(chapter()).svg()
+    assert ">float64[3,4], 96 B</text>" not in fp.draw(chapter(), types=False).svg()
+    assert not fp.draw(stack(4, 5)).types
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_edges_carry_shape_dtype_and_bytes_in_every_format(engine: str) -> None:
+    drawing = fp.draw(chapter(), types=False)
+    program = layout.find_engine(engine)[1]  # type: ignore[arg-type]
+    done = subprocess.run([program, "-Tjson0"], input=drawing.dot().encode(), capture_output=True, check=True)
+    of_dot = json.loads(done.stdout)["edges"]
+    of_json = json.loads(drawing.json())["edges"]
+    titles = [
+        g.find(f"{SVG}title").text
+        for g in ElementTree.fromstring(drawing.svg()).iter(f"{SVG}g")
+        if g.get("class", "").startswith("funcprop-edge")
+    ]
+    assert len(of_dot) == len(of_json) == len(titles) == 18
+    for i, edge in enumerate(of_json):
+        (found,) = (e for e in of_dot if e["id"] == f"e{i}")
+        assert json.loads(found["dimensions"]) == edge["shape"]
+        assert (found["dtype"], found["nbytes"]) == (edge["dtype"], str(edge["nbytes"]))
+        assert titles[i] == found["tooltip"]
+        assert f"{edge['dtype']}[{','.join(map(str, edge['shape']))}], {edge['nbytes']} B" in titles[i]
 
 
 def test_mermaid_has_squares_circles_and_boxes() -> None:
@@ -351,3 +451,41 @@ def test_the_dot_text_is_graphviz(engine: str) -> None:
     text = fp.draw(nasty()).dot()
     done = subprocess.run([program, "-Tplain"], input=text.encode(), capture_output=True, check=True)
     assert done.stdout.decode().count("\nnode ") == 3
+
+
+@cache
+def gradient(blocks: int) -> fp.Graph:
+    model, x = Stack((4,) * blocks), jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+    return fp.backward_graph(lambda params, x: jnp.sum(model.apply(params, x)))(params, x)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("blocks", [2, 40])
+def test_every_arrow_is_inside_the_picture(engine: Any, blocks: int) -> None:
+    """Both sweeps, in which arrows go around everything; of many nodes, far arrows are drawn by ourselves."""
+    drawing = fp.draw(gradient(blocks), fold=False, engine=engine)
+    assert (len(drawing.picture.nodes) > layout.MANY) == (blocks == 40)
+    root = ElementTree.fromstring(drawing.svg())
+    width, height = float(root.get("width")), float(root.get("height"))
+    numbers = re.compile(r"-?\d+\.\d+")
+    paths = [path.get("d") for path in root.iter(f"{SVG}path")]
+    assert len(paths) == len(drawing.picture.edges)
+    for path in paths:
+        points = list(map(float, numbers.findall(path)))
+        curves = zip(points[0::2], points[1::2], strict=True)
+        ends = [point for i, point in enumerate(curves) if i % 3 == 0]
+        # The group of all of it is moved by the margin of 12.
+        assert all(-12 <= x <= width - 12 and -12 <= y <= height - 12 for x, y in ends)
+
+
+def test_far_arrows_begin_and_end_at_their_nodes() -> None:
+    drawing = fp.draw(gradient(40), fold=False, engine="graphviz-pure")
+    ids = node_ids(drawing.picture)
+    far = distant.far_edges(drawing.picture)
+    assert any(drawing.picture.edges[i].kind == "residual" for i in far)
+    for i in far:
+        edge, route = drawing.picture.edges[i], drawing.layout.edges[i]
+        start, end = (drawing.layout.nodes[ids[key]] for key in (edge.source, edge.target))
+        assert (route.points[0][1], route.tip[1]) == pytest.approx((start[1], end[1]))
+        assert max(abs(route.points[0][0] - start[0]), abs(route.tip[0] - end[0])) < 150

@@ -25,7 +25,7 @@ class Choices(NamedTuple):
     argnums: Sequence[int] | None
     depth: int | None
     fold: bool
-    types: bool
+    types: bool | None
 
 
 def draw(
@@ -40,7 +40,9 @@ def draw(
         int | None, typer.Option(min=0, help="collapse scopes that have this many around them; 0 for all")
     ] = None,
     fold: Annotated[bool, typer.Option(help="draw repeated blocks once, with their number")] = True,
-    types: Annotated[bool, typer.Option(help="write dtypes and bytes, not only shapes")] = False,
+    types: Annotated[
+        bool | None, typer.Option(help="write dtypes and bytes; by default of up to 12 operators")
+    ] = None,
     backward: Annotated[bool, typer.Option("--backward", help="both sweeps, and what is saved")] = False,
     second: Annotated[
         bool, typer.Option("--second", help="the Hessian-vector product, coloured by class")

@@ -6,6 +6,7 @@ from funcprop.drawing.difference import Difference as Difference
 from funcprop.drawing.difference import diff as diff
 from funcprop.drawing.draw import Drawing as Drawing
 from funcprop.drawing.draw import draw as draw
+from funcprop.drawing.draw import notebook_svg as notebook_svg
 from funcprop.drawing.layout import DrawingError as DrawingError
 from funcprop.drawing.second_order import SecondOrderGraph as SecondOrderGraph
 from funcprop.drawing.second_order import second_order_graph as second_order_graph

@@ -116,6 +116,11 @@ class Difference:
 
     __repr__ = __str__
 
+    def _repr_svg_(self) -> str | None:
+        from funcprop.drawing.draw import notebook_svg  # which draws differences, and so imports this
+
+        return notebook_svg(self)
+
     def shown(self) -> Shown:
         """What `fp.draw` draws: the second graph, and what only the first has."""
         own = [v.name for v in self.after.variables]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from funcprop.drawing.geometry import EDGE_LABEL, lines_of, size_of
 from funcprop.drawing.palette import BOX_LINE, ink, paint
@@ -13,8 +13,11 @@ from funcprop.drawing.picture import Box, Edge, Node, Picture, by_box, node_ids
 MANY_RESIDUALS = 40
 
 
-def dot(picture: Picture, with_types: bool) -> str:
-    """The picture as a `digraph`, from left to right; nodes have fixed sizes."""
+def dot(picture: Picture, with_types: bool, without: Collection[int] = ()) -> str:
+    """The picture as a `digraph`, from left to right; nodes have fixed sizes.
+
+    The edges whose numbers are in `without` are left out.
+    """
     lines = [
         f"digraph {quoted(picture.title)} {{",
         "  graph [rankdir=LR, nodesep=0.25, ranksep=0.35, fontname=Helvetica];",
@@ -38,6 +41,8 @@ def dot(picture: Picture, with_types: bool) -> str:
     lines.extend(contents(None, "  "))
     loose = sum(edge.kind == "residual" for edge in picture.edges) > MANY_RESIDUALS
     for i, edge in enumerate(picture.edges):
+        if i in without:
+            continue
         lines.append(f"  {ids[edge.source]} -> {ids[edge.target]} [{_edge(edge, i, loose)}];")
     return "\n".join([*lines, "}"]) + "\n"
 
@@ -67,6 +72,10 @@ def _node(node: Node, with_types: bool) -> str:
 
 def _edge(edge: Edge, number: int, loose: bool) -> str:
     attributes = {"id": f"e{number}", "tooltip": edge.tooltip, "color": ink(edge.kind, edge.role)}
+    # For those who read the text: an engine hands on what it does not know.
+    carried = {"variable": edge.variable, "dtype": edge.dtype, "nbytes": edge.nbytes}
+    carried["dimensions"] = None if edge.shape is None else str(list(edge.shape))
+    attributes |= {key: str(value) for key, value in carried.items() if value is not None}
     # What is written on a residual edge is set beside it afterwards: an engine takes long for labels on edges
     # as long as these.
     if edge.label and edge.kind != "residual":

@@ -10,10 +10,12 @@ from pathlib import Path
 from funcprop.drawing.assembly import Shown, assemble
 from funcprop.drawing.backward import BackwardGraph
 from funcprop.drawing.difference import Difference
+from funcprop.drawing.distant import far_edges
 from funcprop.drawing.dot import dot
-from funcprop.drawing.layout import DrawingError, Engine, Layout, lay_out
+from funcprop.drawing.geometry import size_of
+from funcprop.drawing.layout import MANY, Direct, DrawingError, Engine, Layout, lay_out
 from funcprop.drawing.markup import as_json, mermaid
-from funcprop.drawing.picture import Picture
+from funcprop.drawing.picture import Picture, node_ids
 from funcprop.drawing.second_order import SecondOrderGraph
 from funcprop.drawing.svg import svg
 from funcprop.graph import Graph
@@ -38,7 +40,15 @@ class Drawing:
     def layout(self) -> Layout:
         """Where everything stands."""
         picture = self.picture
-        return lay_out(self.dot(), len(picture.nodes), len(picture.edges), self.engine, self.timeout)
+        far = far_edges(picture) if len(picture.nodes) > MANY else frozenset()
+        ids, size = node_ids(picture), {n.key: size_of(n, self.types) for n in picture.nodes}
+        direct = {
+            i: Direct(ids[e.source], size[e.source], ids[e.target], size[e.target], e.kind == "residual")
+            for i, e in enumerate(picture.edges)
+            if i in far
+        }
+        source = dot(picture, self.types, far)
+        return lay_out(source, len(ids), len(picture.edges), self.engine, self.timeout, direct)
 
     def svg(self) -> str:
         """The picture as SVG, self-contained and escaped; hovering shows types, bytes and sources.
@@ -68,13 +78,33 @@ class Drawing:
         """
         Path(path).write_text(getattr(self, written_by(path))(), encoding="utf-8")
 
-    # A graph itself has no picture for notebooks: it would have to know the room that draws it, and
-    # printing a large one would start a layout.
     def _repr_svg_(self) -> str:
         return self.svg()
 
     def _repr_html_(self) -> str:
         return f'<div style="overflow:auto;max-height:80vh">{self.svg()}</div>'
+
+
+# Of a graph of the chapter's size, dtype and bytes are written into the picture.
+_FEW_WITH_TYPES = 12
+
+# A notebook shows at most so many nodes of a graph that nobody asked to be drawn.
+_GLANCE = 300
+
+
+def notebook_svg(graph: Graph | Difference) -> str | None:
+    """What a notebook shows of a graph: its picture, with scopes collapsed until it can be taken in.
+
+    None, for which a notebook shows the table, if there is no layout engine, or too much even then.
+    """
+    for depth in (None, 3, 2, 1, 0):
+        drawing = draw(graph, depth=depth, timeout=10.0)
+        if len(drawing.picture.nodes) <= _GLANCE:
+            try:
+                return drawing.svg()
+            except DrawingError:
+                return None
+    return None
 
 
 def written_by(path: str | os.PathLike[str]) -> str:
@@ -98,7 +128,7 @@ def draw(
     depth: int | None = None,
     fold: bool = True,
     unnamed: bool | None = None,
-    types: bool = False,
+    types: bool | None = None,
     engine: Engine | None = None,
     timeout: float = 60.0,
 ) -> Drawing:
@@ -115,7 +145,8 @@ def draw(
         fold: draw repeated blocks once.
         unnamed: draw a square also for a value that nobody named; by default in graphs of up to 40 operators.
             Without it, an arrow goes from operator to operator.
-        types: write dtype and bytes into the squares, not only the shape.
+        types: write dtype and bytes into the squares, not only the shape; by default in graphs of up to 12
+            operators.
         engine: `"dot"` (Graphviz's own) or `"graphviz-pure"` (extra `draw`). By default `dot` if it is
             installed; from 801 nodes on `graphviz-pure` if it is, because `dot` would have to leave out the
             boxes to be done in seconds.
@@ -143,6 +174,8 @@ def draw(
             "fp.second_order_graph or fp.diff returns."
         )
     picture = assemble(shown, depth, fold, unnamed)
+    if types is None:
+        types = len(shown.graph) <= _FEW_WITH_TYPES
     drawing = Drawing(picture, types, engine, timeout)
     if path is not None:
         drawing.save(path)

@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+from funcprop.drawing.geometry import Size
 
 Engine = Literal["dot", "graphviz-pure"]
 ENGINES: tuple[Engine, ...] = ("dot", "graphviz-pure")
@@ -18,9 +20,10 @@ ENGINES: tuple[Engine, ...] = ("dot", "graphviz-pure")
 # From this many nodes on, an engine is told to spend less. Nested boxes cost Graphviz 2.43 the most: a
 # transformer of 3,021 operators took it 20 s with them and 3 s without, and graphviz-pure 2.5 s with them.
 MANY = 800
-_FASTER = ("nslimit=0.01", "nslimit1=0.1", "mclimit=0.01", "searchsize=5", "splines=line")
+_FASTER = ("nslimit=0.01", "nslimit1=0.01", "mclimit=0.01", "searchsize=5", "splines=line")
 _WITHOUT_BOXES = ("clusterrank=none",)
 Point = tuple[float, float]
+_HEAD = 6.0  # the length of an arrow head
 
 
 class DrawingError(RuntimeError):
@@ -75,16 +78,35 @@ class Layout:
         return point[0], self.height - point[1]
 
 
-def lay_out(source: str, nodes: int, edges: int, engine: Engine | None, timeout: float) -> Layout:
-    """Lay out a text in Graphviz's language whose edges have the ids `e0`, `e1` …
+class Direct(NamedTuple):
+    """An arrow of which the engine is not told: from the side of one node to that of another."""
 
-    Of many nodes, `dot` lays out no boxes.
+    source: str
+    source_size: Size
+    target: str
+    target_size: Size
+    is_residual: bool
+
+
+def lay_out(
+    source: str,
+    nodes: int,
+    edges: int,
+    engine: Engine | None,
+    timeout: float,
+    direct: Mapping[int, Direct],
+) -> Layout:
+    """Lay out a text in Graphviz's language whose edges have the ids `e0`, `e1` …, but for those in `direct`.
+
+    Of many nodes, `dot` lays out no boxes, and neither engine those of the sweeps.
 
     Raises:
         DrawingError: there is no engine, or it failed, or it took longer than `timeout` seconds.
     """
     chosen, program = find_engine(engine, ENGINES if nodes <= MANY else ENGINES[::-1])
-    settings = () if nodes <= MANY else _FASTER if chosen != "dot" else _FASTER + _WITHOUT_BOXES
+    # Two boxes around thousands of nodes, the sweeps, cost either engine most of its time.
+    plain = chosen == "dot" or any(arrow.is_residual for arrow in direct.values())
+    settings = () if nodes <= MANY else _FASTER + _WITHOUT_BOXES if plain else _FASTER
     command = [program, "-Tjson0", *(f"-G{setting}" for setting in settings)]
     try:
         done = subprocess.run(
@@ -100,7 +122,7 @@ def lay_out(source: str, nodes: int, edges: int, engine: Engine | None, timeout:
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip()[-2000:]
         raise DrawingError(f"fp.draw: {program} failed with exit code {done.returncode}: {said}")
-    return _parse(json.loads(done.stdout), edges)
+    return _parse(json.loads(done.stdout), edges, direct)
 
 
 def find_engine(engine: Engine | None, preferred: Sequence[Engine] = ENGINES) -> tuple[Engine, str]:
@@ -124,7 +146,7 @@ def find_engine(engine: Engine | None, preferred: Sequence[Engine] = ENGINES) ->
     )
 
 
-def _parse(found: dict[str, Any], edges: int) -> Layout:
+def _parse(found: dict[str, Any], edges: int, direct: Mapping[int, Direct]) -> Layout:
     _, _, width, height = _numbers(found["bb"])
 
     def point(text: str) -> Point:
@@ -140,7 +162,47 @@ def _parse(found: dict[str, Any], edges: int) -> Layout:
             left, bottom, right, top = _numbers(item["bb"])
             boxes[item["name"].removeprefix("cluster_")] = left, height - top, right, height - bottom
     routes = {item["id"]: _route(item, height) for item in found.get("edges", ())}
-    return Layout(width, height, nodes, boxes, tuple(routes[f"e{i}"] for i in range(edges)))
+    routes |= {f"e{i}": _direct(nodes, arrow) for i, arrow in direct.items()}
+    return _framed(Layout(width, height, nodes, boxes, tuple(routes[f"e{i}"] for i in range(edges))))
+
+
+def _direct(nodes: Mapping[str, Point], arrow: Direct) -> Route:
+    """One curve, level where it starts and where it ends."""
+    (x, y), (u, v) = nodes[arrow.source], nodes[arrow.target]
+    forwards = 1 if u >= x else -1
+    x, u = x + forwards * arrow.source_size.width / 2, u - forwards * (arrow.target_size.width / 2 + _HEAD)
+    reach = max(abs(u - x) / 3, 2 * _HEAD) * forwards
+    return Route(((x, y), (x + reach, y), (u - reach, v), (u, v)), (u + forwards * _HEAD, v), None)
+
+
+def _framed(layout: Layout) -> Layout:
+    """Moved and widened so that every arrow is inside: an engine's own frame may cut their curves."""
+    xs, ys = [0.0, layout.width], [0.0, layout.height]
+    for route in layout.edges:
+        for i in range(0, len(route.points) - 3, 3):
+            for t in (k / 8 for k in range(9)):
+                x, y = _on_curve(route.points[i : i + 4], t)
+                xs.append(x)
+                ys.append(y)
+    left, top = min(xs), min(ys)
+
+    def moved(point: Point | None) -> Any:
+        return None if point is None else (point[0] - left, point[1] - top)
+
+    return Layout(
+        max(xs) - left,
+        max(ys) - top,
+        {key: moved(p) for key, p in layout.nodes.items()},
+        {k: (*moved((x, y)), *moved((right, bottom))) for k, (x, y, right, bottom) in layout.boxes.items()},
+        tuple(Route(tuple(map(moved, e.points)), moved(e.tip), moved(e.label)) for e in layout.edges),
+    )
+
+
+def _on_curve(points: Sequence[Point], t: float) -> Point:
+    """The point of a cubic Bézier curve at a parameter."""
+    weights = (1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3
+    x, y = (sum(w * p[axis] for w, p in zip(weights, points, strict=True)) for axis in (0, 1))
+    return x, y
 
 
 def _route(item: dict[str, Any], height: float) -> Route:

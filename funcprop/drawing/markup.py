@@ -58,4 +58,8 @@ def _shape(node: Node, with_types: bool) -> str:
 
 def _text(text: str) -> str:
     """Text between quotes: what has a meaning for Mermaid, Markdown or HTML is written by its number."""
-    return "".join(c if c.isalnum() or c in " .,:/=+[]_" or ord(c) > 127 else f"#{ord(c)};" for c in text)
+    return "".join(c if _is_plain(c) else f"#{ord(c)};" for c in text)
+
+
+def _is_plain(c: str) -> bool:
+    return c.isalnum() or c in " .,:/=+[]_" or (ord(c) > 127 and c.isprintable())
