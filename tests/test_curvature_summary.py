@@ -93,9 +93,6 @@ def test_the_command_says_and_plots_the_spectrum(tmp_path: Path) -> None:
     assert sum(data["histogram"]["counts"]) == pytest.approx(18)
     assert len(data["density"]["at"]) == len(data["density"]["value"])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    text = run("curvature", "chapter").stdout
-    assert text.startswith("chapter: Hessian of 18 parameters, indefinite; all eigenvalues\n")
-    assert "W1              12" in text
 
 
 def test_the_command_estimates_with_error_bars() -> None:
@@ -108,9 +105,8 @@ def test_the_command_estimates_with_error_bars() -> None:
     np.testing.assert_allclose([float(x) for x in lines["largest"].split()], values[:-3:-1], rtol=1e-3)
     value, error = map(float, lines["trace"].split(" ± "))
     assert abs(value - values.sum()) < 4 * error
-    other = run("curvature", "chapter", *options, "--seed", "1").stdout
-    assert lines["trace"] not in other
-    assert lines["largest"] in other
+    assert text.startswith("chapter: Hessian of 18 parameters, indefinite; Lanczos, and estimates ±")
+    assert "W1              12" in text
 
 
 def test_other_arguments_and_what_cannot_be_done(module: Any) -> None:
