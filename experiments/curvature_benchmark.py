@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import jax
 import matplotlib as mpl
 import numpy as np
-from benchmark_cases.curvature import PROBLEMS, QUANTITIES, Problem, gradient
+from benchmark_cases.curvature import JOINT, JOINT_BOUND, PARTS, PROBLEMS, QUANTITIES, Problem, gradient
 from benchmark_cases.hessian_diagonal import DIAGONALS, Case
 from jax.flatten_util import ravel_pytree
 
@@ -88,6 +88,12 @@ def measure(
         bound = None if name == GRADIENT else QUANTITIES[name].bounds.get(model)
         size = compiled[name].memory_analysis().temp_size_in_bytes
         found[name] = Measured(float(seconds.min()), *map(float, quartiles), size, bound)
+    if {JOINT, *PARTS} <= set(times):
+        ratio = float(np.median(times[JOINT] / sum(times[part] for part in PARTS)))
+        missed = "*" if ratio > JOINT_BOUND else ""
+        print(
+            f"{model:5} {JOINT} ÷ the sum of four passes: {ratio:.2f} (≤ {JOINT_BOUND}{missed})", flush=True
+        )
     return found, steps
 
 
@@ -102,6 +108,8 @@ def measure_peers(
         expected = ours[quantity]()
         if quantity == GRADIENT:
             expected = expected[1]
+        if quantity in torch_curvature.COMPARED:
+            expected = expected[torch_curvature.COMPARED[quantity]]
         difference = torch_curvature.difference(expected, actual())
         if not difference <= AGREEMENT:  # NaN compares as false
             raise AssertionError(

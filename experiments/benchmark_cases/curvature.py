@@ -96,8 +96,38 @@ def _next_ggn_product(p: Problem) -> Program:
     return Program(lambda operator, v: operator @ v, (linearized, p.direction))
 
 
+def _per_example(*names: str) -> Callable[[Problem], Program]:
+    """Quantities of every example, by one pass."""
+
+    def program(p: Problem) -> Program:
+        quantities = fp.per_example(
+            lambda params, x: p.model(params, x[None])[0], optax.softmax_cross_entropy_with_integer_labels
+        )
+        return Program(
+            lambda params, x, y, key: quantities(params, x, y, names, key),
+            (p.params, p.x, p.y, jax.random.key(0)),
+        )
+
+    return program
+
+
+# What the joint pass is measured by: its time ÷ the sum of the times of these.
+PARTS = (
+    "variance, with gradient",
+    "norms, with gradient",
+    "Gauss-Newton diagonal",
+    "KFAC factors, Monte-Carlo",
+)
+JOINT, JOINT_BOUND = "these four in one pass", 0.65
+
 QUANTITIES: dict[str, Quantity] = {
     "Hessian-vector product": Quantity(_hessian_product, {"MLP": 2.0, "CNN": 1.25}),
     "Gauss-Newton product": Quantity(_ggn_product, {"MLP": 1.6, "CNN": 1.4}),
     "one more, linearised": Quantity(_next_ggn_product, {"MLP": 1.1, "CNN": 0.9}),
+    "norms, with gradient": Quantity(_per_example("norm", "gradient"), {"MLP": 1.15, "CNN": 0.75}),
+    "variance, with gradient": Quantity(_per_example("variance", "gradient"), {"MLP": 1.6, "CNN": 0.8}),
+    "Gauss-Newton diagonal": Quantity(_per_example("diag_ggn"), {"MLP": 2.2, "CNN": 5.0}),
+    "diagonal, Monte-Carlo": Quantity(_per_example("diag_ggn_mc"), {"MLP": 1.2, "CNN": 0.8}),
+    "KFAC factors, Monte-Carlo": Quantity(_per_example("kfac"), {"MLP": 1.6, "CNN": 1.1}),
+    JOINT: Quantity(_per_example("norm", "variance", "diag_ggn", "kfac"), {}),
 }

@@ -133,11 +133,60 @@ def _curvlinops(kind: str) -> Callable[[Twin, Problem], tuple[Callable[[], Any],
     return build
 
 
+def _backpack(extension: str, *fields: str, squared: bool = False) -> Callable[..., Any]:
+    """A backward pass with one of BackPACK's extensions; `fields` are what is compared, none if it is random.
+
+    `squared` says that the field is the square of ours, and of each example's share of the mean loss's
+    gradient, one N-th of the example's own.
+    """
+
+    def build(t: Twin, p: Problem) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        import backpack
+        from backpack import extensions
+
+        model, loss = backpack.extend(t.model), backpack.extend(t.loss)
+
+        def step() -> None:
+            model.zero_grad()
+            with backpack.backpack(getattr(extensions, extension)()):
+                loss(model(t.x), t.y).backward()
+
+        def value() -> Any:
+            step()
+            if not fields:
+                return None
+            tensors = [getattr(q, fields[0]) for q in t.params]
+            if squared:
+                # One number for each example and parameter: nothing is to be turned around.
+                roots = [(len(t.x) * v.sqrt()).detach().numpy() for v in tensors]
+                pairs = zip(t.as_jax(t.params)["params"], roots[::2], roots[1::2], strict=True)
+                return {"params": {layer: {"kernel": w, "bias": b} for layer, w, b in pairs}}
+            # The variance too is that of one N-th of an example's gradient.
+            scale = len(t.x) ** 2 if fields[0] == "variance" else 1
+            return t.as_jax([scale * v for v in tensors])
+
+        return step, value
+
+    return build
+
+
+# What our program computes that is compared with the library's value.
+COMPARED = {
+    "norms, with gradient": "norm",
+    "variance, with gradient": "variance",
+    "Gauss-Newton diagonal": "diag_ggn",
+}
+
 # For each quantity the libraries that have it.
 PEERS: dict[str, list[Peer]] = {
     "value and gradient": [Peer("torch", _gradient)],
     "Hessian-vector product": [Peer("curvlinops", _curvlinops("HessianLinearOperator"))],
     "Gauss-Newton product": [Peer("curvlinops", _curvlinops("GGNLinearOperator"))],
+    "norms, with gradient": [Peer("backpack", _backpack("BatchL2Grad", "batch_l2", squared=True))],
+    "variance, with gradient": [Peer("backpack", _backpack("Variance", "variance"))],
+    "Gauss-Newton diagonal": [Peer("backpack", _backpack("DiagGGNExact", "diag_ggn_exact"))],
+    "diagonal, Monte-Carlo": [Peer("backpack", _backpack("DiagGGNMC"))],
+    "KFAC factors, Monte-Carlo": [Peer("backpack", _backpack("KFAC"))],
 }
 
 
@@ -155,7 +204,9 @@ def steps(
 
 
 def difference(ours: Any, theirs: Any) -> float:
-    """The largest difference relative to the largest entry."""
+    """The largest difference relative to the largest entry; 0 for an estimate, of which nothing is compared."""
+    if theirs is None:
+        return 0.0
     leaves = list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
     largest = max(float(np.abs(a).max()) for a, _ in leaves)
     return max(float(np.abs(np.asarray(a) - b).max()) for a, b in leaves) / largest
