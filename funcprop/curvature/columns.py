@@ -85,7 +85,8 @@ def choose(
     `read` gives the values of variables.
     """
     value = node.from_variable(read(node.variable))
-    found = [*_by_products(node, read, value, rules), *_by_outputs(node, read, value, rules)]
+    found = list(_by_products(node, read, value, rules))
+    found += _by_outputs(node, read, value, rules, 2 * min(c.count for c in found))
     fitting = [c for c in found if c.nbytes <= byte_limit] or found
     best = min(fitting, key=lambda c: c.count * c.flops)
     longest = node.sizes()[2] if best.form == "units" else best.count
@@ -112,10 +113,11 @@ def _by_products(
 
 
 def _by_outputs(
-    node: Node, read: Callable[[Any], Any], value: Any, rules: RuleSet | None
+    node: Node, read: Callable[[Any], Any], value: Any, rules: RuleSet | None, most: int
 ) -> Iterator[Columns]:
+    """If it takes at most so many columns; one is a sweep backwards, about half a product."""
     cut = find_cut(node)
-    if cut is None or cut.size > _LARGEST_SLICE:
+    if cut is None or cut.size > min(most, _LARGEST_SLICE):
         return
     S, M, Q, R = node.sizes()
     pull, product, outputs = functions_of(cut, read, value, rules)

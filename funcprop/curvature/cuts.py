@@ -62,8 +62,23 @@ class Cut:
 
 def find_cut(node: Node) -> Cut | None:
     """The cut with the smallest slices, if the loss has one after the node."""
-    found = [cut for k in _places(node.tail) if (cut := _cut(node, k)) is not None]
+    found = []
+    for k in _places(node.tail):
+        before = node.tail.eqns[: k + 1]
+        (outputs,) = _read_after(node.tail, k)
+        free = tuple(v for v in _compat.free_variables(before) if v is not node.variable)
+        model = _compat.jaxpr_of(before, [node.variable, *free], [outputs], "model")
+        if not _compat.is_differentiable(outputs.aval) or why_curved(model, 0) is not None:
+            break  # and so is all that is longer
+        if (cut := _cut(node, k, model, free)) is not None:
+            found.append(cut)
     return min(found, key=lambda cut: cut.size, default=None)
+
+
+def _read_after(tail: Any, k: int) -> list[Any]:
+    """What the k-th equation computes for later ones."""
+    later = set(_compat.free_variables(tail.eqns[k + 1 :])) | set(tail.outvars)
+    return [v for v in tail.eqns[k].outvars if v in later]
 
 
 def _places(tail: Any) -> list[int]:
@@ -80,14 +95,9 @@ def _places(tail: Any) -> list[int]:
     return places
 
 
-def _cut(node: Node, k: int) -> Cut | None:
-    before, after = node.tail.eqns[: k + 1], node.tail.eqns[k + 1 :]
-    later = set(_compat.free_variables(after)) | set(node.tail.outvars)
-    (outputs,) = [v for v in before[-1].outvars if v in later]
-    free = tuple(v for v in _compat.free_variables(before) if v is not node.variable)
-    model = _compat.jaxpr_of(before, [node.variable, *free], [outputs], "model")
-    if not _compat.is_differentiable(outputs.aval) or why_curved(model, 0) is not None:
-        return None
+def _cut(node: Node, k: int, model: Any, free: tuple[Any, ...]) -> Cut | None:
+    """After the k-th equation, if the loss keeps the same slices apart there as at the node."""
+    after, (outputs,) = node.tail.eqns[k + 1 :], model.outvars
     loss_free = tuple(v for v in _compat.free_variables(after) if v is not outputs)
     loss = _compat.jaxpr_of(after, [outputs, *loss_free], list(node.tail.outvars), "loss")
     kept = [d for d in node.order() if node.apart[d]]
