@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -162,3 +165,23 @@ def test_overlapping_windows_need_a_long_axis_beside_them():
     assert reason((4, 9, 9, 4)) == "its windows overlap, and no axis beside them has 16 entries"
     odd = "its windows overlap, and its axes would have to be moved while padded ones are odd"
     assert reason((16, 9, 9, 4), "SAME") == odd
+
+
+def test_taps_are_made_once_and_the_input_is_not_held():
+    """In a program compiled as users have it: what is held is a byte for each output, and no input."""
+    code = """
+import jax, jax.numpy as jnp, funcprop as fp
+def loss(x, b, w):
+    y = jax.nn.relu(x * b)  # of the size that must not be held
+    y = jax.lax.reduce_window(y, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")
+    return jnp.sum(jnp.dot(y, w) ** 2)
+x = jax.ShapeDtypeStruct((8, 33, 33, 64), "float32")
+args = x, jax.ShapeDtypeStruct((64,), "float32"), jax.ShapeDtypeStruct((64, 1), "float32")
+compiled = jax.jit(fp.value_and_grad(loss, (0, 2))).lower(*args).compile()
+print(compiled.memory_analysis().temp_size_in_bytes)
+"""
+    clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
+    outputs = 8 * 16 * 16 * 64
+    # The taps, and a few arrays of the outputs' size.
+    assert int(done.stdout) < 3 * 4 * outputs < 8 * 33 * 33 * 64 * 4

@@ -224,11 +224,6 @@ def widened(jaxpr: Any, consts: int, carries: int) -> tuple[Any, int]:
     return _compat.retrace(run, jaxpr), copies
 
 
-def _parts(size: int, limit: int = 512) -> list[int]:
-    """Sizes of the parts in which a contraction is done: XLA's CPU backend is slow at long ones."""
-    return [min(limit, size - start) for start in range(0, size, limit)]
-
-
 def with_turned_constants(jaxpr: Any, consts: int, carries: int) -> Any:
     """Products `g wᵀ` with a constant matrix become `g u` with `u = wᵀ`, which is made once before the loop.
 
@@ -260,10 +255,7 @@ def with_turned_constants(jaxpr: Any, consts: int, carries: int) -> Any:
                 g, w = operands
                 params = {k: v for k, v in eqn.params.items() if k != "out_sharding"}
                 params["dimension_numbers"] = (((g.ndim - 1,), (0,)), ((), ()))
-                sizes = _parts(w.shape[1])
-                parts = zip(lax.split(g, sizes, g.ndim - 1), lax.split(w, sizes, 1), strict=True)
-                terms = [lax.dot_general(a, lax.transpose(b, (1, 0)), **params) for a, b in parts]
-                values[eqn.outvars[0]] = sum(terms[1:], start=terms[0])
+                values[eqn.outvars[0]] = lax.dot_general(g, lax.transpose(w, (1, 0)), **params)
             else:
                 values.update(zip(eqn.outvars, _compat.one_equation(eqn)(*operands), strict=True))
         return [v.val if isinstance(v, _compat.Literal) else values[v] for v in jaxpr.outvars]

@@ -89,17 +89,17 @@ class Step:
         } | set(variables(self.rest.outvars))
         return [i for i in _smooth(self.const_vars) if self.const_vars[i] in read]
 
-    def stacked_bytes(self, hoisted: int) -> int:
+    def stacked_bytes(self, hoisted: int) -> tuple[int, int]:
         """What one step stacks, if that many of the scanned inputs, the last ones, were made for the loop.
 
-        Residuals, cotangents of sites and of those inputs, and the transposed copies of activations that the
-        contractions after the loop are made with.
+        Residuals; and what the backward adds: cotangents of sites and of those inputs, and the transposed
+        copies of activations that the contractions after the loop are made with.
         """
         first = len(self.x_vars) - hoisted
         made = [v for i, v in zip(self.smooth_x, self.back_x, strict=True) if i >= first]
         returned = [v for v in dict.fromkeys([*self.back_sites, *made]) if v in set(self.back_stacked)]
         copies = dict.fromkeys(variables(self.activations))
-        return sum(map(nbytes, [*self.to_stack, *returned, *copies]))
+        return sum(map(nbytes, self.to_stack)), sum(map(nbytes, [*returned, *copies]))
 
     # --- forwards -----------------------------------------------------------------------------
 
