@@ -45,7 +45,7 @@ def in_chunks(eqn: Any, count: int) -> Any:
             return results[:carries], results[carries:]
 
         @jax.checkpoint
-        def steps(carry: Sequence[Any], xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        def steps(carry: list[Any], xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
             return jax.lax.scan(step, carry, xs, length=length // count, reverse=reverse)
 
         def chunk(carry: Sequence[Any], xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
