@@ -159,7 +159,8 @@ def test_a_gradient_returns_gradients_and_reads_parameters() -> None:
         lambda w, x: jax.vjp(lambda w: loss_of_params(w, x), w)[1], WEIGHTS, f64(100, 8)
     )
     held = [leaf for leaf in jax.tree.leaves(pullback) if leaf.shape == (100, 6)]
-    assert by["saved"] == sum(leaf.size * leaf.dtype.itemsize for leaf in held)
+    # At least tanh(z), at most all that the pullback holds of this shape: the rest is cheap to make again.
+    assert 8 * 100 * 6 <= by["saved"] <= sum(leaf.size * leaf.dtype.itemsize for leaf in held)
 
 
 def test_a_prediction_is_pulled_back_from_given_cotangents() -> None:

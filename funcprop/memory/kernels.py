@@ -18,7 +18,21 @@ _FUSED = ("view", "elementwise", "move")
 _LIBRARY = frozenset(
     {"abs", "add", "add_any", "broadcast_in_dim", "ceil", "convert_element_type", "cos", "div", "erf"}
     | {"exp", "expm1", "floor", "integer_pow", "iota", "log", "log1p", "logistic", "max", "min", "mul"}
-    | {"neg", "pad", "pow", "reshape", "round", "rsqrt", "sign", "sin", "sqrt", "square", "sub", "tan"}
+    | {
+        "neg",
+        "one_minus_square",
+        "pad",
+        "pow",
+        "reshape",
+        "round",
+        "rsqrt",
+        "sign",
+        "sin",
+        "sqrt",
+        "square",
+        "sub",
+        "tan",
+    }
     | {"tanh", "transpose"}
 )
 _LIBRARY_REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min"})

@@ -44,7 +44,20 @@ EXPENSIVE = frozenset(
 CHEAP = frozenset(
     {"abs", "add", "add_any", "and", "ceil", "clamp", "clz", "complex", "conj"}
     | {"convert_element_type", "cos", "eq", "floor", "ge", "gt", "imag", "integer_pow", "is_finite"}
-    | {"le", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "population_count"}
+    | {
+        "le",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "nextafter",
+        "not",
+        "one_minus_square",
+        "or",
+        "population_count",
+    }
     | {"real", "reduce_precision", "round", "select_n", "shift_left", "shift_right_arithmetic"}
     | {"shift_right_logical", "sign", "sin", "square", "sub", "xor"}
 )
