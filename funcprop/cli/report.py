@@ -61,7 +61,7 @@ def write(target: str, out: Path | None, argnums: Sequence[int] | None, options:
         raise TargetError(f"--out {str(path)!r} cannot be written: {error.strerror}.") from None
     size = len(text.encode())
     value = "" if page.value is None else f"J = {digits(page.value)}, "
-    line = f"{path}: {value}{len(page.graph)} operators, {size / 1e3:,.0f} kB. Open it in a browser."
+    line = f"{path}: {value}{len(page.graph)} operators, {size / 1e6:.1f} MB. Open it in a browser."
     data = {"target": target, "out": str(path), "bytes": size, "value": number(page.value), **page.as_dict()}
     if page.curves is not None:
         data["training"]["metrics"] = {k: list(map(number, v)) for k, v in page.curves.metrics.items()}
