@@ -107,6 +107,18 @@ def test_the_chapters_cotangents_have_their_names() -> None:
     ) == len({v.name for v in graph.residuals})
 
 
+def test_residuals_are_what_our_own_tape_holds() -> None:
+    """`fp.backprop` saves for every rule apart; the values are the same, each once."""
+    args = chapter_example()
+    graph = fp.backward_graph(fp.models.chapter, rules=HANDWRITTEN)(*args)
+    propagation = fp.backprop(fp.models.chapter, rules=HANDWRITTEN)(*args)
+    saved = jax.tree.leaves([s.residuals for s in propagation.tape.saved.values()])
+    held_values = {(x.shape, x.tobytes()) for x in saved}
+    drawn = {v.name: propagation.values[v.name] for v in graph.residuals}
+    assert held_values == {(x.shape, x.tobytes()) for x in drawn.values()}
+    assert sum(len(content) for _, content in held_values) == sum(x.nbytes for x in drawn.values())
+
+
 @pytest.mark.parametrize("rules", [fp.rules.default, HANDWRITTEN])
 def test_residuals_flow_from_left_to_right(rules: fp.RuleSet) -> None:
     graph = fp.backward_graph(fp.models.chapter, rules=rules)(*chapter_example())
