@@ -204,7 +204,7 @@ def steps(
 
 
 def difference(ours: Any, theirs: Any) -> float:
-    """The largest difference relative to the largest entry; 0 for an estimate, of which nothing is compared."""
+    """The largest difference relative to the largest entry; 0 for an estimate, which is not compared."""
     if theirs is None:
         return 0.0
     leaves = list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
