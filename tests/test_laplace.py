@@ -12,6 +12,7 @@ from compiling import compiled
 from jax.flatten_util import ravel_pytree
 from jax.scipy.stats import multivariate_normal
 
+import funcprop as fp
 from funcprop.curvature import laplace
 
 N, D = 8, 3
@@ -37,7 +38,12 @@ def evidence(x: Any, prior: Any, noise: Any) -> Any:
 
 # Orthogonal columns have a diagonal Gauss-Newton matrix.
 ORTHOGONAL = jnp.linalg.qr(X)[0] * jnp.array([3.0, 1.0, 0.5])
-EXACT = [("full", X, {}), ("low-rank", X, {"rank": D}), ("diagonal", ORTHOGONAL, {})]
+EXACT = [
+    ("full", X, {}),
+    ("low-rank", X, {"rank": D}),
+    ("diagonal", ORTHOGONAL, {}),
+    ("kronecker", X, {}),
+]
 
 
 @pytest.mark.parametrize(("structure", "x", "options"), EXACT)
@@ -95,7 +101,7 @@ def dense() -> Any:
     return program(flat, X)[0], program(flat, NEW)[1]
 
 
-@pytest.mark.parametrize("structure", ["full", "diagonal", "low-rank"])
+@pytest.mark.parametrize("structure", ["full", "diagonal", "low-rank", "kronecker"])
 def test_classifier_with_a_prior_for_every_leaf(dense: Any, structure: str) -> None:
     H, J = dense
     if structure == "diagonal":
@@ -103,8 +109,11 @@ def test_classifier_with_a_prior_for_every_leaf(dense: Any, structure: str) -> N
     if structure == "low-rank":
         values, vectors = jnp.linalg.eigh(H)
         H = vectors[:, -5:] * values[-5:] @ vectors[:, -5:].T
+    if structure == "kronecker":
+        of_one = lambda outputs, y: -jax.nn.log_softmax(outputs)[y]  # noqa: E731
+        H = N * fp.kfac(network, of_one, kind="exact")(PARAMS, X, LABELS).dense()
     options = {"rank": 5} if structure == "low-rank" else {}
-    prior = {"a": 0.5, "b": jnp.array([1.0, 2.0, 3.0]), "c": 4.0}
+    prior = {"a": 0.5, "b": 2.0 if structure == "kronecker" else jnp.array([1.0, 2.0, 3.0]), "c": 4.0}
     found = laplace(network, "categorical", structure=structure, **options)(PARAMS, X, LABELS)
     δ = ravel_pytree(jax.tree.map(lambda d, p: jnp.broadcast_to(d, p.shape), prior, PARAMS))[0]
     precision = H + jnp.diag(δ)
@@ -150,7 +159,9 @@ def test_probabilities_are_less_certain_than_the_network() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match="likelihood='poisson' is not known"):
         laplace(linear, "poisson")
-    with pytest.raises(ValueError, match="structure='block'; choose one of full, diagonal, low-rank"):
+    with pytest.raises(
+        ValueError, match="structure='block'; choose one of full, diagonal, low-rank, kronecker"
+    ):
         laplace(linear, "gaussian", structure="block")
     with pytest.raises(ValueError, match=r"rank=3 with structure='diagonal'; a rank"):
         laplace(linear, "gaussian", rank=3)

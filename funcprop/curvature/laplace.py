@@ -13,10 +13,11 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from funcprop.curvature.binding import Same
 from funcprop.curvature.gauss_newton import ggn
+from funcprop.curvature.kfac import kfac
 from funcprop.curvature.likelihood import likelihood_of
 from funcprop.curvature.operator import LinearOperator
 from funcprop.curvature.parameters import Where
-from funcprop.curvature.precision import Diagonal, Full, LowRank, Precision
+from funcprop.curvature.precision import Diagonal, Full, Kronecker, LowRank, Precision
 from funcprop.curvature.subset import Point
 from funcprop.registry import RuleSet
 from funcprop.rewrite import with_rules
@@ -145,20 +146,45 @@ def _require_positive(name: str, value: Any) -> None:
         raise ValueError(f"laplace: {name} is {value}; it must be positive.")
 
 
-def _full(operator: LinearOperator, rank: int | None) -> Precision:
-    return Full(operator.dense(), operator.parameters)
+class _Fitted(NamedTuple):
+    """What a structure is made of: the summed Gauss-Newton matrix, and what it is the matrix of."""
+
+    operator: LinearOperator
+    model: Callable[..., Any]
+    negative_log: Callable[..., Any]
+    point: Point
+    x: Any
+    y: Any
+    rank: int
+    rules: RuleSet | None
 
 
-def _diagonal(operator: LinearOperator, rank: int | None) -> Precision:
-    return Diagonal(tuple(jax.tree.leaves(operator.diagonal())), operator.parameters)
+def _full(fitted: _Fitted) -> Precision:
+    return Full(fitted.operator.dense(), fitted.operator.parameters)
 
 
-def _low_rank(operator: LinearOperator, rank: int | None) -> Precision:
-    values, vectors = operator.eigsh(min(rank or 10, operator.parameters.size))
-    return LowRank(values, operator.parameters.ravel_columns(vectors), operator.parameters)
+def _diagonal(fitted: _Fitted) -> Precision:
+    return Diagonal(tuple(jax.tree.leaves(fitted.operator.diagonal())), fitted.operator.parameters)
 
 
-STRUCTURES = {"full": _full, "diagonal": _diagonal, "low-rank": _low_rank}
+def _low_rank(fitted: _Fitted) -> Precision:
+    names = fitted.operator.parameters
+    values, vectors = fitted.operator.eigsh(min(fitted.rank, names.size))
+    return LowRank(values, names.ravel_columns(vectors), names)
+
+
+def _kronecker(fitted: _Fitted) -> Precision:
+    def model(chosen: PyTree, x: Any) -> Any:
+        return fitted.model(fitted.point.whole(chosen), x)
+
+    factored = kfac(model, fitted.negative_log, kind="exact", rules=fitted.rules)
+    mean = factored(fitted.point.chosen, fitted.x, fitted.y)
+    count = jax.tree.leaves(fitted.x)[0].shape[0]  # the factors are of a mean
+    blocks = [block.eigen().map(lambda values: count * values) for block in mean.blocks]
+    return Kronecker(tuple(blocks), mean.parameters)
+
+
+STRUCTURES = {"full": _full, "diagonal": _diagonal, "low-rank": _low_rank, "kronecker": _kronecker}
 
 
 def laplace(
@@ -180,7 +206,9 @@ def laplace(
         model: `model(params, x)` of ONE example: a scalar, or a vector of outputs.
         likelihood: "gaussian" (`H` is that of unit variance), "categorical" (logits, integer targets) or
             "bernoulli" (logits).
-        structure: of `H`: "full" (P × P), "diagonal", or "low-rank" (its `rank` leading eigenpairs).
+        structure: of `H`: "full" (P × P), "diagonal", "low-rank" (its `rank` leading eigenpairs), or
+            "kronecker" (the factors of `fp.kfac` with kind="exact", for each leaf a block; the prior's
+            precision is then one number for each leaf, the mean of what is given).
         rank: of "low-rank"; 10 if None.
         where: which parameters are uncertain, the others being constants; the last layer's path makes a
             last-layer Laplace approximation.
@@ -229,9 +257,11 @@ def laplace(
 
     def at(params: PyTree, x: Any, y: Any) -> Laplace:
         operator = ggn(batched, negative_log, where=where, rules=rules)(params, x, y)
-        precision = STRUCTURES[structure](operator, rank)
+        point = Point.of(params, where)
+        fitted = _Fitted(operator, model, chosen.negative_log, point, x, y, rank or 10, rules)
+        precision = STRUCTURES[structure](fitted)
         outputs = batched(params, x)
         misfit, count = negative_log(outputs, y), jnp.size(outputs)
-        return Laplace(Point.of(params, where), precision, misfit, count, Same(ruled), likelihood)
+        return Laplace(point, precision, misfit, count, Same(ruled), likelihood)
 
     return at

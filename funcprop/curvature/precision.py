@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
+from funcprop.curvature.kronecker import Eigen
 from funcprop.curvature.parameters import Parameters
 
 Jacobian = Sequence[Float[Array, "outputs ..."]]
@@ -146,3 +147,42 @@ class LowRank(Precision):
         left, singular, _ = jnp.linalg.svd(V, full_matrices=False)
         shrunk = z + left @ ((1 / jnp.sqrt(1 + singular**2) - 1) * (left.T @ z))
         return self._leaves(shrunk / root)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Kronecker(Precision):
+    """Kronecker products `A ⊗ G`, one for each leaf, by their eigenvectors.
+
+    Within a leaf the prior's precision is one number: the mean, if it is given for every entry.
+    """
+
+    blocks: tuple[Eigen, ...]
+    parameters: Parameters = field(metadata={"static": True})
+
+    def _damped(self, scale: Any, prior: Sequence[Array]) -> list[Eigen]:
+        return [
+            replace(block, values=scale * block.values + jnp.mean(δ))
+            for block, δ in zip(self.blocks, prior, strict=True)
+        ]
+
+    def logdet(self, scale: Any, prior: Sequence[Array]) -> Scalar:
+        """The sum of the eigenvalues' logarithms."""
+        parts = [jnp.sum(jnp.log(block.values)) for block in self._damped(scale, prior)]
+        return sum(parts[1:], parts[0])
+
+    def covariance(self, jacobian: Jacobian, scale: Any, prior: Sequence[Array]) -> Float[Array, "o o"]:
+        """Leaf by leaf, in the eigenbasis."""
+        parts = []
+        for j, block in zip(jacobian, self._damped(scale, prior), strict=True):
+            solved = jax.vmap(block.map(lambda values: 1 / values))(j)
+            parts.append(j.reshape(j.shape[0], -1) @ solved.reshape(j.shape[0], -1).T)
+        return sum(parts[1:], parts[0])
+
+    def sample(self, key: PRNGKeyArray, scale: Any, prior: Sequence[Array]) -> list[Array]:
+        """The inverse's square root times white noise."""
+        keys = jax.random.split(key, len(self.blocks))
+        return [
+            block.map(lambda values: 1 / jnp.sqrt(values))(jax.random.normal(k, δ.shape, δ.dtype))
+            for k, block, δ in zip(keys, self._damped(scale, prior), prior, strict=True)
+        ]

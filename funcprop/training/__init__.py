@@ -10,6 +10,9 @@ from funcprop.training.diagonal import scale_by_diagonal as scale_by_diagonal
 from funcprop.training.idx import DataError as DataError
 from funcprop.training.idx import fashion_mnist as fashion_mnist
 from funcprop.training.idx import read_idx as read_idx
+from funcprop.training.kfac import KFACState as KFACState
+from funcprop.training.kfac import gauss_newton_diagonal as gauss_newton_diagonal
+from funcprop.training.kfac import kfac as kfac
 from funcprop.training.loop import Epoch as Epoch
 from funcprop.training.loop import Setup as Setup
 from funcprop.training.loop import apply_loss as apply_loss

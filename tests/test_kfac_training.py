@@ -1,0 +1,175 @@
+"""Optimizers by Kronecker factors and by Gauss-Newton diagonals, against closed forms, and on digits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import funcprop as fp
+from funcprop.training import gauss_newton_diagonal, kfac
+
+X = jax.random.normal(jax.random.key(0), (9, 3))
+Y = jax.random.normal(jax.random.key(1), (9, 2))
+W = jax.random.normal(jax.random.key(2), (3, 2))
+
+
+def linear(w: Any, x: Any) -> Any:
+    return x @ w
+
+
+def squared(output: Any, y: Any) -> Any:
+    return jnp.sum((output - y) ** 2) / 2
+
+
+def mean_squared(w: Any, x: Any, y: Any) -> Any:
+    return jnp.mean(jax.vmap(squared)(x @ w, y))
+
+
+GRADIENT = jax.grad(mean_squared)(W, X, Y)
+
+
+# --- Kronecker factors ------------------------------------------------------------------------
+
+
+def test_one_step_of_kfac_solves_least_squares() -> None:
+    # Here A ⊗ G is the Hessian: A = XᵀX / N, G = I.
+    chain = optax.chain(
+        optax.clip_by_global_norm(1e6),
+        kfac(linear, squared, (X, Y), damping=0.0, kind="exact"),
+        optax.scale(-1.0),
+    )
+    step = fp.training.make_step(mean_squared, chain)
+    w, _, _ = step(jnp.array(W), chain.init(W), (X, Y))
+    np.testing.assert_allclose(w, jnp.linalg.lstsq(X, Y)[0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["pi", "eigenvalue"])
+def test_damping(method: str) -> None:
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (X, Y))
+    optimizer = kfac(linear, squared, shapes, damping=0.3, kind="exact", method=method)
+    u, _ = optimizer.update(GRADIENT, optimizer.init(W), W, batch=(X, Y))
+    A, G = X.T @ X / len(X), jnp.eye(2)
+    if method == "eigenvalue":
+        expected = jnp.linalg.solve(A + 0.3 * jnp.eye(3), GRADIENT)
+    else:
+        π = jnp.sqrt((jnp.trace(A) / 3) / (jnp.trace(G) / 2))
+        left = jnp.linalg.inv(A + π * jnp.sqrt(0.3) * jnp.eye(3))
+        expected = left @ GRADIENT @ jnp.linalg.inv(G + jnp.sqrt(0.3) / π * jnp.eye(2))
+    np.testing.assert_allclose(u, expected, rtol=1e-9)
+
+
+def test_average_of_factors_over_minibatches() -> None:
+    optimizer = kfac(linear, squared, (X, Y), damping=0.1, decay=0.6, every=2, kind="exact")
+    state, grams = optimizer.init(W), []
+    update = jax.jit(optimizer.update)
+    for k in range(5):
+        x = X * (k + 1)
+        _, state = update(GRADIENT, state, W, batch=(x, Y))
+        grams.append(x.T @ x / len(x))
+        ((A, _),) = state.average.factors.values()
+        # Updates 0, 2 and 4 count; the first is an average by itself, the second weighs as much.
+        expected = [grams[0], (grams[0] + grams[min(k, 2)]) / 2][k >= 2]
+        if k == 4:
+            expected = 0.6 * (grams[0] + grams[2]) / 2 + 0.4 * grams[4]
+        np.testing.assert_allclose(A, expected, rtol=1e-9)
+
+
+def test_random_signs_are_drawn_anew() -> None:
+    optimizer = kfac(linear, squared, (X, Y), damping=0.1, decay=0.0)
+    _, first = optimizer.update(GRADIENT, optimizer.init(W), W, batch=(X, Y))
+    _, second = optimizer.update(GRADIENT, first, W, batch=(X, Y))
+    ((_, G),) = first.average.factors.values()
+    ((_, H),) = second.average.factors.values()
+    np.testing.assert_allclose(jnp.diag(G), 1, rtol=1e-12)  # signs squared
+    assert not np.allclose(G, H)
+
+
+# --- Gauss-Newton diagonals -------------------------------------------------------------------
+
+
+def test_gauss_newton_diagonal_of_a_linear_model() -> None:
+    chain = optax.chain(gauss_newton_diagonal(linear, squared, damping=0.2), optax.scale(-0.5))
+    u, _ = chain.update(GRADIENT, chain.init(W), W, batch=(X, Y))
+    expected = -0.5 * GRADIENT / (jnp.mean(X**2, 0)[:, None] + 0.2)
+    np.testing.assert_allclose(u, expected, rtol=1e-10)
+    sampled = gauss_newton_diagonal(linear, squared, damping=0.2, decay=0.0, kind="mc")
+    first, state = sampled.update(GRADIENT, sampled.init(W), W, batch=(X, Y))
+    second, _ = sampled.update(GRADIENT, state, W, batch=(X, Y))
+    assert np.all(np.sign(first) == np.sign(GRADIENT))
+    assert first.shape == second.shape
+
+
+# --- digits -----------------------------------------------------------------------------------
+
+
+def network(p: Any, x: Any) -> Any:
+    return jnp.tanh(x @ p["a"] + p["b"]) @ p["c"] + p["d"]
+
+
+def cross_entropy(output: Any, y: Any) -> Any:
+    return optax.softmax_cross_entropy_with_integer_labels(output, y)
+
+
+def loss(p: Any, x: Any, y: Any) -> Any:
+    return cross_entropy(network(p, x), y).mean()
+
+
+@pytest.fixture(scope="module")
+def digits() -> Any:
+    train, _ = fp.training.digits()
+    return jnp.asarray(train.images[:150], float), jnp.asarray(train.labels[:150])
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    keys = jax.random.split(jax.random.key(0))
+    a, c = jax.random.normal(keys[0], (64, 12)) / 8, jax.random.normal(keys[1], (12, 10)) / 4
+    return {"a": a, "b": jnp.zeros(12), "c": c, "d": jnp.zeros(10)}
+
+
+def trained(optimizer: Any, params: Any, batch: Any, steps: int) -> float:
+    params = jax.tree.map(jnp.array, params)
+    advance, state = fp.training.make_step(loss, optimizer), optimizer.init(params)
+    for _ in range(steps):
+        params, state, _ = advance(params, state, batch)
+    return float(loss(params, *batch))
+
+
+@pytest.fixture(scope="module")
+def by_sgd(params: Any, digits: Any) -> float:
+    """After 120 steps, the best of three rates; larger ones diverge."""
+    return min(trained(optax.sgd(rate), params, digits, 120) for rate in (0.5, 1.0, 2.0))
+
+
+def test_kfac_beats_sgd_on_digits(params: Any, digits: Any, by_sgd: float) -> None:
+    optimizer = optax.chain(kfac(network, cross_entropy, digits, damping=0.01), optax.scale(-1.0))
+    assert trained(optimizer, params, digits, 40) < by_sgd / 4
+
+
+def test_gauss_newton_diagonal_beats_sgd_on_digits(params: Any, digits: Any, by_sgd: float) -> None:
+    optimizer = gauss_newton_diagonal(network, cross_entropy, damping=0.03, kind="mc")
+    assert trained(optax.chain(optimizer, optax.scale(-0.1)), params, digits, 120) < by_sgd
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="damping=-1 is negative"):
+        kfac(linear, squared, (X, Y), damping=-1)
+    with pytest.raises(ValueError, match=r"kfac: decay=1\.5"):
+        kfac(linear, squared, (X, Y), decay=1.5)
+    with pytest.raises(ValueError, match="kfac: every=0"):
+        kfac(linear, squared, (X, Y), every=0)
+    with pytest.raises(ValueError, match="kind='all' is not known"):
+        kfac(linear, squared, (X, Y), kind="all")
+    with pytest.raises(ValueError, match="gauss_newton_diagonal: kind='all'; choose"):
+        gauss_newton_diagonal(linear, squared, kind="all")
+    for optimizer in (kfac(linear, squared, (X, Y)), gauss_newton_diagonal(linear, squared)):
+        with pytest.raises(ValueError, match=r"update\(\) lacks batch; call .*make_step"):
+            optimizer.update(GRADIENT, optimizer.init(W), W)
