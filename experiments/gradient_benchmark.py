@@ -6,9 +6,9 @@ Most models are unchanged ones of Flax and Equinox, differentiated by `jax.value
 Data are arguments, never constants (XLA would fold them). The two programs take turns; each turn gives one
 ratio of times, and the table shows the median of these paired ratios with its quartiles, beside the fastest
 time of each. In its turn a program runs twice and the second run counts: what it finds in memory and caches
-is then its own, as in a training loop, and not what the other one left. Bytes are the temporary bytes of the compiled programs, `all` their arguments, results and
-temporary bytes together, `compile` the ratio of the seconds from function to executable. A star marks a bound
-that is not reached.
+is then its own, as in a training loop, and not what the other one left. Bytes are the temporary bytes of the
+compiled programs, `all` their arguments, results and temporary bytes together, `compile` the ratio of the
+seconds from function to executable. A star marks a bound that is not reached.
 
     python experiments/gradient_benchmark.py [--smoke] [--repeats N] [--only NAME ...] [--random N] [--seed S]
                                              [--peer torch]
