@@ -18,6 +18,9 @@ matrix. Measured on two x86 cores, float32, ms by autodiff and by this rule:
 | 4 × 256  | 1024 | 256  | 2.4      | 2.4  |
 | 1024     | 256  | 1024 | 2.1      | 2.1  |
 
+Whole gradients of two products with a tanh between, 2 × 8 rows of 32 → 32 up to 4 × 128 of 256 → 512, took
+0.81 to 0.97 of autodiff's time: there is no size below which it loses.
+
 So the rule is for widening matrices (`o ≥ i`) and two or more leading axes. Kernels of three axes
 (projections to heads) and products with batch axes (attention) were no faster in another order.
 
