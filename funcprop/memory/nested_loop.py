@@ -40,13 +40,16 @@ def in_chunks(eqn: Any, count: int) -> Any:
     def loop(*operands: Any) -> list[Any]:
         shared = operands[:consts]
 
-        def step(carry: Sequence[Any], x: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        def step(carry: list[Any], x: Sequence[Any]) -> tuple[list[Any], list[Any]]:
             results = _compat.evaluate(jaxpr, constants, [*shared, *carry, *x])
             return results[:carries], results[carries:]
 
         @jax.checkpoint
         def steps(carry: list[Any], xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
             return jax.lax.scan(step, carry, xs, length=length // count, reverse=reverse)
+
+        def steps(carry: Sequence[Any], xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+            return jax.lax.scan(step, list(carry), xs, length=length // count, reverse=reverse)
 
         def chunk(carry: Sequence[Any], xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
             return steps([checkpoint_name(c, CARRY) for c in carry], xs)
