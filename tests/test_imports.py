@@ -7,6 +7,8 @@ from pathlib import Path
 import funcprop
 
 ROOT = Path(funcprop.__file__).parent
+# A notebook asks a graph for its picture: only when it does, the graph asks the room that draws.
+ASKED_FOR = {("funcprop.graph", "funcprop.drawing")}
 
 
 def imported(path: Path, modules: set[str]) -> set[str]:
@@ -47,5 +49,7 @@ def test_imports_have_no_circle() -> None:
         for path in ROOT.rglob("*.py")
     }
     graph = {name: with_packages(imported(path, set(paths)), name) for name, path in paths.items()}
+    for importer, imports in ASKED_FOR:
+        graph[importer].remove(imports)
     order = list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names a circle
     assert order.index("funcprop.patterns") < order.index("funcprop.rewrite") < order.index("funcprop.layers")

@@ -48,9 +48,6 @@ def in_chunks(eqn: Any, count: int) -> Any:
         def steps(carry: list[Any], xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
             return jax.lax.scan(step, carry, xs, length=length // count, reverse=reverse)
 
-        def steps(carry: Sequence[Any], xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-            return jax.lax.scan(step, list(carry), xs, length=length // count, reverse=reverse)
-
         def chunk(carry: Sequence[Any], xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
             return steps([checkpoint_name(c, CARRY) for c in carry], xs)
 
