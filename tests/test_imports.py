@@ -8,7 +8,10 @@ import funcprop
 
 ROOT = Path(funcprop.__file__).parent
 # A notebook asks a graph for its picture: only when it does, the graph asks the room that draws.
-ASKED_FOR = {("funcprop.graph", "funcprop.drawing")}
+ASKED_FOR = {
+    ("funcprop.graph", "funcprop.drawing"),
+    ("funcprop.drawing.difference", "funcprop.drawing.draw"),
+}
 
 
 def imported(path: Path, modules: set[str]) -> set[str]:
