@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from digits_training import by_sgd, cross_entropy, digits, network, trained
 
 import funcprop as fp
 from funcprop.training import gauss_newton_diagonal, kfac
@@ -107,53 +108,14 @@ def test_gauss_newton_diagonal_of_a_linear_model() -> None:
 # --- digits -----------------------------------------------------------------------------------
 
 
-def network(p: Any, x: Any) -> Any:
-    return jnp.tanh(x @ p["a"] + p["b"]) @ p["c"] + p["d"]
+def test_kfac_beats_sgd_on_digits() -> None:
+    optimizer = optax.chain(kfac(network, cross_entropy, digits(), damping=0.01), optax.scale(-1.0))
+    assert trained(optimizer, 40) < by_sgd(120) / 4
 
 
-def cross_entropy(output: Any, y: Any) -> Any:
-    return optax.softmax_cross_entropy_with_integer_labels(output, y)
-
-
-def loss(p: Any, x: Any, y: Any) -> Any:
-    return cross_entropy(network(p, x), y).mean()
-
-
-@pytest.fixture(scope="module")
-def digits() -> Any:
-    train, _ = fp.training.digits()
-    return jnp.asarray(train.images[:150], float), jnp.asarray(train.labels[:150])
-
-
-@pytest.fixture(scope="module")
-def params() -> Any:
-    keys = jax.random.split(jax.random.key(0))
-    a, c = jax.random.normal(keys[0], (64, 12)) / 8, jax.random.normal(keys[1], (12, 10)) / 4
-    return {"a": a, "b": jnp.zeros(12), "c": c, "d": jnp.zeros(10)}
-
-
-def trained(optimizer: Any, params: Any, batch: Any, steps: int) -> float:
-    params = jax.tree.map(jnp.array, params)
-    advance, state = fp.training.make_step(loss, optimizer), optimizer.init(params)
-    for _ in range(steps):
-        params, state, _ = advance(params, state, batch)
-    return float(loss(params, *batch))
-
-
-@pytest.fixture(scope="module")
-def by_sgd(params: Any, digits: Any) -> float:
-    """After 120 steps, the best of three rates; larger ones diverge."""
-    return min(trained(optax.sgd(rate), params, digits, 120) for rate in (0.5, 1.0, 2.0))
-
-
-def test_kfac_beats_sgd_on_digits(params: Any, digits: Any, by_sgd: float) -> None:
-    optimizer = optax.chain(kfac(network, cross_entropy, digits, damping=0.01), optax.scale(-1.0))
-    assert trained(optimizer, params, digits, 40) < by_sgd / 4
-
-
-def test_gauss_newton_diagonal_beats_sgd_on_digits(params: Any, digits: Any, by_sgd: float) -> None:
+def test_gauss_newton_diagonal_beats_sgd_on_digits() -> None:
     optimizer = gauss_newton_diagonal(network, cross_entropy, damping=0.03, kind="mc")
-    assert trained(optax.chain(optimizer, optax.scale(-0.1)), params, digits, 120) < by_sgd
+    assert trained(optax.chain(optimizer, optax.scale(-0.1)), 120) < by_sgd(120)
 
 
 # --- errors -----------------------------------------------------------------------------------
