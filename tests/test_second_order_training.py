@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from digits_training import by_sgd, cross_entropy, network, trained
 
 import funcprop as fp
 from funcprop.training import newton_cg, scale_by_diagonal
@@ -127,55 +128,16 @@ def test_moving_average_of_diagonals() -> None:
 # --- digits -----------------------------------------------------------------------------------
 
 
-def model(p: Any, x: Any) -> Any:
-    return jnp.tanh(x @ p["a"] + p["b"]) @ p["c"] + p["d"]
+def test_newton_beats_sgd_on_digits() -> None:
+    def mean(outputs: Any, y: Any) -> Any:
+        return cross_entropy(outputs, y).mean()
 
+    def curvature(params: Any, batch: Any) -> Any:
+        return fp.ggn(network, mean)(params, *batch)
 
-def cross_entropy(outputs: Any, y: Any) -> Any:
-    return optax.softmax_cross_entropy_with_integer_labels(outputs, y).mean()
-
-
-def loss(p: Any, x: Any, y: Any) -> Any:
-    return cross_entropy(model(p, x), y)
-
-
-@pytest.fixture(scope="module")
-def digits() -> Any:
-    train, _ = fp.training.digits()
-    return jnp.asarray(train.images[:150], float), jnp.asarray(train.labels[:150])
-
-
-@pytest.fixture(scope="module")
-def params() -> Any:
-    keys = jax.random.split(jax.random.key(0))
-    a, c = jax.random.normal(keys[0], (64, 12)) / 8, jax.random.normal(keys[1], (12, 10)) / 4
-    return {"a": a, "b": jnp.zeros(12), "c": c, "d": jnp.zeros(10)}
-
-
-def trained(optimizer: Any, params: Any, batch: Any, steps: int) -> float:
-    params = jax.tree.map(jnp.array, params)
-    advance, state = fp.training.make_step(loss, optimizer), optimizer.init(params)
-    for _ in range(steps):
-        params, state, _ = advance(params, state, batch)
-    return float(loss(params, *batch))
-
-
-@pytest.fixture(scope="module")
-def by_sgd(params: Any, digits: Any) -> float:
-    """The best of three rates, with as many gradients as the others' steps cost."""
-    return min(trained(optax.sgd(rate), params, digits, 250) for rate in (0.3, 1.0, 2.0))
-
-
-def test_newton_beats_sgd_on_digits(params: Any, digits: Any, by_sgd: float) -> None:
-    optimizer = optax.chain(
-        newton_cg(
-            damping=0.03,
-            curvature=lambda params, batch: fp.ggn(model, cross_entropy)(params, *batch),
-            max_steps=8,
-        )
-    )
+    optimizer = optax.chain(newton_cg(damping=0.03, curvature=curvature, max_steps=8))
     # 15 steps of at most 8 products, each less than 2 gradients.
-    assert trained(optimizer, params, digits, 15) < by_sgd / 2
+    assert trained(optimizer, 15) < by_sgd(250) / 2
 
 
 # --- errors -----------------------------------------------------------------------------------

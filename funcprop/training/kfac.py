@@ -31,6 +31,7 @@ class KFACState(NamedTuple):
 def kfac(
     model: Callable[..., Any],
     loss: Callable[..., Any],
+    learning_rate: optax.ScalarOrSchedule,
     batch: Any,
     *,
     damping: float = 1e-2,
@@ -42,19 +43,18 @@ def kfac(
     seed: int = 0,
     rules: RuleSet | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Precondition the updates by a moving average of Kronecker factors, `u ↦ (A ⊗ G + damping I)⁻¹ u`.
+    """Steps by a moving average of Kronecker factors, `u ↦ −learning_rate (A ⊗ G + damping I)⁻¹ u`.
 
     The factors are those of `fp.kfac(model, loss)` on the minibatch, averaged with the weight `decay` on the
-    past, from the k-th update on at most `1 − 1/k`; so the first minibatch alone is the first average. The
-    sign stays, as for all of optax's `scale_by` transformations: `optax.scale(-rate)` follows. A batch whose
-    loss has a penalty besides (weight decay) is no part of the factors; add it by
-    `optax.add_decayed_weights`.
+    past, from the k-th update on at most `1 − 1/k`; so the first minibatch alone is the first average. A
+    penalty besides (weight decay) is no part of the factors; `optax.add_decayed_weights` before this adds it.
 
     `update(u, state, params, *, batch, **extra)` takes the minibatch `(x, y)`, as `fp.training.make_step`
     gives it.
 
     Args:
         model, loss: of ONE example, `model(params, x)` and `loss(output, y)`, as in `fp.per_example`.
+        learning_rate: a number, or a schedule.
         batch: a minibatch `(x, y)`, or its shapes: the factors' shapes follow from it.
         damping: a number > 0, or 0 where the factors are not singular.
         decay: between 0 (the last minibatch alone) and 1, exclusive of 1.
@@ -71,12 +71,11 @@ def kfac(
     ICML 2015.
 
     Example:
-        >>> import jax, jax.numpy as jnp, optax, funcprop as fp
+        >>> import jax, jax.numpy as jnp, funcprop as fp
         >>> model = lambda w, x: x @ w
         >>> squared = lambda output, y: jnp.sum((output - y) ** 2) / 2
         >>> batch = jnp.array([[1.0, 0.0], [1.0, 2.0]]), jnp.array([[3.0], [7.0]])
-        >>> optimizer = optax.chain(
-        ...     fp.training.kfac(model, squared, batch, damping=0.0, kind="exact"), optax.scale(-1.0))
+        >>> optimizer = fp.training.kfac(model, squared, 1.0, batch, damping=0.0, kind="exact")
         >>> mean = lambda w, x, y: jnp.mean(jax.vmap(lambda x, y: squared(model(w, x), y))(x, y))
         >>> w, _, _ = fp.training.make_step(mean, optimizer)(w := jnp.zeros((2, 1)), optimizer.init(w), batch)
         >>> print(w.round(2).T)  # one step, for a linear model
@@ -119,12 +118,14 @@ def kfac(
         average, inverse = jax.lax.cond(due, renewed, lambda _: (state.average, state.inverse), None)
         return inverse.linear_map()(updates), KFACState(state.updates + 1, key, average, inverse)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    step = optax.GradientTransformationExtraArgs(init, update)
+    return optax.chain(step, optax.scale_by_learning_rate(learning_rate))
 
 
 def gauss_newton_diagonal(
     model: Callable[..., Any],
     loss: Callable[..., Any],
+    learning_rate: optax.ScalarOrSchedule,
     *,
     kind: str = "exact",
     damping: float = 1e-3,
@@ -133,14 +134,15 @@ def gauss_newton_diagonal(
     seed: int = 0,
     rules: RuleSet | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Divide the updates by a moving average of the Gauss-Newton diagonal of the minibatch's mean loss.
+    """Steps divided by a moving average of the Gauss-Newton diagonal of the minibatch's mean loss.
 
     `fp.training.scale_by_diagonal` of `fp.per_example(model, loss)`'s `"diag_ggn"`, which is never negative,
     or with kind="mc" of `"diag_ggn_mc"`, at the price of a gradient. `update(u, state, params, *, batch,
-    **extra)` takes the minibatch `(x, y)`, as `fp.training.make_step` gives it. `optax.scale(-rate)` follows.
+    **extra)` takes the minibatch `(x, y)`, as `fp.training.make_step` gives it.
 
     Args:
         model, loss: of ONE example, as in `fp.per_example`.
+        learning_rate: a number, or a schedule.
         kind: "exact", or "mc" for random signs, drawn anew for every minibatch.
         damping, decay, every: of `scale_by_diagonal`.
         seed: of the key from which kind="mc" draws.
@@ -153,12 +155,11 @@ def gauss_newton_diagonal(
     methods", 1988.
 
     Example:
-        >>> import jax, jax.numpy as jnp, optax, funcprop as fp
+        >>> import jax, jax.numpy as jnp, funcprop as fp
         >>> model = lambda w, x: x * w
         >>> squared = lambda output, y: jnp.sum((output - y) ** 2) / 2
         >>> batch = jnp.array([[1.0, 10.0], [1.0, 10.0]]), jnp.array([[3.0, 50.0], [5.0, 50.0]])
-        >>> optimizer = optax.chain(
-        ...     fp.training.gauss_newton_diagonal(model, squared, damping=0.0), optax.scale(-1.0))
+        >>> optimizer = fp.training.gauss_newton_diagonal(model, squared, 1.0, damping=0.0)
         >>> mean = lambda w, x, y: jnp.mean(jax.vmap(lambda x, y: squared(model(w, x), y))(x, y))
         >>> w, _, _ = fp.training.make_step(mean, optimizer)(w := jnp.zeros(2), optimizer.init(w), batch)
         >>> print(w.round(2))
@@ -180,4 +181,5 @@ def gauss_newton_diagonal(
         require_arguments("gauss_newton_diagonal", {"params": params, **extra}, "batch")
         return scaling.update(updates, state, params, **extra, updates_so_far=state.updates)
 
-    return optax.GradientTransformationExtraArgs(scaling.init, update)
+    step = optax.GradientTransformationExtraArgs(scaling.init, update)
+    return optax.chain(step, optax.scale_by_learning_rate(learning_rate))
