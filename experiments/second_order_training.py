@@ -3,9 +3,10 @@
 Two problems on the digits of 8 × 8 pixels, minibatches of 256: an autoencoder 64-32-8-32-64 (tanh, squared
 error) and a classifier 64-64-32-10 (tanh, cross-entropy). Optimizers: SGD with momentum and Adam; Muon
 (Jordan 2024) and Sophia (Liu 2023) of optax; K-FAC (Martens and Grosse 2015), Newton-CG on the Gauss-Newton
-matrix with Levenberg-Marquardt damping (Martens 2010) and the Gauss-Newton diagonal of funcprop. All are tuned
-alike: one hyperparameter each (the learning rate; of Newton-CG, which has none, the first damping) from a grid
-of five, the best by the loss after all steps with one seed; all others are the defaults. Then three more seeds.
+matrix with Levenberg-Marquardt damping (Martens 2010) and the Gauss-Newton diagonal of funcprop. All are
+tuned alike: one hyperparameter each (the learning rate; of Newton-CG, which has none, the first damping)
+from a grid of five, the best by the loss after all steps with one seed; all others are the defaults. Then
+three more seeds.
 
 The losses are those over all data. A step is timed without them, in turn with the jitted gradient of a
 minibatch, which is the unit of work: every optimizer's curve is shown per step, per second, and per gradient.
