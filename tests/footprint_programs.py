@@ -109,6 +109,17 @@ def _chain(x: jax.Array, weights: Any) -> jax.Array:
     return x
 
 
+def attention(tokens: int) -> dict[str, Any]:
+    """The result is exactly as large as the scores, so that these lie in its memory before it is written."""
+
+    def predict(params: Any, x: jax.Array) -> jax.Array:
+        weights = jax.nn.softmax(x @ params["q"] @ x.T, -1)
+        return jnp.tanh(weights @ x) @ params["out"] + params["b"]
+
+    params = {"q": f32(16, 16), "out": f32(16, tokens), "b": f32(tokens)}
+    return fp.memory.footprint(predict, programs=["inference"])(params, f32(tokens, 16)).as_dict()
+
+
 def train_step(donate: bool) -> dict[str, Any]:
     """A user's own step, donating or not."""
     optimizer = optax.adam(1e-3)
@@ -133,6 +144,7 @@ PROGRAMS = {
     "CNN": lambda: flax(CNN(), f32(24, 20, 20, 3), i32(24)),
     "LSTM": lambda: classified(lstm, {"x": f32(24, 320), "h": f32(80, 320)}, f32(40, 12, 24), i32(12)),
     "transformer": lambda: flax(Transformer(), i32(6, 48), i32(6, 48)),
+    "attention": lambda: attention(256),
     "checkpointed": lambda: checkpointed(False),
     "checkpointed with barriers": lambda: checkpointed(True),
     "step": lambda: train_step(True),

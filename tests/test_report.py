@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -409,3 +410,22 @@ def test_the_top_of_the_spectrum_is_that_of_the_matrix() -> None:
     assert second is not None
     np.testing.assert_allclose(second.values, 0.0, atol=1e-12)
     assert top(bowl, (0, 1), (w, scale), {}, cost) is None
+
+
+@pytest.mark.parametrize("argnums", [0, None])
+def test_a_model_of_equinox_with_a_function_and_a_counter_among_its_leaves(argnums: int | None) -> None:
+    class Scaled(eqx.Module):
+        w: Any
+        activation: Any
+        steps: Any
+
+    def bowl(model: Any, x: Any) -> Any:
+        return jnp.sum(model.activation(model.w * x) ** 2) + 0.0 * model.steps
+
+    w, x = jnp.array([0.3, -0.2]), jnp.array([1.0, 2.0])
+    page = fp.report(bowl, argnums)(Scaled(w, jax.nn.relu, jnp.array(3)), x if argnums == 0 else 2)
+    assert "<svg" in page.html
+    assert page.spectrum is not None
+    factor = x if argnums == 0 else 2.0
+    expected = np.linalg.eigvalsh(jax.hessian(lambda w: jnp.sum(jax.nn.relu(w * factor) ** 2))(w))[::-1]
+    np.testing.assert_allclose(page.spectrum.values, expected, atol=1e-12)

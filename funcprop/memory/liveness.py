@@ -254,9 +254,15 @@ class _Simulation:
         ]
         arena = []
         at = peak_time(buffers)
-        # Of equal ones those that are needed at the peak come first.
-        for buffer in sorted(buffers, key=lambda b: (-b.nbytes, not b.start <= at <= b.end)):
-            if any(id(v) in self.results for v in buffer.values):
+
+        def is_result(buffer: Buffer) -> bool:
+            return any(id(v) in self.results for v in buffer.values)
+
+        # Of equal ones results come first, as in `BufferAssigner` of XLA, then those needed at the peak.
+        for buffer in sorted(
+            buffers, key=lambda b: (-b.nbytes, not is_result(b), not b.start <= at <= b.end)
+        ):
+            if is_result(buffer):
                 rooms.append((buffer.nbytes, [buffer]))
                 continue
             for size, used in reversed(rooms):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from funcprop.backprop import backprop
 from funcprop.drawing import Drawing, draw
@@ -24,7 +23,7 @@ from funcprop.report.cost import Kind, kinds
 from funcprop.report.curves import Curves, train
 from funcprop.report.inspection import Inspection, Quantity, first_nonfinite, inspect
 from funcprop.report.layers import Memory, memory
-from funcprop.report.spectrum import Top, top
+from funcprop.report.spectrum import Top, is_smooth, top
 from funcprop.second_order_cost import SecondOrderCost, second_order_cost
 from funcprop.training import Setup
 
@@ -198,10 +197,6 @@ def report(
 
 def _all_smooth(args: tuple[Any, ...]) -> tuple[int, ...]:
     """The positions of arguments that have anything to differentiate by."""
-
-    def is_smooth(leaf: Any) -> bool:
-        return bool(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
-
     return tuple(i for i, arg in enumerate(args) if any(map(is_smooth, jax.tree.leaves(arg))))
 
 

@@ -44,20 +44,28 @@ def top(
     if len(numbers) != 1 or product is None or (product.seconds or 0) > MOST_SECONDS:
         return None
     at = numbers[0] % len(args)
-    leaves = jax.tree.leaves(args[at])
-    size = sum(np.size(leaf) for leaf in leaves)
-    is_real = all(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves)
+    leaves, tree = jax.tree.flatten(args[at])
+    chosen = [i for i, leaf in enumerate(leaves) if is_smooth(leaf)]
+    size = sum(np.size(leaves[i]) for i in chosen)
+    is_real = not any(jnp.iscomplexobj(leaves[i]) for i in chosen)
     if not (is_real and 0 < size <= MOST_PARAMETERS):
         return None
 
     def of_parameters(params: Any, *others: Any, **kwargs: Any) -> Any:
-        return fun(*others[:at], params, *others[at:], **kwargs)
+        of = dict(zip(chosen, params, strict=True))
+        model = jax.tree.unflatten(tree, [of.get(i, leaf) for i, leaf in enumerate(leaves)])
+        return fun(*others[:at], model, *others[at:], **kwargs)
 
     others = [arg for i, arg in enumerate(args) if i != at]
-    operator = hessian(of_parameters)(args[at], *others, **kwargs)
+    operator = hessian(of_parameters)([leaves[i] for i in chosen], *others, **kwargs)
     method = "dense" if size <= FEW_PARAMETERS else "lanczos"
     with warnings.catch_warnings(record=True) as doubts:
         warnings.simplefilter("always")
         values, _ = operator.eigsh(min(COUNT, size), method=method)
     descending = tuple(float(value) for value in values[::-1])
     return Top(descending, size, tuple(dict.fromkeys(str(doubt.message) for doubt in doubts)))
+
+
+def is_smooth(leaf: Any) -> bool:
+    """Whether it has a derivative: models of Equinox have functions among their leaves."""
+    return isinstance(leaf, float | complex) or jnp.issubdtype(getattr(leaf, "dtype", int), jnp.inexact)
