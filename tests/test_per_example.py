@@ -271,8 +271,8 @@ def test_mixing_is_refused():
 
     with pytest.raises(ValueError, match=r"examples mix: in .*subtracts from a value its mean.*length one"):
         fp.per_example(lambda p, x: training(p, x)[0][0], loss)(variables["params"], x, y, ["norm"])
+    vector = lambda p, x: norm.apply({**variables, "params": p}, x, mutable=["batch_stats"])[0]  # noqa: E731
     with pytest.raises(ValueError, match=r"examples mix: in .*subtracts from a value its mean over no axis"):
-        vector = lambda p, x: norm.apply({**variables, "params": p}, x, mutable=["batch_stats"])[0]  # noqa: E731
         fp.per_example(vector, loss)(variables["params"], x, y, ["norm"])
     with pytest.raises(ValueError, match=r"output\[1\], which loss\(output, y\) does not read"):
         fp.per_example(lambda w, x: (w * x, x.mean()), lambda o, y: loss(o[0], y))(

@@ -3,8 +3,8 @@
 Three signs are looked for, each refused with its reason. A collective over a named axis of the batch
 (`jax.lax.pmean`, Equinox's and nnx's batch norm with an axis name) has no axis here. Statistics over a batch
 of one (batch norm in training mode of a model that is called with `x[None]`) subtract from a value its own
-mean over a leading axis of length one; of a vector without a batch, as Flax takes them, its mean over no axis.
-Results beside the output (updated running averages) are read by no loss.
+mean over a leading axis of length one; those of a vector without a batch (Flax takes it), its mean over no
+axis. Results beside the output (updated running averages) are read by no loss.
 """
 
 from __future__ import annotations
