@@ -85,6 +85,8 @@ def test_merged_parts_are_the_whole(whole: Any) -> None:
     assert int(merge(*parts[:2]).examples) == 6
     with pytest.raises(ValueError, match=r"merge: the means are .* of the same quantity"):
         merge(parts[0], accumulate(jnp.mean, [X]))
+    with pytest.raises(ValueError, match=r"merge: the means are \(3,\) and \(\); .* of the same quantity"):
+        merge(accumulate(lambda x: x.mean(0), [X]), accumulate(jnp.mean, [X]))
 
 
 def test_continuing_with_other_data_is_an_error() -> None:

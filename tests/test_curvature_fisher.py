@@ -157,6 +157,10 @@ def test_scales_of_a_linear_model() -> None:
             lambda: fp.fisher(model, "gaussian", "empirical")(PARAMS, X, jnp.ones((3, OUTPUTS))),
             r"y has the shapes \(3, 3\), but the outputs are of 4 examples",
         ),
+        (  # Broadcast, it would be a target for every output.
+            lambda: fp.fisher(model, "gaussian", "empirical")(PARAMS, X, jnp.ones(N)),
+            r"gaussian: the target of one example has shape \(\), .*give a target of shape \(3,\)",
+        ),
         (
             lambda: fp.fisher(lambda w, x: w.sum(), "gaussian")(jnp.ones(2), X),
             "leading axis has to be the examples",

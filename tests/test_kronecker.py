@@ -183,8 +183,31 @@ def test_moving_average():
         np.testing.assert_allclose(g, 0.9 * first.factors[path][1] + 0.1 * second.factors[path][1])
 
 
+def test_moving_average_in_eigenbases():
+    """In the new basis, the diagonal of the average of the dense operators."""
+    x, y = normal(6, 4), normal(6, 2)
+    build = fp.ekfac(deep, SQUARED, kind="exact")
+    first, second = build(DEEP, x[:3], y[:3]), build(DEEP, x[3:], y[3:])
+    average = first.update(second, 0.9)
+    for path, block in zip(average.parameters.paths, second.blocks, strict=True):
+        basis = np.kron(block.ua, block.ug)
+        dense = 0.9 * first.block(path) + 0.1 * second.block(path)
+        best = basis @ np.diag(np.diag(basis.T @ dense @ basis)) @ basis.T
+        np.testing.assert_allclose(average.block(path), best, atol=1e-10)
+    np.testing.assert_allclose(first.update(first, 0.3).dense(), first.dense(), atol=1e-10)
+
+
 def test_errors():
     operator, x, y = operators(), normal(2, 4), normal(2, 2)
+    singular = fp.kfac(deep, SQUARED, kind="exact")(DEEP, x, y)
+    with pytest.raises(ValueError, match=r"inverse: with damping=0\.0, the blocks of 'a'.* add damping"):
+        singular.inverse(0.0, method="eigenvalue")
+    broken = fp.kfac(deep, SQUARED, kind="exact")({**DEEP, "a": DEEP["a"] * jnp.nan}, x, y)
+    for ask in (broken.inverse, broken.logdet):
+        with pytest.raises(FloatingPointError, match="not finite in the rows of 'b/w', 'c'"):
+            ask(0.1)
+    with pytest.raises(ValueError, match=r"update: decay=1\.5; pass the share of the past"):
+        singular.update(singular, 1.5)
     with pytest.raises(ValueError, match="kind='none' is not known"):
         fp.kfac(deep, SQUARED, kind="none")
     with pytest.raises(ValueError, match="sharing='all' is not known"):

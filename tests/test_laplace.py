@@ -165,9 +165,19 @@ def test_errors() -> None:
         laplace(linear, "gaussian", structure="block")
     with pytest.raises(ValueError, match=r"rank=3 with structure='diagonal'; a rank"):
         laplace(linear, "gaussian", rank=3)
+    with pytest.raises(ValueError, match=rf"rank={D + 1}, but there are {D} parameters"):
+        laplace(linear, "gaussian", structure="low-rank", rank=D + 1)({"w": jnp.ones(D)}, X, Y)
+    with pytest.raises(
+        ValueError, match=r"gaussian: the target of one example has shape \(2,\), but its out"
+    ):
+        laplace(linear, "gaussian")({"w": jnp.ones(D)}, X, jnp.stack([Y, Y], 1))
+    with pytest.raises(ValueError, match=r"categorical: the output of one example is a scalar"):
+        laplace(linear, "categorical")({"w": jnp.ones(D)}, X, LABELS)
     found = laplace(linear, "gaussian")({"w": jnp.ones(D)}, X, Y)
     with pytest.raises(ValueError, match=r"prior_precision is -1\.0; it must be positive"):
         found.log_marginal_likelihood(-1.0)
+    with pytest.raises(ValueError, match=r"prior_precision has shape \(2,\) for 'w', which has shape"):
+        found.log_marginal_likelihood(jnp.ones(2))
     with pytest.raises(ValueError, match="noise is 0; it must be positive"):
         found.log_marginal_likelihood(1.0, 0)
     with pytest.raises(

@@ -176,6 +176,14 @@ def test_audit_of_layers():
     assert ways("attention")["['norm1']['scale']"] == ("contraction",)
 
 
+def test_audit_takes_shapes():
+    shape = jax.ShapeDtypeStruct
+    audit = fp.per_example(lambda w, x: x @ w, jnp.subtract).audit(shape((3,), float), shape((4, 3), float))
+    assert str(audit) == str(
+        fp.per_example(lambda w, x: x @ w, jnp.subtract).audit(jnp.ones(3), jnp.ones((4, 3)))
+    )
+
+
 def test_no_outer_form():
     """Weight norm, a parameter through softmax, changed by a loop, in a branch: exact all the same."""
 
@@ -263,6 +271,9 @@ def test_mixing_is_refused():
 
     with pytest.raises(ValueError, match=r"examples mix: in .*subtracts from a value its mean.*length one"):
         fp.per_example(lambda p, x: training(p, x)[0][0], loss)(variables["params"], x, y, ["norm"])
+    vector = lambda p, x: norm.apply({**variables, "params": p}, x, mutable=["batch_stats"])[0]  # noqa: E731
+    with pytest.raises(ValueError, match=r"examples mix: in .*subtracts from a value its mean over no axis"):
+        fp.per_example(vector, loss)(variables["params"], x, y, ["norm"])
     with pytest.raises(ValueError, match=r"output\[1\], which loss\(output, y\) does not read"):
         fp.per_example(lambda w, x: (w * x, x.mean()), lambda o, y: loss(o[0], y))(
             jnp.ones(3), x, y, ["norm"]

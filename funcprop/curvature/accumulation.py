@@ -109,7 +109,7 @@ def merge(a: Accumulated, b: Accumulated) -> Accumulated:
     A pass can only be continued from what one pass has accumulated, not from what was merged.
 
     Raises:
-        ValueError: the means have different structures.
+        ValueError: the means have different structures or shapes.
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
@@ -117,12 +117,12 @@ def merge(a: Accumulated, b: Accumulated) -> Accumulated:
         >>> print(fp.curvature.merge(*parts).mean)
         2.0
     """
-    structures: list[Any] = [jax.tree.structure(part.mean) for part in (a, b)]
-    if structures[0] != structures[1]:
-        raise ValueError(
-            f"merge: the means are {structures[0]} and {structures[1]}; merge what "
-            "was accumulated of the same quantity."
-        )
+    for described in (jax.tree.structure, lambda mean: jax.tree.map(jnp.shape, mean)):
+        ours, others = described(a.mean), described(b.mean)
+        if ours != others:
+            raise ValueError(
+                f"merge: the means are {ours} and {others}; merge what was accumulated of the same quantity."
+            )
     examples = a.examples + b.examples
     share = b.examples / examples
     mean = jax.tree.map(lambda x, y: x + (y - x) * jnp.asarray(share, jnp.result_type(x)), a.mean, b.mean)

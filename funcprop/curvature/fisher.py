@@ -103,7 +103,7 @@ def fisher(
 
     Raises:
         ValueError: `likelihood` or `kind` is not known, the key of "mc" or the targets of "empirical" are
-            missing, or outputs and targets are not of the same number of examples.
+            missing, or outputs and targets are not of the same number of examples or of other shapes.
         TypeError: outputs are not real, or a parameter has no derivative.
 
     References: Martens, "New insights and perspectives on the natural gradient method", JMLR 2020; Kunstner,
@@ -120,7 +120,8 @@ def fisher(
         >>> print(fp.fisher(model, "gaussian", "empirical")(jnp.zeros(2), x, y).trace())
         52.5
     """
-    chosen = Same(likelihood_of(likelihood))
+    density = likelihood_of(likelihood)
+    chosen = Same(density)
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not known; choose one of {', '.join(KINDS)}.")
     if samples < 1:
@@ -129,7 +130,8 @@ def fisher(
     def at(params: PyTree, x: Any, y: Any = None, *, key: Array | None = None) -> GaussNewton:
         point = Point.of(params, where)
         bound = Bound.of(model, rules, (x,), {})
-        count = examples(require_outputs(bound, point))
+        outputs = require_outputs(bound, point)
+        count = examples(outputs)
         if kind == "exact":
             return GaussNewton(bound, ExactFisher(chosen), point, point.parameters)
         if kind == "mc":
@@ -143,6 +145,7 @@ def fisher(
                 f"y has the shapes {jax.tree.map(jnp.shape, y)}, but the outputs are of {count} examples, "
                 "which are the leading axis."
             )
+        jax.eval_shape(jax.vmap(density.negative_log), outputs, y)  # Targets of a wrong shape show here.
         return GaussNewton(bound, EmpiricalFisher(y, chosen), point, point.parameters)
 
     return at

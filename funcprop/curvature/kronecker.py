@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Scalar
 
+from funcprop.curvature.finite import nonfinite_rows, require_finite
 from funcprop.curvature.operator import LinearOperator
 from funcprop.curvature.outer.layout import Layout
 from funcprop.curvature.parameters import Parameters
@@ -93,6 +94,15 @@ class Eigen:
     def map(self, fun: Callable[[Any], Any]) -> Eigen:
         """The same eigenvectors with other eigenvalues."""
         return replace(self, values=fun(self.values))
+
+    def diagonal_in(self, ua: Any, ug: Any) -> Any:
+        """The diagonal in another basis, `diag(Uᵀ A U)`; each is a mean of eigenvalues."""
+        return multiply(_weights(ug, self.ug), multiply(_weights(ua, self.ua), self.values, 1), 2)
+
+
+def _weights(new: Any, old: Any) -> Any:
+    """How much of each old eigenvector each new one has, squared."""
+    return jnp.ones_like(old) if old.ndim == 1 else (_turned(new) @ old) ** 2
 
 
 def _turned(basis: Any) -> Any:
@@ -183,7 +193,8 @@ class Kronecker(LinearOperator):
                 for an operator in its eigenbasis.
 
         Raises:
-            ValueError: `damping` is negative, or `method` is not known.
+            ValueError: `damping` is negative, `method` is not known, or an undamped block is singular.
+            FloatingPointError: the operator is not finite; the message has the parameter's path.
         """
         require_damping(damping)
         if method not in ("pi", "eigenvalue"):
@@ -194,15 +205,26 @@ class Kronecker(LinearOperator):
             else block.eigen().map(lambda values: 1 / (values + damping))
             for block in self.blocks
         ]
-        return replace(self, blocks=tuple(blocks))
+        inverse = replace(self, blocks=tuple(blocks))
+        require_finite(self, self.blocks, "inverse()")
+        concrete = not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(inverse.blocks))
+        broken = nonfinite_rows(inverse) if concrete else []
+        if broken:
+            raise ValueError(
+                f"inverse: with damping={damping}, the blocks of {', '.join(map(repr, broken))} are singular; "
+                "add damping."
+            )
+        return inverse
 
     def logdet(self, damping: Any = 0.0, **_: Any) -> Scalar:
         """`log det(A + damping I)`, of the eigenvalues; -inf where one is zero.
 
         Raises:
             ValueError: `damping` is negative.
+            FloatingPointError: the operator is not finite; the message has the parameter's path.
         """
         require_damping(damping)
+        require_finite(self, self.blocks, "logdet()")
         return sum(jnp.sum(jnp.log(block.eigen().values + damping)) for block in self.blocks)  # type: ignore[return-value]
 
     def sqrt(self, **_: Any) -> Kronecker:
@@ -210,11 +232,16 @@ class Kronecker(LinearOperator):
         return replace(self, blocks=tuple(block.eigen().map(jnp.sqrt) for block in self.blocks))
 
     def update(self, other: Kronecker, decay: Any) -> Kronecker:
-        """The moving average `decay · self + (1 − decay) · other` of the factors (ekfac: the eigenvalues).
+        """The moving average `decay · self + (1 − decay) · other` of the factors.
+
+        Of operators in their eigenbases (ekfac) it is that of the operators, in the basis of `other`, with
+        the eigenvalues that are the best for it in the Frobenius norm: `diag(Uᵀ (decay · self) U)` and so on.
 
         Raises:
-            ValueError: the operators are of different parameters, or of different kinds.
+            ValueError: the operators are of different parameters or kinds, or `decay` is not in [0, 1].
         """
+        if not isinstance(decay, jax.core.Tracer) and not 0 <= decay <= 1:
+            raise ValueError(f"update: decay={decay}; pass the share of the past, from 0 to 1.")
         if self.parameters != other.parameters or list(map(type, self.blocks)) != list(
             map(type, other.blocks)
         ):
@@ -225,5 +252,6 @@ class Kronecker(LinearOperator):
                 average = lambda a, b: decay * a + (1 - decay) * b  # noqa: E731
                 blocks.append(Product(average(mine.a, new.a), average(mine.g, new.g), mine.layout))
             elif isinstance(mine, Eigen) and isinstance(new, Eigen):
-                blocks.append(replace(new, values=decay * mine.values + (1 - decay) * new.values))
+                past = mine.diagonal_in(new.ua, new.ug)
+                blocks.append(replace(new, values=decay * past + (1 - decay) * new.values))
         return replace(self, blocks=tuple(blocks))

@@ -130,11 +130,21 @@ class Laplace:
                 f"prior_precision is {structure}, but the parameters are {tree}; pass one number, or a "
                 "pytree like them."
             )
-        for path, δ in zip(self.point.parameters.paths, given, strict=True):
+        for path, δ, θ in zip(self.point.parameters.paths, given, leaves, strict=True):
+            if not _broadcasts(jnp.shape(δ), θ.shape):
+                raise ValueError(
+                    f"laplace: prior_precision has shape {jnp.shape(δ)} for {path!r}, which has shape "
+                    f"{θ.shape}; pass one number, or a pytree like the parameters."
+                )
             _require_positive(f"prior_precision of {path!r}" if len(given) > 1 else "prior_precision", δ)
         return [
             jnp.broadcast_to(jnp.asarray(δ, θ.dtype), θ.shape) for δ, θ in zip(given, leaves, strict=True)
         ]
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    ends = zip(shape[::-1], to[::-1], strict=False)
+    return len(shape) <= len(to) and all(length in (1, wanted) for length, wanted in ends)
 
 
 def _structure(tree: PyTree) -> Any:
@@ -220,8 +230,8 @@ def laplace(
         `.sample(key, …)`.
 
     Raises:
-        ValueError: `likelihood` or `structure` is not known, `rank` is without a meaning, or `where` chooses
-            nothing.
+        ValueError: `likelihood` or `structure` is not known, `rank` is without a meaning or larger than the
+            number of parameters, a target has not the shape of the outputs, or `where` chooses nothing.
         FloatingPointError: the curvature is not finite; the message has the parameter's path.
 
     Reference: Daxberger et al., "Laplace Redux – effortless Bayesian deep learning", NeurIPS 2021; Immer,
@@ -258,6 +268,8 @@ def laplace(
     def at(params: PyTree, x: Any, y: Any) -> Laplace:
         operator = ggn(batched, negative_log, where=where, rules=rules)(params, x, y)
         point = Point.of(params, where)
+        if rank is not None and rank > point.parameters.size:
+            raise ValueError(f"laplace: rank={rank}, but there are {point.parameters.size} parameters.")
         fitted = _Fitted(operator, model, chosen.negative_log, point, x, y, rank or 10, rules)
         precision = STRUCTURES[structure](fitted)
         outputs = batched(params, x)

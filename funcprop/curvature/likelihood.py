@@ -37,6 +37,37 @@ class Likelihood(NamedTuple):
     fisher: Callable[[PyTree, PyTree], PyTree]
 
 
+def _paired(what: str, outputs: Array, y: Any, expected: tuple[int, ...]) -> Any:
+    """`y`, if it has a target for each of the outputs: broadcast, it would be another density's.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if jnp.shape(y) != expected and not jnp.size(y) == jnp.size(outputs) == 1:
+        raise ValueError(
+            f"{what}: the target of one example has shape {jnp.shape(y)}, but its outputs have shape "
+            f"{jnp.shape(outputs)}; give a target of shape {expected}."
+        )
+    return y
+
+
+def _categorical_log(logits: Array, y: Any) -> Array:
+    if not jnp.ndim(logits):
+        raise ValueError("categorical: the output of one example is a scalar, but logits are on a last axis.")
+    y = _paired("categorical", logits, y, logits.shape[:-1])
+    return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, y))
+
+
+def _gaussian_log(mean: Array, y: Any) -> Array:
+    return 0.5 * jnp.sum((mean - _paired("gaussian", mean, y, jnp.shape(mean))) ** 2)
+
+
+def _bernoulli_log(logits: Array, y: Any) -> Array:
+    return jnp.sum(
+        optax.sigmoid_binary_cross_entropy(logits, _paired("bernoulli", logits, y, jnp.shape(logits)))
+    )
+
+
 def _categorical_fisher(logits: Array, u: Array) -> Array:
     p = jax.nn.softmax(logits)
     return p * (u - jnp.sum(p * u, -1, keepdims=True))
@@ -44,21 +75,21 @@ def _categorical_fisher(logits: Array, u: Array) -> Array:
 
 # Logits on the last axis; further axes are independent positions, whose logarithms add up.
 CATEGORICAL = Likelihood(
-    lambda logits, y: jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, y)),
+    _categorical_log,
     lambda key, logits: jax.random.categorical(key, logits),
     _categorical_fisher,
 )
 
 # Of unit variance, around the outputs.
 GAUSSIAN = Likelihood(
-    lambda mean, y: 0.5 * jnp.sum((mean - y) ** 2),
+    _gaussian_log,
     lambda key, mean: mean + jax.random.normal(key, mean.shape, mean.dtype),
     lambda mean, u: u,
 )
 
 # Independent, each by its logit.
 BERNOULLI = Likelihood(
-    lambda logits, y: jnp.sum(optax.sigmoid_binary_cross_entropy(logits, y)),
+    _bernoulli_log,
     lambda key, logits: jax.random.bernoulli(key, jax.nn.sigmoid(logits)).astype(logits.dtype),
     lambda logits, u: jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits) * u,
 )

@@ -3,8 +3,8 @@
 Three signs are looked for, each refused with its reason. A collective over a named axis of the batch
 (`jax.lax.pmean`, Equinox's and nnx's batch norm with an axis name) has no axis here. Statistics over a batch
 of one (batch norm in training mode of a model that is called with `x[None]`) subtract from a value its own
-mean over a leading axis of length one. Results beside the output (updated running averages) are read by no
-loss.
+mean over a leading axis of length one; those of a vector without a batch (Flax takes it), its mean over no
+axis. Results beside the output (updated running averages) are read by no loss.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ REMEDY = (
 
 
 def example_of(x: Any) -> Any:
-    """The type of one example of a batch."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a)[1:], jnp.asarray(a).dtype), x)
+    """The type of one example of a batch, which may be one of shapes."""
+    typed = jax.eval_shape(lambda x: x, x)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), typed)
 
 
 def trace_example(model: Callable[[Any, Any], Any], params: Any, x: Any) -> tuple[Any, Any]:
@@ -96,10 +97,10 @@ def refuse_unread(loss: Callable[[Any, Any], Any], output: Any, y: Any) -> None:
 
 
 def statistics_of_one(closed: Any) -> None:
-    """Refuse statistics over a leading axis of length one, and `fp.layers.batch_norm` in training mode."""
+    """Refuse statistics of one example alone, and `fp.layers.batch_norm` in training mode."""
     jaxpr = _compat.open_jaxpr(closed)
-    # The mean over axis 0 is followed through operators of one operand; beside it, what it is a mean of.
-    means: dict[Any, Any] = {}
+    # The mean is followed through operators of one operand; beside it, what it is a mean of, and over what.
+    means: dict[Any, tuple[Any, str]] = {}
     for eqn in jaxpr.eqns:
         if (call := layer_call(eqn)) is not None and call.layer.name == "batch_norm" and _in_training(call):
             _refuse(eqn, "`fp.layers.batch_norm` computes its statistics")
@@ -109,11 +110,15 @@ def statistics_of_one(closed: Any) -> None:
         operands = [v for v in eqn.invars if not isinstance(v, _compat.Literal)]
         name = eqn.primitive.name
         if name == "reduce_sum":
-            shape = operands[0].aval.shape
-            if shape[:1] == (1,) and 0 in eqn.params["axes"] and len(eqn.params["axes"]) < len(shape):
-                means[eqn.outvars[0]] = operands[0]
-        elif name == "sub" and len(operands) == 2 and means.get(operands[1]) is operands[0]:
-            _refuse(eqn, "it subtracts from a value its mean over the leading axis, which has length one")
+            shape, axes = operands[0].aval.shape, eqn.params["axes"]
+            if not axes:
+                means[eqn.outvars[0]] = operands[0], "no axis, which is itself"
+            elif shape[:1] == (1,) and 0 in axes and len(axes) < len(shape):
+                means[eqn.outvars[0]] = operands[0], "the leading axis, which has length one"
+        elif name == "sub" and len(operands) == 2 and operands[1] in means:
+            value, over = means[operands[1]]
+            if value is operands[0]:
+                _refuse(eqn, f"it subtracts from a value its mean over {over}")
         elif len(operands) == 1 and operands[0] in means:
             means.update((v, means[operands[0]]) for v in eqn.outvars)
 
