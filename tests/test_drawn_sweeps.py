@@ -164,12 +164,10 @@ ORDERS = ("forward-over-reverse", "reverse-over-reverse")
 def test_every_operator_is_classified(model: str, order: str) -> None:
     fun, args = MODELS[model]
     graph: Any = fp.second_order_graph(fun)(*args, order=order)
-    assert set(graph.classes) == {op.name for op in graph.operators}
-    assert sum(graph.count().values()) == len(graph.operators)
+    assert set(graph.classes) >= {op.name for op in graph.operators}
+    assert sum(graph.count().values()) == len(graph.classes)
     present = {c for c, count in graph.count().items() if count}
-    # A scan computes primals and tangents in one operator.
-    assert "tangent of cotangent" in present
-    assert len(present) == 4 or model == "loop"
+    assert len(present) == 4
     picture = fp.draw(graph, fold=False).picture
     assert {n.role for n in picture.nodes if n.kind == "operator"} == present
     assert picture.legend == tuple(graph.count())

@@ -24,6 +24,7 @@ class Choices(NamedTuple):
     sweeps: str | None
     argnums: Sequence[int] | None
     depth: int | None
+    loops: int | None
     fold: bool
     types: bool | None
 
@@ -38,6 +39,10 @@ def draw(
     ] = None,
     depth: Annotated[
         int | None, typer.Option(min=0, help="collapse scopes that have this many around them; 0 for all")
+    ] = None,
+    loops: Annotated[
+        int | None,
+        typer.Option(min=0, help="open loops to this many levels; by default one, in small graphs"),
     ] = None,
     fold: Annotated[bool, typer.Option(help="draw repeated blocks once, with their number")] = True,
     types: Annotated[
@@ -59,7 +64,7 @@ def draw(
         if backward and second:
             raise TargetError("--backward and --second are two pictures; ask for one of them.")
         sweeps = "backward" if backward else order if second else None
-        choices = Choices(sweeps, parse_argnums(argnums), depth, fold, types)
+        choices = Choices(sweeps, parse_argnums(argnums), depth, loops, fold, types)
         return report(load(target), choices, out, written_as)
 
     emit(compute, as_json)
@@ -70,7 +75,7 @@ def report(target: Target, choices: Choices, out: Path | None, written_as: str |
     chosen = _format(out, written_as)
     with users_code(f"target {target.label!r}: drawing failed", None):
         graph = _graph(target, choices)
-    drawing = fp.draw(graph, depth=choices.depth, fold=choices.fold, types=choices.types)
+    drawing = fp.draw(graph, depth=choices.depth, loops=choices.loops, fold=choices.fold, types=choices.types)
     try:
         text = getattr(drawing, chosen)()
     except fp.DrawingError as error:

@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import replace
 
 from funcprop.drawing.picture import Box, Edge, EdgeKind, Node, Picture, value_text
 from funcprop.drawing.scopes import Folding, Scope, fold, scope_path, scope_tree
+from funcprop.drawing.shown import Place, Shown
 from funcprop.drawing.symbols import symbol
-from funcprop.graph import Graph, Operator, Variable, bytes_text
+from funcprop.drawing.telling import merged, operator_tooltip, origin
+from funcprop.graph import Operator, Variable, bytes_text
 
 # Up to this many operators, every value is a square, and the types stand in the picture.
 FEW = 40
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A graph with what else is to be seen of it.
-
-    `roles` colours operators by name, `variable_roles` variables that no operator computes, `edge_roles` the
-    arrows between a variable and an operator (`(variable, operator, is_input)`). `sections` are the outermost
-    boxes. `residuals` are drawn as values that are saved for the section `saved_for`. `missing` are arrows
-    that the graph does not have.
-    """
-
-    graph: Graph
-    roles: Mapping[str, str] = field(default_factory=dict)
-    variable_roles: Mapping[str, str] = field(default_factory=dict)
-    edge_roles: Mapping[tuple[str, str, bool], str] = field(default_factory=dict)
-    sections: Mapping[str, str] = field(default_factory=dict)
-    residuals: tuple[Variable, ...] = ()
-    saved_for: str = ""
-    missing: tuple[tuple[Variable, Operator, bool], ...] = ()
-    legend: tuple[str, ...] = ()
 
 
 def assemble(shown: Shown, depth: int | None, folded: bool, unnamed: bool | None) -> Picture:
@@ -49,21 +30,26 @@ class _Assembly:
         self.root = scope_tree(self.graph.operators, lambda op: shown.sections.get(op.name, ""))
         # What an operator is in is asked of the operators themselves, also of those that are folded away.
         self.folding = fold(self.root, shown.roles) if folded else Folding()
-        self.scope_of = {op.name: scope for scope, op in _placed(self.root)}
+        self.scope_of = {op.name: scope for scope, op in self.root.placed()}
         self.keys = {id(scope): f"s{i}" for i, scope in enumerate([self.root, *self.root.scopes()])}
+        self.operators = {op.name: op for op in self.graph.operators}
+        self.place_of = {v.name: place for place, v in shown.places.items()}
         self.producer = {v.name: (op, i) for op in self.graph.operators for i, v in enumerate(op.outputs)}
         self.consumers: dict[str, list[Operator]] = defaultdict(list)
         for op in self.graph.operators:
             for v in op.inputs:
                 if v.kind != "literal":
                     self.consumers[v.name].append(op)
+        self.onward: dict[str, list[Variable]] = defaultdict(list)
+        for link in shown.links:
+            self.onward[link.source.name].append(link.target)
         self.results = {v.name for v in self.graph.outputs}
         self.saved = {v.name for v in shown.residuals}
         # Bytes that are saved by the name of what is drawn for them, over all repetitions.
         self.saved_bytes: Counter[str] = Counter()
         self.unnamed = len(self.scope_of) <= FEW if unnamed is None else unnamed
         self.alias = self._aliases()
-        self.variables = {v.name: v for v in self.graph.variables}
+        self.variables = {v.name: v for v in (*self.graph.variables, *shown.places.values())}
         for v in shown.residuals:
             self.saved_bytes[self.drawn(v).name] += v.nbytes or 0
         self.nodes: dict[str, Node] = {}
@@ -79,6 +65,11 @@ class _Assembly:
             for v, first in zip(op.inputs, self.folding.of(op).inputs, strict=True):
                 if v.name in given and v.kind != "literal":
                     candidates[v.name].add(first.name if first.name in given else v.name)
+        operand = {link.target.name: link.source.name for link in self.shown.links if not link.is_next}
+        for link in self.shown.links:
+            if link.source.name in given:
+                name = operand[self.drawn(link.target).name]
+                candidates[link.source.name].add(name if name in given else link.source.name)
         return {name: found.pop() for name, found in candidates.items() if len(found) == 1}
 
     def drawn(self, variable: Variable) -> Variable:
@@ -86,6 +77,10 @@ class _Assembly:
         if variable.name in self.producer:
             op, index = self.producer[variable.name]
             return self.folding.of(op).outputs[index]
+        place = self.place_of.get(variable.name)
+        if place is not None:
+            first = self.folding.of(self.operators[place.operator])
+            return self.shown.places[place._replace(operator=first.name)]
         return self.variables.get(self.alias.get(variable.name, variable.name), variable)
 
     def collapsed(self, scope: Scope) -> Scope | None:
@@ -100,6 +95,11 @@ class _Assembly:
         """The scope in which a variable's square stands; None for the outermost."""
         if variable.name in self.results:
             return None
+        if variable.name in self.place_of:
+            place = self.place_of[variable.name]
+            loop = self.loop_scope(place)
+            box = loop.parent if place.outside else loop
+            return None if box is self.root else box
         if variable.name in self.producer:
             op = self.producer[variable.name][0]
             path = scope_path(variable.scope) if variable.named else scope_path(op.scope)
@@ -108,13 +108,28 @@ class _Assembly:
                     return scope
             return None
         inside_pytree = "/" in variable.name or variable.kind == "constant"
-        uses = [self.folding.of(op) for op in self.consumers[variable.name] if not self.reads_saved(op)]
-        box = self.common(uses) if inside_pytree and uses else None
+        box = self.common(self.readers(variable, saved=False)) if inside_pytree else None
         return None if box is self.root else box
 
-    def common(self, ops: Iterable[Operator]) -> Scope | None:
-        """The innermost scope around all of these operators."""
-        chains = [list(self.scope_of[op.name].ancestors())[::-1] for op in ops]
+    def loop_scope(self, place: Place) -> Scope:
+        """The box of the opened loop of a value."""
+        around = self.scope_of[self.folding.of(self.operators[place.operator]).name].ancestors()
+        return next(scope for scope in around if not scope.section and len(scope.path) == place.depth)
+
+    def readers(self, variable: Variable, saved: bool) -> list[Scope]:
+        """The scopes in which a value is read; as one that is saved for the other section, or as itself."""
+        ops = self.consumers[variable.name]
+        scopes = [self.scope_of[self.folding.of(op).name] for op in ops if self.reads_saved(op) == saved]
+        for target in self.onward[variable.name]:
+            place = self.place_of[target.name]
+            if self.reads_saved(self.operators[place.operator]) == saved:
+                loop = self.loop_scope(place)
+                scopes.append(loop if place.outside else loop.parent or loop)
+        return scopes
+
+    def common(self, scopes: Iterable[Scope]) -> Scope | None:
+        """The innermost scope around all of these."""
+        chains = [list(scope.ancestors())[::-1] for scope in scopes]
         found = None
         for level in zip(*chains, strict=False):
             if any(scope is not level[0] for scope in level):
@@ -148,7 +163,7 @@ class _Assembly:
                 symbol(op),
                 times := f"× {op.static['length']}" if op.op == "scan" else "",
                 times,
-                _operator_tooltip(op),
+                operator_tooltip(op),
                 op.name,
                 self.box_key(scope),
                 self.shown.roles.get(op.name, ""),
@@ -166,6 +181,7 @@ class _Assembly:
                 for op in ops
                 for v in op.inputs
                 if v.name not in self.producer
+                and v.name not in self.place_of
                 and v.kind != "literal"
                 and not self.has_square(self.drawn(v))
                 and all(self.folding.of(c).name in inside for c in self.consumers[v.name])
@@ -174,7 +190,7 @@ class _Assembly:
             if sum(given.values()):
                 details += f", {bytes_text(sum(given.values()))} of parameters"
             roles = Counter(self.shown.roles.get(op.name, "") for op in ops)
-            label = scope.label
+            label = self.title(scope)
             tooltip = "/".join(scope.path) + "\n" + ", ".join(op.op for op in ops[:12])
             tooltip += ", …" * (len(ops) > 12)
             parent = scope.parent if scope.parent is not self.root else None
@@ -198,7 +214,7 @@ class _Assembly:
 
     def _square(self, key: str, variable: Variable, box: Scope | None, role: str) -> Node:
         label = variable.name
-        if variable.name in self.producer:
+        if variable.name in self.producer or variable.name in self.place_of:
             # Where it stands says what scope it is in.
             label = label.removeprefix(variable.scope + "/")
         elif box is not None and box.path and not box.section:
@@ -220,6 +236,10 @@ class _Assembly:
             None if box is None else self.box_key(box),
             role,
         )
+
+    def title(self, scope: Scope) -> str:
+        """What a scope is called."""
+        return self.shown.titles.get(scope.path, scope.label)
 
     def box_key(self, scope: Scope) -> str | None:
         """The key of the box that a scope is; None for the outermost."""
@@ -257,8 +277,7 @@ class _Assembly:
 
     def saved_node(self, residual: Variable) -> str | None:
         """The square of a value that is saved for the other section; None inside of a collapsed scope."""
-        uses = [self.folding.of(op) for op in self.consumers[residual.name] if self.reads_saved(op)]
-        box = self.common(uses) if uses else None
+        box = self.common(self.readers(residual, saved=True))
         if box is not None and self.collapsed(box) is not None:
             return None
         key = f"r:{residual.name}"
@@ -272,6 +291,27 @@ class _Assembly:
         """Whether an operator belongs to the section for which residuals are saved."""
         return bool(self.saved) and self.shown.sections.get(op.name) == self.shown.saved_for
 
+    def flow(self, v: Variable, reader: Operator, target: str, role: str, is_next: bool = False) -> None:
+        """The arrow by which a value gets to an operator, or to a value inside of its loop."""
+        variable = self.drawn(v)
+        start = self.source(variable)
+        kind: EdgeKind = "flow"
+        if self.reads_saved(reader) and v.name in self.saved:
+            saved = self.saved_node(variable)
+            start, kind = (start, "residual") if saved is None else (saved, "flow")
+        else:
+            made = self.maker(v)
+            if is_next or (made is not None and self.folding.apart(made, reader)):
+                kind = "repeat"
+        if start is not None:
+            self.connect(start, target, variable, kind, role)
+
+    def maker(self, v: Variable) -> Operator | None:
+        """The operator that computes a value; for a loop's result, one inside of it."""
+        if v.name in self.producer:
+            return self.producer[v.name][0]
+        return self.operators[self.place_of[v.name].operator] if v.name in self.place_of else None
+
     def draw_edges(self) -> None:
         """All nodes, and the arrows between them."""
         roles = self.shown.edge_roles
@@ -284,27 +324,18 @@ class _Assembly:
             for v in op.inputs:
                 if v.kind == "literal":
                     continue
-                variable = self.drawn(v)
                 role = roles.get((v.name, op.name, True), "")
-                if self.reads_saved(op) and v.name in self.saved:
-                    saved = self.saved_node(variable)
-                    start = self.source(variable)
-                    if saved is None:
-                        if start is not None:
-                            self.connect(start, target, variable, "residual", role)
-                    else:
-                        self.connect(saved, target, variable, "flow", role)
-                    continue
-                start = self.source(variable)
-                made = self.producer.get(v.name)
-                again = made is not None and self.folding.apart(made[0], op)
-                if start is not None:
-                    self.connect(start, target, variable, "repeat" if again else "flow", role)
+                self.flow(v, op, target, role)
             if drawn_op is op:
                 for v in op.outputs:
                     if self.has_square(v):
                         role = roles.get((v.name, op.name, False), "")
                         self.connect(target, self.variable_node(v), v, "flow", role)
+        for link in self.shown.links:
+            end = self.source(self.drawn(link.target))
+            reader = self.operators[self.place_of[link.target.name].operator]
+            if end is not None:
+                self.flow(link.source, reader, end, "", link.is_next)
         for variable in dict.fromkeys(self.shown.residuals):
             if variable.kind != "literal" and self.drawn(variable) is variable:
                 start, saved = self.source(variable), self.saved_node(variable)
@@ -316,37 +347,24 @@ class _Assembly:
                 ends = (square, node) if is_input else (node, square)
                 self.connect(*ends, variable, "flow", roles.get((variable.name, op.name, is_input), ""))
 
-    def merged(self) -> Iterator[Edge]:
-        """One arrow for all values between the same nodes."""
-        few = len(self.scope_of) <= FEW
-        for edges in self.edges.values():
-            edge = edges[0]
-            ends = {self.nodes[edge.source].kind, self.nodes[edge.target].kind}
-            if len(edges) > 1:
-                total = sum(e.nbytes or 0 for e in edges)
-                names = ", ".join(e.variable for e in edges)
-                edge = replace(edge, variable=names, shape=None, dtype=None, nbytes=total)
-                text = f"{len(edges)} values, {bytes_text(total)}"
-            else:
-                text = value_text(edge.shape, edge.dtype, edge.nbytes)
-            if edge.kind == "residual":
-                yield replace(edge, label=bytes_text(edge.nbytes or 0))
-            elif few and "variable" not in ends:
-                yield replace(edge, label=text)
-            else:
-                yield edge
-
     # --- the whole ----------------------------------------------------------------------------
 
     def picture(self) -> Picture:
         """Everything together."""
         self.draw_edges()
-        edges = tuple(self.merged())
+        edges = tuple(merged(self.edges.values(), self.nodes, few=len(self.scope_of) <= FEW))
         boxes = tuple(
-            Box(self.keys[id(s)], s.label, "/".join(s.path), self.box_key(s.parent or self.root), s.count)
+            Box(
+                self.keys[id(s)],
+                self.title(s),
+                "/".join(s.path),
+                self.box_key(s.parent or self.root),
+                s.count,
+            )
             for s in self.root.scopes()
             if self.collapsed(s) is None
         )
+        first = origin(self.shown, {key.removeprefix("v:") for key in self.nodes})
         goal = next((f"v:{v.name}" for v in self.graph.outputs if f"v:{v.name}" in self.nodes), None)
         members = self.members()
         return Picture(
@@ -355,7 +373,7 @@ class _Assembly:
             edges,
             boxes,
             self.shown.legend,
-            self._origin(edges),
+            None if first is None else f"v:{first}",
             goal,
         )
 
@@ -364,36 +382,8 @@ class _Assembly:
         found: dict[str, list[str]] = defaultdict(list)
         for op in self.graph.operators:
             found[self.operator_node(op)].append(op.name)
-        for v in self.graph.variables:
+        for v in self.variables.values():
             for key in (f"v:{self.drawn(v).name}", f"r:{self.drawn(v).name}"):
                 if key in self.nodes:
                     found[key].append(v.name)
         return found
-
-    def _origin(self, edges: Iterable[Edge]) -> str | None:
-        """The input that is farthest from the result, and of those the one that is used the least."""
-        distance: dict[str, int] = {}
-        for op in reversed(self.graph.operators):
-            beyond = max((distance.get(v.name, 0) for v in op.outputs), default=0)
-            for v in op.inputs:
-                distance[v.name] = max(distance.get(v.name, 0), beyond + 1)
-        found = [v for v in self.graph.inputs if f"v:{v.name}" in self.nodes]
-        ranked = sorted(found, key=lambda v: (-distance.get(v.name, 0), len(self.consumers[v.name])))
-        return f"v:{ranked[0].name}" if ranked else None
-
-
-def _placed(scope: Scope) -> Iterator[tuple[Scope, Operator]]:
-    for child in scope.children:
-        if isinstance(child, Scope):
-            yield from _placed(child)
-        else:
-            yield scope, child
-
-
-def _operator_tooltip(op: Operator) -> str:
-    results = ", ".join(f"{v.name}: {value_text(v.shape, str(v.dtype), v.nbytes)}" for v in op.outputs)
-    lines = [f"{op.op}({', '.join(v.name for v in op.inputs)})", results, f"{op.flops:,} flops"]
-    lines += [f"in {op.scope}"] if op.scope else []
-    lines += [op.source] if op.source else []
-    lines += [f"{key}: {len(body)} operators" for key, body in op.bodies.items()]
-    return "\n".join(lines)

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 
 from funcprop import _compat
-from funcprop.drawing.assembly import Shown
 from funcprop.drawing.marked import differentiated, marked, shape_of
 from funcprop.drawing.relabelling import Relabelling, needed, objective_name, replaced, seed_names
+from funcprop.drawing.shown import Shown
 from funcprop.graph import Graph, Variable
 from funcprop.registry import RuleSet
 from funcprop.rules import default

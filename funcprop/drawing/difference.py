@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from funcprop.drawing.assembly import Shown
 from funcprop.drawing.matching import Matching
+from funcprop.drawing.shown import Shown
 from funcprop.graph import Graph, Operator, Variable
 from funcprop.naming import unique_names
 

@@ -7,16 +7,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from funcprop.drawing.assembly import Shown, assemble
+from funcprop.drawing.assembly import FEW, assemble
 from funcprop.drawing.backward import BackwardGraph
 from funcprop.drawing.difference import Difference
 from funcprop.drawing.distant import far_edges
 from funcprop.drawing.dot import dot
 from funcprop.drawing.geometry import size_of
 from funcprop.drawing.layout import MANY, Direct, DrawingError, Engine, Layout, lay_out
+from funcprop.drawing.loops import open_loops
 from funcprop.drawing.markup import as_json, mermaid
 from funcprop.drawing.picture import Picture, node_ids
 from funcprop.drawing.second_order import SecondOrderGraph
+from funcprop.drawing.shown import Shown
 from funcprop.drawing.svg import svg
 from funcprop.graph import Graph
 
@@ -88,6 +90,9 @@ class Drawing:
 # Of a graph of the chapter's size, dtype and bytes are written into the picture.
 _FEW_WITH_TYPES = 12
 
+# Graphs of derivatives are drawn with open loops up to so many operators.
+_FEW_IN_SWEEPS = 100
+
 # A notebook shows at most so many nodes of a graph that nobody asked to be drawn.
 _GLANCE = 300
 
@@ -126,6 +131,7 @@ def draw(
     path: str | os.PathLike[str] | None = None,
     *,
     depth: int | None = None,
+    loops: int | None = None,
     fold: bool = True,
     unnamed: bool | None = None,
     types: bool | None = None,
@@ -142,6 +148,9 @@ def draw(
         graph: what `fp.trace`, `fp.backward_graph`, `fp.second_order_graph` or `fp.diff` returns.
         path: a file to write, by its suffix `.svg`, `.dot`, `.gv`, `.mmd` (Mermaid) or `.json`.
         depth: collapse the scopes that have this many around them: 0 for all, None for none.
+        loops: open `scan`, `while` and `cond` to this many levels: a box with the body, a dotted arrow in it
+            leads back to what is carried. By default one level, if the picture then has up to 40 operators
+            (100 in graphs of derivatives). In a difference, loops are operators.
         fold: draw repeated blocks once.
         unnamed: draw a square also for a value that nobody named; by default in graphs of up to 40 operators.
             Without it, an arrow goes from operator to operator.
@@ -173,6 +182,7 @@ def draw(
             f"fp.draw: graph={graph!r} is not a graph; pass what fp.trace(fun)(*args), fp.backward_graph, "
             "fp.second_order_graph or fp.diff returns."
         )
+    shown = _with_loops(shown, loops)
     picture = assemble(shown, depth, fold, unnamed)
     if types is None:
         types = len(shown.graph) <= _FEW_WITH_TYPES
@@ -180,3 +190,11 @@ def draw(
     if path is not None:
         drawing.save(path)
     return drawing
+
+
+def _with_loops(shown: Shown, levels: int | None) -> Shown:
+    if shown.missing or shown.edge_roles:
+        return shown
+    opened = open_loops(shown, 1 if levels is None else levels)
+    few = FEW if not shown.roles else _FEW_IN_SWEEPS
+    return opened if levels is not None or len(opened.graph) <= few else shown

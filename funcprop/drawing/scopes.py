@@ -58,6 +58,14 @@ class Scope:
             else:
                 yield child
 
+    def placed(self) -> Iterator[tuple[Scope, Operator]]:
+        """All operators inside, each with the scope in which it is directly."""
+        for child in self.children:
+            if isinstance(child, Scope):
+                yield from child.placed()
+            else:
+                yield self, child
+
     def scopes(self) -> Iterator[Scope]:
         """All scopes inside, from the outside, in order."""
         for child in self.children:

@@ -9,17 +9,16 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from funcprop.drawing.assembly import Shown
+from funcprop.drawing.classes import CLASSES, Class, classify
 from funcprop.drawing.marked import differentiated, marked, shape_of
 from funcprop.drawing.relabelling import Relabelling, needed, objective_name, replaced, seed_names
-from funcprop.graph import Graph, Operator, Variable
+from funcprop.drawing.shown import Shown
+from funcprop.graph import Graph, Variable
 from funcprop.registry import RuleSet
 from funcprop.rules import default
 from funcprop.tracing import CHECKPOINTS, INLINED, trace_function
 
 Order = Literal["forward-over-reverse", "reverse-over-reverse"]
-Class = Literal["primal", "tangent", "cotangent", "tangent of cotangent"]
-CLASSES: tuple[Class, ...] = get_args(Class)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -27,7 +26,8 @@ class SecondOrderGraph(Graph):
     """The graph of a Hessian-vector product.
 
     Inputs are the function's, then the direction `v` (one for every differentiated array), then the seed
-    `∂J/∂J`. Outputs are `∇²J v`. `classes` says what every operator computes, by name.
+    `∂J/∂J`. Outputs are `∇²J v`. `classes` says what every operator computes, by name; also those inside of
+    loops and other operators with bodies, which are called `scan[body]/mul`.
     """
 
     order: Order = "forward-over-reverse"
@@ -35,7 +35,7 @@ class SecondOrderGraph(Graph):
     input_classes: Mapping[str, Class] = field(default_factory=dict)
 
     def count(self) -> dict[Class, int]:
-        """How many operators are of each class."""
+        """How many operators are of each class, with those inside of loops."""
         return {c: sum(found == c for found in self.classes.values()) for c in CLASSES}
 
     def shown(self) -> Shown:
@@ -58,7 +58,8 @@ def second_order_graph(
     * *tangent of cotangent* if it depends on both: the derivative of the gradient along `v`.
 
     This is also what reverse over reverse consists of: transposed twice, a cotangent of a cotangent is the
-    tangent. A constant that depends on nothing belongs to what reads it.
+    tangent. A constant that depends on nothing belongs to what reads it. A loop that carries several of these
+    is of the class of all of them together, the operators in its body each of their own.
 
     Args:
         fun: returns a real scalar.
@@ -132,10 +133,11 @@ def _classified(graph: Graph, primal: Graph, positions: Sequence[int], order: Or
         if id(v) in computed:
             given.setdefault(id(v), name)
     operators = needed(operators, outputs)
-    inputs = {id(v): _CLASS[mark] for vs, mark in ((own, 0), (directions, 1), ((seed,), 2)) for v in vs}
-    classes = _classes(operators, {id(v): i for i, vs in enumerate((directions, (seed,)), 1) for v in vs})
+    inputs = {id(v): CLASSES[mark] for vs, mark in ((own, 0), (directions, 1), ((seed,), 2)) for v in vs}
+    marks = {id(v): i for i, vs in enumerate((directions, (seed,)), 1) for v in vs}
     names_ = Relabelling(operators, [*graph.inputs, *graph.constants], given, objective)
     renamed = [names_.operator(op) for op in operators]
+    classes = classify(operators, [op.name for op in renamed], marks)
     return SecondOrderGraph(
         primal.name,
         tuple(map(names_.variable, graph.inputs)),
@@ -143,37 +145,6 @@ def _classified(graph: Graph, primal: Graph, positions: Sequence[int], order: Or
         tuple(renamed),
         tuple(map(names_.variable, outputs)),
         order,
-        {op.name: c for op, c in zip(renamed, classes, strict=True)},
+        classes,
         {names_.variable(v).name: inputs[id(v)] for v in graph.inputs},
     )
-
-
-# Bit 0: depends on the direction; bit 1: depends on the seed.
-_CLASS: dict[int, Class] = dict(enumerate(CLASSES))
-
-
-def _classes(operators: Sequence[Operator], marks: Mapping[int, int]) -> list[Class]:
-    """The class of every operator, from what it depends on."""
-    of = dict(marks)
-    found: list[int | None] = []
-    depends: set[int] = set()
-    for op in operators:
-        inputs = [v for v in op.inputs if v.kind != "literal"]
-        mark = 0
-        for v in inputs:
-            mark |= of.get(id(v), 0)
-        is_constant = all(v.kind == "intermediate" and id(v) not in depends for v in inputs)
-        found.append(None if is_constant and not mark else mark)
-        for v in op.outputs:
-            of[id(v)] = mark
-            if not is_constant:
-                depends.add(id(v))
-    # What depends on nothing belongs to its first reader.
-    reader: dict[int, int] = {}
-    for i in range(len(operators) - 1, -1, -1):
-        own = found[i]
-        if own is None:
-            own = next((reader[id(v)] for v in operators[i].outputs if id(v) in reader), 0)
-            found[i] = own
-        reader.update((id(v), own) for v in operators[i].inputs)
-    return [_CLASS[mark or 0] for mark in found]

@@ -202,12 +202,12 @@ def _all_smooth(args: tuple[Any, ...]) -> tuple[int, ...]:
 
 def _drawing(graph: Graph, depth: int | None, fold: bool) -> Drawing:
     """The graph, its innermost scopes collapsed until it has a size that can be read."""
-    drawing = draw(graph, depth=depth, fold=fold)
+    drawing = draw(graph, depth=depth, loops=0, fold=fold)
     if depth is not None or len(drawing.picture.nodes) <= MOST_NODES:
         return drawing
     deepest = max(op.scope.count("/") for op in graph.operators)
     for level in range(deepest, -1, -1):
-        drawing = draw(graph, depth=level, fold=fold)
+        drawing = draw(graph, depth=level, loops=0, fold=fold)
         if len(drawing.picture.nodes) <= MOST_NODES:
             break
     return drawing
