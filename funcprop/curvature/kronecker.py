@@ -211,8 +211,8 @@ class Kronecker(LinearOperator):
         broken = nonfinite_rows(inverse) if concrete else []
         if broken:
             raise ValueError(
-                f"inverse: with damping={damping}, the blocks of {', '.join(map(repr, broken))} are singular; "
-                "add damping."
+                f"inverse: with damping={damping}, the blocks of {', '.join(map(repr, broken))} are "
+                "singular; add damping."
             )
         return inverse
 
