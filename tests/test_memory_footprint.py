@@ -57,7 +57,7 @@ def test_exercise_3_training_with_momentum(compiled: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("program", ["inference", "training"])
-@pytest.mark.parametrize("model", ["CNN", "LSTM", "transformer"])
+@pytest.mark.parametrize("model", ["CNN", "LSTM", "dropout", "transformer"])
 def test_predicted_is_near_compiled(compiled: dict[str, Any], model: str, program: str) -> None:
     found = compiled[model][program]
     assert found["compiled"] > 0
