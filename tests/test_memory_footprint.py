@@ -269,3 +269,13 @@ def test_errors() -> None:
         account(jnp.abs, ShapeDtypeStruct((3,), "int32"))
     with pytest.raises(TypeError, match="has_aux=True, but the function returns"):
         account(jnp.sin, f64(3), has_aux=True)
+
+
+def test_arrays_that_are_closed_over_are_named() -> None:
+    data = jnp.arange(4096.0).reshape(64, 64)
+    found = account(lambda w: jnp.mean(jnp.tanh(data @ w) ** 2), f64(64, 64))
+    assert [text.split(" are ")[0] for text in found.warnings] == [
+        "inference: 32,768 bytes",
+        "training: 32,768 bytes",
+    ]
+    assert not account(lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2), f64(64, 64), f64(64, 64)).warnings
