@@ -279,3 +279,8 @@ def test_arrays_that_are_closed_over_are_named() -> None:
         "training: 32,768 bytes",
     ]
     assert not account(lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2), f64(64, 64), f64(64, 64)).warnings
+
+
+def test_what_is_no_array_cannot_be_accounted() -> None:
+    with pytest.raises(TypeError, match="returns 'hi' of type str"):
+        account(lambda w: "hi", f64(3))
