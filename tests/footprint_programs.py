@@ -120,6 +120,25 @@ def attention(tokens: int) -> dict[str, Any]:
     return fp.memory.footprint(predict, programs=["inference"])(params, f32(tokens, 16)).as_dict()
 
 
+class Dropout(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(10)(nn.Dropout(0.5, deterministic=False)(nn.relu(nn.Dense(96)(x))))
+
+
+def dropout() -> dict[str, Any]:
+    """Random bits, whose generator holds several words for each."""
+    net, x = Dropout(), f32(512, 40)
+    params = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.ones((512, 40))))
+
+    def loss(params: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
+        logits = net.apply(params, x, rngs={"dropout": key})
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return fp.memory.footprint(loss)(params, x, i32(512), key).as_dict()
+
+
 def train_step(donate: bool) -> dict[str, Any]:
     """A user's own step, donating or not."""
     optimizer = optax.adam(1e-3)
@@ -145,6 +164,7 @@ PROGRAMS = {
     "LSTM": lambda: classified(lstm, {"x": f32(24, 320), "h": f32(80, 320)}, f32(40, 12, 24), i32(12)),
     "transformer": lambda: flax(Transformer(), i32(6, 48), i32(6, 48)),
     "attention": lambda: attention(256),
+    "dropout": dropout,
     "checkpointed": lambda: checkpointed(False),
     "checkpointed with barriers": lambda: checkpointed(True),
     "step": lambda: train_step(True),

@@ -57,7 +57,7 @@ def test_exercise_3_training_with_momentum(compiled: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("program", ["inference", "training"])
-@pytest.mark.parametrize("model", ["CNN", "LSTM", "transformer"])
+@pytest.mark.parametrize("model", ["CNN", "LSTM", "dropout", "transformer"])
 def test_predicted_is_near_compiled(compiled: dict[str, Any], model: str, program: str) -> None:
     found = compiled[model][program]
     assert found["compiled"] > 0
@@ -269,3 +269,18 @@ def test_errors() -> None:
         account(jnp.abs, ShapeDtypeStruct((3,), "int32"))
     with pytest.raises(TypeError, match="has_aux=True, but the function returns"):
         account(jnp.sin, f64(3), has_aux=True)
+
+
+def test_arrays_that_are_closed_over_are_named() -> None:
+    data = jnp.arange(4096.0).reshape(64, 64)
+    found = account(lambda w: jnp.mean(jnp.tanh(data @ w) ** 2), f64(64, 64))
+    assert [text.split(" are ")[0] for text in found.warnings] == [
+        "inference: 32,768 bytes",
+        "training: 32,768 bytes",
+    ]
+    assert not account(lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2), f64(64, 64), f64(64, 64)).warnings
+
+
+def test_what_is_no_array_cannot_be_accounted() -> None:
+    with pytest.raises(TypeError, match="returns 'hi' of type str"):
+        account(lambda w: "hi", f64(3))

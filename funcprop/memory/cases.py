@@ -109,6 +109,11 @@ class Subject:
             returned = fun(*call_args, **call_kwargs)
             result, rest = _split(returned, has_aux, has_state)
             arrays = _arrays(result)
+            if not arrays and (other := jax.tree.leaves(result)):
+                raise TypeError(
+                    f"{getattr(fun, '__name__', type(fun).__name__)} returns {other[0]!r} of type "
+                    f"{type(other[0]).__name__}, which is no array; return arrays."
+                )
             own[:] = [len(arrays)]
             return [*arrays, *_arrays(rest)]
 

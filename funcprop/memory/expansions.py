@@ -134,6 +134,17 @@ def twice(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str
     return results
 
 
+def random_bits(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+    """Threefry: a loop that carries two words for each number, as `twice`, and then their exclusive or."""
+    (aval,) = (v.aval for v in eqn.outvars)
+    if "fry" not in str(eqn.invars[0].aval.dtype):
+        return twice(lowering, eqn, operands, scope)
+    words = aval.update(dtype=np.dtype("uint32"))
+    both = lowering.add("random_bits", "kernel", scope, operands, [words, words])
+    lowering.steps[-1].extra = sum(v.nbytes for v in lowering.steps[-1].outputs)
+    return lowering.add("xor", "elementwise", scope, both, [aval], expensive=False)
+
+
 Expansion: TypeAlias = "Callable[[Lowering, Any, list[Value | None], str], list[Value | None]]"
 TABLE: dict[str, Expansion] = {
     "add": add,
@@ -142,7 +153,7 @@ TABLE: dict[str, Expansion] = {
     "transpose": transpose,
     "conv_general_dilated": convolution,
     "select_and_scatter_add": select_and_scatter_add,
-    "random_bits": twice,
+    "random_bits": random_bits,
     "threefry2x32": twice,
     "cumsum": twice,
     "cumprod": twice,

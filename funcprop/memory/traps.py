@@ -92,6 +92,16 @@ def found(case: Case, ours: Predicted, program: Measured, options: Mapping[str, 
         )
 
 
+def embedded(ours: Predicted) -> Iterator[str]:
+    """The arrays that the function closes over, which are part of the executable."""
+    nbytes = sum(v.nbytes for v in ours.program.constants if v.users)
+    if nbytes > 0.01 * ours.total:
+        yield (
+            f"{nbytes:,} bytes are constants, arrays that the function closes over: they are part of the "
+            "executable, and neither XLA nor this ledger counts them; pass them as arguments."
+        )
+
+
 def undonated(case: Case | None) -> Iterator[str]:
     """What a train step holds twice because it donates nothing."""
     if case is None or case.donated:
