@@ -193,6 +193,12 @@ def test_where_leaves_out_what_has_no_derivative() -> None:
         fp.hessian(loss)(params)
 
 
+def test_an_operator_shows_its_parameters_and_no_arrays() -> None:
+    A = operator(M)
+    said = "10 × 10, of {a/b: float64[3], a/w: float64[2, 3], c: float64[]})"
+    assert [repr(B) for B in (A, 2 * A, A + A)] == [f"{name}({said}" for name in ("Hessian", "Scaled", "Sum")]
+
+
 # --- bad input --------------------------------------------------------------------------------
 
 
@@ -212,6 +218,7 @@ def test_where_leaves_out_what_has_no_derivative() -> None:
         (lambda A: A.block("a/x"), "path='a/x' is not a parameter; did you mean 'a/"),
         (lambda A: A.dense(limit=100), "the matrix has 10 × 10 entries, 800 bytes, and limit=100"),
         (lambda A: A.block("a", limit=100), "the block has 9 × 9 entries, 648 bytes"),
+        (lambda A: A @ A, r"operators have no product, .*; write A @ \(B @ v\)"),
         (lambda A: A + operator(M, where="a"), "operators of different parameters cannot be added"),
         (lambda A: operator(M, where="b"), "path='b' is not a parameter"),
         (

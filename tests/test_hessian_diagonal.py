@@ -404,3 +404,8 @@ def test_errors() -> None:
         fp.curvature.hessian_diagonal(jnp.sum, block_size=0)
     with pytest.raises(ValueError, match="byte_limit=-1"):
         fp.curvature.hessian_diagonal(jnp.sum, byte_limit=-1)
+    roots = fp.curvature.hessian_diagonal(lambda p: jnp.sum(p["v"] ** 3) + jnp.sum(jnp.sqrt(p["w"])))
+    params = {"v": jnp.ones(2), "w": jnp.arange(2.0)}
+    with pytest.raises(FloatingPointError, match="the diagonal is not finite at 'w'; "):
+        roots(params)
+    assert not np.isfinite(jax.jit(roots)(params)["w"]).all()

@@ -103,6 +103,15 @@ class HessianDiagonal:
         """The diagonal, a pytree like `params`."""
         problem = _Problem.of(self.loss, params, args, kwargs)
         leaves = jax.jit(lambda values: self._leaves(problem, values))(problem.call.values)
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            broken = [
+                p for p, leaf in zip(problem.paths, leaves, strict=True) if not jnp.isfinite(leaf).all()
+            ]
+            if broken:
+                raise FloatingPointError(
+                    f"hessian_diagonal: the diagonal is not finite at {', '.join(map(repr, broken))}; "
+                    "fp.backprop(loss)(...).first_nonfinite() says where that begins."
+                )
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
     def plan(self, params: Any, *args: Any, **kwargs: Any) -> Plan:
@@ -276,6 +285,7 @@ def hessian_diagonal(
     Raises:
         TypeError: the loss is not one real scalar, or a leaf of `params` is not a floating-point array.
         ValueError: `block_size` or `byte_limit` is not positive.
+        FloatingPointError: the diagonal is not finite, and not traced; the message has the parameters' paths.
 
     Reference: Dangel, Kunstner and Hennig, "BackPACK", ICLR 2020, for sequential networks; Powell and Toint,
     SIAM J. Numer. Anal. 16, 1979, for sharing products between independent parts.

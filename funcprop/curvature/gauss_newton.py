@@ -25,7 +25,7 @@ Map = Callable[[PyTree], PyTree]
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class GaussNewton(LinearOperator):
     """`Jᵀ B J`: `J` the Jacobian of the model's outputs, `B` a curvature of the outputs.
 

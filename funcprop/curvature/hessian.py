@@ -21,7 +21,7 @@ from funcprop.rules import autodiff
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Hessian(LinearOperator):
     """`∇² loss` at a point, forward over reverse."""
 

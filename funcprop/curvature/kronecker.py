@@ -131,7 +131,7 @@ def _inverse(factor: Any, damping: Any) -> Any:
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Kronecker(LinearOperator):
     """A block-diagonal operator with a Kronecker-factored block for each parameter; `fp.kfac`, `fp.ekfac`.
 

@@ -79,6 +79,11 @@ class LinearOperator(Queries):
     def __matmul__(self, v: Any) -> Any:
         """`A @ v` for a pytree or a flat vector; for several as columns, a flat matrix or a last axis."""
         names = self.parameters
+        if isinstance(v, LinearOperator):
+            raise TypeError(
+                "operators have no product, which would not be symmetric; write A @ (B @ v), or A.dense() @ "
+                "B.dense()."
+            )
         if not names.is_flat(v):
             columns = names.columns(v)
             if columns is None:
@@ -96,6 +101,10 @@ class LinearOperator(Queries):
     def linearize(self) -> LinearOperator:
         """The same operator with the forward pass done: products cost only what depends on the vector."""
         return _linearized(self)
+
+    def __repr__(self) -> str:
+        names = self.parameters
+        return f"{type(self).__name__}({names.size} × {names.size}, of {names})"
 
     # --- algebra ------------------------------------------------------------------------------
 
@@ -147,7 +156,7 @@ class LinearOperator(Queries):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Linearized(LinearOperator):
     """An operator by its linear map, whose residuals are data."""
 
@@ -170,7 +179,7 @@ class Linearized(LinearOperator):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Sum(LinearOperator):
     """`Σ_i A_i`, of operators on the same parameters."""
 
@@ -214,7 +223,7 @@ class Sum(LinearOperator):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Scaled(LinearOperator):
     """`c A` for a number `c`."""
 
@@ -259,7 +268,7 @@ class Scaled(LinearOperator):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Identity(LinearOperator):
     """`v ↦ v`: damping is `A + damping * identity(A)`."""
 
@@ -271,7 +280,7 @@ class Identity(LinearOperator):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dense(LinearOperator):
     """An operator by its symmetric matrix, in `ravel_pytree` order."""
 
@@ -284,7 +293,7 @@ class Dense(LinearOperator):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Root(LinearOperator):
     """The square root of a positive semi-definite operator, for each vector in its Krylov space."""
 

@@ -231,12 +231,15 @@ class Queries(abc.ABC):
         pairs = eigenpairs(self, k, which, method, tolerance, products, key)
         return pairs.values, self.parameters.unravel_columns(pairs.vectors)
 
-    def spectrum(self: Any, *, samples: int = 10, products: int = 64, key: Array | None = None) -> Spectrum:
+    def spectrum(
+        self: Any, *, samples: int = 10, products: int | None = None, key: Array | None = None
+    ) -> Spectrum:
         """The density of all eigenvalues, by stochastic Lanczos quadrature, with error bars.
 
         Args:
             samples: random vectors; the error bars are over them.
-            products: Lanczos steps of each, at most P; where the spectrum is detailed, more show more.
+            products: Lanczos steps of each, at most P; where the spectrum is detailed, more show more. 64, or
+                P if that is less, if None.
             key: of the vectors; `jax.random.key(0)` if None.
 
         Returns:
@@ -252,10 +255,11 @@ class Queries(abc.ABC):
         Example:
             >>> import jax.numpy as jnp, funcprop as fp
             >>> H = fp.hessian(lambda w: jnp.sum(jnp.arange(5.0) * w**2) / 2)(jnp.ones(5))
-            >>> density = H.spectrum(products=5)
+            >>> density = H.spectrum()
             >>> print(density.mean(lambda value: value).value.round(4))  # trace / P
             2.0
         """
+        products = min(64, self.parameters.size) if products is None else products
         return spectrum(self, samples, products, jax.random.key(0) if key is None else key)
 
     # --- its inverse --------------------------------------------------------------------------

@@ -40,6 +40,10 @@ def solve(
     by_operator = preconditioner if hasattr(preconditioner, "linear_map") else None
     by_function = None if preconditioner is None or by_operator is not None else Same(preconditioner)
     x, residual, length = _solve(operator, b, damping, by_operator, by_function, method, tolerance, most)
+    if not isinstance(length, jax.core.Tracer) and not jnp.isfinite(length):
+        paths = zip(operator.parameters.paths, jax.tree.leaves(operator.parameters.unravel(b)), strict=True)
+        broken = ", ".join(repr(path) for path, leaf in paths if not jnp.isfinite(leaf).all())
+        raise FloatingPointError(f"solve: b is not finite in the entries of {broken or 'its norm'}.")
     require_finite(operator, (x, residual), "solve()")
     warn_unless(
         residual <= 2 * tolerance * length,  # The iteration's own residual drifts from this one by rounding.
