@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 import funcprop as fp
 
@@ -36,7 +37,12 @@ X = jnp.ones((5, 2))
 def flax_rnn() -> tuple[Any, tuple[Any, ...]]:
     model, x = nn.RNN(nn.LSTMCell(3)), jax.ShapeDtypeStruct((1, 5, 2), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), x)
-    return lambda params, x: jnp.sum(model.apply(params, x) ** 2), (params, x)
+
+    def loss(params: Any, x: Any) -> Any:
+        output: Any = model.apply(params, x)
+        return jnp.sum(output**2)
+
+    return loss, (params, x)
 
 
 def all_operators(graph: Any) -> int:
@@ -126,7 +132,7 @@ def test_condition_body_and_branches_are_boxes() -> None:
         return jax.lax.cond(x[0] > 0, jnp.cos, jnp.exp, x)
 
     picture = fp.draw(fp.trace(fun)(jnp.ones(3))).picture
-    parent = {b.key: b.label for b in picture.boxes}
+    parent: dict[Any, str] = {b.key: b.label for b in picture.boxes}
     assert [(b.label, parent.get(b.parent)) for b in picture.boxes] == [
         ("while", None),
         ("condition", "while"),
@@ -135,8 +141,7 @@ def test_condition_body_and_branches_are_boxes() -> None:
         ("branch 0", "cond"),
         ("branch 1", "cond"),
     ]
-    label = {b.key: b.label for b in picture.boxes}
-    places = {n.label: label.get(n.box) for n in picture.nodes if n.kind == "operator"}
+    places = {n.label: parent.get(n.box) for n in picture.nodes if n.kind == "operator"}
     assert places["<"] == "condition"
     assert (places["sin"], places["exp"], places["cos"]) == ("body", "branch 0", "branch 1")
     assert sum(e.kind == "repeat" for e in picture.edges) == 2
@@ -149,7 +154,7 @@ def test_residuals_of_open_loops_are_those_of_the_graph(depth: int | None) -> No
     graph = fp.backward_graph(lstm)(LSTM, X)
     picture = fp.draw(graph, depth=depth, loops=1).picture
     assert {box.label for box in picture.boxes} >= {"forward", "backward"}
-    labels = {n.label for n in (*picture.boxes, *picture.nodes)}
+    labels = {b.label for b in picture.boxes} | {n.label for n in picture.nodes}
     assert {"scan × 5", "scan × 5, backwards"} <= labels
     assert sum(e.nbytes or 0 for e in picture.edges if e.kind == "residual") == graph.residual_bytes
     # Nothing reaches the backward sweep but as a residual.
@@ -196,3 +201,80 @@ def test_loops_in_repeated_blocks_fold() -> None:
     (weights,) = (n for n in picture.nodes if n.name == "ws/0")
     assert weights.members == ("ws/0", "ws/1", "ws/2")
     assert sum(e.kind == "repeat" for e in picture.edges) == 2
+
+
+# --- repetition that nobody named -------------------------------------------------------------
+
+
+class Layer(nnx.Module):
+    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
+        self.norm, self.late = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, width, decode=False, rngs=rngs)
+        self.up, self.down = nnx.Linear(width, 8, rngs=rngs), nnx.Linear(8, width, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        x = x + self.attention(self.norm(x))
+        return x + self.down(nnx.gelu(self.up(self.late(x))))
+
+
+class Transformer(nnx.Module):
+    def __init__(self, depth: int, rngs: nnx.Rngs) -> None:
+        self.embed = nnx.Embed(7, 4, rngs=rngs)
+        self.place = nnx.Param(jnp.zeros((3, 4)))
+        self.layers = nnx.List([Layer(4, rngs) for _ in range(depth)])
+        self.head = nnx.Linear(4, 7, rngs=rngs)
+
+    def __call__(self, tokens: Any) -> Any:
+        x = self.embed(tokens) + self.place
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def transformer(depth: int) -> fp.Graph:
+    definition, state = nnx.split(nnx.eval_shape(lambda: Transformer(depth, nnx.Rngs(0))))
+    tokens = jax.ShapeDtypeStruct((2, 3), jnp.int32)
+    return fp.trace(lambda state, tokens: nnx.merge(definition, state)(tokens))(state, tokens)
+
+
+def test_blocks_without_scopes_fold() -> None:
+    graph = transformer(12)
+    picture = fp.draw(graph).picture
+    assert [b.count for b in picture.boxes if b.parent is None] == [12]
+    assert len(picture.nodes) < 140 < len(graph.operators)
+    # The whole layer, from its first operator to its residual sum: one more layer is one more block.
+    per_layer = len(transformer(3).operators) - len(transformer(2).operators)
+    (box,) = (b.key for b in picture.boxes if b.count == 12)
+    inside = {b.key for b in picture.boxes if b.parent == box} | {box}
+    folded = [n for n in picture.nodes if n.kind == "operator" and n.box in inside]
+    assert len(folded) == per_layer
+    assert {len(n.members) for n in folded} == {12}
+    # One value comes into it from the layer before, and one goes on from it.
+    own = {n.key for n in picture.nodes if n.box in inside}
+    given = {n.key for n in picture.nodes if n.kind == "variable" and "layers" in n.name}
+    assert len({e.variable for e in picture.edges if e.target in own and e.source not in own | given}) == 1
+    assert len({e.source for e in picture.edges if e.source in own and e.target not in own}) == 1
+    assert len({e.variable for e in picture.edges if e.kind == "repeat"}) == 1
+    # Parameters of all twelve are one square.
+    (weight,) = (n for n in picture.nodes if re.search(r"layers/0/up/kernel", n.name))
+    assert len(weight.members) == 12
+
+
+def test_runs_that_are_wired_differently_do_not_fold() -> None:
+    """The same operators in the same order, but every other block reads its input where the others do not."""
+
+    def fun(x: Any, swap: bool) -> Any:
+        for i in range(12):
+            y = jnp.sin(x)
+            z = jnp.cos(y)
+            first, second = (y, x) if swap and i % 2 else (x, y)
+            x = jnp.tanh(jnp.exp(first) * z + second)
+        return x
+
+    counts = [
+        [b.count for b in fp.draw(fp.trace(fun)(jnp.ones(3), swap)).picture.boxes] for swap in (False, True)
+    ]
+    assert counts == [[12], [6]]
+    # What does not read the block before is not its repetition.
+    parallel = fp.trace(lambda xs: [jnp.tanh(jnp.exp(jnp.sin(jnp.cos(x)))) for x in xs])([jnp.ones(3)] * 12)
+    assert not fp.draw(parallel).picture.boxes

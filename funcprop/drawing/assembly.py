@@ -29,7 +29,7 @@ class _Assembly:
         self.depth = depth
         self.root = scope_tree(self.graph.operators, lambda op: shown.sections.get(op.name, ""))
         # What an operator is in is asked of the operators themselves, also of those that are folded away.
-        self.folding = fold(self.root, shown.roles) if folded else Folding()
+        self.folding = fold(self.root, shown.roles, len(self.graph) > FEW) if folded else Folding()
         self.scope_of = {op.name: scope for scope, op in self.root.placed()}
         self.keys = {id(scope): f"s{i}" for i, scope in enumerate([self.root, *self.root.scopes()])}
         self.operators = {op.name: op for op in self.graph.operators}

@@ -151,7 +151,7 @@ def draw(
         loops: open `scan`, `while` and `cond` to this many levels: a box with the body, a dotted arrow in it
             leads back to what is carried. By default one level, if the picture then has up to 40 operators
             (100 in graphs of derivatives). In a difference, loops are operators.
-        fold: draw repeated blocks once.
+        fold: draw repeated blocks once; in graphs of more than 40 operators also those that have no scope.
         unnamed: draw a square also for a value that nobody named; by default in graphs of up to 40 operators.
             Without it, an arrow goes from operator to operator.
         types: write dtype and bytes into the squares, not only the shape; by default in graphs of up to 12

@@ -4,6 +4,10 @@ A scope is a run of operators that follow each other: a module that is called tw
 the calls, is two scopes. Blocks repeat if they follow each other in one scope and are the same: the same
 operators, of the same types, wired in the same way. They are folded to the first, and every operator of the
 others is represented by the corresponding one of the first.
+
+Where nobody named scopes, blocks are found by their operators alone: runs of them, each of which reads what
+the one before has computed. Of all places where a block could begin, that one is taken where the fewest
+values come in: between two layers, not in the middle of one.
 """
 
 from __future__ import annotations
@@ -14,8 +18,9 @@ from typing import Any
 
 from funcprop.graph import Operator, Variable
 
-# A block of more siblings than this is not looked for.
-_LONGEST_PERIOD = 64
+# A block of more siblings than this is not looked for, nor one of fewer operators that nobody named.
+_LONGEST_PERIOD = 1024
+_SHORTEST_RUN = 4
 
 
 @dataclass(eq=False)
@@ -123,24 +128,25 @@ class Folding:
         return any(group in second and second[group] != index for group, index in first.items())
 
 
-def fold(root: Scope, role: Mapping[str, str]) -> Folding:
-    """Fold repeated blocks in place."""
+def fold(root: Scope, role: Mapping[str, str], runs: bool) -> Folding:
+    """Fold repeated blocks in place; with `runs`, also those without scopes."""
     folding = Folding()
     signatures = _Signatures(root, role)
-    _fold(root, signatures, folding)
+    _fold(root, signatures, folding, runs)
     return folding
 
 
-def _fold(scope: Scope, signatures: _Signatures, folding: Folding) -> None:
-    kinds = [signatures.of(child) for child in scope.children]
+def _fold(scope: Scope, signatures: _Signatures, folding: Folding, runs: bool) -> None:
+    siblings = _Siblings(scope.children, signatures, runs)
     kept: list[Scope | Operator] = []
     start = 0
     while start < len(scope.children):
-        period, count = _repeats(scope.children, kinds, start)
-        block = scope.children[start : start + period]
+        begin, period, count = siblings.repeats(start)
+        kept.extend(scope.children[start:begin])
+        block = scope.children[begin : begin + period]
         if count > 1:
             group = len(folding.instance) + 1
-            blocks = [scope.children[start + i * period : start + (i + 1) * period] for i in range(count)]
+            blocks = [scope.children[begin + i * period : begin + (i + 1) * period] for i in range(count)]
             members = [[op for child in b for op in _operators(child)] for b in blocks]
             for i, ops in enumerate(members):
                 for first, op in zip(members[0], ops, strict=True):
@@ -149,11 +155,11 @@ def _fold(scope: Scope, signatures: _Signatures, folding: Folding) -> None:
                         folding.representative[op.name] = first
             block = [_counted(block, blocks[-1], count, scope)]
         kept.extend(block)
-        start += period * count
+        start = begin + period * count
     scope.children = kept
     for child in kept:
         if isinstance(child, Scope):
-            _fold(child, signatures, folding)
+            _fold(child, signatures, folding, runs)
 
 
 def _operators(child: Scope | Operator) -> Iterator[Operator]:
@@ -175,21 +181,71 @@ def _counted(block: list[Scope | Operator], last: list[Scope | Operator], count:
     return group
 
 
-def _repeats(children: Sequence[Scope | Operator], kinds: Sequence[int], start: int) -> tuple[int, int]:
-    """Length and number of the repetitions that begin here and cover the most; `(1, 1)` for none.
+class _Siblings:
+    """The children of a scope, in which repetitions are looked for."""
 
-    A block contains a scope, or it would be a chain of operators that nobody called a block.
-    """
-    best = (1, 1)
-    for period in range(1, min(_LONGEST_PERIOD, (len(children) - start) // 2) + 1):
-        count = 1
-        end = start + period
-        while kinds[end : end + period] == kinds[start : start + period] and end + period <= len(children):
-            count, end = count + 1, end + period
-        has_scope = any(isinstance(child, Scope) for child in children[start : start + period])
-        if count > 1 and has_scope and period * count > best[0] * best[1]:
-            best = (period, count)
-    return best
+    def __init__(self, children: Sequence[Scope | Operator], signatures: _Signatures, runs: bool) -> None:
+        self.children = children
+        self.signatures = signatures
+        self.runs = runs
+        # As text, so that blocks are compared at the speed of strings.
+        self.kinds = "".join(chr(signatures.of([child])) for child in children)
+
+    def repeats(self, start: int) -> tuple[int, int, int]:
+        """Where the repetitions that cover the most begin, from here on, their length and their number.
+
+        `(start, 1, 1)` for none.
+        """
+        kinds, best = self.kinds, (1, 1)
+        for period in range(1, min(_LONGEST_PERIOD, (len(kinds) - start) // 2) + 1):
+            if kinds[start] != kinds[start + period]:
+                continue
+            count = self.same(start, period)
+            if count > 1 and period * count > best[0] * best[1]:
+                count = self.equal(start, period, count)
+                if count > 1 and period * count > best[0] * best[1]:
+                    best = (period, count)
+        period, count = best
+        if count == 1 or period == 1:
+            return start, period, count
+        full = [b for b in range(start, start + period) if self.same(b, period) >= count]
+        begin = min(full, key=lambda b: self.incoming(b, period))
+        return (begin if self.equal(begin, period, count) == count else start), period, count
+
+    def incoming(self, begin: int, period: int) -> int:
+        """How many computed values come into the block that begins here."""
+        return len(self.signatures.incoming(self.children[begin : begin + period]))
+
+    def same(self, start: int, period: int) -> int:
+        """How many blocks of this length, from here on, have the same children."""
+        block, count = self.kinds[start : start + period], 1
+        while self.kinds.startswith(block, start + count * period):
+            count += 1
+        return count
+
+    def equal(self, start: int, period: int, count: int) -> int:
+        """How many of these blocks are wired in the same way; 1 if they are not to be called blocks."""
+        blocks = [self.children[start + i * period : start + (i + 1) * period] for i in range(count)]
+        if not any(isinstance(child, Scope) for child in blocks[0]) and not self.is_run(start, period):
+            return 1
+        if period == 1:
+            return count
+        first, equal = self.signatures.of(blocks[0]), 1
+        while equal < count and self.signatures.of(blocks[equal]) == first:
+            equal += 1
+        return equal
+
+    def is_run(self, start: int, period: int) -> bool:
+        """Whether operators without a scope are a block: not a few, and each reads what the last computed."""
+        block = self.kinds[start : start + period]
+        if not self.runs or any(block == block[:n] * (period // n) for n in range(1, _SHORTEST_RUN)):
+            return False
+        begin = min(range(start + 1, start + period + 1), key=lambda b: self.incoming(b, period))
+        if self.same(begin, period) > 1:
+            begin += period
+        before, own = (self.children[max(b, 0) : b + period] for b in (begin - period, begin))
+        computed = self.signatures.computed(before)
+        return period >= _SHORTEST_RUN and not computed.isdisjoint(self.signatures.incoming(own))
 
 
 class _Signatures:
@@ -200,9 +256,18 @@ class _Signatures:
         self.producer = {v.name: (op, i) for op in root.operators() for i, v in enumerate(op.outputs)}
         self._numbers: dict[Any, int] = {}
 
-    def of(self, child: Scope | Operator) -> int:
-        """The number of a subtree."""
-        ops = list(_operators(child))
+    def incoming(self, block: Sequence[Scope | Operator]) -> set[str]:
+        """The computed values that come into a block."""
+        read = {v.name for child in block for op in _operators(child) for v in op.inputs}
+        return {name for name in read if name in self.producer} - self.computed(block)
+
+    def computed(self, block: Sequence[Scope | Operator]) -> set[str]:
+        """The values that a block computes."""
+        return {v.name for child in block for op in _operators(child) for v in op.outputs}
+
+    def of(self, block: Sequence[Scope | Operator]) -> int:
+        """The number of a subtree, or of several that follow each other."""
+        ops = [op for child in block for op in _operators(child)]
         inside = {op.name: i for i, op in enumerate(ops)}
         outside: dict[str, int] = {}
 
@@ -223,7 +288,7 @@ class _Signatures:
             )
             for op in ops
         )
-        return self._numbers.setdefault((_shape(child), wiring), len(self._numbers))
+        return self._numbers.setdefault((tuple(map(_shape, block)), wiring), len(self._numbers))
 
 
 def _shape(child: Scope | Operator) -> Any:
