@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="small shapes, one turn")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--only", nargs="*", default=[], help="cases whose name contains one of these")
-    parser.add_argument("--random", type=int, default=9, help="how many random shapes")
+    parser.add_argument("--random", type=int, default=12, help="how many random shapes")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random shapes")
     parser.add_argument("--peer", choices=["torch"], help="the same models in another library, if installed")
     options = parser.parse_args()

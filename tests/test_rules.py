@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 import funcprop as fp
-from funcprop.primitives import convolution, loops, pooling
+from funcprop.primitives import average_pooling, convolution, loops, pooling
 from funcprop.testing import check_rule
 
 
@@ -42,6 +42,13 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 def min_pool(x: jax.Array) -> jax.Array:
     return lax.reduce_window(x, jnp.inf, lax.min, (1, 2, 2, 1), (1, 2, 1, 1), "VALID")
+
+
+def sum_pool(x: jax.Array) -> jax.Array:
+    return lax.reduce_window(
+        x, np.zeros((), x.dtype), lax.add, (1, 3, 2, 1), (1, 2, 1, 1), ((0, 0), (0, 1), (1, 0), (0, 0)), None,
+        (1, 1, 2, 1),
+    )  # fmt: skip
 
 
 def convolve(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -99,6 +106,10 @@ PRIMITIVES: dict[str, tuple[Callable[..., Any], list[Example]]] = {
     "reduce_window_min": (
         min_pool,
         [Example((numbers(2, 5, 6, 2),), rule=pooling.rule(minimum=True, everywhere=True))],
+    ),
+    "reduce_window_sum": (
+        sum_pool,
+        [Example((numbers(2, 5, 6, 2),), rule=average_pooling.rule(everywhere=True))],
     ),
     "conv_general_dilated": (
         convolve,

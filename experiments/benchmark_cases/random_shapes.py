@@ -5,6 +5,7 @@
 | convolution | batch 1–64, side 6–40, kernel 1, 3 or 5, stride 1–2, channels 1–64 to 4–128, relu, 2–3 pool |
 | recurrent   | LSTM, GRU or RNN; 4–200 steps, batch 1–48, width 8–384                                      |
 | rows        | gelu between two products; batch 1–16, length 4–256, widths 16–768                          |
+| average     | average-pool of a relu, 2–5 wide, stride 1–3; batch 1–64, side 6–40, channels 1–128         |
 """
 
 from __future__ import annotations
@@ -66,9 +67,26 @@ def _rows(rng: np.random.Generator) -> Drawn:
     return f"rows {batch}×{length}, {width}→{hidden}→{width}", case
 
 
+def _average(rng: np.random.Generator) -> Drawn:
+    batch, side, channels = _between(rng, 1, 64), _between(rng, 6, 40), _between(rng, 1, 128)
+    window, stride, padding = (
+        int(rng.integers(2, 6)),
+        int(rng.integers(1, 4)),
+        str(rng.choice(["SAME", "VALID"])),
+    )
+
+    def case() -> Case:
+        def loss(x: jax.Array) -> jax.Array:
+            return jnp.mean(nn.avg_pool(nn.relu(x), (window, window), (stride, stride), padding) ** 2)
+
+        return gradients(loss, normal(batch, side, side, channels))
+
+    return f"average-pool {batch}×{side}×{side}×{channels}, {window}×{window}/{stride} {padding}", case
+
+
 def drawn(count: int, seed: int) -> dict[str, Row]:
     """Random cases, the families in turn."""
     rng = np.random.default_rng(seed)
-    families = (_convolution, _recurrent, _rows)
+    families = (_convolution, _recurrent, _rows, _average)
     cases = [families[i % len(families)](rng) for i in range(count)]
     return {f"random: {name}": Row(case, case, *NEVER_WORSE) for name, case in cases}

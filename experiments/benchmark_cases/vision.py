@@ -53,6 +53,15 @@ def pool(batch: int) -> Case:
     return gradients(lambda x: jnp.sum(nn.max_pool(x, (2, 2), (2, 2)) ** 2), normal(batch, 32, 32, 64))
 
 
+def average_pool(batch: int, size: int) -> Case:
+    """Windows of this size with stride 2, after a relu."""
+
+    def loss(x: jax.Array, bias: jax.Array) -> jax.Array:
+        return jnp.sum(nn.avg_pool(nn.relu(x + bias), (size, size), (2, 2)) ** 2)
+
+    return gradients(loss, normal(batch, 32, 32, 64), normal(64, seed=1))
+
+
 class ResidualBlock(nn.Module):
     channels: int
     stride: int
@@ -115,6 +124,12 @@ ROWS: dict[str, Row] = {
     ),
     "Equinox CNN, batch 128": Row(lambda: equinox_cnn(128), lambda: equinox_cnn(2), 0.50, 0.50),
     "2×2 max-pool, 128×32×32×64": Row(lambda: pool(128), lambda: pool(2), 0.18, 0.10),
+    "2×2 average-pool, 128×32×32×64": Row(
+        lambda: average_pool(128, 2), lambda: average_pool(2, 2), *NEVER_WORSE
+    ),
+    "3×3/2 average-pool, 128×32×32×64": Row(
+        lambda: average_pool(128, 3), lambda: average_pool(2, 3), *NEVER_WORSE
+    ),
     "ResNet with batch norm, batch 64": Row(lambda: resnet(64), lambda: resnet(2), *NEVER_WORSE),
     "ViT-tiny, batch 32": Row(
         lambda: classified(ViT(), normal(32, 32, 32, 3)),

@@ -8,6 +8,7 @@ from typing import Any
 
 from funcprop.primitives import (
     arithmetic,
+    average_pooling,
     convolution,
     cumulative,
     elementwise,
@@ -24,6 +25,7 @@ RULES: dict[OperatorKey, Rule] = {
     **product.RULES,
     **convolution.RULES,
     **pooling.RULES,
+    **average_pooling.RULES,
     **reductions.RULES,
     **cumulative.RULES,
     **indexing.RULES,
