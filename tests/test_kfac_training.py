@@ -79,6 +79,21 @@ def test_average_of_factors_over_minibatches() -> None:
         np.testing.assert_allclose(A, expected, rtol=1e-9)
 
 
+def test_accumulated_steps_get_the_minibatch() -> None:
+    """Of two minibatches that are the same, the second's update is that without accumulation."""
+    one = kfac(linear, squared, 1.0, (X, Y), damping=0.1, kind="exact")
+    many = optax.MultiSteps(one, 2)
+    w, state, values = W, many.init(W), []
+    step = fp.training.make_step(mean_squared, many)
+    for _ in range(2):
+        w, state, value = step(jnp.array(w), state, (X, Y))
+        values.append(value)
+    gradient = jax.grad(mean_squared)(W, X, Y)
+    expected = optax.apply_updates(W, one.update(gradient, one.init(W), W, batch=(X, Y))[0])
+    np.testing.assert_allclose(w, expected, rtol=1e-6)  # optax accumulates in float32
+    assert values[0] == values[1]
+
+
 def test_random_signs_are_drawn_anew() -> None:
     optimizer = kfac(linear, squared, 1.0, (X, Y), damping=0.1, decay=0.0)
     _, first = optimizer.update(GRADIENT, optimizer.init(W), W, batch=(X, Y))

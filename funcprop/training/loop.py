@@ -107,6 +107,8 @@ def make_step(
         [0.5 0.5] 2.0
     """
 
+    if isinstance(optimizer, optax.MultiSteps):  # It hands extra arguments on, but its type does not say so.
+        optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
     transformation = optax.with_extra_args_support(optimizer)
 
     def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, Any]:
