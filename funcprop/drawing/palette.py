@@ -1,7 +1,7 @@
 """Colours: fill, line and text of nodes by what they are, and of arrows.
 
-Names have a contrast of at least 11 : 1 with what they stand on, small print 6 : 1, lines 4.5 : 1; so too on the
-dark paper that the picture has on a dark page.
+Names have a contrast of at least 11 : 1 with what they stand on, small print 6 : 1, lines 4.5 : 1; so too on
+the dark paper that the picture has on a dark page.
 """
 
 from __future__ import annotations
