@@ -1,4 +1,4 @@
-"""The picture as SVG: self-contained, without styles or ids that could meet those of the page it is on."""
+"""The picture as SVG: self-contained, without ids or styles that could meet those of the page it is on."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from xml.sax.saxutils import escape, quoteattr
 from funcprop.drawing.dot import box_label
 from funcprop.drawing.geometry import DETAIL, EDGE_LABEL, LABEL, details_of, label_of, size_of, text_width
 from funcprop.drawing.layout import Layout, Point, Route
-from funcprop.drawing.palette import BOX, BOX_LINE, FAINT, INK, MEANINGS, PAPER, ROLES, ink, paint
+from funcprop.drawing.palette import BOX, BOX_LINE, FAINT, INK, MEANINGS, PAPER, ROLES, ink, paint, stylesheet
 from funcprop.drawing.picture import Box, Edge, Node, Picture, node_ids
 
+_CLASS = "funcprop-graph"
 _MARGIN = 12.0
 _LEGEND_LINE = 22.0
 _FONT = "Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
@@ -43,9 +44,10 @@ def svg(picture: Picture, layout: Layout, with_types: bool) -> str:
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
             f'viewBox="0 0 {width:.2f} {height:.2f}" role="img" font-family={quoteattr(_FONT)} '
-            f'text-anchor="middle">',
+            f'text-anchor="middle" class="{_CLASS}">',
             f"<title>{clean(picture.title)}</title>",
             f"<desc>{clean(_description(picture))}</desc>",
+            f"<style>{clean(stylesheet(_CLASS))}</style>",
             *body,
             "</svg>",
         ]
