@@ -70,6 +70,8 @@ def measured_rates(closed: Any, repeats: int) -> Rates:
     square = jnp.ones((16, 16), jnp.float32)
     small = jax.make_jaxpr(lambda x, y: x @ y)(square, square).eqns[0]
     product = costliest_product(closed)
+    if product is not None and not flops(product):  # Of an empty batch.
+        product = None
     products = [_repeated(eqn) for eqn in (small, product) if eqn is not None]
     count = max(1, min(_REPETITIONS, _MOST // numbers.size))
     moving = jax.jit(lambda x: jax.lax.fori_loop(0, count, lambda _, y: 0.5 * y + 1, x))

@@ -284,3 +284,8 @@ def test_arrays_that_are_closed_over_are_named() -> None:
 def test_what_is_no_array_cannot_be_accounted() -> None:
     with pytest.raises(TypeError, match="returns 'hi' of type str"):
         account(lambda w: "hi", f64(3))
+
+
+def test_programs_that_there_are_not() -> None:
+    with pytest.raises(ValueError, match=r"programs=\['foo'\]: \['foo'\] are not known; use 'inference'"):
+        account(lambda w: jnp.sum(w), f64(3), programs=["foo"])

@@ -429,3 +429,13 @@ def test_a_model_of_equinox_with_a_function_and_a_counter_among_its_leaves(argnu
     factor = x if argnums == 0 else 2.0
     expected = np.linalg.eigvalsh(jax.hessian(lambda w: jnp.sum(jax.nn.relu(w * factor) ** 2))(w))[::-1]
     np.testing.assert_allclose(page.spectrum.values, expected, atol=1e-12)
+
+
+def test_an_empty_batch_and_16_bits_have_no_spectrum_and_do_not_fail() -> None:
+    def squared(w: Any, x: Any) -> Any:
+        return jnp.sum((x @ w) ** 2)
+
+    empty = fp.second_order_cost(squared, repeats=1)(jnp.eye(3), jnp.ones((0, 3)))
+    assert empty["gradient"].measured is not None
+    w, x = jnp.eye(3, dtype=jnp.bfloat16), jnp.ones((2, 3), jnp.bfloat16)
+    assert top(squared, 0, (w, x), {}, empty) is None

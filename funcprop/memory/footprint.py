@@ -54,11 +54,12 @@ def footprint(
         rules: a rule set for the gradient; `fp.rules.default` if None.
         kind: "loss", "prediction" or "step" if it is not what it looks like.
         measure: whether to compile; if not, `compiled` is None.
-        programs: which of the two to account.
+        programs: a sequence of which of the two to account.
         compiler_options: as in `jax.jit`.
 
     Raises:
-        ValueError: `kind` is not known, or there is no argument at a position in `argnums`.
+        ValueError: `kind` or one of `programs` is not known, or there is no argument at a position in
+            `argnums`.
         TypeError: `optimizer` with a function that is not a loss, or an argument at `argnums` has no
             derivative.
 
@@ -72,6 +73,11 @@ def footprint(
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"footprint: kind={kind!r} is not known; use one of {', '.join(KINDS)}, or None.")
+    programs = (programs,) if isinstance(programs, str) else programs
+    if unknown := set(programs) - {"inference", "training"}:
+        raise ValueError(
+            f"footprint: programs={programs!r}: {sorted(unknown)} are not known; use 'inference', 'training'."
+        )
     options = dict(compiler_options or {})
 
     def account(subject: Subject) -> Footprint:

@@ -48,6 +48,8 @@ def top(
     chosen = [i for i, leaf in enumerate(leaves) if is_smooth(leaf)]
     size = sum(np.size(leaves[i]) for i in chosen)
     is_real = not any(jnp.iscomplexobj(leaves[i]) for i in chosen)
+    # LAPACK has no numbers of 16 bits, in which eigenvalues would say little.
+    is_real &= all(jnp.result_type(leaves[i]).itemsize >= 4 for i in chosen)
     if not (is_real and 0 < size <= MOST_PARAMETERS):
         return None
 
