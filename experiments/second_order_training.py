@@ -5,11 +5,18 @@ error) and a classifier 64-64-32-10 (tanh, cross-entropy). Optimizers: SGD with 
 (Jordan 2024) and Sophia (Liu 2023) of optax; K-FAC (Martens and Grosse 2015), Newton-CG on the Gauss-Newton
 matrix with Levenberg-Marquardt damping (Martens 2010) and the Gauss-Newton diagonal of funcprop. All are
 tuned alike: one hyperparameter each (the learning rate; of Newton-CG, which has none, the first damping)
-from a grid of five, the best by the loss after all steps with one seed; all others are the defaults. Then
-three more seeds.
+from a grid of five, the best by the loss after all steps, the worse of two seeds; all others are the
+defaults. Then three more seeds.
 
 The losses are those over all data. A step is timed without them, in turn with the jitted gradient of a
 minibatch, which is the unit of work: every optimizer's curve is shown per step, per second, and per gradient.
+
+Found (500 steps): per step, Newton-CG wins on the autoencoder (0.43; Muon 0.48, K-FAC 0.62, Sophia 0.72,
+Adam 0.73, SGD 0.77, Gauss-Newton diagonal 0.87) and Muon on the classifier (1e-6; K-FAC and SGD 2e-4, Adam
+4e-4, Sophia 8e-4, Newton-CG and the diagonal 9e-3). Per second and per gradient Muon is ahead on both: a
+step of it costs 2 gradients, one of K-FAC 5, of Newton-CG 8 to 10, of the diagonal 3 to 7, and none of
+funcprop's three makes that up on networks as small as these. Newton-CG stays behind where minibatches of
+256 no longer agree on the curvature.
 
     python experiments/second_order_training.py [--smoke] [--steps N]
 """
@@ -36,7 +43,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
-BATCH, SEEDS, TUNING_SEED = 256, (1, 2, 3), 0
+BATCH, SEEDS, TUNING_SEEDS = 256, (1, 2, 3), (11, 12)
 BETWEEN = 10  # steps from one evaluation over all data to the next
 
 
@@ -111,17 +118,18 @@ def kfac(problem: Problem, rate: float) -> optax.GradientTransformation:
 
 
 OPTIMIZERS = {
-    "SGD, momentum": Optimizer(lambda _, rate: optax.sgd(rate, momentum=0.9), (0.01, 0.03, 0.1, 0.3, 1.0)),
+    "SGD, momentum": Optimizer(lambda _, rate: optax.sgd(rate, momentum=0.9), (0.01, 0.03, 0.3, 1.0, 3.0)),
     "Adam": Optimizer(lambda _, rate: optax.adam(rate), (0.001, 0.003, 0.01, 0.03, 0.1)),
     "Muon": Optimizer(lambda _, rate: optax.contrib.muon(rate), (0.003, 0.01, 0.03, 0.1, 0.3)),
-    "Sophia": Optimizer(sophia, (0.001, 0.003, 0.01, 0.03, 0.1)),
+    "Sophia": Optimizer(sophia, (0.0003, 0.001, 0.003, 0.01, 0.03)),
     "K-FAC": Optimizer(kfac, (0.01, 0.03, 0.1, 0.3, 1.0)),
     "Newton-CG": Optimizer(
         lambda p, damping: fp.training.newton_cg(curvature=gauss_newton(p), damping=damping, max_steps=20),
         (0.001, 0.01, 0.1, 1.0, 10.0),
     ),
     "Gauss-Newton diagonal": Optimizer(
-        lambda p, rate: fp.training.gauss_newton_diagonal(model, p.loss, rate), (0.003, 0.01, 0.03, 0.1, 0.3)
+        lambda p, rate: fp.training.gauss_newton_diagonal(model, p.loss, rate),
+        (0.001, 0.003, 0.01, 0.03, 0.1),
     ),
 }
 
@@ -180,8 +188,8 @@ class Program:
         """Seconds of a step, and how many gradients of a minibatch take as long; both in turn."""
         x, y = (array[:BATCH] for array in self.data)
         gradient = jax.jit(jax.value_and_grad(functools.partial(mean_loss, self.problem)))
-        params, state = self.start(TUNING_SEED)
-        fixed, _ = self.start(TUNING_SEED)
+        params, state = self.start(SEEDS[0])
+        fixed, _ = self.start(SEEDS[0])
         seconds = []
         for _ in range(repeats + 1):
             begun = time.perf_counter()
@@ -198,7 +206,10 @@ def study(name: str, problem: Problem, data: Any, steps: int, smoke: bool) -> Su
     optimizer = OPTIMIZERS[name]
     grid, seeds = (optimizer.grid[2:3], SEEDS[:1]) if smoke else (optimizer.grid, SEEDS)
     programs = {value: Program(problem, optimizer.make(problem, value), data) for value in grid}
-    finals = {value: program.run(TUNING_SEED, steps).final for value, program in programs.items()}
+    finals = {
+        value: max(program.run(seed, steps).final for seed in TUNING_SEEDS[: len(seeds)])
+        for value, program in programs.items()
+    }
     chosen = min(finals, key=finals.__getitem__)
     runs = [programs[chosen].run(seed, steps) for seed in seeds]
     seconds, gradients = programs[chosen].cost(2 if smoke else 30)
@@ -216,7 +227,7 @@ def draw(found: dict[str, dict[str, Summary]], path: Path) -> None:
             median = np.median(s.losses, axis=0)
             for axes, unit in zip(row, (1, s.step_seconds, s.gradients_per_step), strict=True):
                 axes.loglog(np.maximum(steps, 1) * unit, median, label=name)
-        row[0].set_ylabel(f"{problem}: loss over all data (median of the seeds)")
+        row[0].set_ylabel(f"loss of the {problem}, median")
     for axes, label in zip(panels[-1], ("steps", "seconds", "gradients"), strict=True):
         axes.set_xlabel(label)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
