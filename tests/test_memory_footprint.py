@@ -289,3 +289,16 @@ def test_what_is_no_array_cannot_be_accounted() -> None:
 def test_programs_that_there_are_not() -> None:
     with pytest.raises(ValueError, match=r"programs=\['foo'\]: \['foo'\] are not known; use 'inference'"):
         account(lambda w: jnp.sum(w), f64(3), programs=["foo"])
+
+
+def test_products_that_are_widened_are_named() -> None:
+    half, single = (jax.ShapeDtypeStruct((8, 8), dtype) for dtype in ("bfloat16", "float32"))
+
+    def loss(w: Any, x: Any) -> Any:
+        return jnp.mean(jax.lax.map(lambda row: jnp.tanh(row @ w), x).astype("float32"))
+
+    said = account(loss, half, half).warnings
+    assert [text.split(" are ")[0] for text in said] == [
+        f"{purpose}: products of 16-bit numbers" for purpose in ("inference", "training")
+    ]
+    assert not account(loss, single, single).warnings

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from funcprop import _compat
 from funcprop.flops import of_jaxpr
@@ -102,6 +103,15 @@ def embedded(ours: Predicted) -> Iterator[str]:
         )
 
 
+def widened(case: Case) -> Iterator[str]:
+    """Products of 16-bit numbers, whose operands XLA's CPU backend converts to copies of 32 bits."""
+    if jax.default_backend() == "cpu" and any(_products_of_16_bits(case.jaxpr)):
+        yield (
+            "products of 16-bit numbers are computed in float32 on the CPU, from converted copies of their "
+            "operands that the prediction does not count: it is up to a half too low; go by `compiled`."
+        )
+
+
 def undonated(case: Case | None) -> Iterator[str]:
     """What a train step holds twice because it donates nothing."""
     if case is None or case.donated:
@@ -127,6 +137,16 @@ def _checkpoints(jaxpr: Any) -> Iterator[Any]:
         if eqn.primitive.name not in ("scan", "while"):
             for _, body in _compat.sub_jaxprs(eqn):
                 yield from _checkpoints(body)
+
+
+def _products_of_16_bits(jaxpr: Any) -> Iterator[Any]:
+    for eqn in _compat.open_jaxpr(jaxpr).eqns:
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            if any(v.aval.dtype in (jnp.bfloat16, jnp.float16) for v in eqn.invars):
+                yield eqn
+        else:
+            for _, body in _compat.sub_jaxprs(eqn):
+                yield from _products_of_16_bits(body)
 
 
 def _loops(jaxpr: Any) -> Iterator[Any]:
