@@ -35,9 +35,8 @@ def scale_by_diagonal(
 
     Args:
         diagonal: `diagonal(params, **extra)`, a pytree like the parameters. Of the extra arguments of
-        `update`
-            it gets those that are its parameters, so `lambda params, batch: …` gets the minibatch that
-            `fp.training.make_step` passes. Magnitudes are taken, for a Hessian's diagonal has both signs.
+            `update` it gets those that are its parameters, so `lambda params, batch: …` gets the minibatch
+            that `fp.training.make_step` passes. Magnitudes are taken: a Hessian's diagonal has both signs.
         damping: a number > 0 or, if the diagonal is never zero, 0.
         decay: between 0 (the last diagonal alone) and 1 (the mean of all), exclusive of 1.
         every: after how many updates the diagonal is computed anew.
