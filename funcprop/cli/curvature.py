@@ -11,8 +11,8 @@ import jax
 import typer
 
 import funcprop as fp
-from funcprop.cli.backward import parse_argnums
-from funcprop.cli.output import Output, digits, emit, number, table
+from funcprop.cli.options import AsJson, TargetName, parse_argnums
+from funcprop.cli.output import Output, digits, emit, number, table, written
 from funcprop.cli.target import Target, TargetError, load, users_code
 from funcprop.curvature import Summary
 
@@ -20,7 +20,7 @@ BAR = 40  # characters of the longest bar
 
 
 def curvature(
-    target: Annotated[str, typer.Argument(help="module:function, file.py:function or chapter")],
+    target: TargetName,
     argnums: Annotated[str, typer.Option(help="position of the argument with the parameters")] = "0",
     k: Annotated[int, typer.Option("-k", min=1, help="eigenvalues at each end")] = 5,
     samples: Annotated[int, typer.Option(min=2, help="random vectors of the estimates")] = 10,
@@ -30,7 +30,7 @@ def curvature(
     ] = fp.curvature.EXACT,
     seed: Annotated[int, typer.Option(help="of the random vectors")] = 0,
     out: Annotated[Path | None, typer.Option(help="a plot to write: .png, .pdf or .svg")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """The Hessian: top eigenvalues, spectral density, trace, each parameter's share, condition."""
 
@@ -165,7 +165,5 @@ def _plot(found: Summary, label: str, path: Path) -> None:
     right.invert_yaxis()
     right.set_xlabel("trace of the parameter's block")
     figure.suptitle(f"{label}: Hessian of {sum(found.sizes)} parameters")
-    try:
+    with written(path):
         figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise TargetError(f"--out {str(path)!r} cannot be written: {error.strerror}.") from None

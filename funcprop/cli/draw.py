@@ -11,7 +11,7 @@ import typer
 
 import funcprop as fp
 from funcprop.cli.options import Argnums, AsJson, TargetName, parse_argnums
-from funcprop.cli.output import Output, emit
+from funcprop.cli.output import Output, emit, written
 from funcprop.cli.target import Target, TargetError, load, users_code
 from funcprop.drawing.draw import SUFFIXES
 
@@ -81,10 +81,8 @@ def report(target: Target, choices: Choices, out: Path | None, written_as: str |
     except fp.DrawingError as error:
         raise TargetError(str(error)) from None
     if out is not None:
-        try:
+        with written(out):
             out.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise TargetError(f"--out {str(out)!r} cannot be written: {error.strerror}.") from None
     picture = drawing.picture
     data: dict[str, Any] = {
         "target": target.label,

@@ -10,8 +10,8 @@ import optax
 import typer
 
 import funcprop as fp
-from funcprop.cli.backward import parse_argnums
-from funcprop.cli.output import Output, emit
+from funcprop.cli.options import ArgnumsOrAll, AsJson, TargetName, parse_argnums
+from funcprop.cli.output import Output, emit, written
 from funcprop.cli.target import Target, TargetError, load, users_code
 
 # For memory only the kind of an optimizer matters, not its rates.
@@ -25,10 +25,8 @@ _OPTIMIZERS = {
 
 
 def memory(
-    target: Annotated[str, typer.Argument(help="module:function, file.py:function or chapter")],
-    argnums: Annotated[
-        str, typer.Option(help="positions of the arguments to differentiate, as 0 or 0,2")
-    ] = "0",
+    target: TargetName,
+    argnums: ArgnumsOrAll = "0",
     optimizer: Annotated[
         str, typer.Option(help="sgd, momentum, adam or adamw: account a train step, not the gradient alone")
     ] = "none",
@@ -37,7 +35,7 @@ def memory(
         int | None, typer.Option(min=1, help="bytes: also the largest batch that fits, by leading axes")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="file to write the JSON to")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What is held at the peak, buffer by buffer: inference and training, predicted and compiled."""
     emit(lambda: report(load(target), parse_argnums(argnums), optimizer, measure, budget, out), as_json)
@@ -67,10 +65,8 @@ def report(
         )
         data |= {"budget": budget, "batch_limit": limits}
     if out is not None:
-        try:
+        with written(out):
             out.write_text(found.json(), encoding="utf-8")
-        except OSError as error:
-            raise TargetError(f"--out {str(out)!r} cannot be written: {error.strerror}.") from None
         text = f"{out}: {', '.join(found.ledgers)} of {target.label}\n\n{text}"
     return Output(text, data)
 

@@ -6,7 +6,8 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +45,19 @@ def emit(compute: Callable[[], Output], as_json: bool) -> None:
         print(json.dumps(output.data, allow_nan=False))
     else:
         print(output.text)
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Around the writing of what `--out` names.
+
+    Raises:
+        TargetError: the file cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise TargetError(f"--out {str(path)!r} cannot be written: {error.strerror}.") from None
 
 
 # --- text -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import funcprop as fp
 from funcprop.cli.options import ArgnumsOrAll, AsJson, TargetName, parse_argnums
-from funcprop.cli.output import Output, digits, emit, number
+from funcprop.cli.output import Output, digits, emit, number, written
 from funcprop.cli.target import Target, TargetError, load, users_code
 from funcprop.cli.train import as_setup
 from funcprop.training import Setup
@@ -55,10 +55,8 @@ def write(target: str, out: Path | None, argnums: Sequence[int] | None, options:
             text = page.html
         except (fp.ReportError, fp.DrawingError) as error:
             raise TargetError(str(error)) from None
-    try:
+    with written(path):
         path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise TargetError(f"--out {str(path)!r} cannot be written: {error.strerror}.") from None
     size = len(text.encode())
     value = "" if page.value is None else f"J = {digits(page.value)}, "
     line = f"{path}: {value}{len(page.graph)} operators, {size / 1e6:.1f} MB. Open it in a browser."

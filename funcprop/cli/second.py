@@ -10,22 +10,20 @@ from typing import Annotated
 import typer
 
 import funcprop as fp
-from funcprop.cli.backward import parse_argnums
-from funcprop.cli.output import Output, emit
+from funcprop.cli.options import ArgnumsOrAll, AsJson, TargetName, parse_argnums
+from funcprop.cli.output import Output, emit, written
 from funcprop.cli.target import Target, TargetError, load, users_code
 
 
 def second(
-    target: Annotated[str, typer.Argument(help="module:function, file.py:function or chapter")],
-    argnums: Annotated[
-        str, typer.Option(help="positions of the arguments to differentiate, as 0 or 0,2, or all")
-    ] = "0",
+    target: TargetName,
+    argnums: ArgnumsOrAll = "0",
     output: Annotated[
         str | None, typer.Option(help="the model's output, by its name in `funcprop forward`")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="how often each program is run")] = 10,
     out: Annotated[Path | None, typer.Option(help="file to write: .txt the table, .json the data")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Matrix products, bytes and time of gradient, HVP, Gauss-Newton product and Hessian."""
     emit(lambda: report(load(target), parse_argnums(argnums), output, repeats, out), as_json)
@@ -42,8 +40,6 @@ def report(
         found = costs(*target.args, **target.kwargs)
     text, data = str(found), {"target": target.label, **found.as_dict()}
     if out is not None:
-        try:
+        with written(out):
             out.write_text((text if out.suffix == ".txt" else json.dumps(data)) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise TargetError(f"--out {str(out)!r} cannot be written: {error.strerror}.") from None
     return Output(text, data)
