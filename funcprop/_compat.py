@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -122,6 +120,11 @@ def one_equation(eqn: Equation) -> Callable[..., list[Any]]:
     return lambda *args: evaluate(jaxpr, (), args)
 
 
+def variables(atoms: Sequence[Any]) -> list[Any]:
+    """Those that are no literals."""
+    return [v for v in atoms if not isinstance(v, Literal)]
+
+
 def free_variables(eqns: Sequence[Any]) -> list[Var]:
     """What a run of equations reads and does not itself define, in order of first reading."""
     defined = {v for eqn in eqns for v in eqn.outvars}
@@ -209,6 +212,15 @@ def sub_jaxprs(eqn: Equation) -> Iterator[tuple[str, Any]]:
                     yield f"{key}[{i}]", item
 
 
+def equations(jaxpr: Any, into: Callable[[Equation], bool] = lambda eqn: True) -> Iterator[Any]:
+    """The equations of a jaxpr and of the bodies of those that are looked `into`, each before its bodies."""
+    for eqn in open_jaxpr(jaxpr).eqns:
+        yield eqn
+        if into(eqn):
+            for _, body in sub_jaxprs(eqn):
+                yield from equations(body, into)
+
+
 def map_sub_jaxprs(eqn: Equation, change: Callable[[Any], Any]) -> Equation:
     """The equation with `change(jaxpr)` in place of each jaxpr it holds."""
     params = dict(eqn.params)
@@ -228,72 +240,30 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def temporary_bytes(compiled: Any) -> int:
-    """Bytes that a compiled program needs besides its arguments and results."""
-    return int(compiled.memory_analysis().temp_size_in_bytes)
-
-
-def compiled_bytes(compiled: Any) -> int:
-    """Bytes that a compiled program needs at all: arguments, results and temporaries, shared ones once."""
-    sizes = compiled.memory_analysis()
-    needed = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
-    return int(needed - sizes.alias_size_in_bytes)
-
-
 # --- compiled programs ------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Instruction:
-    """One instruction of a compiled program; `type`, operand types and `attributes` as XLA writes them.
-
-    `calls` are the computations that it runs; `trips` says how often a loop runs its body, None for another
-    instruction or where XLA does not know it.
-    """
-
-    opcode: str
-    type: str
-    operands: tuple[str, ...]
-    attributes: str
-    calls: tuple[str, ...]
-    trips: int | None
+def memory_fields(compiled: Any) -> dict[str, int]:
+    """What a compiled program says of its memory: `argument, output, temporary, alias` and `peak` bytes."""
+    names = {"argument": "argument_size", "output": "output_size", "temporary": "temp_size"}
+    names |= {"alias": "alias_size", "peak": "peak_memory"}
+    found = compiled.memory_analysis()
+    return {ours: int(getattr(found, f"{theirs}_in_bytes", 0)) for ours, theirs in names.items()}
 
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
-_CALLED = re.compile(
-    r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
-    r"|branch_computations=\{([^}]*)\}"
-)
+def held_bytes(fields: Mapping[str, int]) -> int:
+    """Bytes that a program needs at all, by its `memory_fields`: what results and arguments share, once."""
+    return fields["argument"] + fields["output"] + fields["temporary"] - fields["alias"]
 
 
-def compiled_instructions(compiled: Any) -> tuple[dict[str, list[Instruction]], str]:
-    """The computations of a compiled program by name, and the name of the one that is run."""
-    computations: dict[str, list[Instruction]] = {}
-    types: dict[str, str] = {}
-    entry = current = ""
-    for line in compiled.as_text().splitlines():
-        if header := _COMPUTATION.match(line):
-            current = header[2]
-            computations[current], types = [], {}
-            entry = current if header[1] else entry
-        elif found := _INSTRUCTION.match(line):
-            name, type_, opcode, rest = found.groups()
-            types[name] = type_
-            operands, _, attributes = rest.partition(")")
-            called = [re.findall(r"[\w.\-]+", one or several) for one, several in _CALLED.findall(attributes)]
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes)
-            computations[current].append(
-                Instruction(
-                    opcode,
-                    type_,
-                    tuple(types.get(o, "") for o in re.findall(r"%([\w.\-]+)", operands)),
-                    attributes,
-                    tuple(name for names in called for name in names),
-                    int(trips[1]) if trips else None,
-                )
-            )
-    return computations, entry
+def temporary_bytes(compiled: Any) -> int:
+    """Bytes that a compiled program needs besides its arguments and results."""
+    return memory_fields(compiled)["temporary"]
+
+
+def program_text(compiled: Any) -> str:
+    """A compiled program as XLA writes it, `funcprop.hlo` reads it."""
+    return str(compiled.as_text())
 
 
 @functools.cache
@@ -313,7 +283,7 @@ def barrier_options(platform: str) -> dict[str, str] | None:
     def products(layer: Callable[[Any], Any], options: dict[str, str]) -> int:
         shape = jax.ShapeDtypeStruct((2, 2), jnp.float32)
         gradient = jax.jit(jax.grad(lambda x: layer(layer(x)).sum()), compiler_options=options)
-        return str(gradient.lower(shape).compile().as_text()).count(" dot(")
+        return program_text(gradient.lower(shape).compile()).count(" dot(")
 
     without = products(layer, {})
     for options in ({}, {"xla_disable_hlo_passes": "cse_barrier_expander"}):
@@ -323,14 +293,6 @@ def barrier_options(platform: str) -> dict[str, str] | None:
         except jax.errors.JaxRuntimeError:  # This XLA does not know the option.
             continue
     return None
-
-
-def memory_fields(compiled: Any) -> dict[str, int]:
-    """What a compiled program says of its memory: `argument, output, temporary, alias` and `peak` bytes."""
-    names = {"argument": "argument_size", "output": "output_size", "temporary": "temp_size"}
-    names |= {"alias": "alias_size", "peak": "peak_memory"}
-    found = compiled.memory_analysis()
-    return {ours: int(getattr(found, f"{theirs}_in_bytes", 0)) for ours, theirs in names.items()}
 
 
 def counted_flops(compiled: Any) -> float | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from funcprop import _compat
 
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 # Moves, makes or marks data without arithmetic.
 _FREE = frozenset(
     {"reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "dynamic_slice"}

@@ -19,9 +19,8 @@ from typing import Any
 
 from funcprop import _compat
 from funcprop.attach import linear_body
-from funcprop.flops import flops
-
-PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
+from funcprop.flops import PRODUCTS, flops
+from funcprop.hlo import Instruction, instructions
 
 # What XLA gives a kernel of its own, apart from products and what has a body.
 _UNFUSED = frozenset(
@@ -63,7 +62,7 @@ class Work:
 def of_jaxpr(closed: Any) -> Work:
     """The work of a jaxpr whose results are all wanted; what none of them needs is not counted."""
     jaxpr = _compat.inlined(closed)
-    consts = sum(_nbytes(v) for v in _compat.open_jaxpr(jaxpr).constvars)
+    consts = sum(nbytes(v) for v in _compat.open_jaxpr(jaxpr).constvars)
     jaxpr, _ = _compat.with_constants_as_inputs(jaxpr)
     jaxpr, _ = _compat.without_unread_inputs(jaxpr, [True] * len(jaxpr.invars))
     operators = products = total = 0
@@ -74,7 +73,7 @@ def of_jaxpr(closed: Any) -> Work:
         if eqn.primitive.name in PRODUCTS:
             products += times
             sizes[flops(eqn)] += times
-    arguments = sum(map(_nbytes, jaxpr.invars)) - consts
+    arguments = sum(map(nbytes, jaxpr.invars)) - consts
     return Work(operators, products, total, arguments + _peak(jaxpr), _moved(jaxpr), dict(sizes))
 
 
@@ -102,13 +101,10 @@ def _executed(eqn: Any) -> Iterator[tuple[Any, int]]:
         yield from ((body, 1) for body in bodies)
 
 
-def _nbytes(atom: Any) -> int:
+def nbytes(atom: Any) -> int:
+    """Bytes of a value; 0 of what has no size."""
     dtype = getattr(atom.aval, "dtype", None)
     return math.prod(getattr(atom.aval, "shape", ())) * getattr(dtype, "itemsize", 0)
-
-
-def _variables(atoms: Sequence[Any]) -> list[Any]:
-    return [v for v in atoms if not isinstance(v, _compat.Literal)]
 
 
 def _is_unfused(eqn: Any) -> bool:
@@ -123,10 +119,10 @@ def _is_unfused(eqn: Any) -> bool:
 
 def _in_memory(jaxpr: Any) -> set[Any]:
     """The intermediate values that XLA is expected to write to memory."""
-    kept = set(_variables(jaxpr.outvars))
+    kept = set(_compat.variables(jaxpr.outvars))
     for eqn in jaxpr.eqns:
         if _is_unfused(eqn):
-            kept.update(_variables(eqn.invars))
+            kept.update(_compat.variables(eqn.invars))
             kept.update(eqn.outvars)
         elif eqn.primitive.name.startswith("reduce_"):
             kept.update(eqn.outvars)
@@ -139,17 +135,17 @@ def _peak(jaxpr: Any) -> int:
     last: dict[Any, int] = {}
     needs = _sources(jaxpr, kept)
     for i, eqn in enumerate(jaxpr.eqns):
-        last.update((v, i) for atom in _variables(eqn.invars) for v in needs.get(atom, ()))
-    last.update((v, len(jaxpr.eqns)) for v in _variables(jaxpr.outvars))
+        last.update((v, i) for atom in _compat.variables(eqn.invars) for v in needs.get(atom, ()))
+    last.update((v, len(jaxpr.eqns)) for v in _compat.variables(jaxpr.outvars))
     ends: dict[int, list[Any]] = {}
     for v, i in last.items():
         ends.setdefault(i, []).append(v)
     live = peak = 0
     for i, eqn in enumerate(jaxpr.eqns):
-        live += sum(_nbytes(v) for v in eqn.outvars if v in kept)
+        live += sum(nbytes(v) for v in eqn.outvars if v in kept)
         inside = max((_peak(body) for body, _ in _executed(eqn)), default=0)
         peak = max(peak, live + inside)
-        live -= sum(_nbytes(v) for v in ends.get(i, ()))
+        live -= sum(nbytes(v) for v in ends.get(i, ()))
     return max(peak, live)
 
 
@@ -157,7 +153,7 @@ def _sources(jaxpr: Any, kept: set[Any]) -> dict[Any, tuple[Any, ...]]:
     """For every atom, the values in memory from which it is made where it is read."""
     found: dict[Any, tuple[Any, ...]] = {}
     for eqn in jaxpr.eqns:
-        inherited = tuple(dict.fromkeys(s for v in _variables(eqn.invars) for s in found.get(v, ())))
+        inherited = tuple(dict.fromkeys(s for v in _compat.variables(eqn.invars) for s in found.get(v, ())))
         found.update((v, (v,) if v in kept else inherited) for v in eqn.outvars)
     return found
 
@@ -172,11 +168,11 @@ def _moved(jaxpr: Any) -> int:
         if bodies:
             total += sum(times * _moved(body) for body, times in bodies)
         elif eqn.primitive.name not in PRODUCTS:
-            total += sum(_nbytes(v) for v in eqn.outvars if v in kept)
-            operands = [v for v in _variables(eqn.invars) if v in kept]
+            total += sum(nbytes(v) for v in eqn.outvars if v in kept)
+            operands = [v for v in _compat.variables(eqn.invars) if v in kept]
             # Fused operators that read the same value read it together.
             new = operands if _is_unfused(eqn) else [v for v in operands if v not in read]
-            total += sum(map(_nbytes, new))
+            total += sum(map(nbytes, new))
             read.update(operands)
     return total
 
@@ -212,7 +208,7 @@ _SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 
 def of_compiled(compiled: Any) -> Work:
     """The work of a compiled program, from its instructions; bytes as XLA accounts for them."""
-    computations, entry = _compat.compiled_instructions(compiled)
+    computations, entry = instructions(_compat.program_text(compiled))
     known: dict[str, Work] = {}
 
     def of(name: str) -> Work:
@@ -221,10 +217,12 @@ def of_compiled(compiled: Any) -> Work:
         return known[name]
 
     found = of(entry)
-    return Work(found.operators, found.products, found.flops, _compat.compiled_bytes(compiled))
+    return Work(
+        found.operators, found.products, found.flops, _compat.held_bytes(_compat.memory_fields(compiled))
+    )
 
 
-def _of_instruction(instruction: _compat.Instruction, of: Callable[[str], Work]) -> Work:
+def _of_instruction(instruction: Instruction, of: Callable[[str], Work]) -> Work:
     opcode = instruction.opcode
     if opcode in _RUNS:
         bodies = [of(name) for name in instruction.calls]

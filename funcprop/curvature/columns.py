@@ -18,7 +18,6 @@ A leaf that is its own node has `a = 1` and as many columns as entries that mix.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +31,7 @@ from funcprop.curvature.nodes import Node
 from funcprop.flops import of_jaxpr
 from funcprop.registry import RuleSet
 from funcprop.rewrite import with_rules
+from funcprop.work import nbytes
 
 # Measured on two x86 cores: smaller blocks leave them idle, larger ones leave their caches.
 _CACHE_BYTES = 32 << 20
@@ -144,22 +144,17 @@ def peak_bytes(jaxpr: Any) -> int:
     jaxpr = _compat.open_jaxpr(jaxpr)
     last: dict[Any, int] = {}
     for i, eqn in enumerate(jaxpr.eqns):
-        last.update({v: i for v in [*eqn.invars, *eqn.outvars] if not isinstance(v, _compat.Literal)})
-    last.update({v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, _compat.Literal)})
-    held = {v: _nbytes(v) for v in jaxpr.invars}
+        last.update(dict.fromkeys(_compat.variables([*eqn.invars, *eqn.outvars]), i))
+    last.update(dict.fromkeys(_compat.variables(jaxpr.outvars), len(jaxpr.eqns)))
+    held = {v: nbytes(v) for v in jaxpr.invars}
     peak = sum(held.values())
     for i, eqn in enumerate(jaxpr.eqns):
-        held.update({v: _nbytes(v) for v in eqn.outvars})
+        held.update({v: nbytes(v) for v in eqn.outvars})
         inside = max((peak_bytes(body) for _, body in _compat.sub_jaxprs(eqn)), default=0)
         peak = max(peak, sum(held.values()) + inside)
         for v in [v for v in held if last.get(v, -1) <= i]:
             del held[v]
     return peak
-
-
-def _nbytes(v: Any) -> int:
-    dtype = getattr(v.aval, "dtype", None)
-    return math.prod(getattr(v.aval, "shape", ())) * getattr(dtype, "itemsize", 0)
 
 
 def diagonal_of(columns: Columns, data: Any, dtype: Any, done: Callable[[Any], None] | None) -> Any:

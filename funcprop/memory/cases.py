@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -137,9 +137,8 @@ class Subject:
             and jnp.issubdtype(self.results[0].dtype, jnp.floating)
         ):
             return "loss"
-        return (
-            "step" if any("transpose(" in scope for scope in _scopes(self.inference.jaxpr)) else "prediction"
-        )
+        backward = (e for e in _compat.equations(self.inference.jaxpr) if "transpose(" in _compat.scope(e))
+        return "prediction" if next(backward, None) is None else "step"
 
     # --- training -----------------------------------------------------------------------------
 
@@ -277,13 +276,6 @@ def _arrays(tree: Any) -> list[Any]:
     return [x for x in jax.tree.leaves(tree) if isinstance(x, jax.core.Tracer) or is_array(x)]
 
 
-def _scopes(jaxpr: Any) -> Iterator[str]:
-    for eqn in _compat.open_jaxpr(jaxpr).eqns:
-        yield _compat.scope(eqn)
-        for _, body in _compat.sub_jaxprs(eqn):
-            yield from _scopes(body)
-
-
 def _purposes(jaxpr: Any) -> list[Category]:
     """What the arguments of a train step are: carried ones are parameters if the forward sweep reads them."""
     inner = _compat.open_jaxpr(jaxpr)
@@ -309,7 +301,7 @@ def _read_forward(jaxpr: Any, prefix: str = "") -> list[bool]:
     read = set()
     for eqn in inner.eqns:
         scope = f"{prefix}/{_compat.scope(eqn)}"
-        operands = [v for v in eqn.invars if not isinstance(v, _compat.Literal)]
+        operands = _compat.variables(eqn.invars)
         bodies = [body for _, body in _compat.sub_jaxprs(eqn)]
         if "jvp(" in scope and "transpose(" not in scope:
             read.update(operands)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from funcprop import _compat
-from funcprop.flops import of_jaxpr
+from funcprop.flops import PRODUCTS, of_jaxpr
 from funcprop.memory.cases import Case
 from funcprop.memory.rows import Predicted, predicted
 from funcprop.tracing import CHECKPOINTS
@@ -45,16 +45,12 @@ def measured(case: Case, options: Mapping[str, Any], shown: Mapping[str, Any]) -
     program = case.compiled(options)
     fields = _compat.memory_fields(program)
     flops = _compat.counted_flops(program)
-    total, hidden = _total(fields), 0
+    total, hidden = _compat.held_bytes(fields), 0
     if shown and _compat.accepts_compiler_options(tuple(shown.items())):
         other = _compat.memory_fields(case.compiled({**options, **shown}))
-        hidden = max(0, _total(other) - total)
+        hidden = max(0, _compat.held_bytes(other) - total)
         fields = other if hidden else fields
     return Measured(total + hidden, fields, hidden, flops)
-
-
-def _total(fields: Mapping[str, int]) -> int:
-    return fields["argument"] + fields["output"] + fields["temporary"] - fields["alias"]
 
 
 def found(case: Case, ours: Predicted, program: Measured, options: Mapping[str, Any]) -> Iterator[str]:
@@ -72,7 +68,7 @@ def found(case: Case, ours: Predicted, program: Measured, options: Mapping[str, 
             f"memory_analysis().peak_memory_in_bytes says {fields['peak']:,}, without the temporaries; use "
             f"argument + output + temp − alias, which is {program.total:,}."
         )
-    if not keeps_barriers(options) and any(_checkpoints(case.jaxpr)):
+    if not keeps_barriers(options) and _has_checkpoints(case.jaxpr):
         kept = predicted(case, library=True, barriers=True)
         if kept.total < 0.98 * ours.total:
             known = _compat.barrier_options(jax.default_backend())
@@ -86,7 +82,7 @@ def found(case: Case, ours: Predicted, program: Measured, options: Mapping[str, 
                 f"saved: {ours.total:,} bytes where {kept.total:,} would do; {remedy}."
             )
     ours_flops = of_jaxpr(case.jaxpr)
-    if program.flops and any(_loops(case.jaxpr)) and program.flops < 0.5 * ours_flops:
+    if program.flops and _has_loops(case.jaxpr) and program.flops < 0.5 * ours_flops:
         yield (
             f"cost_analysis() counts the body of a loop once: it says {program.flops:,.0f} flops, there are "
             f"{ours_flops:,}; fp.trace(fun)(*args).flops counts every iteration of the function itself."
@@ -105,7 +101,7 @@ def embedded(ours: Predicted) -> Iterator[str]:
 
 def widened(case: Case) -> Iterator[str]:
     """Products of 16-bit numbers, whose operands XLA's CPU backend converts to copies of 32 bits."""
-    if jax.default_backend() == "cpu" and any(_products_of_16_bits(case.jaxpr)):
+    if jax.default_backend() == "cpu" and _has_products_of_16_bits(case.jaxpr):
         yield (
             "products of 16-bit numbers are computed in float32 on the CPU, from converted copies of their "
             "operands that the prediction does not count: it is up to a half too low; go by `compiled`."
@@ -129,29 +125,23 @@ def undonated(case: Case | None) -> Iterator[str]:
         )
 
 
-def _checkpoints(jaxpr: Any) -> Iterator[Any]:
-    """Checkpoints outside of loops."""
-    for eqn in _compat.open_jaxpr(jaxpr).eqns:
-        if eqn.primitive.name in CHECKPOINTS:
-            yield eqn
-        if eqn.primitive.name not in ("scan", "while"):
-            for _, body in _compat.sub_jaxprs(eqn):
-                yield from _checkpoints(body)
+def _has_checkpoints(jaxpr: Any) -> bool:
+    """Whether something is recomputed outside of loops."""
+
+    def outside(eqn: Any) -> bool:
+        return eqn.primitive.name not in ("scan", "while")
+
+    return any(eqn.primitive.name in CHECKPOINTS for eqn in _compat.equations(jaxpr, outside))
 
 
-def _products_of_16_bits(jaxpr: Any) -> Iterator[Any]:
-    for eqn in _compat.open_jaxpr(jaxpr).eqns:
-        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-            if any(v.aval.dtype in (jnp.bfloat16, jnp.float16) for v in eqn.invars):
-                yield eqn
-        else:
-            for _, body in _compat.sub_jaxprs(eqn):
-                yield from _products_of_16_bits(body)
+def _has_loops(jaxpr: Any) -> bool:
+    return any(eqn.primitive.name == "scan" and eqn.params["length"] > 1 for eqn in _compat.equations(jaxpr))
 
 
-def _loops(jaxpr: Any) -> Iterator[Any]:
-    for eqn in _compat.open_jaxpr(jaxpr).eqns:
-        if eqn.primitive.name == "scan" and eqn.params["length"] > 1:
-            yield eqn
-        for _, body in _compat.sub_jaxprs(eqn):
-            yield from _loops(body)
+def _has_products_of_16_bits(jaxpr: Any) -> bool:
+    return any(
+        v.aval.dtype in (jnp.bfloat16, jnp.float16)
+        for eqn in _compat.equations(jaxpr)
+        if eqn.primitive.name in PRODUCTS
+        for v in eqn.invars
+    )

@@ -15,17 +15,12 @@ import jax
 from jax import lax
 
 from funcprop import _compat
+from funcprop.flops import PRODUCTS
 
 Arrays = list[Any]
 
-PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 # Cheap operators that follow a hoisted product out of the loop.
 _FOLLOWERS = frozenset({"add", "sub", "reshape", "convert_element_type", "broadcast_in_dim"})
-
-
-def variables(atoms: Sequence[Any]) -> list[Any]:
-    """Those that are no literals."""
-    return [v for v in atoms if not isinstance(v, _compat.Literal)]
 
 
 def nbytes(atom: Any) -> int:
@@ -48,7 +43,7 @@ def depths(jaxpr: Any, consts: int, carries: int) -> dict[Any, int]:
     for eqn in jaxpr.eqns:
         # Random bits of a batch are not the batch of the random bits (`rng_bit_generator`).
         bound = bool(eqn.effects) or eqn.primitive.name.startswith(("random_", "rng_"))
-        deepest = 2 if bound else max((depth[v] for v in variables(eqn.invars)), default=0)
+        deepest = 2 if bound else max((depth[v] for v in _compat.variables(eqn.invars)), default=0)
         depth.update(dict.fromkeys(eqn.outvars, deepest))
     return depth
 
@@ -88,7 +83,7 @@ def split(
     parallel = [e for i, e in enumerate(jaxpr.eqns) if i in hoisted]
     rest = [e for i, e in enumerate(jaxpr.eqns) if levels[i] > 0 and i not in hoisted]
 
-    read_by_rest = set(_compat.free_variables(rest)) | set(variables(jaxpr.outvars))
+    read_by_rest = set(_compat.free_variables(rest)) | set(_compat.variables(jaxpr.outvars))
     read_later = set(_compat.free_variables(parallel)) | read_by_rest | set(also)
     once_out = [v for e in once for v in e.outvars if v in read_later]
     parallel_out = [v for e in parallel for v in e.outvars if v in read_by_rest]
@@ -116,14 +111,14 @@ def _hoisted(
         if i in taken or levels[i] != 1:
             return
         taken.add(i)
-        for v in variables(eqns[i].invars):
+        for v in _compat.variables(eqns[i].invars):
             if v in maker:
                 take(maker[v])
 
     for i, eqn in enumerate(eqns):
         if levels[i] != 1:
             continue
-        operands = variables(eqn.invars)
+        operands = _compat.variables(eqn.invars)
         projects = eqn.primitive.name in PRODUCTS and any(depth[v] == 0 for v in operands) and hoists(eqn)
         made = [maker[v] for v in operands if v in maker and depth[v] > 0]
         follows = eqn.primitive.name in _FOLLOWERS and made and all(j in taken for j in made)
@@ -232,7 +227,7 @@ def with_turned_constants(jaxpr: Any, consts: int, carries: int) -> Any:
     depth = depths(jaxpr, consts, carries)
 
     def turns(eqn: Any) -> bool:
-        if eqn.primitive.name != "dot_general" or not variables(eqn.invars[1:]):
+        if eqn.primitive.name != "dot_general" or not _compat.variables(eqn.invars[1:]):
             return False
         g, w = eqn.invars
         contracted, batch = eqn.params["dimension_numbers"]

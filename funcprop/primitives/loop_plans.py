@@ -43,15 +43,14 @@ import jax
 import jax.numpy as jnp
 
 from funcprop import _compat
+from funcprop.flops import PRODUCTS
 from funcprop.primitives.loop_bodies import (
-    PRODUCTS,
     Site,
     Split,
     nbytes,
     run_perturbed,
     sites,
     split,
-    variables,
     widened,
 )
 from funcprop.primitives.loop_steps import Step
@@ -129,7 +128,7 @@ def worth_deferring(eqn: Any, operand: int, costs: Costs) -> bool:
 
 def worth_hoisting(eqn: Any, costs: Costs) -> bool:
     """Whether a product of scanned inputs is to precede the loop."""
-    return max(map(nbytes, variables(eqn.invars))) >= costs.hoists * nbytes(eqn.outvars[0])
+    return max(map(nbytes, _compat.variables(eqn.invars))) >= costs.hoists * nbytes(eqn.outvars[0])
 
 
 class Plan(NamedTuple):
@@ -208,7 +207,7 @@ def _autodiff_bytes(body: Body, length: int) -> int:
         for eqn in cut.rest.eqns
         # With a single row the cotangent is an outer product, which XLA adds up without making it.
         if eqn.primitive.name in PRODUCTS and _rows(eqn) > 1
-        for v in variables(eqn.invars)
+        for v in _compat.variables(eqn.invars)
         if v in constants
     ]
     return length * step.autodiff_bytes + sum(cotangents)

@@ -15,14 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from funcprop import _compat
+from funcprop.flops import PRODUCTS
 from funcprop.primitives.loop_bodies import (
-    PRODUCTS,
     Site,
     depths,
     nbytes,
     run_perturbed,
     split,
-    variables,
     with_turned_constants,
 )
 from funcprop.primitives.stacking import merged, recomputation, to_stack
@@ -86,7 +85,7 @@ class Step:
             for position, eqn in enumerate(self.rest.eqns)
             for k, v in enumerate(eqn.invars)
             if (position, k) not in at and not isinstance(v, _compat.Literal)
-        } | set(variables(self.rest.outvars))
+        } | set(_compat.variables(self.rest.outvars))
         return [i for i in _smooth(self.const_vars) if self.const_vars[i] in read]
 
     def stacked_bytes(self, hoisted: int) -> tuple[int, int]:
@@ -98,7 +97,7 @@ class Step:
         first = len(self.x_vars) - hoisted
         made = [v for i, v in zip(self.smooth_x, self.back_x, strict=True) if i >= first]
         returned = [v for v in dict.fromkeys([*self.back_sites, *made]) if v in set(self.back_stacked)]
-        copies = dict.fromkeys(variables(self.activations))
+        copies = dict.fromkeys(_compat.variables(self.activations))
         return sum(map(nbytes, self.to_stack)), sum(map(nbytes, [*returned, *copies]))
 
     # --- forwards -----------------------------------------------------------------------------
@@ -157,11 +156,15 @@ class Step:
             if out in self.y_position
         }
         free = constant | set(self.x_inputs) | set(self.y_position) | set(self.shifted)
-        wanted = list(dict.fromkeys([*variables(self.leaves), *variables(self.activations)]))
-        self.to_stack = to_stack(jaxpr, wanted, variables(self.activations), free)
+        wanted = list(dict.fromkeys([*_compat.variables(self.leaves), *_compat.variables(self.activations)]))
+        self.to_stack = to_stack(jaxpr, wanted, _compat.variables(self.activations), free)
         given = free | set(self.to_stack)
-        self.again = recomputation(jaxpr, variables(self.leaves), given)
-        read = [*_compat.free_variables(self.again), *variables(self.leaves), *variables(self.activations)]
+        self.again = recomputation(jaxpr, _compat.variables(self.leaves), given)
+        read = [
+            *_compat.free_variables(self.again),
+            *_compat.variables(self.leaves),
+            *_compat.variables(self.activations),
+        ]
         made_again = {v for eqn in self.again for v in eqn.outvars}
         read = list(dict.fromkeys(v for v in read if v not in made_again))
         self.fixed = [v for v in read if depth[v] == 0]
@@ -212,7 +215,10 @@ class Step:
         carry_avals = [self.carry_vars[i].aval.to_tangent_aval() for i in self.smooth_carry]
         y_avals = [self.rest.outvars[self.carries + i].aval.to_tangent_aval() for i in self.smooth_y]
         again = _compat.jaxpr_of(
-            self.again, [*self.fixed, *self.per_step], list(dict.fromkeys(variables(self.leaves))), "again"
+            self.again,
+            [*self.fixed, *self.per_step],
+            list(dict.fromkeys(_compat.variables(self.leaves))),
+            "again",
         )
 
         def backward(*args: Any) -> Arrays:

@@ -35,8 +35,8 @@ from typing import Any
 import jax
 
 from funcprop import _compat
+from funcprop.flops import PRODUCTS
 from funcprop.primitives.loop_bodies import (
-    PRODUCTS,
     Site,
     contribution,
     depths,
@@ -181,7 +181,7 @@ def _applies(costs: Costs, *operands: Any, **params: Any) -> bool | str:
     if params["length"] == 0:
         return "the loop has no steps"
     body, _, consts, carries = opened_body(params)
-    if _has_while(body):
+    if any(e.primitive.name == "while" for e in _compat.equations(body)):
         return "the body holds a `while`, which has no reverse mode"
     depth = depths(body, consts, carries)
     # A sum is worth nothing by itself: what is stacked for it is as large as what a product needs.
@@ -207,14 +207,6 @@ def _constant_operand(eqn: Any, operators: frozenset[str], is_constant: Callable
         return None
     constant = [k for k, v in enumerate(eqn.invars) if not isinstance(v, _compat.Literal) and is_constant(v)]
     return constant[0] if len(constant) == 1 and _compat.is_differentiable(eqn.invars[0].aval) else None
-
-
-def _has_while(jaxpr: Any) -> bool:
-    return any(
-        eqn.primitive.name == "while"
-        or any(_has_while(_compat.open_jaxpr(b)) for _, b in _compat.sub_jaxprs(eqn))
-        for eqn in jaxpr.eqns
-    )
 
 
 def rule(costs: Costs = MEASURED) -> Rule:

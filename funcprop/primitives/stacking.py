@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from funcprop import _compat
-from funcprop.primitives.loop_bodies import nbytes, variables
+from funcprop.primitives.loop_bodies import nbytes
 
 # Operators that cost less than reading their result from memory. Not `exp`, `tanh` and their like: they are
 # computed once and stacked, which measured faster than stacking what they are made from.
@@ -40,7 +40,7 @@ def to_stack(jaxpr: Any, wanted: Sequence[Any], pinned: Sequence[Any], free: Col
             eqn = maker.get(v)
             if v in fixed or eqn is None or eqn.primitive.name not in _CHEAP or eqn.effects:
                 continue
-            missing = list(dict.fromkeys(a for a in variables(eqn.invars) if a not in known))
+            missing = list(dict.fromkeys(a for a in _compat.variables(eqn.invars) if a not in known))
             grows = sum(map(nbytes, missing)) - nbytes(v)
             if grows < 0 or (grows == 0 and len(missing) == 1):
                 del stacked[v]
@@ -57,7 +57,7 @@ def recomputation(jaxpr: Any, wanted: Sequence[Any], given: Collection[Any]) -> 
     for eqn in reversed(jaxpr.eqns):
         if any(v in need for v in eqn.outvars):
             chosen.append(eqn)
-            need.update(v for v in variables(eqn.invars) if v not in given)
+            need.update(v for v in _compat.variables(eqn.invars) if v not in given)
     return chosen[::-1]
 
 

@@ -174,10 +174,8 @@ def batch_times_parameters(case: Case, factor: float | None) -> Iterator[Limit]:
 
 def _shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
     """The shapes of all intermediates of a jaxpr, at any depth."""
-    for eqn in jaxpr.eqns:
+    for eqn in _compat.equations(jaxpr):
         yield from (tuple(v.aval.shape) for v in eqn.outvars if hasattr(v.aval, "shape"))
-        for _, body in _compat.sub_jaxprs(eqn):
-            yield from _shapes(_compat.open_jaxpr(body))
 
 
 def _is_batch_of(shape: tuple[int, ...], batch: int, own: tuple[int, ...]) -> bool:

@@ -107,7 +107,7 @@ def statistics_of_one(closed: Any) -> None:
         if call is None:
             for _, body in _compat.sub_jaxprs(eqn):
                 statistics_of_one(body)
-        operands = [v for v in eqn.invars if not isinstance(v, _compat.Literal)]
+        operands = _compat.variables(eqn.invars)
         name = eqn.primitive.name
         if name == "reduce_sum":
             shape, axes = operands[0].aval.shape, eqn.params["axes"]

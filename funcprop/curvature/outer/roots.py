@@ -4,8 +4,7 @@ A Gauss-Newton matrix is `Σ_c (Jᵀ s_c)(Jᵀ s_c)ᵀ`, and with random signs `
 whose outer product is the Gauss-Newton matrix in expectation. Three ways to a root:
 
 * softmax cross-entropy, `diag(p) − p pᵀ` with rank `C − 1`: the rows of `√p` times a reflection without its
-first
-  column, which is `√p` itself. One sweep less than the output has entries.
+  first column, which is `√p` itself. One sweep less than the output has entries.
 * a sum of functions of single entries (squared error, binary cross-entropy): the root of a diagonal.
 * any other: a Cholesky decomposition with pivots of the dense Hessian of one example.
 
@@ -302,8 +301,8 @@ def _by_constant(name: str, found: list[Any]) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Diagonal:
-    """The Hessian is diagonal: its product with ones is its diagonal."""
+class _OfLoss:
+    """What is asked of the loss itself has as many columns as the output has entries."""
 
     loss: Loss
     output: Any
@@ -312,6 +311,11 @@ class Diagonal:
     def columns(self) -> int:
         """How many columns there are."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.output))
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal(_OfLoss):
+    """The Hessian is diagonal: its product with ones is its diagonal."""
 
     def _root(self, output: Any, y: Any) -> Any:
         ones = jax.tree.map(jnp.ones_like, output)
@@ -334,16 +338,8 @@ class Diagonal:
 
 
 @dataclass(frozen=True, eq=False)
-class Dense:
+class Dense(_OfLoss):
     """The Hessian of one example as a matrix, and its Cholesky decomposition; NaN where it is indefinite."""
-
-    loss: Loss
-    output: Any
-
-    @property
-    def columns(self) -> int:
-        """How many columns there are."""
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.output))
 
     def _root(self, output: Any, y: Any) -> Any:
         flat, unravel = ravel_pytree(output)
