@@ -10,8 +10,6 @@ two programs must be equal. Every way starts with empty caches; they take turns 
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +21,12 @@ import numpy as np
 import optax
 from benchmark_cases.language import Transformer
 from flax import linen as nn
+from running import command_line, write
 
 import funcprop as fp
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
-
-RESULTS = Path(__file__).parent / "results"
 
 WAYS = {
     "jax.grad": jax.grad,
@@ -143,10 +140,7 @@ def draw(costs: dict[str, Cost], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, and write `results/compile_cost.json` and `.png`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="a small model, one turn")
+    parser = command_line(__doc__, smoke="a small model, one turn")
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     repeats = 1 if options.smoke else options.repeats
@@ -156,11 +150,9 @@ def main() -> None:
     results = {"transformer": measure(*deep, repeats), "mlp": measure(*mlp(), repeats)}
     for name, costs in results.items():
         report(name, costs)
-    RESULTS.mkdir(exist_ok=True)
     numbers = {name: {way: c._asdict() for way, c in costs.items()} for name, costs in results.items()}
     content = {"jax": jax.__version__, "equations": count, "repeats": repeats, **numbers}
-    (RESULTS / "compile_cost.json").write_text(json.dumps(content, indent=2, default=float))
-    draw(results["transformer"], RESULTS / "compile_cost.png")
+    write("compile_cost", content, lambda path: draw(results["transformer"], path), default=float)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ take turns. The table shows the fastest turn and the temporary bytes of both, an
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
+from running import command_line, write
 
 import funcprop as fp
 from funcprop.primitives import convolution
@@ -28,7 +27,6 @@ from funcprop.primitives import convolution
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
 PARTS = ("value", "weight", "input")
 LAYOUTS = {"NHWC": ("NHWC", "HWIO", "NHWC"), "NCHW": ("NCHW", "OIHW", "NCHW")}
 
@@ -178,10 +176,7 @@ def draw(rows: list[Compared], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, and write `results/convolution_costs.json` and `.png`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="two small shapes, one turn")
+    parser = command_line(__doc__, smoke="two small shapes, one turn")
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=5)
@@ -212,13 +207,11 @@ def main() -> None:
             f"{sum(r.ratio > 1.03 for r in other)} of them XLA's is faster; all shapes take "
             f"{total / xla:.2f} of XLA's time, the best choice {best / xla:.2f}"
         )
-    RESULTS.mkdir(exist_ok=True)
     content = [
         {**r._asdict(), "shape": r.shape._asdict(), "xla": r.xla._asdict(), "other": r.other._asdict()}
         for r in rows
     ]
-    (RESULTS / "convolution_costs.json").write_text(json.dumps(content, indent=2))
-    draw(rows, RESULTS / "convolution_costs.png")
+    write("convolution_costs", content, lambda path: draw(rows, path))
 
 
 if __name__ == "__main__":

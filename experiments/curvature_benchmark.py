@@ -20,8 +20,6 @@ timed in each turn, and multiplied.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,13 +31,13 @@ import numpy as np
 from benchmark_cases.curvature import JOINT, JOINT_BOUND, PARTS, PROBLEMS, QUANTITIES, Problem, gradient
 from benchmark_cases.hessian_diagonal import DIAGONALS, Case
 from jax.flatten_util import ravel_pytree
+from running import command_line, write
 
 import funcprop as fp
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
 GRADIENT = "value and gradient"
 DIAGONAL = "exact Hessian diagonal"
 PRODUCTS = 50  # in a run
@@ -200,10 +198,7 @@ def draw(results: dict[str, dict[str, Measured]], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, and write `results/curvature_benchmark.json` and `.png`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="small batches, one turn")
+    parser = command_line(__doc__, smoke="small batches, one turn")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--model", choices=list(PROBLEMS), help="one model alone")
     parser.add_argument("--only", nargs="*", default=[], help="quantities whose name contains one of these")
@@ -230,14 +225,12 @@ def main() -> None:
         for name, (full, small) in DIAGONALS.items():
             diagonals[name] = measure_diagonal(name, (small if options.smoke else full)(), repeats)
             print(line("", name, diagonals[name]), flush=True)
-    RESULTS.mkdir(exist_ok=True)
     content: dict[str, Any] = {
         model: {"ours": {name: m._asdict() for name, m in found.items()}, "peers": peers.get(model, {})}
         for model, found in results.items()
     }
     content[DIAGONAL] = {name: m._asdict() for name, m in diagonals.items()}
-    (RESULTS / "curvature_benchmark.json").write_text(json.dumps(content, indent=2))
-    draw(results, RESULTS / "curvature_benchmark.png")
+    write("curvature_benchmark", content, lambda path: draw(results, path))
 
 
 if __name__ == "__main__":

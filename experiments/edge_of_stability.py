@@ -19,9 +19,7 @@ factor of 5 to 26.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +27,13 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
+from running import command_line, write
 
 import funcprop as fp
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
 EXAMPLES, WIDTHS = 500, (64, 64, 64, 10)
 THRESHOLDS = (6.0, 8.0, 12.0)  # 2/η
 BETWEEN = 100  # steps from one measurement of the sharpness to the next
@@ -135,10 +133,7 @@ def draw(runs: dict[float, Run], path: Path) -> None:
 
 def main() -> None:
     """Train, print, and write `results/edge_of_stability.json` and `.png`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="one step size, 200 steps")
+    parser = command_line(__doc__, smoke="one step size, 200 steps")
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--seed", type=int, default=0, help="of the initialisation")
     options = parser.parse_args()
@@ -168,13 +163,11 @@ def main() -> None:
         print(
             f"{2 / threshold:7.3f}{threshold:7.1f}{reached:>9}{after:>24}{raised:>13}{losses:>21}", flush=True
         )
-    RESULTS.mkdir(exist_ok=True)
     content = {
         f"{2 / threshold:.6f}": {**assess(run, threshold)._asdict(), "sharpness": run.sharpness.tolist()}
         for threshold, run in runs.items()
     }
-    (RESULTS / "edge_of_stability.json").write_text(json.dumps(content, indent=2))
-    draw(runs, RESULTS / "edge_of_stability.png")
+    write("edge_of_stability", content, lambda path: draw(runs, path))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ checked against central differences in double precision.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
+from running import command_line, write
 
 import funcprop as fp
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
 FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "Σ sin X": lambda x: jnp.sum(jnp.sin(x)),
     "log det (I + Xᵀ X)": lambda x: jnp.linalg.slogdet(jnp.eye(x.shape[1]) + x.T @ x)[1],
@@ -104,10 +102,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, and write `results/exercise_1_gradient_shape.json` and `.png`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="two small sizes")
+    parser = command_line(__doc__, smoke="two small sizes")
     options = parser.parse_args()
     sizes = [(2, 3), (3, 1)] if options.smoke else [(1, 1), (2, 3), (3, 2), (5, 4), (8, 8), (16, 10)]
     results = []
@@ -123,9 +118,7 @@ def main() -> None:
                     f"{r['hessian_entries_predicted']:10,}{r['hessian_entries']:10,}"
                     f"{r['deviation_of_gradient']:10.0e}{r['deviation_of_hessian']:10.0e}"
                 )
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "exercise_1_gradient_shape.json").write_text(json.dumps(results, indent=2))
-        draw(results, RESULTS / "exercise_1_gradient_shape.png")
+        write("exercise_1_gradient_shape", results, lambda path: draw(results, path))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ are derived and verified, and the gradients are compared with `jax.grad` and wit
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
+from running import RESULTS, command_line, write
 
 import funcprop as fp
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
 STRENGTHS = (0.0, 0.1, 0.2, 0.4)
 
 
@@ -115,10 +113,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, and write `results/exercise_2_bias.json`, `.png` and two `.svg`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="a small model")
+    parser = command_line(__doc__, smoke="a small model")
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     with jax.enable_x64(True):
@@ -132,8 +127,7 @@ def main() -> None:
         for λ, w, b in zip(STRENGTHS, found["decay_in_W1"], found["decay_in_b"], strict=True)
     )
     print(f"relative change of ∂J/∂W1 and of ∂J/∂b by λ: {changes}")
-    (RESULTS / "exercise_2_bias.json").write_text(json.dumps(found, indent=2, ensure_ascii=False))
-    draw(found, RESULTS / "exercise_2_bias.png")
+    write("exercise_2_bias", found, lambda path: draw(found, path), ensure_ascii=False)
 
 
 if __name__ == "__main__":

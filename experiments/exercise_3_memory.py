@@ -16,8 +16,6 @@ hold a few rows more; by default they add 0.7 % at a batch of 4096.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,10 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import optax
 from jax import ShapeDtypeStruct
+from running import command_line, write
 
 import funcprop as fp
 
-RESULTS = Path(__file__).parent / "results"
 OPTIMIZERS = {
     "SGD": (optax.sgd(0.1), 0),
     "momentum": (optax.sgd(0.1, momentum=0.9), 1),
@@ -102,18 +100,13 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, and write `results/exercise_3_memory.json` and `.png`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="one batch size")
+    parser = command_line(__doc__, smoke="one batch size")
     options = parser.parse_args()
     columns = f"{'formula':>14} {'predicted':>14} {'compiled':>14} {'predicted÷':>10} {'compiled÷':>10}"
     print(f"{'program':12} {'batch':>6} {columns}")
     batches = [1024] if options.smoke else [256, 1024, 4096]
     lines = [line for batch in batches for line in measure(batch, 784, 256, 10)]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "exercise_3_memory.json").write_text(json.dumps(lines, indent=2))
-    draw(lines, RESULTS / "exercise_3_memory.png")
+    write("exercise_3_memory", lines, lambda path: draw(lines, path))
 
 
 if __name__ == "__main__":

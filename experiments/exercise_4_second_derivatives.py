@@ -11,8 +11,6 @@ a Hessian-vector product (`fp.second_order_graph`) say what happened to the grap
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,12 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
+from running import command_line, write
 
 import funcprop as fp
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def network(weights: Any, x: Any, y: Any) -> Any:
@@ -116,10 +113,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, and write `results/exercise_4_second_derivatives.json` and `.png`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="two small networks, one turn")
+    parser = command_line(__doc__, smoke="two small networks, one turn")
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     sizes = [(2, 8, 8), (3, 8, 8)] if options.smoke else [(n, 16, 64) for n in (1, 2, 3, 4, 6, 8)]
@@ -135,9 +129,7 @@ def main() -> None:
             print(line(row["name"], found["law"][row["name"]], row))
         counts = ", ".join(f"{n} {name}" for name, n in found["classes"].items())
         print(f"  operators of the Hessian-vector product: {counts}", flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "exercise_4_second_derivatives.json").write_text(json.dumps(results, indent=2))
-    draw(results, RESULTS / "exercise_4_second_derivatives.png")
+    write("exercise_4_second_derivatives", results, lambda path: draw(results, path))
 
 
 if __name__ == "__main__":

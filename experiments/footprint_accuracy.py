@@ -9,8 +9,6 @@ The bounds are 5 % for the MLP (batch at least 1024) and 15 % for the others.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
 import jax
@@ -18,10 +16,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from memory_cases import FAMILIES
+from running import command_line, write
 
 import funcprop as fp
 
-RESULTS = Path(__file__).parent / "results"
 OPTIMIZERS = {"gradient": None, "sgd": optax.sgd(0.1), "adam": optax.adam(1e-3)}
 RULES = (fp.rules.default, fp.rules.autodiff)
 
@@ -78,10 +76,7 @@ def draw(lines: list[dict[str, object]], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, and write `results/footprint_accuracy.json` and `.png`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="one MLP")
+    parser = command_line(__doc__, smoke="one MLP")
     parser.add_argument("--seed", type=int, default=20261124)
     parser.add_argument("--count", type=int, default=6, help="models of each family")
     parser.add_argument("--only", nargs="*", default=[], help="families whose name contains one of these")
@@ -99,9 +94,7 @@ def main() -> None:
         if abs(float(str(line[which])) - 1) > bound(str(line["family"]))
     ]
     print(f"{2 * len(lines) - len(outside)} of {2 * len(lines)} ratios within the bounds")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "footprint_accuracy.json").write_text(json.dumps(lines, indent=2))
-    draw(lines, RESULTS / "footprint_accuracy.png")
+    write("footprint_accuracy", lines, lambda path: draw(lines, path))
 
 
 if __name__ == "__main__":

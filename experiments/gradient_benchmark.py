@@ -16,8 +16,6 @@ seconds from function to executable. A star marks a bound that is not reached.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,13 +25,12 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 from benchmark_cases import ROWS, Case, Row, random_shapes
+from running import command_line, write
 
 import funcprop as fp
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
-
-RESULTS = Path(__file__).parent / "results"
 
 
 class Measured(NamedTuple):
@@ -147,10 +144,7 @@ def measure_torch(results: dict[str, Any], repeats: int, smoke: bool) -> dict[st
 
 def main() -> None:
     """Measure, print, and write `results/gradient_benchmark.json` and `.png`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="small shapes, one turn")
+    parser = command_line(__doc__, smoke="small shapes, one turn")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--only", nargs="*", default=[], help="cases whose name contains one of these")
     parser.add_argument("--random", type=int, default=12, help="how many random shapes")
@@ -168,10 +162,8 @@ def main() -> None:
         results[name] = measure((row.small if options.smoke else row.full)(), repeats)
         print(line(name, row, results[name]), flush=True)
     peers = measure_torch(results, repeats, options.smoke) if options.peer else {}
-    RESULTS.mkdir(exist_ok=True)
     content = {name: {**m._asdict(), "peers": peers.get(name, {})} for name, m in results.items()}
-    (RESULTS / "gradient_benchmark.json").write_text(json.dumps(content, indent=2, default=float))
-    draw(results, rows, RESULTS / "gradient_benchmark.png")
+    write("gradient_benchmark", content, lambda path: draw(results, rows, path), default=float)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ minibatches of 64 estimate it within 17 %.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,13 +29,13 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
+from running import command_line, write
 
 import funcprop as fp
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
 HIDDEN = 32
 TARGETS = (0.5, 0.2, 0.1)
 BATCHES = (2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -197,10 +195,7 @@ def draw(
 
 def main() -> None:
     """Count, fit, follow, print, and write `results/gradient_noise.json` and `.png`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="two batch sizes, one seed, 300 steps at most")
+    parser = command_line(__doc__, smoke="two batch sizes, one seed, 300 steps at most")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     batches, seeds, most = ((64, 256), 1, 300) if options.smoke else (BATCHES, options.seeds, MOST_STEPS)
@@ -217,11 +212,9 @@ def main() -> None:
             {"target": target, "S_min": least, "B_crit": critical, "estimated": scale, "exact": of_all}
         )
         print(f"{target:6.2f}{least:8.0f}{critical:9.1f}{scale:13.1f}{of_all:13.1f}{critical / of_all:13.2f}")
-    RESULTS.mkdir(exist_ok=True)
     content = {"steps": dict(zip(map(str, batches), steps.tolist(), strict=True)), "targets": table}
     content["noise of all data"] = [{**n._asdict(), "scale": n.scale} for n in exact]
-    (RESULTS / "gradient_noise.json").write_text(json.dumps(content, indent=2))
-    draw(batches, steps, fits, exact, RESULTS / "gradient_noise.png")
+    write("gradient_noise", content, lambda path: draw(batches, steps, fits, exact, path))
 
 
 if __name__ == "__main__":

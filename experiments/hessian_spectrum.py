@@ -23,9 +23,7 @@ reproduce.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,13 +33,13 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
+from running import command_line, write
 
 import funcprop as fp
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
 CLASSES = (3, 5, 10)
 HIDDEN, BATCH = 32, 64
 EPOCHS = (0, 1, 3, 10, 30)  # when to look
@@ -177,12 +175,7 @@ def draw(stages: dict[int, list[Seen]], densities: dict[int, Any], path: Path) -
 
 def main() -> None:
     """Train, look, print, and write `results/hessian_spectrum.json` and `.png`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--smoke", action="store_true", help="three classes, one look before and after one epoch"
-    )
+    parser = command_line(__doc__, smoke="three classes, one look before and after one epoch")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     data = fp.training.digits().train
@@ -211,10 +204,8 @@ def main() -> None:
                 flush=True,
             )
         densities[classes] = density(params, x, y, options.smoke)
-    RESULTS.mkdir(exist_ok=True)
     content = {str(k): [{**s._asdict(), "outliers": s.outliers} for s in seen] for k, seen in found.items()}
-    (RESULTS / "hessian_spectrum.json").write_text(json.dumps(content, indent=2))
-    draw(found, densities, RESULTS / "hessian_spectrum.png")
+    write("hessian_spectrum", content, lambda path: draw(found, densities, path))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ Plain; with every layer recomputed (`jax.checkpoint` of the body), which keeps a
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +21,9 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from jax import ShapeDtypeStruct
+from running import command_line, write
 
 import funcprop as fp
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
@@ -103,10 +100,7 @@ def draw(points: list[dict[str, Any]], fits: dict[str, Any], path: Path) -> None
 
 def main() -> None:
     """Measure, print, and write `results/memory_scaling.json` and `.png`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="a small grid")
+    parser = command_line(__doc__, smoke="a small grid")
     parser.add_argument("--width", type=int, default=128)
     options = parser.parse_args()
     depths = [4, 8] if options.smoke else [16, 32, 64, 128]
@@ -129,9 +123,7 @@ def main() -> None:
             ratios = [p[f"{program} predicted"] / p[program] for p in chosen]
             c0, c1, r2 = fits[key]
             print(f"{key:34} {c0:12,.0f} {c1:9.1f} {r2:8.5f}  {min(ratios):9.3f} to {max(ratios):.3f}")
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "memory_scaling.json").write_text(json.dumps({"points": points, "fits": fits}, indent=2))
-    draw(points, fits, RESULTS / "memory_scaling.png")
+    write("memory_scaling", {"points": points, "fits": fits}, lambda path: draw(points, fits, path))
 
 
 if __name__ == "__main__":

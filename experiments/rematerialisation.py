@@ -11,8 +11,6 @@ ratios with its quartiles.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +21,13 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 from compile_cost import transformer
+from running import command_line, write
 
 import funcprop as fp
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
 SHARES = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)
 
 # The bounds that are sought at a quarter of the bytes.
@@ -191,10 +189,7 @@ def draw(results: dict[int, dict[str, Measured]], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, and write `results/rematerialisation.json` and `.png`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="one block, one turn")
+    parser = command_line(__doc__, smoke="one block, one turn")
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--blocks", type=int, nargs="*", default=[4, 12])
     options = parser.parse_args()
@@ -204,13 +199,11 @@ def main() -> None:
     for blocks in [1] if options.smoke else options.blocks:
         results[blocks] = measure(blocks, repeats, options.smoke)
         report(blocks, results[blocks])
-    RESULTS.mkdir(exist_ok=True)
     content = {
         f"transformer, {blocks} blocks": {name: m._asdict() for name, m in found.items()}
         for blocks, found in results.items()
     }
-    (RESULTS / "rematerialisation.json").write_text(json.dumps({"jax": jax.__version__, **content}, indent=2))
-    draw(results, RESULTS / "rematerialisation.png")
+    write("rematerialisation", {"jax": jax.__version__, **content}, lambda path: draw(results, path))
 
 
 if __name__ == "__main__":

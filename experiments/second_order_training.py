@@ -23,9 +23,7 @@ funcprop's three makes that up on networks as small as these. Newton-CG stays be
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,13 +34,13 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
+from running import command_line, write
 
 import funcprop as fp
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
 BATCH, SEEDS, TUNING_SEEDS = 256, (1, 2, 3), (11, 12)
 BETWEEN = 10  # steps from one evaluation over all data to the next
 
@@ -237,10 +235,7 @@ def draw(found: dict[str, dict[str, Summary]], path: Path) -> None:
 
 def main() -> None:
     """Train, print, and write `results/second_order_training.json` and `.png`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--smoke", action="store_true", help="20 steps, one value and one seed")
+    parser = command_line(__doc__, smoke="20 steps, one value and one seed")
     parser.add_argument("--steps", type=int, default=500)
     options = parser.parse_args()
     steps = 2 * BETWEEN if options.smoke else options.steps
@@ -262,10 +257,8 @@ def main() -> None:
                 flush=True,
             )
     print("*: the best value is at an end of its grid")
-    RESULTS.mkdir(exist_ok=True)
     content = {p: {n: s._asdict() for n, s in each.items()} for p, each in found.items()}
-    (RESULTS / "second_order_training.json").write_text(json.dumps(content, indent=2))
-    draw(found, RESULTS / "second_order_training.png")
+    write("second_order_training", content, lambda path: draw(found, path))
 
 
 if __name__ == "__main__":
