@@ -163,3 +163,40 @@ def test_missing_packages(monkeypatch: pytest.MonkeyPatch, missing: str) -> None
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == f"funcprop: the command needs {missing!r}; pip install 'funcprop[cli]'"
+
+
+COMMANDS = (
+    *("forward", "backward", "derive", "draw", "compare", "report"),
+    *("memory", "second", "curvature"),
+)
+BROKEN = """
+    number = 3
+    def lonely(x):
+        return x
+    def value(x):
+        if x > 0:
+            return x
+        return -x
+    def example():
+        return (jnp.array(1.0),)
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_what_is_wrong_with_a_target(command: str, module: Any) -> None:
+    name = module(BROKEN)
+    without = Path("without_example.py")
+    without.write_text("def lonely(x):\n    return x\n")
+    cases = {
+        "nowhere.nothing:f": "cannot import module 'nowhere.nothing'",
+        f"{name}:number": "is of type int, not a function",
+        "without_example.py:lonely": "needs arguments (missing a required argument: 'x')",
+        f"{name}:value": "if x > 0:",
+    }
+    for target, message in cases.items():
+        result = run(command, target)
+        assert result.exit_code == 1, target
+        assert message in result.stderr, target
+        assert not result.stdout
+        frames = re.findall(r'File "(.*?)"', result.stderr)
+        assert all("/funcprop/" not in frame and "site-packages" not in frame for frame in frames), frames

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from command import module as module  # the fixture
+from command import run, run_json
 from jax.flatten_util import ravel_pytree
 from quadratic import operator, symmetric, with_eigenvalues
-from test_cli import module as module  # the fixture
-from test_cli import run, run_json
 
 import funcprop as fp
 from funcprop.cli.target import chapter_example

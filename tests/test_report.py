@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -14,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_cli import module as module  # the fixture
-from test_cli import run, run_json
 
 import funcprop as fp
 from funcprop.cli.target import chapter_example
@@ -295,73 +292,6 @@ def test_names_stay_as_they_are_in_formulas(name: str) -> None:
 def test_what_is_no_formula_is_an_error(latex: str) -> None:
     with pytest.raises(MathError, match="the formula"):
         mathml(latex, "")
-
-
-# --- the command ------------------------------------------------------------------------------
-
-TARGET = """
-    import optax
-    def loss(w, x):
-        return jnp.mean((x @ w) ** 2)
-    def example():
-        return jnp.ones(2), jnp.ones((3, 2))
-    def setup():
-        return fp.training.Setup(loss, jnp.ones(2), [(jnp.ones((3, 2)),)], optax.sgd(0.1), epochs=4)
-"""
-
-
-def test_the_command_writes_the_page(module: Any, tmp_path: Path) -> None:
-    name = module(TARGET)
-    result = run("report", f"{name}:loss", "--epochs", "2")
-    assert result.stdout.startswith("loss.html: J = 4, ")
-    assert "2 of 2 epochs" in (tmp_path / "loss.html").read_text("utf-8")
-    data = run_json("report", f"{name}:loss", "--out", str(tmp_path / "other.html"))
-    assert (tmp_path / "other.html").stat().st_size == data["bytes"]
-    assert len(data["training"]["metrics"]["loss"]) == 4
-    assert {v["name"] for v in data["variables"]} >= {"w", "x"}
-    assert "cannot be written" in run("report", f"{name}:loss", "--out", "/nowhere/a.html").stderr
-
-
-COMMANDS = ("forward", "backward", "derive", "draw", "compare", "report")
-BROKEN = """
-    number = 3
-    def lonely(x):
-        return x
-    def value(x):
-        if x > 0:
-            return x
-        return -x
-    def example():
-        return (jnp.array(1.0),)
-"""
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_says_what_is_wrong_with_a_target(command: str, module: Any) -> None:
-    name = module(BROKEN)
-    without = Path("without_example.py")
-    without.write_text("def lonely(x):\n    return x\n")
-    cases = {
-        "nowhere.nothing:f": "cannot import module 'nowhere.nothing'",
-        f"{name}:number": "is of type int, not a function",
-        "without_example.py:lonely": "needs arguments (missing a required argument: 'x')",
-        f"{name}:value": "if x > 0:",
-    }
-    for target, message in cases.items():
-        result = run(command, target)
-        assert result.exit_code == 1, target
-        assert message in result.stderr, target
-        assert not result.stdout
-        frames = re.findall(r'File "(.*?)"', result.stderr)
-        assert all("/funcprop/" not in frame and "site-packages" not in frame for frame in frames), frames
-
-
-def test_setup_that_fails_is_the_users_to_mend(module: Any) -> None:
-    name = module(TARGET + "    def setup():\n        return 1 / 0\n")
-    result = run("report", f"{name}:loss")
-    assert result.exit_code == 1
-    assert "setup() of its module failed" in result.stderr
-    assert "return 1 / 0" in result.stderr
 
 
 # --- memory, cost, curvature ------------------------------------------------------------------

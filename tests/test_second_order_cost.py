@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command import module as module  # the fixture
+from command import run, run_json
 from flax import nnx
 from jax.flatten_util import ravel_pytree
-from test_cli import module as module  # the fixture
-from test_cli import run, run_json
 
 import funcprop as fp
 from funcprop.objective import trace_objective

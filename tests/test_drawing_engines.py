@@ -1,0 +1,105 @@
+"""Layout engines: which is taken, what goes wrong, and large pictures."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from pictures import ENGINES, SVG, Stack, chapter, elements, nasty, stack
+
+import funcprop as fp
+from funcprop.drawing import distant, layout
+from funcprop.drawing.picture import node_ids
+
+
+def test_an_unknown_engine_is_named() -> None:
+    with pytest.raises(fp.DrawingError, match="engine='neato' is not known"):
+        fp.draw(chapter(), engine="neato").svg()  # type: ignore[arg-type]
+
+
+def test_without_an_engine_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout.shutil, "which", lambda *_, **__: None)
+    drawing = fp.draw(chapter())
+    with pytest.raises(fp.DrawingError, match=r"pip install 'funcprop\[draw\]'"):
+        drawing.svg()
+    assert drawing.mermaid()
+
+
+def fake_engine(directory: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    program = directory / "dot"
+    program.write_text(f"#!{sys.executable}\n{code}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(directory))
+
+
+def test_an_engine_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_engine(tmp_path, monkeypatch, "import sys; sys.exit('no memory left')")
+    with pytest.raises(fp.DrawingError, match="failed with exit code 1: no memory left"):
+        fp.draw(chapter(), engine="dot").svg()
+
+
+def test_an_engine_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_engine(tmp_path, monkeypatch, "import time; time.sleep(60)")
+    with pytest.raises(fp.DrawingError, match=r"longer than 0\.2 seconds; collapse scopes"):
+        fp.draw(chapter(), engine="dot", timeout=0.2).svg()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_thousand_operators_are_drawn_unfolded(engine: Any) -> None:
+    drawing = fp.draw(stack(*[4] * 150), fold=False, engine=engine, timeout=60)
+    circles = elements(drawing.svg(), "operator")
+    assert len(circles) == len(stack(*[4] * 150).operators) > 1000
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_dot_text_is_graphviz(engine: str) -> None:
+    program = layout.find_engine(engine)[1]  # type: ignore[arg-type]
+    text = fp.draw(nasty()).dot()
+    done = subprocess.run([program, "-Tplain"], input=text.encode(), capture_output=True, check=True)
+    assert done.stdout.decode().count("\nnode ") == 3
+
+
+@cache
+def gradient(blocks: int) -> fp.Graph:
+    model, x = Stack((4,) * blocks), jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+    return fp.backward_graph(lambda params, x: jnp.sum(model.apply(params, x)))(params, x)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("blocks", [2, 40])
+def test_every_arrow_is_inside_the_picture(engine: Any, blocks: int) -> None:
+    """Both sweeps, in which arrows go around everything; of many nodes, far arrows are drawn by ourselves."""
+    drawing = fp.draw(gradient(blocks), fold=False, engine=engine)
+    assert (len(drawing.picture.nodes) > layout.MANY) == (blocks == 40)
+    root = ElementTree.fromstring(drawing.svg())
+    width, height = float(root.get("width")), float(root.get("height"))
+    numbers = re.compile(r"-?\d+\.\d+")
+    paths = [path.get("d") for path in root.iter(f"{SVG}path")]
+    assert len(paths) == len(drawing.picture.edges)
+    for path in paths:
+        points = list(map(float, numbers.findall(path)))
+        curves = zip(points[0::2], points[1::2], strict=True)
+        ends = [point for i, point in enumerate(curves) if i % 3 == 0]
+        # The group of all of it is moved by the margin of 12.
+        assert all(-12 <= x <= width - 12 and -12 <= y <= height - 12 for x, y in ends)
+
+
+def test_far_arrows_begin_and_end_at_their_nodes() -> None:
+    drawing = fp.draw(gradient(40), fold=False, engine="graphviz-pure")
+    ids = node_ids(drawing.picture)
+    far = distant.far_edges(drawing.picture)
+    assert any(drawing.picture.edges[i].kind == "residual" for i in far)
+    for i in far:
+        edge, route = drawing.picture.edges[i], drawing.layout.edges[i]
+        start, end = (drawing.layout.nodes[ids[key]] for key in (edge.source, edge.target))
+        assert (route.points[0][1], route.tip[1]) == pytest.approx((start[1], end[1]))
+        assert max(abs(route.points[0][0] - start[0]), abs(route.tip[0] - end[0])) < 150

@@ -1,0 +1,203 @@
+"""What is written of a picture: every format survives every name, files, notebooks, colours."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from pictures import ENGINES, NASTY, SVG, chapter, elements, nasty, printable, stack
+
+import funcprop as fp
+from funcprop.cli.target import chapter_example
+from funcprop.drawing import layout, palette
+
+HOSTILE = [
+    NASTY,
+    "two\nlines\r\tand `code`",
+    "ünïcödé 漢字 🐍 \u202e",
+    "x" * 300,
+    "]] --> end; n0[(",
+    "&amp; %% #35;",
+]
+
+
+def hostile(label: str) -> fp.Graph:
+    """A name as that of an input, of a scope and of a value."""
+
+    def fun(p: Any) -> Any:
+        with jax.named_scope(label.replace("/", "")):
+            y = jnp.sinh(p[label])
+        return fp.name(jnp.cosh(y), label + "2")
+
+    return fp.trace(fun)({label: jnp.ones(2)})
+
+
+def as_dot_reads(label: str) -> str:
+    """Escapes of quotes are read, those of backslashes and line ends are left for the label."""
+    lines = label.replace("\\", "\\\\").split("\n")
+    return "\\n".join(map(printable, lines))
+
+
+MERMAID = re.compile(
+    r'flowchart LR|end|  *n\d+(\[|\(\(|\()"[^"\n]*"(\]|\)\)|\))|  *subgraph b\d+\["[^"\n]*"\]'
+    r'|  n\d+ (-->|==>|-\.->)(\|"[^"\n]*"\|)? n\d+|  classDef role\d+ [\w:#,]+|  class [n\d,]+ role\d+'
+)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("label", HOSTILE)
+def test_every_format_survives_every_name(label: str, engine: Any) -> None:
+    drawing = fp.draw(hostile(label), engine=engine, types=True)
+    both = {label, label + "2"}
+    found = json.loads(drawing.json())
+    assert {n["name"] for n in found["nodes"] if n["kind"] == "variable"} >= both
+    assert set(elements(drawing.svg(), "variable")) >= set(map(printable, both))
+    program = layout.find_engine(engine)[1]
+    done = subprocess.run([program, "-Tjson0"], input=drawing.dot().encode(), capture_output=True, check=True)
+    variables = {html.unescape(edge["variable"]) for edge in json.loads(done.stdout)["edges"]}
+    assert {as_dot_reads(label), as_dot_reads(label + "2")} <= variables
+    for line in drawing.mermaid().splitlines():
+        assert MERMAID.fullmatch(line) or line.strip() == "end", line
+    for text in (drawing.svg(), drawing.mermaid(), drawing.json()):
+        assert "</script>" not in text
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_names_are_escaped(engine: Any) -> None:
+    drawing = fp.draw(nasty(), engine=engine, types=True)
+    names = set(elements(drawing.svg(), "variable"))
+    assert names == {printable(NASTY), printable(NASTY) + "2"}
+    assert "<b>" not in drawing.svg()
+    assert '"<b>' not in drawing.mermaid()
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".dot", ".gv", ".mmd", ".json"])
+def test_a_file_is_written_by_its_suffix(tmp_path: Path, suffix: str) -> None:
+    drawing = fp.draw(chapter(), tmp_path / f"graph{suffix}")
+    text = (tmp_path / f"graph{suffix}").read_text("utf-8")
+    start = {".svg": "<svg ", ".mmd": "flowchart", ".json": "{"}.get(suffix, "digraph")
+    assert text.startswith(start)
+    assert text in (drawing.svg(), drawing.dot(), drawing.mermaid(), drawing.json())
+
+
+def test_another_suffix_is_an_error_before_anything_is_done(tmp_path: Path) -> None:
+    with pytest.raises(fp.DrawingError, match=r"ends in '\.png'; write one of \.svg, \.dot"):
+        fp.draw(chapter(), tmp_path / "graph.png")
+    with pytest.raises(TypeError, match="is not a graph"):
+        fp.draw(fp.models.chapter)  # type: ignore[arg-type]
+
+
+def test_a_drawing_shows_itself_in_a_notebook() -> None:
+    drawing = fp.draw(chapter())
+    assert drawing._repr_svg_() == drawing.svg()
+    assert drawing.svg() in drawing._repr_html_()
+    # Several on one page must not share ids.
+    assert not re.search(r"\sid=", drawing.svg())
+
+
+@pytest.mark.parametrize("sweeps", [fp.trace, fp.backward_graph, fp.second_order_graph])
+def test_graphs_show_themselves_in_a_notebook(sweeps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = sweeps(fp.models.chapter)(*chapter_example())
+    assert graph._repr_svg_() == fp.draw(graph).svg()
+    difference = fp.diff(graph, chapter())
+    assert difference._repr_svg_() == fp.draw(difference).svg()
+    # A notebook shows the table where nothing can be laid out.
+    monkeypatch.setattr(layout.shutil, "which", lambda *_, **__: None)
+    assert graph._repr_svg_() is None
+
+
+def test_a_notebook_shows_large_graphs_collapsed() -> None:
+    widths = tuple(range(4, 64))  # All blocks differ, so that nothing is folded.
+    graph = stack(*widths)
+    assert len(fp.draw(graph).picture.nodes) > 300
+    assert len(fp.draw(graph, depth=1).picture.nodes) < len(fp.draw(graph, depth=2).picture.nodes) <= 300
+    assert graph._repr_svg_() == fp.draw(graph, depth=2).svg()
+    flat = fp.trace(lambda x: [jnp.sinh(x + i) for i in range(200)])(1.0)
+    assert flat._repr_svg_() is None
+
+
+def test_small_graphs_show_their_types() -> None:
+    assert "float64[3,4], 96 B" in {n.details for n in fp.draw(chapter()).picture.nodes}
+    assert ">float64[3,4], 96 B</text>" in fp.draw(chapter()).svg()
+    assert ">float64[3,4], 96 B</text>" not in fp.draw(chapter(), types=False).svg()
+    assert not fp.draw(stack(4, 5)).types
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_edges_carry_shape_dtype_and_bytes_in_every_format(engine: str) -> None:
+    drawing = fp.draw(chapter(), types=False)
+    program = layout.find_engine(engine)[1]  # type: ignore[arg-type]
+    done = subprocess.run([program, "-Tjson0"], input=drawing.dot().encode(), capture_output=True, check=True)
+    of_dot = json.loads(done.stdout)["edges"]
+    of_json = json.loads(drawing.json())["edges"]
+    titles = [
+        g.find(f"{SVG}title").text
+        for g in ElementTree.fromstring(drawing.svg()).iter(f"{SVG}g")
+        if g.get("class", "").startswith("funcprop-edge")
+    ]
+    assert len(of_dot) == len(of_json) == len(titles) == 18
+    for i, edge in enumerate(of_json):
+        (found,) = (e for e in of_dot if e["id"] == f"e{i}")
+        assert json.loads(found["dimensions"]) == edge["shape"]
+        assert (found["dtype"], found["nbytes"]) == (edge["dtype"], str(edge["nbytes"]))
+        assert titles[i] == found["tooltip"]
+        assert f"{edge['dtype']}[{','.join(map(str, edge['shape']))}], {edge['nbytes']} B" in titles[i]
+
+
+def test_mermaid_has_squares_circles_and_boxes() -> None:
+    text = fp.draw(stack(4, 4)).mermaid()
+    assert re.search(r'n\d+\(\("×"\)\)', text)
+    assert 'subgraph b1["Block_0 … Block_1 × 2"]' in text
+    assert text.count("subgraph") == text.count("end\n")
+
+
+def contrast(a: str, b: str) -> float:
+    """The contrast ratio of two colours, by the definition of the WCAG."""
+
+    def luminance(colour: str) -> float:
+        parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_colours_are_legible(theme: str) -> None:
+    def shown(colour: str) -> str:
+        return palette.DARK[colour] if theme == "dark" else colour
+
+    for kind in ("variable", "operator", "scope"):
+        for role in ("", *palette.ROLES):
+            fill, stroke, text = map(shown, palette.paint(kind, role))
+            assert contrast(text, fill) >= 11
+            assert contrast(shown(palette.FAINT), fill) >= 6
+            assert contrast(stroke, shown(palette.PAPER)) >= 4.5
+    assert (contrast(shown(palette.PAPER), "#ffffff") > 15) == (theme == "dark")
+
+
+def test_every_colour_has_a_rule_for_dark_pages() -> None:
+    graphs: list[Any] = [chapter(), fp.backward_graph(fp.models.chapter)(*chapter_example())]
+    graphs += [fp.second_order_graph(fp.models.chapter)(*chapter_example()), fp.diff(graphs[0], stack(4))]
+    for graph in graphs:
+        root = ElementTree.fromstring(fp.draw(graph, depth=0).svg())
+        (style,) = (e.text or "" for e in root.iter(f"{SVG}style"))
+        for element in root.iter():
+            for attribute in ("fill", "stroke"):
+                colour = element.get(attribute)
+                if colour not in (None, "none"):
+                    both = f"light-dark({colour},{palette.DARK[colour]})"
+                    assert f'[{attribute}="{colour}"]){{{attribute}:{both}}}' in style
+        # Every rule is for this picture alone, and yields to those of the page.
+        selectors = re.findall(r"^(.*?)\{", style, flags=re.MULTILINE)
+        assert len(selectors) == len(style.splitlines())
+        assert all(s.startswith(":where(") and "svg.funcprop-graph" in s for s in selectors)
