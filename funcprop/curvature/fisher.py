@@ -89,14 +89,12 @@ def fisher(
       cross-entropy, with "gaussian" (unit variance) that of `(1/N) Σ_n ½ ‖o_n − y_n‖²`.
     * "mc": the expectation by `samples` targets drawn from the model, `(params, x, key=…)`; unbiased.
     * "empirical": the targets of the data instead, `(params, x, y)`: the second moment of the gradients of
-    the
-      examples. It is not an estimate of the others.
+      the examples. It is not an estimate of the others.
 
     Args:
         model: a function of parameters and inputs.
         likelihood: "categorical" (logits on the last axis, integer targets), "gaussian", "bernoulli"
-        (logits),
-            or a `Likelihood`. What an example has further axes for is independent: its logarithms add up.
+            (logits), or a `Likelihood`. What an example has further axes for is independent: its logarithms add up.
         kind: which of the three.
         samples: targets drawn for each example, with "mc".
         where, rules: as in `fp.hessian`.

@@ -130,11 +130,9 @@ def per_example(
     * `"second_moment"`: `1/N Σ W²`; `"variance"`: `1/N Σ (W − mean)²`; `"snr"`: `mean² / variance`, entry by
       entry. (The variance is a difference of moments: where the mean is large beside it, digits are lost.)
     * `"gram"`: `⟨W[n], W[m]⟩` over all leaves, N × N. `"ntk"`: the same of the C entries of the output, N × C
-    × N
-      × C.
+      × N × C.
     * `"diag_ggn"`: the diagonal of the Gauss-Newton matrix `1/N Σ_n Jᵀ (∇²ℓ) J` of the **mean** loss, without
-    a
-      factor ½; `"trace_ggn"`: the trace of each leaf's block. `"diag_ggn_mc"`, `"trace_ggn_mc"`: unbiased
+      a factor ½; `"trace_ggn"`: the trace of each leaf's block. `"diag_ggn_mc"`, `"trace_ggn_mc"`: unbiased
       estimates, from one random combination of columns for each example; they need `key`.
     * `"kfac"`, `"kfac_reduce"` (random columns; need `key`), `"kflr"`, `"kflr_reduce"` (all columns),
       `"kfac_empirical"`, `"kfac_empirical_reduce"` (gradients): Kronecker factors `(A, G)` of each leaf; see
@@ -147,16 +145,14 @@ def per_example(
     Args:
         model: `model(params, x)`, for ONE example; returns floating-point arrays.
         loss: `loss(output, y)`, for ONE example; a scalar. For Gauss-Newton quantities it must be convex in
-        the
-            output: they are NaN where it is not.
+            the output: they are NaN where it is not.
         rules: a rule set; the default rules if None.
         max_bytes: what the stacked cotangents of several columns may take at a time; the batch is swept in
-        parts.
+            parts.
 
     Raises:
         ValueError: a quantity is unknown; the leading axes of `x` and `y` differ; an estimate has no key; or
-        the
-            examples mix: the model reduces over a named axis, computes batch statistics, or returns what the
+            the examples mix: the model reduces over a named axis, computes batch statistics, or returns what the
             loss does not read.
         TypeError: a parameter has no gradient, or the loss is no scalar.
 

@@ -162,8 +162,7 @@ class Queries(abc.ABC):
 
         Raises:
             ValueError: the operator with its damping is not positive definite: an eigenvalue, or a node of
-            the
-                quadrature, is not positive. (Under `jit`, the result is NaN.)
+                the quadrature, is not positive. (Under `jit`, the result is NaN.)
             FloatingPointError: the operator is not finite.
 
         Reference: Ubaru, Chen and Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", SIAM
