@@ -94,7 +94,8 @@ def fisher(
     Args:
         model: a function of parameters and inputs.
         likelihood: "categorical" (logits on the last axis, integer targets), "gaussian", "bernoulli"
-            (logits), or a `Likelihood`. What an example has further axes for is independent: its logarithms add up.
+            (logits), or a `Likelihood`. What an example has further axes for is independent: its
+            logarithms add up.
         kind: which of the three.
         samples: targets drawn for each example, with "mc".
         where, rules: as in `fp.hessian`.

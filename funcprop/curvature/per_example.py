@@ -152,8 +152,8 @@ def per_example(
 
     Raises:
         ValueError: a quantity is unknown; the leading axes of `x` and `y` differ; an estimate has no key; or
-            the examples mix: the model reduces over a named axis, computes batch statistics, or returns what the
-            loss does not read.
+            the examples mix: the model reduces over a named axis, computes batch statistics, or returns what
+            the loss does not read.
         TypeError: a parameter has no gradient, or the loss is no scalar.
 
     References: Goodfellow, "Efficient per-example gradient computations", 2015 (norms); Dangel, Kunstner and
