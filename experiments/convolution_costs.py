@@ -22,7 +22,7 @@ import numpy as np
 from running import command_line, write
 
 import funcprop as fp
-from funcprop.primitives import convolution
+from funcprop.primitives import convolution, patches
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -129,9 +129,9 @@ def parts(shape: Shape, rules: fp.RuleSet) -> dict[str, Callable[..., Any]]:
 
 def compare(shape: Shape, repeats: int) -> list[Compared]:
     """All parts of a convolution, both ways in turn."""
-    seen: list[convolution.Geometry] = []
+    seen: list[patches.Geometry] = []
 
-    def always(geometry: convolution.Geometry) -> convolution.Plan:
+    def always(geometry: patches.Geometry) -> convolution.Plan:
         seen.append(geometry)
         return convolution.Plan(margin=True, weight=True, input=True)
 

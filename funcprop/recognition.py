@@ -133,16 +133,19 @@ _SCALAR = jax.ShapeDtypeStruct((), np.dtype("float32"))
 
 
 def equal_to(
-    function: Callable[[Any], Any], eqn: Any, producer: Producer = lambda _: None
+    function: Callable[[Any], Any],
+    eqn: Any,
+    producer: Producer = lambda _: None,
+    argument: Any | None = None,
 ) -> tuple[Any, list[Any]] | None:
     """The argument of `function` and its equations, if `eqn` and what leads to it compute just `function(x)`.
 
-    The argument has the type of the result.
+    The argument has the type of the result, or `argument`.
     """
     if len(eqn.outvars) != 1 or not _ordinary(eqn.outvars[0].aval):
         return None
     (result,) = eqn.outvars
-    reference = _reference(function, result.aval)
+    reference = _reference(function, result.aval if argument is None else argument)
     comparison = _Comparison()
 
     def maker(atom: Any) -> Any:

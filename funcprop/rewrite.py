@@ -18,10 +18,11 @@ from typing import Any
 import jax
 
 from funcprop import _compat
-from funcprop.attach import Arrays, BoundRule, attach
+from funcprop.attach import BoundRule, attach
 from funcprop.calls import Call, is_array, traced
 from funcprop.emission import emitted_again
 from funcprop.layer_calls import broken_layer_call, layer_call
+from funcprop.linear_map import Arrays
 from funcprop.patterns import PATTERNS
 from funcprop.recognition import recognised
 from funcprop.registry import RuleError, RuleSet

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from funcprop import _compat
-from funcprop.attach import linear_body
 from funcprop.flops import PRODUCTS, flops
 from funcprop.hlo import Instruction, instructions
+from funcprop.linear_map import linear_body
 
 # What XLA gives a kernel of its own, apart from products and what has a body.
 _UNFUSED = frozenset(

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import funcprop as fp
-from funcprop.primitives import convolution
+from funcprop.primitives import convolution, patches
 
 EVERYWHERE = convolution.rule(lambda geometry: convolution.Plan(margin=True, weight=True, input=True))
 RULES = fp.rules.autodiff.replace({"conv_general_dilated": EVERYWHERE})
@@ -59,7 +59,7 @@ def convolutions(draw):
 def test_equals_xla(case, chunked):
     x_shape, w_shape, options = case
     # So few bytes hold the patches of one or two examples, and a chunk remains that is smaller.
-    chunk_bytes = 512 if chunked else convolution.CHUNK_BYTES
+    chunk_bytes = 512 if chunked else patches.CHUNK_BYTES
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=x_shape), rng.normal(size=w_shape)
 
@@ -73,7 +73,7 @@ def test_equals_xla(case, chunked):
         return [actual, *ours(g)], [expected, *pullback(g)]
 
     g = rng.normal(size=jax.eval_shape(fun, x, w).shape)
-    with mock.patch.object(convolution, "CHUNK_BYTES", chunk_bytes):
+    with mock.patch.object(patches, "CHUNK_BYTES", chunk_bytes):
         actual, expected = both(x, w, g)
     for a, e in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-12)

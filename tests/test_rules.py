@@ -135,6 +135,8 @@ LAYERS: dict[str, list[Example]] = {
     "silu": ACTIVATION,
     "tanh_gelu": ACTIVATION,
     "exact_gelu": ACTIVATION,
+    "softmax": [Example((numbers(3, 4),)), Example((numbers(2, 3, 4),), {"axis": (0, 2)})],
+    "log_softmax": [Example((numbers(3, 4),)), Example((numbers(2, 3, 4),), {"axis": 1})],
     "relu_max_pool": [Example((numbers(2, 5, 6, 2),), POOL)],
     "dense": [Example((X, W, B)), Example((X, W)), Example((X[0], W, B)), Example((numbers(2, 4, 3), W, B))],
     "linear": [Example((W.T, X[0], B)), Example((W.T, X[0]))],

@@ -37,3 +37,5 @@ from funcprop.patterns.activation import softplus as softplus
 from funcprop.patterns.activation import tanh as tanh
 from funcprop.patterns.activation import tanh_gelu as tanh_gelu
 from funcprop.patterns.fused_pooling import relu_max_pool as relu_max_pool
+from funcprop.patterns.softmax import log_softmax as log_softmax
+from funcprop.patterns.softmax import softmax as softmax

@@ -6,7 +6,7 @@ function; the other layers stand above, and may use the rewrite.
 `PATTERNS` are what the rewrite recognises as one operator though it is several, the larger first.
 """
 
-from funcprop.patterns import activation, fused_pooling
+from funcprop.patterns import activation, fused_pooling, softmax
 from funcprop.recognition import Pattern
 
-PATTERNS: tuple[Pattern, ...] = (*fused_pooling.PATTERNS, *activation.PATTERNS)
+PATTERNS: tuple[Pattern, ...] = (*fused_pooling.PATTERNS, *activation.PATTERNS, *softmax.PATTERNS)

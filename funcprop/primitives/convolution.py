@@ -4,10 +4,8 @@
     w̄[k, c, o] = Σ_{n, i} x[n, i·s + k·d − p, c] ȳ[n, i, o]        patches(x)ᵀ · ȳ
     x̄[n, j, c] = Σ {ȳ[n, i, o] w[k, c, o] : i·s + k·d − p = j}     the patches of ȳ · wᵀ, added up
 
-`patches(x)` (im2col) has a row for each output position and a column for each tap and input channel. The two
-cotangents are products with it, or with its transpose (col2im), which are made and used up in chunks of a few
-examples: a chunk's patches stay in the cache, and never more than one chunk is held. What is saved is `x` and
-`w`, as by autodiff.
+The two cotangents are products with the patches of an input, or with their transpose, chunk by chunk of the
+batch (`funcprop.primitives.patches`). What is saved is `x` and `w`, as by autodiff.
 
 The value has another way. XLA's CPU backend convolves without padding two to four times more slowly than
 with it (batch 128, 15×15, 64→96 channels, 3×3: 63 against 155 GFLOP/s). So one position more is computed at
@@ -16,14 +14,13 @@ the end of one axis, and dropped: that *margin* is cheaper than any product of p
 Which way is taken is decided by `plan`, from shapes alone.
 
 Source: Chellapilla et al., "High performance convolutional neural networks for document processing", 2006,
-for the products of patches; the chunks and the margin are our own.
+for the products of patches; the margin is our own.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,8 +29,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from funcprop import _compat
 from funcprop.expressions import Equations, OperatorSymbols, apply
+from funcprop.primitives.patches import (
+    CHUNK_BYTES,
+    Geometry,
+    chunk,
+    from_channels_last,
+    geometry_of,
+    kernel_matrix,
+    mapped_in_chunks,
+    patches_of,
+    product,
+    sum_of_patches,
+    summed_over_chunks,
+    with_channels_last,
+)
 from funcprop.registry import OperatorKey, Rule
 
 
@@ -42,35 +52,6 @@ class Operands(NamedTuple):
 
     x: Any
     w: Any
-
-
-class Geometry(NamedTuple):
-    """The sizes of a convolution, whatever its layout."""
-
-    batch: int
-    input: tuple[int, ...]
-    output: tuple[int, ...]
-    kernel: tuple[int, ...]
-    inputs: int
-    outputs: int
-    strides: tuple[int, ...]
-    padded: bool
-    itemsize: int
-
-    @property
-    def rows(self) -> int:
-        """Output positions of one example: the rows of its patches."""
-        return math.prod(self.output)
-
-    @property
-    def columns(self) -> int:
-        """Entries of one patch."""
-        return math.prod(self.kernel) * self.inputs
-
-    @property
-    def bytes_of_example(self) -> int:
-        """Bytes of one example's patches and outputs."""
-        return self.rows * (self.columns + self.outputs) * self.itemsize
 
 
 class Plan(NamedTuple):
@@ -88,21 +69,6 @@ class Plan(NamedTuple):
 
 
 Chooser = Callable[[Geometry], Plan]
-
-# A chunk's patches and outputs, which are to stay in a core's cache.
-CHUNK_BYTES = 1 << 21
-
-
-def chunk(geometry: Geometry) -> int:
-    """How many examples make a chunk: what 2 MiB hold, if possible a divisor of the batch.
-
-    All of them for a pointwise convolution, whose patches are the input itself.
-    """
-    if math.prod(geometry.kernel) == 1:
-        return geometry.batch
-    most = max(1, min(geometry.batch, CHUNK_BYTES // max(1, geometry.bytes_of_example)))
-    divisor = max(n for n in range(1, most + 1) if geometry.batch % n == 0)
-    return divisor if 2 * divisor > most else most
 
 
 def plan(g: Geometry) -> Plan:
@@ -130,136 +96,6 @@ def plan(g: Geometry) -> Plan:
 def plan_in_loops(g: Geometry) -> Plan:
     """The plan for convolutions whose cotangents are computed in the body of a loop."""
     return plan(g)._replace(turned=True)
-
-
-def geometry_of(x: Any, w: Any, static: Any) -> Geometry:
-    """The sizes of a convolution of `x` by `w` with these parameters."""
-    lhs, rhs, _ = static["dimension_numbers"]
-    kernel = tuple(w.shape[a] for a in rhs[2:])
-    spatial = tuple(x.shape[a] for a in lhs[2:])
-    output = tuple(
-        max(0, (n + lo + hi - (k - 1) * d - 1) // s + 1)
-        for n, (lo, hi), k, d, s in zip(
-            spatial, static["padding"], kernel, static["rhs_dilation"], static["window_strides"], strict=True
-        )
-    )
-    strides = tuple(static["window_strides"])
-    inputs, outputs = x.shape[lhs[1]], w.shape[rhs[0]]
-    padded = any(map(any, static["padding"]))
-    sizes = x.shape[lhs[0]], spatial, output, kernel, inputs, outputs, strides
-    return Geometry(*sizes, padded, x.dtype.itemsize)
-
-
-# --- one chunk --------------------------------------------------------------------------------
-
-
-def _taps(static: Any, geometry: Geometry) -> Iterator[tuple[list[int], list[int]]]:
-    """Where each tap of the kernel meets the padded input: the first position, and one past the last."""
-    for tap in itertools.product(*map(range, geometry.kernel)):
-        start = [k * d for k, d in zip(tap, static["rhs_dilation"], strict=True)]
-        ends = zip(start, geometry.output, geometry.strides, strict=True)
-        yield start, [a + (n - 1) * s + 1 for a, n, s in ends]
-
-
-def patches_of(x: Any, static: Any, geometry: Geometry) -> Any:
-    """The input as a matrix: a row for each output position, a column for each tap and channel."""
-    zero = np.array(0, x.dtype)
-    x = lax.pad(x, zero, [(0, 0, 0), *((lo, hi, 0) for lo, hi in static["padding"]), (0, 0, 0)])
-    step = (1, *geometry.strides, 1)
-    slices = [
-        lax.slice(x, (0, *start, 0), (x.shape[0], *limit, x.shape[-1]), step)
-        for start, limit in _taps(static, geometry)
-    ]
-    return lax.concatenate(slices, x.ndim - 1).reshape(-1, geometry.columns)
-
-
-def _sum_of_patches(patches: Any, static: Any, geometry: Geometry) -> Any:
-    """The transpose of `patches_of` (col2im): every entry of a patch is added where it was taken from."""
-    patches = patches.reshape(-1, *geometry.output, geometry.columns)
-    padded = [n + lo + hi for n, (lo, hi) in zip(geometry.input, static["padding"], strict=True)]
-    zero = np.array(0, patches.dtype)
-    total: Any = None
-    for k, (start, limit) in enumerate(_taps(static, geometry)):
-        here = lax.slice_in_dim(patches, k * geometry.inputs, (k + 1) * geometry.inputs, axis=-1)
-        spread = [
-            (a, n - b, s - 1) for a, b, n, s in zip(start, limit, padded, geometry.strides, strict=True)
-        ]
-        here = lax.pad(here, zero, [(0, 0, 0), *spread, (0, 0, 0)])
-        total = here if total is None else lax.add(total, here)
-    inside = [(-lo, -hi, 0) for lo, hi in static["padding"]]
-    return lax.pad(total, zero, [(0, 0, 0), *inside, (0, 0, 0)])
-
-
-def with_channels_last(x: Any, spec: Sequence[int]) -> Any:
-    """The axes of `x` in the order batch, space, channels."""
-    return lax.transpose(x, (spec[0], *spec[2:], spec[1]))
-
-
-def _from_channels_last(x: Any, spec: Sequence[int]) -> Any:
-    return lax.transpose(x, np.argsort((spec[0], *spec[2:], spec[1])))
-
-
-def _kernel_matrix(w: Any, static: Any, geometry: Geometry) -> Any:
-    """The kernel with a row for each entry of a patch and a column for each output channel."""
-    spec = static["dimension_numbers"].rhs_spec
-    return lax.transpose(w, (*spec[2:], spec[1], spec[0])).reshape(geometry.columns, geometry.outputs)
-
-
-def _product(a: Any, b: Any, contracted: tuple[int, int], static: Any) -> Any:
-    dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
-    # Sums over chunks and taps follow, which low precision would round one by one.
-    wide = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
-    return lax.dot_general(a, b, dimensions, precision=static["precision"], preferred_element_type=wide)
-
-
-# --- all chunks -------------------------------------------------------------------------------
-
-
-def _chunk_at(i: Any, size: int, arrays: Sequence[Any]) -> tuple[Any, list[Any]]:
-    """Where chunk `i` of the batch starts, and its part of each array.
-
-    All chunks have the same size; the last one starts early enough.
-    """
-    start = jnp.minimum(i * size, len(arrays[0]) - size)
-    return start, [lax.dynamic_slice_in_dim(a, start, size) for a in arrays]
-
-
-def _mapped_in_chunks(fun: Callable[[Any], Any], size: int, a: Any) -> Any:
-    """`fun` over the chunks of a batch."""
-    if size == len(a):
-        return fun(a)
-    part = jax.eval_shape(fun, jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype))
-
-    def step(result: Any, i: Any) -> tuple[Any, None]:
-        # What two chunks share is written twice, alike.
-        start, (here,) = _chunk_at(i, size, [a])
-        return lax.dynamic_update_slice_in_dim(result, fun(here), start, 0), None
-
-    nothing = jnp.zeros((len(a), *part.shape[1:]), part.dtype)
-    return _over_chunks(step, nothing, size, [a])
-
-
-def _summed_over_chunks(fun: Callable[..., Any], size: int, *arrays: Any) -> Any:
-    """The sum of `fun` over the chunks of a batch."""
-    if size == len(arrays[0]):
-        return fun(*arrays)
-    part = jax.eval_shape(fun, *(jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype) for a in arrays))
-
-    def step(total: Any, i: Any) -> tuple[Any, None]:
-        start, here = _chunk_at(i, size, arrays)
-        if len(arrays[0]) % size:
-            # The last chunk begins with examples that were counted already.
-            fresh = start + np.arange(size) >= i * size
-            here = [jnp.where(lax.broadcast_in_dim(fresh, a.shape, [0]), a, 0) for a in here]
-        return total + fun(*here), None
-
-    return _over_chunks(step, jnp.zeros(part.shape, part.dtype), size, arrays)
-
-
-def _over_chunks(step: Callable[..., Any], start: Any, size: int, arrays: Sequence[Any]) -> Any:
-    # All of it in the loop: a first chunk before it would be scheduled early, and held.
-    start, *_ = _compat.align_varying_axes([start, *arrays])
-    return lax.scan(step, start, jnp.arange(-(-len(arrays[0]) // size)))[0]
 
 
 def _with_margin(x: Any, w: Any, static: Any) -> Any:
@@ -337,14 +173,14 @@ def _by_turned_kernel(w: Any, g: Any, static: Any, geometry: Geometry) -> Any:
 
 def _input_cotangent(w: Any, g: Any, static: Any, geometry: Geometry) -> Any:
     lhs, _, out = static["dimension_numbers"]
-    matrix = _kernel_matrix(w, static, geometry)
+    matrix = kernel_matrix(w, static, geometry)
 
     def of_chunk(g: Any) -> Any:
-        patches = _product(g.reshape(-1, geometry.outputs), matrix, (1, 1), static)
-        return _sum_of_patches(patches, static, geometry).astype(w.dtype)
+        patches = product(g.reshape(-1, geometry.outputs), matrix, (1, 1), static)
+        return sum_of_patches(patches, static, geometry).astype(w.dtype)
 
-    x = _mapped_in_chunks(of_chunk, chunk(geometry), with_channels_last(g, out))
-    return _from_channels_last(x, lhs)
+    x = mapped_in_chunks(of_chunk, chunk(geometry), with_channels_last(g, out))
+    return from_channels_last(x, lhs)
 
 
 def _weight_cotangent(x: Any, g: Any, static: Any, geometry: Geometry) -> Any:
@@ -352,11 +188,11 @@ def _weight_cotangent(x: Any, g: Any, static: Any, geometry: Geometry) -> Any:
 
     def of_chunk(x: Any, g: Any) -> Any:
         # Patches first: the other order makes XLA's CPU backend copy a transpose.
-        return _product(patches_of(x, static, geometry), g.reshape(-1, geometry.outputs), (0, 0), static)
+        return product(patches_of(x, static, geometry), g.reshape(-1, geometry.outputs), (0, 0), static)
 
     # Transposed before the loop, where XLA does so too for its own convolutions, and what is around them.
     channels_last = with_channels_last(x, lhs), with_channels_last(g, out)
-    matrix = _summed_over_chunks(of_chunk, chunk(geometry), *channels_last)
+    matrix = summed_over_chunks(of_chunk, chunk(geometry), *channels_last)
     kernel = matrix.reshape(*geometry.kernel, geometry.inputs, geometry.outputs)
     return lax.transpose(kernel, np.argsort((*rhs[2:], rhs[1], rhs[0])))
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from funcprop import _compat
-from funcprop.attach import Arrays
+from funcprop.linear_map import Arrays
 from funcprop.rewrite import with_rules
 from funcprop.testing.case import Case, stack, subsets
 from funcprop.testing.compare import Claim, Limit

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop import _compat
-from funcprop.attach import Arrays, BoundRule, attach
+from funcprop.attach import BoundRule, attach
 from funcprop.layer_calls import LayerCall
+from funcprop.linear_map import Arrays
 from funcprop.registry import Layer, Rule, RuleSet
 from funcprop.rules import autodiff
 from funcprop.testing.compare import DOUBLE, Claim, Precision

@@ -19,7 +19,7 @@ from jax import lax
 
 from funcprop.curvature.outer.taps import Tap
 from funcprop.curvature.outer.views import View
-from funcprop.primitives.convolution import geometry_of, patches_of, with_channels_last
+from funcprop.primitives.patches import geometry_of, patches_of, with_channels_last
 
 Fold = Callable[[Any], Any]
 
