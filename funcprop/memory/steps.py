@@ -44,7 +44,7 @@ class Step:
     `reuses` says that entries of the inputs are read more than once; `extra` are bytes of its own; `in_place`
     are pairs of an input and the result that is written over it. A loop has its body in `bodies`, a
     conditional its branches. `late` marks a product that sums over the rows of its left factor: the compiler
-    puts it behind other readers of its operands.
+    puts it behind other readers of its operands. `order` are the axes of a transposition.
     """
 
     op: str
@@ -56,6 +56,7 @@ class Step:
     reuses: bool = False
     extra: int = 0
     late: bool = False
+    order: tuple[int, ...] = ()
     bodies: tuple[Program, ...] = ()
     in_place: list[tuple[Value, Value]] = field(default_factory=list)
 
