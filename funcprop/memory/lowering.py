@@ -14,7 +14,8 @@ import numpy as np
 from funcprop import _compat
 from funcprop.layer_calls import boundary_p
 from funcprop.memory import expansions
-from funcprop.memory.steps import Kind, Program, Step, Value, nbytes_of
+from funcprop.memory.steps import Kind, Program, Step, Value
+from funcprop.sizes import nbytes
 from funcprop.tracing import CHECKPOINTS, INLINED
 
 CALLS = INLINED | CHECKPOINTS | {"custom_jvp_call", "custom_vjp_call", "custom_lin", "custom_vjp_call_jaxpr"}
@@ -233,7 +234,7 @@ class Lowering:
 
     def value(self, aval: Any, step: Step | None = None) -> Value:
         """A new value."""
-        return Value(tuple(getattr(aval, "shape", ())), getattr(aval, "dtype", None), nbytes_of(aval), step)
+        return Value(tuple(getattr(aval, "shape", ())), getattr(aval, "dtype", None), nbytes(aval), step)
 
 
 def _is_view(eqn: Any, op: str) -> bool | str:

@@ -11,8 +11,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
-
 from funcprop.tracing import without_transformations
 
 Kind: TypeAlias = Literal["view", "elementwise", "move", "reduce", "update", "kernel", "loop", "branch"]
@@ -73,16 +71,6 @@ class Program:
     steps: list[Step]
     outputs: list[Value | None]
     donated: dict[int, int] = field(default_factory=dict)
-
-
-def nbytes_of(aval: Any) -> int:
-    """Bytes of a value; 0 for what has no size (references, tokens); a key counts as its words."""
-    shape, dtype = getattr(aval, "shape", None), getattr(aval, "dtype", None)
-    if shape is None or dtype is None:
-        return 0
-    if isinstance(dtype, np.dtype):
-        return 0 if dtype.name == "float0" else math.prod(shape) * dtype.itemsize
-    return math.prod(shape) * int(getattr(dtype, "itemsize", 8))
 
 
 def clean(scope: str) -> str:
