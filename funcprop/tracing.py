@@ -6,7 +6,6 @@ equations that share a mutable reference grouped, because between them order is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,7 @@ from funcprop.flops import flops
 from funcprop.graph import Graph, Kind, Operator, Variable, name
 from funcprop.layer_calls import LayerCall, boundary_p, layer_call
 from funcprop.naming import argument_names, joined, literal_name, unique_names, without_transformations
+from funcprop.sizes import nbytes
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
@@ -349,9 +349,6 @@ def _freeze(drafts: Sequence[_Draft]) -> Callable[[_Draft], Variable]:
 
 def _variable(draft: _Draft, label: str) -> Variable:
     shape, dtype = getattr(draft.aval, "shape", None), getattr(draft.aval, "dtype", None)
-    nbytes = None
-    if shape is not None and isinstance(dtype, np.dtype) and not _is_reference(draft):
-        nbytes = math.prod(shape) * dtype.itemsize
-    return Variable(
-        label, draft.kind, draft.scope, shape, dtype, nbytes, draft.named, draft.aval, draft.value
-    )
+    has_size = shape is not None and isinstance(dtype, np.dtype) and not _is_reference(draft)
+    size = nbytes(draft.aval) if has_size else None
+    return Variable(label, draft.kind, draft.scope, shape, dtype, size, draft.named, draft.aval, draft.value)

@@ -21,6 +21,7 @@ from funcprop import _compat
 from funcprop.flops import PRODUCTS, flops
 from funcprop.hlo import Instruction, instructions
 from funcprop.linear_map import linear_body
+from funcprop.sizes import nbytes
 
 # What XLA gives a kernel of its own, apart from products and what has a body.
 _UNFUSED = frozenset(
@@ -99,12 +100,6 @@ def _executed(eqn: Any) -> Iterator[tuple[Any, int]]:
         yield bodies[0], eqn.params["length"]
     else:
         yield from ((body, 1) for body in bodies)
-
-
-def nbytes(atom: Any) -> int:
-    """Bytes of a value; 0 of what has no size."""
-    dtype = getattr(atom.aval, "dtype", None)
-    return math.prod(getattr(atom.aval, "shape", ())) * getattr(dtype, "itemsize", 0)
 
 
 def _is_unfused(eqn: Any) -> bool:

@@ -6,6 +6,7 @@ import json
 import sys
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -48,6 +49,30 @@ class CNN(nn.Module):
         for features in (24, 40):
             x = nn.max_pool(nn.relu(nn.Conv(features, (3, 3))(x)), (2, 2), (2, 2))
         return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+class ChannelsFirst(eqx.Module):
+    """What is pooled goes on channels last and channels first, what is convolved is transposed back."""
+
+    first: eqx.nn.Conv2d
+    second: eqx.nn.Conv2d
+    head: eqx.nn.Linear
+
+    def __init__(self) -> None:
+        key = jax.random.key(0)
+        self.first = eqx.nn.Conv2d(3, 16, 3, padding=1, key=key)
+        self.second = eqx.nn.Conv2d(16, 56, 3, padding=1, key=key)
+        self.head = eqx.nn.Linear(56 * 8 * 8, 10, key=key)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for convolution in (self.first, self.second):
+            x = eqx.nn.MaxPool2d(2, 2)(jax.nn.relu(convolution(x)))
+        return self.head(x.reshape(-1))
+
+
+def channels_first(batch: int) -> dict[str, Any]:
+    net = eqx.filter_eval_shape(ChannelsFirst)
+    return classified(lambda net, x: jax.vmap(net)(x), net, f32(batch, 3, 32, 32), i32(batch))
 
 
 def lstm(params: Any, x: jax.Array) -> jax.Array:
@@ -161,6 +186,7 @@ def train_step(donate: bool) -> dict[str, Any]:
 PROGRAMS = {
     "chapter": lambda: chapter(1024),
     "CNN": lambda: flax(CNN(), f32(24, 20, 20, 3), i32(24)),
+    "CNN, channels first": lambda: channels_first(48),
     "LSTM": lambda: classified(lstm, {"x": f32(24, 320), "h": f32(80, 320)}, f32(40, 12, 24), i32(12)),
     "transformer": lambda: flax(Transformer(), i32(6, 48), i32(6, 48)),
     "attention": lambda: attention(256),

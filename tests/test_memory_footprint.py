@@ -69,6 +69,12 @@ def test_temporary_values_lie_in_the_memory_of_a_result_as_large(compiled: dict[
     assert found["predicted"] == pytest.approx(found["compiled"], rel=0.05)
 
 
+def test_what_is_transposed_back_is_one_value(compiled: dict[str, Any]) -> None:
+    """A convolution, a sum and a loop read what autodiff transposes twice: the compiler makes it once."""
+    found = compiled["CNN, channels first"]["training"]
+    assert found["predicted"] == pytest.approx(found["compiled"], rel=0.08)
+
+
 def test_rows_add_up_and_saved_is_what_training_holds(compiled: dict[str, Any]) -> None:
     for model in ("chapter", "CNN", "LSTM", "transformer"):
         for program in ("inference", "training"):

@@ -31,7 +31,7 @@ from funcprop.curvature.nodes import Node
 from funcprop.flops import of_jaxpr
 from funcprop.registry import RuleSet
 from funcprop.rewrite import with_rules
-from funcprop.work import nbytes
+from funcprop.sizes import nbytes
 
 # Measured on two x86 cores: smaller blocks leave them idle, larger ones leave their caches.
 _CACHE_BYTES = 32 << 20

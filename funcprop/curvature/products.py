@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from funcprop import _compat
+from funcprop.sizes import nbytes
 
 if TYPE_CHECKING:
     from funcprop.curvature.operator import LinearOperator
@@ -106,5 +106,4 @@ def mapped(column: Callable[[Array], Array], inputs: Array, at_once: int | None)
 
 def _bytes(closed: Any) -> int:
     """Bytes of all values that a jaxpr computes."""
-    results = [v.aval for eqn in _compat.open_jaxpr(closed).eqns for v in eqn.outvars]
-    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in results)
+    return sum(nbytes(v) for eqn in _compat.open_jaxpr(closed).eqns for v in eqn.outvars)

@@ -42,7 +42,7 @@ def dot_general(lowering: Lowering, eqn: Any, operands: list[Value | None], scop
         in_order = list(batch) == list(range(len(batch))) and len(summed) == 1 and len(rest) <= 1
         if value is not None and not in_order:
             if kept != sorted(kept) and (batch or len(kept) != 2):
-                (value,) = transposed(lowering, value, shape, order, scope)
+                value = transposed(lowering, value, shape, order, scope)
             sizes = [
                 math.prod(shape[d] for d in axes) for axes in ((rest, summed) if is_lhs else (summed, rest))
             ]
@@ -60,20 +60,34 @@ def dot_general(lowering: Lowering, eqn: Any, operands: list[Value | None], scop
 
 def transpose(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
     """A transposition; that of a matrix product is the product of the factors in the other order."""
-    value = operands[0]
-    if value is not None and value.step is not None and value.step.op == "dot_general":
-        kept = [d for d in eqn.params["permutation"] if eqn.invars[0].aval.shape[d] > 1]
+    value, shape = operands[0], eqn.invars[0].aval.shape
+    if value is None:
+        return lowering.add("transpose", "move", scope, [], [eqn.outvars[0].aval], expensive=False)
+    if value.step is not None and value.step.op == "dot_general":
+        kept = [d for d in eqn.params["permutation"] if shape[d] > 1]
         if len(kept) == 2:
             return [value]
-    return lowering.add("transpose", "move", scope, operands, [eqn.outvars[0].aval], expensive=False)
+    return [transposed(lowering, value, shape, eqn.params["permutation"], scope)]
 
 
 def transposed(
     lowering: Lowering, value: Value, shape: Sequence[int], order: Sequence[int], scope: str
-) -> list[Value | None]:
-    """A copy in another order of axes."""
-    aval = jax.core.ShapedArray(tuple(shape[d] for d in order), value.dtype)
-    return lowering.shared("transpose", [value], aval, scope, tuple(order))
+) -> Value:
+    """A copy in another order of axes; of what is such a copy itself, one of its source, or the source."""
+    step = value.step
+    if step is not None and step.order and value.shape == tuple(shape):
+        (value,), order = step.inputs, [step.order[d] for d in order]
+        shape = value.shape
+    result = tuple(shape[d] for d in order)
+    kept = [d for d in order if shape[d] > 1]
+    if kept == sorted(kept):
+        return lowering.view(value, result, scope)
+    aval = jax.core.ShapedArray(result, value.dtype)
+    (copy,) = lowering.shared("transpose", [value], aval, scope, tuple(order))
+    assert copy is not None
+    assert copy.step is not None
+    copy.step.order = tuple(order)
+    return copy
 
 
 def convolution(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
@@ -84,15 +98,14 @@ def convolution(lowering: Lowering, eqn: Any, operands: list[Value | None], scop
     for atom, value, order in zip(eqn.invars, operands, orders, strict=True):
         kept = [d for d in order if atom.aval.shape[d] > 1]
         if value is not None and kept != sorted(kept):
-            (value,) = transposed(lowering, value, atom.aval.shape, order, scope)
+            value = transposed(lowering, value, atom.aval.shape, order, scope)
         arranged.append(value)
     result = eqn.outvars[0].aval
     order = [out[0], *out[2:], out[1]]
-    computed = lowering.add("conv_general_dilated", "kernel", scope, arranged, [result])
-    kept = [d for d in order if result.shape[d] > 1]
-    if kept == sorted(kept) or computed[0] is None:
-        return computed
-    return lowering.add("transpose", "move", scope, computed, [result], expensive=False)
+    computed = result.update(shape=[result.shape[d] for d in order])
+    (value,) = lowering.add("conv_general_dilated", "kernel", scope, arranged, [computed])
+    assert value is not None
+    return [transposed(lowering, value, value.shape, [order.index(d) for d in range(len(order))], scope)]
 
 
 def select_and_scatter_add(

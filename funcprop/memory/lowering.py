@@ -14,7 +14,8 @@ import numpy as np
 from funcprop import _compat
 from funcprop.layer_calls import boundary_p
 from funcprop.memory import expansions
-from funcprop.memory.steps import Kind, Program, Step, Value, nbytes_of
+from funcprop.memory.steps import Kind, Program, Step, Value
+from funcprop.sizes import nbytes
 from funcprop.tracing import CHECKPOINTS, INLINED
 
 CALLS = INLINED | CHECKPOINTS | {"custom_jvp_call", "custom_vjp_call", "custom_lin", "custom_vjp_call_jaxpr"}
@@ -233,7 +234,7 @@ class Lowering:
 
     def value(self, aval: Any, step: Step | None = None) -> Value:
         """A new value."""
-        return Value(tuple(getattr(aval, "shape", ())), getattr(aval, "dtype", None), nbytes_of(aval), step)
+        return Value(tuple(getattr(aval, "shape", ())), getattr(aval, "dtype", None), nbytes(aval), step)
 
 
 def _is_view(eqn: Any, op: str) -> bool | str:
@@ -274,7 +275,14 @@ def _is_identity(eqn: Any, op: str) -> bool:
 
 
 def _unfolded(value: Value | None, axes: Sequence[int]) -> Value | None:
-    """What is summed: a reshape that only joins summed axes with each other is left out."""
+    """What is summed: a transposition is left out of a sum to a vector or a number.
+
+    So is a reshape that only joins summed axes with each other.
+    """
+    kept = set() if value is None else set(range(len(value.shape))) - set(axes)
+    if value is not None and (step := value.step) is not None and step.order and len(kept) <= 1:
+        (value,) = step.inputs
+        kept = {step.order[axis] for axis in kept}
     if value is None or value.step is None or value.step.kind != "view":
         return value
     (source,) = value.step.inputs
@@ -282,7 +290,7 @@ def _unfolded(value: Value | None, axes: Sequence[int]) -> Value | None:
         return value
     ends = list(itertools.accumulate(source.shape, operator.mul, initial=1))
     ends_here = list(itertools.accumulate(value.shape, operator.mul, initial=1))
-    for axis in set(range(len(value.shape))) - set(axes):
+    for axis in kept:
         low, high = ends_here[axis], ends_here[axis + 1]
         if low not in ends or high not in ends or ends.index(high) - ends.index(low) > 1:
             return value

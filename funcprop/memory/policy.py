@@ -11,8 +11,9 @@ import jax
 from funcprop import _compat
 from funcprop.flops import flops
 from funcprop.memory.program import Program
-from funcprop.memory.saving import Residuals, nbytes, residuals
+from funcprop.memory.saving import Residuals, residuals
 from funcprop.memory.schedule import Segment
+from funcprop.sizes import nbytes
 
 Kind = tuple[str, tuple[tuple[tuple[int, ...], str], ...]]
 
@@ -45,7 +46,7 @@ def policy_within(program: Program, budget: int) -> tuple[SaveOperators, Residua
     for eqn, times in _run_again(program):
         kind = _kind(eqn.primitive, [v.aval for v in eqn.invars])
         spared[kind] = spared.get(kind, 0) + times * flops(eqn)
-        held[kind] = held.get(kind, 0) + times * sum(nbytes(v.aval) for v in eqn.outvars)
+        held[kind] = held.get(kind, 0) + times * sum(nbytes(v) for v in eqn.outvars)
     ranked = sorted((k for k in held if spared[k] and held[k]), key=lambda k: -spared[k] / held[k])
     chosen: list[Kind] = []
     room = budget

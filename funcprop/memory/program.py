@@ -20,8 +20,9 @@ from funcprop import _compat
 from funcprop.flops import flops
 from funcprop.layer_calls import broken_layer_call, layer_call
 from funcprop.memory.nested_loop import chunk_counts, in_chunks
-from funcprop.memory.saving import Reads, nbytes, reads
+from funcprop.memory.saving import Reads, reads
 from funcprop.memory.schedule import Chain, Schedule, Segment, frontier
+from funcprop.sizes import nbytes
 
 # A program of so few steps may be cut anywhere, a longer one only where the live bytes have a minimum, and of
 # those at no more than so many. A schedule is a path among them, and there are as many segments as pairs.
@@ -160,7 +161,7 @@ def program(
         *(v for v, free in zip(jaxpr.invars, given, strict=True) if not free),
         *(v for eqn in jaxpr.eqns for v in eqn.outvars),
     ]:
-        if size := nbytes(v.aval):
+        if size := nbytes(v):
             bits[v] = 1 << len(sizes)
             sizes.append(size)
     depends = dict(zip(jaxpr.invars, active, strict=True))

@@ -7,21 +7,13 @@ sweep.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from funcprop import _compat, flops
-
-
-def nbytes(aval: Any) -> int:
-    """Bytes of a value; 0 for one that has no size (a reference, a token)."""
-    itemsize = getattr(getattr(aval, "dtype", None), "itemsize", None)
-    if itemsize is None or hasattr(aval, "inner_aval"):
-        return 0
-    return math.prod(aval.shape) * int(itemsize)
+from funcprop.sizes import nbytes
 
 
 class Residuals(NamedTuple):
@@ -51,7 +43,7 @@ def residuals(fun: Callable[..., Sequence[Any]], avals: Sequence[Any]) -> Residu
     given = {*jaxpr.invars, *jaxpr.constvars}
     held = [0, 0]
     for v in jaxpr.outvars:
-        held[isinstance(v, _compat.Literal) or v in given] += nbytes(v.aval)
+        held[isinstance(v, _compat.Literal) or v in given] += nbytes(v)
     return Residuals(*held)
 
 
@@ -157,7 +149,7 @@ def _classified(
     return Reads(
         tuple(sorted(read)),
         tuple(sorted(reread)),
-        sum(nbytes(v.aval) for v in derived),
+        sum(nbytes(v) for v in derived),
         tuple(i for i, used in zip(variables, sources, strict=True) if used),
         again,
         tuple(active),

@@ -11,8 +11,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
-
 from funcprop.tracing import without_transformations
 
 Kind: TypeAlias = Literal["view", "elementwise", "move", "reduce", "update", "kernel", "loop", "branch"]
@@ -44,7 +42,7 @@ class Step:
     `reuses` says that entries of the inputs are read more than once; `extra` are bytes of its own; `in_place`
     are pairs of an input and the result that is written over it. A loop has its body in `bodies`, a
     conditional its branches. `late` marks a product that sums over the rows of its left factor: the compiler
-    puts it behind other readers of its operands.
+    puts it behind other readers of its operands. `order` are the axes of a transposition.
     """
 
     op: str
@@ -56,6 +54,7 @@ class Step:
     reuses: bool = False
     extra: int = 0
     late: bool = False
+    order: tuple[int, ...] = ()
     bodies: tuple[Program, ...] = ()
     in_place: list[tuple[Value, Value]] = field(default_factory=list)
 
@@ -72,16 +71,6 @@ class Program:
     steps: list[Step]
     outputs: list[Value | None]
     donated: dict[int, int] = field(default_factory=dict)
-
-
-def nbytes_of(aval: Any) -> int:
-    """Bytes of a value; 0 for what has no size (references, tokens); a key counts as its words."""
-    shape, dtype = getattr(aval, "shape", None), getattr(aval, "dtype", None)
-    if shape is None or dtype is None:
-        return 0
-    if isinstance(dtype, np.dtype):
-        return 0 if dtype.name == "float0" else math.prod(shape) * dtype.itemsize
-    return math.prod(shape) * int(getattr(dtype, "itemsize", 8))
 
 
 def clean(scope: str) -> str:

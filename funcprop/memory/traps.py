@@ -13,6 +13,7 @@ from funcprop import _compat
 from funcprop.flops import PRODUCTS, of_jaxpr
 from funcprop.memory.cases import Case
 from funcprop.memory.rows import Predicted, predicted
+from funcprop.sizes import nbytes
 from funcprop.tracing import CHECKPOINTS
 
 # With it, a chain of layers is no longer one kernel whose memory is not reported.
@@ -91,10 +92,10 @@ def found(case: Case, ours: Predicted, program: Measured, options: Mapping[str, 
 
 def embedded(ours: Predicted) -> Iterator[str]:
     """The arrays that the function closes over, which are part of the executable."""
-    nbytes = sum(v.nbytes for v in ours.program.constants if v.users)
-    if nbytes > 0.01 * ours.total:
+    size = sum(v.nbytes for v in ours.program.constants if v.users)
+    if size > 0.01 * ours.total:
         yield (
-            f"{nbytes:,} bytes are constants, arrays that the function closes over: they are part of the "
+            f"{size:,} bytes are constants, arrays that the function closes over: they are part of the "
             "executable, and neither XLA nor this ledger counts them; pass them as arguments."
         )
 
@@ -115,7 +116,7 @@ def undonated(case: Case | None) -> Iterator[str]:
     jaxpr = _compat.open_jaxpr(case.jaxpr)
     state = [i for i, c in enumerate(case.categories) if c in ("parameters", "optimizer state")]
     saved = sum(
-        jaxpr.invars[i].aval.size * jaxpr.invars[i].aval.dtype.itemsize
+        nbytes(jaxpr.invars[i])
         for i in Case(case.jaxpr, case.names, case.categories, frozenset(state)).aliases
     )
     if saved:

@@ -6,7 +6,6 @@ an equation depends on is its *depth*: constants alone (0), scanned inputs (1), 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,17 +15,12 @@ from jax import lax
 
 from funcprop import _compat
 from funcprop.flops import PRODUCTS
+from funcprop.sizes import nbytes
 
 Arrays = list[Any]
 
 # Cheap operators that follow a hoisted product out of the loop.
 _FOLLOWERS = frozenset({"add", "sub", "reshape", "convert_element_type", "broadcast_in_dim"})
-
-
-def nbytes(atom: Any) -> int:
-    """The bytes of one value; keys of random numbers count as one word."""
-    itemsize = getattr(atom.aval.dtype, "itemsize", 4)
-    return math.prod(atom.aval.shape) * itemsize
 
 
 # --- what can leave the loop ------------------------------------------------------------------

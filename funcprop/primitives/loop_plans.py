@@ -47,13 +47,13 @@ from funcprop.flops import PRODUCTS
 from funcprop.primitives.loop_bodies import (
     Site,
     Split,
-    nbytes,
     run_perturbed,
     sites,
     split,
     widened,
 )
 from funcprop.primitives.loop_steps import Step
+from funcprop.sizes import nbytes
 
 Arrays = list[Any]
 

@@ -19,12 +19,12 @@ from funcprop.flops import PRODUCTS
 from funcprop.primitives.loop_bodies import (
     Site,
     depths,
-    nbytes,
     run_perturbed,
     split,
     with_turned_constants,
 )
 from funcprop.primitives.stacking import merged, recomputation, to_stack
+from funcprop.sizes import nbytes
 
 Arrays = list[Any]
 

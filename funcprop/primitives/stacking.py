@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from funcprop import _compat
-from funcprop.primitives.loop_bodies import nbytes
+from funcprop.sizes import nbytes
 
 # Operators that cost less than reading their result from memory. Not `exp`, `tanh` and their like: they are
 # computed once and stacked, which measured faster than stacking what they are made from.

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop import _compat
+from funcprop.attach import Arrays
 from funcprop.linear_map import Arrays
+from funcprop.sizes import nbytes
 from funcprop.testing.case import Case, cast, generator, magnitude, normal_like, subsets
 from funcprop.testing.compare import CheckError, Claim, Limit, Precision, as_numpy, deviations
 
@@ -235,10 +237,7 @@ def residual_bytes(case: Case, factor: float | None) -> Iterator[Limit]:
 
         jaxpr = _compat.open_jaxpr(jax.make_jaxpr(residuals)(*case.leaves))
         held = {v for v in jaxpr.outvars if not isinstance(v, _compat.Literal)} - {*jaxpr.constvars}
-        without, with_arguments = (
-            sum(v.aval.size * v.aval.dtype.itemsize for v in counted)
-            for counted in (held - {*jaxpr.invars}, held)
-        )
+        without, with_arguments = (sum(map(nbytes, counted)) for counted in (held - {*jaxpr.invars}, held))
         return without, with_arguments
 
     counts = ("besides the arguments", "with the arguments")
