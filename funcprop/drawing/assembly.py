@@ -40,8 +40,9 @@ class _Assembly:
             for v in op.inputs:
                 if v.kind != "literal":
                     self.consumers[v.name].append(op)
+        self.links = [link for link in shown.links if link.source.kind != "literal"]
         self.onward: dict[str, list[Variable]] = defaultdict(list)
-        for link in shown.links:
+        for link in self.links:
             self.onward[link.source.name].append(link.target)
         self.results = {v.name for v in self.graph.outputs}
         self.saved = {v.name for v in shown.residuals}
@@ -65,10 +66,10 @@ class _Assembly:
             for v, first in zip(op.inputs, self.folding.of(op).inputs, strict=True):
                 if v.name in given and v.kind != "literal":
                     candidates[v.name].add(first.name if first.name in given else v.name)
-        operand = {link.target.name: link.source.name for link in self.shown.links if not link.is_next}
-        for link in self.shown.links:
+        operand = {link.target.name: link.source.name for link in self.links if not link.is_next}
+        for link in self.links:
             if link.source.name in given:
-                name = operand[self.drawn(link.target).name]
+                name = operand.get(self.drawn(link.target).name, link.source.name)
                 candidates[link.source.name].add(name if name in given else link.source.name)
         return {name: found.pop() for name, found in candidates.items() if len(found) == 1}
 
@@ -80,7 +81,7 @@ class _Assembly:
         place = self.place_of.get(variable.name)
         if place is not None:
             first = self.folding.of(self.operators[place.operator])
-            return self.shown.places[place._replace(operator=first.name)]
+            return self.shown.places.get(place._replace(operator=first.name), variable)
         return self.variables.get(self.alias.get(variable.name, variable.name), variable)
 
     def collapsed(self, scope: Scope) -> Scope | None:
@@ -331,11 +332,12 @@ class _Assembly:
                     if self.has_square(v):
                         role = roles.get((v.name, op.name, False), "")
                         self.connect(target, self.variable_node(v), v, "flow", role)
-        for link in self.shown.links:
+        for link in self.links:
             end = self.source(self.drawn(link.target))
             reader = self.operators[self.place_of[link.target.name].operator]
             if end is not None:
-                self.flow(link.source, reader, end, "", link.is_next)
+                role = roles.get((link.source.name, link.end, True), "")
+                self.flow(link.source, reader, end, role, link.is_next)
         for variable in dict.fromkeys(self.shown.residuals):
             if variable.kind != "literal" and self.drawn(variable) is variable:
                 start, saved = self.source(variable), self.saved_node(variable)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from funcprop.drawing.backward import BackwardGraph
 from funcprop.drawing.matching import Matching
+from funcprop.drawing.merging import merged
+from funcprop.drawing.opened import Comparison, Passage, compared
+from funcprop.drawing.second_order import SecondOrderGraph
 from funcprop.drawing.shown import Shown
 from funcprop.graph import Graph, Operator, Variable
-from funcprop.naming import unique_names
-
-ADDED, REMOVED = "added", "removed"
 
 # The sweeps of a gradient's graph, as the classes of a Hessian-vector product's.
 _ROLES = {"forward": "primal", "backward": "cotangent"}
@@ -29,72 +30,103 @@ class Arrow(NamedTuple):
         return f"{self.source} → {self.target}  {self.type}"
 
 
+class End(NamedTuple):
+    """Where an arrow is: between a variable and an operator, `into` it or out of it.
+
+    The operator may be a `Passage`; then the arrow leads to the value that it makes.
+    """
+
+    variable: Variable
+    operator: Operator
+    into: bool
+
+    @property
+    def key(self) -> tuple[str, str, bool]:
+        """Which arrow it is, in its graph."""
+        return self.variable.name, self.operator.name, self.into
+
+    @property
+    def arrow(self) -> Arrow:
+        """What is told of it."""
+        v, op = self.variable, self.operator
+        name = op.outputs[0].name if isinstance(op, Passage) else op.name
+        return Arrow(v.name, name, v.type) if self.into else Arrow(name, v.name, v.type)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Difference:
     """Two graphs, and what is only in one of them. `print` lists it, `fp.draw` draws both in one picture.
 
-    Names are those of the graph in which a thing is. `print` shows the operands of an added or removed
-    operator and does not list its arrows once more.
+    Names are those of the graph in which a thing is; what is in a loop is called by its place,
+    `scan[body]/add`. `print` shows the operands of an added or removed operator and does not list its arrows
+    once more.
     """
 
     before: Graph
     after: Graph
-    matching: Matching
+    comparison: Comparison
+
+    @property
+    def matching(self) -> Matching:
+        """What is the same in both, by name."""
+        return self.comparison.matching
 
     @cached_property
     def added(self) -> tuple[Operator, ...]:
         """The operators that are only in the second graph."""
         common = set(self.matching.operators.values())
-        return tuple(op for op in self.after if op.name not in common)
+        return tuple(op for op in self.comparison.second.graph if op.name not in common)
 
     @cached_property
     def removed(self) -> tuple[Operator, ...]:
         """The operators that are only in the first graph."""
-        return tuple(op for op in self.before if op.name not in self.matching.operators)
+        common = self.matching.operators
+        return tuple(op for op in self.comparison.first.graph if op.name not in common)
 
     @cached_property
     def added_variables(self) -> tuple[Variable, ...]:
         """The variables that are only in the second graph."""
         common = set(self.matching.variables.values())
-        return tuple(v for v in self.after.variables if v.name not in common)
+        return tuple(v for v in self.matching.b.graph.variables if v.name not in common)
 
     @cached_property
     def removed_variables(self) -> tuple[Variable, ...]:
         """The variables that are only in the first graph."""
-        return tuple(v for v in self.before.variables if v.name not in self.matching.variables)
+        common = self.matching.variables
+        return tuple(v for v in self.matching.a.graph.variables if v.name not in common)
+
+    @cached_property
+    def added_arrows(self) -> tuple[End, ...]:
+        """The ends of the arrows that are only in the second graph."""
+        return tuple(end for end in _arrows(self.matching.b.graph) if end.key not in self._common)
+
+    @cached_property
+    def removed_arrows(self) -> tuple[End, ...]:
+        """The ends of the arrows that are only in the first graph."""
+        return tuple(e for e in _arrows(self.matching.a.graph) if self._moved(e) not in self._common)
 
     @cached_property
     def added_edges(self) -> tuple[Arrow, ...]:
         """The arrows that are only in the second graph."""
-        return tuple(_arrow(*end) for end in self._arrows(self.after) if end[:3] not in self._common)
+        return tuple(end.arrow for end in self.added_arrows)
 
     @cached_property
     def removed_edges(self) -> tuple[Arrow, ...]:
         """The arrows that are only in the first graph."""
-        return tuple(_arrow(*e) for e in self._arrows(self.before) if self._moved(e) not in self._common)
+        return tuple(end.arrow for end in self.removed_arrows)
 
     def __bool__(self) -> bool:
         return bool(self.added or self.removed or self.added_edges or self.removed_edges)
 
-    def _arrows(self, graph: Graph) -> Iterator[tuple[str, str, bool, Variable]]:
-        """Variable, operator, whether it flows into it; several uses by one operator are one arrow."""
-        seen = set()
-        for op in graph:
-            ends = [(v, True) for v in op.inputs if v.kind != "literal"] + [(v, False) for v in op.outputs]
-            for v, into in ends:
-                if (v.name, op.name, into) not in seen:
-                    seen.add((v.name, op.name, into))
-                    yield v.name, op.name, into, v
-
-    def _moved(self, end: tuple[str, str, bool, Variable]) -> tuple[Any, Any, bool]:
+    def _moved(self, end: End) -> tuple[Any, Any, bool]:
         """An arrow of the first graph, by its ends in the second."""
-        variable, op, into, _ = end
-        return self.matching.variables.get(variable), self.matching.operators.get(op), into
+        same = self.matching
+        return same.variables.get(end.variable.name), same.operators.get(end.operator.name), end.into
 
     @cached_property
     def _common(self) -> set[tuple[Any, Any, bool]]:
-        own = {end[:3] for end in self._arrows(self.after)}
-        return own & {self._moved(end) for end in self._arrows(self.before)}
+        own = {end.key for end in _arrows(self.matching.b.graph)}
+        return own & {self._moved(end) for end in _arrows(self.matching.a.graph)}
 
     def __str__(self) -> str:
         if not self:
@@ -123,59 +155,23 @@ class Difference:
 
     def shown(self) -> Shown:
         """What `fp.draw` draws: the second graph, and what only the first has."""
-        own = [v.name for v in self.after.variables]
-        gone = list(self.removed_variables)
-        labels = unique_names([*own, *(v.name for v in gone)])[len(own) :]
-        kept = {v.name: v for v in self.after.variables}
-        of: dict[str, Variable] = {a: kept[b] for a, b in self.matching.variables.items()}
-        of |= {v.name: replace(v, name=label) for v, label in zip(gone, labels, strict=True)}
-
-        def moved(variables: tuple[Variable, ...]) -> tuple[Variable, ...]:
-            return tuple(v if v.kind == "literal" else of[v.name] for v in variables)
-
-        names = unique_names([op.name for op in (*self.after, *self.removed)])[len(self.after) :]
-        removed = {
-            op.name: replace(op, name=name, inputs=moved(op.inputs), outputs=_unless(op, of, kept))
-            for op, name in zip(self.removed, names, strict=True)
-        }
-        after = {op.name: op for op in self.after}
-        drawn = {a: after[b] for a, b in self.matching.operators.items()} | removed
-        roles = dict.fromkeys((op.name for op in self.added), ADDED)
-        roles |= dict.fromkeys((op.name for op in removed.values()), REMOVED)
-        # A value that both have is not coloured as what computes it now.
-        variable_roles = dict.fromkeys((v.name for v in self.after.variables), "")
-        variable_roles |= {v.name: ADDED for v in self.added_variables}
-        variable_roles |= {of[v.name].name: REMOVED for v in gone}
-        edge_roles = {end[:3]: ADDED for end in self._arrows(self.after) if end[:3] not in self._common}
-        missing = []
-        for end in self._arrows(self.before):
-            if self._moved(end) not in self._common:
-                v, op = of[end[0]], drawn[end[1]]
-                edge_roles[v.name, op.name, end[2]] = REMOVED
-                missing.append((v, op, end[2]))
-        graph = Graph(
-            self.after.name,
-            (*self.after.inputs, *(of[v.name] for v in gone if v.kind == "input")),
-            (*self.after.constants, *(of[v.name] for v in gone if v.kind == "constant")),
-            (*self.after.operators, *removed.values()),
-            self.after.outputs,
-        )
-        return Shown(
-            graph, roles, variable_roles, edge_roles, missing=tuple(missing), legend=(ADDED, REMOVED)
-        )
+        return merged(self)
 
 
 def _counted(things: tuple[Any, ...], noun: str) -> str:
     return f"{len(things)} {noun}{'s' * (len(things) != 1)}"
 
 
-def _unless(op: Operator, of: dict[str, Variable], kept: dict[str, Variable]) -> tuple[Variable, ...]:
-    """A removed operator's results: those that another operator computes now are not its own any more."""
-    return tuple(of[v.name] for v in op.outputs if of[v.name].name not in kept)
-
-
-def _arrow(variable: str, op: str, into: bool, v: Variable) -> Arrow:
-    return Arrow(variable, op, v.type) if into else Arrow(op, variable, v.type)
+def _arrows(graph: Graph) -> Iterator[End]:
+    """Several uses by one operator are one arrow; what becomes another value is one arrow to it."""
+    seen = set()
+    for op in graph:
+        ends = [End(v, op, True) for v in op.inputs if v.kind != "literal"]
+        ends += [] if isinstance(op, Passage) else [End(v, op, False) for v in op.outputs]
+        for end in ends:
+            if end.key not in seen:
+                seen.add(end.key)
+                yield end
 
 
 def diff(a: Graph, b: Graph) -> Difference:
@@ -183,7 +179,8 @@ def diff(a: Graph, b: Graph) -> Difference:
 
     Operators are the same if they are of one kind (primitive or layer, parameters, types) and compute the
     same from the same inputs, or are read in the same way, or have neighbours in common. Inputs are the same
-    if their names are, named values too.
+    if their names are, named values too. A loop (`scan`, `while`, `cond`) is one operator where it is the
+    same in both graphs; where both have one that differs inside, what differs in it is shown.
 
     Args:
         a, b: what `fp.trace`, `fp.backward_graph` or `fp.second_order_graph` returns.
@@ -207,9 +204,7 @@ def diff(a: Graph, b: Graph) -> Difference:
             raise TypeError(
                 f"fp.diff: {argument}={graph!r} is not a graph; pass what fp.trace(fun)(*args) returns."
             )
-    return Difference(a, b, Matching(a, b, _role(a), _role(b)))
-
-
-def _role(graph: Graph) -> Any:
-    roles = getattr(graph, "classes", None) or getattr(graph, "sweeps", None) or {}
-    return lambda op: _ROLES.get(roles.get(op.name, ""), roles.get(op.name, ""))
+    first, second = (
+        g.shown() if isinstance(g, BackwardGraph | SecondOrderGraph) else Shown(g) for g in (a, b)
+    )
+    return Difference(a, b, compared(first, second, lambda role: _ROLES.get(role, role)))

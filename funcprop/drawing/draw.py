@@ -150,7 +150,7 @@ def draw(
         depth: collapse the scopes that have this many around them: 0 for all, None for none.
         loops: open `scan`, `while` and `cond` to this many levels: a box with the body, a dotted arrow in it
             leads back to what is carried. By default one level, if the picture then has up to 40 operators
-            (100 in graphs of derivatives). In a difference, loops are operators.
+            (100 in graphs of derivatives). In a difference, those that differ are open.
         fold: draw repeated blocks once; in graphs of more than 40 operators also those that have no scope.
         unnamed: draw a square also for a value that nobody named; by default in graphs of up to 40 operators.
             Without it, an arrow goes from operator to operator.
@@ -182,7 +182,8 @@ def draw(
             f"fp.draw: graph={graph!r} is not a graph; pass what fp.trace(fun)(*args), fp.backward_graph, "
             "fp.second_order_graph or fp.diff returns."
         )
-    shown = _with_loops(shown, loops)
+    if not isinstance(graph, Difference):
+        shown = _with_loops(shown, loops)
     picture = assemble(shown, depth, fold, unnamed)
     if types is None:
         types = len(shown.graph) <= _FEW_WITH_TYPES
@@ -193,8 +194,6 @@ def draw(
 
 
 def _with_loops(shown: Shown, levels: int | None) -> Shown:
-    if shown.missing or shown.edge_roles:
-        return shown
     opened = open_loops(shown, 1 if levels is None else levels)
     few = FEW if not shown.roles else _FEW_IN_SWEEPS
     return opened if levels is not None or len(opened.graph) <= few else shown

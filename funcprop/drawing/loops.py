@@ -7,7 +7,7 @@ iteration carried, or what all iterations made. A `cond` stays, and takes the re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from funcprop.drawing.bodies import Body, bodies, inner_name, inner_prefix
@@ -24,11 +24,11 @@ def has_loops(graph: Graph) -> bool:
     return any(op.op in LOOPS for op in graph.operators)
 
 
-def open_loops(shown: Shown, levels: int) -> Shown:
-    """The same with its loops open, and the loops in them, to so many levels."""
+def open_loops(shown: Shown, levels: int, only: Collection[str] | None = None) -> Shown:
+    """The same with its loops open, and the loops in them, to so many levels; `only` those of these names."""
     if levels < 1 or not has_loops(shown.graph):
         return shown
-    opening = _Opening(shown)
+    opening = _Opening(shown, only)
     operators = opening.opened(shown.graph.operators, levels)
     graph = shown.graph
     return replace(
@@ -48,7 +48,8 @@ def open_loops(shown: Shown, levels: int) -> Shown:
 class _Opening:
     """What is gathered while loops are opened."""
 
-    def __init__(self, shown: Shown) -> None:
+    def __init__(self, shown: Shown, only: Collection[str] | None) -> None:
+        self.only = only
         self.roles = dict(shown.roles)
         self.sections = dict(shown.sections)
         self.variable_roles = dict(shown.variable_roles)
@@ -61,7 +62,8 @@ class _Opening:
         """The operators, with those inside of loops in their place."""
         found: list[Operator] = []
         for op in operators:
-            found.extend(self.inside(op, levels) if op.op in LOOPS and levels else [op])
+            is_opened = op.op in LOOPS and levels and (self.only is None or op.name in self.only)
+            found.extend(self.inside(op, levels) if is_opened else [op])
         return found
 
     def inside(self, op: Operator, levels: int) -> list[Operator]:
@@ -70,7 +72,7 @@ class _Opening:
         if not any(body.graph.operators for body in wired):
             return [op]
         whole = inner_prefix(op.name, "" if len(wired) == 1 else "bodies")
-        self.titles[scope_path(whole)] = _title(op)
+        self.titles[scope_path(whole)] = title(op)
         values = {i: v for body in wired for i, v in self.entering(op, body, whole).items()}
         inner: list[Operator] = []
         ends: list[list[Variable]] = []
@@ -109,8 +111,7 @@ class _Opening:
             name = joined(scope, label or v.name)
             made = replace(v, name=name, scope=scope, kind="intermediate", named=bool(label))
             values[operand] = made
-            if given.kind != "literal":
-                self.links.append(Link(given, made))
+            self.links.append(Link(given, made))
         return values
 
     def moved(
@@ -151,7 +152,7 @@ class _Opening:
         """Arrows from what a body computes to what it is in the next iteration, and to the results."""
         for j, v in enumerate(outputs):
             result = body.results[j]
-            if v.kind == "literal" or op.op == "cond":
+            if op.op == "cond":
                 continue
             if j in body.carried:
                 again = values[body.operands[body.carried[j]]]
@@ -169,7 +170,8 @@ class _Opening:
                 self.variable_roles[v.name] = into.get(v.name, self.roles[op.name])
 
 
-def _title(op: Operator) -> str:
+def title(op: Operator) -> str:
+    """What a loop is called: with the number of its iterations, and its direction."""
     if op.op != "scan":
         return op.op
     return f"scan × {op.static['length']}" + ", backwards" * bool(op.static.get("reverse"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -16,10 +16,11 @@ from funcprop.graph import Graph, Operator, Variable
 
 
 def kind(op: Operator) -> Hashable:
-    """What an operator is, without its operands: primitive or layer, parameters, result types, bodies."""
+    """What an operator is: primitive or layer, parameters, literal operands, result types, bodies."""
     static = tuple(sorted((name, _text(value)) for name, value in op.static.items()))
     bodies = tuple((name, _body(body)) for name, body in sorted(op.bodies.items()))
-    return op.op, static, bodies, tuple(v.type for v in op.outputs)
+    literals = tuple((i, v.name) for i, v in enumerate(op.inputs) if v.kind == "literal")
+    return op.op, static, bodies, literals, tuple(v.type for v in op.outputs)
 
 
 def _text(value: Any) -> str:
@@ -33,7 +34,11 @@ def _text(value: Any) -> str:
 
 def _body(graph: Graph) -> Hashable:
     position: dict[str, int] = {v.name: i for i, v in enumerate(graph.variables)}
-    return tuple((kind(op), tuple(position.get(v.name, v.name) for v in op.inputs)) for op in graph.operators)
+
+    def wired(variables: Iterable[Variable]) -> Hashable:
+        return tuple(position.get(v.name, v.name) for v in variables)
+
+    return tuple((kind(op), wired(op.inputs)) for op in graph.operators), wired(graph.outputs)
 
 
 class _Side:
@@ -54,7 +59,8 @@ class _Side:
 class Matching:
     """Pairs of operators and of variables of two graphs, by their names.
 
-    `role` says of an operator of either graph what operators of another role it is never paired with.
+    `role_a` and `role_b` say of an operator what it must have in common with one that it is paired with. An
+    operator may read what is computed after it: a value that is carried through a loop.
     """
 
     def __init__(
@@ -84,7 +90,7 @@ class Matching:
         self._pair_neighbours(self.a.kinds, self.b.kinds)
         self.variables = dict(self._variable_pairs())
 
-    def _open(self) -> tuple[list[Operator], list[Operator]]:
+    def unmatched(self) -> tuple[list[Operator], list[Operator]]:
         """The operators of either graph without a partner."""
         taken = set(self.operators.values())
         return (
@@ -100,7 +106,7 @@ class Matching:
     ) -> None:
         """Pair operators of equal keys in their order, if the numbers of such operators are as required."""
         groups: dict[Hashable, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
-        for i, (ops, keys) in enumerate(zip(self._open(), (a, b), strict=True)):
+        for i, (ops, keys) in enumerate(zip(self.unmatched(), (a, b), strict=True)):
             for op in ops:
                 groups[keys[op.name]][i].append(op.name)
         for first, second in groups.values():
@@ -110,7 +116,7 @@ class Matching:
     def _pair_neighbours(self, a: Mapping[str, Hashable], b: Mapping[str, Hashable]) -> None:
         """Pair operators of equal keys that share an operand or a reader, those that share the most first."""
         while True:
-            open_a, open_b = self._open()
+            open_a, open_b = self.unmatched()
             waiting: dict[Hashable, list[Operator]] = defaultdict(list)
             for op in open_a:
                 waiting[a[op.name]].append(op)
@@ -149,7 +155,7 @@ class Matching:
 
     def _pair_in_order(self) -> None:
         """Pair what is left as a comparison of two texts does."""
-        a, b = self._open()
+        a, b = self.unmatched()
         keys_a, keys_b = [self.a.kinds[op.name] for op in a], [self.b.kinds[op.name] for op in b]
         for i, j, n in SequenceMatcher(None, keys_a, keys_b, autojunk=False).get_matching_blocks():
             self.operators.update((a[i + k].name, b[j + k].name) for k in range(n))
@@ -176,7 +182,7 @@ def _computed(
     found: dict[str, Hashable] = {}
     for op in side.graph:
         operands = tuple(
-            ("literal", v.name, v.type) if v.kind == "literal" else of[v.name] for v in op.inputs
+            ("literal", v.name, v.type) if v.kind == "literal" else of.get(v.name, "next") for v in op.inputs
         )
         number = numbers.setdefault(("computed", side.kinds[op.name], operands), len(numbers))
         found[op.name] = number
@@ -194,7 +200,12 @@ def _read(side: _Side, partner: Mapping[str, str], numbers: dict[Hashable, int])
         readers = tuple(
             (
                 tuple(results[v.name]),
-                tuple(sorted((str(partner.get(r.name, found[r.name])), i) for r, i in side.readers[v.name])),
+                tuple(
+                    sorted(
+                        (str(partner.get(r.name, found.get(r.name, "next"))), i)
+                        for r, i in side.readers[v.name]
+                    )
+                ),
             )
             for v in op.outputs
         )

@@ -12,12 +12,18 @@ from funcprop.graph import Graph, Operator, Variable
 class Link(NamedTuple):
     """A value that becomes another, where a loop is drawn open.
 
-    An operand becomes what is carried, and so does (`is_next`) what an iteration computes.
+    An operand becomes what is carried, and so does (`is_next`) what an iteration computes. The source may be
+    a literal, from which no arrow is drawn.
     """
 
     source: Variable
     target: Variable
     is_next: bool = False
+
+    @property
+    def end(self) -> str:
+        """What stands in the place of an operator, among the arrows' ends: none is called that."""
+        return f"→ {self.target.name}"
 
 
 class Place(NamedTuple):
@@ -37,7 +43,8 @@ class Shown:
     """A graph with what else is to be seen of it.
 
     `roles` colours operators by name, `variable_roles` variables that no operator computes, `edge_roles` the
-    arrows between a variable and an operator (`(variable, operator, is_input)`). `sections` are the outermost
+    arrows between a variable and an operator (`(variable, operator, is_input)`) and, with `Link.end` for the
+    operator, those between variables. `sections` are the outermost
     boxes. `residuals` are drawn as values that are saved for the section `saved_for`. `missing` are arrows
     that the graph does not have. Of opened loops, `links` are the arrows from value to value, `places` are
     the values that no operator computes, and `titles` what the boxes are called, by their scope.
