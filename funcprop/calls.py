@@ -48,6 +48,26 @@ class Call:
         return jax.tree.unflatten(self.tree, leaves)
 
 
+def has_values(tree: Any) -> bool:
+    """Whether no leaf is a shape (`jax.ShapeDtypeStruct`), which can only be traced."""
+    return not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
+def require_values(what: str, tree: Any, instead: str) -> None:
+    """Refuse shapes where values are needed: `what` needs them, `instead` takes shapes.
+
+    Raises:
+        TypeError: with the path of the first shape.
+    """
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise TypeError(
+                f"{where} is a shape (jax.ShapeDtypeStruct, {leaf.dtype}{list(leaf.shape)}), but {what} "
+                f"needs values; pass arrays, or ask {instead} about shapes."
+            )
+
+
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is a variable of a graph: an array, a shape, or a python float."""
     if isinstance(leaf, bool | int | str | bytes):

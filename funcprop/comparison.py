@@ -7,7 +7,6 @@ itself, at the types that it has in the function and at random numbers: value an
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from funcprop import _compat
-from funcprop.calls import Call, is_array
+from funcprop.calls import Call, has_values, is_array
 from funcprop.graph import aligned
-from funcprop.objective import positions
+from funcprop.objective import Argnums, differentiable, positions
 from funcprop.registry import RuleSet
 from funcprop.rewrite import Match, Rewriter, matches
 from funcprop.rules import autodiff, default
 from funcprop.timing import fastest, random_operand
+from funcprop.tracing import Arguments
 from funcprop.transforms import value_and_grad
 
 
@@ -124,7 +123,7 @@ class Comparison:
 
 def compare(
     fun: Callable[..., Any],
-    argnums: int | Sequence[int] = 0,
+    argnums: Argnums = 0,
     has_aux: bool = False,
     *,
     rules: RuleSet | None = None,
@@ -138,14 +137,14 @@ def compare(
 
     Args:
         fun: as for `fp.value_and_grad`.
-        argnums, has_aux: as in `fp.value_and_grad`.
+        argnums: the arguments to differentiate; None for all that have a derivative.
+        has_aux: as in `fp.value_and_grad`.
         rules: a rule set; `fp.rules.default` if None.
         repeats: how often each program is run.
 
     Raises:
-        ValueError: `repeats` is less than 1.
+        ValueError: `repeats` is less than 1, or there is no argument at a position in `argnums`.
         TypeError: `fun` does not return a scalar, as in `jax.grad`, or nothing can be differentiated.
-        IndexError: there is no argument at a position in `argnums`.
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
@@ -157,12 +156,12 @@ def compare(
     rules = default if rules is None else rules
     if repeats < 1:
         raise ValueError(f"compare: repeats={repeats}; every program has to run at least once.")
+    at = None if argnums is None else positions(argnums)
 
     def compared(*args: Any, **kwargs: Any) -> Comparison:
         call = Call.of(args, kwargs, is_array)
-        run = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in call.leaves)
-
-        chosen = _chosen(call, args, argnums)
+        run = has_values(call.leaves)
+        chosen = differentiable(Arguments.of(call), call.variables, call.leaves, at)
 
         def whole(own: RuleSet) -> Callable[..., Any]:
             def program(*values: Any) -> Any:
@@ -187,25 +186,6 @@ def compare(
         return Comparison(label, rules.name, jax.default_backend(), measured, tuple(rows))
 
     return compared
-
-
-def _chosen(call: Call, args: Sequence[Any], argnums: int | Sequence[int]) -> list[int]:
-    """The leaves that are differentiated: those of the arguments at `argnums` that have a derivative."""
-    counts = [len(jax.tree.leaves(argument)) for argument in args]
-    ends = list(itertools.accumulate(counts, initial=0))
-    chosen = positions(argnums)
-    at = (chosen,) if isinstance(chosen, int) else chosen
-    held = [i for p in at for i in range(ends[range(len(args))[p]], ends[range(len(args))[p] + 1])]
-    smooth = [
-        i
-        for i in held
-        if i in call.variables and jnp.issubdtype(jnp.result_type(call.leaves[i]), jnp.inexact)
-    ]
-    if not smooth:
-        raise TypeError(
-            f"compare: the arguments at argnums={argnums} hold no floating-point array; choose others."
-        )
-    return smooth
 
 
 def _rows(found: Sequence[Match], rules: RuleSet, repeats: int) -> list[Row]:

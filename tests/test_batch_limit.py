@@ -83,6 +83,13 @@ def test_errors() -> None:
         fp.memory.batch_limit(loss, 10**6, batch_axes=(None, 0))(w, f32(3, 8), f32(3, 2))
     with pytest.raises(ValueError, match="the memory does not depend on batch_axes"):
         fp.memory.batch_limit(lambda w, x: jnp.sum(w), 10**6, program="inference")(f32(3), f32(2))
+    with pytest.raises(TypeError, match="batch_limit: budget='x' is not a number; pass bytes"):
+        fp.memory.batch_limit(loss, "x")  # type: ignore[arg-type]
+    for nothing in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match=f"budget={nothing} holds nothing; pass bytes, more than 0"):
+            fp.memory.batch_limit(loss, nothing)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch_axes='first' is not known; use 'leading', or one entry for"):
+        fp.memory.batch_limit(loss, 10**6, batch_axes="first")
     with pytest.raises(ValueError, match="program='both' is not known"):
         fp.memory.batch_limit(loss, 10**6, program="both")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="by='guess' is not known"):

@@ -102,9 +102,13 @@ def test_eigenvalues_pass_through_jit_and_are_scipys() -> None:
         (lambda A: A.eigsh(2, "top"), r"which='top' is not known; choose one of LA \(largest\), SA"),
         (lambda A: A.eigsh(2, method="power"), "method='power' is not known; choose one of lanczos, lobpcg"),
         (lambda A: A.eigsh(5, products=3), "products=3 are fewer than k=5"),
-        (lambda A: A.solve(B, -0.5), r"damping=-0.5 is negative; \(A \+ damping I\) needs damping ≥ 0"),
+        (lambda A: A.solve(B, -0.5), r"damping=-0.5 is negative; \(A \+ damping I\) needs a finite damping"),
+        (
+            lambda A: A.solve(B, np.nan),
+            r"damping=nan is not finite; \(A \+ damping I\) needs a finite damping",
+        ),
         (lambda A: A.solve(B, np.ones(3)), r"damping has shape \(3,\), but it is one number"),
-        (lambda A: A.solve(B, method="lu"), "method='lu' is not known; choose one of cg, minres"),
+        (lambda A: A.solve(B, method="lu"), "method='lu' is not known; choose one of minres, cg"),
         (lambda A: A.logdet(-1.0), "damping=-1.0 is negative"),
         (
             lambda A: A.logdet(),
@@ -137,9 +141,13 @@ def test_a_right_hand_side_that_is_not_finite_is_named() -> None:
         (lambda A: A.eigsh(3, method="lobpcg", products=2), "after 2 iterations, above tolerance"),
         (
             lambda A: A.solve(B, products=3),
-            r"solve: the residual .* is \d.* 3 products by method='cg'",
+            r"solve: the residual .* is \d.* 3 products by method='minres'; raise damping= or products=, "
+            "give a preconditioner=",
         ),
-        (lambda A: A.solve(B, method="minres", products=3), "method='minres'; raise damping= or products="),
+        (
+            lambda A: A.solve(B, method="cg", products=3),
+            "method='cg'; raise .* or use method='minres' if the operator is indefinite",
+        ),
         (lambda A: A.sqrt(products=4) @ B, r"sqrt: the last of 4 products still changed the result by \d"),
     ],
 )
@@ -184,10 +192,23 @@ def test_a_preconditioner_saves_products(method: str) -> None:
         np.testing.assert_allclose(x, exact, rtol=1e-8)
 
 
+def test_an_indefinite_operator_is_solved_without_being_asked_to(recwarn: pytest.WarningsRecorder) -> None:
+    """Conjugate gradients break down: along b there is no curvature."""
+    A, b = operator(np.diag([1.0, -1.0])), jnp.ones(2)
+    np.testing.assert_allclose(A.solve(b), [1, -1], rtol=1e-12)
+    with pytest.raises(FloatingPointError, match=r"method='cg' broke down, .* use method='minres', or raise"):
+        A.solve(b, method="cg")
+    preconditioner = operator(np.diag(1 / np.abs(np.linspace(-3, 4, LARGE))))
+    A = operator(np.diag(np.linspace(-3, 4, LARGE)))
+    x = A.solve(B, preconditioner=preconditioner, products=4)  # an indefinite A with two eigenvalues, ±1
+    np.testing.assert_allclose(x, B / np.linspace(-3, 4, LARGE), rtol=1e-8)
+    assert not recwarn.list
+
+
 def test_minres_is_scipys() -> None:
     """After few products, far from convergence, the iterate is that of SciPy."""
     with pytest.warns(ConvergenceWarning):
-        ours = operator(INDEFINITE).solve(B, method="minres", products=7)
+        ours = operator(INDEFINITE).solve(B, products=7)
     theirs = scipy.sparse.linalg.minres(INDEFINITE, B, maxiter=7)[0]
     np.testing.assert_allclose(ours, theirs, rtol=1e-8)
 

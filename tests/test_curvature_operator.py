@@ -227,6 +227,15 @@ def test_an_operator_shows_its_parameters_and_no_arrays() -> None:
         ),
         (lambda A: operator(M, where={"a": True}), "is not a path, several paths, a predicate"),
         (lambda A: fp.hessian(lambda p: 0.0)({}), "has no leaves; there is nothing to differentiate"),
+        (
+            lambda A: fp.hessian(jnp.sum)({"w": jax.ShapeDtypeStruct((3,), "float32")}),
+            r"params/w is a shape \(jax.ShapeDtypeStruct, float32\[3\]\), but curvature needs values; pass "
+            r"arrays, or ask fp.second_order_cost\(loss\)",
+        ),
+        (
+            lambda A: fp.ggn(jnp.dot, jnp.sum)(jnp.ones(3), jax.ShapeDtypeStruct((2, 3), "float32"), 0),
+            "argument 1 is a shape .* but curvature needs values",
+        ),
         (lambda A: fp.hessian(jnp.sin)(jnp.ones(3)), "loss sin returns .*curvature is of one real scalar"),
         (lambda A: fp.hessian(jnp.sum)(jnp.ones(3) * 1j), "the parameter '' is complex128"),
         (lambda A: fp.ggn(jnp.argmax, jnp.sum)(jnp.ones(3), 0, 0), "model argmax returns"),

@@ -299,9 +299,32 @@ def test_progress_counts_to_the_end() -> None:
         block_size=2,
         progress=lambda *s: seen.append(s),
     )
-    diagonal(normal(3, 5), normal(N, 3))
+    compiled = jax.jit(diagonal)
+    for _ in range(2):
+        compiled(normal(3, 5), normal(N, 3))
+        jax.effects_barrier()
+    assert seen == [(2, 5), (3, 5), (5, 5)] * 2
+
+
+def test_progress_never_counts_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks may end in any order: here the last of the last leaf is heard of first."""
+    pending: list[Any] = []
+    call = jax.debug.callback
+    monkeypatch.setattr(
+        jax.debug, "callback", lambda f, *args: call(lambda *args: pending.append((f, args)), *args)
+    )
+    seen: list[tuple[int, int]] = []
+    loss = lambda w, x: jnp.sum(jnp.prod(jnp.tanh(jnp.sin(x @ w[0]) @ w[1]), 1))  # noqa: E731
+    diagonal = fp.curvature.hessian_diagonal(loss, block_size=2, progress=lambda *s: seen.append(s))
+    diagonal((normal(3, 4), normal(4, 5)), normal(N, 3))
     jax.effects_barrier()
-    assert sorted(seen) == [(2, 5), (3, 5), (5, 5)]
+    assert not seen
+    for report, args in reversed(pending):
+        report(*args)
+    done = [number for number, _ in seen]
+    assert done == sorted(set(done))
+    assert len(seen) == len(pending) > 3
+    assert seen[-1] == (seen[-1][1],) * 2
 
 
 # --- the analyses -----------------------------------------------------------------------------

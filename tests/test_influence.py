@@ -88,6 +88,15 @@ def test_another_curvature_and_its_damping(found: Any) -> None:
 
 
 def test_errors(found: Any) -> None:
+    for options, message in (
+        ({"method": "lu"}, "influence: method='lu' is not known; choose one of minres, cg"),
+        ({"products": 3, "steps": 3}, "influence: steps=3 is no option; there are method, preconditioner"),
+        ({"damping": np.inf}, "influence: damping=inf is not finite"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            fp.curvature.influence(lambda w, y: (w - y) ** 2, **options)
+    with pytest.raises(TypeError, match=r"data/0 is a shape .* but influence needs values"):
+        fp.curvature.influence(lambda w, y: (w - y) ** 2)(0.0, jax.ShapeDtypeStruct((3,), "float32"))
     with pytest.raises(ValueError, match=r"influence: damping=-0\.1 is negative"):
         influence(squared, damping=-0.1)
     with pytest.raises(ValueError, match=r"shapes \(30, 3\), \(29,\), but the leading axis"):

@@ -136,7 +136,11 @@ def test_gauss_newton_diagonal_beats_sgd_on_digits() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="damping=-1 is negative"):
+    with pytest.raises(ValueError, match="kfac: method='foo' is not known; choose one of pi, eigenvalue"):
+        kfac(linear, squared, 1.0, (X, Y), method="foo")
+    with pytest.raises(ValueError, match="kfac: damping=nan is not finite"):
+        kfac(linear, squared, 1.0, (X, Y), damping=float("nan"))
+    with pytest.raises(ValueError, match="kfac: damping=-1 is negative"):
         kfac(linear, squared, 1.0, (X, Y), damping=-1)
     with pytest.raises(ValueError, match=r"kfac: decay=1\.5"):
         kfac(linear, squared, 1.0, (X, Y), decay=1.5)

@@ -274,6 +274,14 @@ def test_mixing_is_refused():
     vector = lambda p, x: norm.apply({**variables, "params": p}, x, mutable=["batch_stats"])[0]  # noqa: E731
     with pytest.raises(ValueError, match=r"examples mix: in .*subtracts from a value its mean over no axis"):
         fp.per_example(vector, loss)(variables["params"], x, y, ["norm"])
+    half = nn.BatchNorm(use_running_average=False, dtype=jnp.float16, param_dtype=jnp.float16)
+    params, short = jax.tree.map(jnp.float16, variables["params"]), x.astype(jnp.float16)
+    for call, over in ((lambda x: x[None], "the leading axis"), (lambda x: x, "no axis")):
+        model = lambda p, x, call=call: half.apply(  # noqa: E731
+            {**variables, "params": p}, call(x), mutable=["batch_stats"]
+        )[0]
+        with pytest.raises(ValueError, match=f"subtracts from a value its mean over {over}"):
+            fp.per_example(model, loss)(params, short, y.astype(jnp.float16), ["norm"])
     with pytest.raises(ValueError, match=r"output\[1\], which loss\(output, y\) does not read"):
         fp.per_example(lambda w, x: (w * x, x.mean()), lambda o, y: loss(o[0], y))(
             jnp.ones(3), x, y, ["norm"]

@@ -367,6 +367,11 @@ def test_a_peak_is_kept(plan):
         ({"budget": 0.5, "chunks": 2}, ValueError, "and not both"),
         ({"budget": True}, TypeError, "budget=True is not a number"),
         ({"budget": -1}, ValueError, "budget=-1 is negative"),
+        (
+            {"budget": float("nan")},
+            ValueError,
+            "budget=nan is not a number: an int is bytes, a float a share",
+        ),
         ({"budget": 1e6}, ValueError, "pass the int 1000000"),
         ({"peak": 2.5}, ValueError, r"peak=2.5: a float is a share"),
         ({"chunks": 0}, ValueError, "chunks=0 is not a number of pieces"),

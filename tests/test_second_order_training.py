@@ -71,6 +71,25 @@ def test_a_step_that_raises_the_value_is_not_taken() -> None:
     np.testing.assert_allclose(w, 0, atol=1e-6)
 
 
+@pytest.mark.parametrize("broken", ["gradient", "value", "curvature"])
+def test_what_is_not_finite_is_seen_in_the_update(broken: str) -> None:
+    """As of any optimizer of optax; `apply_if_finite` skips a step whose gradient is not."""
+    w = START["a"]
+    grad = jnp.array([jnp.nan, 1.0]) if broken == "gradient" else w
+    value = jnp.nan if broken == "value" else 1.0
+    of = (
+        {"curvature": lambda params: jnp.nan * fp.curvature.identity(params)} if broken == "curvature" else {}
+    )
+    newton = newton_cg(damping=0.5, **of)
+    given: dict[str, Any] = {"value": value, "grad": grad, "value_fn": lambda w: jnp.sum(w**2) / 2}
+    update, state = newton.update(grad, newton.init(w), w, **given)
+    assert np.isnan(update).all()
+    assert (float(state.damping), bool(state.accepted)) == (0.5, False)
+    skipping = optax.apply_if_finite(newton, 3)
+    update, state = skipping.update(grad, skipping.init(w), w, **given)
+    assert np.all(update == 0) == (broken == "gradient") == bool(state.notfinite_count)
+
+
 def test_negative_curvature_ends_the_solve() -> None:
     saddle = lambda w: 0.5 * (w[0] ** 2 - w[1] ** 2)  # noqa: E731
     w = jnp.array([0.1, 1.0])
@@ -146,6 +165,8 @@ def test_newton_beats_sgd_on_digits() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"newton_cg: damping=-1 is negative"):
         newton_cg(damping=-1)
+    with pytest.raises(ValueError, match=r"newton_cg: damping=nan is not finite"):
+        newton_cg(damping=float("nan"))
     with pytest.raises(ValueError, match="newton_cg: max_steps=0"):
         newton_cg(max_steps=0)
     with pytest.raises(ValueError, match=r"newton_cg: factor=1; .* more than 1"):

@@ -46,8 +46,7 @@ def report(target: Target, argnums: Sequence[int] | None, out: Path | None, **op
     """Summarise the Hessian, and plot it if there is a file to write."""
     if argnums is None or len(argnums) != 1:
         raise TargetError("--argnums for `curvature` is one position, of the argument with the parameters.")
-    if not target.has_arrays():
-        raise TargetError(f"target {target.label!r}: example() returns shapes, but curvature is of values.")
+    target.require_arrays("curvature", "`funcprop second` and `funcprop memory` take shapes")
     if out is not None and out.suffix not in (".png", ".pdf", ".svg"):
         raise TargetError(f"--out {str(out)!r}: its suffix is not one of .png, .pdf and .svg.")
     with (

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 import funcprop
 from funcprop import models
+from funcprop.calls import has_values
 
 USAGE = "write module:function, file.py:function, or the built-in `chapter`"
 
@@ -43,8 +44,7 @@ class Target:
 
     def has_arrays(self) -> bool:
         """Whether the arguments are values; shapes (`jax.ShapeDtypeStruct`) can only be traced."""
-        leaves = jax.tree.leaves((self.args, self.kwargs))
-        return not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+        return has_values((self.args, self.kwargs))
 
     def require_arrays(self, what: str, instead: str) -> None:
         """Refuse shapes, as whose arguments `what` cannot be done; `instead` says what can.

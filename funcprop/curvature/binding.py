@@ -9,8 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from funcprop.calls import require_values
 from funcprop.registry import RuleSet
 from funcprop.rewrite import with_rules
+
+# What is known of shapes alone, for messages.
+SHAPES = "fp.second_order_cost(loss)(…) or fp.curvature.hessian_diagonal(loss).plan(…)"
 
 
 class Same:
@@ -51,6 +55,8 @@ class Bound:
         cls, fun: Callable[..., Any], rules: RuleSet | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Bound:
         """Bind all arguments but the first."""
+        given = {f"argument {i + 1}": value for i, value in enumerate(args)}
+        require_values("curvature", given | kwargs, SHAPES)
         leaves, tree = jax.tree.flatten((args, kwargs))
         arrays = tuple(leaf for leaf in leaves if _is_array(leaf))
         concrete = tuple(None if _is_array(leaf) else Same(leaf) for leaf in leaves)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from funcprop import _compat
-from funcprop.calls import Call, is_array, traced
+from funcprop.calls import Call, is_array, require_values, traced
 from funcprop.curvature.columns import Columns, choose, diagonal_of
 from funcprop.curvature.entries import find_nodes
 from funcprop.curvature.nodes import Node
@@ -101,6 +102,8 @@ class HessianDiagonal:
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         """The diagonal, a pytree like `params`."""
+        given = {"params": params, **{f"argument {i + 1}": value for i, value in enumerate(args)}, **kwargs}
+        require_values("hessian_diagonal", given, "hessian_diagonal(loss).plan(…)")
         problem = _Problem.of(self.loss, params, args, kwargs)
         leaves = jax.jit(lambda values: self._leaves(problem, values))(problem.call.values)
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
@@ -152,13 +155,14 @@ class HessianDiagonal:
         first = len(problem.constants)
         found = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in problem.parameter_variables]
         planned = list(self._columns(problem, values))
-        total, before = sum(columns.count for columns, *_ in planned), 0
+        counter = None
+        if self.progress is not None and planned:
+            counter = _Counter(self.progress, sum(columns.count for columns, *_ in planned))
         for columns, data, dtype in planned:
-            done = None if self.progress is None else _reporter(self.progress, columns, before, total)
+            done = None if counter is None else counter.of(columns)
             diagonal = diagonal_of(columns, data, dtype, done)
             for position, entries in columns.node.split(diagonal).items():
                 found[position - first] += entries.astype(found[position - first].dtype)
-            before += columns.count
         return found
 
 
@@ -178,11 +182,24 @@ def _dtype(value: Any) -> Any:
     return value.dtype if hasattr(value, "dtype") else jnp.result_type(value)
 
 
-def _reporter(progress: Progress, columns: Columns, before: int, total: int) -> Callable[[Any], None]:
-    def report(number: Any) -> None:
-        progress(before + round(columns.count * (int(number) + 1) / columns.blocks), total)
+class _Counter:
+    """Products that are done, in whatever order the blocks end, and from the first for every run."""
 
-    return functools.partial(jax.debug.callback, report)
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+        self.lock = threading.Lock()
+
+    def of(self, columns: Columns) -> Callable[[Any], None]:
+        """What counts a block of these columns, by its number, when it has been computed."""
+
+        def count(number: Any) -> None:
+            first, last = (round(columns.count * (int(number) + i) / columns.blocks) for i in (0, 1))
+            with self.lock:
+                done = self.done + last - first
+                self.done = done % self.total
+                self.progress(done, self.total)
+
+        return functools.partial(jax.debug.callback, count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,7 +297,8 @@ def hessian_diagonal(
         rules: a rule set; `fp.rules.default` if None.
         block_size: how many products are made at once; chosen by bytes if None.
         byte_limit: the most bytes that the tangents and cotangents of a block may take.
-        progress: called as `progress(done, total)` with numbers of products, from within the computation.
+        progress: called as `progress(done, total)` with numbers of products, from within the computation;
+            `done` grows up to `total`.
 
     Raises:
         TypeError: the loss is not one real scalar, or a leaf of `params` is not a floating-point array.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from funcprop.calls import require_values
+from funcprop.curvature.binding import SHAPES
 from funcprop.curvature.hessian import hessian
 from funcprop.curvature.operator import LinearOperator
+from funcprop.curvature.solve import require_damping, require_solver
 from funcprop.registry import RuleSet
 from funcprop.rewrite import with_rules
 
@@ -104,8 +108,7 @@ def influence(
         loss: `loss(params, x, y)` of ONE example; a real scalar.
         regularizer: what is added to the mean loss; 0 if None.
         curvature: a linear operator to be inverted instead of the Hessian, such as `fp.ggn(…)(…)` of the
-            objective. Away from a minimum the Hessian can be indefinite: use this, `damping`, or
-            `method="minres"`.
+            objective. Away from a minimum the Hessian can be indefinite: use this, or `damping`.
         damping: a number ≥ 0; `H + damping I` is inverted.
         rules: a rule set; `fp.rules.default` if None.
         options: of `LinearOperator.solve`: `method`, `preconditioner`, `tolerance`, `products`.
@@ -115,7 +118,9 @@ def influence(
         `Influence`: `.on_parameters(n)`, `.on_losses(x, y)`, `.on_mean_loss(x, y)`.
 
     Raises:
-        ValueError: `damping` is negative, or the data have no common leading axis.
+        ValueError: `damping` is negative or not finite, `method` is not known, or the data have no common
+            leading axis.
+        TypeError: `solve` has no such option.
         FloatingPointError: the curvature is not finite; the message has the parameter's path.
 
     Warns:
@@ -132,10 +137,11 @@ def influence(
         >>> print(found.on_parameters(2))  # −1 to first order; without it, the mean is 0.5
         -1.0
     """
-    if damping < 0:
-        raise ValueError(f"influence: damping={damping} is negative; pass a number ≥ 0.")
+    require_damping(damping, "influence")
+    _require_options(options)
 
     def at(params: PyTree, *data: Any) -> Influence:
+        require_values("influence", {"params": params, "data": data}, SHAPES)
         lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
         if len(lengths) != 1 or () in lengths:
             shapes = ", ".join(str(jnp.shape(leaf)) for leaf in jax.tree.leaves(data))
@@ -154,3 +160,16 @@ def influence(
         return Influence(ruled, params, arrays, operator.linearize(), damping, options)
 
     return at
+
+
+def _require_options(options: dict[str, Any]) -> None:
+    """Raise a TypeError or ValueError for what `solve` would refuse, before there is anything to solve."""
+    known = [
+        n for n in inspect.signature(LinearOperator.solve).parameters if n not in ("self", "b", "damping")
+    ]
+    for name in options:
+        if name not in known:
+            raise TypeError(
+                f"influence: {name}={options[name]!r} is no option; there are {', '.join(known)}."
+            )
+    require_solver(options.get("method"), "influence")

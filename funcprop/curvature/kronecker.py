@@ -34,6 +34,8 @@ from funcprop.curvature.outer.layout import Layout
 from funcprop.curvature.parameters import Parameters
 from funcprop.curvature.solve import require_damping
 
+METHODS = ("pi", "eigenvalue")
+
 
 def multiply(factor: Any, blocks: Any, axis: int) -> Any:
     """A factor times blocks `[k, i, o]` along `i` (axis 1) or `o` (axis 2); a vector is a diagonal."""
@@ -197,8 +199,7 @@ class Kronecker(LinearOperator):
             FloatingPointError: the operator is not finite; the message has the parameter's path.
         """
         require_damping(damping)
-        if method not in ("pi", "eigenvalue"):
-            raise ValueError(f'method={method!r} is not known; it is "pi" or "eigenvalue".')
+        require_method(method, "inverse")
         blocks = [
             block.inverse(damping)
             if method == "pi" and isinstance(block, Product)
@@ -255,3 +256,9 @@ class Kronecker(LinearOperator):
                 past = mine.diagonal_in(new.ua, new.ug)
                 blocks.append(replace(new, values=decay * past + (1 - decay) * new.values))
         return replace(self, blocks=tuple(blocks))
+
+
+def require_method(method: str, of: str) -> None:
+    """Raise a ValueError if there is no such way for the damping to enter an inverse."""
+    if method not in METHODS:
+        raise ValueError(f"{of}: method={method!r} is not known; choose one of {', '.join(METHODS)}.")

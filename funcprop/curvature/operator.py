@@ -111,6 +111,10 @@ class LinearOperator(Queries):
     def __add__(self, other: Any) -> LinearOperator:
         return Sum.of([self, other]) if isinstance(other, LinearOperator) else NotImplemented
 
+    def __radd__(self, other: Any) -> LinearOperator:
+        # `sum(operators)` begins with 0.
+        return self if isinstance(other, int | float) and other == 0 else NotImplemented
+
     def __sub__(self, other: Any) -> LinearOperator:
         return self + (-other) if isinstance(other, LinearOperator) else NotImplemented
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from funcprop.calls import require_values
 from funcprop.curvature.outer.measure import Sweep
 from funcprop.curvature.outer.mixing import example_of, refuse_unread
 from funcprop.curvature.outer.roots import Loss, Root, root_of
@@ -63,6 +64,9 @@ class PerExample:
             raise ValueError(
                 f"per_example: {sampled[0]!r} is an estimate by random signs; pass key=jax.random.key(…)."
             )
+        require_values(
+            "per_example", {"params": params, "x": x, "y": y}, "fp.per_example(model, loss).audit(…)"
+        )
         batch_size(x, y)
         check_parameters(params)
         found = self._jitted(tuple(sorted(set(names))), params, x, y, key)

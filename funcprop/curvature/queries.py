@@ -268,7 +268,7 @@ class Queries(abc.ABC):
         b: PyTree,
         damping: Any = 0.0,
         *,
-        method: str = "cg",
+        method: str | None = None,
         preconditioner: LinearOperator | Callable[[PyTree], PyTree] | None = None,
         tolerance: float | None = None,
         products: int | None = None,
@@ -278,19 +278,23 @@ class Queries(abc.ABC):
         Args:
             b: like the parameters, or flat.
             damping: a number ≥ 0.
-            method: "cg", conjugate gradients, for a positive definite operator; "minres" for an indefinite
-            one. preconditioner: an approximate inverse, positive definite: an operator, or a function of
-            pytrees. tolerance: on `‖(A + damping I) x − b‖ / ‖b‖`; `ε^(2/3)` of the dtype if None. products:
-            at most so many; 10 P if None.
+            method: "minres" (if None), for operators of any signs: of all solutions in its Krylov space the
+                one of smallest residual; "cg", conjugate gradients, for a positive definite operator alone.
+            preconditioner: an approximate inverse, positive definite: an operator, or a function of pytrees.
+            tolerance: on `‖(A + damping I) x − b‖ / ‖b‖`; `ε^(2/3)` of the dtype if None.
+            products: at most so many; 10 P if None.
 
         Raises:
-            ValueError: `damping` is negative, `method` is not known, or `b` is not like the parameters.
-            FloatingPointError: the operator is not finite.
+            ValueError: `damping` is negative or not finite, `method` is not known, or `b` is not like the
+                parameters.
+            FloatingPointError: the operator or `b` is not finite, or method="cg" broke down on an indefinite
+                operator.
 
         Warns:
             ConvergenceWarning: the residual is above the tolerance.
 
-        References: Hestenes and Stiefel 1952; Paige and Saunders 1975.
+        References: Paige and Saunders 1975; Hestenes and Stiefel 1952; Fong and Saunders, "CG versus MINRES:
+        an empirical comparison", 2012.
 
         Example:
             >>> import jax.numpy as jnp, funcprop as fp

@@ -1,8 +1,9 @@
-"""`(A + δ I) x = b`: JAX's conjugate gradients, and MINRES for indefinite operators, which JAX lacks."""
+"""`(A + δ I) x = b`: MINRES, which JAX lacks, for operators of any signs, and JAX's conjugate gradients."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from funcprop.curvature.binding import Same
-from funcprop.curvature.convergence import warn_unless
-from funcprop.curvature.finite import require_finite
+from funcprop.curvature.convergence import is_traced, warn_unless
+from funcprop.curvature.finite import nonfinite_rows, require_finite
 from funcprop.curvature.products import flat_map
 
 if TYPE_CHECKING:
@@ -25,14 +26,14 @@ def solve(
     operator: LinearOperator,
     b: Float[Array, " P"],
     damping: Any,
-    method: str,
+    method: str | None,
     preconditioner: Any,
     tolerance: float | None,
     most: int | None,
 ) -> Float[Array, " P"]:
     """`LinearOperator.solve`, where the arguments are explained, on flat vectors."""
-    if method not in SOLVERS:
-        raise ValueError(f"method={method!r} is not known; choose one of {', '.join(SOLVERS)}.")
+    require_solver(method)
+    method = method or DEFAULT
     require_damping(damping)
     if tolerance is None:
         tolerance = float(jnp.finfo(operator.dtype).eps) ** (2 / 3)
@@ -44,24 +45,42 @@ def solve(
         paths = zip(operator.parameters.paths, jax.tree.leaves(operator.parameters.unravel(b)), strict=True)
         broken = ", ".join(repr(path) for path, leaf in paths if not jnp.isfinite(leaf).all())
         raise FloatingPointError(f"solve: b is not finite in the entries of {broken or 'its norm'}.")
+    broke = method == "cg" and not is_traced((x, residual)) and not jnp.isfinite(residual)
+    if broke and not nonfinite_rows(operator):
+        raise FloatingPointError(
+            f"solve: method='cg' broke down, as it does where A + damping I, with damping={damping}, is "
+            "indefinite or singular; use method='minres', or raise damping=."
+        )
     require_finite(operator, (x, residual), "solve()")
     warn_unless(
         residual <= 2 * tolerance * length,  # The iteration's own residual drifts from this one by rounding.
         f"solve: the residual ‖(A + δ I) x − b‖ is {{}}, above tolerance={tolerance:.1e} times ‖b‖={{}}, "
-        f"after at most {most} products by method={method!r}; raise damping= or products=, give a "
-        "preconditioner=, or use method='minres' if the operator is indefinite.",
+        f"after at most {most} products by method={method!r}; raise damping= or products=, "
+        + ("give a preconditioner=, " if preconditioner is None else "")
+        + ("or use method='minres' if the operator is indefinite." if method == "cg" else "")
+        + ("or take b in the range of A if that is singular." if method == "minres" else ""),
         residual,
         length,
     )
     return x
 
 
-def require_damping(damping: Any) -> None:
-    """Raise a ValueError if damping is negative or not one number."""
+def require_solver(method: str | None, of: str = "") -> None:
+    """Raise a ValueError if there is no such solver; None stands for the default."""
+    if method is not None and method not in SOLVERS:
+        who = of and f"{of}: "
+        raise ValueError(f"{who}method={method!r} is not known; choose one of {', '.join(SOLVERS)}.")
+
+
+def require_damping(damping: Any, of: str = "") -> None:
+    """Raise a ValueError if damping is negative, infinite, NaN or not one number; `of` begins the message."""
+    who = of and f"{of}: "
     if jnp.ndim(damping):
-        raise ValueError(f"damping has shape {jnp.shape(damping)}, but it is one number.")
-    if not isinstance(damping, jax.core.Tracer) and not damping >= 0:
-        raise ValueError(f"damping={damping} is negative; (A + damping I) needs damping ≥ 0.")
+        raise ValueError(f"{who}damping has shape {jnp.shape(damping)}, but it is one number.")
+    if isinstance(damping, jax.core.Tracer) or 0 <= damping < math.inf:
+        return
+    what = "negative" if damping < 0 else "not finite"
+    raise ValueError(f"{who}damping={damping} is {what}; (A + damping I) needs a finite damping ≥ 0.")
 
 
 @functools.partial(jax.jit, static_argnames=("by_function", "method", "most"))
@@ -96,17 +115,29 @@ def _conjugate_gradients(
 def minres(apply: Apply, b: Array, precondition: Apply | None, tolerance: float, most: int) -> Array:
     """The x in the Krylov space of smallest residual; for symmetric operators of any signs.
 
+    It ends at a small residual in the norm that conjugate gradients end at, not in the preconditioner's.
+
     Reference: Paige and Saunders, "Solution of sparse indefinite systems of linear equations", SIAM Journal
     on Numerical Analysis 1975; the recurrences and their names are theirs.
     """
-    precondition = precondition or (lambda x: x)
+    condition = precondition or (lambda x: x)
+
+    def solution(apply: Apply, b: Array) -> Array:
+        return _minres(apply, b, condition, tolerance, most)
+
+    return jax.lax.custom_linear_solve(apply, b, solution, symmetric=True)
+
+
+def _minres(apply: Apply, b: Array, precondition: Apply, tolerance: float, most: int) -> Array:
     y = precondition(b)
+    enough = tolerance * jnp.linalg.norm(b)
     first = jnp.sqrt(b @ y)
     zero = jnp.zeros((), b.dtype)
     tiny = jnp.finfo(b.dtype).tiny
 
     def unfinished(state: Any) -> Any:
-        return (state["phibar"] > tolerance * first) & (state["beta"] > 0) & (state["k"] < most)
+        left = jnp.linalg.norm(state["residual"])
+        return (left > enough) & (state["beta"] > 0) & (state["k"] < most)
 
     def step(s: Any) -> Any:
         v = s["y"] / s["beta"]
@@ -121,16 +152,26 @@ def minres(apply: Apply, b: Array, precondition: Apply | None, tolerance: float,
         gamma = jnp.maximum(jnp.hypot(gamma_bar, beta), tiny)
         c, sine = gamma_bar / gamma, beta / gamma
         w = (v - s["epsilon"] * s["w1"] - delta * s["w2"]) / gamma
+        phibar = sine * s["phibar"]
+        ahead = jnp.where(beta > 0, phibar * c / jnp.where(beta > 0, beta, 1), 0)
         return {
+            "residual": sine**2 * s["residual"] - ahead * r2,
             "x": s["x"] + c * s["phibar"] * w, "w1": s["w2"], "w2": w, "r1": r1, "r2": r2, "y": y,
             "previous": s["beta"], "beta": beta, "epsilon": s["s"] * beta, "delta": -s["c"] * beta,
-            "c": c, "s": sine, "phibar": sine * s["phibar"], "k": s["k"] + 1,
+            "c": c, "s": sine, "phibar": phibar, "k": s["k"] + 1,
         }  # fmt: skip
 
-    vectors = {name: jnp.zeros_like(b) for name in ("x", "w1", "w2")} | {"r1": b, "r2": b, "y": y}
+    vectors = {name: jnp.zeros_like(b) for name in ("x", "w1", "w2")} | {
+        "r1": b,
+        "r2": b,
+        "residual": b,
+        "y": y,
+    }
     numbers = {"previous": first, "beta": first, "epsilon": zero, "delta": zero, "c": zero - 1, "s": zero}
     start: dict[str, Any] = vectors | numbers | {"phibar": first, "k": 0}
     return jax.lax.while_loop(unfinished, step, start)["x"]
 
 
-SOLVERS: dict[str, Callable[..., Array]] = {"cg": _conjugate_gradients, "minres": minres}
+# The residual of conjugate gradients is never smaller, and their steps mean nothing where A is indefinite.
+DEFAULT = "minres"
+SOLVERS: dict[str, Callable[..., Array]] = {"minres": minres, "cg": _conjugate_gradients}

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from funcprop.calls import require_values
+from funcprop.curvature.binding import SHAPES
 from funcprop.curvature.parameters import Parameters, Where, path_name
 
 
@@ -74,6 +76,7 @@ class Point:
         leaves, tree = jax.tree.flatten(params)
         if not leaves:
             raise ValueError(f"params={params!r} has no leaves; there is nothing to differentiate.")
+        require_values("curvature", {"params": params}, SHAPES)
         marks = chosen(params, where)
         inside, outside = _split(leaves, tree, marks)
         parameters = Parameters.of(inside)

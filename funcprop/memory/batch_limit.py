@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from funcprop.calls import Call, is_array
@@ -53,8 +54,9 @@ def batch_limit(
 
     Raises:
         ValueError: not even a batch of one fits (the message says what it needs, and for what); the batch
-            axes differ in length or there are none; the memory does not depend on the batch; or `program` or
-            `by` is not known.
+            axes differ in length or there are none; the memory does not depend on the batch; `budget` is not
+            positive; or `program`, `by` or `batch_axes` is not known.
+        TypeError: `budget` is not a number.
 
     Example:
         >>> import jax, jax.numpy as jnp, funcprop as fp
@@ -68,6 +70,15 @@ def batch_limit(
         raise ValueError(f"batch_limit: program={program!r} is not known; use 'training' or 'inference'.")
     if by not in ("predicted", "compiled"):
         raise ValueError(f"batch_limit: by={by!r} is not known; use 'predicted' or 'compiled'.")
+    if isinstance(budget, bool) or not isinstance(budget, int | float | np.integer | np.floating):
+        raise TypeError(f"batch_limit: budget={budget!r} is not a number; pass bytes, as 64 * 2**20.")
+    if not budget > 0:
+        raise ValueError(f"batch_limit: budget={budget!r} holds nothing; pass bytes, more than 0.")
+    if isinstance(batch_axes, str) and batch_axes != "leading":
+        raise ValueError(
+            f"batch_limit: batch_axes={batch_axes!r} is not known; use 'leading', or one entry for each "
+            "argument, an axis or None."
+        )
     account = footprint(
         fun,
         argnums,

@@ -170,8 +170,8 @@ class Subject:
         if self.kind != "loss":
             shapes = ", ".join(str(t) for t in self.results)
             raise TypeError(
-                f"{self.label} returns ({shapes}), but optimizer={optimizer!r} needs the gradient of one "
-                "real scalar; return the loss, with has_aux=True if there are other results."
+                f"{self.label} returns ({shapes}), but optimizer= needs the gradient of one real scalar; "
+                "return the loss (with has_aux, and auxiliary data), or account it without an optimizer."
             )
         state = jax.eval_shape(optimizer.init, self._tree([self._type(i) for i in self.chosen]))
         state_leaves, state_tree = jax.tree.flatten_with_path(state)

@@ -247,9 +247,10 @@ def _check(name: str, limit: Any) -> None:
         raise TypeError(
             f"{name}={limit!r} is not a number: an int is bytes, a float a share of the residual bytes."
         )
-    if limit < 0 or limit != limit:
+    if not limit >= 0:
         raise ValueError(
-            f"{name}={limit!r} is negative: an int is bytes, a float a share of the residual bytes."
+            f"{name}={limit!r} is {'negative' if limit < 0 else 'not a number'}: an int is bytes, a float a "
+            "share of the residual bytes."
         )
     if isinstance(limit, float | np.floating) and limit > 1:
         raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from funcprop.backprop import backprop
+from funcprop.calls import has_values
 from funcprop.drawing import Drawing, draw
 from funcprop.equations import Derivation, derive
 from funcprop.graph import Graph
@@ -175,7 +176,7 @@ def report(
     def write(*args: Any, **kwargs: Any) -> Report:
         derivation = derive(fun, argnums)(*args, **kwargs)
         traced = derivation.traced
-        is_concrete = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in traced.leaves)
+        is_concrete = has_values(traced.leaves)
         propagation = backprop(fun, argnums, rules=rules)(*args, **kwargs) if is_concrete else None
         numbers = _all_smooth(args) if argnums is None else positions(argnums)
         costs = second_order_cost(fun, argnums, rules=rules, repeats=3, patience=2.0)(*args, **kwargs)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
+from funcprop.curvature.solve import require_damping
 from funcprop.training.extra import chosen_arguments, require_arguments
 
 
@@ -57,8 +58,7 @@ def scale_by_diagonal(
         >>> print(jnp.round(optax.apply_updates(w, step), 4))
         [3. 3.]
     """
-    if damping < 0:
-        raise ValueError(f"scale_by_diagonal: damping={damping} is negative; pass a number ≥ 0.")
+    require_damping(damping, "scale_by_diagonal")
     if not 0 <= decay < 1:
         raise ValueError(f"scale_by_diagonal: decay={decay}; pass a number from 0 up to, but not, 1.")
     if every < 1:

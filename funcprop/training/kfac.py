@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from funcprop.curvature.kfac import kfac as factored
-from funcprop.curvature.kronecker import Kronecker
+from funcprop.curvature.kronecker import Kronecker, require_method
 from funcprop.curvature.per_example import per_example
 from funcprop.curvature.solve import require_damping
 from funcprop.registry import RuleSet
@@ -81,7 +81,8 @@ def kfac(
         >>> print(w.round(2).T)  # one step, for a linear model
         [[3. 2.]]
     """
-    require_damping(damping)
+    require_damping(damping, "kfac")
+    require_method(method, "kfac")
     if not 0 <= decay < 1:
         raise ValueError(f"kfac: decay={decay}; pass a number from 0 up to, but not, 1.")
     if every < 1:

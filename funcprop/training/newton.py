@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from funcprop.curvature.hessian import hessian
+from funcprop.curvature.solve import require_damping
 from funcprop.training.extra import chosen_arguments, require_arguments
 
 # Martens, section 4.1: beyond these ratios the damping changes.
@@ -57,6 +58,9 @@ def newton_cg(
     taken: the update is zero, and `λ` is multiplied by `factor⁴`. No learning rate is needed; what follows it
     in a chain changes a step whose effect has already been judged, so put it last.
 
+    Where the incoming updates, the value or the curvature along the updates are NaN, or the updates infinite,
+    the update is NaN and `λ` stays; `optax.apply_if_finite` skips steps whose gradient is not finite.
+
     `update(u, state, params, *, value, grad, value_fn, **extra)` takes what optax's line searches take: the
     value and gradient at `params`, and the function `value_fn(params, **extra)`. Of the `extra` arguments a
     function gets those that are its parameters.
@@ -84,8 +88,7 @@ def newton_cg(
         >>> print(jnp.round(optax.apply_updates(w, step), 4), round(float(state.ratio), 4))
         [3. 3.] 1.0
     """
-    if damping < 0:
-        raise ValueError(f"newton_cg: damping={damping} is negative; pass 0 (none) or more.")
+    require_damping(damping, "newton_cg")
     if max_steps < 1:
         raise ValueError(f"newton_cg: max_steps={max_steps}; pass the most products of a step, 1 or more.")
     if factor <= 1:
@@ -118,11 +121,13 @@ def newton_cg(
         bent = -optax.tree.vdot(updates, s) - optax.tree.vdot(solved.residual, s) - λ * optax.tree.vdot(s, s)
         predicted = optax.tree.vdot(grad, s) + bent / 2
         moved = value_fn(optax.apply_updates(params, s), **chosen_arguments(value_fn, extra))
+        undefined = solved.undefined | jnp.isnan(value)
         ratio = jnp.where(predicted == 0, 1, (moved - value) / jnp.where(predicted == 0, 1, predicted))
-        accepted = moved <= value  # not for NaN
+        accepted = (moved <= value) & ~undefined  # not for NaN
         grown = jnp.where(accepted, jnp.where(ratio < _POOR, factor, 1), factor**4)
-        changed = λ * jnp.where(accepted & (ratio > _GOOD), 1 / factor, grown)
-        taken = jax.tree.map(lambda x: jnp.where(accepted, x, 0), s)
+        changed = λ * jnp.where(accepted & (ratio > _GOOD), 1 / factor, jnp.where(undefined, 1, grown))
+        refused = jnp.where(undefined, jnp.nan, 0)
+        taken = jax.tree.map(lambda x: jnp.where(accepted, x, refused.astype(x.dtype)), s)
         size = optax.tree.norm(updates)
         residual = optax.tree.norm(solved.residual) / jnp.where(size == 0, 1, size)
         kinds = jnp.asarray(state.damping).dtype
@@ -134,7 +139,10 @@ def newton_cg(
 
 
 class _Solved(NamedTuple):
-    """Conjugate gradients at work: `residual = −u − B step`, `direction` the next to go."""
+    """Conjugate gradients at work: `residual = −u − B step`, `direction` the next to go.
+
+    `undefined` says that `u` is not finite, or that `B u` is NaN.
+    """
 
     step: PyTree
     residual: PyTree
@@ -142,6 +150,7 @@ class _Solved(NamedTuple):
     squared: Any
     steps: Any
     stopped: Any
+    undefined: Any
 
 
 def _conjugate_gradients(
@@ -167,8 +176,11 @@ def _conjugate_gradients(
         residual = optax.tree.add_scale(at.residual, -length, turned)
         following = optax.tree.vdot(residual, residual)
         direction = optax.tree.add_scale(residual, following / at.squared, at.direction)
-        return _Solved(step, residual, direction, following, at.steps + 1, negative)
+        undefined = at.undefined | ((at.steps == 0) & jnp.isnan(bent))
+        return _Solved(step, residual, direction, following, at.steps + 1, negative, undefined)
 
     nothing = optax.tree.zeros_like(updates)
-    start = _Solved(nothing, right, right, squared, jnp.zeros((), int), jnp.asarray(False))
+    start = _Solved(
+        nothing, right, right, squared, jnp.zeros((), int), jnp.asarray(False), ~jnp.isfinite(squared)
+    )
     return jax.lax.while_loop(goes_on, advance, start)

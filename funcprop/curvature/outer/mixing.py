@@ -101,6 +101,8 @@ def statistics_of_one(closed: Any) -> None:
     jaxpr = _compat.open_jaxpr(closed)
     # The mean is followed through operators of one operand; beside it, what it is a mean of, and over what.
     means: dict[Any, tuple[Any, str]] = {}
+    # In half precision the mean is of one conversion of the value and is subtracted from another.
+    unconverted: dict[Any, Any] = {}
     for eqn in jaxpr.eqns:
         if (call := layer_call(eqn)) is not None and call.layer.name == "batch_norm" and _in_training(call):
             _refuse(eqn, "`fp.layers.batch_norm` computes its statistics")
@@ -109,15 +111,18 @@ def statistics_of_one(closed: Any) -> None:
                 statistics_of_one(body)
         operands = _compat.variables(eqn.invars)
         name = eqn.primitive.name
+        values = [unconverted.get(v, v) for v in operands]
+        if name == "convert_element_type" and values:
+            unconverted[eqn.outvars[0]] = values[0]
         if name == "reduce_sum":
             shape, axes = operands[0].aval.shape, eqn.params["axes"]
             if not axes:
-                means[eqn.outvars[0]] = operands[0], "no axis, which is itself"
+                means[eqn.outvars[0]] = values[0], "no axis, which is itself"
             elif shape[:1] == (1,) and 0 in axes and len(axes) < len(shape):
-                means[eqn.outvars[0]] = operands[0], "the leading axis, which has length one"
+                means[eqn.outvars[0]] = values[0], "the leading axis, which has length one"
         elif name == "sub" and len(operands) == 2 and operands[1] in means:
             value, over = means[operands[1]]
-            if value is operands[0]:
+            if value is values[0]:
                 _refuse(eqn, f"it subtracts from a value its mean over {over}")
         elif len(operands) == 1 and operands[0] in means:
             means.update((v, means[operands[0]]) for v in eqn.outvars)
