@@ -299,7 +299,7 @@ class Queries(abc.ABC):
         Example:
             >>> import jax.numpy as jnp, funcprop as fp
             >>> H = fp.hessian(lambda w: jnp.sum(w**2))(jnp.ones(2))
-            >>> print(H.solve(jnp.array([2.0, 4.0]), damping=2.0))
+            >>> print(H.solve(jnp.array([2.0, 4.0]), damping=2.0).round(4))
             [0.5 1. ]
         """
         names = self.parameters

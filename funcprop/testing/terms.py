@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop import _compat
-from funcprop.attach import Arrays
 from funcprop.linear_map import Arrays
 from funcprop.sizes import nbytes
 from funcprop.testing.case import Case, cast, generator, magnitude, normal_like, subsets
