@@ -123,6 +123,19 @@ def test_the_rule_of_scan_derives_the_same(cell):
     assert_same(*gradients(x, *args))
 
 
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_a_large_recurrent_matrix(batch):
+    """More than 3 MB: backwards it is the left operand of the loop's product."""
+    x, args = numbers(2, *batch, 1), arguments("rnn", 1, 640, batch)
+
+    @compiled
+    def both(*args):
+        rule_sets = RULES, fp.rules.autodiff
+        return [values_and_cotangents(fp.with_rules(L.rnn, rules), *args) for rules in rule_sets]
+
+    assert_same(*both(x, args[0], args[1] / 30, *args[2:]))
+
+
 def test_halves_of_a_sequence_are_joined_by_the_state():
     x, (w, u, b, _) = numbers(6, 2, 3), arguments("lstm")
     whole, last = L.lstm(x, w, u, b, return_state=True)

@@ -156,24 +156,49 @@ def test_recurrent_networks_of_flax(cell):
     close(*compiled(lambda *a: (fp.grad(loss, rules=RULES)(*a), jax.grad(loss)(*a)))(params, x))
 
 
+def products_in_loops(fun, *args):
+    """The shapes of the results of all products inside of loops."""
+    found = []
+
+    def walk(jaxpr, inside):
+        for eqn in jaxpr.eqns:
+            if inside and eqn.primitive.name == "dot_general":
+                found.append(eqn.outvars[0].aval.shape)
+            for value in eqn.params.values():
+                body = getattr(value, "jaxpr", value)
+                if hasattr(body, "eqns"):
+                    walk(body, inside or eqn.primitive.name == "scan")
+
+    walk(jax.make_jaxpr(fun)(*args).jaxpr, False)
+    return found
+
+
 def test_weight_gradients_leave_the_loop():
-    def shapes_added_in_loops(gradient):
-        found = []
+    assert (H, H) in products_in_loops(jax.grad(recurrent), *ARGS)
+    assert (H, H) not in products_in_loops(fp.grad(recurrent, rules=RULES), *ARGS)
 
-        def walk(jaxpr, inside):
-            for eqn in jaxpr.eqns:
-                if inside and eqn.primitive.name == "dot_general":
-                    found.append(eqn.outvars[0].aval.shape)
-                for value in eqn.params.values():
-                    body = getattr(value, "jaxpr", value)
-                    if hasattr(body, "eqns"):
-                        walk(body, inside or eqn.primitive.name == "scan")
 
-        walk(jax.make_jaxpr(gradient)(*ARGS).jaxpr, False)
-        return found
+@pytest.mark.parametrize("rows", [(2,), (3, 1), (1,)])
+def test_few_rows_meet_a_large_matrix_from_the_right(rows):
+    """Backwards `(W gᵀ)ᵀ` from two rows on, without a second copy of the matrix."""
+    width = 640  # more than 3 MB
 
-    assert (H, H) in shapes_added_in_loops(jax.grad(recurrent))
-    assert (H, H) not in shapes_added_in_loops(fp.grad(recurrent, rules=RULES))
+    def loss(w, xs):
+        step = lambda h, x: (jnp.tanh(h @ w + x), None)  # noqa: E731
+        return jnp.sum(jax.lax.scan(step, jnp.ones(xs.shape[1:]), xs)[0] ** 2)
+
+    args = normal(width, width) / width**0.5, normal(2, *rows, width, seed=1)
+    count = int(np.prod(rows))
+    products = products_in_loops(fp.grad(loss, rules=RULES), *args)
+    assert products == [(*rows, width), (width, count) if count > 1 else (*rows, width)]
+    direction = normal(width, width, seed=2)
+
+    @compiled
+    def both(*args):
+        gradients = fp.grad(loss, rules=RULES), jax.grad(loss)
+        return [jax.jvp(lambda w, g=g: g(w, *args[1:]), args[:1], (direction,)) for g in gradients]
+
+    close(*both(*args))
 
 
 def test_what_the_rule_leaves_alone():

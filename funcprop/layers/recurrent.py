@@ -30,6 +30,7 @@ References: Werbos, "Backpropagation through time: what it does and how to do it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -42,6 +43,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from funcprop.expressions import Equations, OperatorSymbols, apply
 from funcprop.layers.linear import Operands, dense
 from funcprop.registry import Rule, layer
+from funcprop.transposed_products import repeated
 
 Save: TypeAlias = Literal["all", "output"]
 State = tuple[Any, ...]  # the output `h` is last
@@ -205,14 +207,13 @@ def _rule(cell: Cell, takes_recurrent_bias: bool) -> Rule:
             before = (*(_before(a, s, reverse) for a, s in pairs), h_before)
             kept = cell.step(_affine(x, w, b), _affine(h_before, u, b_recurrent), before)[1]
         of_outputs, of_last = g if return_state else (g, tuple(map(jnp.zeros_like, first)))
-        # Transposed once, not at every step.
-        transposed = u.T
+        times_transposed = repeated(u.astype(dtype), math.prod(outputs.shape[1:-1]))
 
         def step(cotangents: State, slices: Any) -> Any:
             of_output, kept, h = slices
             *others, of_h = cotangents
             of_p, (*others, rest) = cell.pull(kept, h, (*others, of_h + of_output))
-            of_h = rest + cell.recurrent(kept, of_p) @ transposed
+            of_h = rest + times_transposed(cell.recurrent(kept, of_p))
             return tuple(a.astype(dtype) for a in (*others, of_h)), of_p
 
         slices = of_outputs, kept, outputs

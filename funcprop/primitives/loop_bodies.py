@@ -6,6 +6,7 @@ an equation depends on is its *depth*: constants alone (0), scanned inputs (1), 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from jax import lax
 from funcprop import _compat
 from funcprop.flops import PRODUCTS
 from funcprop.sizes import nbytes
+from funcprop.transposed_products import Form, by_columns, fastest_form
 
 Arrays = list[Any]
 
@@ -213,40 +215,43 @@ def widened(jaxpr: Any, consts: int, carries: int) -> tuple[Any, int]:
     return _compat.retrace(run, jaxpr), copies
 
 
-def with_turned_constants(jaxpr: Any, consts: int, carries: int) -> Any:
-    """Products `g wᵀ` with a constant matrix become `g u` with `u = wᵀ`, which is made once before the loop.
+def with_arranged_products(jaxpr: Any, consts: int, carries: int, turn: bool) -> Any:
+    """Products `g wᵀ` with a constant matrix in their fastest form, as far as `turn` lets constants be made.
 
-    To be called while tracing.
+    Constants `wᵀ` are made once, before the loop. The new body, or None. To be called while tracing.
     """
     depth = depths(jaxpr, consts, carries)
 
-    def turns(eqn: Any) -> bool:
+    def form(eqn: Any) -> Form:
         if eqn.primitive.name != "dot_general" or not _compat.variables(eqn.invars[1:]):
-            return False
+            return "plain"
         g, w = eqn.invars
         contracted, batch = eqn.params["dimension_numbers"]
         axes = tuple(map(tuple, contracted))
-        return (
-            axes == ((g.aval.ndim - 1,), (1,))
-            and w.aval.ndim == 2
-            and not any(map(len, batch))
-            and depth[w] == 0
-        )
+        transposed = axes == ((g.aval.ndim - 1,), (1,)) and w.aval.ndim == 2 and not any(map(len, batch))
+        if not transposed or depth[w] > 0:
+            return "plain"
+        found = fastest_form(math.prod(g.aval.shape[:-1]), nbytes(w))
+        return "plain" if found == "turned" and not turn else found
 
-    if not any(map(turns, jaxpr.eqns)):
+    forms = list(map(form, jaxpr.eqns))
+    if all(found == "plain" for found in forms):
         return None
 
     def run(*args: Any) -> Arrays:
         values = dict(zip(jaxpr.invars, args, strict=True))
-        for eqn in jaxpr.eqns:
+        for eqn, found in zip(jaxpr.eqns, forms, strict=True):
             operands = [v.val if isinstance(v, _compat.Literal) else values[v] for v in eqn.invars]
-            if turns(eqn):
-                g, w = operands
-                params = {k: v for k, v in eqn.params.items() if k != "out_sharding"}
-                params["dimension_numbers"] = (((g.ndim - 1,), (0,)), ((), ()))
-                values[eqn.outvars[0]] = lax.dot_general(g, lax.transpose(w, (1, 0)), **params)
-            else:
+            if found == "plain":
                 values.update(zip(eqn.outvars, _compat.one_equation(eqn)(*operands), strict=True))
+                continue
+            g, w = operands
+            params = {k: eqn.params[k] for k in ("precision", "preferred_element_type")}
+            if found == "columns":
+                values[eqn.outvars[0]] = by_columns(g, w, **params)
+            else:
+                axes = (((g.ndim - 1,), (0,)), ((), ()))
+                values[eqn.outvars[0]] = lax.dot_general(g, lax.transpose(w, (1, 0)), axes, **params)
         return [v.val if isinstance(v, _compat.Literal) else values[v] for v in jaxpr.outvars]
 
     return _compat.retrace(run, jaxpr)

@@ -3,9 +3,9 @@
 Two x86 cores with 2 MB of L2 cache each, float32, ratios to `jax.value_and_grad` (median of
 paired ratios, ±0.03; temporary bytes):
 
-    LSTM T64 B4 H512    0.33 / 0.66      both projections and weight gradients leave the loop
+    LSTM T64 B4 H512    0.28 / 0.66      both projections and weight gradients leave the loop
     LSTM T256 B16 H128  0.42 / 0.94      by hand: 21.1 ms and 29.5 MB; input projection hoisted: 28.6 and 44.1
-    GRU T64 B4 H512     0.34 / 0.95      RNN T256 B16 H128  0.65 / 0.86
+    GRU T64 B4 H512     0.27 / 0.69      RNN T256 B16 H128  0.62 / 0.86
 
 * A weight gradient inside of the loop reads and writes its sum at every step. That costs more than stacking
   one activation and one cotangent as soon as the constant is larger than these two together; the rule asks
@@ -14,16 +14,15 @@ paired ratios, ±0.03; temporary bytes):
 * A product before the loop is as fast as its arithmetic; inside, with few rows, as reading its constant. Its
   results are stacked, so it pays only where they are small: a quarter of the constant (`hoists`).
 * `g Wᵀ` in the reversed loop: 5.4 ms against 3.4 with `Wᵀ` made once (T256 B16 H128, 128 × 512); of the
-  whole gradient that is a tenth (LSTM T64 B4 H512 27.9 and 24.5, T256 B16 H128 22.1 and 19.8, RNN 6.1 and
-  5.5; GRU T128 B16 H128 10.2 and 8.3). The same product in two to eight parts was quicker by itself, but made
-  no difference to the whole.
+  whole gradient that is a tenth (T256 B16 H128 22.1 and 19.8 ms, RNN 6.1 and 5.5; GRU T128 B16 H128 10.2 and
+  8.3). A large matrix and few rows are multiplied as `(W gᵀ)ᵀ` instead, and nothing is made
+  (`transposed_products`): LSTM T64 B4 H512 23 and 18 ms.
 * `sigmoid`, `tanh`, `exp` are stacked and not made again: 34.6 ms against 40.5 for a whole LSTM gradient.
 * Above 32 MB of temporary memory the C library returns the pages at every call, and faulting them in again
   cost 10 of 31 ms: holding less is also faster.
 
-An LSTM of T64 B4 H512 is bound by its products: `W` is 4 MB, just the two caches, and each of the 128 steps
-reads it (0.08 to 0.13 ms of which 0.06 are needed where both cores take the same half every time); with
-three products of 1.7 ms outside, 17 of 24 ms.
+An LSTM of T64 B4 H512 is bound by its products: three of 1.7 ms outside of the loops, and inside each of the
+128 steps reads `W`, whose 4 MB are just the two caches.
 
 **Byte guard.** Of several plans, the most ambitious is taken that holds no more than autodiff does. Ours:
 stacked residuals, cotangents and hoisted results, transposed copies of the activations, constants turned and
@@ -241,7 +240,8 @@ def _planned(plan: Plan, costs: Costs, params: dict[str, Any], body: Body) -> tu
     held += max(sum(map(nbytes, made)), sum(map(nbytes, cut.parallel.outvars)))
     length = params["length"]
     # The backward reads the constants side by side, unless it has them turned.
-    both = max(body.copies, length * added) if plan.turns else body.copies + length * added
+    turned = step.turned_bytes >= body.copies
+    both = max(body.copies, length * added) if turned else body.copies + length * added
     size = step.turned_bytes + length * held + both
     loop = Loop(params, body.closed_over, body.consts, body.carries, cut, hoisted_sites, step)
     return loop, size, not deferred and not (plan.hoists or plan.turns or plan.widens)

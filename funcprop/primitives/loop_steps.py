@@ -21,7 +21,7 @@ from funcprop.primitives.loop_bodies import (
     depths,
     run_perturbed,
     split,
-    with_turned_constants,
+    with_arranged_products,
 )
 from funcprop.primitives.stacking import merged, recomputation, to_stack
 from funcprop.sizes import nbytes
@@ -239,13 +239,11 @@ class Step:
             *y_avals,
         ]
         jaxpr, self.back_extra = _traced(backward, avals)
-        self.turned_bytes = 0
-        if turn:
-            consts = len(self.back_extra) + fixed
-            turned = with_turned_constants(jaxpr, consts, len(carry_avals))
-            if turned is not None:
-                opened, more = _compat.with_constants_as_inputs(turned)
-                jaxpr, self.back_extra = merged(opened), [*more, *self.back_extra]
+        consts = len(self.back_extra) + fixed
+        arranged = with_arranged_products(jaxpr, consts, len(carry_avals), turn)
+        if arranged is not None:
+            opened, more = _compat.with_constants_as_inputs(arranged)
+            jaxpr, self.back_extra = merged(opened), [*more, *self.back_extra]
         consts, carries = len(self.back_extra) + fixed, len(carry_avals)
         depth = depths(jaxpr, consts, carries)
         outs = list(jaxpr.outvars)
