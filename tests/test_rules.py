@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 
 import funcprop as fp
+from funcprop.patterns import softmax
 from funcprop.primitives import average_pooling, convolution, loops, pooling
 from funcprop.testing import check_rule
 
@@ -136,7 +137,10 @@ LAYERS: dict[str, list[Example]] = {
     "tanh_gelu": ACTIVATION,
     "exact_gelu": ACTIVATION,
     "softmax": [Example((numbers(3, 4),)), Example((numbers(2, 3, 4),), {"axis": (0, 2)})],
-    "log_softmax": [Example((numbers(3, 4),)), Example((numbers(2, 3, 4),), {"axis": 1})],
+    "log_softmax": [
+        Example((numbers(3, 4),), {"rule": softmax.log_rule(everywhere=True)}),
+        Example((numbers(2, 3, 4),), {"axis": 1, "rule": softmax.log_rule(everywhere=True)}),
+    ],
     "relu_max_pool": [Example((numbers(2, 5, 6, 2),), POOL)],
     "dense": [Example((X, W, B)), Example((X, W)), Example((X[0], W, B)), Example((numbers(2, 4, 3), W, B))],
     "linear": [Example((W.T, X[0], B)), Example((W.T, X[0]))],

@@ -14,14 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import funcprop as fp
+from funcprop.patterns.softmax import log_rule
 
+RULES = fp.rules.default.replace({fp.layers.log_softmax: log_rule(everywhere=True)})
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)))
 FUNCTIONS = {"softmax": jax.nn.softmax, "log_softmax": jax.nn.log_softmax}
 
 
 def operators(fun, *args):
     """The operators with a rule that fires."""
-    return [m.operator for m in fp.matches(fun)(*args) if m.reason is None]
+    return [m.operator for m in fp.matches(fun, RULES)(*args) if m.reason is None]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -34,7 +36,7 @@ def test_recognised(name):
         assert operators(jax.jit(mapped), X) == [name]
         assert_as_autodiff(mapped, X)
     assert operators(lambda x: jax.lax.scan(lambda c, row: (c, fun(row)), 0, x)[1], X) == [name]
-    left_alone = fp.matches(fun, fp.rules.default.replace({getattr(fp.layers, name): None}))(X)
+    left_alone = fp.matches(fun, RULES.replace({getattr(fp.layers, name): None}))(X)
     assert left_alone == []
 
 
@@ -93,9 +95,10 @@ def assert_as_autodiff(fun, x):
 
     @compiled
     def found(x):
-        gradients = jax.grad(loss), fp.grad(loss)
+        gradients = jax.grad(loss), fp.grad(loss, rules=RULES)
         return [
-            (fp.with_rules(loss)(x), *jax.jvp(gradient, (x,), (jnp.sin(x + 1),))) for gradient in gradients
+            (fp.with_rules(loss, RULES)(x), *jax.jvp(gradient, (x,), (jnp.sin(x + 1),)))
+            for gradient in gradients
         ]
 
     assert len(operators(loss, x)) == 1
@@ -114,7 +117,10 @@ def test_infinities_and_nan_are_where_autodiff_has_them(name, row):
 
     @compiled
     def pulled(x, g):
-        return [pull(g)[0] for pull in (jax.vjp(FUNCTIONS[name], x)[1], fp.vjp(FUNCTIONS[name], x)[1])]
+        return [
+            pull(g)[0]
+            for pull in (jax.vjp(FUNCTIONS[name], x)[1], fp.vjp(FUNCTIONS[name], x, rules=RULES)[1])
+        ]
 
     for cotangent in (g, g.at[0, 0].set(jnp.inf)):
         expected, actual = pulled(x, cotangent)
@@ -127,20 +133,28 @@ def test_bfloat16_is_as_accurate_as_autodiff():
     g = jnp.asarray(np.random.default_rng(1).normal(size=(64, 50)), jnp.bfloat16)
     for fun in FUNCTIONS.values():
         exact = jax.vjp(fun, x.astype(float))[1](g.astype(float))[0]
-        ours, theirs = (
-            vjp(fun, x)[1](g)[0] for vjp in (partial(fp.vjp, rules=fp.rules.handwritten), jax.vjp)
-        )
+        ours, theirs = (vjp(fun, x)[1](g)[0] for vjp in (partial(fp.vjp, rules=RULES), jax.vjp))
         error, of_autodiff = (np.linalg.norm(np.asarray(a, float) - exact) for a in (ours, theirs))
         assert ours.dtype == jnp.bfloat16
         assert error <= 1.02 * of_autodiff
-    reason = "the exponential of a result of bfloat16 is less accurate than autodiff's"
-    (match,) = fp.matches(fp.layers.log_softmax)(x)
-    assert match.reason == reason
+
+
+def test_what_is_left_to_autodiff():
+    def reason(layer, *shape, dtype="float32"):
+        return fp.matches(layer)(jax.ShapeDtypeStruct(shape, dtype))[0].reason
+
+    log_softmax, softmax = fp.layers.log_softmax, fp.layers.softmax
+    assert reason(log_softmax, 2**10, 2**12) is None
+    few = "the exponentials of 256000 entries stay in the cache, and need not be computed again"
+    assert reason(log_softmax, 256, 1000) == few
+    inaccurate = "the exponential of a result of bfloat16 is less accurate than autodiff's"
+    assert reason(log_softmax, 2**10, 2**12, dtype="bfloat16") == inaccurate
+    assert reason(softmax, 8, dtype="bfloat16") is None
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_result_alone_is_saved(name):
-    pull = lambda x: fp.vjp(FUNCTIONS[name], x)[1]  # noqa: E731
+    pull = lambda x: fp.vjp(FUNCTIONS[name], x, rules=RULES)[1]  # noqa: E731
     assert [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(pull, X))] == [X.shape]
 
 

@@ -34,12 +34,13 @@ from funcprop.layers.token_loss import Options, denominator, loss_of_logits, red
 from funcprop.registry import Rule, layer
 
 
-def _smooth(h: Any, w: Any, b: Any, weights: Any, o: Options) -> Any:
+def _smooth(h: Any, w: Any, b: Any, weights: Any, o: Options, transposed: bool) -> Any:
     """The mean over the classes of `w_c z_c` by linearity: `h · (W w) + b · w`, without any logits."""
     if not o.label_smoothing:
         return jnp.zeros(h.shape[:-1], h.dtype)
-    share = jnp.full(w.shape[1], 1 / w.shape[1], h.dtype) if weights is None else weights / w.shape[1]
-    return h @ (w @ share) + (0 if b is None else b @ share)
+    classes = w.shape[0 if transposed else 1]
+    share = jnp.full(classes, 1 / classes, h.dtype) if weights is None else weights / classes
+    return h @ (share @ w if transposed else w @ share) + (0 if b is None else b @ share)
 
 
 # --- the rule ---------------------------------------------------------------------------------
@@ -62,11 +63,11 @@ def _precision(*arrays: Any) -> Any:
     return jnp.promote_types(jnp.result_type(*(x for x in arrays if x is not None)), jnp.float32)
 
 
-def _flat(h: Any, w: Any, labels: Any, b: Any, weights: Any, transposed: bool) -> tuple[Any, ...]:
-    """Tokens × d, d × vocabulary, tokens, vocabulary, vocabulary; all in the precision of the sums."""
+def _flat(h: Any, w: Any, labels: Any, b: Any, weights: Any) -> tuple[Any, ...]:
+    """Tokens × d, `w` as it is, tokens, vocabulary, vocabulary; all in the precision of the sums."""
     dtype = _precision(h, w, b)
     h, w, b, weights = (None if x is None else x.astype(dtype) for x in (h, w, b, weights))
-    return h.reshape(-1, h.shape[-1]), w.T if transposed else w, labels.reshape(-1), b, weights
+    return h.reshape(-1, h.shape[-1]), w, labels.reshape(-1), b, weights
 
 
 def _sizes(h: Any, w: Any, transposed: bool) -> tuple[int, int, int]:
@@ -87,13 +88,14 @@ def _forward(
     chunk: Any, **options: Any,
 ) -> tuple[Any, LinearCrossEntropyResiduals]:  # fmt: skip
     o = Options(**options)
-    flat = _flat(h, w, labels, b, weights, transposed)
+    flat = _flat(h, w, labels, b, weights)
     tokens, _, vocabulary = _sizes(h, w, transposed)
     gradient = _saves(h, w, transposed, o.reduction, save) == "gradient"
     f_h, f_w, f_labels, f_b, f_weights = flat
     size = min(chunk or chunk_size(tokens, vocabulary), tokens)
-    normalizer, picked, found = statistics(f_h, f_w, f_b, f_labels, f_weights, size, o, gradient)
-    loss = reduced_loss(normalizer, picked, _smooth(f_h, f_w, f_b, f_weights, o), f_labels, f_weights, o)
+    normalizer, picked, found = statistics(f_h, f_w, f_b, f_labels, f_weights, size, o, gradient, transposed)
+    smooth = _smooth(f_h, f_w, f_b, f_weights, o, transposed)
+    loss = reduced_loss(normalizer, picked, smooth, f_labels, f_weights, o)
     loss = loss.reshape(labels.shape) if o.reduction == "none" else loss
     residuals = LinearCrossEntropyResiduals(h, w, labels, b, weights, normalizer, picked, found)
     return loss.astype(_precision(h, w, b)), residuals
@@ -105,13 +107,13 @@ def _backward(
 ) -> tuple[Any, ...]:  # fmt: skip
     h, w, labels, b, weights, normalizer, picked, gradient = residuals
     o = Options(**options)
-    f_h, f_w, f_labels, f_b, f_weights = _flat(h, w, labels, b, weights, transposed)
+    f_h, f_w, f_labels, f_b, f_weights = _flat(h, w, labels, b, weights)
     need_h, need_w, _, need_b, need_weights = (bool(need) for need in needs)
 
     def small(normalizer: Any, picked: Any, smooth: Any, weights: Any) -> Any:
         return reduced_loss(normalizer, picked, smooth, f_labels, weights, o)
 
-    smooth, pull_smooth = jax.vjp(partial(_smooth, o=o), f_h, f_w, f_b, f_weights)
+    smooth, pull_smooth = jax.vjp(partial(_smooth, o=o, transposed=transposed), f_h, f_w, f_b, f_weights)
     pull_small = jax.vjp(small, normalizer, picked, smooth, f_weights)[1]
     normalizer_bar, picked_bar, smooth_bar, weights_bar = pull_small(g.reshape(-1) if g.ndim else g)
     if gradient is not None:
@@ -120,7 +122,16 @@ def _backward(
         tokens, _, vocabulary = _sizes(h, w, transposed)
         size = min(chunk or chunk_size(tokens, vocabulary), tokens)
         h_bar, totals = pull_back(
-            f_h, f_w, f_b, f_labels, normalizer, normalizer_bar, picked_bar, size, (need_w, need_b)
+            f_h,
+            f_w,
+            f_b,
+            f_labels,
+            normalizer,
+            normalizer_bar,
+            picked_bar,
+            size,
+            (need_w, need_b),
+            transposed,
         )
     found = [h_bar, totals.w, totals.b, weights_bar]
     if o.label_smoothing:
@@ -128,7 +139,7 @@ def _backward(
     h_bar, w_bar, b_bar, weights_bar = found
     return (
         h_bar.reshape(h.shape).astype(h.dtype) if need_h else None,
-        (w_bar.T if transposed else w_bar).astype(w.dtype) if need_w else None,
+        w_bar.astype(w.dtype) if need_w else None,
         None,
         b_bar.astype(b.dtype) if need_b else None,
         weights_bar.astype(weights.dtype) if need_weights else None,

@@ -1,4 +1,8 @@
-"""Chunks of tokens: their logits are made, reduced to what the loss or its cotangents read, and dropped."""
+"""Chunks of tokens: their logits are made, reduced to what the loss or its cotangents read, and dropped.
+
+The matrix stays as it lies, `d × vocabulary` or, `transposed`, `vocabulary × d`: turned it would be a copy of
+its size, and so would its cotangent.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +26,14 @@ def chunk_size(tokens: int, vocabulary: int) -> int:
     return -(-tokens // max(count, 1))
 
 
-def _logits(h: Any, w: Any, b: Any) -> Any:
-    return h @ w if b is None else h @ w + b
+def _logits(h: Any, w: Any, b: Any, transposed: bool) -> Any:
+    z = _product(h, w, 1, 1 if transposed else 0)
+    return z if b is None else z + b
+
+
+def _product(a: Any, b: Any, left: int, right: int) -> Any:
+    """The contraction of two matrices over an axis of each."""
+    return lax.dot_general(a, b, (((left,), (right,)), ((), ())))
 
 
 def _is_label(labels: Any, vocabulary: int) -> Any:
@@ -31,22 +41,25 @@ def _is_label(labels: Any, vocabulary: int) -> Any:
     return jnp.where(labels < 0, labels + vocabulary, labels)[:, None] == jnp.arange(vocabulary)
 
 
-def _add_product(total: Any, h: Any, z_bar: Any) -> Any:
-    """`total + hᵀ z̄`, some columns at a time."""
+def _add_product(total: Any, h: Any, z_bar: Any, transposed: bool) -> Any:
+    """`total + hᵀ z̄`, or its transpose, some of the vocabulary at a time."""
+    axis = 0 if transposed else 1
+
+    def product(piece: Any) -> Any:
+        # Activations first: the other order makes XLA's CPU backend copy a transpose.
+        return _product(piece, h, 0, 0) if transposed else _product(h, piece, 0, 0)
 
     def add(total: Any, start: Any, width: int) -> Any:
         piece = lax.dynamic_slice_in_dim(z_bar, start, width, 1)
-        before = lax.dynamic_slice_in_dim(total, start, width, 1)
-        # Activations first: the other order makes XLA's CPU backend copy a transpose.
-        after = before + lax.dot_general(h, piece, (((0,), (0,)), ((), ())))
-        return lax.dynamic_update_slice_in_dim(total, after, start, 1)
+        before = lax.dynamic_slice_in_dim(total, start, width, axis)
+        return lax.dynamic_update_slice_in_dim(total, before + product(piece), start, axis)
 
-    pieces, rest = divmod(total.shape[1], _PIECE)
+    pieces, rest = divmod(z_bar.shape[1], _PIECE)
     if pieces > 1:
         starts = jnp.arange(pieces, dtype=jnp.int32) * _PIECE
         total = lax.scan(lambda total, start: (add(total, start, _PIECE), None), total, starts)[0]
         return add(total, pieces * _PIECE, rest) if rest else total
-    return total + lax.dot_general(h, z_bar, (((0,), (0,)), ((), ())))
+    return total + product(z_bar)
 
 
 def _over_chunks(step: Any, totals: Any, xs: Any, size: int) -> tuple[Any, Any]:
@@ -80,28 +93,29 @@ def _zeros(w: Any, b: Any, need_w: bool = True, need_b: bool = True) -> Totals:
     )
 
 
-def _add_gradient(totals: Totals, h: Any, w: Any, z_bar: Any) -> tuple[Totals, Any]:
+def _add_gradient(totals: Totals, h: Any, w: Any, z_bar: Any, transposed: bool) -> tuple[Totals, Any]:
     """The cotangents of one chunk: those of `W` and `b` added to the totals, and that of `h`."""
     added = Totals(
-        None if totals.w is None else _add_product(totals.w, h, z_bar),
+        None if totals.w is None else _add_product(totals.w, h, z_bar, transposed),
         None if totals.b is None else totals.b + z_bar.sum(0),
     )
-    return added, lax.dot_general(z_bar, w, (((1,), (1,)), ((), ())))
+    return added, _product(z_bar, w, 1, 0 if transposed else 1)
 
 
 _staged = partial(jax.jit, inline=True)
 
 
-@partial(_staged, static_argnames=("size", "options", "gradient"))
+@partial(_staged, static_argnames=("size", "options", "gradient", "transposed"))
 def statistics(
-    h: Any, w: Any, b: Any, labels: Any, weights: Any, size: int, options: Options, gradient: bool
-) -> tuple[Any, Any, Any]:
+    h: Any, w: Any, b: Any, labels: Any, weights: Any, size: int, options: Options, gradient: bool,
+    transposed: bool,
+) -> tuple[Any, Any, Any]:  # fmt: skip
     """`ℓ` and `z_y` of every token; with `gradient`, the cotangents of `h, w, b` for the cotangent 1."""
     total_weight = denominator(labels, weights, options, h.dtype)
 
     def step(totals: Any, x: Any) -> Any:
         h, labels, share = x
-        z = _logits(h, w, b)
+        z = _logits(h, w, b, transposed)
         named = safe_labels(labels, options)
         hit = _is_label(named, z.shape[1])
         largest = z.max(-1, keepdims=True)
@@ -116,7 +130,7 @@ def statistics(
         normalizer_bar, picked_bar = jax.vjp(losses, normalizer, picked)[1](share)
         slope = normalizer_bar[:, None] / total
         z_bar = slope * exponentials + jnp.where(hit, picked_bar[:, None], 0)
-        totals, h_bar = _add_gradient(totals, h, w, z_bar)
+        totals, h_bar = _add_gradient(totals, h, w, z_bar, transposed)
         return totals, (normalizer, picked, h_bar)
 
     shares = jnp.broadcast_to(1 / total_weight, labels.shape).astype(h.dtype)
@@ -125,19 +139,19 @@ def statistics(
     return normalizer, picked, (h_bar, totals) if gradient else None
 
 
-@partial(_staged, static_argnames=("size", "needs"))
+@partial(_staged, static_argnames=("size", "needs", "transposed"))
 def pull_back(
     h: Any, w: Any, b: Any, labels: Any, normalizer: Any, normalizer_bar: Any, picked_bar: Any,
-    size: int, needs: tuple[bool, bool],
+    size: int, needs: tuple[bool, bool], transposed: bool,
 ) -> tuple[Any, Totals]:  # fmt: skip
     """The cotangents of `h, w, b` from those of `ℓ` and `z_y`; the logits are made again."""
 
     def step(totals: Any, x: Any) -> Any:
         h, labels, normalizer, normalizer_bar, picked_bar = (v if v.ndim > 1 else v[:, None] for v in x)
-        z = _logits(h, w, b)
+        z = _logits(h, w, b, transposed)
         hit = _is_label(labels[:, 0], z.shape[1])
         z_bar = normalizer_bar * jnp.exp(z - normalizer) + jnp.where(hit, picked_bar, 0)
-        return _add_gradient(totals, h, w, z_bar)
+        return _add_gradient(totals, h, w, z_bar, transposed)
 
     xs = (h, labels, normalizer, normalizer_bar, picked_bar)
     totals, h_bar = _over_chunks(step, _zeros(w, b, *needs), xs, size)

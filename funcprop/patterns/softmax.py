@@ -6,19 +6,21 @@
 Autodiff of `jax.nn.softmax` keeps the exponentials and their sum beside the result, and multiplies by the
 reciprocal square of the sum; that of `jax.nn.log_softmax` keeps the exponentials. These rules keep the result
 alone, which whatever reads it often keeps anyway. Measured on two x86 cores, float32 (time and temporary
-bytes over autodiff's, medians of 5 to 25 turns; quartiles ± 0.05, ± 0.1 below 1 ms):
+bytes over autodiff's, medians of 5 to 25 turns; quartiles ± 0.05):
 
-| softmax attention, d 64 |             | `jax.nn.log_softmax`                | |
+| softmax attention, d 64 |             | `jax.nn.log_softmax`                |             |
 |-------------------------|-------------|-------------------------------------|-------------|
 | 64 heads × 128²         | 0.89 / 0.50 | cross-entropy, 4096 × 32k logits    | 0.57 / 0.50 |
 | 32 heads × 256²         | 0.59 / 0.50 | linear and cross-entropy, 2048 × 8k | 0.92 / 1.00 |
 | 16 heads × 512²         | 0.75 / 0.50 | one-hot labels, 4096 × 32k          | 0.92 / 1.00 |
-| 16 heads × 512², causal | 0.81 / 0.67 | cross-entropy, 128 × 10             | 0.99 / 0.40 |
-| 16 heads × 1024²        | 0.80 / 0.50 | alone, 64 × 1024 × 128              | 0.80 / 0.99 |
+| 16 heads × 512², causal | 0.81 / 0.67 | alone, 64 × 1024 × 128              | 0.80 / 0.99 |
+| 16 heads × 1024²        | 0.80 / 0.50 | linear and cross-entropy, 256 × 1k  | 1.10 / 1.00 |
+| 16 heads × 64²          | 0.98 / 0.49 | linear and cross-entropy, 1k × 10   | 1.03 / 0.96 |
 
-To keep `x` and the sums in place of the result took longer (softmax attention 0.67 to 0.94, 0.75 of the
-bytes), for the exponentials are then computed twice. `jax.nn.logsumexp` has no rule: `x̄ = ȳ e^(x − y)` took
-1.02 to 1.18 of autodiff's time alone, and 1.02 in the cross-entropy of 4096 × 32k logits.
+So the rule of `log_softmax`, which computes the exponentials twice, is for what the cache does not hold. To
+keep `x` and the sums in place of the result took longer (softmax attention 0.67 to 0.94, 0.75 of the bytes).
+`jax.nn.logsumexp` has no rule: `x̄ = ȳ e^(x − y)` took 1.02 to 1.18 of autodiff's time alone, and 1.02 in the
+cross-entropy of 4096 × 32k logits.
 
 Source: Bridle, "Probabilistic interpretation of feedforward classification network outputs", 1990.
 """
@@ -121,13 +123,29 @@ def _log_equations(op: OperatorSymbols) -> Equations:
     return Equations(y, (op.cotangent - p * op.cotangent.sum(axis, keepdims=True),))
 
 
-def _log_applies(x: Any, **static: Any) -> bool | str:
+def _log_applies(least: int, x: Any, **_: Any) -> bool | str:
+    if (reason := _applies(x)) is not True:
+        return reason
     if jnp.finfo(x.dtype).bits < 32:
         return f"the exponential of a result of {x.dtype} is less accurate than autodiff's"
-    return _applies(x, **static)
+    if x.size < least:
+        return f"the exponentials of {x.size} entries stay in the cache, and need not be computed again"
+    return True
 
 
-@layer(rule=Rule(_log_forward, _log_backward, _log_equations, jvp=_log_jvp, applies=_log_applies))
+def log_rule(*, everywhere: bool = False) -> Rule:
+    """The rule of `log_softmax`, from 2²² entries on, or everywhere."""
+    return Rule(
+        _log_forward,
+        _log_backward,
+        _log_equations,
+        platforms=frozenset({"cpu"}),
+        jvp=_log_jvp,
+        applies=partial(_log_applies, 0 if everywhere else 2**22),
+    )
+
+
+@layer(rule=log_rule())
 def log_softmax(x: Float[Array, "*shape"], *, axis: Axes = -1) -> Float[Array, "*shape"]:
     """Logarithm of the softmax along an axis or several, `y = x − log Σ eˣ`; `x̄ = ȳ − eʸ Σ ȳ`.
 
