@@ -6,7 +6,7 @@ the operator's equations. An operator without equations keeps the first form alo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,7 @@ from funcprop.expressions import (
     opaque,
     symbol,
 )
-from funcprop.graph import Operator, Variable
+from funcprop.graph import Graph, Operator, Variable
 from funcprop.objective import Argnums, Objective, trace_objective
 from funcprop.prod import prod
 from funcprop.propagation import completion_order
@@ -119,29 +119,43 @@ def derive(fun: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False)
     """
 
     def write(objective: Objective) -> tuple[Derivation, None]:
-        writer = _Writer(objective)
+        writer = _Writer(objective.traced.graph, objective.result, list(objective.inputs.values()))
         return Derivation(tuple(writer.forward()), tuple(writer.backward()), objective.traced), None
 
     return lambda *args, **kwargs: trace_objective(write, fun, argnums, args, kwargs, has_aux)
 
 
+def forward_lines(
+    graph: Graph, result: Variable, written: Mapping[str, str], others: Iterable[Variable]
+) -> Iterator[Line]:
+    """The forward lines of any graph, with what some variables are `written` as.
+
+    `others` are variables that no operator of the graph computes, and that are none of its inputs.
+    """
+    return _Writer(graph, result, (), written, others).forward()
+
+
 class _Writer:
     """Writes the lines of both sweeps over one graph."""
 
-    def __init__(self, objective: Objective) -> None:
-        self.graph = graph = objective.traced.graph
-        self.result = result = objective.result
-        self.inputs = list(objective.inputs.values())
-        self.active = active_variables(graph, {v.name for v in self.inputs})
+    def __init__(
+        self,
+        graph: Graph,
+        result: Variable,
+        inputs: Sequence[Variable],
+        written: Mapping[str, str] | None = None,
+        others: Iterable[Variable] = (),
+    ) -> None:
+        self.graph, self.result, self.inputs = graph, result, inputs
+        variables = {v.name: v for v in (*graph.variables, *others)}
         # An objective that nobody named is written as the chapter writes it.
-        written = (
-            {result.name: "J"} if not result.named and "J" not in {v.name for v in graph.variables} else {}
-        )
+        names = {result.name: "J"} if not result.named and "J" not in variables else {}
+        names |= written or {}
         self.symbols: dict[str, Symbol] = {
-            v.name: _symbol(v, written.get(v.name, v.name)) for v in graph.variables
+            name: _symbol(v, names.get(name, name)) for name, v in variables.items()
         }
         of = self.symbols[result.name]
-        self.cotangents = {v.name: _cotangent(v, of, self.symbols[v.name]) for v in graph.variables}
+        self.cotangents = {name: _cotangent(v, of, self.symbols[name]) for name, v in variables.items()}
         # What a cotangent is known to be, for the operators before it: the symbol, or the constant 1.
         self.known: dict[str, Expression] = {result.name: number(1)}
 
@@ -214,6 +228,11 @@ class _Writer:
                 left, zero = self.cotangents[v.name], jnp.zeros(v.shape or (), v.dtype)
                 form = opaque(lambda zero=zero: zero, (), "0", "0")
                 yield Line(left.key, left.text(), left.latex(), (form,), v.shape or ())
+
+    @cached_property
+    def active(self) -> set[str]:
+        """The variables that depend on an input."""
+        return set(active_variables(self.graph, {v.name for v in self.inputs}))
 
     @cached_property
     def reaching(self) -> set[str]:

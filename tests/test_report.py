@@ -140,7 +140,9 @@ def test_values_in_a_loop_are_in_the_node_of_the_loop() -> None:
 
     data = data_of(fp.report(looped)(0.5, jnp.arange(4.0)))
     (scan,) = [op for op in data["operators"] if op["op"] == "scan"]
-    (inside,) = [data["variables"][i] for i in scan["inside"] if data["variables"][i]["name"] == "scan/c"]
+    (inside,) = [
+        data["variables"][i] for i in scan["inside"] if data["variables"][i]["name"] == "scan[body]/c"
+    ]
     c = np.array([0.0, 1.0, 2.5, 4.25])
     np.testing.assert_allclose(inside["value"][:3], [c.min(), c.max(), c.mean()], rtol=1e-4)
     np.testing.assert_allclose(inside["gradient"][:2], [0.125, 1.0], rtol=1e-4)

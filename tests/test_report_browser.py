@@ -86,6 +86,19 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[fp.Report, Path]:
     return report, saved(report, tmp_path_factory)
 
 
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> tuple[fp.Report, Path]:
+    """A scan whose values are known: `c = w c + x`."""
+
+    def looped(w: Any, x: Any) -> Any:
+        c, _ = jax.lax.scan(lambda c, x: (fp.name(w * c + x, "c"), None), jnp.zeros(2), x)
+        return fp.name(jnp.sum(c), "J")
+
+    x = jnp.tile(jnp.arange(1.0, 5.0)[:, None], 2)
+    report = fp.report(looped)(jnp.array(0.5), x)
+    return report, saved(report, tmp_path_factory)
+
+
 def saved(report: fp.Report, directory: pytest.TempPathFactory) -> Path:
     path = directory.mktemp("report") / "page.html"
     report.save(path)
@@ -136,13 +149,53 @@ def test_every_nodes_panel_opens(either: Opened) -> None:
         if kind == "funcprop-variable":
             assert heading == name
         else:
-            op = next(op for op in either.report.graph.operators if op.name == name)
+            op = next(op for op in either.report.opened.shown.graph if op.name == name)
             assert heading.split()[-1] == op.op
             assert heading.startswith(symbols[name].split("\n")[0]) or heading == op.op
         assert "chosen" in group.get_attribute("class")
-        assert page.locator("#panel .statistics dd").first.text_content() not in ("", "–")
+        if page.locator("#panel .statistics dd").count():
+            assert page.locator("#panel .statistics dd").first.text_content() not in ("", "–")
+        else:
+            # A value inside of a loop, of which the sweeps keep only what is computed.
+            assert "[body]/" in name
+            assert kind == "funcprop-variable"
+            assert "Nothing is known of its numbers" in page.locator("#panel .note").text_content()
         page.keyboard.press("Escape")
         assert page.locator("#panel h3").count() == 0
+
+
+def test_what_is_inside_of_a_loop(browser: Browser, loop: tuple[fp.Report, Path]) -> None:
+    """Shape and bytes are those of one step; values and gradients are over all steps, in closed form here."""
+    for page, report, *_ in opened(browser, loop):
+        (box,) = (b for b in report.drawing.picture.boxes if b.label == "scan × 4")
+        assert page.locator(f'#canvas [data-key="{box.key}"]').count() == 1
+        panel = page.locator("#panel")
+
+        def show(name: str, page: Page = page) -> None:
+            page.locator(f'#canvas [data-name="{name}"]').dispatch_event("click")
+
+        show("scan[body]/c")
+        assert panel.locator(".about").first.text_content() == "float64[2] · 16 B · value inside of a loop"
+        # c = 0.5 c + x from 0, with x = 1, 2, 3, 4 in both entries.
+        least, largest = panel.locator("div.of-value dd").nth(0), panel.locator("div.of-value dd").nth(1)
+        assert (float(least.text_content()), float(largest.text_content())) == (1.0, 6.125)
+        assert panel.locator("div.of-value dd").nth(6).text_content() == "8"
+        # Its gradient in the last step is 1, and half of that in every one before.
+        gradient = panel.locator("div.of-gradient dd")
+        assert (float(gradient.nth(0).text_content()), float(gradient.nth(1).text_content())) == (0.125, 1.0)
+        assert panel.locator("math").count() > 0
+        panel.locator(".links button", has_text="c[t−1]").click()
+        assert "Nothing is known of its numbers" in panel.locator(".note").text_content()
+        assert panel.locator(".links button", has_text="scan[body]/c").count() == 1
+        show("scan[body]/x[t]")
+        assert float(panel.locator("div.of-value dd").nth(1).text_content()) == 4.0
+        panel.get_by_role("button", name="scan", exact=True).click()
+        assert panel.locator("h3").text_content() == "scan"
+        # The step in which the loop runs lights all that is inside of it.
+        steps = [op.name for op in report.graph]
+        page.locator("#position").fill(str(steps.index("scan") + 1))
+        inside = {op.name for op in report.opened.operators["scan"]}
+        assert inside <= set(lit(page, "forward"))
 
 
 def test_a_real_click_and_a_hover(page: Opened) -> None:

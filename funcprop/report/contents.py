@@ -20,16 +20,25 @@ if TYPE_CHECKING:
 
 def contents(report: Report, equations: Equations) -> dict[str, Any]:
     """Nodes, operators and values with their numbers; the order of both sweeps."""
-    graph, inspection = report.graph, report.inspection
+    graph, inspection, opened = report.graph, report.inspection, report.opened
     nodes = report.drawing.picture.nodes
     quantities = {name: i for i, name in enumerate(inspection.quantities)}
-    operators = {op.name: i for i, op in enumerate(graph.operators)}
+    listed = [*graph.operators, *(op for inner in opened.operators.values() for op in inner)]
+    operators = {op.name: i for i, op in enumerate(listed)}
     node_of_variable = {name: i for i, n in enumerate(nodes) if n.kind == "variable" for name in n.members}
     node_of_operator = {name: i for i, n in enumerate(nodes) if n.kind != "variable" for name in n.members}
-    value_lines = dict(by_variable(equations.forward, ""))
+    value_lines = dict(by_variable((*equations.forward, *equations.inside), ""))
     gradient_lines = dict(by_variable(equations.backward, f"∂{graph.outputs[0].name}/∂"))
 
+    def nodes_of(op: Operator) -> list[int]:
+        """Its own node; if it is an open loop, those of what is inside."""
+        own = [node_of_operator[op.name]] if op.name in node_of_operator else []
+        inner = [node_of_operator[o.name] for o in opened.operators.get(op.name, ())]
+        squares = [node_of_variable.get(v.name) for v in opened.variables.get(op.name, ())]
+        return list(dict.fromkeys([*own, *inner, *(n for n in squares if n is not None)]))
+
     def operator(op: Operator) -> dict[str, Any]:
+        loop = opened.loop_of(op.name)
         return {
             "name": op.name,
             "op": op.op,
@@ -40,12 +49,16 @@ def contents(report: Report, equations: Equations) -> dict[str, Any]:
             "in": [quantities[v.name] for v in op.inputs if v.kind != "literal"],
             "out": [quantities[v.name] for v in op.outputs],
             "inside": [quantities[name] for name in inspection.inside.get(op.name, ())],
-            "node": node_of_operator[op.name],
+            "node": node_of_operator.get(op.name, -1),
+            "nodes": nodes_of(op),
+            "loop": -1 if loop is None else operators[loop],
         }
 
     def variable(name: str, q: Quantity) -> dict[str, Any]:
         found = _described(q)
+        loop = opened.loop_of(name) if q.kind == "inside" else None
         found["node"] = node_of_variable.get(name, -1)
+        found["loop"] = -1 if loop is None else operators[loop]
         found["equations"] = [x for lines in (value_lines, gradient_lines) if (x := lines.get(name))]
         return found
 
@@ -60,7 +73,14 @@ def contents(report: Report, equations: Equations) -> dict[str, Any]:
             for node in nodes
         ],
         "origin": next((i for i, n in enumerate(nodes) if n.key == report.drawing.picture.origin), 0),
-        "operators": [operator(op) for op in graph.operators],
+        "operators": [operator(op) for op in listed],
+        "forward": len(graph),
+        "isRun": report.value is not None,
+        "links": [
+            [quantities[link.source.name], quantities[link.target.name], link.is_next]
+            for link in opened.shown.links
+            if link.source.kind != "literal"
+        ],
         "variables": [variable(name, q) for name, q in inspection.quantities.items()],
         "result": quantities[graph.outputs[0].name],
         "backward": [

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
+from funcprop.equations import forward_lines
 from funcprop.report.mathml import mathml
 from funcprop.verification import Line
 
@@ -31,10 +32,14 @@ class Equation:
 
 @dataclass(frozen=True)
 class Equations:
-    """Both sweeps; `omitted` lines are those of repeated blocks and what is beyond the limit."""
+    """Both sweeps, and a step of the open loops.
+
+    `omitted` lines are those of repeated blocks and what is beyond the limit.
+    """
 
     forward: tuple[Equation, ...]
     backward: tuple[Equation, ...]
+    inside: tuple[Equation, ...]
     omitted: int
 
 
@@ -44,13 +49,27 @@ def equations(report: Report) -> Equations:
     chosen = _drawn(report)
     forward = [line for line in derivation.forward if line.key in chosen]
     backward = [line for line in derivation.backward if _about(line.key) in chosen]
-    omitted = len(derivation.forward) + len(derivation.backward)
-    forward, backward = forward[:MOST_LINES], backward[:MOST_LINES]
+    steps = _steps(report)
+    inside = [line for line in steps if line.key in chosen]
+    omitted = len(derivation.forward) + len(derivation.backward) + len(steps)
+    forward, backward, inside = forward[:MOST_LINES], backward[:MOST_LINES], inside[:MOST_LINES]
     return Equations(
         tuple(_equation(f"f{i}", line) for i, line in enumerate(forward)),
         tuple(_equation(f"b{i}", line) for i, line in enumerate(backward)),
-        omitted - len(forward) - len(backward),
+        tuple(_equation(f"f{i}", line) for i, line in enumerate(inside, len(forward))),
+        omitted - len(forward) - len(backward) - len(inside),
     )
+
+
+def _steps(report: Report) -> list[Line]:
+    """One step of every open loop; what is in a loop is written without the name of the loop."""
+    shown, variables = report.opened.shown, report.opened.variables
+    inner = {v.name: v.name for found in variables.values() for v in found}
+    if not inner:
+        return []
+    written = {name: name.rpartition("]/")[2] for name in inner}
+    lines = forward_lines(shown.graph, report.graph.outputs[0], written, shown.places.values())
+    return [line for line in lines if line.key in inner]
 
 
 def _about(key: str) -> str:
@@ -60,7 +79,7 @@ def _about(key: str) -> str:
 
 def _drawn(report: Report) -> set[str]:
     """Variables that are squares, or results of circles; of folded ones the first, in open scopes only."""
-    producer = {op.name: op for op in report.graph.operators}
+    producer = {op.name: op for op in (*report.opened.shown.graph, *report.graph)}
     found: set[str] = set()
     for node in report.drawing.picture.nodes:
         if node.kind == "variable":
@@ -68,7 +87,8 @@ def _drawn(report: Report) -> set[str]:
         else:
             shown = node.members[:1] if node.kind == "operator" else node.members
             found.update(v.name for name in shown for v in producer[name].outputs)
-    return found
+    # An open loop is a line of its own, too.
+    return found | {v.name for loop in report.opened.operators for v in producer[loop].outputs}
 
 
 def _equation(key: str, line: Line) -> Equation:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from funcprop.equations import Derivation
-from funcprop.graph import Graph, Operator
+from funcprop.graph import Graph
 from funcprop.propagation import Propagation
+from funcprop.report.opened import Opened
 from funcprop.report.statistics import BINS, Statistics, statistics
 
 # Entries of a larger array are not shown, even if it is asked for.
@@ -20,6 +21,8 @@ MOST_ENTRIES = 4096
 @dataclass(frozen=True)
 class Quantity:
     """A value of the graph, or inside of a loop in it (`kind` is then "inside").
+
+    Inside of a loop that is drawn open, shape and bytes are those of one step.
 
     `is_parameter` says that it was differentiated by. `entries` is the array as text, where data are shown.
     """
@@ -54,9 +57,12 @@ class Inspection:
     inside: dict[str, tuple[str, ...]]
 
 
-def inspect(derivation: Derivation, propagation: Propagation | None, examples: bool) -> Inspection:
+def inspect(
+    derivation: Derivation, propagation: Propagation | None, opened: Opened, examples: bool
+) -> Inspection:
     """Describe a function by its equations and, if it was run, what the sweeps computed.
 
+    A value inside of a loop has the type of one step, and statistics over all steps if the sweeps kept it.
     Of values that are not differentiated by (data, constants) there are no histograms, and entries, unless
     `examples`.
     """
@@ -77,7 +83,16 @@ def inspect(derivation: Derivation, propagation: Propagation | None, examples: b
             *described.of(v.name, is_data=is_given and v.name not in reached),
         )
     inside: dict[str, tuple[str, ...]] = {}
-    for name, operator in _inside_loops(graph, propagation):
+    for operator, variables in opened.variables.items():
+        for v in variables:
+            value, gradient, _ = described.of(opened.stored.get(v.name, ""), is_data=False)
+            given = quantities.get(opened.slices.get(v.name, ""))
+            value = given.value if given is not None else value
+            quantities[v.name] = Quantity(
+                v.name, "inside", v.scope, v.shape, str(v.dtype), v.nbytes, False, value, gradient
+            )
+        inside[operator] = tuple(v.name for v in variables if v.named)
+    for name, operator in _inside_loops(graph, propagation, opened):
         value = described.values[name]
         quantities[name] = Quantity(
             name, "inside", operator, value.shape, str(value.dtype), None, False, *described.of(name, False)
@@ -101,10 +116,10 @@ def _backward(graph: Graph, reached: set[str]) -> Iterator[BackwardStep]:
             yield BackwardStep(op.name, adds, tuple(n for n in adds if first_use[n] is op))
 
 
-def _inside_loops(graph: Graph, propagation: Propagation | None) -> Iterator[tuple[str, str]]:
-    """Names of what the loops store in their iterations, with the operator that the loop is."""
+def _inside_loops(graph: Graph, propagation: Propagation | None, opened: Opened) -> Iterator[tuple[str, str]]:
+    """Names of what closed loops store in their iterations, with the operator that the loop is."""
     known = {v.name for v in graph.variables}
-    loops: list[Operator] = [op for op in graph.operators if op.op == "scan"]
+    loops = [op for op in graph.operators if op.op == "scan" and op.name not in opened.operators]
     for name in () if propagation is None or not loops else propagation.values:
         around = [op.name for op in loops if name.startswith(op.name + "/")]
         if name not in known and around:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -24,6 +25,7 @@ from funcprop.report.cost import Kind, kinds
 from funcprop.report.curves import Curves, train
 from funcprop.report.inspection import Inspection, Quantity, first_nonfinite, inspect
 from funcprop.report.layers import Memory, memory
+from funcprop.report.opened import Opened, opened
 from funcprop.report.spectrum import Top, is_smooth, top
 from funcprop.second_order_cost import SecondOrderCost, second_order_cost
 from funcprop.training import Setup
@@ -48,6 +50,7 @@ class Report:
 
     title: str
     derivation: Derivation
+    opened: Opened = field(repr=False)
     drawing: Drawing = field(repr=False)
     inspection: Inspection = field(repr=False)
     value: float | None
@@ -180,11 +183,13 @@ def report(
         propagation = backprop(fun, argnums, rules=rules)(*args, **kwargs) if is_concrete else None
         numbers = _all_smooth(args) if argnums is None else positions(argnums)
         costs = second_order_cost(fun, argnums, rules=rules, repeats=3, patience=2.0)(*args, **kwargs)
+        inside, drawing = _drawing(traced.graph, depth, fold)
         return Report(
             traced.graph.name if title is None else title,
             derivation,
-            _drawing(traced.graph, depth, fold),
-            inspect(derivation, propagation, examples),
+            inside,
+            drawing,
+            inspect(derivation, propagation, inside, examples),
             None if propagation is None else float(propagation.value),
             first_nonfinite(propagation),
             costs,
@@ -201,14 +206,18 @@ def _all_smooth(args: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(i for i, arg in enumerate(args) if any(map(is_smooth, jax.tree.leaves(arg))))
 
 
-def _drawing(graph: Graph, depth: int | None, fold: bool) -> Drawing:
-    """The graph, its innermost scopes collapsed until it has a size that can be read."""
-    drawing = draw(graph, depth=depth, loops=0, fold=fold)
-    if depth is not None or len(drawing.picture.nodes) <= MOST_NODES:
-        return drawing
+def _drawing(graph: Graph, depth: int | None, fold: bool) -> tuple[Opened, Drawing]:
+    """The graph at a size that can be read: loops are open, inner ones too, if that is not too much.
+
+    Its innermost scopes are collapsed if it is too much even without.
+    """
+    for levels in (sys.maxsize, 1, 0):
+        drawing = draw(graph, depth=depth, loops=levels, fold=fold)
+        if len(drawing.picture.nodes) <= MOST_NODES:
+            return opened(graph, levels), drawing
     deepest = max(op.scope.count("/") for op in graph.operators)
-    for level in range(deepest, -1, -1):
+    for level in range(deepest, -1, -1) if depth is None else ():
         drawing = draw(graph, depth=level, loops=0, fold=fold)
         if len(drawing.picture.nodes) <= MOST_NODES:
             break
-    return drawing
+    return opened(graph, 0), drawing

@@ -7,16 +7,23 @@ data.operators.forEach((op, i) => {
   for (const v of new Set(op.in)) users.set(v, [...(users.get(v) ?? []), i]);
 });
 
+// Of an open loop: what becomes another value, by what it becomes and by what it is.
+const comesFrom = new Map(), becomes = new Map();
+for (const [source, target, isNext] of data.links) {
+  comesFrom.set(target, [...(comesFrom.get(target) ?? []), [source, isNext]]);
+  becomes.set(source, [...(becomes.get(source) ?? []), [target, isNext]]);
+}
+
 // The node in which a value is seen: its square, or what computes it, or else what uses it.
 function nodeOf(variable) {
   const own = data.variables[variable].node;
   if (own >= 0) return own;
   const op = makers.get(variable) ?? users.get(variable)?.[0];
-  return op === undefined ? loopOf(variable) : data.operators[op].node;
+  return op === undefined ? loopOf(variable) : data.operators[op].nodes[0] ?? -1;
 }
 
 function loopOf(variable) {
-  return data.operators.find((op) => op.inside.includes(variable))?.node ?? -1;
+  return data.operators.find((op) => op.inside.includes(variable))?.nodes[0] ?? -1;
 }
 
 // A copy of what is typeset in the list of equations; of a folded block, the first one's.
@@ -105,7 +112,23 @@ function repetitions(members, present, show) {
   return [element("label", {}, "Repetition ", choice)];
 }
 
-const KINDS = { parameter: "parameter", input: "input", constant: "constant", intermediate: "computed value", inside: "value inside of a loop, iterations first" };
+// Values at the edges of an open loop: where they come from, and what they are next.
+function passages(variable) {
+  const listed = (found, texts) => (found ?? []).map(([v, isNext]) => link(data.variables[v].name, () => showVariable(v), texts[Number(isNext)]));
+  const isInside = data.variables[variable].loop >= 0;
+  return [
+    ...links("Comes from", listed(comesFrom.get(variable), isInside ? ["from outside of the loop", "of the step before"] : ["in the loop", ""])),
+    ...links("Becomes", listed(becomes.get(variable), [isInside ? "a result of the loop" : "in the loop", "in the next step"])),
+  ];
+}
+
+const inLoop = (loop) => links("In the loop", loop < 0 ? [] : [linkToOperator(loop)]);
+const UNKNOWN = "Nothing is known of its numbers: the sweeps did not keep it for the steps of the loop.";
+function unknown(v) {
+  return v.kind === "inside" && !v.value && data.isRun ? [element("p", { class: "note" }, UNKNOWN)] : [];
+}
+
+const KINDS = { parameter: "parameter", input: "input", constant: "constant", intermediate: "computed value", inside: "value inside of a loop" };
 
 function showVariable(i) {
   const v = data.variables[i];
@@ -115,9 +138,12 @@ function showVariable(i) {
     ...head(v.name, [`${v.type} · ${v.bytes === null ? KINDS[v.kind] : `${bytes(v.bytes)} · ${KINDS[v.kind]}`}`, v.scope && `in ${v.scope}`]),
     ...(node ? repetitions(node.members, i, showVariable) : []),
     ...formulaBlocks(i),
-    ...numbers("Value", "value", v.value),
-    ...numbers("Gradient", "gradient", v.gradient),
+    ...numbers(v.kind === "inside" ? "Value, over all steps" : "Value", "value", v.value),
+    ...numbers(v.kind === "inside" ? "Gradient, over all steps" : "Gradient", "gradient", v.gradient),
+    ...unknown(v),
     ...entries,
+    ...passages(i),
+    ...inLoop(v.loop),
     ...links("Computed by", makers.has(i) ? [linkToOperator(makers.get(i))] : []),
     ...links("Used by", (users.get(i) ?? []).map(linkToOperator)));
 }
@@ -131,12 +157,14 @@ function showOperator(i) {
     return [...numbers(`${several}value, ${v.type}, ${bytes(v.bytes)}`, "value", v.value), ...numbers(`${several}gradient`, "gradient", v.gradient)];
   });
   const untyped = op.out.filter((o) => !data.variables[o].value).map((o) => element("p", { class: "about" }, `${data.variables[o].name}: ${data.variables[o].type}, ${bytes(data.variables[o].bytes)}`));
-  fill(op.node,
+  fill(op.nodes[0] ?? -1,
     ...head(title, [`${op.name} · ${op.flops.toLocaleString("en")} operations`, op.scope && `in ${op.scope}`, op.source]),
-    ...repetitions(data.nodes[op.node].kind === "operator" ? data.nodes[op.node].members : [], i, showOperator),
+    ...repetitions(data.nodes[op.node]?.kind === "operator" ? data.nodes[op.node].members : [], i, showOperator),
     ...untyped,
     ...op.out.flatMap(formulaBlocks),
     ...results,
+    ...op.out.slice(0, 1).flatMap((o) => unknown(data.variables[o])),
+    ...inLoop(op.loop),
     ...links("Inside of the loop", op.inside.map(linkTo)),
     ...links("Reads", [...new Set(op.in)].map(linkTo)),
     ...links("Writes", op.out.map(linkTo)));

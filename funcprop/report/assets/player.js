@@ -1,9 +1,9 @@
 // Both sweeps as steps: the operators in order, then those that send cotangents back, in reverse.
 const steps = [
-  ...data.operators.map((op, i) => ({ sweep: "forward", operator: i, shown: op.out })),
+  ...data.operators.slice(0, data.forward).map((op, i) => ({ sweep: "forward", operator: i, shown: op.out })),
   ...data.backward.map(([i, adds, completes]) => ({ sweep: "backward", operator: i, shown: completes.length ? completes : adds, adds, completes })),
 ];
-const forwardCount = data.operators.length;
+const forwardCount = data.forward;
 const playButton = byId("play"), slider = byId("position"), caption = byId("caption"), speed = byId("speed");
 let step = 0, timer = null;
 slider.max = steps.length;
@@ -14,13 +14,14 @@ byId("part-backward").style.flex = `${Math.max(steps.length - forwardCount, 0)} 
 function touched(s) {
   const op = data.operators[s.operator];
   const squares = (vs) => vs.map((v) => data.variables[v].node).filter((n) => n >= 0);
-  const lit = s.sweep === "forward" ? [op.node, ...squares(op.out)] : [op.node, ...squares(s.adds)];
+  // An open loop is all that is inside of it.
+  const lit = [...op.nodes, ...squares(s.sweep === "forward" ? op.out : s.adds)];
   const inputs = new Set(squares(s.sweep === "forward" ? op.in : s.adds));
   const sources = new Set([...(s.sweep === "forward" ? op.in : s.adds)].map(nodeOf));
   const outputs = new Set(squares(op.out));
   const flows = [
-    ...arrowsTo[op.node].filter((a) => inputs.has(a.source) || sources.has(a.source)),
-    ...arrowsFrom[op.node].filter((a) => outputs.has(a.target)),
+    ...op.nodes.flatMap((n) => arrowsTo[n]).filter((a) => inputs.has(a.source) || sources.has(a.source)),
+    ...op.nodes.flatMap((n) => arrowsFrom[n]).filter((a) => outputs.has(a.target)),
   ];
   return { lit, flows };
 }
@@ -51,7 +52,7 @@ function show(position) {
   const { lit, flows } = touched(present);
   for (const n of lit) groups[n]?.classList.add("now");
   for (const arrow of flows) arrow.group.classList.add(`flow-${present.sweep}`);
-  bringIntoView(data.operators[present.operator].node);
+  bringIntoView(data.operators[present.operator].nodes[0] ?? -1);
   describe(present);
 }
 
