@@ -74,6 +74,14 @@ def test_gradient_of_the_evidence() -> None:
     np.testing.assert_allclose(ours, expected, rtol=1e-8)
 
 
+def test_methods_are_jitted_with_the_posterior_as_their_argument() -> None:
+    params = {"w": posterior_mean(ORTHOGONAL, 1.0, 1.0)}
+    found = laplace(linear, "gaussian")(params, ORTHOGONAL, Y)
+    predicted = jax.jit(lambda posterior, x: posterior.predictive(x))(found, NEW)
+    expected = jnp.einsum("ni,i->n", NEW**2, 1 / (1 + jnp.sum(ORTHOGONAL**2, 0)))
+    np.testing.assert_allclose(predicted.covariance[:, 0, 0], expected, rtol=1e-10)
+
+
 def network(p: Any, x: Any) -> Any:
     return jnp.tanh(x @ p["a"]) @ p["b"] + p["c"]
 

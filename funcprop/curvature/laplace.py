@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from funcprop.curvature.binding import Same
@@ -152,7 +153,8 @@ def _structure(tree: PyTree) -> Any:
 
 
 def _require_positive(name: str, value: Any) -> None:
-    if not isinstance(value, jax.core.Tracer) and not bool(jnp.all(jnp.asarray(value) > 0)):
+    # By NumPy: inside jit, jax.numpy makes a tracer even of a comparison of Python's numbers.
+    if not isinstance(value, jax.core.Tracer) and not (np.asarray(value) > 0).all():
         raise ValueError(f"laplace: {name} is {value}; it must be positive.")
 
 
