@@ -215,6 +215,29 @@ def test_no_outer_form():
     assert "['unused']" in str(quantities.audit(params, x))
 
 
+def test_real_parameters_of_a_complex_model():
+    """A state space with complex eigenvalues: the gradients are real, though the products are complex."""
+
+    def model(p, x):
+        eigenvalues = jnp.exp(-jnp.exp(p["decay"]) + 1j * p["frequency"])
+        inputs = x.astype(complex) @ p["in"] + p["bias"]
+        step = lambda h, u: (eigenvalues * h + u, None)  # noqa: E731
+        state, _ = jax.lax.scan(step, jnp.zeros(3, complex), inputs)
+        return jnp.abs(jnp.fft.fft(state)) @ p["out"]
+
+    rng = np.random.default_rng(0)
+    shapes = {"decay": (3,), "frequency": (3,), "in": (2, 3), "bias": (3,), "out": (3, 2)}
+    params = {k: jnp.asarray(rng.standard_normal(s)) for k, s in shapes.items()}
+    x, y = jnp.asarray(rng.standard_normal((4, 5, 2))), jnp.arange(4) % 2
+    found = fp.per_example(model, CROSS_ENTROPY)(params, x, y, QUANTITIES)
+    jacobians = jax.vmap(lambda x: (jax.jacrev(lambda p: model(p, x))(params), model(params, x)))(x)
+    expected = Oracle(*jacobians, CROSS_ENTROPY, y)
+    for quantity in set(QUANTITIES) - {"snr"}:
+        for k, (a, e) in enumerate(zip(jax.tree.leaves(found[quantity]), expected(quantity), strict=True)):
+            assert a.dtype == float
+            close(a, e, (quantity, k))
+
+
 # --- roots ------------------------------------------------------------------------------------
 
 CROSS_ENTROPY = optax.softmax_cross_entropy_with_integer_labels

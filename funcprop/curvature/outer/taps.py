@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from funcprop import _compat
 from funcprop.curvature.outer.views import View, seen_through
@@ -230,6 +231,8 @@ def _linear_in(eqn: Any, views: list[View | None]) -> list[int] | None:
     """The operands in which an equation is linear, if all that are views are among them."""
     which = [k for k, view in enumerate(views) if view is not None]
     name = eqn.primitive.name
+    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+        return None  # a real leaf times complex numbers: see `views`
     if name in _SUMS:
         return which
     if len(which) > 1:

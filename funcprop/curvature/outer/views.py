@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from funcprop import _compat
@@ -83,8 +84,9 @@ def seen_through(eqn: Any, views: list[View | None]) -> list[View] | None:
     """The views that an operator's results are of its only operand that is one; None if they are no views."""
     name = eqn.primitive.name
     if name in _IDENTITIES and len(eqn.invars) == 1 and views[0] is not None:
-        smooth = _compat.is_differentiable(eqn.outvars[0].aval)
-        return [views[0]] if smooth else None
+        # A real leaf seen as complex has complex cotangents, of which its gradient is the real part alone.
+        real = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
+        return [views[0]] if real else None
     if name in _MOVES and views[0] is not None and len(eqn.invars) == 1:
         steps = views[0].steps
         return [replace(views[0], steps=(*steps, Step(eqn, i))) for i in range(len(eqn.outvars))]
