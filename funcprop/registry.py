@@ -9,7 +9,7 @@ that no hidden state can make a cached program stale.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from typing import Any, NoReturn, TypeAlias, overload
@@ -48,9 +48,11 @@ class Rule:
       work than that. Without it, the forward's own value.
     * `applies(*args, **static) -> True | str`: receives shapes and dtypes; a string says why the
       operator is left to autodiff.
+    * `claims(**static)`: of an operator with a body, the equations in it that the rule differentiates itself;
+      the rule set's own rules are not attached to these.
 
     Raises:
-        RuleError: `forward`, `backward`, `jvp`, `applies`, `value` or `equations` is not callable.
+        RuleError: `forward`, `backward`, `jvp`, `applies`, `value`, `claims` or `equations` is not callable.
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
@@ -74,9 +76,10 @@ class Rule:
     jvp: Callable[..., Any] | None = None
     applies: Callable[..., bool | str] | None = None
     value: Callable[..., Any] | None = None
+    claims: Callable[..., Collection[Any]] | None = None
 
     def __post_init__(self) -> None:
-        for field in ("forward", "backward", "equations", "jvp", "applies", "value"):
+        for field in ("forward", "backward", "equations", "jvp", "applies", "value", "claims"):
             value = getattr(self, field)
             optional = field not in ("forward", "backward")
             if not (callable(value) or (optional and value is None)):
@@ -274,6 +277,10 @@ class RuleSet(Mapping[OperatorKey, Rule]):
         if rule is not None and self._measured and not rule.wins_on(platform):
             return None
         return rule
+
+    def is_replaced(self, operator: OperatorKey) -> bool:
+        """Whether `replace` decided what rule the operator has."""
+        return operator in self._chosen
 
     def replace(self, changes: Mapping[OperatorKey, Rule | None]) -> RuleSet:
         """A new set with other rules for some operators; `None` leaves the operator to autodiff.

@@ -136,20 +136,37 @@ def _cannot_align(arguments: Sequence[Any]) -> str | None:
 
 
 class Rewriter:
-    """One pass over a function with one rule set."""
+    """One pass over a function with one rule set.
 
-    def __init__(self, rules: RuleSet) -> None:
-        self.rules = rules
+    `claimed` are the identities of equations that the rule of an operator around them differentiates.
+    """
+
+    def __init__(self, rules: RuleSet, claimed: frozenset[int] = frozenset()) -> None:
+        self.rules, self.claimed = rules, claimed
         self.platform = jax.default_backend()
         # Keyed by identity; the object is kept beside the answer so that its identity is not reused.
         self._found: dict[int, tuple[Any, BoundRule | None]] = {}
         self._ruled: dict[int, tuple[Any, bool]] = {}
         self._equations: dict[int, tuple[Any, list[Any]]] = {}
 
+    def match(self, eqn: Any) -> Match | None:
+        """What the rule set has for an equation: a rule, a reason why it does not fire, or None."""
+        found = match(eqn, self.rules, self.platform)
+        if found is None or id(eqn) not in self.claimed or self.rules.is_replaced(eqn.primitive.name):
+            return found
+        return replace(found, bound=None, reason=found.reason or "the rule of the loop around it derives it")
+
+    def inside(self, eqn: Any) -> Rewriter:
+        """The pass over the bodies of an equation."""
+        bound = self.find(eqn)
+        if bound is None or bound.rule.claims is None:
+            return self
+        return Rewriter(self.rules, self.claimed.union(map(id, bound.rule.claims(**bound.static))))
+
     def find(self, eqn: Any) -> BoundRule | None:
         """The rule that fires at an equation, if any."""
         if id(eqn) not in self._found:
-            found = match(eqn, self.rules, self.platform)
+            found = self.match(eqn)
             self._found[id(eqn)] = eqn, None if found is None else found.bound
         return self._found[id(eqn)][1]
 
@@ -223,7 +240,8 @@ class Rewriter:
         call = layer_call(eqn)
         if call is None and eqn.primitive.name in CONTROL_FLOW:
             # The rule of a loop is given a body that carries its own rules.
-            bound = BoundRule.of_primitive(bound.rule, _compat.map_sub_jaxprs(eqn, self._body))
+            body = self.inside(eqn)._body
+            bound = BoundRule.of_primitive(bound.rule, _compat.map_sub_jaxprs(eqn, body))
         fun: Callable[..., Any] = lambda *leaves: attach(bound, leaves)  # noqa: E731
         if call is not None:
             for axis in call.axes:
@@ -257,7 +275,7 @@ class Rewriter:
         if not self.has_rule(body):
             return body
         rewritten = _REWRITTEN.setdefault(body, {})
-        key = (self.rules, self.platform)
+        key = (self.rules, self.platform, self.claimed)
         if key not in rewritten:
             rewritten[key] = _compat.retrace(lambda *args: self.run(body, args), body)
         return rewritten[key]
@@ -318,7 +336,7 @@ def _matches(
 ) -> Iterator[Match]:
     """Matches in a jaxpr; equations of a body are recorded relative to the equation that holds it."""
     for eqn in rewriter.equations(jaxpr):
-        found = match(eqn, rewriter.rules, rewriter.platform)
+        found = rewriter.match(eqn)
         inner_scope = "/".join(filter(None, (scope, _compat.scope(eqn))))
         inner_source = _compat.source_line(eqn) or source
         if found is not None:
@@ -327,4 +345,4 @@ def _matches(
         if not whole and eqn.primitive.name in CONTROL_FLOW | {"shard_map"}:
             inside = mapped or eqn.primitive.name == "shard_map"
             for _, body in _compat.sub_jaxprs(eqn):
-                yield from _matches(rewriter, body, inner_scope, inner_source, inside)
+                yield from _matches(rewriter.inside(eqn), body, inner_scope, inner_source, inside)

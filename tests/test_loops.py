@@ -249,6 +249,53 @@ def test_rules_inside_of_a_loop_fire_too():
     close(*compiled(lambda *a: (fp.grad(pooled, rules=both)(*a), jax.grad(pooled)(*a)))(*args))
 
 
+def rows_of_three_axes(p, xs):
+    """An outer product of the batch; one of the two products is in a jit of its own."""
+
+    def step(h, x):
+        h = jnp.tanh(jax.jit(jnp.matmul)(h, p["U"]) + x[:, None] @ p["V"])
+        return h, h
+
+    return jnp.sum(jax.lax.scan(step, jnp.ones((B, 1, 9)), xs)[1] ** 2)
+
+
+WIDE = {"U": normal(9, 9), "V": normal(9, 9, seed=1)}, normal(T, B, 9, seed=3)
+
+
+def test_products_that_leave_the_loop_keep_no_rule_of_their_own():
+    """Otherwise the rule of a product would hide it from that of the loop."""
+    own = fp.rules.autodiff.replace({"scan": None, "dot_general": fp.rules.handwritten["dot_general"]})
+    assert [m.reason for m in fp.matches(rows_of_three_axes, own)(*WIDE)] == [None, None]
+    found = fp.matches(rows_of_three_axes)(*WIDE)
+    reasons = [m.reason for m in found if m.operator in ("scan", "dot_general")]
+    assert reasons == [None, *["the rule of the loop around it derives it"] * 2]
+    assert (9, 9) in products_in_loops(jax.grad(rows_of_three_axes), *WIDE)
+    assert (9, 9) not in products_in_loops(fp.grad(rows_of_three_axes), *WIDE)
+
+    @compiled
+    def both(*args):
+        return [
+            jax.value_and_grad(f, (0, 1))(*args)
+            for f in (fp.with_rules(rows_of_three_axes), rows_of_three_axes)
+        ]
+
+    close(*both(*WIDE))
+
+
+def test_a_rule_that_the_user_put_in_stays_in_loops():
+    """Here one that says of itself that it ran."""
+    product = fp.rules.handwritten["dot_general"]
+    ran = []
+
+    def backward(*args, **static):
+        ran.append(static)
+        return product.backward(*args, **static)
+
+    own = fp.rules.default.replace({"dot_general": fp.Rule(product.forward, backward)})
+    close(fp.grad(rows_of_three_axes, rules=own)(*WIDE), jax.grad(rows_of_three_axes)(*WIDE))
+    assert ran
+
+
 def cross_entropy_by_chunks(w, xs, labels):
     """The logits of one chunk at a time; each chunk has more rows than the vocabulary matrix."""
 

@@ -7,7 +7,7 @@ an equation depends on is its *depth*: constants alone (0), scanned inputs (1), 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -37,11 +37,39 @@ def depths(jaxpr: Any, consts: int, carries: int) -> dict[Any, int]:
         **dict.fromkeys(inputs[consts : consts + carries], 2),
     }
     for eqn in jaxpr.eqns:
-        # Random bits of a batch are not the batch of the random bits (`rng_bit_generator`).
-        bound = bool(eqn.effects) or eqn.primitive.name.startswith(("random_", "rng_"))
-        deepest = 2 if bound else max((depth[v] for v in _compat.variables(eqn.invars)), default=0)
+        deepest = 2 if _is_bound(eqn) else max((depth[v] for v in _compat.variables(eqn.invars)), default=0)
         depth.update(dict.fromkeys(eqn.outvars, deepest))
     return depth
+
+
+def _is_bound(eqn: Any) -> bool:
+    """Whether an equation stays in its loop in any case."""
+    # Random bits of a batch are not the batch of the random bits (`rng_bit_generator`).
+    return bool(eqn.effects) or eqn.primitive.name.startswith(("random_", "rng_"))
+
+
+def with_constant_operand(
+    jaxpr: Any, constants: Collection[Any], operators: frozenset[str]
+) -> Iterator[tuple[Any, int]]:
+    """Equations of these operators with one constant operand, and which that is; also in nested jits."""
+    known = {*jaxpr.constvars, *constants}
+
+    def is_known(atom: Any) -> bool:
+        return isinstance(atom, _compat.Literal) or atom in known
+
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("jit", "pjit"):
+            body = _compat.open_jaxpr(eqn.params["jaxpr"])
+            given = [v for v, outer in zip(body.invars, eqn.invars, strict=True) if is_known(outer)]
+            yield from with_constant_operand(body, given, operators)
+        if all(map(is_known, eqn.invars)) and not _is_bound(eqn):
+            known.update(eqn.outvars)
+        elif eqn.primitive.name in operators and _compat.is_differentiable(eqn.invars[0].aval):
+            constant = [
+                k for k, v in enumerate(eqn.invars) if not isinstance(v, _compat.Literal) and v in known
+            ]
+            if len(constant) == 1:
+                yield eqn, constant[0]
 
 
 def _level(eqn: Any, depth: dict[Any, int]) -> int:

@@ -27,7 +27,7 @@ projections and weight gradients of an LSTM; here for any loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,17 +36,12 @@ import jax
 
 from funcprop import _compat
 from funcprop.flops import PRODUCTS
-from funcprop.primitives.loop_bodies import (
-    Site,
-    contribution,
-    depths,
-)
+from funcprop.primitives.loop_bodies import Site, contribution, with_constant_operand
 from funcprop.primitives.loop_plans import ALWAYS as ALWAYS
 from funcprop.primitives.loop_plans import (
     MEASURED,
     Costs,
     Loop,
-    opened_body,
     take_apart,
     worth_deferring,
     worth_hoisting,
@@ -180,18 +175,10 @@ def _value(*operands: Any, **params: Any) -> Arrays:
 def _applies(costs: Costs, *operands: Any, **params: Any) -> bool | str:
     if params["length"] == 0:
         return "the loop has no steps"
-    body, _, consts, carries = opened_body(params)
-    if any(e.primitive.name == "while" for e in _compat.equations(body)):
+    if any(e.primitive.name == "while" for e in _compat.equations(_compat.open_jaxpr(params["jaxpr"]))):
         return "the body holds a `while`, which has no reverse mode"
-    depth = depths(body, consts, carries)
     # A sum is worth nothing by itself: what is stacked for it is as large as what a product needs.
-    operators = PRODUCTS if costs.guards else PRODUCTS | {"add", "sub"}
-    products = [
-        (eqn, operand)
-        for eqn in body.eqns
-        if (operand := _constant_operand(eqn, operators, lambda v: depth[v] == 0)) is not None
-        and depth[eqn.outvars[0]] > 0
-    ]
+    products = _of_constants(params, PRODUCTS if costs.guards else PRODUCTS | {"add", "sub"})
     if not products:
         return "no product of the loop has a constant operand"
     if not any(
@@ -201,12 +188,21 @@ def _applies(costs: Costs, *operands: Any, **params: Any) -> bool | str:
     return True
 
 
-def _constant_operand(eqn: Any, operators: frozenset[str], is_constant: Callable[[Any], bool]) -> int | None:
-    """Which operand of one of these operators is constant, if exactly one is."""
-    if eqn.primitive.name not in operators:
-        return None
-    constant = [k for k, v in enumerate(eqn.invars) if not isinstance(v, _compat.Literal) and is_constant(v)]
-    return constant[0] if len(constant) == 1 and _compat.is_differentiable(eqn.invars[0].aval) else None
+def _claims(costs: Costs, **params: Any) -> list[Any]:
+    """Products whose weight gradient is to leave the loop: a rule of their own would hide them.
+
+    Not convolutions, whose own rules know better forms of that gradient.
+    """
+    return [
+        eqn
+        for eqn, operand in _of_constants(params, frozenset({"dot_general"}))
+        if worth_deferring(eqn, operand, costs) or worth_hoisting(eqn, costs)
+    ]
+
+
+def _of_constants(params: dict[str, Any], operators: frozenset[str]) -> list[tuple[Any, int]]:
+    body, (consts, _) = _compat.open_jaxpr(params["jaxpr"]), _compat.scan_counts(params)
+    return list(with_constant_operand(body, body.invars[:consts], operators))
 
 
 def rule(costs: Costs = MEASURED) -> Rule:
@@ -216,6 +212,7 @@ def rule(costs: Costs = MEASURED) -> Rule:
         _backward,
         platforms=frozenset({"cpu"}),
         applies=partial(_applies, costs),
+        claims=partial(_claims, costs),
         value=_value,
     )
 
