@@ -335,8 +335,12 @@ def _matches(
     rewriter: Rewriter, jaxpr: Any, scope: str = "", source: str | None = None, mapped: bool = False
 ) -> Iterator[Match]:
     """Matches in a jaxpr; equations of a body are recorded relative to the equation that holds it."""
+    refused = _refused(rewriter, jaxpr)
     for eqn in rewriter.equations(jaxpr):
         found = rewriter.match(eqn)
+        found = match(eqn, rewriter.rules, rewriter.platform)
+        if found is None and eqn.outvars:
+            found = refused.get(eqn.outvars[0])
         inner_scope = "/".join(filter(None, (scope, _compat.scope(eqn))))
         inner_source = _compat.source_line(eqn) or source
         if found is not None:
@@ -346,3 +350,18 @@ def _matches(
             inside = mapped or eqn.primitive.name == "shard_map"
             for _, body in _compat.sub_jaxprs(eqn):
                 yield from _matches(rewriter.inside(eqn), body, inner_scope, inner_source, inside)
+                yield from _matches(rewriter, body, inner_scope, inner_source, inside)
+
+
+def _refused(rewriter: Rewriter, jaxpr: Any) -> dict[Any, Match]:
+    """Functions of several equations whose rule does not apply, and which are left as they are, by result."""
+
+    def reason(eqn: Any) -> Match | None:
+        found = match(eqn, rewriter.rules, rewriter.platform)
+        return None if found is None or found.reason is None else found
+
+    opened = _compat.open_jaxpr(jaxpr)
+    own = set(map(id, opened.eqns))
+    found = recognised(opened, PATTERNS, lambda eqn: reason(eqn) is not None)
+    calls = ((eqn.outvars[0], reason(eqn)) for eqn in found if id(eqn) not in own and eqn.outvars)
+    return {result: call for result, call in calls if call is not None}

@@ -73,6 +73,19 @@ def test_cross_entropy_is_finite_for_extreme_logits():
     np.testing.assert_array_equal(gradient, [[1.0, -1.0], [0.0, 0.0]])
 
 
+def test_cross_entropy_of_labels_out_of_range_is_that_of_autodiff():
+    labels = jnp.array([0, -1, 4, -5, 99])
+
+    def found(grad):
+        loss = lambda o: jnp.nansum(fp.layers.softmax_cross_entropy(o, labels) * jnp.arange(1.0, 6))  # noqa: E731
+        return fp.layers.softmax_cross_entropy(X, labels), grad(loss)(jnp.asarray(X))
+
+    actual = found(lambda loss: fp.grad(loss, rules=fp.rules.handwritten))
+    expected = found(jax.grad)
+    assert np.isnan(expected[0]).tolist() == [False, False, True, True, True]
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-14), actual, expected)
+
+
 def test_mean_squared_error_does_not_broadcast():
     with pytest.raises(ValueError, match=r"prediction has shape \(3, 1\) but target has \(3,\); reshape one"):
         fp.layers.mean_squared_error(jnp.ones((3, 1)), jnp.ones(3))

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from compiling import compiled
-from holding import largest_intermediate
+from holding import largest_intermediate, shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -172,6 +172,21 @@ def test_nothing_of_the_size_of_tokens_times_vocabulary_is_held(reduction):
     assert largest_intermediate(fp.with_rules(loss), h, w) == chunk
     assert largest_intermediate(fp.grad(loss, (0, 1)), h, w) == chunk
     assert largest_intermediate(lambda *a: fp.hvp(loss, (0, 1))(a, a), h, w) == chunk
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_an_embedding_table_is_tied_and_never_turned(reduction):
+    table, tokens, labels = numbers(300, 2), jnp.arange(128), jnp.arange(128) + 172
+
+    def loss(table):
+        h = jnp.tanh(fp.layers.embedding(table, tokens))
+        y = linear_cross_entropy(h, table, labels, transposed=True, reduction=reduction, chunk=32)
+        return jnp.sum(y**2)
+
+    by_rule = fp.grad(loss)
+    assert_same(compiled(by_rule)(table), compiled(jax.grad(loss))(table))
+    assert (2, 300) in shapes(jax.grad(loss), table)
+    assert (2, 300) not in shapes(by_rule, table)
 
 
 def test_what_is_left_to_autodiff():

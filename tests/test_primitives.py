@@ -141,6 +141,7 @@ INDEXED = {
     "added": lambda x: x.at[INDICES].add(2 * x[:2, None]),
     "added out of range": lambda x: x.at[INDICES + 3].add(x[:2, None]),
     "largest": lambda x: lax.top_k(x, 2),
+    "largest of equals": lambda x: lax.top_k(jnp.concatenate([x, x], 1), 3),
     "largest along another axis": lambda x: lax.top_k(x, 3, axis=0),
 }
 

@@ -147,6 +147,8 @@ def test_what_is_left_to_autodiff():
     assert reason(log_softmax, 2**10, 2**12) is None
     few = "the exponentials of 256000 entries stay in the cache, and need not be computed again"
     assert reason(log_softmax, 256, 1000) == few
+    (listed,) = fp.matches(lambda x: jax.nn.log_softmax(2 * x))(jax.ShapeDtypeStruct((256, 1000), "float32"))
+    assert (listed.operator, listed.reason) == ("log_softmax", few)
     inaccurate = "the exponential of a result of bfloat16 is less accurate than autodiff's"
     assert reason(log_softmax, 2**10, 2**12, dtype="bfloat16") == inaccurate
     assert reason(softmax, 8, dtype="bfloat16") is None

@@ -1,6 +1,9 @@
 """Losses and the weight-decay penalty.
 
 The values come from `optax`; the backward rules are the closed forms of the books.
+
+Source: Bishop, *Pattern Recognition and Machine Learning*, 2006, sections 4.3.4 (the cotangent of logits),
+3.1.1 (squared error) and 3.1.4 (weight decay).
 """
 
 from __future__ import annotations

@@ -20,9 +20,14 @@ _PIECE = 2048  # columns of W̄ that are added up at a time: what is added stays
 
 
 def chunk_size(tokens: int, vocabulary: int) -> int:
-    """The default number of tokens in a chunk: a sixteenth, at most 2²³ logits, at least 64 tokens."""
+    """The default number of tokens in a chunk: a sixteenth, at most 2²³ logits, but at least 256 tokens.
+
+    With every chunk the cotangent of the matrix is read and written, and it takes the products of 256 tokens
+    to hide that: 1024 tokens, d 512, vocabulary 50257 took 1.5 of autodiff's time by chunks of 64 tokens,
+    1.12 by 128, 0.97 by 256 (0.09, 0.15, 0.28 of its bytes).
+    """
     most = min(-(-tokens // 16), 2**23 // max(vocabulary, 1))
-    count = -(-tokens // max(most, 64))
+    count = -(-tokens // max(most, 256))
     return -(-tokens // max(count, 1))
 
 

@@ -4,6 +4,9 @@
     x̄[j] = Σ {ȳ[i] : j is the position of the maximum of window i, and x[j] > 0}
 
 What is saved is one byte for each output: the position, or that no cotangent passes.
+
+Source: Griewank and Walther, *Evaluating Derivatives*, chapter 14, for derivatives where there is a kink;
+that both share a byte is our own.
 """
 
 from __future__ import annotations
