@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from funcprop import _compat
 from funcprop.memory.cases import Case
 from funcprop.memory.heap import Buffer
 from funcprop.memory.ledger import Category, Row
@@ -33,6 +35,12 @@ def predicted(case: Case, library: bool, barriers: bool = False) -> Predicted:
     rows = [*_arguments(program, case, time), *_results(program, case)]
     rows += _Temporaries(program, case).rows(time, "")
     return Predicted(sum(row.nbytes for row in rows), time.temporary, tuple(rows), program)
+
+
+def peak_bytes(closed: Any) -> int:
+    """What a jaxpr as a program of its own holds at its peak, besides the constants that it captures."""
+    count = len(_compat.open_jaxpr(closed).invars)
+    return predicted(Case(closed, [""] * count, ["inputs"] * count), library=True).total
 
 
 def _arguments(program: Program, case: Case, time: Timeline) -> Iterable[Row]:
