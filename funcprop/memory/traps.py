@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from funcprop import _compat
+from funcprop import _compat, xla_options
 from funcprop.flops import PRODUCTS, of_jaxpr
 from funcprop.hlo import constant_bytes
 from funcprop.memory.cases import Case
@@ -34,7 +34,7 @@ class Measured:
 def keeps_barriers(options: Mapping[str, Any]) -> bool:
     """Whether recomputation is kept: by compiler options, or because this compiler keeps it anyway."""
     asked = "cse_barrier_expander" in str(options.get("xla_disable_hlo_passes", ""))
-    return asked or _compat.barrier_options(jax.default_backend()) == {}
+    return asked or xla_options.barrier_options(jax.default_backend()) == {}
 
 
 def without_library(options: Mapping[str, Any]) -> bool:
@@ -53,7 +53,7 @@ def measured(
     fields = _compat.memory_fields(program)
     flops = _compat.counted_flops(program)
     total, hidden = _compat.held_bytes(fields), 0
-    if shown and _compat.accepts_compiler_options(tuple(shown.items())):
+    if shown and xla_options.accepted(tuple(shown.items())):
         other = _compat.memory_fields(case.compiled({**options, **shown}))
         hidden = max(0, _compat.held_bytes(other) - total)
         fields = other if hidden else fields
@@ -80,7 +80,7 @@ def found(case: Case, ours: Predicted, program: Measured, options: Mapping[str, 
     if not keeps_barriers(options) and _has_checkpoints(case.jaxpr):
         kept = predicted(case, library=True, barriers=True)
         if kept.total < 0.98 * ours.total:
-            known = _compat.barrier_options(jax.default_backend())
+            known = xla_options.barrier_options(jax.default_backend())
             remedy = (
                 f"jit with compiler_options={known}, or put the checkpointed part into a scan"
                 if known
