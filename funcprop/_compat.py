@@ -7,7 +7,6 @@ Everything here is plain plumbing around jaxprs and primitives; no other module 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -266,49 +265,10 @@ def program_text(compiled: Any) -> str:
     return str(compiled.as_text())
 
 
-@functools.cache
-def barrier_options(platform: str) -> dict[str, str] | None:
-    """Compiler options under which XLA keeps the recomputation that `jax.checkpoint` asks for.
-
-    Some versions of the CPU backend drop the barriers in front of it, so that common subexpressions are
-    shared and nothing is recomputed; an option leaves them in. Empty where none is needed, None where none
-    helps.
-    """
-    if platform != "cpu":
-        return {}
-
-    def layer(x: Any) -> Any:
-        return jnp.tanh(x @ x)
-
-    def products(layer: Callable[[Any], Any], options: dict[str, str]) -> int:
-        shape = jax.ShapeDtypeStruct((2, 2), jnp.float32)
-        gradient = jax.jit(jax.grad(lambda x: layer(layer(x)).sum()), compiler_options=options)
-        return program_text(gradient.lower(shape).compile()).count(" dot(")
-
-    without = products(layer, {})
-    for options in ({}, {"xla_disable_hlo_passes": "cse_barrier_expander"}):
-        try:
-            if products(jax.checkpoint(layer), options) > without:
-                return options
-        except jax.errors.JaxRuntimeError:  # This XLA does not know the option.
-            continue
-    return None
-
-
 def counted_flops(compiled: Any) -> float | None:
     """What XLA's own cost analysis counts; None where it does not."""
     found = compiled.cost_analysis()
     return None if not found else found.get("flops")
-
-
-@functools.cache
-def accepts_compiler_options(options: tuple[tuple[str, Any], ...]) -> bool:
-    """Whether this compiler knows some options."""
-    try:
-        jax.jit(jnp.negative, compiler_options=dict(options)).lower(jnp.float32(0)).compile()
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
 
 
 # --- where an equation comes from -------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from dataclasses import dataclass
 
@@ -28,6 +30,19 @@ _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
     r"|branch_computations=\{([^}]*)\}"
 )
+
+
+_ARRAY = re.compile(r"^([a-z]+)(\d*)\w*\[([\d,]+)\]")
+
+
+def constant_bytes(text: str) -> int:
+    """Bytes of the arrays that are written in a compiled program; single numbers are not counted."""
+    total = 0
+    for instruction in itertools.chain.from_iterable(instructions(text)[0].values()):
+        if instruction.opcode == "constant" and (found := _ARRAY.match(instruction.type)):
+            bits = int(found[2] or 8)
+            total += math.prod(map(int, found[3].split(","))) * bits // 8
+    return total
 
 
 def instructions(text: str) -> tuple[dict[str, list[Instruction]], str]:

@@ -21,6 +21,7 @@ from funcprop import _compat
 from funcprop.flops import PRODUCTS, flops
 from funcprop.hlo import Instruction, instructions
 from funcprop.linear_map import linear_body
+from funcprop.memory.rows import peak_bytes
 from funcprop.sizes import nbytes
 
 # What XLA gives a kernel of its own, apart from products and what has a body.
@@ -63,7 +64,6 @@ class Work:
 def of_jaxpr(closed: Any) -> Work:
     """The work of a jaxpr whose results are all wanted; what none of them needs is not counted."""
     jaxpr = _compat.inlined(closed)
-    consts = sum(nbytes(v) for v in _compat.open_jaxpr(jaxpr).constvars)
     jaxpr, _ = _compat.with_constants_as_inputs(jaxpr)
     jaxpr, _ = _compat.without_unread_inputs(jaxpr, [True] * len(jaxpr.invars))
     operators = products = total = 0
@@ -74,8 +74,7 @@ def of_jaxpr(closed: Any) -> Work:
         if eqn.primitive.name in PRODUCTS:
             products += times
             sizes[flops(eqn)] += times
-    arguments = sum(map(nbytes, jaxpr.invars)) - consts
-    return Work(operators, products, total, arguments + _peak(jaxpr), _moved(jaxpr), dict(sizes))
+    return Work(operators, products, total, peak_bytes(closed), _moved(jaxpr), dict(sizes))
 
 
 def _leaves(jaxpr: Any, times: int) -> Iterator[tuple[Any, int]]:
@@ -122,35 +121,6 @@ def _in_memory(jaxpr: Any) -> set[Any]:
         elif eqn.primitive.name.startswith("reduce_"):
             kept.update(eqn.outvars)
     return kept
-
-
-def _peak(jaxpr: Any) -> int:
-    """The most bytes of intermediate values and results that are in memory at once."""
-    kept = _in_memory(jaxpr) - set(jaxpr.invars)
-    last: dict[Any, int] = {}
-    needs = _sources(jaxpr, kept)
-    for i, eqn in enumerate(jaxpr.eqns):
-        last.update((v, i) for atom in _compat.variables(eqn.invars) for v in needs.get(atom, ()))
-    last.update((v, len(jaxpr.eqns)) for v in _compat.variables(jaxpr.outvars))
-    ends: dict[int, list[Any]] = {}
-    for v, i in last.items():
-        ends.setdefault(i, []).append(v)
-    live = peak = 0
-    for i, eqn in enumerate(jaxpr.eqns):
-        live += sum(nbytes(v) for v in eqn.outvars if v in kept)
-        inside = max((_peak(body) for body, _ in _executed(eqn)), default=0)
-        peak = max(peak, live + inside)
-        live -= sum(nbytes(v) for v in ends.get(i, ()))
-    return max(peak, live)
-
-
-def _sources(jaxpr: Any, kept: set[Any]) -> dict[Any, tuple[Any, ...]]:
-    """For every atom, the values in memory from which it is made where it is read."""
-    found: dict[Any, tuple[Any, ...]] = {}
-    for eqn in jaxpr.eqns:
-        inherited = tuple(dict.fromkeys(s for v in _compat.variables(eqn.invars) for s in found.get(v, ())))
-        found.update((v, (v,) if v in kept else inherited) for v in eqn.outvars)
-    return found
 
 
 def _moved(jaxpr: Any) -> int:

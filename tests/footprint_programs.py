@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import ShapeDtypeStruct
 
 import funcprop as fp
-from funcprop import _compat
+from funcprop import xla_options
 
 D, H, Q = 784, 256, 10
 
@@ -199,4 +199,4 @@ PROGRAMS = {
 
 if __name__ == "__main__":
     found: dict[str, Any] = {name: program() for name, program in PROGRAMS.items()}
-    json.dump({**found, "barrier options": _compat.barrier_options(jax.default_backend())}, sys.stdout)
+    json.dump({**found, "barrier options": xla_options.barrier_options(jax.default_backend())}, sys.stdout)

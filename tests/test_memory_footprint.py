@@ -277,14 +277,24 @@ def test_errors() -> None:
         account(jnp.sin, f64(3), has_aux=True)
 
 
-def test_arrays_that_are_closed_over_are_named() -> None:
-    data = jnp.arange(4096.0).reshape(64, 64)
-    found = account(lambda w: jnp.mean(jnp.tanh(data @ w) ** 2), f64(64, 64))
-    assert [text.split(" are ")[0] for text in found.warnings] == [
-        "inference: 32,768 bytes",
-        "training: 32,768 bytes",
-    ]
-    assert not account(lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2), f64(64, 64), f64(64, 64)).warnings
+def test_arrays_that_are_closed_over_are_constants() -> None:
+    """A megabyte, outside of a loop and inside of one, in the prediction and in the executable."""
+    data = jnp.arange(2.0**17).reshape(512, 256)
+    steps = lambda w: jax.lax.map(lambda row: jnp.sum(jnp.tanh(data @ w) * row), data[:, 0])  # noqa: E731
+    for fun in (lambda w: jnp.mean(jnp.tanh(data @ w) ** 2), lambda w: jnp.mean(steps(w))):
+        found = fp.memory.footprint(fun, programs=["inference"])(f64(256, 8))
+        ledger = found.inference
+        assert ledger is not None
+        assert ledger.by("category")["constants"] >= 2**20
+        assert [r.name for r in ledger.rows if (r.category, r.shape) == ("constants", (512, 256))] == [
+            "constant"
+        ]
+        assert ledger.fields["constant"] == pytest.approx(2**20, rel=0.02)
+        assert ledger.predicted == pytest.approx(ledger.compiled, rel=0.1)
+        assert "bytes are constants, arrays that the function closes over" in found.warnings[0]
+    both = account(lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2), f64(64, 64), f64(64, 64))
+    assert not both.warnings
+    assert not any(row.category == "constants" for row in (both.inference or both.training).rows)
 
 
 def test_what_is_no_array_cannot_be_accounted() -> None:

@@ -29,12 +29,12 @@ from funcprop import _compat
 from funcprop.curvature.cuts import Cut, column_terms, eigensystem, find_cut, functions_of
 from funcprop.curvature.nodes import Node
 from funcprop.flops import of_jaxpr
+from funcprop.memory.rows import peak_bytes
 from funcprop.registry import RuleSet
 from funcprop.rewrite import with_rules
-from funcprop.sizes import nbytes
 
 # Measured on two x86 cores: smaller blocks leave them idle, larger ones leave their caches.
-_CACHE_BYTES = 32 << 20
+_CACHE_BYTES = 20 << 20
 _FEWEST, _MOST = 8, 128
 # The eigenvectors of larger matrices, one for every example, cost more than they save.
 _LARGEST_SLICE = 256
@@ -137,24 +137,6 @@ def _cost(linear: Callable[[Any], Any], like: Any) -> tuple[int, int]:
     """Floating-point operations and bytes of one column."""
     jaxpr = jax.make_jaxpr(linear)(jax.ShapeDtypeStruct(like.shape, like.dtype))
     return of_jaxpr(jaxpr), peak_bytes(jaxpr)
-
-
-def peak_bytes(jaxpr: Any) -> int:
-    """The most bytes that intermediates of a jaxpr hold at once, each from its equation to its last use."""
-    jaxpr = _compat.open_jaxpr(jaxpr)
-    last: dict[Any, int] = {}
-    for i, eqn in enumerate(jaxpr.eqns):
-        last.update(dict.fromkeys(_compat.variables([*eqn.invars, *eqn.outvars]), i))
-    last.update(dict.fromkeys(_compat.variables(jaxpr.outvars), len(jaxpr.eqns)))
-    held = {v: nbytes(v) for v in jaxpr.invars}
-    peak = sum(held.values())
-    for i, eqn in enumerate(jaxpr.eqns):
-        held.update({v: nbytes(v) for v in eqn.outvars})
-        inside = max((peak_bytes(body) for _, body in _compat.sub_jaxprs(eqn)), default=0)
-        peak = max(peak, sum(held.values()) + inside)
-        for v in [v for v in held if last.get(v, -1) <= i]:
-            del held[v]
-    return peak
 
 
 def diagonal_of(columns: Columns, data: Any, dtype: Any, done: Callable[[Any], None] | None) -> Any:

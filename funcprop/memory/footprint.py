@@ -38,7 +38,8 @@ def footprint(
         max over t of the bytes of all buffers that are needed at t,
 
     after what XLA's CPU backend does to it: fusion, order, writing in place, copies of donated arguments that
-    are still read, placement. What is compiled is `argument + output + temporary − alias`.
+    are still read, placement. What is compiled is `argument + output + temporary − alias`,
+    and the arrays that the function captures, which are part of the executable.
 
     A loss (one real scalar) is accounted as it is (`inference`), and its value with its gradient, or a step
     of `optimizer` (`training`). A prediction is accounted as it is, and with the pullback of cotangents that
@@ -138,6 +139,6 @@ def _ledger(case: Case, measure: bool, options: Mapping[str, Any], notes: list[s
     notes += (f"{name}: {text}" for text in (*traps.embedded(found), *traps.widened(case)))
     if not measure:
         return Ledger(found.total, None, found.rows)
-    result = measured(case, options, shown)
+    result = measured(case, options, shown, captures=found.captured > 0)
     notes += (f"{name}: {text}" for text in traps.found(case, found, result, options))
     return Ledger(found.total, result.total, found.rows, result.fields)

@@ -59,9 +59,9 @@ class Row:
 class Ledger:
     """One program: predicted and compiled bytes, and the rows, whose bytes add up to `predicted`.
 
-    `predicted` is what is live at the peak: arguments, results and temporaries. `compiled` is `argument +
-    output + temp − alias` of the compiled program, None if it was not compiled. `fields` are these numbers
-    and what else the compiler reports.
+    `predicted` is what is live at the peak: arguments, captured constants, results and temporaries.
+    `compiled` is `argument + output + temp − alias` of the compiled program and the constants in it, None if
+    it was not compiled. `fields` are these numbers and what else the compiler reports.
     """
 
     predicted: int

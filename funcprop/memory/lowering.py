@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from funcprop import _compat
+from funcprop.attach import linear_body
 from funcprop.layer_calls import boundary_p
 from funcprop.memory import expansions
 from funcprop.memory.steps import Kind, Program, Step, Value
@@ -116,6 +117,8 @@ class Lowering:
     def _equation(self, eqn: Any, operands: list[Value | None], prefix: str, salt: int) -> list[Value | None]:
         op = eqn.primitive.name
         scope = "/".join(part for part in (prefix, _compat.scope(eqn)) if part)
+        if (tangent_map := linear_body(eqn)) is not None:
+            return self.walk(tangent_map, operands, scope, salt)
         bodies = list(_compat.sub_jaxprs(eqn))
         if op in CALLS and bodies:
             body = bodies[0][1]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from funcprop import _compat
+from funcprop import _compat, xla_options
 from funcprop.graph import Graph, Operator, Variable, aligned
 from funcprop.memory.policy import SaveOperators, policy_within
 from funcprop.memory.program import Program
@@ -120,14 +120,14 @@ class RematPlan:
         """
         if not any(s.recomputed for s in self.schedule.segments):
             return {}
-        return dict(_compat.barrier_options(jax.default_backend()) or {})
+        return dict(xla_options.barrier_options(jax.default_backend()) or {})
 
     @property
     def advice(self) -> str | None:
         """What there is to do, or to know, about the compiler."""
         if not any(s.recomputed for s in self.schedule.segments):
             return None
-        if _compat.barrier_options(jax.default_backend()) is None:
+        if xla_options.barrier_options(jax.default_backend()) is None:
             return (
                 "this XLA shares what is recomputed with the forward sweep, and has no option against it: "
                 "the bytes are those of the program as it is written, not as it is compiled"

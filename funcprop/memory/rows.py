@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from funcprop import _compat
 from funcprop.memory.cases import Case
 from funcprop.memory.heap import Buffer
 from funcprop.memory.ledger import Category, Row
@@ -17,12 +19,12 @@ _POINTER = 8
 
 @dataclass(frozen=True, eq=False)
 class Predicted:
-    """The rows of a program and their sum, with the program as it was taken apart."""
+    """The rows of a program and their sum; `temporary` and `captured` bytes of it."""
 
     total: int
     temporary: int
+    captured: int
     rows: tuple[Row, ...]
-    program: Program
 
 
 def predicted(case: Case, library: bool, barriers: bool = False) -> Predicted:
@@ -30,9 +32,18 @@ def predicted(case: Case, library: bool, barriers: bool = False) -> Predicted:
     program = Lowering(barriers).program(case.jaxpr, case.names)
     program.donated = case.aliases
     time = timeline(program, library)
-    rows = [*_arguments(program, case, time), *_results(program, case)]
+    constants = list(_constants(program))
+    rows = [*_arguments(program, case, time), *constants, *_results(program, case)]
     rows += _Temporaries(program, case).rows(time, "")
-    return Predicted(sum(row.nbytes for row in rows), time.temporary, tuple(rows), program)
+    total, captured = (sum(row.nbytes for row in some) for some in (rows, constants))
+    return Predicted(total, time.temporary, captured, tuple(rows))
+
+
+def peak_bytes(closed: Any) -> int:
+    """What a jaxpr as a program of its own holds at its peak, besides the constants that it captures."""
+    count = len(_compat.open_jaxpr(closed).invars)
+    found = predicted(Case(closed, [""] * count, ["inputs"] * count), library=True)
+    return found.total - found.captured
 
 
 def _arguments(program: Program, case: Case, time: Timeline) -> Iterable[Row]:
@@ -44,6 +55,16 @@ def _arguments(program: Program, case: Case, time: Timeline) -> Iterable[Row]:
     for value, name, category in zip(program.arguments, case.names, case.categories, strict=True):
         if id(value) in read:
             yield _row(name, scopes.get(name, ""), category, value, "input")
+
+
+def _constants(program: Program) -> Iterable[Row]:
+    """The arrays that are captured and read, in loops too: they are part of the executable."""
+    for value in program.constants:
+        if value.users:
+            yield _row(value.name, clean(value.users[0].scope), "constants", value, "constant")
+    for step in program.steps:
+        for body in step.bodies:
+            yield from _constants(body)
 
 
 def _scopes_of(program: Program, case: Case) -> dict[str, str]:

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from funcprop import _compat
+from funcprop import _compat, xla_options
 from funcprop.flops import PRODUCTS, of_jaxpr
+from funcprop.hlo import constant_bytes
 from funcprop.memory.cases import Case
 from funcprop.memory.rows import Predicted, predicted
 from funcprop.sizes import nbytes
@@ -33,7 +34,7 @@ class Measured:
 def keeps_barriers(options: Mapping[str, Any]) -> bool:
     """Whether recomputation is kept: by compiler options, or because this compiler keeps it anyway."""
     asked = "cse_barrier_expander" in str(options.get("xla_disable_hlo_passes", ""))
-    return asked or _compat.barrier_options(jax.default_backend()) == {}
+    return asked or xla_options.barrier_options(jax.default_backend()) == {}
 
 
 def without_library(options: Mapping[str, Any]) -> bool:
@@ -41,17 +42,23 @@ def without_library(options: Mapping[str, Any]) -> bool:
     return any(options.get(name) == value for name, value in SHOWN.items())
 
 
-def measured(case: Case, options: Mapping[str, Any], shown: Mapping[str, Any]) -> Measured:
-    """Compile; with `shown` once more, where this compiler knows that option, to see what the first hides."""
+def measured(
+    case: Case, options: Mapping[str, Any], shown: Mapping[str, Any], captures: bool = False
+) -> Measured:
+    """Compile; with `shown` once more, where this compiler knows that option, to see what the first hides.
+
+    If the program `captures` arrays, those that are part of the executable are counted, too.
+    """
     program = case.compiled(options)
     fields = _compat.memory_fields(program)
     flops = _compat.counted_flops(program)
     total, hidden = _compat.held_bytes(fields), 0
-    if shown and _compat.accepts_compiler_options(tuple(shown.items())):
+    if shown and xla_options.accepted(tuple(shown.items())):
         other = _compat.memory_fields(case.compiled({**options, **shown}))
         hidden = max(0, _compat.held_bytes(other) - total)
         fields = other if hidden else fields
-    return Measured(total + hidden, fields, hidden, flops)
+    constants = constant_bytes(_compat.program_text(program)) if captures else 0
+    return Measured(total + hidden + constants, {**fields, "constant": constants}, hidden, flops)
 
 
 def found(case: Case, ours: Predicted, program: Measured, options: Mapping[str, Any]) -> Iterator[str]:
@@ -64,15 +71,16 @@ def found(case: Case, ours: Predicted, program: Measured, options: Mapping[str, 
             f"compiler_options={{{option!r}: {value!r}}}."
         )
     fields = program.fields
-    if fields["temporary"] and fields["peak"] < program.total - fields["temporary"] // 2:
+    held = _compat.held_bytes(fields)
+    if fields["temporary"] and fields["peak"] < held - fields["temporary"] // 2:
         yield (
             f"memory_analysis().peak_memory_in_bytes says {fields['peak']:,}, without the temporaries; use "
-            f"argument + output + temp − alias, which is {program.total:,}."
+            f"argument + output + temp − alias, which is {held:,}."
         )
     if not keeps_barriers(options) and _has_checkpoints(case.jaxpr):
         kept = predicted(case, library=True, barriers=True)
         if kept.total < 0.98 * ours.total:
-            known = _compat.barrier_options(jax.default_backend())
+            known = xla_options.barrier_options(jax.default_backend())
             remedy = (
                 f"jit with compiler_options={known}, or put the checkpointed part into a scan"
                 if known
@@ -92,11 +100,10 @@ def found(case: Case, ours: Predicted, program: Measured, options: Mapping[str, 
 
 def embedded(ours: Predicted) -> Iterator[str]:
     """The arrays that the function closes over, which are part of the executable."""
-    size = sum(v.nbytes for v in ours.program.constants if v.users)
-    if size > 0.01 * ours.total:
+    if ours.captured > 0.01 * ours.total:
         yield (
-            f"{size:,} bytes are constants, arrays that the function closes over: they are part of the "
-            "executable, and neither XLA nor this ledger counts them; pass them as arguments."
+            f"{ours.captured:,} bytes are constants, arrays that the function closes over: they are part of "
+            "the executable, which memory_analysis() does not count; pass them as arguments."
         )
 
 
