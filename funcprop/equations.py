@@ -6,6 +6,7 @@ the operator's equations. An operator without equations keeps the first form alo
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -207,7 +208,8 @@ class _Writer:
         inputs = [self.value(v) for v in op.inputs]
         suffix = "" if len(op.outputs) == 1 else f"_{index + 1}"
         written = op.op if op.equation is None or op.call else _compat.function_name(op.equation)
-        return apply(written + suffix, lambda *xs: call_operator(op, xs)[index], *inputs)
+        type_ = self.symbols[op.outputs[index].name].type
+        return apply(written + suffix, lambda *xs: call_operator(op, xs)[index], *inputs, type_=type_)
 
     def backward(self) -> Iterator[Line]:
         """`∂J/∂z = prod(∂J/∂h, ∂h/∂z) = …` in the order in which the cotangents are complete."""
@@ -215,8 +217,7 @@ class _Writer:
         for name in completion_order(self.graph):
             if name not in self.active or name == self.result.name:
                 continue
-            uses = [op for op in self.graph.operators if any(v.name == name for v in op.inputs)]
-            uses = [op for op in uses if any(v.name in self.reaching for v in op.outputs)]
+            uses = [op for op in self.users[name] if any(v.name in self.reaching for v in op.outputs)]
             if not uses:
                 continue
             if len(uses) > 1:
@@ -233,6 +234,15 @@ class _Writer:
     def active(self) -> set[str]:
         """The variables that depend on an input."""
         return set(active_variables(self.graph, {v.name for v in self.inputs}))
+
+    @cached_property
+    def users(self) -> dict[str, list[Operator]]:
+        """The operators that read each variable, in order."""
+        found: dict[str, dict[str, Operator]] = defaultdict(dict)
+        for op in self.graph.operators:
+            for v in op.inputs:
+                found[v.name][op.name] = op
+        return {name: list(ops.values()) for name, ops in found.items()}
 
     @cached_property
     def reaching(self) -> set[str]:
@@ -310,6 +320,7 @@ class _Writer:
                     [g, *inputs],
                     f"prod({g.text()}, ∂{y.text()}/∂{x.text()})",
                     f"\\mathrm{{prod}}\\!\\left({g.latex()}, {_fraction(y, x)}\\right)",
+                    x.type,
                 )
             )
         return _total(terms)

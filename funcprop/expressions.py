@@ -183,8 +183,10 @@ def _node(
     latex: str,
     binding: int,
     inner: int,
+    type_: Any = None,
 ) -> Expression:
-    result = jax.eval_shape(function, *(o.type for o in operands))
+    """A node of an expression; its type is found by tracing where it is not given."""
+    result = jax.eval_shape(function, *(o.type for o in operands)) if type_ is None else type_
     return Expression(function, operands, template, latex, binding, inner, result)
 
 
@@ -223,11 +225,13 @@ def is_one(expression: Expression) -> bool:
 
 def parenthesised(expression: Expression) -> Expression:
     """The same expression in parentheses."""
-    return _node(lambda x: x, (expression,), "({0})", "\\left({0}\\right)", _ATOM, _SUM)
+    return _node(lambda x: x, (expression,), "({0})", "\\left({0}\\right)", _ATOM, _SUM, expression.type)
 
 
-def apply(name: str, function: Callable[..., Any], *operands: Any, latex: str | None = None) -> Expression:
-    """A function by its name: `tanh(z)`, `φ′(z)`."""
+def apply(
+    name: str, function: Callable[..., Any], *operands: Any, latex: str | None = None, type_: Any = None
+) -> Expression:
+    """A function by its name: `tanh(z)`, `φ′(z)`; `type_` is its result's, where that is known."""
     arguments = ", ".join(f"{{{i}}}" for i in range(len(operands)))
     written = latex if latex is not None else latex_name(name)
     return _node(
@@ -237,6 +241,7 @@ def apply(name: str, function: Callable[..., Any], *operands: Any, latex: str | 
         f"{_literally(written)}\\!\\left({arguments}\\right)",
         _ATOM,
         _SUM,
+        type_,
     )
 
 
@@ -252,9 +257,15 @@ def squared_norm(a: Expression) -> Expression:
     return _node(lambda x: jnp.sum(x * x), (a,), "‖{0}‖²_F", "\\lVert {0} \\rVert_F^2", _ATOM, _SUM)
 
 
-def opaque(function: Callable[..., Any], operands: Sequence[Expression], text: str, latex: str) -> Expression:
-    """An expression that is written in its own way."""
-    return _node(function, tuple(operands), _literally(text), _literally(latex), _ATOM, _SUM)
+def opaque(
+    function: Callable[..., Any],
+    operands: Sequence[Expression],
+    text: str,
+    latex: str,
+    type_: Any = None,
+) -> Expression:
+    """An expression that is written in its own way; `type_` is its result's, where that is known."""
+    return _node(function, tuple(operands), _literally(text), _literally(latex), _ATOM, _SUM, type_)
 
 
 _GREEK = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -216,11 +217,12 @@ def _costs(
     predicted = {n: _cost(work, None if rates is None else rates.seconds(work)) for n, work in works.items()}
     reasons = dict.fromkeys(predicted) | {DENSE: _too_large(predicted[DENSE], count, largest, patience)}
     measured: dict[str, Cost] = {}
-    compiled = [
-        (p.name, jax.jit(p.function).lower(*p.operands).compile(), p.operands)
-        for p in found
-        if reasons[p.name] is None
-    ]
+    chosen = [p for p in found if reasons[p.name] is None]
+    lowered = [jax.jit(p.function).lower(*p.operands) for p in chosen]
+    # XLA compiles outside of python's lock: two at a time take little more than half the time of one by one.
+    with ThreadPoolExecutor(2) as pool:
+        executables = list(pool.map(lambda program: program.compile(), lowered))
+    compiled = [(p.name, program, p.operands) for p, program in zip(chosen, executables, strict=True)]
     # The dense Hessian takes far longer than the others and is not run in turn with them.
     for together in (compiled[:-1], compiled[-1:]) if reasons[DENSE] is None else (compiled,):
         longest = max((predicted[name].seconds or 0 for name, _, _ in together), default=0)

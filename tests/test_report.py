@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import time
 from html.parser import HTMLParser
 from typing import Any
 
@@ -255,6 +257,45 @@ def test_repeated_blocks_are_drawn_once_and_add_little_but_their_numbers(three_b
     # A thousand operators in folded blocks are to fit into 2 MB.
     assert 0 < len(large.html) - len(small.html) < 1500 * added
     assert len(large.drawing.picture.nodes) == len(small.drawing.picture.nodes)
+
+
+def unlike(w: Any, x: Any) -> Any:
+    """3,001 operators without scopes, in an order that never repeats."""
+    chosen = np.random.default_rng(0).integers(0, 4, 3000)
+    values = [w, x]
+    for i in chosen:
+        y, z = values[-1], values[-2]
+        values.append((jnp.sin, jnp.cos, jnp.tanh, lambda y, z=z: y * z)[i](y))
+    return jnp.sum(values[-1])
+
+
+def test_three_thousand_operators_that_do_not_fold_stay_below_two_megabytes(
+    chapter: fp.Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What XLA takes for programs of this size is not the page's.
+    module = importlib.import_module("funcprop.report.report")
+    monkeypatch.setattr(module, "second_order_cost", lambda *_, **__: lambda *_, **__: chapter.cost)
+    monkeypatch.setattr(module, "memory", lambda *_: chapter.memory)
+    monkeypatch.setattr(module, "top", lambda *_: None)
+    start = time.process_time()
+    page = fp.report(unlike)(jnp.ones(8), jnp.linspace(0, 1, 8))
+    size = len(page.html.encode())
+    # It takes some 10 seconds of a quiet core.
+    assert time.process_time() - start < 100
+    assert len(page.graph) == 3001
+    assert 500_000 < size < 2_000_000
+    nodes = page.drawing.picture.nodes
+    assert len(nodes) <= 400
+    data = data_of(page)
+    members = [m for node in data["nodes"] if node["kind"] == "scope" for m in node["members"]]
+    assert sorted(members) == list(range(3001))
+    # Nothing is left out without a word.
+    assert "every 21 that follow each other are drawn as one node" in page.html
+    assert "no histograms of values that nobody named" in page.html or all(
+        v["value"][8] is not None for v in data["variables"] if v["kind"] == "intermediate"
+    )
+    written = sum(len(v["equations"]) for v in data["variables"])
+    assert f"{len(page.derivation.forward) + len(page.derivation.backward) - written:,} lines" in page.html
 
 
 def test_in_a_notebook_it_is_a_frame(hostile: fp.Report) -> None:

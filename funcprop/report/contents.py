@@ -6,6 +6,7 @@ A number is rounded to five digits, which is more than can be seen.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from funcprop.drawing.symbols import symbol
@@ -18,7 +19,30 @@ if TYPE_CHECKING:
     from funcprop.report.report import Report
 
 
-def contents(report: Report, equations: Equations) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Detail:
+    """What the page has of values that nobody named, and how many lines of equations of each sweep.
+
+    `said` is told on the page.
+    """
+
+    histograms: bool
+    statistics: bool
+    lines: int
+    said: str = ""
+
+
+_BOUND = "To stay below 2 MB, this page has"
+# From everything to little; the page takes the first that it has room for.
+DETAILS = (
+    Detail(True, True, 400),
+    Detail(False, True, 400, f"{_BOUND} no histograms of values that nobody named."),
+    Detail(False, False, 400, f"{_BOUND} no statistics of values that nobody named."),
+    Detail(False, False, 50, f"{_BOUND} no statistics of values that nobody named, and few equations."),
+)
+
+
+def contents(report: Report, equations: Equations, detail: Detail = DETAILS[0]) -> dict[str, Any]:
     """Nodes, operators and values with their numbers; the order of both sweeps."""
     graph, inspection, opened = report.graph, report.inspection, report.opened
     nodes = report.drawing.picture.nodes
@@ -30,6 +54,9 @@ def contents(report: Report, equations: Equations) -> dict[str, Any]:
     value_lines = dict(by_variable((*equations.forward, *equations.inside), ""))
     gradient_lines = dict(by_variable(equations.backward, f"∂{graph.outputs[0].name}/∂"))
 
+    named = {v.name for v in report.graph.variables if v.named}
+    sources = {source: i for i, source in enumerate(dict.fromkeys(op.source for op in listed))}
+
     def nodes_of(op: Operator) -> list[int]:
         """Its own node; if it is an open loop, those of what is inside."""
         own = [node_of_operator[op.name]] if op.name in node_of_operator else []
@@ -39,26 +66,30 @@ def contents(report: Report, equations: Equations) -> dict[str, Any]:
 
     def operator(op: Operator) -> dict[str, Any]:
         loop = opened.loop_of(op.name)
-        return {
+        found = {
             "name": op.name,
             "op": op.op,
             "symbol": symbol(op),
             "scope": op.scope,
-            "source": op.source,
+            "source": sources[op.source],
             "flops": op.flops,
             "in": [quantities[v.name] for v in op.inputs if v.kind != "literal"],
             "out": [quantities[v.name] for v in op.outputs],
             "inside": [quantities[name] for name in inspection.inside.get(op.name, ())],
             "node": node_of_operator.get(op.name, -1),
-            "nodes": nodes_of(op),
-            "loop": -1 if loop is None else operators[loop],
         }
+        if loop is not None:
+            found["loop"] = operators[loop]
+        if nodes_of(op) != [found["node"]]:
+            found["nodes"] = nodes_of(op)
+        return found
 
     def variable(name: str, q: Quantity) -> dict[str, Any]:
-        found = _described(q)
+        found = _described(q, DETAILS[0] if name in named else detail)
         loop = opened.loop_of(name) if q.kind == "inside" else None
         found["node"] = node_of_variable.get(name, -1)
-        found["loop"] = -1 if loop is None else operators[loop]
+        if loop is not None:
+            found["loop"] = operators[loop]
         found["equations"] = [x for lines in (value_lines, gradient_lines) if (x := lines.get(name))]
         return found
 
@@ -74,6 +105,7 @@ def contents(report: Report, equations: Equations) -> dict[str, Any]:
         ],
         "origin": next((i for i, n in enumerate(nodes) if n.key == report.drawing.picture.origin), 0),
         "operators": [operator(op) for op in listed],
+        "sources": list(sources),
         "forward": len(graph),
         "isRun": report.value is not None,
         "links": [
@@ -90,7 +122,7 @@ def contents(report: Report, equations: Equations) -> dict[str, Any]:
     }
 
 
-def _described(q: Quantity) -> dict[str, Any]:
+def _described(q: Quantity, detail: Detail) -> dict[str, Any]:
     shape = "" if q.shape is None else f"[{','.join(map(str, q.shape))}]"
     found: dict[str, Any] = {
         "name": q.name,
@@ -98,17 +130,17 @@ def _described(q: Quantity) -> dict[str, Any]:
         "scope": q.scope,
         "type": q.dtype + shape,
         "bytes": q.nbytes,
-        "value": _numbers(q.value),
-        "gradient": _numbers(q.gradient),
+        "value": _numbers(q.value, detail),
+        "gradient": _numbers(q.gradient, detail),
     }
     return found if q.entries is None else {**found, "entries": q.entries}
 
 
-def _numbers(found: Statistics | None) -> list[Any] | None:
+def _numbers(found: Statistics | None, detail: Detail) -> list[Any] | None:
     """Minimum, maximum, mean, deviation, norm, zeros, non-finite, size, and the histogram as a list."""
-    if found is None:
+    if found is None or not detail.statistics:
         return None
-    h = found.histogram
+    h = found.histogram if detail.histograms else None
     plain = (found.minimum, found.maximum, found.mean, found.std, found.norm, found.zeros)
     histogram = None if h is None else [_short(h.low), _short(h.high), list(h.counts)]
     return [*map(_short, plain), found.nonfinite, found.size, histogram]

@@ -15,9 +15,6 @@ from funcprop.verification import Line
 if TYPE_CHECKING:
     from funcprop.report.report import Report
 
-# Of a function that does not repeat itself, the page has no more lines than this of each sweep.
-MOST_LINES = 400
-
 
 @dataclass(frozen=True)
 class Equation:
@@ -43,8 +40,8 @@ class Equations:
     omitted: int
 
 
-def equations(report: Report) -> Equations:
-    """The lines of what is drawn."""
+def equations(report: Report, most: int) -> Equations:
+    """The lines of what is drawn, of each sweep no more than `most`."""
     derivation = report.derivation
     chosen = _drawn(report)
     forward = [line for line in derivation.forward if line.key in chosen]
@@ -52,7 +49,7 @@ def equations(report: Report) -> Equations:
     steps = _steps(report)
     inside = [line for line in steps if line.key in chosen]
     omitted = len(derivation.forward) + len(derivation.backward) + len(steps)
-    forward, backward, inside = forward[:MOST_LINES], backward[:MOST_LINES], inside[:MOST_LINES]
+    forward, backward, inside = forward[:most], backward[:most], inside[:most]
     return Equations(
         tuple(_equation(f"f{i}", line) for i, line in enumerate(forward)),
         tuple(_equation(f"b{i}", line) for i, line in enumerate(backward)),

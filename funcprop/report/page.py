@@ -16,11 +16,14 @@ import jinja2
 from markupsafe import Markup
 
 from funcprop.graph import bytes_text
-from funcprop.report.contents import contents
+from funcprop.report.contents import DETAILS, contents
 from funcprop.report.equations import equations
 
 if TYPE_CHECKING:
     from funcprop.report.report import Report
+
+# A page that would be larger has fewer numbers of values that nobody named.
+MOST_BYTES = 2_000_000
 
 _ASSETS = resources.files("funcprop.report") / "assets"
 _STYLES = ("page.css", "charts.css", "viewer.css")
@@ -39,22 +42,29 @@ def render(report: Report) -> str:
     environment.filters |= {"bytes": bytes_text, "digits": digits, "count": _count, "amount": _amount}
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     script = "(() => {\n" + "\n".join(map(_asset, _SCRIPTS)) + "\n})();"
-    written = equations(report)
-    page = environment.get_template("page.html").render(
-        report=report,
-        graph=report.graph,
-        picture=report.drawing.picture,
-        svg=Markup(report.drawing.svg()),
-        equations=written,
-        data=contents(report, written),
-        style=Markup("\n".join(map(_asset, _STYLES))),
-        script=Markup(script),
-        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        backend=jax.default_backend(),
-        jax_version=jax.__version__,
-    )
-    # A name can have half of a surrogate pair, which no encoding of text has.
-    return page.encode("utf-8", "replace").decode("utf-8")
+    svg = Markup(report.drawing.svg())
+    for detail in DETAILS:
+        written = equations(report, detail.lines)
+        fill = environment.get_template("page.html").render
+        page = fill(
+            report=report,
+            graph=report.graph,
+            picture=report.drawing.picture,
+            svg=svg,
+            equations=written,
+            data=contents(report, written, detail),
+            notes=[*report.collapsed, *([detail.said] if detail.said else [])],
+            style=Markup("\n".join(map(_asset, _STYLES))),
+            script=Markup(script),
+            digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            backend=jax.default_backend(),
+            jax_version=jax.__version__,
+        )
+        # A name can have half of a surrogate pair, which no encoding of text has.
+        encoded = page.encode("utf-8", "replace")
+        if len(encoded) < MOST_BYTES:
+            break
+    return encoded.decode("utf-8")
 
 
 def _asset(name: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -25,16 +24,14 @@ from funcprop.report.cost import Kind, kinds
 from funcprop.report.curves import Curves, train
 from funcprop.report.inspection import Inspection, Quantity, first_nonfinite, inspect
 from funcprop.report.layers import Memory, memory
-from funcprop.report.opened import Opened, opened
+from funcprop.report.opened import Opened
+from funcprop.report.scale import picture_of
 from funcprop.report.spectrum import Top, is_smooth, top
 from funcprop.second_order_cost import SecondOrderCost, second_order_cost
 from funcprop.training import Setup
 
 # Up to this many values are all in the table.
 FEW = 60
-
-# A picture with more nodes is drawn with its innermost scopes collapsed.
-MOST_NODES = 400
 
 
 class ReportError(RuntimeError):
@@ -52,6 +49,7 @@ class Report:
     derivation: Derivation
     opened: Opened = field(repr=False)
     drawing: Drawing = field(repr=False)
+    collapsed: tuple[str, ...]
     inspection: Inspection = field(repr=False)
     value: float | None
     nonfinite: str | None
@@ -161,8 +159,9 @@ def report(
         setup: a training run whose curves are shown.
         epochs, seconds: when it ends, whichever comes first.
         examples: embed histograms and the entries of arguments that are not differentiated by.
-        depth, fold: how the graph is drawn, as in `fp.draw`; without `depth`, inner scopes of a graph that
-            has more than 400 nodes are collapsed.
+        depth, fold: how the graph is drawn, as in `fp.draw`, with open loops; without `depth`, in a graph of
+            more than 400 nodes loops are closed, then inner scopes, then runs of operators collapsed. A page
+            of 2 MB or more has fewer statistics of values without a name. The page says what it leaves out.
 
     Raises:
         TypeError: `fun` does not return one real scalar, or an argument at `argnums` has no derivative.
@@ -183,12 +182,13 @@ def report(
         propagation = backprop(fun, argnums, rules=rules)(*args, **kwargs) if is_concrete else None
         numbers = _all_smooth(args) if argnums is None else positions(argnums)
         costs = second_order_cost(fun, argnums, rules=rules, repeats=3, patience=2.0)(*args, **kwargs)
-        inside, drawing = _drawing(traced.graph, depth, fold)
+        drawing, inside, notes = picture_of(traced.graph, depth, fold)
         return Report(
             traced.graph.name if title is None else title,
             derivation,
             inside,
             drawing,
+            notes,
             inspect(derivation, propagation, inside, examples),
             None if propagation is None else float(propagation.value),
             first_nonfinite(propagation),
@@ -204,20 +204,3 @@ def report(
 def _all_smooth(args: tuple[Any, ...]) -> tuple[int, ...]:
     """The positions of arguments that have anything to differentiate by."""
     return tuple(i for i, arg in enumerate(args) if any(map(is_smooth, jax.tree.leaves(arg))))
-
-
-def _drawing(graph: Graph, depth: int | None, fold: bool) -> tuple[Opened, Drawing]:
-    """The graph at a size that can be read: loops are open, inner ones too, if that is not too much.
-
-    Its innermost scopes are collapsed if it is too much even without.
-    """
-    for levels in (sys.maxsize, 1, 0):
-        drawing = draw(graph, depth=depth, loops=levels, fold=fold)
-        if len(drawing.picture.nodes) <= MOST_NODES:
-            return opened(graph, levels), drawing
-    deepest = max(op.scope.count("/") for op in graph.operators)
-    for level in range(deepest, -1, -1) if depth is None else ():
-        drawing = draw(graph, depth=level, loops=0, fold=fold)
-        if len(drawing.picture.nodes) <= MOST_NODES:
-            break
-    return opened(graph, 0), drawing

@@ -1,5 +1,12 @@
 // The data of the page, the theme, and how elements are made: always by text, never by markup.
 const data = JSON.parse(document.getElementById("data").textContent);
+// What is the same in nearly all is not written for each.
+for (const op of data.operators) {
+  op.nodes ??= op.node < 0 ? [] : [op.node];
+  op.loop ??= -1;
+  op.source = data.sources[op.source];
+}
+for (const v of data.variables) v.loop ??= -1;
 const byId = (id) => document.getElementById(id);
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 const SVG = "http://www.w3.org/2000/svg";
