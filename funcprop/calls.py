@@ -7,6 +7,7 @@ and objects, stay what they are.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,31 @@ class Call:
     def arguments(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """`args` and `kwargs` again, in new containers."""
         return jax.tree.unflatten(self.tree, leaves)
+
+
+def pair(returned: Any, fun: Callable[..., Any]) -> tuple[Any, Any]:
+    """What a function with auxiliary data returned.
+
+    Raises:
+        TypeError: it is no pair.
+    """
+    if not (isinstance(returned, tuple | list) and len(returned) == 2):
+        raise TypeError(
+            f"has_aux=True, but {getattr(fun, '__name__', fun)!s} returns {type(returned).__name__}; "
+            "return the pair (result, auxiliary data)."
+        )
+    return returned[0], returned[1]
+
+
+def without_aux(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """The first of the two results of a function; errors as in `pair`."""
+
+    @functools.wraps(fun)
+    def result(*args: Any, **kwargs: Any) -> Any:
+        return pair(fun(*args, **kwargs), fun)[0]
+
+    result.__name__ = getattr(fun, "__name__", type(fun).__name__)
+    return result
 
 
 def has_values(tree: Any) -> bool:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from funcprop import _compat
-from funcprop.calls import Call, has_values, is_array
+from funcprop.calls import Call, has_values, is_array, without_aux
 from funcprop.graph import aligned
 from funcprop.objective import Argnums, differentiable, positions
 from funcprop.registry import RuleSet
@@ -156,6 +156,7 @@ def compare(
     rules = default if rules is None else rules
     if repeats < 1:
         raise ValueError(f"compare: repeats={repeats}; every program has to run at least once.")
+    scalar = without_aux(fun) if has_aux else fun
     at = None if argnums is None else positions(argnums)
 
     def compared(*args: Any, **kwargs: Any) -> Comparison:
@@ -172,8 +173,7 @@ def compare(
                     for i, value in zip(chosen, differentiated, strict=True):
                         full[i] = value
                     call_args, call_kwargs = call.arguments(full)
-                    returned = fun(*call_args, **call_kwargs)
-                    return returned[0] if has_aux else returned
+                    return scalar(*call_args, **call_kwargs)
 
                 return value_and_grad(of_chosen, rules=own)([leaves[i] for i in chosen])
 

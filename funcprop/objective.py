@@ -126,6 +126,6 @@ def _check_scalar(graph: Graph) -> None:
     if len(graph.outputs) != 1 or not real:
         shapes = ", ".join(v.type for v in graph.outputs)
         raise TypeError(
-            f"{graph.name} returns ({shapes}), but gradients are of one real scalar; return the loss alone, "
-            "with has_aux=True if there are other results, or a sum."
+            f"{graph.name} returns ({shapes}), but gradients are of one real scalar; return a mean or a sum, "
+            "and other results beside it as auxiliary data (has_aux)."
         )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop import _compat, _nnx
-from funcprop.calls import Call, is_array, traced
+from funcprop.calls import Call, is_array, pair, traced
 from funcprop.flops import flops
 from funcprop.graph import Graph, Kind, Operator, Variable, name
 from funcprop.layer_calls import LayerCall, boundary_p, layer_call
@@ -148,7 +148,7 @@ def trace_function(
         call_args, call_kwargs = call.arguments(call.filled(values))
         returned = fun(*call_args, **call_kwargs)
         own, state = returned if has_state else (returned, None)
-        own, aux = _pair(own, fun) if has_aux else (own, None)
+        own, aux = pair(own, fun) if has_aux else (own, None)
         results, result_tree = jax.tree.flatten(own)
         others, extra_tree = jax.tree.flatten((aux, state))
         kept = tuple(None if isinstance(x, jax.core.Tracer) else (x,) for x in others)
@@ -178,15 +178,6 @@ def graph_of(label: str, closed: Any, inline: frozenset[str] = INLINED) -> Graph
     """The graph of a jaxpr, whose inputs are called `in0`, `in1` …"""
     names = [f"in{i}" for i in range(len(_compat.open_jaxpr(closed).invars))]
     return _Builder(inline).build(label, closed, names)[0]
-
-
-def _pair(returned: Any, fun: Callable[..., Any]) -> tuple[Any, Any]:
-    if not (isinstance(returned, tuple | list) and len(returned) == 2):
-        raise TypeError(
-            f"has_aux=True, but {getattr(fun, '__name__', fun)!s} returns {type(returned).__name__}; "
-            "return the pair (result, auxiliary data)."
-        )
-    return returned[0], returned[1]
 
 
 @dataclass(eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,27 @@ def test_mean_over_minibatches_of_different_sizes(whole: Any) -> None:
     found = accumulate(diagonal, batches, progress=lambda number, state: seen.append(number))
     assert_same(found.mean, whole)
     assert (int(found.examples), int(found.batches), seen) == (7, 3, [1, 2, 3])
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_progress_bar_on_a_terminal(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1" if terminal else "")
+    operator = over_batches(fp.hessian(loss), PARAMS, batches, check=False, progress=True)
+    assert (operator @ np.zeros(8)).shape == (8,)
+    of_product = capsys.readouterr()
+    accumulate(lambda x, y: jnp.mean(x), iter(batches()), progress=True)
+    of_mean = capsys.readouterr()
+    assert not of_product.out + of_mean.out
+    assert ("a product over minibatches" in of_product.err) == ("3/3" in of_product.err) == terminal
+    assert ("curvature of minibatches" in of_mean.err) == terminal
+
+
+def test_a_progress_bar_needs_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with pytest.raises(ModuleNotFoundError, match=r"progress=True needs 'rich'; pip install .*, or pass a"):
+        accumulate(lambda x, y: jnp.mean(x), batches, progress=True)
 
 
 def test_interrupted_saved_and_continued(whole: Any, tmp_path: Path) -> None:
@@ -132,5 +154,8 @@ def test_products_over_the_data_set(hessian: Any) -> None:
     values = scipy.sparse.linalg.eigsh(operator, 2, which="LA", return_eigenvectors=False)
     np.testing.assert_allclose(np.sort(values), np.linalg.eigvalsh(hessian)[-2:], rtol=1e-9)
     noise = iter(range(9))
+    empty = over_batches(fp.hessian(loss), PARAMS, list)
+    with pytest.raises(LoaderError, match="over_batches: there are no minibatches"):
+        empty @ np.ones(8)
     with pytest.raises(LoaderError, match="minibatch 1 differs"):
         over_batches(fp.hessian(loss), PARAMS, lambda: [(X, Y + next(noise))])

@@ -303,5 +303,7 @@ def test_auxiliary_data():
     assert "∂J/∂z" in errors
     with pytest.raises(TypeError, match=r"has_aux=True, but <lambda> returns .*; return the pair"):
         fp.backprop(lambda w: w, has_aux=True)(w)
-    with pytest.raises(TypeError, match="with has_aux=True if there are other results"):
+    with pytest.raises(
+        TypeError, match=r"return a mean or a sum, and other results .* auxiliary data \(has_aux\)"
+    ):
         fp.backprop(lambda w: (w, 2 * w))(w)

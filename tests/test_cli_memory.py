@@ -51,6 +51,22 @@ def test_models_through_the_target(module: Any, function: str, params: str, name
     assert data["batch_limit"]["inference"] > data["batch_limit"]["training"] > 8
 
 
+def test_a_function_that_is_no_loss_has_no_steps(module: Any) -> None:
+    name = module("""
+        def predict(w, x):
+            return x @ w
+        def example():
+            return jax.ShapeDtypeStruct((2, 3), "float32"), jax.ShapeDtypeStruct((5, 2), "float32")
+        """)
+    result = run("memory", f"{name}:predict", "--optimizer", "adam", "--no-measure")
+    assert result.exit_code == 1
+    assert "accounting with --optimizer adam failed" in result.stderr
+    assert (
+        "predict returns (float32[5,3]), but optimizer= needs the gradient of one real scalar; return the "
+        "loss, other results as auxiliary data (has_aux), or leave optimizer= out."
+    ) in result.stderr
+
+
 def test_the_file(tmp_path: Path) -> None:
     path = tmp_path / "memory.json"
     assert run("memory", "chapter", "--no-measure", "--out", str(path)).stdout.startswith(f"{path}: ")
@@ -63,7 +79,8 @@ def test_the_file(tmp_path: Path) -> None:
         (["--optimizer", "newton"], "--optimizer 'newton' is not known; choose one of sgd, momentum"),
         (["--argnums", "9"], "argnums=9, but the function was called with 4 positional arguments"),
         (["--out", "/nowhere/memory.json"], "cannot be written: No such file or directory"),
-        (["--budget", "10"], "chapter"),
+        (["--budget", "10"], "target 'chapter': --budget 10"),
+        (["--budget", "10%"], "--budget '10%': write bytes, such as 100000, 64MB or 1.5GiB."),
     ],
 )
 def test_what_cannot_be_accounted_is_said(options: list[str], message: str) -> None:

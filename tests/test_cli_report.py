@@ -12,6 +12,8 @@ TARGET = """
     import optax
     def loss(w, x):
         return jnp.mean((x @ w) ** 2)
+    def with_aux(w, x):
+        return loss(w, x), {"predictions": x @ w}
     def example():
         return jnp.ones(2), jnp.ones((3, 2))
     def setup():
@@ -24,7 +26,8 @@ def test_the_command_writes_the_page(module: Any, tmp_path: Path) -> None:
     result = run("report", f"{name}:loss", "--epochs", "2")
     assert result.stdout.startswith("loss.html: J = 4, ")
     assert "2 of 2 epochs" in (tmp_path / "loss.html").read_text("utf-8")
-    data = run_json("report", f"{name}:loss", "--out", str(tmp_path / "other.html"))
+    data = run_json("report", f"{name}:with_aux", "--has-aux", "--out", str(tmp_path / "other.html"))
+    assert (data["value"], data["title"]) == (4.0, f"{name}:with_aux")
     assert (tmp_path / "other.html").stat().st_size == data["bytes"]
     assert len(data["training"]["metrics"]["loss"]) == 4
     assert {v["name"] for v in data["variables"]} >= {"w", "x"}

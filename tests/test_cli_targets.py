@@ -82,7 +82,10 @@ SOURCE = """
         ("los", r"has no 'los'; did you mean loss\?"),
         ("PARAMS", r"is of type dict, not a function; write module:function, file\.py:function, or"),
         ("three", r"do not fit three\(a, b, c\): missing a required argument: 'c'"),
-        ("vector", r"TypeError: vector returns \(float64\[2\]\), but gradients are of one real scalar"),
+        (
+            "vector",
+            r"TypeError: vector returns \(float64\[2\]\), but .*; return a mean or a sum, and .* \(has_aux\)",
+        ),
         ("branch", r"line \d+, in branch\n.*params\[.w.\] > 0.*\n.*\njax\.TracerBoolConversionError"),
         ("broken", r"line \d+, in broken(.|\n)*line \d+, in helper(.|\n)*\nTypeError: dot_general requires"),
     ],
@@ -153,6 +156,8 @@ def test_shapes_cannot_be_backpropagated_or_verified(module: Any) -> None:
             return (jax.ShapeDtypeStruct((3,), "float32"),)
         """)
     assert "but backpropagation needs arrays" in run("backward", f"{name}:f").stderr
+    said = run("curvature", f"{name}:f").stderr
+    assert "but curvature needs arrays; `funcprop second` and `funcprop memory` take shapes." in said
     assert "--verify needs arrays" in run("derive", f"{name}:f", "--verify").stderr
     assert run("derive", f"{name}:f").exit_code == 0
 
@@ -167,7 +172,7 @@ def test_missing_packages(monkeypatch: pytest.MonkeyPatch, missing: str) -> None
 
 COMMANDS = (
     *("forward", "backward", "derive", "draw", "compare", "report"),
-    *("memory", "second", "curvature"),
+    *("memory", "rematerialize", "second", "curvature"),
 )
 BROKEN = """
     number = 3

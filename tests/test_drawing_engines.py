@@ -22,7 +22,7 @@ from funcprop.drawing.picture import node_ids
 
 def test_an_unknown_engine_is_named() -> None:
     with pytest.raises(fp.DrawingError, match="engine='neato' is not known"):
-        fp.draw(chapter(), engine="neato").svg()  # type: ignore[arg-type]
+        fp.draw(chapter(), engine="neato")  # type: ignore[arg-type]
 
 
 def test_without_an_engine_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

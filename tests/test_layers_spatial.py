@@ -155,6 +155,8 @@ def test_initialisers():
             r"x has 4 channels, but w of shape \(3, 2, 3, 6\) with groups=1",
         ),
         (lambda: L.conv(X[0, 0], W), r"a kernel of 2 spatial axes, but x has shape \(6, 4\)"),
+        (lambda: L.conv(X, W, padding="foo"), r"padding='foo' is not known; use 'SAME', 'VALID', a number"),
+        (lambda: L.avg_pool(X, window=(2, 2), padding="foo"), "padding='foo' is not known"),
         (lambda: L.max_pool(X[0, 0], window=(2, 2)), r"window=\(2, 2\) has more axes than x"),
     ],
 )

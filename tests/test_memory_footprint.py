@@ -273,7 +273,7 @@ def test_errors() -> None:
         account(jnp.sin, f64(3), argnums=2)
     with pytest.raises(TypeError, match="has no derivative"):
         account(jnp.abs, ShapeDtypeStruct((3,), "int32"))
-    with pytest.raises(TypeError, match="has_aux=True, but the function returns"):
+    with pytest.raises(TypeError, match="has_aux=True, but sin returns"):
         account(jnp.sin, f64(3), has_aux=True)
 
 

@@ -263,7 +263,8 @@ def test_the_command(tmp_path: Any) -> None:
     assert (data["target"], data["output"], data["parameters"]) == ("chapter", "o", 18)
     assert [row["predicted"]["products"] for row in data["rows"]] == list(laws(2, 18).values())
     text = run("second", "chapter", "--repeats", "1", "--out", str(tmp_path / "cost.txt")).stdout
-    assert text == (tmp_path / "cost.txt").read_text()
+    written = (tmp_path / "cost.txt").read_text()
+    assert text == f"{tmp_path / 'cost.txt'}: the table of chapter\n\n{written}"
 
 
 @pytest.mark.parametrize(

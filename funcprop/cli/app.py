@@ -9,6 +9,7 @@ from funcprop.cli.derive import derive
 from funcprop.cli.draw import draw
 from funcprop.cli.forward import forward
 from funcprop.cli.memory import memory
+from funcprop.cli.rematerialize import rematerialize
 from funcprop.cli.report import report
 from funcprop.cli.second import second
 from funcprop.cli.train import train
@@ -29,6 +30,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-COMMANDS = (report, forward, backward, derive, draw, memory, second, curvature, compare, train)
+COMMANDS = (
+    *(report, forward, backward, derive, draw),
+    *(memory, rematerialize, second, curvature, compare, train),
+)
 for command in COMMANDS:
     app.command()(command)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import typer
 
 from funcprop import Derivation, Propagation, backprop, derive
-from funcprop.cli.options import ArgnumsOrAll, AsJson, TargetName, parse_argnums
+from funcprop.cli.options import ArgnumsOrAll, AsJson, HasAux, TargetName, parse_argnums
 from funcprop.cli.output import (
     Output,
     describe,
@@ -27,13 +27,14 @@ from funcprop.verification import Line
 def backward(
     target: TargetName,
     argnums: ArgnumsOrAll = "0",
+    has_aux: HasAux = False,
     as_json: AsJson = False,
     limit: Annotated[
         int | None, typer.Option("--entries", min=0, help="in JSON, leave out the entries of larger arrays")
     ] = None,
 ) -> None:
     """Every gradient in the order of the backward sweep, with its contributions."""
-    emit(lambda: report(load(target), parse_argnums(argnums), limit), as_json)
+    emit(lambda: report(load(target, has_aux), parse_argnums(argnums), limit), as_json)
 
 
 class Gradient(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +13,11 @@ import jax
 import typer
 
 import funcprop as fp
-from funcprop.cli.options import AsJson, TargetName, parse_argnums
-from funcprop.cli.output import Output, digits, emit, number, table, written
+from funcprop.cli.options import AsJson, HasAux, TargetName, parse_argnums
+from funcprop.cli.output import Output, digits, emit, number, table
 from funcprop.cli.target import Target, TargetError, load, users_code
 from funcprop.curvature import Summary
+from funcprop.progress import bar
 
 BAR = 40  # characters of the longest bar
 
@@ -30,16 +33,17 @@ def curvature(
     ] = fp.curvature.EXACT,
     seed: Annotated[int, typer.Option(help="of the random vectors")] = 0,
     out: Annotated[Path | None, typer.Option(help="a plot to write: .png, .pdf or .svg")] = None,
+    has_aux: HasAux = False,
     as_json: AsJson = False,
 ) -> None:
     """The Hessian: top eigenvalues, spectral density, trace, each parameter's share, condition."""
 
     def compute() -> Output:
-        loaded, key = load(target), jax.random.key(seed)
+        loaded, key = load(target, has_aux), jax.random.key(seed)
         return report(loaded, parse_argnums(argnums), out, k=k, samples=samples, products=products,
                       exact=exact, key=key)  # fmt: skip
 
-    emit(compute, as_json)
+    emit(compute, as_json, out)
 
 
 def report(target: Target, argnums: Sequence[int] | None, out: Path | None, **options: Any) -> Output:
@@ -47,19 +51,21 @@ def report(target: Target, argnums: Sequence[int] | None, out: Path | None, **op
     if argnums is None or len(argnums) != 1:
         raise TargetError("--argnums for `curvature` is one position, of the argument with the parameters.")
     target.require_arrays("curvature", "`funcprop second` and `funcprop memory` take shapes")
-    if out is not None and out.suffix not in (".png", ".pdf", ".svg"):
-        raise TargetError(f"--out {str(out)!r}: its suffix is not one of .png, .pdf and .svg.")
+    if out is not None:
+        _require_plots(out)
     with (
+        bar(f"{target.label}: curvature", counted=False),
         users_code(f"target {target.label!r}: its curvature failed", None),
         warnings.catch_warnings(record=True, category=fp.curvature.ConvergenceWarning) as warned,
     ):
         warnings.simplefilter("always", fp.curvature.ConvergenceWarning)
         found = fp.curvature.summary(_hessian(target, argnums[0]), **options)
     said = [str(w.message) for w in warned]
-    if out is not None:
-        _plot(found, target.label, out)
     text = "\n\n".join([_text(found, target.label), *(f"Warning: {message}" for message in said)])
-    return Output(text, _data(found, target.label) | {"warnings": said, "out": out and str(out)})
+    data = _data(found, target.label) | {"warnings": said, "out": None}
+    if out is None:
+        return Output(text, data)
+    return Output(f"the plot\n\n{text}", data, _plot(found, target.label, out.suffix[1:]))
 
 
 def _hessian(target: Target, position: int) -> fp.curvature.Hessian:
@@ -142,11 +148,16 @@ def _data(found: Summary, label: str) -> dict[str, Any]:
     }
 
 
-def _plot(found: Summary, label: str, path: Path) -> None:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise TargetError("--out needs matplotlib; pip install 'funcprop[draw]'") from None
+def _require_plots(out: Path) -> None:
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise TargetError(f"--out {str(out)!r}: its suffix is not one of .png, .pdf and .svg.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise TargetError(f"--out {str(out)!r} needs matplotlib; pip install 'funcprop[draw]'.")
+
+
+def _plot(found: Summary, label: str, kind: str) -> bytes:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 0.25 * len(found.paths) + 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     grid, density, errors = found.density()
@@ -164,5 +175,6 @@ def _plot(found: Summary, label: str, path: Path) -> None:
     right.invert_yaxis()
     right.set_xlabel("trace of the parameter's block")
     figure.suptitle(f"{label}: Hessian of {sum(found.sizes)} parameters")
-    with written(path):
-        figure.savefig(path, dpi=150)
+    content = io.BytesIO()
+    figure.savefig(content, format=kind, dpi=150)
+    return content.getvalue()

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 
 import funcprop as fp
-from funcprop.cli.options import ArgnumsOrAll, AsJson, TargetName, parse_argnums
+from funcprop.cli.options import ArgnumsOrAll, AsJson, HasAux, TargetName, parse_argnums
 from funcprop.cli.output import Output, emit, number
 from funcprop.cli.target import Target, load, users_code
+from funcprop.progress import bar
 from funcprop.verification import Line
 
 
@@ -21,17 +22,21 @@ def derive(
     verify: Annotated[
         bool, typer.Option("--verify", help="evaluate every line and compare it with autodiff")
     ] = False,
+    has_aux: HasAux = False,
     as_json: AsJson = False,
 ) -> None:
     """The equations of forward propagation and backpropagation."""
-    emit(lambda: report(load(target), parse_argnums(argnums), latex, verify), as_json)
+    emit(lambda: report(load(target, has_aux), parse_argnums(argnums), latex, verify), as_json)
 
 
 def report(target: Target, argnums: Sequence[int] | None, latex: bool, verify: bool) -> Output:
     """The derivation as text or LaTeX, followed by the deviations if they were asked for."""
     if verify:
         target.require_arrays("--verify", "the equations alone take shapes")
-    with users_code(f"target {target.label!r}: deriving failed", None):
+    with (
+        bar(f"{target.label}: deriving", counted=False),
+        users_code(f"target {target.label!r}: deriving failed", None),
+    ):
         derivation = fp.derive(target.function, argnums)(*target.args, **target.kwargs)
         verification = derivation.verify() if verify else None
     text = derivation.latex() if latex else derivation.text()

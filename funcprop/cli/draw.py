@@ -10,8 +10,8 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 import funcprop as fp
-from funcprop.cli.options import Argnums, AsJson, TargetName, parse_argnums
-from funcprop.cli.output import Output, emit, written
+from funcprop.cli.options import Argnums, AsJson, HasAux, TargetName, parse_argnums
+from funcprop.cli.output import Output, emit
 from funcprop.cli.target import Target, TargetError, load, users_code
 from funcprop.drawing.draw import SUFFIXES
 
@@ -56,6 +56,7 @@ def draw(
         str, typer.Option(help="of --second: forward-over-reverse or reverse-over-reverse")
     ] = "forward-over-reverse",
     argnums: Argnums = "0",
+    has_aux: HasAux = False,
     as_json: AsJson = False,
 ) -> None:
     """The graph as a picture: squares are variables, circles operators, arrows data flow."""
@@ -65,9 +66,9 @@ def draw(
             raise TargetError("--backward and --second are two pictures; ask for one of them.")
         sweeps = "backward" if backward else order if second else None
         choices = Choices(sweeps, parse_argnums(argnums), depth, loops, fold, types)
-        return report(load(target), choices, out, written_as)
+        return report(load(target, has_aux), choices, out, written_as)
 
-    emit(compute, as_json)
+    emit(compute, as_json, out)
 
 
 def report(target: Target, choices: Choices, out: Path | None, written_as: str | None) -> Output:
@@ -80,13 +81,10 @@ def report(target: Target, choices: Choices, out: Path | None, written_as: str |
         text = getattr(drawing, chosen)()
     except fp.DrawingError as error:
         raise TargetError(str(error)) from None
-    if out is not None:
-        with written(out):
-            out.write_text(text, encoding="utf-8")
     picture = drawing.picture
     data: dict[str, Any] = {
         "target": target.label,
-        "out": None if out is None else str(out),
+        "out": None,
         "format": chosen,
         "picture": json.loads(drawing.json()),
     }
@@ -96,7 +94,7 @@ def report(target: Target, choices: Choices, out: Path | None, written_as: str |
         data["classes"] = graph.count()
     if out is None:
         return Output(text, data)
-    return Output(f"{out}: {len(picture.nodes)} nodes, {len(picture.edges)} arrows", data)
+    return Output(f"{len(picture.nodes)} nodes, {len(picture.edges)} arrows", data, text)
 
 
 def _format(out: Path | None, written_as: str | None) -> str:

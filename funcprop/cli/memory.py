@@ -10,9 +10,10 @@ import optax
 import typer
 
 import funcprop as fp
-from funcprop.cli.options import ArgnumsOrAll, AsJson, TargetName, parse_argnums
-from funcprop.cli.output import Output, emit, written
+from funcprop.cli.options import ArgnumsOrAll, AsJson, HasAux, TargetName, parse_argnums, parse_bytes
+from funcprop.cli.output import Output, emit
 from funcprop.cli.target import Target, TargetError, load, users_code
+from funcprop.progress import bar
 
 # For memory only the kind of an optimizer matters, not its rates.
 _OPTIMIZERS = {
@@ -32,13 +33,19 @@ def memory(
     ] = "none",
     measure: Annotated[bool, typer.Option(help="compile, and show predicted beside compiled")] = True,
     budget: Annotated[
-        int | None, typer.Option(min=1, help="bytes: also the largest batch that fits, by leading axes")
+        str | None, typer.Option(help="bytes, as 64MB: also the largest batch that fits, by leading axes")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="file to write the JSON to")] = None,
+    has_aux: HasAux = False,
     as_json: AsJson = False,
 ) -> None:
     """What is held at the peak, buffer by buffer: inference and training, predicted and compiled."""
-    emit(lambda: report(load(target), parse_argnums(argnums), optimizer, measure, budget, out), as_json)
+
+    def compute() -> Output:
+        limit = None if budget is None else parse_bytes("--budget", budget)
+        return report(load(target, has_aux), parse_argnums(argnums), optimizer, measure, limit, out)
+
+    emit(compute, as_json, out)
 
 
 def report(
@@ -54,7 +61,11 @@ def report(
         raise TargetError(f"--optimizer {optimizer!r} is not known; choose one of {', '.join(_OPTIMIZERS)}.")
     chosen = _OPTIMIZERS[optimizer]
     at = argnums if argnums is None or len(argnums) > 1 else argnums[0]
-    with users_code(f"target {target.label!r}: accounting failed", None):
+    using = "" if chosen is None else f" with --optimizer {optimizer}"
+    with (
+        bar(f"{target.label}: memory", counted=False),
+        users_code(f"target {target.label!r}: accounting{using} failed", None),
+    ):
         account = fp.memory.footprint(target.function, at, optimizer=chosen, measure=measure)
         found = account(*target.args, **target.kwargs)
     text, data = str(found), {"target": target.label, **found.as_dict()}
@@ -64,11 +75,9 @@ def report(
             f"largest batch within {budget:,} bytes, {name}: {limit:,}" for name, limit in limits.items()
         )
         data |= {"budget": budget, "batch_limit": limits}
-    if out is not None:
-        with written(out):
-            out.write_text(found.json(), encoding="utf-8")
-        text = f"{out}: {', '.join(found.ledgers)} of {target.label}\n\n{text}"
-    return Output(text, data)
+    if out is None:
+        return Output(text, data)
+    return Output(f"{', '.join(found.ledgers)} of {target.label}\n\n{text}", data, found.json())
 
 
 def _limits(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Annotated, TypeAlias
 
 import typer
@@ -16,6 +18,9 @@ Argnums: TypeAlias = Annotated[
 ArgnumsOrAll: TypeAlias = Annotated[
     str, typer.Option(help="positions of the arguments to differentiate, as 0 or 0,2; or all")
 ]
+HasAux: TypeAlias = Annotated[
+    bool, typer.Option("--has-aux", help="the function returns (result, auxiliary data)")
+]
 
 
 def parse_argnums(text: str) -> tuple[int, ...] | None:
@@ -26,3 +31,26 @@ def parse_argnums(text: str) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise TargetError(f"--argnums {text!r}: write positions, such as 0 or 0,2, or all.") from None
+
+
+def parse_bytes(option: str, text: str, *others: str) -> int:
+    """`64MB`, `1.5 GiB` or `100000` as bytes."""
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) *([kKMGT]?)(i?)B?", text.strip())
+    try:
+        number = float(found[1]) if found else 0.0
+    except ValueError:
+        number = 0.0
+    if found is None or not 0 < number < math.inf:
+        ways = ", ".join(["100000", "64MB", *others])
+        raise TargetError(f"{option} {text!r}: write bytes, such as {ways} or 1.5GiB.")
+    return int(number * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+
+
+def parse_budget(option: str, text: str | None) -> int | float | None:
+    """`25%` as a share, anything else as bytes."""
+    if text is None or not text.strip().endswith("%"):
+        return None if text is None else parse_bytes(option, text, "25%")
+    try:
+        return float(text.strip()[:-1]) / 100
+    except ValueError:
+        raise TargetError(f"{option} {text!r}: write a share as 25%, or bytes as 64MB.") from None

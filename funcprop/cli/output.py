@@ -6,7 +6,8 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,42 +23,89 @@ WIDEST = 110  # characters in a cell of a table
 
 
 class Output(NamedTuple):
-    """The same result for people and for programs."""
+    """The same result for people and for programs.
+
+    `content` is what the file of `--out` gets, and `text` then what is said of it, after its name.
+    """
 
     text: str
     data: dict[str, Any]
+    content: str | bytes | None = None
 
 
-def emit(compute: Callable[[], Output], as_json: bool) -> None:
-    """Print the result on stdout; a `TargetError` on stderr, with exit code 1.
+def emit(compute: Callable[[], Output], as_json: bool, out: Path | None = None) -> None:
+    """Write the file, if there is one, and print the result on stdout; a `TargetError` on stderr, with exit
+    code 1.
 
-    With JSON, whatever the user's code prints goes to stderr, so that stdout is the one object.
+    A file that cannot be written is an error before anything is computed. Where it is one only afterwards,
+    the content is written elsewhere and the result is printed all the same. With JSON, whatever the user's
+    code prints goes to stderr, so that stdout is the one object.
     """
     redirected = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     try:
         with redirected:
+            if out is not None:
+                require_writable(out)
             output = compute()
             jax.effects_barrier()
     except TargetError as error:
         print(f"funcprop: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
-    if as_json:
-        print(json.dumps(output.data, allow_nan=False))
-    else:
-        print(output.text)
+    text, data, problem = output.text, output.data, None
+    if out is not None and output.content is not None:
+        path, problem = _written(out, output.content)
+        text = f"{path}: {text}" if path is not None else str(output.content)
+        if "out" in data:
+            data = data | {"out": None if path is None else str(path)}
+    print(json.dumps(_for_json(data), allow_nan=False) if as_json else text)
+    if problem is not None:
+        print(f"funcprop: {problem}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
-@contextlib.contextmanager
-def written(path: Path) -> Iterator[None]:
-    """Around the writing of what `--out` names.
+def require_writable(path: Path) -> None:
+    """Find out by opening it whether a file can be written; it is not changed.
 
     Raises:
-        TargetError: the file cannot be written.
+        TargetError: it cannot.
     """
     try:
-        yield
+        existed = path.exists()
+        if existed and not path.is_file() and not path.is_dir():
+            return  # A pipe would be closed before it is used.
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
     except OSError as error:
-        raise TargetError(f"--out {str(path)!r} cannot be written: {error.strerror}.") from None
+        raise TargetError(
+            f"--out {str(path)!r} cannot be written: {error.strerror}. Nothing has been computed yet; choose "
+            "another file."
+        ) from None
+
+
+def _written(path: Path, content: str | bytes) -> tuple[Path | None, str | None]:
+    """Write a file, or another one in its place; where it is, and what the matter was."""
+    encoded = content.encode() if isinstance(content, str) else content
+    try:
+        path.write_bytes(encoded)
+    except OSError as error:
+        problem = f"--out {str(path)!r} cannot be written: {error.strerror}"
+        try:
+            with tempfile.NamedTemporaryFile(prefix="funcprop-", suffix=path.suffix, delete=False) as instead:
+                instead.write(encoded)
+        except OSError as second:
+            return None, f"{problem}; nor can a temporary file: {second.strerror}; its content is on stdout."
+        return Path(instead.name), f"{problem}; it was saved as {instead.name!r} instead."
+    return path, None
+
+
+def _for_json(data: Any) -> Any:
+    """Plain data with names for the numbers that JSON has not."""
+    if isinstance(data, dict):
+        return {key: _for_json(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_for_json(value) for value in data]
+    return number(data)
 
 
 # --- text -------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,13 +11,15 @@ from typing import Annotated, Any
 import jax.numpy as jnp
 import numpy as np
 import typer
-from rich.console import Console
 
 import funcprop as fp
-from funcprop.cli.options import ArgnumsOrAll, AsJson, TargetName, parse_argnums
-from funcprop.cli.output import Output, digits, emit, number, written
+from funcprop.cli.options import ArgnumsOrAll, AsJson, HasAux, TargetName, parse_argnums
+from funcprop.cli.output import Output, digits, emit
 from funcprop.cli.target import Target, TargetError, load, users_code
 from funcprop.cli.train import as_setup
+from funcprop.drawing.layout import find_engine
+from funcprop.progress import bar
+from funcprop.report.report import renderer
 from funcprop.training import Setup
 
 
@@ -33,37 +34,42 @@ def report(
     depth: Annotated[
         int | None, typer.Option(min=0, help="collapse scopes that have this many around them; 0 for all")
     ] = None,
+    has_aux: HasAux = False,
     as_json: AsJson = False,
 ) -> None:
     """A page to open in a browser: the graph, both sweeps step by step, equations, memory, cost, training."""
-    options = {"epochs": epochs, "examples": examples, "depth": depth}
-    emit(lambda: write(target, out, parse_argnums(argnums), options), as_json)
-
-
-def write(target: str, out: Path | None, argnums: Sequence[int] | None, options: dict[str, Any]) -> Output:
-    """Gather, write the page, and say what is on it."""
-    found, setup = _on_digits() if target == "chapter" else _users(load(target))
+    options = {"epochs": epochs, "examples": examples, "depth": depth, "has_aux": has_aux}
     path = out or Path(f"{re.sub(r'[^A-Za-z0-9]+', '_', target.rpartition(':')[2])}.html")
-    console = Console(stderr=True)
-    with (
-        console.status("Both sweeps, equations, costs, training …") if console.is_terminal else nullcontext()
-    ):
+    emit(lambda: write(target, parse_argnums(argnums), options), as_json, path)
+
+
+def write(target: str, argnums: Sequence[int] | None, options: dict[str, Any]) -> Output:
+    """Gather, write the page, and say what is on it."""
+    try:
+        # What would be missed in the end is looked for first.
+        renderer()
+        find_engine(None)
+    except (fp.ReportError, fp.DrawingError) as error:
+        raise TargetError(str(error)) from None
+    found, setup = _on_digits() if target == "chapter" else _users(load(target))
+    with bar(target, counted=False) as update:
         with users_code(f"target {target!r}: the report failed", found.module):
-            of = fp.report(found.function, argnums, title=target, setup=setup, **options)
+
+            def progress(part: str) -> None:
+                update(description=f"{target}: {part}")
+
+            of = fp.report(found.function, argnums, title=target, setup=setup, progress=progress, **options)
             page = of(*found.args, **found.kwargs)
         try:
             text = page.html
         except (fp.ReportError, fp.DrawingError) as error:
             raise TargetError(str(error)) from None
-    with written(path):
-        path.write_text(text, encoding="utf-8")
     size = len(text.encode())
     value = "" if page.value is None else f"J = {digits(page.value)}, "
-    line = f"{path}: {value}{len(page.graph)} operators, {size / 1e6:.1f} MB. Open it in a browser."
-    data = {"target": target, "out": str(path), "bytes": size, "value": number(page.value), **page.as_dict()}
-    if page.curves is not None:
-        data["training"]["metrics"] = {k: list(map(number, v)) for k, v in page.curves.metrics.items()}
-    return Output(line, data)
+    line = f"{value}{len(page.graph)} operators, {size / 1e6:.1f} MB. Open it in a browser."
+    return Output(
+        line, {"target": target, "out": None, "bytes": size, "value": page.value, **page.as_dict()}, text
+    )
 
 
 def _users(target: Target) -> tuple[Target, Setup | None]:

@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 
 import funcprop as fp
-from funcprop.cli.options import ArgnumsOrAll, AsJson, TargetName, parse_argnums
-from funcprop.cli.output import Output, emit, written
+from funcprop.cli.options import ArgnumsOrAll, AsJson, HasAux, TargetName, parse_argnums
+from funcprop.cli.output import Output, emit
 from funcprop.cli.target import Target, TargetError, load, users_code
+from funcprop.progress import bar
 
 
 def second(
@@ -23,10 +24,11 @@ def second(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="how often each program is run")] = 10,
     out: Annotated[Path | None, typer.Option(help="file to write: .txt the table, .json the data")] = None,
+    has_aux: HasAux = False,
     as_json: AsJson = False,
 ) -> None:
     """Matrix products, bytes and time of gradient, HVP, Gauss-Newton product and Hessian."""
-    emit(lambda: report(load(target), parse_argnums(argnums), output, repeats, out), as_json)
+    emit(lambda: report(load(target, has_aux), parse_argnums(argnums), output, repeats, out), as_json, out)
 
 
 def report(
@@ -35,11 +37,14 @@ def report(
     """The table of `fp.second_order_cost`, also written to a file if there is one."""
     if out is not None and out.suffix not in (".txt", ".json"):
         raise TargetError(f"--out {str(out)!r}: its suffix does not say what to write; use .txt or .json.")
-    with users_code(f"target {target.label!r}: counting failed", None):
+    with (
+        bar(f"{target.label}: second derivatives", counted=False),
+        users_code(f"target {target.label!r}: counting failed", None),
+    ):
         costs = fp.second_order_cost(target.function, argnums, output=output, repeats=repeats)
         found = costs(*target.args, **target.kwargs)
     text, data = str(found), {"target": target.label, **found.as_dict()}
-    if out is not None:
-        with written(out):
-            out.write_text((text if out.suffix == ".txt" else json.dumps(data)) + "\n", encoding="utf-8")
-    return Output(text, data)
+    if out is None:
+        return Output(text, data)
+    content = text if out.suffix == ".txt" else json.dumps(data)
+    return Output(f"the table of {target.label}\n\n{text}", data, content + "\n")

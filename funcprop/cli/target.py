@@ -12,7 +12,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 import funcprop
 from funcprop import models
-from funcprop.calls import has_values
+from funcprop.calls import has_values, without_aux
 
 USAGE = "write module:function, file.py:function, or the built-in `chapter`"
 
@@ -59,12 +59,17 @@ class Target:
             )
 
 
-def load(target: str) -> Target:
+def load(target: str, has_aux: bool = False) -> Target:
     """The target's function, with the arguments that its module's `example()` returns.
+
+    With `has_aux` it returns a pair, of which the second is left out.
 
     Raises:
         TargetError: it cannot be imported, is not a function, or its arguments are not known.
     """
+    if has_aux:
+        found = load(target)
+        return replace(found, function=without_aux(found.function))
     if target == "chapter":
         return Target(target, models.chapter, chapter_example(), {})
     function, module = load_function(target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from funcprop import Propagation, backprop, training
 from funcprop.cli.options import AsJson
 from funcprop.cli.output import Output, describe, digits, dimensions, emit, nonfinite_data, number, table
 from funcprop.cli.target import TargetError, load_function, users_code
+from funcprop.progress import bar
 from funcprop.training import Epoch, Setup
 
 
@@ -142,23 +140,15 @@ def as_setup(target: str, given: Any) -> Setup:
 
 def with_progress(setup: Setup, key: Any) -> Iterator[Epoch]:
     """Train with a progress bar on stderr, if that is a terminal."""
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    bar = Progress(
-        *columns,
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-        # On one terminal, lines are printed above the bar; a redirected stdout must get them itself.
-        redirect_stdout=sys.stdout.isatty(),
-    )
-    with bar as progress:
-        task = progress.add_task("epoch 1", total=None)
+    with bar("epoch 1") as update:
+        steps = 0
 
         def counted(batches: Iterable[Any]) -> Iterator[Any]:
+            nonlocal steps
             for batch in batches:
                 yield batch
-                progress.advance(task)
+                steps += 1
+                update(completed=steps)
 
         def batches(key: Any) -> Iterator[Any]:
             return counted(setup.batches(key) if callable(setup.batches) else setup.batches)
@@ -173,8 +163,8 @@ def with_progress(setup: Setup, key: Any) -> Iterator[Epoch]:
             key=key,
         )
         for epoch in trained:
-            steps = progress.tasks[0].completed / epoch.number
-            progress.update(task, description=f"epoch {epoch.number + 1}", total=steps * setup.epochs)
+            total = steps / epoch.number * setup.epochs
+            update(description=f"epoch {epoch.number + 1}", total=total)
             yield epoch
 
 

@@ -7,7 +7,7 @@ that of another part of the data.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,8 @@ import numpy as np
 import scipy.sparse.linalg
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
+
+from funcprop.progress import bar
 
 Batches = Callable[[], Iterable[Any]] | Iterable[Any]
 
@@ -42,7 +44,7 @@ def accumulate(
     batches: Batches,
     *,
     state: Accumulated | None = None,
-    progress: Callable[[int, Accumulated], None] | None = None,
+    progress: bool | Callable[[int, Accumulated], None] = False,
 ) -> Accumulated:
     """The mean of a quantity over a data set: `Σ_b n_b q_b / Σ_b n_b`, with `q_b = quantity(*batch)`.
 
@@ -55,8 +57,8 @@ def accumulate(
             `quantity(batch)` for any other. It is jitted.
         batches: the minibatches, or a function of no arguments that returns them.
         state: what has been accumulated before: as many minibatches are skipped, and the pass continues.
-        progress: called as `progress(number, state)` after every minibatch; saving `state` there makes the
-            pass resumable.
+        progress: True for a progress bar on stderr (needs rich), if that is a terminal; or what is called as
+            `progress(number, state)` after every minibatch; saving `state` there makes the pass resumable.
 
     Raises:
         LoaderError: the skipped minibatches are not those that had been accumulated; it names the first that
@@ -74,7 +76,7 @@ def accumulate(
     compiled = jax.jit(lambda batch: _applied(quantity, batch))
     skipped = 0 if state is None else int(state.batches)
     checksum, number = 0, 0
-    for number, batch in enumerate(batches() if callable(batches) else batches, start=1):
+    for number, batch in _visited(batches, progress is True, "curvature of minibatches"):
         checksum = _checksum(batch, checksum)
         if number <= skipped:
             if number == skipped and state is not None and checksum != int(state.checksum):
@@ -88,7 +90,7 @@ def accumulate(
         size = _examples(batch, number)
         one = Accumulated(found, np.int64(size), np.int64(1), np.uint32(checksum))
         state = one if state is None else merge(state, one)._replace(checksum=np.uint32(checksum))
-        if progress is not None:
+        if callable(progress):
             progress(number, state)
     if number < skipped:
         raise LoaderError(
@@ -173,6 +175,7 @@ def over_batches(
     batches: Callable[[], Iterable[Any]],
     *,
     check: bool = True,
+    progress: bool = False,
 ) -> scipy.sparse.linalg.LinearOperator:
     """The mean of an operator over a data set, for SciPy's solvers: every product is one pass over the data.
 
@@ -184,9 +187,10 @@ def over_batches(
         params: a pytree of arrays.
         batches: a function of no arguments that returns the minibatches of one pass.
         check: whether `check_deterministic` is run first.
+        progress: whether every product shows a progress bar on stderr (needs rich), if that is a terminal.
 
     Raises:
-        LoaderError: as in `check_deterministic`.
+        LoaderError: as in `check_deterministic`, or there are no minibatches.
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp, scipy.sparse.linalg
@@ -207,15 +211,31 @@ def over_batches(
     def matvec(v: np.ndarray) -> np.ndarray:
         column = jnp.asarray(v, flat.dtype).ravel()
         total, count = np.zeros(flat.size, flat.dtype), 0
-        for number, batch in enumerate(batches(), start=1):
+        for number, batch in _visited(batches, progress, "a product over minibatches"):
             size = _examples(batch, number)
             total += size * np.asarray(product(batch, column))
             count += size
+        if not count:
+            raise LoaderError(
+                "over_batches: there are no minibatches; return new ones whenever it is called."
+            )
         return total / count
 
     return scipy.sparse.linalg.LinearOperator(
         (flat.size, flat.size), matvec, rmatvec=matvec, dtype=flat.dtype
     )
+
+
+def _visited(batches: Batches, progress: bool, doing: str) -> Iterator[tuple[int, Any]]:
+    """The minibatches with their numbers, from 1, and a bar that counts those that are done."""
+    given = batches() if callable(batches) else batches
+    if not progress:
+        yield from enumerate(given, start=1)
+        return
+    with bar(doing, len(given) if isinstance(given, Sized) else None) as update:
+        for number, batch in enumerate(given, start=1):
+            yield number, batch
+            update(completed=number)
 
 
 def _applied(function: Callable[..., Any], batch: Any) -> Any:

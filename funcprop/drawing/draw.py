@@ -13,7 +13,7 @@ from funcprop.drawing.difference import Difference
 from funcprop.drawing.distant import far_edges
 from funcprop.drawing.dot import dot
 from funcprop.drawing.geometry import size_of
-from funcprop.drawing.layout import MANY, Direct, DrawingError, Engine, Layout, lay_out
+from funcprop.drawing.layout import MANY, Direct, DrawingError, Engine, Layout, lay_out, require_known
 from funcprop.drawing.loops import open_loops
 from funcprop.drawing.markup import as_json, mermaid
 from funcprop.drawing.picture import Picture, node_ids
@@ -163,7 +163,8 @@ def draw(
 
     Raises:
         TypeError: `graph` is none of these.
-        DrawingError: another suffix, or (when SVG is asked for) no layout engine, or one that failed.
+        DrawingError: another suffix, or an unknown engine; or (when SVG is asked for) no layout engine, or
+            one that failed.
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
@@ -173,6 +174,7 @@ def draw(
     """
     if path is not None:
         written_by(path)
+    require_known(engine)
     if isinstance(graph, BackwardGraph | SecondOrderGraph | Difference):
         shown = graph.shown()
     elif isinstance(graph, Graph):

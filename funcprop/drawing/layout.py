@@ -125,14 +125,19 @@ def lay_out(
     return _parse(json.loads(done.stdout), edges, direct)
 
 
+def require_known(engine: Engine | None) -> None:
+    """Raise a DrawingError if there is no engine of this name; None stands for any."""
+    if engine is not None and engine not in ENGINES:
+        raise DrawingError(f"fp.draw: engine={engine!r} is not known; choose one of {', '.join(ENGINES)}.")
+
+
 def find_engine(engine: Engine | None, preferred: Sequence[Engine] = ENGINES) -> tuple[Engine, str]:
     """An engine and its program; without one asked for, the first of the preferred that is installed.
 
     Raises:
         DrawingError: it is not installed, or there is no engine of this name.
     """
-    if engine is not None and engine not in ENGINES:
-        raise DrawingError(f"fp.draw: engine={engine!r} is not known; choose one of {', '.join(ENGINES)}.")
+    require_known(engine)
     for name in preferred if engine is None else (engine,):
         # A wheel's program is beside the interpreter, also when that directory is not on the path.
         beside = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]

@@ -63,6 +63,11 @@ def each(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
 def paddings(padding: Padding, rank: int) -> Any:
     """As `lax` takes it: `"SAME"`, `"VALID"`, or a pair for every spatial axis."""
     if isinstance(padding, str):
+        if padding.upper() not in ("SAME", "SAME_LOWER", "VALID"):
+            raise ValueError(
+                f"padding={padding!r} is not known; use 'SAME', 'VALID', a number, or for each axis a number "
+                "or a pair."
+            )
         return padding
     both = (padding,) * rank if isinstance(padding, int) else padding
     return tuple((p, p) if isinstance(p, int) else tuple(p) for p in both)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from funcprop import _compat
-from funcprop.calls import Call, is_array, traced
+from funcprop.calls import Call, is_array, pair, traced
 from funcprop.memory.ledger import Category
 from funcprop.objective import differentiable, positions
 from funcprop.registry import RuleSet
@@ -107,7 +107,7 @@ class Subject:
         def flat(*values: Any) -> list[Any]:
             call_args, call_kwargs = call.arguments(call.filled(values))
             returned = fun(*call_args, **call_kwargs)
-            result, rest = _split(returned, has_aux, has_state)
+            result, rest = _split(returned, has_aux, has_state, fun)
             arrays = _arrays(result)
             if not arrays and (other := jax.tree.leaves(result)):
                 raise TypeError(
@@ -171,7 +171,7 @@ class Subject:
             shapes = ", ".join(str(t) for t in self.results)
             raise TypeError(
                 f"{self.label} returns ({shapes}), but optimizer= needs the gradient of one real scalar; "
-                "return the loss (with has_aux, and auxiliary data), or account it without an optimizer."
+                "return the loss, other results as auxiliary data (has_aux), or leave optimizer= out."
             )
         state = jax.eval_shape(optimizer.init, self._tree([self._type(i) for i in self.chosen]))
         state_leaves, state_tree = jax.tree.flatten_with_path(state)
@@ -215,7 +215,8 @@ class Subject:
         for i, value in [*zip(self.chosen, chosen, strict=True), *zip(rest, others, strict=True)]:
             leaves[i] = value
         call_args, call_kwargs = self.call.arguments(leaves)
-        result, extra = _split(self.fun(*call_args, **call_kwargs), self.has_aux, self.has_state)
+        returned = self.fun(*call_args, **call_kwargs)
+        result, extra = _split(returned, self.has_aux, self.has_state, self.fun)
         return _arrays(result), _arrays(extra)
 
     def _tree(self, chosen: Sequence[Any]) -> Any:
@@ -259,17 +260,11 @@ def _first(returned: tuple[list[Any], Any]) -> tuple[Any, Any]:
     return returned[0][0], returned[1]
 
 
-def _split(returned: Any, has_aux: bool, has_state: bool) -> tuple[Any, Any]:
+def _split(returned: Any, has_aux: bool, has_state: bool, fun: Callable[..., Any]) -> tuple[Any, Any]:
     """The function's own result, and auxiliary data with the new state of models."""
     own, state = returned if has_state else (returned, None)
-    if not has_aux:
-        return own, (None, state)
-    if not (isinstance(own, tuple | list) and len(own) == 2):
-        raise TypeError(
-            f"has_aux=True, but the function returns {type(own).__name__}; return the pair (result, "
-            "auxiliary data)."
-        )
-    return own[0], (own[1], state)
+    result, aux = pair(own, fun) if has_aux else (own, None)
+    return result, (aux, state)
 
 
 def _arrays(tree: Any) -> list[Any]:

@@ -49,6 +49,11 @@ class Proof(NamedTuple):
     rematerialized: Compiled
     without_options: Compiled | None
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        named = self._asdict().items()
+        return {name: None if c is None else {**c._asdict(), "total": c.total} for name, c in named}
+
     def __str__(self) -> str:
         rows = [("compiled gradient", "temp bytes", "all bytes", "FLOPs")]
         named = {

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from funcprop.backprop import backprop
-from funcprop.calls import has_values
+from funcprop.calls import has_values, without_aux
 from funcprop.drawing import Drawing, draw
 from funcprop.equations import Derivation, derive
 from funcprop.graph import Graph
@@ -96,13 +96,7 @@ class Report:
             ReportError: jinja2, which writes it, is not installed.
             DrawingError: there is no layout engine.
         """
-        try:
-            from funcprop.report.page import render
-        except ModuleNotFoundError as error:
-            raise ReportError(
-                f"fp.report: the page needs {error.name!r}; pip install 'funcprop[draw]' brings it."
-            ) from error
-        return render(self)
+        return renderer()(self)
 
     def as_dict(self) -> dict[str, Any]:
         """The numbers of the page as plain data, for JSON; statistics are of finite entries."""
@@ -128,9 +122,25 @@ class Report:
         return f'<iframe {frame} title="{escape(self.title)}" srcdoc="{escape(self.html)}"></iframe>'
 
 
+def renderer() -> Callable[[Report], str]:
+    """What writes the page.
+
+    Raises:
+        ReportError: jinja2 is not installed.
+    """
+    try:
+        from funcprop.report.page import render
+    except ModuleNotFoundError as error:
+        raise ReportError(
+            f"fp.report: the page needs {error.name!r}; pip install 'funcprop[draw]' brings it."
+        ) from error
+    return render
+
+
 def report(
     fun: Callable[..., Any],
     argnums: Argnums = 0,
+    has_aux: bool = False,
     *,
     rules: RuleSet | None = None,
     title: str | None = None,
@@ -140,6 +150,7 @@ def report(
     examples: bool = False,
     depth: int | None = None,
     fold: bool = True,
+    progress: Callable[[str], None] | None = None,
 ) -> Callable[..., Report]:
     """One self-contained HTML page about a scalar function: `report(fun)(*args, **kwargs) -> Report`.
 
@@ -154,6 +165,7 @@ def report(
     Args:
         fun: returns a real scalar.
         argnums: the arguments to differentiate with respect to, as in `fp.backprop`.
+        has_aux: `fun` returns the scalar and auxiliary data, which are left out.
         rules: a rule set for the sweeps; `fp.rules.handwritten` if None.
         title: the heading; the function's name if None.
         setup: a training run whose curves are shown.
@@ -162,6 +174,9 @@ def report(
         depth, fold: how the graph is drawn, as in `fp.draw`, with open loops; without `depth`, in a graph of
             more than 400 nodes loops are closed, then inner scopes, then runs of operators collapsed. A page
             of 2 MB or more has fewer statistics of values without a name. The page says what it leaves out.
+        depth, fold: how the graph is drawn, as in `fp.draw`; without `depth`, inner scopes of a graph that
+            has more than 400 nodes are collapsed.
+        progress: called with what is being computed, before every part of the page.
 
     Raises:
         TypeError: `fun` does not return one real scalar, or an argument at `argnums` has no derivative.
@@ -175,14 +190,34 @@ def report(
         True
     """
 
+    scalar = without_aux(fun) if has_aux else fun
+
+    def doing(part: str) -> None:
+        if progress is not None:
+            progress(part)
+
     def write(*args: Any, **kwargs: Any) -> Report:
-        derivation = derive(fun, argnums)(*args, **kwargs)
+        doing("equations")
+        derivation = derive(scalar, argnums)(*args, **kwargs)
         traced = derivation.traced
         is_concrete = has_values(traced.leaves)
-        propagation = backprop(fun, argnums, rules=rules)(*args, **kwargs) if is_concrete else None
+        doing("both sweeps")
+        propagation = backprop(scalar, argnums, rules=rules)(*args, **kwargs) if is_concrete else None
         numbers = _all_smooth(args) if argnums is None else positions(argnums)
         costs = second_order_cost(fun, argnums, rules=rules, repeats=3, patience=2.0)(*args, **kwargs)
         drawing, inside, notes = picture_of(traced.graph, depth, fold)
+        doing("the graph's picture")
+        inside, drawing = _drawing(traced.graph, depth, fold)
+        inspection = inspect(derivation, propagation, inside, examples)
+        doing("costs of derivatives")
+        costs = second_order_cost(scalar, argnums, rules=rules, repeats=3, patience=2.0)(*args, **kwargs)
+        doing("memory")
+        footprints = memory(scalar, numbers, args, kwargs, setup)
+        doing("the Hessian's spectrum")
+        spectrum = top(scalar, numbers, args, kwargs, costs) if is_concrete else None
+        doing("a training run")
+        curves = None if setup is None else train(setup, min(epochs, setup.epochs), seconds)
+        doing("layout")
         return Report(
             traced.graph.name if title is None else title,
             derivation,
@@ -190,12 +225,13 @@ def report(
             drawing,
             notes,
             inspect(derivation, propagation, inside, examples),
+            inspection,
             None if propagation is None else float(propagation.value),
             first_nonfinite(propagation),
             costs,
-            memory(fun, numbers, args, kwargs, setup),
-            top(fun, numbers, args, kwargs, costs) if is_concrete else None,
-            None if setup is None else train(setup, min(epochs, setup.epochs), seconds),
+            footprints,
+            spectrum,
+            curves,
         )
 
     return write
