@@ -230,7 +230,7 @@ def main() -> None:
         for model, found in results.items()
     }
     content[DIAGONAL] = {name: m._asdict() for name, m in diagonals.items()}
-    write("curvature_benchmark", content, lambda path: draw(results, path))
+    write("curvature_benchmark", options.smoke, content, lambda path: draw(results, path))
 
 
 if __name__ == "__main__":
