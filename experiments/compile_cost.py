@@ -152,7 +152,9 @@ def main() -> None:
         report(name, costs)
     numbers = {name: {way: c._asdict() for way, c in costs.items()} for name, costs in results.items()}
     content = {"jax": jax.__version__, "equations": count, "repeats": repeats, **numbers}
-    write("compile_cost", content, lambda path: draw(results["transformer"], path), default=float)
+    write(
+        "compile_cost", options.smoke, content, lambda path: draw(results["transformer"], path), default=float
+    )
 
 
 if __name__ == "__main__":

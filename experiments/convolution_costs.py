@@ -211,7 +211,7 @@ def main() -> None:
         {**r._asdict(), "shape": r.shape._asdict(), "xla": r.xla._asdict(), "other": r.other._asdict()}
         for r in rows
     ]
-    write("convolution_costs", content, lambda path: draw(rows, path))
+    write("convolution_costs", options.smoke, content, lambda path: draw(rows, path))
 
 
 if __name__ == "__main__":

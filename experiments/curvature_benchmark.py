@@ -6,9 +6,11 @@ constants (XLA would fold them). All programs of a model take turns; each turn g
 time to the gradient's of the same turn, and the table shows the median of these paired ratios with its
 quartiles, beside the fastest time. A star marks a bound that is not reached.
 
-`--peer` adds libraries for PyTorch, as far as they are installed, with the same weights and data: what they
-compute is compared with ours (1e-4 of the largest entry) before any time is taken; `÷ own` is their time to
-PyTorch's own gradient, `÷ ours` to our time in the same turn.
+`--peer` adds BackPACK, curvlinops and laplace-torch for PyTorch and kfac-jax for JAX, as far as they are
+installed, with the same weights and data. What they compute is compared with ours before any time is taken:
+1e-4 of the largest entry of each parameter, by the conventions that `benchmark_cases/curvature_peers` tells.
+What is drawn at random is not compared; the input factors of KFAC are not random. `÷ own` is their time to
+the gradient of their own framework, `÷ ours` to our time in the same turn.
 
 The exact Hessian diagonal has two models of its own and is measured against what it replaces: as many
 Hessian-vector products as there are parameters, each the jitted `jax.jvp` of `jax.grad`. A run of them is
@@ -97,39 +99,37 @@ def measure(
 
 def measure_peers(
     model: str, p: Problem, ours: dict[str, Callable[[], Any]], repeats: int
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """The libraries' fastest seconds, taken in turn with ours, after a comparison of what they compute."""
-    from benchmark_cases import torch_curvature
+    from benchmark_cases import curvature_peers
 
-    steps = {}
-    for quantity, library, actual, step in torch_curvature.steps(model, p, list(ours)):
-        expected = ours[quantity]()
-        if quantity == GRADIENT:
-            expected = expected[1]
-        if quantity in torch_curvature.COMPARED:
-            expected = expected[torch_curvature.COMPARED[quantity]]
-        difference = torch_curvature.difference(expected, actual())
-        if not difference <= AGREEMENT:  # NaN compares as false
+    steps, differences = {}, {}
+    for peer in curvature_peers.peers(model, p, list(ours)):
+        expected = curvature_peers.SHOWN[peer.quantity](ours[peer.quantity]())
+        difference = curvature_peers.difference(expected, peer.way.value())
+        if difference is not None and not difference <= AGREEMENT:  # NaN compares as false
             raise AssertionError(
-                f"{model}, {quantity}: {library} differs by {difference:.1e} of the largest entry."
+                f"{model}, {peer.quantity}: {peer.library} differs by {difference:.1e} of a largest entry."
             )
-        steps[quantity, library] = step
-        steps[quantity, "ours"] = ours[quantity]
+        differences[peer] = difference
+        steps[peer.quantity, peer.library] = peer.way.step
+        steps[peer.quantity, "ours"] = ours[peer.quantity]
+    steps[GRADIENT, "ours"] = ours[GRADIENT]
     times = interleaved(steps, repeats)
-    own = times[GRADIENT, "torch"]
     found = {}
-    for (quantity, library), seconds in times.items():
-        if library == "ours":
-            continue
+    for peer, difference in differences.items():
+        seconds = times[peer.quantity, peer.library]
         row = {
             "seconds": float(seconds.min()),
-            "to its gradient": float(np.median(seconds / own)),
-            "to ours": float(np.median(seconds / times[quantity, "ours"])),
+            "to its gradient": float(np.median(seconds / times[GRADIENT, peer.own])),
+            "to ours": float(np.median(seconds / times[peer.quantity, "ours"])),
+            "difference": difference,
         }
-        found[f"{quantity}, {library}"] = row
+        found[f"{peer.quantity}, {peer.library}"] = row
+        compared = "random" if difference is None else f"{difference:.0e}"
         print(
-            f"{model:5} {quantity:28} {library:14}{row['seconds'] * 1e3:9.1f} ms, ÷ own "
-            f"{row['to its gradient']:.2f}, ÷ ours {row['to ours']:.2f}",
+            f"{model:5} {peer.quantity:28} {peer.library:14}{row['seconds'] * 1e3:9.1f} ms, ÷ own "
+            f"{row['to its gradient']:6.2f}, ÷ ours {row['to ours']:6.2f}, difference {compared}",
             flush=True,
         )
     return found
@@ -209,7 +209,7 @@ def main() -> None:
     print(f"jax {jax.__version__}, {jax.default_backend()}, rules {fp.rules.default.name}")
     print(f"{'':43}{'ms':>9}{'ratio':>8}{'quartiles':>14}{'≤':>8}{'temp MB':>10}")
     results: dict[str, dict[str, Measured]] = {}
-    peers: dict[str, dict[str, dict[str, float]]] = {}
+    peers: dict[str, dict[str, dict[str, float | None]]] = {}
     for model, (full, small) in PROBLEMS.items():
         if options.model not in (None, model):
             continue
@@ -230,7 +230,7 @@ def main() -> None:
         for model, found in results.items()
     }
     content[DIAGONAL] = {name: m._asdict() for name, m in diagonals.items()}
-    write("curvature_benchmark", content, lambda path: draw(results, path))
+    write("curvature_benchmark", options.smoke, content, lambda path: draw(results, path))
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def main() -> None:
         f"{2 / threshold:.6f}": {**assess(run, threshold)._asdict(), "sharpness": run.sharpness.tolist()}
         for threshold, run in runs.items()
     }
-    write("edge_of_stability", content, lambda path: draw(runs, path))
+    write("edge_of_stability", options.smoke, content, lambda path: draw(runs, path))
 
 
 if __name__ == "__main__":

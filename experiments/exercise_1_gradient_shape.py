@@ -118,7 +118,7 @@ def main() -> None:
                     f"{r['hessian_entries_predicted']:10,}{r['hessian_entries']:10,}"
                     f"{r['deviation_of_gradient']:10.0e}{r['deviation_of_hessian']:10.0e}"
                 )
-        write("exercise_1_gradient_shape", results, lambda path: draw(results, path))
+        write("exercise_1_gradient_shape", options.smoke, results, lambda path: draw(results, path))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
-from running import RESULTS, command_line, write
+from running import command_line, folder, write
 
 import funcprop as fp
 
@@ -51,8 +51,8 @@ def deviation(actual: Any, expected: Any) -> float:
     return float(np.max(np.abs(np.asarray(actual) - expected)) / np.max(np.abs(expected)))
 
 
-def measure(inputs: int, hidden: int, outputs: int, batch: int) -> dict[str, Any]:
-    """Both graphs, the equations, and the gradients beside their oracles."""
+def measure(where: Path, inputs: int, hidden: int, outputs: int, batch: int) -> dict[str, Any]:
+    """Both graphs, drawn into a folder, the equations, and the gradients beside their oracles."""
     params, xs, ys, λ = example(inputs, hidden, outputs, batch)
     plain = {name: w for name, w in params.items() if name != "b"}
     one = xs[0], ys[0], λ
@@ -89,8 +89,8 @@ def measure(inputs: int, hidden: int, outputs: int, batch: int) -> dict[str, Any
     assert found["deviation_from_differences"] < 1e-6
     assert max(found["decay_in_b"]) == 0 < found["decay_in_W1"][1]
     assert any(line.startswith("∂J/∂b = ") and "λ" not in line for line in new), new
-    fp.draw(fp.diff(*graphs), RESULTS / "exercise_2_bias.svg")
-    fp.draw(fp.diff(*sweeps), RESULTS / "exercise_2_bias_both_sweeps.svg")
+    fp.draw(fp.diff(*graphs), where / "exercise_2_bias.svg")
+    fp.draw(fp.diff(*sweeps), where / "exercise_2_bias_both_sweeps.svg")
     return found
 
 
@@ -115,9 +115,9 @@ def main() -> None:
     """Measure, print, and write `results/exercise_2_bias.json`, `.png` and two `.svg`."""
     parser = command_line(__doc__, smoke="a small model")
     options = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
+    where = folder(options.smoke)
     with jax.enable_x64(True):
-        found = measure(3, 4, 2, 3) if options.smoke else measure(8, 6, 3, 32)
+        found = measure(where, 3, 4, 2, 3) if options.smoke else measure(where, 8, 6, 3, 32)
     for title in ("new_equations", "forward_difference", "both_sweeps_difference"):
         print(title.replace("_", " "), *("  " + line for line in found[title]), sep="\n")
     for key in ("deviation_from_sum", "deviation_from_jax_grad", "deviation_from_differences"):
@@ -127,7 +127,7 @@ def main() -> None:
         for λ, w, b in zip(STRENGTHS, found["decay_in_W1"], found["decay_in_b"], strict=True)
     )
     print(f"relative change of ∂J/∂W1 and of ∂J/∂b by λ: {changes}")
-    write("exercise_2_bias", found, lambda path: draw(found, path), ensure_ascii=False)
+    write("exercise_2_bias", options.smoke, found, lambda path: draw(found, path), ensure_ascii=False)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def main() -> None:
     print(f"{'program':12} {'batch':>6} {columns}")
     batches = [1024] if options.smoke else [256, 1024, 4096]
     lines = [line for batch in batches for line in measure(batch, 784, 256, 10)]
-    write("exercise_3_memory", lines, lambda path: draw(lines, path))
+    write("exercise_3_memory", options.smoke, lines, lambda path: draw(lines, path))
 
 
 if __name__ == "__main__":

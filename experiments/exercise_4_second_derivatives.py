@@ -129,7 +129,7 @@ def main() -> None:
             print(line(row["name"], found["law"][row["name"]], row))
         counts = ", ".join(f"{n} {name}" for name, n in found["classes"].items())
         print(f"  operators of the Hessian-vector product: {counts}", flush=True)
-    write("exercise_4_second_derivatives", results, lambda path: draw(results, path))
+    write("exercise_4_second_derivatives", options.smoke, results, lambda path: draw(results, path))
 
 
 if __name__ == "__main__":

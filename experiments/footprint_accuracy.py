@@ -94,7 +94,7 @@ def main() -> None:
         if abs(float(str(line[which])) - 1) > bound(str(line["family"]))
     ]
     print(f"{2 * len(lines) - len(outside)} of {2 * len(lines)} ratios within the bounds")
-    write("footprint_accuracy", lines, lambda path: draw(lines, path))
+    write("footprint_accuracy", options.smoke, lines, lambda path: draw(lines, path))
 
 
 if __name__ == "__main__":

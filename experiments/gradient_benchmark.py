@@ -163,7 +163,7 @@ def main() -> None:
         print(line(name, row, results[name]), flush=True)
     peers = measure_torch(results, repeats, options.smoke) if options.peer else {}
     content = {name: {**m._asdict(), "peers": peers.get(name, {})} for name, m in results.items()}
-    write("gradient_benchmark", content, lambda path: draw(results, rows, path), default=float)
+    write("gradient_benchmark", options.smoke, content, lambda path: draw(results, rows, path), default=float)
 
 
 if __name__ == "__main__":

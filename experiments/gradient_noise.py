@@ -214,7 +214,7 @@ def main() -> None:
         print(f"{target:6.2f}{least:8.0f}{critical:9.1f}{scale:13.1f}{of_all:13.1f}{critical / of_all:13.2f}")
     content = {"steps": dict(zip(map(str, batches), steps.tolist(), strict=True)), "targets": table}
     content["noise of all data"] = [{**n._asdict(), "scale": n.scale} for n in exact]
-    write("gradient_noise", content, lambda path: draw(batches, steps, fits, exact, path))
+    write("gradient_noise", options.smoke, content, lambda path: draw(batches, steps, fits, exact, path))
 
 
 if __name__ == "__main__":

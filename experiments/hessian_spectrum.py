@@ -205,7 +205,7 @@ def main() -> None:
             )
         densities[classes] = density(params, x, y, options.smoke)
     content = {str(k): [{**s._asdict(), "outliers": s.outliers} for s in seen] for k, seen in found.items()}
-    write("hessian_spectrum", content, lambda path: draw(found, densities, path))
+    write("hessian_spectrum", options.smoke, content, lambda path: draw(found, densities, path))
 
 
 if __name__ == "__main__":

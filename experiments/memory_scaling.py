@@ -123,7 +123,12 @@ def main() -> None:
             ratios = [p[f"{program} predicted"] / p[program] for p in chosen]
             c0, c1, r2 = fits[key]
             print(f"{key:34} {c0:12,.0f} {c1:9.1f} {r2:8.5f}  {min(ratios):9.3f} to {max(ratios):.3f}")
-    write("memory_scaling", {"points": points, "fits": fits}, lambda path: draw(points, fits, path))
+    write(
+        "memory_scaling",
+        options.smoke,
+        {"points": points, "fits": fits},
+        lambda path: draw(points, fits, path),
+    )
 
 
 if __name__ == "__main__":

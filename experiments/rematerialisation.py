@@ -203,7 +203,12 @@ def main() -> None:
         f"transformer, {blocks} blocks": {name: m._asdict() for name, m in found.items()}
         for blocks, found in results.items()
     }
-    write("rematerialisation", {"jax": jax.__version__, **content}, lambda path: draw(results, path))
+    write(
+        "rematerialisation",
+        options.smoke,
+        {"jax": jax.__version__, **content},
+        lambda path: draw(results, path),
+    )
 
 
 if __name__ == "__main__":

@@ -258,7 +258,7 @@ def main() -> None:
             )
     print("*: the best value is at an end of its grid")
     content = {p: {n: s._asdict() for n, s in each.items()} for p, each in found.items()}
-    write("second_order_training", content, lambda path: draw(found, path))
+    write("second_order_training", options.smoke, content, lambda path: draw(found, path))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The quantities of `curvature_benchmark.py`: a program for each, and the bounds that are sought.
 
-A quantity is added by one entry of `QUANTITIES`, and by one of `torch_curvature.PEERS` if a neighbour has it.
+A quantity is added by one entry of `QUANTITIES`; if a neighbour has it, by one of `curvature_peers.SHOWN` and
+of the neighbour's `WAYS`.
 """
 
 from __future__ import annotations
@@ -111,6 +112,13 @@ def _per_example(*names: str) -> Callable[[Problem], Program]:
     return program
 
 
+def _predictive(p: Problem) -> Program:
+    """The outputs' covariances of a few examples, by a posterior that has been fitted."""
+    fit = fp.curvature.laplace(lambda params, x: p.model(params, x[None])[0], "categorical")
+    posterior = jax.jit(fit)(p.params, p.x, p.y)
+    return Program(lambda posterior, x: posterior.predictive(x), (posterior, p.x[:PREDICTED]))
+
+
 # What the joint pass is measured by: its time ÷ the sum of the times of these.
 PARTS = (
     "variance, with gradient",
@@ -118,6 +126,7 @@ PARTS = (
     "Gauss-Newton diagonal",
     "KFAC factors, Monte-Carlo",
 )
+PREDICTED = 8  # examples whose outputs' covariances are computed
 JOINT, JOINT_BOUND = "these four in one pass", 0.65
 
 QUANTITIES: dict[str, Quantity] = {
@@ -129,5 +138,7 @@ QUANTITIES: dict[str, Quantity] = {
     "Gauss-Newton diagonal": Quantity(_per_example("diag_ggn"), {"MLP": 2.2, "CNN": 5.0}),
     "diagonal, Monte-Carlo": Quantity(_per_example("diag_ggn_mc"), {"MLP": 1.2, "CNN": 0.8}),
     "KFAC factors, Monte-Carlo": Quantity(_per_example("kfac"), {"MLP": 1.6, "CNN": 1.1}),
+    "KFAC factors, exact": Quantity(_per_example("kflr"), {}),
+    "posterior variances": Quantity(_predictive, {}),
     JOINT: Quantity(_per_example("norm", "variance", "diag_ggn", "kfac"), {}),
 }

@@ -20,8 +20,15 @@ def command_line(description: str | None, smoke: str) -> argparse.ArgumentParser
     return parser
 
 
-def write(name: str, content: Any, draw: Callable[[Path], None], **options: Any) -> None:
-    """Write `results/NAME.json`, with the options of `json.dumps`, and let `draw` make `results/NAME.png`."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2, **options))
-    draw(RESULTS / f"{name}.png")
+def folder(smoke: bool) -> Path:
+    """Where results go: `results`, or `results/smoke`, so that a trial leaves those of the full run alone."""
+    found = RESULTS / "smoke" if smoke else RESULTS
+    found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def write(name: str, smoke: bool, content: Any, draw: Callable[[Path], None], **options: Any) -> None:
+    """Write `NAME.json` into the folder, with the options of `json.dumps`, and let `draw` make `NAME.png`."""
+    where = folder(smoke)
+    (where / f"{name}.json").write_text(json.dumps(content, indent=2, **options))
+    draw(where / f"{name}.png")
