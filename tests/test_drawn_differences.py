@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 
 import funcprop as fp
 
@@ -240,3 +241,32 @@ def test_a_slice_that_is_not_read_any_more_is_drawn_in_the_loop() -> None:
     gone = {n.label for n in picture.nodes if n.role == "removed" and n.box == box.key}
     assert "y[t]" in gone
     assert {e.role for e in picture.edges if e.variable == "y"} == {"removed"}
+
+
+def test_arrows_that_every_repeated_block_has_lost_are_drawn_once() -> None:
+    class Block(nn.Module):
+        use_bias: bool
+
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return x + nn.tanh(nn.Dense(3, use_bias=self.use_bias)(nn.tanh(x)))
+
+    class Blocks(nn.Module):
+        use_bias: bool
+
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            for i in range(4):
+                x = Block(self.use_bias, name=f"block_{i}")(x)
+            return x
+
+    def graph(use_bias: bool) -> fp.Graph:
+        model = Blocks(use_bias)
+        params = jax.eval_shape(model.init, jax.random.key(0), X)
+        return fp.trace(lambda params, x: model.apply(params, x))(params, X)
+
+    found = fp.diff(graph(False), graph(True))
+    apart, folded = (fp.draw(found, fold=fold).picture for fold in (False, True))
+    lost, kept = ([e for e in p.edges if e.role == "removed"] for p in (apart, folded))
+    assert (len(lost), len(kept)) == (len(found.removed_edges), len(found.removed_edges) // 4) == (4, 1)
+    assert {n.label for n in folded.nodes if n.key == kept[0].target} == {"tanh"}

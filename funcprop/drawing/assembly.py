@@ -344,10 +344,11 @@ class _Assembly:
                 if start is not None and saved is not None:
                     self.connect(start, saved, variable, "residual", "")
         for variable, op, is_input in self.shown.missing:
-            node, square = self.operator_node(op), self.source(variable)
+            drawn = self.drawn(variable)
+            node, square = self.operator_node(op), self.source(drawn)
             if square is not None:
                 ends = (square, node) if is_input else (node, square)
-                self.connect(*ends, variable, "flow", roles.get((variable.name, op.name, is_input), ""))
+                self.connect(*ends, drawn, "flow", roles.get((variable.name, op.name, is_input), ""))
 
     # --- the whole ----------------------------------------------------------------------------
 
