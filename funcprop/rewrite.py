@@ -338,7 +338,6 @@ def _matches(
     refused = _refused(rewriter, jaxpr)
     for eqn in rewriter.equations(jaxpr):
         found = rewriter.match(eqn)
-        found = match(eqn, rewriter.rules, rewriter.platform)
         if found is None and eqn.outvars:
             found = refused.get(eqn.outvars[0])
         inner_scope = "/".join(filter(None, (scope, _compat.scope(eqn))))
@@ -350,7 +349,6 @@ def _matches(
             inside = mapped or eqn.primitive.name == "shard_map"
             for _, body in _compat.sub_jaxprs(eqn):
                 yield from _matches(rewriter.inside(eqn), body, inner_scope, inner_source, inside)
-                yield from _matches(rewriter, body, inner_scope, inner_source, inside)
 
 
 def _refused(rewriter: Rewriter, jaxpr: Any) -> dict[Any, Match]:

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from funcprop import _compat
-from funcprop.attach import linear_body
 from funcprop.layer_calls import boundary_p
+from funcprop.linear_map import linear_body
 from funcprop.memory import expansions
 from funcprop.memory.steps import Kind, Program, Step, Value
 from funcprop.sizes import nbytes

@@ -15,7 +15,7 @@ import jax
 
 from funcprop.backprop import backprop
 from funcprop.calls import has_values, without_aux
-from funcprop.drawing import Drawing, draw
+from funcprop.drawing import Drawing
 from funcprop.equations import Derivation, derive
 from funcprop.graph import Graph
 from funcprop.objective import Argnums, positions
@@ -204,10 +204,8 @@ def report(
         doing("both sweeps")
         propagation = backprop(scalar, argnums, rules=rules)(*args, **kwargs) if is_concrete else None
         numbers = _all_smooth(args) if argnums is None else positions(argnums)
-        costs = second_order_cost(fun, argnums, rules=rules, repeats=3, patience=2.0)(*args, **kwargs)
-        drawing, inside, notes = picture_of(traced.graph, depth, fold)
         doing("the graph's picture")
-        inside, drawing = _drawing(traced.graph, depth, fold)
+        drawing, inside, notes = picture_of(traced.graph, depth, fold)
         inspection = inspect(derivation, propagation, inside, examples)
         doing("costs of derivatives")
         costs = second_order_cost(scalar, argnums, rules=rules, repeats=3, patience=2.0)(*args, **kwargs)
@@ -224,7 +222,6 @@ def report(
             inside,
             drawing,
             notes,
-            inspect(derivation, propagation, inside, examples),
             inspection,
             None if propagation is None else float(propagation.value),
             first_nonfinite(propagation),
