@@ -13,6 +13,7 @@ from jaxtyping import Array, Inexact, PRNGKeyArray
 
 from funcprop.expressions import Equations, OperatorSymbols, outer
 from funcprop.registry import Rule, layer
+from funcprop.row_products import contraction
 
 
 class Operands(NamedTuple):
@@ -70,8 +71,7 @@ def _dense_backward(residuals: Operands, g: Any, needs: Any) -> tuple[Any, Any, 
     batch = tuple(range(g.ndim - 1))
     return (
         (g @ w.T).astype(x.dtype) if need_x else None,
-        # Activations first: the other order makes XLA's CPU backend copy a transpose.
-        jnp.tensordot(x, g, (batch, batch)).astype(w.dtype) if need_w else None,
+        contraction(x, g).astype(w.dtype) if need_w else None,
         g.sum(batch).astype(b.dtype) if need_b else None,
     )
 

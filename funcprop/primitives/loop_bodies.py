@@ -16,8 +16,8 @@ from jax import lax
 
 from funcprop import _compat
 from funcprop.flops import PRODUCTS
+from funcprop.row_products import Form, by_columns, fastest_form
 from funcprop.sizes import nbytes
-from funcprop.transposed_products import Form, by_columns, fastest_form
 
 Arrays = list[Any]
 

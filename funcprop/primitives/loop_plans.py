@@ -16,7 +16,7 @@ paired ratios, ±0.03; temporary bytes):
 * `g Wᵀ` in the reversed loop: 5.4 ms against 3.4 with `Wᵀ` made once (T256 B16 H128, 128 × 512); of the
   whole gradient that is a tenth (T256 B16 H128 22.1 and 19.8 ms, RNN 6.1 and 5.5; GRU T128 B16 H128 10.2 and
   8.3). A large matrix and few rows are multiplied as `(W gᵀ)ᵀ` instead, and nothing is made
-  (`transposed_products`): LSTM T64 B4 H512 23 and 18 ms.
+  (`row_products`): LSTM T64 B4 H512 23 and 18 ms.
 * `sigmoid`, `tanh`, `exp` are stacked and not made again: 34.6 ms against 40.5 for a whole LSTM gradient.
 * Above 32 MB of temporary memory the C library returns the pages at every call, and faulting them in again
   cost 10 of 31 ms: holding less is also faster.

@@ -9,7 +9,7 @@ run for all steps at once, before the loop, where that pays.
 *Backwards*, a product `z_t = a_t W` with a constant `W` contributes `W̄ = Σ_t a_tᵀ z̄_t`. Autodiff adds up `T`
 products of parameter size inside the reversed loop. Here the loop hands back the cotangents `z̄_t`, and ONE
 product follows it, over time and batch together. The same holds for a bias, whose sum follows the loop.
-Products `z̄_t Wᵀ` of the reversed loop have the form that is fastest for their size (`transposed_products`).
+Products `z̄_t Wᵀ` of the reversed loop have the form that is fastest for their size (`row_products`).
 
 How: in the body, `z = a W` becomes `z = perturbed(a · W°, δ)`, where `W°` is not differentiated and `δ` is
 zero: it has no value and only receives the cotangent of `z`. JAX differentiates one step of this body

@@ -29,7 +29,6 @@ Source: Goodfellow et al., *Deep Learning*, section 6.5.6, for the rule of a pro
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +37,7 @@ from jax import lax
 
 from funcprop.primitives.arithmetic import EQUATIONS
 from funcprop.registry import OperatorKey, Rule
+from funcprop.row_products import contraction
 
 
 class Operands(NamedTuple):
@@ -45,15 +45,6 @@ class Operands(NamedTuple):
 
     x: Any
     w: Any
-
-
-def contraction(x: Any, g: Any, precision: Any) -> Any:
-    """`Σ xᵀ ȳ` over all leading axes: a matrix of `i × o`, activations first.
-
-    The rows are one axis, for which XLA's CPU backend copies no operand.
-    """
-    x, g = (a.reshape(math.prod(a.shape[:-1]), a.shape[-1]) for a in (x, g))
-    return lax.dot_general(x, g, (((0,), (0,)), ((), ())), precision=precision)
 
 
 def _forward(x: Any, w: Any, **static: Any) -> tuple[Any, Operands]:
