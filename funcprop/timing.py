@@ -18,6 +18,8 @@ from funcprop.work import Product, Work
 _FEWEST, _MOST = 2**12, 2**23
 # A product is repeated in one program, in a loop or in a row: at most so often, for so many operations.
 _REPETITIONS, _IN_A_ROW, _OPERATIONS = 512, 8, 2**28
+# Of so many calls a program may differ from its prediction without its operators being slower or faster.
+_CALLS = 4
 # Kinds of products are measured that take this share of a program's operations; at most so many.
 _LEAST_SHARE, _MOST_KINDS = 0.02, 16
 
@@ -72,12 +74,15 @@ class Rates:
     def calibrated(self, work: Work, seconds: float) -> Rates:
         """The same rates, scaled so that a program of some work takes the seconds that it was measured to.
 
-        Not if most of these are the call: what is left says little.
+        What is short beside a call may as well be a longer start, of threads for example, as slower
+        operators: the scale is drawn to 1 as if a few calls' time were predicted and measured besides, and
+        what it leaves over belongs to the call.
         """
-        predicted, own = self.seconds(work) - self.call_seconds, seconds - self.call_seconds
-        if predicted <= 0 or own < 2 * self.call_seconds:
+        predicted, call = self.seconds(work) - self.call_seconds, self.call_seconds
+        if predicted <= 0:
             return self
-        return replace(self, scale=self.scale * own / predicted)
+        scale = (seconds - call + _CALLS * call) / (predicted + _CALLS * call)
+        return replace(self, scale=self.scale * scale, call_seconds=max(call, seconds - scale * predicted))
 
 
 def measured_rates(works: Sequence[Work], operands: Sequence[Any], largest: int, repeats: int) -> Rates:
