@@ -229,9 +229,10 @@ def _costs(
     jaxprs = {p.name: jax.make_jaxpr(p.function)(*p.operands) for p in found}
     works = {name: of_jaxpr(jaxpr) for name, jaxpr in jaxprs.items()}
     gradient = next(p for p in found if p.name == GRADIENT)
-    executable = {GRADIENT: jax.jit(gradient.function).lower(*gradient.operands).compile()}
+    executable: dict[str, Any] = {}
     rates = None
     if repeats:
+        executable[GRADIENT] = jax.jit(gradient.function).lower(*gradient.operands).compile()
         run = executable[GRADIENT], gradient.operands
         (once,) = fastest([run], 1)
         (again,) = fastest([run], max(1, min(repeats, int(patience / 10 / once))))

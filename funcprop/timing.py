@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,10 +94,12 @@ def measured_rates(works: Sequence[Work], operands: Sequence[Any], largest: int,
     kinds = _costliest(works)
     count = max(1, min(_REPETITIONS, _MOST // numbers.size))
     moving = jax.jit(lambda x: jax.lax.fori_loop(0, count, lambda _, y: 0.5 * y + 1, x))
-    nothing = jax.jit(lambda x, *_: x + 1, keep_unused=True).lower(numbers[0], *operands).compile()
-    runs = [(nothing, [numbers[0], *operands], 1), (moving.lower(numbers).compile(), [numbers], count)]
+    nothing = jax.jit(lambda x, *_: x + 1, keep_unused=True).lower(numbers[0], *operands)
+    runs = [(nothing, [numbers[0], *operands], 1), (moving.lower(numbers), [numbers], count)]
     runs += [_repeated(kind) for kind in (small, *kinds)]
-    call, *others = fastest([(program, operands) for program, operands, _ in runs], repeats)
+    with ThreadPoolExecutor(2) as pool:  # XLA compiles outside of python's lock.
+        compiled = list(pool.map(lambda run: run[0].compile(), runs))
+    call, *others = fastest([(p, values) for p, (_, values, _) in zip(compiled, runs, strict=True)], repeats)
     # A clock cannot tell the time of what is quicker than the call around it.
     each = [max(t - call, 0.1 * call) / times for t, (*_, times) in zip(others, runs[1:], strict=True)]
     move, step, *seconds = each
@@ -142,4 +145,4 @@ def _repeated(product: Product) -> tuple[Any, list[Any], int]:
             carry = step(carry, rest)
         return carry
 
-    return jax.jit(repeated).lower(*operands).compile(), operands, count
+    return jax.jit(repeated).lower(*operands), operands, count
