@@ -105,7 +105,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     right.plot(ends, ends, color="grey", linewidth=1)
     right.fill_between(ends, ends / 2, ends * 2, color="grey", alpha=0.15, label="within a factor of 2")
     right.set(xscale="log", yscale="log", xlabel="predicted ms", ylabel="measured ms")
-    right.set_title("time, predicted from rates of the same run", fontsize=10)
+    right.set_title("time, predicted from the gradient's and rates of the same run", fontsize=10)
     right.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import jax
 
+from funcprop import _compat
 from funcprop.graph import aligned, bytes_text
 from funcprop.objective import Argnums, Objective, trace_objective
 from funcprop.registry import RuleSet
@@ -24,6 +25,9 @@ from funcprop.second_order_programs import DENSE, GAUSS_NEWTON, GRADIENT, progra
 from funcprop.timing import Rates, fastest, measured_rates
 from funcprop.tracing import INLINED
 from funcprop.work import Work, of_compiled, of_jaxpr
+
+# A kind of product is timed at most so often.
+_KIND_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,12 @@ class SecondOrderCost:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         rows = [{**asdict(row), "time": row.time} for row in self.rows]
-        rates = None if self.rates is None else {k: _finite(v) for k, v in asdict(self.rates).items()}
-        return {**asdict(self), "rows": rows, "rates": rates, "worst": self.worst}
+        rates = None if self.rates is None else _rates_as_dict(self.rates)
+        left = dict(self.left)
+        return {
+            "name": self.name, "parameters": self.parameters, "platform": self.platform, "rows": rows,
+            "left": left, "rates": rates, "output": self.output, "worst": self.worst,
+        }  # fmt: skip
 
     def __str__(self) -> str:
         title = f"{self.name}: derivatives by {self.parameters:,} parameters, on {self.platform}"
@@ -109,16 +117,22 @@ class SecondOrderCost:
     __repr__ = __str__
 
 
-def _finite(x: float) -> float | None:
-    return x if math.isfinite(x) else None
+def _rates_as_dict(rates: Rates) -> dict[str, Any]:
+    kinds = [
+        {"kind": k.kind, "looped": k.looped, "flops": k.flops, "seconds": s}
+        for k, s in rates.products.items()
+    ]
+    numbers = {f.name: getattr(rates, f.name) for f in fields(rates) if f.name != "products"}
+    return {**{k: v if math.isfinite(v) else None for k, v in numbers.items()}, "products": kinds}
 
 
 def _rates_text(rates: Rates) -> str:
-    products = f"{rates.flops_per_second / 1e9:.3g} Gflop/s in products, "
+    speeds = [kind.flops / seconds / 1e9 for kind, seconds in rates.products.items()]
+    range_ = f" ({min(speeds):.3g} to {max(speeds):.3g} Gflop/s)" if speeds else ""
     return (
-        f"Times are predicted from {products if math.isfinite(rates.flops_per_second) else ''}"
-        f"{rates.bytes_per_second / 1e9:.3g} GB/s, {rates.call_seconds * 1e6:.2g} µs a call and "
-        f"{rates.step_seconds * 1e6:.2g} µs a step, measured in this run."
+        f"Times are predicted from {len(speeds)} kinds of products{range_}, "
+        f"{rates.bytes_per_second / 1e9:.3g} GB/s and {rates.call_seconds * 1e6:.2g} µs a call, measured in "
+        f"this run, times {rates.scale:.2f}, with which the gradient takes what was measured first."
     )
 
 
@@ -153,9 +167,10 @@ def second_order_cost(
 
     `second_order_cost(fun, argnums)(*args, **kwargs) -> SecondOrderCost`. Matrix products, operators,
     operations, bytes and time are predicted from the jaxpr; then every program is compiled and run, and what
-    XLA made of it is counted. Times are predicted from how fast this machine is at the costliest product of
-    the function and at moving bytes, measured in the same run; `ratio` says how far off they are. With shapes
-    (`jax.ShapeDtypeStruct`) for arguments nothing is run and there are no times.
+    XLA made of it is counted. Times are predicted from the gradient's: from how fast this machine is at each
+    kind of product of the function and at moving bytes, scaled so that the gradient takes what it was
+    measured to, all in the same run; `ratio` says how far off they are. With shapes (`jax.ShapeDtypeStruct`)
+    for arguments nothing is run and there are no times.
 
     The Hessian-vector products are those of `fp.hvp` (forward over reverse), and reverse over reverse. The
     dense Hessian is one of them for each parameter, after what they share.
@@ -212,17 +227,28 @@ def _costs(
     found, split, left = programs(objective, output, rules)
     count = sum(math.prod(v.shape or ()) for v in objective.inputs.values())
     jaxprs = {p.name: jax.make_jaxpr(p.function)(*p.operands) for p in found}
-    rates = measured_rates(jaxprs[GRADIENT], repeats) if repeats else None
     works = {name: of_jaxpr(jaxpr) for name, jaxpr in jaxprs.items()}
+    gradient = next(p for p in found if p.name == GRADIENT)
+    executable: dict[str, Any] = {}
+    rates = None
+    if repeats:
+        executable[GRADIENT] = jax.jit(gradient.function).lower(*gradient.operands).compile()
+        run = executable[GRADIENT], gradient.operands
+        (once,) = fastest([run], 1)
+        (again,) = fastest([run], max(1, min(repeats, int(patience / 10 / once))))
+        largest_value, least = _largest(jaxprs[GRADIENT]), min(repeats, _KIND_REPEATS)
+        rates = measured_rates(list(works.values()), gradient.operands, largest_value, least)
+        rates = rates.calibrated(works[GRADIENT], min(once, again))
     predicted = {n: _cost(work, None if rates is None else rates.seconds(work)) for n, work in works.items()}
     reasons = dict.fromkeys(predicted) | {DENSE: _too_large(predicted[DENSE], count, largest, patience)}
     measured: dict[str, Cost] = {}
     chosen = [p for p in found if reasons[p.name] is None]
-    lowered = [jax.jit(p.function).lower(*p.operands) for p in chosen]
+    lowered = {p.name: jax.jit(p.function).lower(*p.operands) for p in chosen if p.name not in executable}
     # XLA compiles outside of python's lock: two at a time take little more than half the time of one by one.
     with ThreadPoolExecutor(2) as pool:
-        executables = list(pool.map(lambda program: program.compile(), lowered))
-    compiled = [(p.name, program, p.operands) for p, program in zip(chosen, executables, strict=True)]
+        made = pool.map(lambda program: program.compile(), lowered.values())
+        executable.update(zip(lowered, made, strict=True))
+    compiled = [(p.name, executable[p.name], p.operands) for p in chosen]
     # The dense Hessian takes far longer than the others and is not run in turn with them.
     for together in (compiled[:-1], compiled[-1:]) if reasons[DENSE] is None else (compiled,):
         longest = max((predicted[name].seconds or 0 for name, _, _ in together), default=0)
@@ -234,6 +260,12 @@ def _costs(
     return SecondOrderCost(
         objective.traced.graph.name, count, jax.default_backend(), rows, left, rates, split
     )
+
+
+def _largest(jaxpr: Any) -> int:
+    """The entries of the largest value of a jaxpr."""
+    avals = (v.aval for eqn in _compat.open_jaxpr(jaxpr).eqns for v in eqn.outvars)
+    return max((aval.size for aval in avals if hasattr(aval, "size")), default=0)
 
 
 def _cost(work: Work, seconds: float | None) -> Cost:

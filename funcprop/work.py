@@ -42,12 +42,31 @@ _UNFUSED = frozenset(
 
 
 @dataclass(frozen=True)
+class Product:
+    """A kind of product: those of equal shapes, axes, strides and paddings, of which `equation` is one.
+
+    `looped` says whether it is in the body of a loop, where XLA compiles it otherwise.
+    """
+
+    kind: str
+    looped: bool
+    flops: int
+    equation: Any = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, eqn: Any, looped: bool) -> Product:
+        """The kind of an equation."""
+        types = ", ".join(str(v.aval) for v in eqn.invars)
+        return cls(f"{eqn.primitive.name}({types}) {sorted(eqn.params.items())}", looped, flops(eqn), eqn)
+
+
+@dataclass(frozen=True)
 class Work:
     """What a program does, from its arguments to its results.
 
     `operators` are equations of the jaxpr, or instructions of the compiled program, of which one may be many
     fused operators. `bytes` are those of arguments, results and temporaries at their most, `moved` those that
-    operators other than products read and write. `sizes` says how many products have so many operations.
+    operators other than products read and write. `kinds` says how many products there are of each kind.
     """
 
     operators: int = 0
@@ -55,7 +74,7 @@ class Work:
     flops: int = 0
     bytes: int = 0
     moved: int = 0
-    sizes: Mapping[int, int] = field(default_factory=dict)
+    kinds: Mapping[Product, int] = field(default_factory=dict)
 
 
 # --- jaxprs -----------------------------------------------------------------------------------
@@ -67,24 +86,24 @@ def of_jaxpr(closed: Any) -> Work:
     jaxpr, _ = _compat.with_constants_as_inputs(jaxpr)
     jaxpr, _ = _compat.without_unread_inputs(jaxpr, [True] * len(jaxpr.invars))
     operators = products = total = 0
-    sizes: Counter[int] = Counter()
-    for eqn, times in _leaves(jaxpr, 1):
+    kinds: Counter[Product] = Counter()
+    for eqn, times, looped in _leaves(jaxpr, 1, False):
         operators += times
         total += times * flops(eqn)
         if eqn.primitive.name in PRODUCTS:
             products += times
-            sizes[flops(eqn)] += times
-    return Work(operators, products, total, peak_bytes(closed), _moved(jaxpr), dict(sizes))
+            kinds[Product.of(eqn, looped)] += times
+    return Work(operators, products, total, peak_bytes(closed), _moved(jaxpr), dict(kinds))
 
 
-def _leaves(jaxpr: Any, times: int) -> Iterator[tuple[Any, int]]:
-    """The equations without bodies, at any depth, and how often each is run."""
+def _leaves(jaxpr: Any, times: int, looped: bool) -> Iterator[tuple[Any, int, bool]]:
+    """The equations without bodies, at any depth, how often each is run, and whether in a loop."""
     for eqn in _compat.open_jaxpr(jaxpr).eqns:
         bodies = list(_executed(eqn))
         if not bodies:
-            yield eqn, times
+            yield eqn, times, looped
         for body, repeats in bodies:
-            yield from _leaves(body, times * repeats)
+            yield from _leaves(body, times * repeats, looped or eqn.primitive.name in ("scan", "while"))
 
 
 def _executed(eqn: Any) -> Iterator[tuple[Any, int]]:
@@ -140,21 +159,6 @@ def _moved(jaxpr: Any) -> int:
             total += sum(map(nbytes, new))
             read.update(operands)
     return total
-
-
-def costliest_product(closed: Any) -> Any | None:
-    """The kind of product on which most operations of a jaxpr are spent, as one of its equations."""
-    spent: Counter[Any] = Counter()
-    examples: dict[Any, Any] = {}
-    for eqn, times in _leaves(_compat.inlined(closed), 1):
-        if eqn.primitive.name in PRODUCTS:
-            key = (
-                eqn.primitive.name,
-                tuple(sorted(math.prod(v.aval.shape) for v in (*eqn.invars, *eqn.outvars))),
-            )
-            spent[key] += times * flops(eqn)
-            examples.setdefault(key, eqn)
-    return examples[spent.most_common(1)[0][0]] if spent else None
 
 
 # --- compiled programs ------------------------------------------------------------------------
