@@ -1,10 +1,17 @@
 """Does the memory of training grow in proportion to (number of layers) × (batch size)?
 
 The chapter says so. `L` equal layers of width `w` in a `scan`, batch `B`; compiled bytes of prediction and of
-value and gradient, less parameters and gradients, by least squares over a grid of `L` and `B` as
+value and gradient, by least squares over a grid of `L` and `B`:
 
     training    c₀ + c₁ L B      every layer keeps its share of the batch
     inference   c₀ + c₁ B        one layer at a time is held, however many there are
+
+less parameters and gradients, which do not depend on the batch. For inference `c₀ + c₁ L B` does not hold,
+and cannot: of the two buffers between which the layers alternate, none is one layer's own, so that doubling
+`L` adds no byte for the batch. Nor does it with the parameters counted, `4 L w²` bytes that grow with `L` but
+not with `B`: then bytes are a sum `c₀ + c₁ L + c₂ B`, which no multiple of the product `L B` is. Both R² are
+printed beside that of the form that holds, so that anybody can see it. For training, with parameters and
+gradients counted, `L B` is nearly all there is once the batch is larger than the width.
 
 Plain; with every layer recomputed (`jax.checkpoint` of the body), which keeps a layer's input alone; and with
 `fp.memory.rematerialize` under half of the residuals.
@@ -54,7 +61,7 @@ VARIANTS: dict[str, Callable[..., jax.Array]] = {
 
 
 def measure(fun: Callable[..., jax.Array], layers: int, batch: int, width: int) -> dict[str, int]:
-    """Bytes of both programs, without parameters and gradients: predicted and compiled."""
+    """Bytes of both programs, without parameters and gradients (predicted, compiled), and with them."""
     w = ShapeDtypeStruct((layers, width, width), "float32")
     x = ShapeDtypeStruct((batch, width), "float32")
     found = fp.memory.footprint(fun)(w, x)
@@ -64,6 +71,7 @@ def measure(fun: Callable[..., jax.Array], layers: int, batch: int, width: int) 
         assert ledger.compiled is not None
         bytes_of[name] = ledger.compiled - fixed[name]
         bytes_of[f"{name} predicted"] = ledger.predicted - fixed[name]
+        bytes_of[f"{name}, all"] = ledger.compiled
     return bytes_of
 
 
@@ -72,11 +80,29 @@ def grows_with(program: str, point: dict[str, Any]) -> int:
     return point["batch"] * (point["layers"] if program == "training" else 1)
 
 
+def r_squared(values: np.ndarray, *terms: np.ndarray) -> float:
+    """R² of the least-squares fit of a constant and these terms."""
+    columns = np.stack([np.ones(len(values)), *terms], 1)
+    solution, *_ = np.linalg.lstsq(columns, values, rcond=None)
+    return float(1 - (values - columns @ solution).var() / values.var())
+
+
 def fit(x: np.ndarray, values: np.ndarray) -> tuple[float, float, float]:
     """`c₀`, `c₁` and R² of `c₀ + c₁ x`."""
     c1, c0 = np.polyfit(x, values, 1)
-    residual = values - (c0 + c1 * x)
-    return float(c0), float(c1), float(1 - residual.var() / values.var())
+    return float(c0), float(c1), r_squared(values, x)
+
+
+def other_fits(program: str, points: list[dict[str, Any]]) -> dict[str, float]:
+    """R² of `c₀ + c₁ L B`, without and with parameters, and of the sum that holds with them."""
+    layers, batch, own, everything = (
+        np.array([p[key] for p in points], float) for key in ("layers", "batch", program, f"{program}, all")
+    )
+    return {
+        "L·B": r_squared(own, layers * batch),
+        "L·B, parameters counted": r_squared(everything, layers * batch),
+        "L, B, L·B, parameters counted": r_squared(everything, layers, batch, layers * batch),
+    }
 
 
 def draw(points: list[dict[str, Any]], fits: dict[str, Any], path: Path) -> None:
@@ -111,8 +137,8 @@ def main() -> None:
             for batch in batches:
                 found = measure(fun, layers, batch, options.width)
                 points.append({"variant": variant, "layers": layers, "batch": batch, **found})
-    fits = {}
-    print(f"{'program':34} {'c₀':>12} {'c₁':>9} {'R²':>8}  {'predicted ÷ compiled':>20}")
+    fits, others = {}, {}
+    print(f"{'program':34} {'c₀':>12} {'c₁':>9} {'R²':>8}  {'predicted ÷ compiled':>20}  R² of other forms")
     for program in ("inference", "training"):
         for variant in VARIANTS:
             chosen = [p for p in points if p["variant"] == variant]
@@ -129,6 +155,11 @@ def main() -> None:
         {"points": points, "fits": fits},
         lambda path: draw(points, fits, path),
     )
+            others[key] = other_fits(program, chosen)
+            line = f"{key:34} {c0:12,.0f} {c1:9.1f} {r2:8.5f}  {min(ratios):9.3f} to {max(ratios):.3f}"
+            print(line + "".join(f"   {form}: {value:.4f}" for form, value in others[key].items()))
+    found = {"points": points, "fits": fits, "r_squared_of_other_forms": others}
+    write("memory_scaling", found, lambda path: draw(points, fits, path))
 
 
 if __name__ == "__main__":
