@@ -105,13 +105,11 @@ def _needed(operators: Sequence[Operator], result: str, given: set[str]) -> list
     return kept[::-1]
 
 
-def gauss_newton_product(
-    model: Callable[[Any], Any], loss: Callable[[Any, Any], Any], params: Any, direction: Any
-) -> Any:
-    """`G v`, for `model(params) -> o` and `loss(o, params)`."""
-    output, push = jax.linearize(model, params)
-    slope = jax.grad(loss, (0, 1))
-    along = push(direction), direction
-    curved, direct = jax.jvp(slope, (output, params), along)[1]
-    (pulled,) = jax.linear_transpose(push, params)(curved)
-    return jax.tree.map(jax.numpy.add, pulled, direct)
+def gauss_newton_map(
+    model: Callable[[Any], Any], curvature: Callable[[Any], Callable[[Any], Any]], at: Any
+) -> Callable[[Any], Any]:
+    """`v ↦ Jᵀ B J v`, the model linearised once and transposed; `curvature(outputs)` is the map `u ↦ B u`."""
+    outputs, forward = jax.linearize(model, at)
+    bend = curvature(outputs)
+    backward = jax.linear_transpose(forward, at)
+    return lambda v: backward(bend(forward(v)))[0]

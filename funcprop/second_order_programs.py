@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from funcprop.gauss_newton import SplitError, function_of, gauss_newton_product, model_output
+from funcprop.gauss_newton import SplitError, function_of, gauss_newton_map, model_output
 from funcprop.objective import Objective
 from funcprop.registry import RuleSet
 from funcprop.rewrite import with_rules
@@ -72,9 +72,10 @@ def programs(
     loss = with_rules(function_of(objective, replaced=split), rules)
 
     def product(params: Any, direction: Any, others: Any) -> Any:
-        of_params = lambda p: model(p, others)  # noqa: E731
-        of_output = lambda o, p: loss(p, others, o)  # noqa: E731
-        return gauss_newton_product(of_params, of_output, params, direction)
+        # What reaches the objective past the model's output is, with it, the output of a larger model.
+        whole = lambda p: (model(p, others), p)  # noqa: E731
+        slope = jax.grad(lambda outputs: loss(outputs[1], others, outputs[0]))
+        return gauss_newton_map(whole, lambda o: jax.linearize(slope, o)[1], params)(direction)
 
     found.insert(-1, Program(GAUSS_NEWTON, product, (params, params, others)))
     return found, split.name, {}

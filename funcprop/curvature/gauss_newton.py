@@ -18,6 +18,7 @@ from funcprop.curvature.hessian import require_scalar
 from funcprop.curvature.operator import LinearOperator
 from funcprop.curvature.parameters import Parameters, Where
 from funcprop.curvature.subset import Point
+from funcprop.gauss_newton import gauss_newton_map
 from funcprop.registry import RuleSet
 from funcprop.rules import autodiff
 
@@ -42,10 +43,7 @@ class GaussNewton(LinearOperator):
 
     def linear_map(self) -> Map:
         """The model linearised once, and transposed."""
-        outputs, forward = jax.linearize(self._model, self.point.chosen)
-        curvature = self.outputs(outputs)
-        backward = jax.linear_transpose(forward, self.point.chosen)
-        return lambda v: backward(curvature(forward(v)))[0]
+        return gauss_newton_map(self._model, self.outputs, self.point.chosen)
 
     def product(self, v: PyTree) -> PyTree:
         """The same, with one sweep for the outputs and their tangents."""
