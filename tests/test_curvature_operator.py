@@ -159,6 +159,9 @@ def test_only_the_columns_of_a_block_are_computed() -> None:
     assert primitives(jaxpr, "scan").count("dot_general") == 2  # the tangent of the outputs, and back
     both = jax.make_jaxpr(lambda p: G(p, x, jnp.zeros((3, 2))).block("last", "first"))(p).jaxpr
     assert primitives(both, "scan").count("dot_general") == 3
+    # A block between layers has 80 × 2000 entries; nothing has the matrix's P².
+    sizes = [v.aval.size for jaxpr in (jaxpr, both) for eqn in equations(jaxpr) for v in eqn.outvars]
+    assert 80 * 2000 <= max(sizes) < 2 * 80 * 2000 < G(p, x, jnp.zeros((3, 2))).parameters.size ** 2
 
 
 # --- subsets ----------------------------------------------------------------------------------

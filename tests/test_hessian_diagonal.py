@@ -263,6 +263,42 @@ def test_scale_is_the_losses_own() -> None:
     )
 
 
+def test_equal_blocks_share_a_program() -> None:
+    params = {
+        "blocks": [
+            {"w": normal(4, 4, seed=k), "b": normal(4, seed=10 + k), "s": normal(4)} for k in range(4)
+        ],
+        "out": normal(4, 3, seed=20),
+    }
+
+    def loss(p: Any, x: Any, y: Any) -> Any:
+        for block in p["blocks"]:
+            x = x + jnp.tanh(x @ block["w"] + block["b"]) * block["s"]
+        return cross_entropy(x @ p["out"], y)
+
+    x = normal(N, 4)
+    plan = assert_exact(loss, params, x, Y)
+    programs = {row.program for row in plan.rows}
+    assert len(plan.rows) == 9
+    assert len(programs) <= 2
+    jaxpr = jax.make_jaxpr(fp.curvature.hessian_diagonal(loss))(params, x, Y).jaxpr
+    (call,) = jaxpr.eqns
+    assert sum(eqn.primitive.name == "scan" for eqn in call.params["jaxpr"].eqns) == len(programs)
+
+
+def test_programs_are_not_shared_where_running_costs_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = {"a": normal(4, 5, seed=1), "b": normal(5, 4, seed=2), "c": normal(4, 3, seed=3)}
+
+    def loss(p: Any, x: Any, y: Any) -> Any:
+        return cross_entropy(jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"], y)
+
+    monkeypatch.setattr("funcprop.curvature.programs._RUNS", 10**9)
+    plan = assert_exact(loss, params, normal(N, 4), Y)
+    assert len({row.program for row in plan.rows}) == 3
+    flops = [row.flops / row.products for row in sorted(plan.rows, key=lambda row: row.leaves)]
+    assert flops == sorted(flops, reverse=True)  # each pays for what comes after it
+
+
 # --- plan and progress ------------------------------------------------------------------------
 
 

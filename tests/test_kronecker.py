@@ -75,6 +75,53 @@ def test_shared_weights():
     assert_blocks(reduced, ggn_blocks(summed, SQUARED, params, x, y[:, 0]))
 
 
+def used_twice(p, x):
+    """As `y = x₁ W + x₂ W`, for two linear uses of a matrix of more than 1024 entries."""
+    return (x[0] @ p["w"] + x[1] @ p["w"]) @ p["v"]
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_a_large_leaf_that_is_used_twice(sharing):
+    """All its uses are one set of positions (Eschenhagen 2023): the same as of one product with two rows."""
+    params, x, y = {"w": normal(33, 32), "v": normal(32, 2)}, normal(3, 2, 33), normal(3, 2)
+    at_once = lambda p, x: (x @ p["w"]).sum(0) @ p["v"]  # noqa: E731
+    for build in (fp.kfac, fp.ekfac):
+        twice, once = (
+            build(f, SQUARED, kind="exact", sharing=sharing)(params, x, y) for f in (used_twice, at_once)
+        )
+        v = normal(33 * 32 + 64)
+        np.testing.assert_allclose(twice @ v, once @ v, rtol=1e-9)
+    if sharing == "reduce":  # exact, for the loss is of the positions' sum
+        v = jax.tree.map(jnp.sin, params)
+        operator = fp.ggn(jax.vmap(used_twice, (None, 0)), lambda o, y: jnp.mean(jax.vmap(SQUARED)(o, y)))
+        kfac = fp.kfac(used_twice, SQUARED, kind="exact", sharing="reduce")(params, x, y)
+        for path in ("w", "v"):
+            only = {k: jnp.zeros_like(u) if k != path else u for k, u in v.items()}
+            expected = (operator(params, x, y) @ only)[path]
+            np.testing.assert_allclose((kfac @ only)[path], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_factors_among_the_quantities_of_one_pass():
+    """What `fp.per_example` calls them is what `fp.kfac` has, of both kinds of sharing and all columns."""
+    params, x, y = {"w": normal(3, 2), "b": normal(2)}, normal(5, 4, 3), normal(5, 2)
+    model, key = lambda p, x: jnp.tanh(x @ p["w"] + p["b"]).sum(0), jax.random.key(0)
+    kinds = {"kfac": "mc", "kflr": "exact", "kfac_empirical": "empirical"}
+    names = [f"{name}{end}" for name in kinds for end in ("", "_reduce")]
+    found = fp.per_example(model, SQUARED)(params, x, y, names, key)
+    for name in names:
+        sharing, kind = (
+            "reduce" if name.endswith("_reduce") else "expand",
+            kinds[name.removesuffix("_reduce")],
+        )
+        operator = fp.kfac(model, SQUARED, kind=kind, sharing=sharing)(params, x, y, key)
+        for path, factors in operator.factors.items():
+            for ours, theirs in zip(found[name][path], factors, strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-14, err_msg=f"{name}, {path}")
+    # A bias has the cotangents of its product, and so the same second factor.
+    for name in names:
+        np.testing.assert_allclose(found[name]["b"][1], found[name]["w"][1], rtol=1e-10, atol=1e-14)
+
+
 def test_stacked_and_grouped_blocks():
     """Layers stacked by a loop have a factor each; so have the groups of a convolution."""
     stacked, loss = MODELS["stacked"](), LOSSES["squared error"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -174,6 +175,58 @@ def test_audit_of_layers():
     assert ways("tied")["['embedding']"] == ("rows", "outer product")
     assert ways("attention")["['query']"] == ("outer product",)
     assert ways("attention")["['norm1']['scale']"] == ("contraction",)
+
+
+def test_audit_says_what_kfac_keeps():
+    """Expanded and reduced, of a leaf that is small, large, in a loop, a table, or used twice."""
+
+    def model(p, x):
+        tokens = jnp.array([0, 2, 1])
+        shown = p["tied"][tokens] @ x[:40] + jnp.sum(p["table"][tokens], 1)
+        shown = shown.sum() + p["tied"] @ x[:40]
+        for _ in range(2):
+            x = jnp.tanh(x @ p["twice"] + p["bias"])
+        steps = jax.lax.scan(lambda h, _: (jnp.tanh(p["loop"] @ h), None), x, length=3)[0]
+        layers = jax.lax.scan(lambda h, w: (w @ h, None), steps, p["layers"])[0]
+        normed = p["large"] / jnp.linalg.norm(p["large"])
+        return (normed @ layers).sum() + (p["small"]["w"] ** 2).sum() + shown.sum()
+
+    shapes = {"tied": (30, 40), "table": (50, 2), "twice": (41, 41), "bias": (41,), "loop": (41, 41)}
+    shapes |= {"layers": (2, 41, 41), "large": (41, 41), "small": {"w": (5,)}, "unused": (3,)}
+    is_shape = lambda s: isinstance(s, tuple)  # noqa: E731
+    params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, float), shapes, is_leaf=is_shape)
+    x = jax.ShapeDtypeStruct((4, 41), float)
+    audit = fp.per_example(model, lambda o, y: o**2).audit(params, x)
+    kept = {r.path: (r.expand, r.reduce) for r in audit}
+    too_many = "are more than 1024"
+    assert kept == {
+        "['bias']": ("exact block",) * 2,
+        "['large']": (f"diagonal: 1681 entries {too_many}, and it enters `mul`",) * 2,
+        "['layers']": ("2 blocks A ⊗ G",) * 2,
+        "['loop']": ("A ⊗ G, expand over 3 positions", "A ⊗ G, reduce over 3 positions"),
+        "['small']['w']": ("exact block",) * 2,
+        "['table']": tuple(
+            f"A ⊗ G with a diagonal A, {way} over 3 positions" for way in ("expand", "reduce")
+        ),
+        "['tied']": (f"diagonal: 1200 entries {too_many}, and its use in `gather` is no outer product",) * 2,
+        "['twice']": tuple(
+            f"A ⊗ G, {way} over 2 positions of 2 uses together" for way in ("expand", "reduce")
+        ),
+        "['unused']": ("exact block",) * 2,
+    }
+    rows = [re.split("  +", line) for line in str(audit).splitlines()]
+    assert rows[0] == ["parameter", "gradients", "through", "KFAC", "with sharing='reduce'"]
+    (loop,) = [row for row in rows if row[0] == "['loop']"]
+    assert loop[1:3] == ["outer product", "`dot_general`, used in a loop"]
+    assert loop[3:] == list(kept["['loop']"])
+    assert ["", "outer product", "`dot_general`"] in rows  # the other use of a leaf
+    conv = fp.per_example(MODELS["cnn"]().apply, lambda o, y: o.sum())
+    kept = {r.path: (r.expand, r.reduce) for r in conv.audit(MODELS["cnn"]().params, MODELS["cnn"]().x)}
+    assert kept["['conv']['b']"] == (
+        "G alone, expand over 36 positions",
+        "exact block, summed over positions",
+    )
+    assert kept["['grouped']['w']"][0] == "2 blocks A ⊗ G, expand over 4 positions"
 
 
 def test_audit_takes_shapes():

@@ -1,4 +1,4 @@
-"""What the compiled programs of per-example quantities hold, as users compile them."""
+"""What the compiled programs of curvature hold, as users compile them."""
 
 from __future__ import annotations
 
@@ -20,28 +20,43 @@ def shape(*s):
 
 params = {"a": shape(256, 512), "b": shape(512, 256), "c": shape(256, 10)}
 x, y = shape(64, 256), jax.ShapeDtypeStruct((64,), jnp.int32)
-quantities = fp.per_example(model, optax.softmax_cross_entropy_with_integer_labels, max_bytes=BOUND)
+
+def memory(fun, *args):
+    return jax.jit(fun).lower(*args).compile().memory_analysis()
+
+def quantity(name, bound):
+    quantities = fp.per_example(model, optax.softmax_cross_entropy_with_integer_labels, max_bytes=bound)
+    return memory(lambda p, x, y: quantities(p, x, y, [name]), params, x, y)
+
 sizes = {}
 for name in ("norm", "gradients", "diag_ggn", "variance"):
-    program = jax.jit(lambda p, x, y: quantities(p, x, y, [name])).lower(params, x, y).compile()
-    m = program.memory_analysis()
+    m = quantity(name, 2**26)
     sizes[name] = m.temp_size_in_bytes + m.output_size_in_bytes
+for bound in (2**26, CHUNKED):
+    sizes[f"temporary, {bound}"] = quantity("diag_ggn", bound).temp_size_in_bytes
+
+def loss(p, x):
+    return jnp.mean(jnp.sum(jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]), 1) ** 4)
+
+few = {"a": shape(16, 64), "b": shape(64, 64)}, shape(512, 16)
+for bound in (2**30, COLUMNS):
+    diagonal = fp.curvature.hessian_diagonal(loss, byte_limit=bound)
+    found = [diagonal.plan(*few).nbytes, memory(diagonal, *few).temp_size_in_bytes]
+    sizes[f"columns, {bound}"] = found
 print(json.dumps(sizes))
 """
-
-
-def sizes(bound):
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    program = PROGRAM.replace("BOUND", str(bound))
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout)
+# Of stacked cotangents, and of columns of a Hessian.
+CHUNKED, COLUMNS = 2**17, 2**21
 
 
 @pytest.fixture(scope="module")
 def held():
-    return sizes(2**26)
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    program = PROGRAM.replace("CHUNKED", str(CHUNKED)).replace("COLUMNS", str(COLUMNS))
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
 
 
 PARAMETERS = 4 * (256 * 512 + 512 * 256 + 256 * 10)
@@ -59,5 +74,15 @@ def test_moments_hold_no_gradients(held):
 
 
 def test_stacked_cotangents_keep_the_bound(held):
-    """Nine columns of 64 examples are 1.8 MB; in parts of a quarter they are less."""
-    assert sizes(2**18)["diag_ggn"] < held["diag_ggn"] - 10**6
+    """Nine columns of 64 examples are more than ten times the bound; besides them there are activations."""
+    assert 10 * CHUNKED <= 9 * 64 * 4 * (512 + 256 + 10)
+    assert held[f"temporary, {2**26}"] >= 10 * CHUNKED
+    assert held[f"temporary, {CHUNKED}"] <= 6 * CHUNKED
+
+
+def test_columns_of_a_hessian_keep_the_bound(held):
+    """So do blocks of columns that would take ten times the bound; besides them there are residuals."""
+    (free, of_free), (bounded, of_bounded) = held[f"columns, {2**30}"], held[f"columns, {COLUMNS}"]
+    assert free >= 10 * COLUMNS >= 10 * bounded
+    assert of_free >= 5 * COLUMNS
+    assert of_bounded <= 2 * COLUMNS

@@ -1,4 +1,4 @@
-"""The diagonal of the Hessian at one node, column by column.
+"""The columns of a diagonal: in which form a node's are made, and how a program makes those of many nodes.
 
 With `L(Z)` the loss as a function of the node (`funcprop.curvature.nodes`) and `H = ∂²L/∂Z²`, an entry is
 
@@ -13,192 +13,170 @@ The third, *outputs*, sweeps backwards from outputs up to which the loss is piec
 entry of an independent slice of them (`funcprop.curvature.cuts`).
 
 A leaf that is its own node has `a = 1` and as many columns as entries that mix.
+
+A program is what XLA compiles: a loop (`funcprop.curvature.loops`) whose body is one linear map on blocks of
+columns. That of several nodes takes a tangent for each of them, of which all but one are zero, so that one
+body serves every node; `funcprop.curvature.programs` says which share one. A sweep backwards passes all nodes
+on its way.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from funcprop import _compat
-from funcprop.curvature.cuts import Cut, column_terms, eigensystem, find_cut, functions_of
-from funcprop.curvature.nodes import Node
+from funcprop.curvature.cuts import Cut, eigensystem, functions_of
+from funcprop.curvature.nodes import Node, perturbed
 from funcprop.flops import of_jaxpr
 from funcprop.memory.rows import peak_bytes
 from funcprop.registry import RuleSet
 from funcprop.rewrite import with_rules
+from funcprop.work import nbytes
 
+UNITS, DIRECTIONS, OUTPUTS = "units", "directions", "outputs"
+Read = Callable[[Any], Any]
 # Measured on two x86 cores: smaller blocks leave them idle, larger ones leave their caches.
-_CACHE_BYTES = 20 << 20
+CACHE_BYTES = 20 << 20
 _FEWEST, _MOST = 8, 128
-# The eigenvectors of larger matrices, one for every example, cost more than they save.
-_LARGEST_SLICE = 256
-_EIGENVECTORS = 25  # operations for the eigenvectors of an n × n matrix, divided by n³
+_STEP = 2  # what a step of the loop costs besides its columns, in columns
+# Operations for the eigenvectors of an n × n matrix, divided by n³.
+EIGENVECTORS = 25
 
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """How a node's diagonal is computed: `form`, how many products with the Hessian, and what one costs."""
+    """The form in which a node's columns are made, and how many there are."""
 
     node: Node
     form: str
     count: int
-    block: int
+    cut: Cut | None = None
+
+    def own_flops(self) -> int:
+        """Operations of one column besides the product or the sweep."""
+        S, M, Q, R = self.node.sizes()
+        pairs, inputs = S * M * R, self.node.inputs
+        if self.form == UNITS:
+            return 2 * pairs * inputs
+        if self.form == DIRECTIONS:
+            return 3 * pairs if self.node.activations is not None else 0
+        terms = S * Q * R * inputs
+        return 3 * pairs * Q + (2 * terms * (M + 1) if M > 1 else 2 * terms // self.count)
+
+    def own_bytes(self) -> int:
+        """Bytes of one column besides those of the product or the sweep."""
+        S, M, Q, R = self.node.sizes()
+        itemsize = self.node.variable.aval.dtype.itemsize
+        if self.form == UNITS:
+            return itemsize * S * M * R * min(M, 2)
+        return itemsize * S * Q * R * self.node.inputs if self.form == OUTPUTS and M > 1 else 0
+
+    def longest(self) -> int:
+        """The most columns that can be made at once: of units, those of one position."""
+        return self.node.sizes()[2] if self.form == UNITS else self.count
+
+    def blocks(self, block: int) -> int:
+        """How many blocks of a length; the last one of a row may be partly empty."""
+        return self.count // self.longest() * -(-self.longest() // block)
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Columns made by one compiled loop: `linear` maps a tangent of each node, or of the outputs, to all.
+
+    `flops` and `nbytes` are those of one column; `block` columns are made at once.
+    """
+
+    members: tuple[Columns, ...]
+    linear: Callable[[Any], Any]
     flops: int
     nbytes: int
-    product: Callable[[Any], Any]
-    cut: Cut | None = None
+    block: int
     eigensystem: Callable[[], tuple[Any, Any]] | None = None
 
     @property
-    def blocks(self) -> int:
-        """How many blocks; the last one of a row may be partly empty."""
-        _, M, Q, _ = self.node.sizes()
-        return M * -(-Q // self.block) if self.form == "units" else -(-self.count // self.block)
+    def form(self) -> str:
+        """That of the first; only outputs never stand beside others."""
+        return self.members[0].form
+
+    @property
+    def _rows(self) -> tuple[Columns, ...]:
+        """Those that have columns of their own: a sweep from outputs is everyone's."""
+        return self.members[:1] if self.form == OUTPUTS else self.members
+
+    @property
+    def products(self) -> int:
+        """How many products, or sweeps."""
+        return sum(columns.count for columns in self._rows)
+
+    def steps(self) -> list[tuple[int, int]]:
+        """The iterations of the loop: whose columns, and which block of them."""
+        return [(k, number) for k, m in enumerate(self._rows) for number in range(m.blocks(self.block))]
+
+    def products_of_steps(self) -> list[int]:
+        """How many products each iteration makes."""
+        found: list[int] = []
+        for columns in self._rows:
+            blocks = columns.blocks(self.block)
+            ends = [round(columns.count * n / blocks) for n in range(blocks + 1)]
+            found += [end - start for start, end in itertools.pairwise(ends)]
+        return found
 
 
-def hessian_of(node: Node, free: Sequence[Any], value: Any, rules: RuleSet | None) -> Callable[[Any], Any]:
-    """`V ↦ H V` in the node's coordinates, linearised at its value."""
-
-    def loss(z: Any) -> Any:
-        return _compat.evaluate(node.tail, (), [z, *free])[0]
-
-    gradient = jax.grad(with_rules(loss, rules))
-    _, product = jax.linearize(lambda Z: node.from_variable(gradient(node.to_variable(Z))), value)
-    return product
-
-
-def choose(
-    node: Node,
-    read: Callable[[Any], Any],
-    rules: RuleSet | None,
-    byte_limit: int,
-    block: int | None,
-) -> Columns:
-    """The cheapest of the forms, by the floating-point operations of the linearised programs.
-
-    `read` gives the values of variables.
-    """
-    value = node.from_variable(read(node.variable))
-    found = list(_by_products(node, read, value, rules))
-    found += _by_outputs(node, read, value, rules, 2 * min(c.count for c in found))
-    fitting = [c for c in found if c.nbytes <= byte_limit] or found
-    best = min(fitting, key=lambda c: c.count * c.flops)
-    longest = node.sizes()[2] if best.form == "units" else best.count
-    if block is None:
-        most = min(_MOST, max(1, byte_limit // max(best.nbytes, 1)))
-        block = min(max(_FEWEST, _CACHE_BYTES // max(best.nbytes, 1)), most)
-    block = min(block, longest)
-    # Of equal length, so that little is computed in vain.
-    return replace(best, block=-(-longest // -(-longest // block)))
+def program_of(
+    members: Sequence[Columns], read: Read, rules: RuleSet | None, byte_limit: int, block: int | None
+) -> Program:
+    """The program for some columns of one term; `read` gives the values of variables."""
+    nodes, cut = [m.node for m in members], members[0].cut
+    eigen = None
+    if cut is not None:
+        linear, product, outputs = functions_of(cut, nodes, read, rules)
+        tangents: Any = outputs
+        of_loss, loss_bytes = _cost(product, outputs)
+        at_once = max(1, CACHE_BYTES // max(loss_bytes, 1))
+        eigen = lambda: eigensystem(product, outputs, at_once)  # noqa: E731
+    else:
+        of_loss, (linear, tangents) = 0, hessian_of(nodes, read, rules)
+    flops, size = _cost(linear, tangents)
+    if cut is not None:
+        flops += of_loss + EIGENVECTORS * cut.size * outputs.size + sum(m.own_flops() for m in members)
+    size += sum(m.own_bytes() for m in members)
+    return Program(tuple(members), linear, flops, size, _block(members, size, byte_limit, block), eigen)
 
 
-def _by_products(
-    node: Node, read: Callable[[Any], Any], value: Any, rules: RuleSet | None
-) -> Iterator[Columns]:
-    S, M, Q, R = node.sizes()
-    product = hessian_of(node, [read(v) for v in node.free], value, rules)
-    flops, nbytes = _cost(product, value)
-    pairs, itemsize = S * M * R, value.dtype.itemsize
-    along = 3 * pairs if node.activations is not None else 0
-    yield Columns(node, "directions", node.inputs * Q, 1, flops + along, nbytes, product)
-    if node.activations is not None:
-        flops, nbytes = flops + 2 * pairs * node.inputs, nbytes + itemsize * pairs * min(M, 2)
-        yield Columns(node, "units", M * Q, 1, flops, nbytes, product)
+def hessian_of(nodes: Sequence[Node], read: Read, rules: RuleSet | None) -> tuple[Callable[[Any], Any], Any]:
+    """`V ↦ H V` in the nodes' coordinates, `H` of all of them together, linearised; and a `V` of zeros."""
+    jaxpr, free = perturbed(nodes, *nodes[0].term.outvars)
+    values = [read(v) for v in free]
 
+    def loss(deltas: Sequence[Any]) -> Any:
+        operands = [node.to_variable(delta) for node, delta in zip(nodes, deltas, strict=True)]
+        return _compat.evaluate(jaxpr, (), [*operands, *values])[0]
 
-def _by_outputs(
-    node: Node, read: Callable[[Any], Any], value: Any, rules: RuleSet | None, most: int
-) -> Iterator[Columns]:
-    """If it takes at most so many columns; one is a sweep backwards, about half a product."""
-    cut = find_cut(node)
-    if cut is None or cut.size > min(most, _LARGEST_SLICE):
-        return
-    S, M, Q, R = node.sizes()
-    pull, product, outputs = functions_of(cut, read, value, rules)
-    flops, nbytes = _cost(pull, outputs)
-    of_loss, loss_bytes = _cost(product, outputs)
-    terms = S * Q * R * node.inputs
-    flops += 3 * S * M * Q * R + (2 * terms * (M + 1) if M > 1 else 2 * terms // cut.size)
-    flops += of_loss + _EIGENVECTORS * cut.size * outputs.size
-    nbytes += value.dtype.itemsize * terms if M > 1 else 0
-    at_once = max(1, _CACHE_BYTES // max(loss_bytes, 1))
-    yield Columns(
-        node, "outputs", cut.size, 1, flops, nbytes, pull, cut, lambda: eigensystem(product, outputs, at_once)
-    )
+    zeros = [jnp.zeros(node.sizes(), node.variable.aval.dtype) for node in nodes]
+    return jax.linearize(jax.grad(with_rules(loss, rules)), zeros)[1], zeros
 
 
 def _cost(linear: Callable[[Any], Any], like: Any) -> tuple[int, int]:
-    """Floating-point operations and bytes of one column."""
-    jaxpr = jax.make_jaxpr(linear)(jax.ShapeDtypeStruct(like.shape, like.dtype))
-    return of_jaxpr(jaxpr), peak_bytes(jaxpr)
+    """Floating-point operations and bytes of one column; of what is given, one at a time."""
+    jaxpr = jax.make_jaxpr(linear)(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), like))
+    given = [nbytes(v) for v in _compat.open_jaxpr(jaxpr).invars]
+    return of_jaxpr(jaxpr), peak_bytes(jaxpr) - sum(given) + max(given)
 
 
-def diagonal_of(columns: Columns, data: Any, dtype: Any, done: Callable[[Any], None] | None) -> Any:
-    """`diagonal[q, i, r]`, block after block; `done(block)` is called with the number of each."""
-    _, _, Q, R = columns.node.sizes()
-    a = columns.node.canonical_activations(data)
-    form = {"units": _units, "directions": _directions}.get(columns.form)
-    if form is None:
-        assert columns.eigensystem is not None
-        form = functools.partial(_outputs, columns.eigensystem())
-
-    def step(accumulated: Any, number: Any) -> tuple[Any, None]:
-        at, found = form(number, columns, a, dtype)
-        if done is not None:
-            done(number)
-        # Indices past the end are those of an incomplete block.
-        return accumulated.at[at].add(found, mode="drop"), None
-
-    empty = jnp.zeros((Q, columns.node.inputs, R), dtype)
-    return jax.lax.scan(step, empty, jnp.arange(columns.blocks))[0]
-
-
-def _units(number: Any, columns: Columns, a: Any, dtype: Any) -> tuple[Any, Any]:
-    """Columns of the units `(m, q)`, of one `m` and a run of `q`: where to add, and `[q, i, r]`."""
-    (S, M, Q, R), B = columns.node.sizes(), columns.block
-    m, run = number // -(-Q // B), number % -(-Q // B)
-    q = run * B + jnp.arange(B)
-
-    def column(q: Any) -> Any:
-        unit = jnp.zeros((M, Q), dtype).at[m, q].set(1, mode="drop")
-        response = columns.product(jnp.broadcast_to(unit[None, :, :, None], (S, M, Q, R)))
-        return jax.lax.dynamic_index_in_dim(response, q, 2, keepdims=False)
-
-    responses = jax.vmap(column)(q)  # [q, s, m, r]
-    weight = jax.lax.dynamic_index_in_dim(a, m, 1) * a  # [s, m, i]
-    return (q,), jnp.einsum("smi,qsmr->qir", weight, responses)
-
-
-def _directions(number: Any, columns: Columns, a: Any, dtype: Any) -> tuple[Any, Any]:
-    """Columns of the directions `(i, q)`: where to add, and `[(i, q), r]`."""
-    (S, M, Q, R), inputs, B = columns.node.sizes(), columns.node.inputs, columns.block
-    flat = number * B + jnp.arange(B)
-    i, q = flat % inputs, flat // inputs
-
-    def column(i: Any, q: Any) -> Any:
-        along = jax.lax.dynamic_index_in_dim(a, i, 2, keepdims=False).astype(dtype)
-        unit = (jnp.arange(Q) == q).astype(dtype)
-        direction = along[:, :, None, None] * unit[:, None]
-        response = columns.product(jnp.broadcast_to(direction, (S, M, Q, R)))
-        taken = jax.lax.dynamic_index_in_dim(response, q, 2, keepdims=False)
-        return jnp.sum(along[:, :, None] * taken, axis=(0, 1))
-
-    return (q, i), jax.vmap(column)(i, q)
-
-
-def _outputs(eigen: tuple[Any, Any], number: Any, columns: Columns, a: Any, dtype: Any) -> tuple[Any, Any]:
-    """Columns of the outputs' Hessians: to be added everywhere, `[q, i, r]`."""
-    assert columns.cut is not None
-    S, _, _, R = sizes = columns.node.sizes()
-    eigenvalues, eigenvectors = eigen
-    at = number * columns.block + jnp.arange(columns.block)
-    vectors = jnp.take(eigenvectors, at, axis=2, mode="fill", fill_value=0)  # [s r, c, columns]
-    cotangents = jax.vmap(columns.product, in_axes=2)(vectors)
-    weights = jnp.take(eigenvalues, at, axis=1, mode="fill", fill_value=0).T.reshape(-1, S, R)
-    return (), column_terms(columns.cut, cotangents, weights, a, sizes)
+def _block(members: Sequence[Columns], size: int, byte_limit: int, block: int | None) -> int:
+    """How many columns are made at once: as many as fit, and so that little is computed in vain."""
+    if block is None:
+        most = min(_MOST, max(1, byte_limit // max(size, 1)))
+        block = min(max(_FEWEST, CACHE_BYTES // max(size, 1)), most)
+    block = min(block, max(m.longest() for m in members))
+    return min(
+        range(1, block + 1),
+        key=lambda b: sum(m.blocks(b) for m in members) * (b + _STEP),
+    )

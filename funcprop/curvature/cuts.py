@@ -26,7 +26,7 @@ import numpy as np
 
 from funcprop import _compat
 from funcprop.curvature.dependence import propagate
-from funcprop.curvature.nodes import Node
+from funcprop.curvature.nodes import Node, perturbed
 from funcprop.curvature.piecewise import why_curved
 from funcprop.curvature.separability import Separability, is_separable
 from funcprop.registry import RuleSet
@@ -35,16 +35,14 @@ from funcprop.rewrite import with_rules
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """`L = h(o(Z))`: both parts as jaxprs, from a variable and then what else they read.
+    """`L = h(o(Z))`: both parts as jaxprs, from a variable and then what else they read (`loss_free`).
 
     `order` has the axes of the outputs: those that follow the node's independent slices, then the others, of
     which a slice has `size` entries.
     """
 
-    node: Node
     outputs: Any
     model: Any
-    model_free: tuple[Any, ...]
     loss: Any
     loss_free: tuple[Any, ...]
     order: tuple[int, ...]
@@ -70,7 +68,7 @@ def find_cut(node: Node) -> Cut | None:
         model = _compat.jaxpr_of(before, [node.variable, *free], [outputs], "model")
         if not _compat.is_differentiable(outputs.aval) or why_curved(model, 0) is not None:
             break  # and so is all that is longer
-        if (cut := _cut(node, k, model, free)) is not None:
+        if (cut := _cut(node, k, model, len(free))) is not None:
             found.append(cut)
     return min(found, key=lambda cut: cut.size, default=None)
 
@@ -95,14 +93,14 @@ def _places(tail: Any) -> list[int]:
     return places
 
 
-def _cut(node: Node, k: int, model: Any, free: tuple[Any, ...]) -> Cut | None:
+def _cut(node: Node, k: int, model: Any, free: int) -> Cut | None:
     """After the k-th equation, if the loss keeps the same slices apart there as at the node."""
     after, (outputs,) = node.tail.eqns[k + 1 :], model.outvars
     loss_free = tuple(v for v in _compat.free_variables(after) if v is not outputs)
     loss = _compat.jaxpr_of(after, [outputs, *loss_free], list(node.tail.outvars), "loss")
     kept = [d for d in node.order() if node.apart[d]]
     at = [d for d in kept if d in node.positions] + [d for d in kept if d in node.features]
-    none = [None] * len(free)
+    none = [None] * free
     images = [propagate(Separability(), model, [d, *none])[0] for d in at]
     if any(d is None or d < 0 for d in images) or len(set(images)) < len(images):
         return None
@@ -111,23 +109,25 @@ def _cut(node: Node, k: int, model: Any, free: tuple[Any, ...]) -> Cut | None:
     shape = outputs.aval.shape
     rest = [d for d in range(len(shape)) if d not in images]
     size = math.prod(shape[d] for d in rest)
-    return Cut(node, outputs, model, free, loss, loss_free, (*images, *rest), size)
+    return Cut(outputs, model, loss, loss_free, (*images, *rest), size)
 
 
 def functions_of(
-    cut: Cut, read: Callable[[Any], Any], value: Any, rules: RuleSet | None
+    cut: Cut, nodes: Sequence[Node], read: Callable[[Any], Any], rules: RuleSet | None
 ) -> tuple[Callable[[Any], Any], Callable[[Any], Any], Any]:
-    """The pullback `[s r, c] ↦ Z[s, m, q, r]`, the product with `∂²h/∂o²` on `[s r, c]`, and the outputs."""
-    node = cut.node
+    """The pullback `[s r, c] ↦ Z[s, m, q, r]` of each node, the product with `∂²h/∂o²`, and the outputs."""
+    jaxpr, free = perturbed(nodes, cut.outputs)
+    values = [read(v) for v in free]
 
-    def model(Z: Any) -> Any:
-        operands = [node.to_variable(Z), *map(read, cut.model_free)]
-        return cut.slices(_compat.evaluate(cut.model, (), operands)[0])
+    def model(deltas: Sequence[Any]) -> Any:
+        operands = [node.to_variable(delta) for node, delta in zip(nodes, deltas, strict=True)]
+        return cut.slices(_compat.evaluate(jaxpr, (), [*operands, *values])[0])
 
     def loss(slices: Any) -> Any:
         return _compat.evaluate(cut.loss, (), [cut.unsliced(slices), *map(read, cut.loss_free)])[0]
 
-    outputs, pullback = jax.vjp(with_rules(model, rules), value)
+    zeros = [jnp.zeros(node.sizes(), node.variable.aval.dtype) for node in nodes]
+    outputs, pullback = jax.vjp(with_rules(model, rules), zeros)
     _, product = jax.linearize(jax.grad(with_rules(loss, rules)), outputs)
     return lambda slices: pullback(slices)[0], product, outputs
 
@@ -144,7 +144,7 @@ def eigensystem(product: Callable[[Any], Any], outputs: Any, at_once: int) -> tu
     return jnp.linalg.eigh(jnp.moveaxis(hessians, 0, -1))
 
 
-def column_terms(cut: Cut, cotangents: Any, weights: Any, a: Any, sizes: Sequence[int]) -> Any:
+def column_terms(cotangents: Any, weights: Any, a: Any, sizes: Sequence[int]) -> Any:
     """`[q, i, r]` of some columns: `cotangents[c, s, m, q, r]` and their eigenvalues `weights[c, s, r]`."""
     _, M, _, _ = sizes
     if M == 1:

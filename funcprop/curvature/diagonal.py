@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,12 @@ import jax.numpy as jnp
 
 from funcprop import _compat
 from funcprop.calls import Call, is_array, require_values, traced
-from funcprop.curvature.columns import Columns, choose, diagonal_of
+from funcprop.curvature.columns import OUTPUTS, Columns, Program
 from funcprop.curvature.entries import find_nodes
+from funcprop.curvature.loops import diagonals_of
 from funcprop.curvature.nodes import Node
 from funcprop.curvature.piecewise import why_curved
+from funcprop.curvature.programs import programs
 from funcprop.curvature.terms import terms
 from funcprop.flops import of_jaxpr
 from funcprop.graph import aligned
@@ -40,7 +42,8 @@ class PlanRow:
     `form` is `"zero"` (the loss is piecewise affine in them), `"units"`, `"directions"` or `"outputs"`
     (`funcprop.curvature.columns`); `products` are the products with the Hessian at `node`, or the sweeps
     backwards from outputs up to which the loss is piecewise affine; `block` is how many are made at once,
-    `flops` those of all of them, and `nbytes` what one block holds.
+    `flops` those of all of them, and `nbytes` what one block holds. Rows with the same `program` share what
+    is compiled; of zero there is none.
     """
 
     leaves: tuple[str, ...]
@@ -50,6 +53,7 @@ class PlanRow:
     block: int
     flops: int
     nbytes: int
+    program: int | None
 
 
 @dataclass(frozen=True)
@@ -76,18 +80,18 @@ class Plan:
         return max((row.nbytes for row in self.rows), default=0)
 
     def __str__(self) -> str:
-        table = [("leaves", "form", "at", "products", "block", "flops", "bytes")]
+        table = [("leaves", "form", "at", "products", "block", "flops", "bytes", "program")]
         table += [
             (
                 ", ".join(row.leaves), row.form, row.node, f"{row.products:,}", f"{row.block}",
-                f"{row.flops:,}", f"{row.nbytes:,}",
+                f"{row.flops:,}", f"{row.nbytes:,}", "" if row.program is None else f"{row.program}",
             )
             for row in self.rows
         ]  # fmt: skip
         title = (
             f"diagonal of {self.parameters:,} parameters by {self.products:,} products: {self.flops:,} flops"
         )
-        return title + "\n" + aligned(table, right={3, 4, 5, 6}, widest=60)
+        return title + "\n" + aligned(table, right={3, 4, 5, 6, 7}, widest=60)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,49 +124,51 @@ class HessianDiagonal:
     def plan(self, params: Any, *args: Any, **kwargs: Any) -> Plan:
         """What it will cost; nothing is computed, and `jax.ShapeDtypeStruct`s are enough."""
         problem = _Problem.of(self.loss, params, args, kwargs)
-        found: list[Columns] = []
+        found: list[Program] = []
 
         def planned(values: Any) -> int:
-            found.extend(columns for columns, *_ in self._columns(problem, values))
+            found.extend(self._programs(problem, values)[0])
             return 0
 
         jax.eval_shape(planned, [jax.ShapeDtypeStruct(jnp.shape(v), _dtype(v)) for v in problem.call.values])
-        rows = [PlanRow(tuple(map(problem.path, problem.zero)), "zero", "", 0, 0, 0, 0)]
+        rows = [PlanRow(tuple(map(problem.path, problem.zero)), "zero", "", 0, 0, 0, 0, None)]
         rows = rows if problem.zero else []
-        for c in found:
-            names = tuple(map(problem.path, c.node.leaves))
-            rows.append(
-                PlanRow(names, c.form, _where(c), c.count, c.block, c.count * c.flops, c.block * c.nbytes)
-            )
+        for number, program in enumerate(found):
+            B, size, members = program.block, program.block * program.nbytes, program.members
+            for of_row in [members] if program.form == OUTPUTS else [(m,) for m in members]:
+                first = of_row[0]
+                names = tuple(problem.path(leaf) for m in of_row for leaf in m.node.leaves)
+                each = program.flops + (0 if program.form == OUTPUTS else first.own_flops())
+                count = first.count
+                rows.append(PlanRow(names, first.form, _where(first), count, B, count * each, size, number))
         size = sum(math.prod(v.aval.shape) for v in problem.parameter_variables)
         return Plan(tuple(rows), size, problem.gradient_flops())
 
-    def _columns(self, problem: _Problem, values: Any) -> Iterator[tuple[Columns, Any, Any]]:
-        """For every node how it is computed, the other operand of its product, and its dtype."""
+    def _programs(self, problem: _Problem, values: Any) -> tuple[list[Program], Callable[[Any], Any]]:
+        """All programs, and what gives the values of the variables that they read."""
         wanted = [v for n in problem.nodes for v in (n.variable, n.data, *n.free) if v is not None]
-        wanted = list(dict.fromkeys(v for v in wanted if not isinstance(v, _compat.Literal)))
+        wanted = list(dict.fromkeys(_compat.variables(wanted)))
         head = _compat.with_results(problem.jaxpr, wanted)
         known = dict(zip(wanted, _compat.evaluate(head, (), [*problem.constants, *values]), strict=True))
 
         def read(atom: Any) -> Any:
             return atom.val if isinstance(atom, _compat.Literal) else known[atom]
 
-        for node in problem.nodes:
-            columns = choose(node, read, self.rules, self.byte_limit, self.block_size)
-            yield columns, None if node.data is None else read(node.data), node.variable.aval.dtype
+        return programs(problem.nodes, read, self.rules, self.byte_limit, self.block_size), read
 
     def _leaves(self, problem: _Problem, values: Any) -> list[Any]:
         first = len(problem.constants)
         found = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in problem.parameter_variables]
-        planned = list(self._columns(problem, values))
+        planned, read = self._programs(problem, values)
         counter = None
         if self.progress is not None and planned:
-            counter = _Counter(self.progress, sum(columns.count for columns, *_ in planned))
-        for columns, data, dtype in planned:
-            done = None if counter is None else counter.of(columns)
-            diagonal = diagonal_of(columns, data, dtype, done)
-            for position, entries in columns.node.split(diagonal).items():
-                found[position - first] += entries.astype(found[position - first].dtype)
+            counter = _Counter(self.progress, sum(program.products for program in planned))
+        for program in planned:
+            done = None if counter is None else counter.of(program)
+            data = [None if m.node.data is None else read(m.node.data) for m in program.members]
+            for columns, diagonal in zip(program.members, diagonals_of(program, data, done), strict=True):
+                for position, entries in columns.node.split(diagonal).items():
+                    found[position - first] += entries.astype(found[position - first].dtype)
         return found
 
 
@@ -189,13 +195,13 @@ class _Counter:
         self.progress, self.total, self.done = progress, total, 0
         self.lock = threading.Lock()
 
-    def of(self, columns: Columns) -> Callable[[Any], None]:
-        """What counts a block of these columns, by its number, when it has been computed."""
+    def of(self, program: Program) -> Callable[[Any], None]:
+        """What counts an iteration of this program, by its number, when it has been computed."""
+        products = program.products_of_steps()
 
         def count(number: Any) -> None:
-            first, last = (round(columns.count * (int(number) + i) / columns.blocks) for i in (0, 1))
             with self.lock:
-                done = self.done + last - first
+                done = self.done + products[int(number)]
                 self.done = done % self.total
                 self.progress(done, self.total)
 

@@ -46,11 +46,12 @@ def find_nodes(jaxpr: Any, leaves: Sequence[int]) -> list[Node]:
 
 def _completed(jaxpr: Any, node: Node) -> Node | None:
     """With the rest of the loss, and the axes along which that is a sum; None if it does not depend on it."""
-    after, dependent = [], {node.variable}
-    for eqn in jaxpr.eqns:
+    at, dependent = [], {node.variable}
+    for i, eqn in enumerate(jaxpr.eqns):
         if any(not isinstance(v, _compat.Literal) and v in dependent for v in eqn.invars):
-            after.append(eqn)
+            at.append(i)
             dependent.update(eqn.outvars)
+    after = [jaxpr.eqns[i] for i in at]
     (result,) = jaxpr.outvars
     if isinstance(result, _compat.Literal) or result not in dependent:
         return None
@@ -58,14 +59,26 @@ def _completed(jaxpr: Any, node: Node) -> Node | None:
     tail = _compat.jaxpr_of(after, [node.variable, *free], [result], "tail")
     shape = node.variable.aval.shape
     apart = tuple(size > 1 and is_separable(tail, 0, axis) for axis, size in enumerate(shape))
-    return replace(node, tail=tail, free=free, apart=apart)
+    return replace(node, term=jaxpr, after=tuple(at), tail=tail, free=free, apart=apart)
 
 
 def _itself(jaxpr: Any, leaf: int) -> Node:
     variable = jaxpr.invars[leaf]
     axes = tuple(range(len(variable.aval.shape)))
     return Node(
-        (leaf,), variable, None, (), (), axes, (), 1, None, None, lambda diagonal: {leaf: diagonal[0]}
+        (leaf,),
+        variable,
+        None,
+        (),
+        None,
+        (),
+        (),
+        axes,
+        (),
+        1,
+        None,
+        None,
+        lambda diagonal: {leaf: diagonal[0]},
     )
 
 
@@ -131,7 +144,7 @@ def _dot(eqn: Any, leaf: int, side: int, view: Any) -> Node | None:
         return back(jnp.transpose(split, order))
 
     return Node(
-        (leaf,), eqn.outvars[0], None, (), tuple(positions), tuple(features), (), inputs,
+        (leaf,), eqn.outvars[0], None, (), None, (), tuple(positions), tuple(features), (), inputs,
         eqn.invars[1 - side], activations, assign,
     )  # fmt: skip
 
@@ -162,6 +175,8 @@ def _convolution(eqn: Any, leaf: int, view: Any) -> Node | None:
     return Node(
         (leaf,),
         eqn.outvars[0],
+        None,
+        (),
         None,
         (),
         positions,

@@ -8,8 +8,10 @@ A parameter that enters as `W[n] = Σ_t a[n, t] ⊗ g[n, t]` has the Gauss-Newto
 
 `g` are cotangents of the *unaveraged* loss of one example for the columns `c` of its root, so that `A ⊗ G` is
 of the loss's **mean** over the batch, without a factor ½. A parameter without an outer product (a bias, a
-norm's scale) has `A = (1)` and for `G` its whole block, or its diagonal if it has more than 1024 entries; so
-has one that enters in several places. A table of which rows are taken has a diagonal `A`.
+norm's scale) has `A = (1)` and for `G` its whole block, or its diagonal if it has more than 1024 entries. One
+that enters in several places has its whole block if that is small; of a larger one all uses are one set of
+positions, or, where they are not products in the same orientation, there is the diagonal. A table of which
+rows are taken has a diagonal `A`. `fp.per_example(…).audit(…)` says which it is for every parameter.
 
 References: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature",
 ICML 2015; Grosse and Martens, "A Kronecker-factored approximate Fisher matrix for convolution layers", ICML

@@ -14,16 +14,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from funcprop import _compat
 
 
 @dataclass(frozen=True, eq=False)
 class Node:
     """Where one or two leaves act, and the rest of the loss.
 
-    `tail` is a jaxpr from `variable` and then `free` to the loss. `positions` and `features` are the axes of
-    the variable, `apart` says of each axis whether the loss is a sum over its slices. `data` is the other
+    `term` is the jaxpr whose equations `after` depend on `variable`; `tail` are these, a jaxpr from
+    `variable` and then `free` to the loss. `positions` and `features` are the axes of the variable, `apart`
+    says of each axis whether the loss is a sum over its slices. `data` is the other
     operand of the product and `activations` makes `a[*positions, i]` of it; without a product both are None
     and `a` is 1.
     `assign` takes the diagonal `[i, *features]` apart: `{leaf: its diagonal}`.
@@ -31,6 +35,8 @@ class Node:
 
     leaves: tuple[int, ...]
     variable: Any
+    term: Any
+    after: tuple[int, ...]
     tail: Any
     free: tuple[Any, ...]
     positions: tuple[int, ...]
@@ -84,3 +90,46 @@ class Node:
             mixed.index(d) if d in mixed else len(mixed) + 1 + kept.index(d) for d in self.features
         ]
         return self.assign(jnp.transpose(parts, order))
+
+
+def perturbed(nodes: Sequence[Node], result: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A jaxpr from a perturbation of each node's variable, and then what else it reads, to a result.
+
+    The nodes are of one term; their perturbations are added to the variables.
+    """
+    term = nodes[0].term
+    equations = [term.eqns[i] for i in sorted({i for node in nodes for i in node.after})]
+    equations = needed_for(equations, [result])
+    deltas = [_compat.Var(node.variable.aval) for node in nodes]
+    moved: dict[Any, Any] = {}
+    found: list[Any] = []
+
+    def move(variable: Any) -> None:
+        for node, delta in zip(nodes, deltas, strict=True):
+            if node.variable is variable:
+                before, moved[variable] = moved.get(variable, variable), _compat.Var(variable.aval)
+                sum_of = jax.make_jaxpr(jax.lax.add)(variable.aval, variable.aval).eqns[0]
+                found.append(sum_of.replace(invars=[before, delta], outvars=[moved[variable]]))
+
+    defined = {v for eqn in equations for v in eqn.outvars}
+    for variable in dict.fromkeys(node.variable for node in nodes):
+        if variable not in defined:
+            move(variable)
+    for eqn in equations:
+        operands = [v if isinstance(v, _compat.Literal) else moved.get(v, v) for v in eqn.invars]
+        found.append(eqn.replace(invars=operands))
+        for variable in eqn.outvars:
+            move(variable)
+    given = set(deltas)
+    free = tuple(v for v in _compat.free_variables(found) if v not in given)
+    return _compat.jaxpr_of(found, [*deltas, *free], [moved.get(result, result)], "perturbed"), free
+
+
+def needed_for(equations: Sequence[Any], results: Sequence[Any]) -> list[Any]:
+    """Those equations that some results depend on."""
+    needed, kept = set(_compat.variables(results)), []
+    for eqn in reversed(equations):
+        if any(v in needed for v in eqn.outvars):
+            kept.append(eqn)
+            needed.update(_compat.variables(eqn.invars))
+    return kept[::-1]

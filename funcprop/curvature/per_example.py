@@ -15,6 +15,7 @@ from funcprop.curvature.outer.mixing import example_of, refuse_unread
 from funcprop.curvature.outer.roots import Loss, Root, root_of
 from funcprop.curvature.outer.study import Model, Study, route
 from funcprop.curvature.quantities import ALIASES, EXACT, QUANTITIES, SAMPLED, VALUE, Part
+from funcprop.graph import aligned
 from funcprop.registry import RuleSet
 
 # The bytes that stacked cotangents, or gradients of single examples, may take at a time.
@@ -22,11 +23,17 @@ LIMIT = 64 << 20
 
 
 class Route(NamedTuple):
-    """How one leaf's gradients are found: a way for each place where it enters, and why."""
+    """How one leaf's gradients are found: a way for each place where it enters, and why; and its factors.
+
+    All quantities of gradients are exact in every way. `expand` and `reduce` are what KFAC, KFLR and EKFAC
+    keep of the leaf's block: `A ⊗ G` (over how many positions), an exact block, or a diagonal, and why.
+    """
 
     path: str
     ways: tuple[str, ...]
     reasons: tuple[str, ...]
+    expand: str
+    reduce: str
 
     @property
     def falls_back(self) -> bool:
@@ -38,13 +45,12 @@ class Audit(tuple[Route, ...]):
     """The routes of all parameters, as a table when printed."""
 
     def __str__(self) -> str:
-        rows = [
-            (r.path, w, why)
-            for r in self
-            for w, why in zip(r.ways or ("unused",), r.reasons or ("",), strict=True)
-        ]
-        widths = [max(len(row[k]) for row in rows) for k in range(2)]
-        return "\n".join(f"{p:{widths[0]}}  {w:{widths[1]}}  {why}".rstrip() for p, w, why in rows)
+        rows = [("parameter", "gradients", "through", "KFAC", "with sharing='reduce'")]
+        for r in self:
+            ways = list(zip(r.ways or ("unused",), r.reasons or ("",), strict=True))
+            rows.append((r.path, *ways[0], r.expand, "the same" if r.reduce == r.expand else r.reduce))
+            rows += [("", *way, "", "") for way in ways[1:]]
+        return aligned(rows, set(), 80)
 
 
 class PerExample:
@@ -73,14 +79,18 @@ class PerExample:
         return {asked: found[name] for asked, name in zip(quantities, names, strict=True)}
 
     def audit(self, params: Any, x: Any, y: Any = None) -> Audit:
-        """By which way the gradients in each parameter are found, and why; nothing is computed."""
+        """By which way the gradients in each parameter are found, why, and what KFAC keeps of its block.
+
+        Nothing is computed; `jax.ShapeDtypeStruct`s are enough.
+        """
         check_parameters(params)
         study = Study.of(self.model, params, x, self.rules)
-        routes = []
+        size, routes = batch_size(x, () if y is None else y), []
+        kept = study.kept(jax.tree.leaves(params), x, size)
         for i, (path, _) in enumerate(jax.tree.leaves_with_path(params)):
             found = [route(tap) for tap in study.taps if tap.view.leaf == i]
             ways, reasons = zip(*found, strict=True) if found else ((), ())
-            routes.append(Route(jax.tree_util.keystr(path), ways, reasons))
+            routes.append(Route(jax.tree_util.keystr(path), ways, reasons, *kept[i]))
         return Audit(routes)
 
     def _run(self, names: tuple[str, ...], params: Any, x: Any, y: Any, key: Any) -> dict[str, Any]:

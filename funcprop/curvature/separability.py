@@ -79,6 +79,39 @@ def is_separable(jaxpr: Any, position: int, axis: int) -> bool:
     return state is None or state == SUMMED
 
 
+class Entries(Separability):
+    """The analysis: the number of the input of which the results are elementwise functions, SUMMED, or MIXED.
+
+    Entries of two inputs, or of one in different places, meet nowhere but in a sum.
+    """
+
+    def operator(self, eqn: Any, states: Sequence[Any]) -> int:
+        """The input of the results."""
+        found = {s for s in states if s is not None}
+        if found == {SUMMED}:
+            return SUMMED if _linear(eqn, states) else MIXED
+        if len(found) != 1 or MIXED in found:
+            return MIXED
+        name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
+        if name == "reduce_sum":
+            return SUMMED
+        moved = [v for v, s in zip(eqn.invars, states, strict=True) if s is not None]
+        return found.pop() if name in _ELEMENTWISE and all(v.aval.shape == shape for v in moved) else MIXED
+
+    def into_loop(self, state: Any) -> int:
+        """A slice has other places."""
+        return MIXED if state >= 0 else state
+
+    out_of_loop = into_loop
+
+
+def adds_up_entries(jaxpr: Any, count: int) -> bool:
+    """Whether the one scalar result is a sum of functions of single entries of the first inputs."""
+    others = len(_compat.open_jaxpr(jaxpr).invars) - count
+    (state,) = propagate(Entries(), jaxpr, [*range(count), *[None] * others])
+    return state != MIXED
+
+
 def _linear(eqn: Any, states: Sequence[Any]) -> bool:
     """Whether an operator is linear in the operands that depend on the input."""
     name, where = eqn.primitive.name, [i for i, s in enumerate(states) if s is not None]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from funcprop import _compat
+from funcprop.curvature.nodes import needed_for
 from funcprop.curvature.separability import is_separable
 
 _SUMS = frozenset({"add", "add_any", "sub"})
@@ -61,13 +62,7 @@ def _without(jaxpr: Any, at: int, side: int) -> Any:
     aval = operands[side].aval
     operands[side] = _compat.Literal(aval.dtype.type(0), aval)
     equations[at] = equations[at].replace(invars=operands)
-    needed = {v for v in jaxpr.outvars if not isinstance(v, _compat.Literal)}
-    kept = []
-    for eqn in reversed(equations):
-        if any(v in needed for v in eqn.outvars):
-            kept.append(eqn)
-            needed.update(v for v in eqn.invars if not isinstance(v, _compat.Literal))
-    return _compat.jaxpr_of(kept[::-1], jaxpr.invars, jaxpr.outvars, "term")
+    return _compat.jaxpr_of(needed_for(equations, jaxpr.outvars), jaxpr.invars, jaxpr.outvars, "term")
 
 
 def _is_penalty(jaxpr: Any, leaves: Sequence[int]) -> bool:

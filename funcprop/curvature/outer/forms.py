@@ -1,7 +1,8 @@
 """The gradients of a batch of examples in one leaf, in whichever form they are known.
 
 A form answers for moments, for the gradients themselves, for their inner products and for Kronecker factors.
-There are four: outer products of one tap, rows of a table, gradients that are at hand, and sums of several.
+There are four: outer products of one tap, gradients that are at hand (both here), rows of a table (`table`),
+and sums of several (`several`).
 """
 
 from __future__ import annotations
@@ -54,8 +55,12 @@ class Form(Protocol):
     def squares_in(self, basis: Factors, group: Group) -> Any:
         """`Σ (U_aᵀ W U_g)²` in the factors' bases, as `[k, i, o]`; the basis of a diagonal is a vector."""
 
+    def kept(self, reduce: bool) -> str:
+        """What the factors are, for the audit."""
 
-def _rows(x: Any, start: Any, count: int, axis: int) -> Any:
+
+def rows_of(x: Any, start: Any, count: int, axis: int) -> Any:
+    """Those of some examples, along an axis."""
     return lax.dynamic_slice_in_dim(x, start, count, axis)
 
 
@@ -75,8 +80,8 @@ class AtHand:
 
     def part(self, start: Any, count: int) -> AtHand:
         """The form of some of the examples."""
-        positions = None if self.positions is None else _rows(self.positions, start, count, 1)
-        return replace(self, w=_rows(self.w, start, count, 1), positions=positions)
+        positions = None if self.positions is None else rows_of(self.positions, start, count, 1)
+        return replace(self, w=rows_of(self.w, start, count, 1), positions=positions)
 
     def moments(self, wanted: Mapping[str, Group]) -> Moments:
         """Sum, squares and norms of each group."""
@@ -112,12 +117,30 @@ class AtHand:
             return Factors(one, (flat * flat).sum(0))
         return Factors(one, contractions.product(flat, flat))
 
+    def kept(self, reduce: bool) -> str:
+        """A whole block, or its diagonal."""
+        over = ""
+        if self.positions is not None:
+            over = (
+                ", summed over positions" if reduce else f", expand over {self.positions.shape[2]} positions"
+            )
+            if not reduce and self.positions.shape[-1] <= DENSE:
+                return f"G alone{over}"
+        return block_or_diagonal(math.prod(self.w.shape[2:]), over)
+
     def squares_in(self, basis: Factors, group: Group) -> Any:
         """Squares along the factors' eigenvectors."""
         flat = group.scaled(self.w).reshape(-1, math.prod(self.w.shape[2:]))
         if basis.cotangents.ndim == 2:
             flat = flat @ basis.cotangents
         return (flat * flat).sum(0)[None, None]
+
+
+def block_or_diagonal(entries: int, over: str = "", why: str = "") -> str:
+    """What is kept of a leaf whose block is no Kronecker product, in words."""
+    if entries <= DENSE:
+        return f"exact block{over}"
+    return f"diagonal{over}: {entries} entries are more than {DENSE}{why}"
 
 
 # --- outer products ---------------------------------------------------------------------------
@@ -139,15 +162,20 @@ class OuterProducts:
 
     def part(self, start: Any, count: int) -> OuterProducts:
         """The form of some of the examples."""
-        return replace(self, raw=_rows(self.raw, start, count, 0), g=_rows(self.g, start, count, 1))
+        return replace(self, raw=rows_of(self.raw, start, count, 0), g=rows_of(self.g, start, count, 1))
 
     def folded(self, columns: slice) -> tuple[Any, Any]:
         """`a[k, n, t, i]` and `g[k, c, n, t, o]`."""
-        a, g = self.form.activations, self.form.cotangents
-        assert a is not None
-        return jax.vmap(a, out_axes=1)(self.raw), jax.vmap(jax.vmap(g, out_axes=1), out_axes=1)(
-            self.g[columns]
-        )
+        return self.folded_activations(), self.folded_cotangents(columns)
+
+    def folded_activations(self) -> Any:
+        """`a[k, n, t, i]`."""
+        assert self.form.activations is not None
+        return jax.vmap(self.form.activations, out_axes=1)(self.raw)
+
+    def folded_cotangents(self, columns: slice) -> Any:
+        """`g[k, c, n, t, o]`."""
+        return jax.vmap(jax.vmap(self.form.cotangents, out_axes=1), out_axes=1)(self.g[columns])
 
     def moments(self, wanted: Mapping[str, Group]) -> Moments:
         """Sum, squares and norms of each group."""
@@ -190,23 +218,19 @@ class OuterProducts:
 
     def factors(self, group: Group, reduce: bool) -> Factors:
         """Kronecker factors, summed over examples."""
-        scaled = replace(self, g=group.scaled(self.g))
+        return kronecker([self], group, reduce)
 
-        def part(start: Any, count: int) -> Moments:
-            a, g = scaled.part(start, count).folded(slice(None))
-            if reduce:
-                a, g = a.mean(2, keepdims=True), g.sum(3, keepdims=True)
-            rows = a.reshape(len(a), -1, a.shape[-1]), g.reshape(len(g), -1, g.shape[-1])
-            both = [_over_blocks(lambda x: contractions.product(x, x), x) for x in rows]
-            return {("A", SUM): both[0] / a.shape[2], ("G", SUM): both[1]}
-
-        a, g = jax.eval_shape(lambda: scaled.folded(slice(None)))
-        each = (a.size * a.dtype.itemsize + g.size * g.dtype.itemsize) // self.size
-        found = contractions.in_parts(part, self.size, self.limit // max(1, each))
-        return Factors(*(x[0] if len(x) == 1 else x for x in (found["A", SUM], found["G", SUM])))
+    def kept(self, reduce: bool) -> str:
+        """Both factors."""
+        return both([self], reduce)
 
     def squares_in(self, basis: Factors, group: Group) -> Any:
         """Squares along the factors' eigenvectors."""
+        wanted = {"": group._replace(what=frozenset({SQUARES}))}
+        return self.turned(basis).moments(wanted)["", SQUARES]
+
+    def turned(self, basis: Factors) -> OuterProducts:
+        """The same in the factors' bases, as `[k, i, o]`."""
         a, g = self.form.activations, self.form.cotangents
         assert a is not None
         turned = OuterForm(
@@ -215,8 +239,41 @@ class OuterProducts:
             lambda w: w,
             self.form.positions,
         )
-        wanted = {"": group._replace(what=frozenset({SQUARES}))}
-        return replace(self, form=turned).moments(wanted)["", SQUARES]
+        return replace(self, form=turned)
+
+
+def kronecker(forms: Sequence[OuterProducts], group: Group, reduce: bool) -> Factors:
+    """Kronecker factors of taps whose blocks are alike: their positions are one set."""
+    first, positions = forms[0], sum(form.form.positions for form in forms)
+
+    def square(folded: Sequence[Any]) -> Any:
+        """`Σ x xᵀ` over the rows of `x[k, …, t, i]`, with `reduce` over their sums over all `t`."""
+        if reduce:
+            folded = [sum(x.sum(-2) for x in folded)]
+        rows = [x.reshape(len(x), -1, x.shape[-1]) for x in folded]
+        return sum(_over_blocks(lambda x: contractions.product(x, x), x) for x in rows)
+
+    def part(start: Any, count: int) -> Moments:
+        return {("A", SUM): square([form.part(start, count).folded_activations() for form in forms])}
+
+    a = [jax.eval_shape(form.folded_activations) for form in forms]
+    each = sum(x.size * x.dtype.itemsize for x in a) // first.size
+    A = contractions.in_parts(part, first.size, first.limit // max(1, each))["A", SUM]
+    # Cotangents are there, whatever their bytes; a bias has the same, and XLA sees that in one product alone.
+    G = square([replace(form, g=group.scaled(form.g)).folded_cotangents(slice(None)) for form in forms])
+    A = A / (positions**2 if reduce else positions)
+    return Factors(*(x[0] if len(x) == 1 else x for x in (A, G)))
+
+
+def both(forms: Sequence[OuterProducts], reduce: bool) -> str:
+    """What the factors of taps whose blocks are alike are, in words."""
+    positions = sum(form.form.positions for form in forms)
+    blocks = jax.eval_shape(forms[0].folded_activations).shape[0]
+    of = "A ⊗ G" if blocks == 1 else f"{blocks} blocks A ⊗ G"
+    if positions == 1:
+        return of
+    uses = "" if len(forms) == 1 else f" of {len(forms)} uses together"
+    return f"{of}, {'reduce' if reduce else 'expand'} over {positions} positions{uses}"
 
 
 def _over_blocks(fun: Callable[..., Any], *arrays: Any) -> Any:
@@ -224,171 +281,3 @@ def _over_blocks(fun: Callable[..., Any], *arrays: Any) -> Any:
     if len(arrays[0]) == 1:
         return jax.tree.map(lambda y: y[None], fun(*(x[0] for x in arrays)))
     return jax.vmap(fun)(*arrays)
-
-
-# --- rows of a table --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """A table of which rows were taken: `ids[n, t]` and the cotangents of the rows, `g[c, n, t, o]`.
-
-    The gradient has a row for each id, the sum of its cotangents; equal rows are joined within an example.
-    """
-
-    ids: Any
-    g: Any
-    rows: int
-    to_leaf: Callable[[Any], Any]
-    limit: int
-
-    def part(self, start: Any, count: int) -> Rows:
-        """The form of some of the examples."""
-        return replace(self, ids=_rows(self.ids, start, count, 0), g=_rows(self.g, start, count, 1))
-
-    def _scattered(self, ids: Any, values: Any) -> Any:
-        zeros = jnp.zeros((self.rows, values.shape[-1]), values.dtype)
-        return zeros.at[ids.reshape(-1)].add(values.reshape(-1, values.shape[-1]))
-
-    def moments(self, wanted: Mapping[str, Group]) -> Moments:
-        """Sum, squares and norms of each group."""
-        found: Moments = {}
-        for name, group in wanted.items():
-            if SUM in group.what:
-                found[name, SUM] = self.to_leaf(self._scattered(self.ids, group.total(self.g)))
-            if group.what & {SQUARES, NORMS}:
-                squares = jax.vmap(_joined_squares, (0, 1))(self.ids, group.scaled(self.g))
-            if SQUARES in group.what:
-                found[name, SQUARES] = self.to_leaf(self._scattered(self.ids, squares))
-            if NORMS in group.what:
-                found[name, NORMS] = squares.sum((1, 2))
-        return found
-
-    def each(self, columns: slice) -> Any:
-        """The gradients, `[c, n, *leaf]`."""
-        one = jax.vmap(lambda ids, g: self.to_leaf(self._scattered(ids, g)))
-        return jax.vmap(one, in_axes=(None, 0))(self.ids, self.g[columns])
-
-    def gram(self, columns: slice) -> Any:
-        """Inner products, `[n, c, n, c]`."""
-        g = jnp.moveaxis(self.g[columns], 0, 1)
-
-        def row(x: tuple[Any, Any]) -> Any:
-            ids, g_n = x
-            equal = (ids[:, None] == self.ids.reshape(1, -1)).astype(g.dtype)
-            joined = jnp.einsum("ts,cto->cso", equal, g_n).reshape(len(g_n), *self.ids.shape, -1)
-            return jnp.einsum("cmso,mdso->cmd", joined, g)
-
-        return lax.map(row, (self.ids, g))
-
-    def factors(self, group: Group, reduce: bool) -> Factors:
-        """What is taken is one-hot: with the positions as examples, the factor of activations is diagonal."""
-        g, positions = group.scaled(self.g), self.ids.shape[1]
-        if reduce:
-            counts = jax.vmap(lambda ids: jnp.zeros(self.rows, g.dtype).at[ids].add(1.0))(self.ids)
-            summed = g.sum(2).reshape(-1, g.shape[-1])
-            return Factors((counts**2).sum(0) / positions**2, contractions.product(summed, summed))
-        counts = jnp.zeros(self.rows, g.dtype).at[self.ids.reshape(-1)].add(1.0)
-        flat = g.reshape(-1, g.shape[-1])
-        return Factors(counts / positions, contractions.product(flat, flat))
-
-    def squares_in(self, basis: Factors, group: Group) -> Any:
-        """Squares along the factors' eigenvectors."""
-        turned = replace(self, g=self.g @ basis.cotangents, to_leaf=lambda w: w)
-        return turned.moments({"": group._replace(what=frozenset({SQUARES}))})["", SQUARES][None]
-
-
-def _joined_squares(ids: Any, g: Any) -> Any:
-    """`Σ_c` of the squared sums of rows with equal ids, each shared evenly among these; `[t, o]`."""
-    equal = (ids[:, None] == ids[None]).astype(g.dtype)
-    return (jnp.einsum("ts,cso->cto", equal, g) ** 2).sum(0) / equal.sum(1)[:, None]
-
-
-# --- several taps -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Several:
-    """The sum of several forms: their gradients add up, their squares do not.
-
-    Whatever is not linear is computed from the gradients of a few examples at a time.
-    """
-
-    forms: Sequence[Form]
-    leaf: Any
-    size: int
-    limit: int
-
-    def part(self, start: Any, count: int) -> Several:
-        """The form of some of the examples."""
-        return replace(self, forms=[f.part(start, count) for f in self.forms], size=count)
-
-    def _at_a_time(self, columns: int) -> int:
-        return self.limit // max(1, columns * self.leaf.size * self.leaf.dtype.itemsize)
-
-    def moments(self, wanted: Mapping[str, Group]) -> Moments:
-        """Sum, squares and norms of each group."""
-        sums = {name: g._replace(what=frozenset({SUM})) for name, g in wanted.items() if SUM in g.what}
-        parts = [form.moments(sums) for form in self.forms] if sums else []
-        found: Moments = {(name, SUM): sum(p[name, SUM] for p in parts) for name in sums}
-        for name, group in wanted.items():
-            if rest := group.what - {SUM}:
-
-                def of_part(start: Any, count: int, group: Group = group, rest: Any = rest) -> Moments:
-                    here = AtHand(self.part(start, count).each(slice(0, group.last)), self.limit)
-                    return here.moments({"": group.part(start, count)._replace(what=rest)})
-
-                squares = contractions.in_parts(of_part, self.size, self._at_a_time(group.last))
-                found |= {(name, kind): v for (_, kind), v in squares.items()}
-        return found
-
-    def each(self, columns: slice) -> Any:
-        """The gradients, `[c, n, *leaf]`."""
-        first, *others = [form.each(columns) for form in self.forms]
-        return sum(others, start=first)
-
-    def gram(self, columns: slice) -> Any:
-        """Inner products, `[n, c, n, c]`."""
-        most = max(1, self._at_a_time(2 * (columns.stop - columns.start)))
-        few = max(k for k in range(1, min(most, self.size) + 1) if self.size % k == 0)
-        starts = jnp.arange(0, self.size, few)
-
-        def flat(start: Any) -> Any:
-            w = jnp.moveaxis(self.part(start, few).each(columns), 0, 1)
-            return w.reshape(few * w.shape[1], -1)
-
-        def row(start: Any) -> Any:
-            left = flat(start)
-            return lax.map(lambda other: left @ flat(other).T, starts)
-
-        blocks = lax.map(row, starts)  # by examples of the left, of the right, then rows and columns
-        count = columns.stop - columns.start
-        joined = jnp.moveaxis(blocks, 2, 1).reshape(self.size * count, self.size * count)
-        return joined.reshape(self.size, count, self.size, count)
-
-    def factors(self, group: Group, reduce: bool) -> Factors:
-        """Kronecker factors, summed over examples."""
-        one = jnp.full((1, 1), self.size, self.leaf.dtype)
-        if self.leaf.size > DENSE:
-            squares = self.moments({"": group._replace(what=frozenset({SQUARES}))})
-            return Factors(one, squares["", SQUARES].reshape(-1))
-
-        def part(start: Any, count: int) -> Moments:
-            w = self.part(start, count).each(slice(0, group.last))
-            flat = group.part(start, count).scaled(w).reshape(-1, self.leaf.size)
-            return {("G", SUM): contractions.product(flat, flat)}
-
-        few = self._at_a_time(group.last)
-        return Factors(one, contractions.in_parts(part, self.size, few)["G", SUM])
-
-    def squares_in(self, basis: Factors, group: Group) -> Any:
-        """Squares along the factors' eigenvectors."""
-        if basis.cotangents.ndim == 1:
-            squares = self.moments({"": group._replace(what=frozenset({SQUARES}))})
-            return squares["", SQUARES].reshape(1, 1, -1)
-
-        def part(start: Any, count: int) -> Moments:
-            here = AtHand(self.part(start, count).each(slice(0, group.last)), self.limit)
-            return {("", SQUARES): here.squares_in(basis, group.part(start, count))}
-
-        return contractions.in_parts(part, self.size, self._at_a_time(group.last))["", SQUARES]

@@ -27,6 +27,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from funcprop import _compat
+from funcprop.curvature.separability import adds_up_entries
 from funcprop.layers.loss import softmax_cross_entropy
 
 Loss = Callable[[Any, Any], Any]
@@ -233,71 +234,10 @@ def _like(output: Any, columns: Any) -> Any:
 
 # --- sums over entries ------------------------------------------------------------------------
 
-_ELEMENTWISE = frozenset(
-    """
-    abs add and asin asinh atan atan2 atanh acos acosh cbrt ceil clamp convert_element_type copy cos cosh
-    digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p
-    logistic lt max min mul ne neg nextafter not or pow rem round rsqrt select_n sign sin sinh sqrt square
-    stop_gradient sub tan tanh xor
-    """.split()  # noqa: SIM905
-)
-_LINEAR = frozenset("add convert_element_type copy div mul neg reduce_sum reshape squeeze sub".split())  # noqa: SIM905
-_CALLS = frozenset(["jit", "pjit", "custom_jvp_call", "closed_call", "core_call"])
-
 
 def is_sum_of_entries(loss: Loss, output: Any, y: Any) -> bool:
     """Whether the loss is seen to be a sum of functions of single entries of the output."""
-    closed = jax.make_jaxpr(loss)(output, y)
-    leaves, labels = len(jax.tree.leaves(output)), len(jax.tree.leaves(y))
-    try:
-        (kind,) = _kinds(closed, [("entry", i) for i in range(leaves)] + [None] * labels)
-    except _MixedError:
-        return False
-    return kind is None or kind[0] == "sum" or _compat.open_jaxpr(closed).invars[0].aval.shape == ()
-
-
-class _MixedError(Exception):
-    """Entries of the output meet."""
-
-
-def _kinds(closed: Any, inputs: list[Any]) -> list[Any]:
-    """What each result is: None without the output, an `entry` by itself, or a `sum` over entries.
-
-    An entry's kind names the leaf it belongs to: entries of two leaves meet nowhere but in a sum.
-    """
-    jaxpr = _compat.open_jaxpr(closed)
-    kinds: dict[Any, Any] = dict(zip(jaxpr.invars, inputs, strict=True))
-
-    def kind(atom: Any) -> Any:
-        return None if isinstance(atom, _compat.Literal) else kinds.get(atom)
-
-    for eqn in jaxpr.eqns:
-        found = [kind(v) for v in eqn.invars]
-        which = {k for k in found if k is not None}
-        name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
-        if not which:
-            continue
-        same = all(v.aval.shape == shape for v, k in zip(eqn.invars, found, strict=True) if k is not None)
-        entries = len(which) == 1 and next(iter(which))[0] == "entry"
-        if name in _CALLS:
-            ((_, body),) = _compat.sub_jaxprs(eqn)
-            results = _kinds(body, found)
-        elif name in _ELEMENTWISE and entries and same:
-            results = [*which]
-        elif (name == "reduce_sum" and entries) or (
-            name in _LINEAR
-            and which == {("sum",)}
-            and (name not in ("mul", "div") or _by_constant(name, found))
-        ):
-            results = [("sum",)]
-        else:
-            raise _MixedError
-        kinds.update(zip(eqn.outvars, results, strict=True))
-    return [kind(v) for v in jaxpr.outvars]
-
-
-def _by_constant(name: str, found: list[Any]) -> bool:
-    return found[1] is None or (name == "mul" and found[0] is None)
+    return adds_up_entries(jax.make_jaxpr(loss)(output, y), len(jax.tree.leaves(output)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from jax.lax import GatherScatterMode
 
 from funcprop import _compat
-from funcprop.curvature.outer.forms import AtHand, Factors, Form, OuterProducts, Rows, Several
+from funcprop.curvature.outer.forms import AtHand, Factors, Form, OuterProducts
 from funcprop.curvature.outer.layout import Layout
 from funcprop.curvature.outer.mixing import example_of, trace_example
-from funcprop.curvature.outer.operators import outer_form
+from funcprop.curvature.outer.operators import OuterForm, outer_form
+from funcprop.curvature.outer.several import Several
+from funcprop.curvature.outer.table import Rows
 from funcprop.curvature.outer.tapped import Numbered, run
 from funcprop.curvature.outer.taps import Plan, Tap, find
 from funcprop.primitives import convolution
@@ -81,8 +83,42 @@ class Study:
                 zero = jnp.zeros((columns, size, *leaf.shape), leaf.dtype)
                 found = [AtHand(jnp.broadcast_to(zero[:1, :1], zero.shape), limit)]
             whole = len(found) == 1 and (not mine or self._covers(self.taps[mine[0]], leaf))
-            forms.append(found[0] if whole else Several(found, leaf, size, limit))
+            alike, why = (False, "") if whole else self._alike(i)
+            forms.append(found[0] if whole else Several(found, leaf, size, limit, alike, why))
         return forms
+
+    def kept(self, leaves: Sequence[Any], x: Any, size: int) -> list[tuple[str, str]]:
+        """What the Kronecker factors of each leaf are, expanded and reduced; from types alone."""
+        found: list[tuple[str, str]] = []
+
+        def forms(leaves: Sequence[Any], x: Any) -> int:
+            output, pull, activations = self.forward(leaves, x, size)
+            (cotangents,) = pull(jax.tree.map(jnp.zeros_like, output))
+            stacked = {n: g[None] for n, g in cotangents.items()}
+            found.extend((f.kept(False), f.kept(True)) for f in self.forms(activations, stacked, size, 1))
+            return 0
+
+        jax.eval_shape(forms, leaves, x)
+        return found
+
+    def _alike(self, i: int) -> tuple[bool, str]:
+        """Whether all places where a leaf enters are outer products with the same blocks, or why not."""
+        layouts = set()
+        for tap in (tap for tap in self.taps if tap.view.leaf == i):
+            if tap.reason is not None:
+                return False, tap.reason
+            form, name = outer_form(tap), f"`{tap.eqn.primitive.name}`"
+            if form is None or form.activations is None:
+                return False, f"its use in {name} is no outer product"
+            if not self._covers(tap, self.leaves[i]):
+                return False, f"{name} uses a part of it"
+            layouts.add(self._layout_of(form, tap, self.leaves[i]))
+        return len(layouts) == 1, "its uses have it in different orientations"
+
+    @staticmethod
+    def _layout_of(form: OuterForm, tap: Tap, leaf: Any) -> Layout:
+        blocks, _, outputs = jax.eval_shape(form.cotangents, tap.perturbation).shape
+        return Layout.of(form.to_leaf, (blocks, leaf.size // (blocks * outputs), outputs), leaf.shape)
 
     @staticmethod
     def _covers(tap: Tap, leaf: Any) -> bool:
@@ -94,12 +130,16 @@ class Study:
         """How the entries of a leaf lie in `[k, i, o]` of its factors."""
         leaf = self.leaves[i]
         mine = [tap for tap in self.taps if tap.view.leaf == i]
+        # A block of several uses is kept whole if it is small, and then `A` is a number.
+        if len(mine) > 1 and factors.activations.size > 1:
+            form = outer_form(mine[0])
+            assert form is not None
+            return self._layout_of(form, mine[0], leaf)
         if len(mine) == 1 and self._covers(mine[0], leaf):
             form = outer_form(mine[0])
-            rows = factors.activations.shape[-1]
             if form is not None and form.activations is not None:
-                outputs = factors.cotangents.shape[-1]
-                return Layout.of(form.to_leaf, (leaf.size // (rows * outputs), rows, outputs), leaf.shape)
+                return self._layout_of(form, mine[0], leaf)
+            rows = factors.activations.shape[-1]
             if _takes_rows(mine[0]):
                 table = mine[0].eqn.invars[0].aval.shape
                 to_leaf = mine[0].view.to_leaf
