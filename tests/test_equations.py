@@ -198,6 +198,7 @@ def test_a_penalty_on_nothing():
 COMPLEX = {
     "products": lambda z: jnp.real(jnp.sum((z @ z.T) ** 2) + jnp.sum(z * jnp.sin(z) / (z + 2j))),
     "a sum used twice": lambda z: jnp.real(jnp.sum(z * jnp.sum(z))),
+    "products with real factors": lambda z: jnp.sum(jnp.abs(jnp.imag(z) @ (z @ jnp.real(z)))),
     "real parts": lambda z: jnp.sum(jnp.real(z) * jnp.abs(jnp.fft.fft(jnp.exp(1j * jnp.imag(z))))),
     "scan": lambda z: jnp.real(jax.lax.scan(lambda c, r: (c * jnp.tanh(r @ r), None), 1 + 0j, z)[0]),
 }  # fmt: skip

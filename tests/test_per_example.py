@@ -268,6 +268,28 @@ def test_no_outer_form():
     assert "['unused']" in str(quantities.audit(params, x))
 
 
+def test_gradients_have_the_precision_of_the_parameters():
+    """A model that computes in bfloat16: products, a sum, a table, a scale and a leaf without an outer form."""
+
+    def model(p, x):
+        p = jax.tree.map(lambda w: w.astype(jnp.bfloat16), p)
+        h = jnp.tanh(p["table"][x] @ p["w"] + p["b"])
+        return (p["scale"] * h * jnp.exp(p["rate"]))[0].astype(jnp.float32)
+
+    rng = np.random.default_rng(0)
+    shapes = {"table": (5, 4), "w": (4, 3), "b": (3,), "scale": (3,), "rate": (3,)}
+    params = {k: jnp.asarray(rng.standard_normal(s), jnp.float32) for k, s in shapes.items()}
+    x, y = jnp.arange(6)[:, None] % 5, jnp.arange(6) % 3
+    found = fp.per_example(model, CROSS_ENTROPY)(params, x, y, ["gradients", "norm", "variance", "kflr"])
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype("float32")}
+    each = jax.vmap(lambda x, y: jax.grad(lambda p: CROSS_ENTROPY(model(p, x), y))(params))(x, y)
+    for path, w in each.items():
+        np.testing.assert_allclose(found["gradients"][path], w, rtol=0, atol=0.01 * abs(w).max())
+        own = np.asarray(found["gradients"][path], float).reshape(6, -1)
+        np.testing.assert_allclose(found["norm"][path], np.linalg.norm(own, axis=1), rtol=1e-5)
+        np.testing.assert_allclose(found["variance"][path].ravel(), own.var(0), rtol=1e-4, atol=1e-6)
+
+
 def test_real_parameters_of_a_complex_model():
     """A state space with complex eigenvalues: the gradients are real, though the products are complex."""
 

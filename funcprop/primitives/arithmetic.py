@@ -57,7 +57,8 @@ def _product(op: OperatorSymbols) -> Equations | None:
     g = op.cotangent
     contraction, batch = op.static["dimension_numbers"]
     standard = tuple(map(tuple, contraction)) == ((len(a.shape) - 1,), (0,)) and not any(map(len, batch))
-    if not standard or len(a.shape) > 2 or len(b.shape) > 2:
+    # The cotangent of a real operand beside a complex one is the real part alone.
+    if not standard or len(a.shape) > 2 or len(b.shape) > 2 or a.type.dtype != b.type.dtype:
         return None
     if len(a.shape) == 2 and len(b.shape) == 2:
         return Equations(a @ b, (g @ b.T, a.T @ g))

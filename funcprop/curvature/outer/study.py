@@ -156,18 +156,25 @@ def _rules() -> RuleSet:
 
 
 def form_of(tap: Tap, leaf: Any, activation: Any, g: Any, limit: int) -> Form:
-    """What one tap knows of the gradients: activations are `[n, …]`, cotangents `[c, n, …]`."""
+    """What one tap knows of the gradients: activations are `[n, …]`, cotangents `[c, n, …]`.
+
+    Where a model computes in fewer bits than its parameters have, gradients and all that is made of them have
+    the parameters' precision.
+    """
     g = g if tap.scale == 1 else g * tap.scale
+    dtype = jnp.promote_types(leaf.dtype, g.dtype)
     if (form := outer_form(tap)) is not None:
+        g = g.astype(dtype)
         if form.activations is not None:
-            return OuterProducts(form, activation, g, limit)
+            return OuterProducts(form, activation.astype(dtype), g, limit)
         folded = jax.vmap(jax.vmap(form.cotangents))(g)  # c n k t o
         w = jax.vmap(jax.vmap(form.to_leaf))(folded.sum(3)[:, :, :, None])
         one_block = folded.shape[2] == 1 and form.positions > 1
         return AtHand(w, limit, folded[:, :, 0] if one_block else None)
     if _takes_rows(tap):
-        return _rows(tap, activation, g, limit)
-    return AtHand(jax.vmap(jax.vmap(_gradient(tap)), in_axes=(None, 0))(activation, g), limit)
+        return _rows(tap, activation, g.astype(dtype), limit)
+    w = jax.vmap(jax.vmap(_gradient(tap)), in_axes=(None, 0))(activation, g)
+    return AtHand(w.astype(dtype), limit)
 
 
 def route(tap: Tap) -> tuple[str, str]:
