@@ -148,18 +148,11 @@ def main() -> None:
             fits[key] = fit(x, values)
             ratios = [p[f"{program} predicted"] / p[program] for p in chosen]
             c0, c1, r2 = fits[key]
-            print(f"{key:34} {c0:12,.0f} {c1:9.1f} {r2:8.5f}  {min(ratios):9.3f} to {max(ratios):.3f}")
-    write(
-        "memory_scaling",
-        options.smoke,
-        {"points": points, "fits": fits},
-        lambda path: draw(points, fits, path),
-    )
             others[key] = other_fits(program, chosen)
             line = f"{key:34} {c0:12,.0f} {c1:9.1f} {r2:8.5f}  {min(ratios):9.3f} to {max(ratios):.3f}"
             print(line + "".join(f"   {form}: {value:.4f}" for form, value in others[key].items()))
     found = {"points": points, "fits": fits, "r_squared_of_other_forms": others}
-    write("memory_scaling", found, lambda path: draw(points, fits, path))
+    write("memory_scaling", options.smoke, found, lambda path: draw(points, fits, path))
 
 
 if __name__ == "__main__":
