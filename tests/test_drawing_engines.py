@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import resource
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from functools import cache
 from pathlib import Path
@@ -72,6 +74,29 @@ def gradient(blocks: int) -> fp.Graph:
     model, x = Stack((4,) * blocks), jax.ShapeDtypeStruct((2, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), x)
     return fp.backward_graph(lambda params, x: jnp.sum(model.apply(params, x)))(params, x)
+
+
+def seconds_of_cpu() -> float:
+    """Of this process and of the engines that it has run: other processes do not slow these down."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", ["function", "gradient"])
+def test_three_thousand_operators_are_drawn_unfolded_in_ten_seconds(kind: str, engine: Any) -> None:
+    graph = stack(*[4] * 430) if kind == "function" else gradient(140)
+    start = seconds_of_cpu()
+    drawing = fp.draw(graph, fold=False, engine=engine)
+    circles = elements(drawing.svg(), "operator")
+    # It takes 1.5 to 3.5 seconds.
+    assert seconds_of_cpu() - start < 10
+    assert len(circles) == len(graph.operators) > 3000
+    # What an engine takes long for is a bend in every column that an arrow crosses.
+    picture = drawing.picture
+    column, far = distant.columns(picture), distant.far_edges(picture)
+    near = [e for i, e in enumerate(picture.edges) if i not in far]
+    assert sum(abs(column[e.target] - column[e.source]) for e in near) < 2 * len(picture.nodes)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

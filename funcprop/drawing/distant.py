@@ -17,7 +17,7 @@ _NEAR = 4
 
 def far_edges(picture: Picture) -> frozenset[int]:
     """The arrows, by their number, that cross more columns than an engine should have to bend them over."""
-    column = _columns(picture)
+    column = columns(picture)
     return frozenset(
         i
         for i, edge in enumerate(picture.edges)
@@ -25,7 +25,7 @@ def far_edges(picture: Picture) -> frozenset[int]:
     )
 
 
-def _columns(picture: Picture) -> dict[str, int]:
+def columns(picture: Picture) -> dict[str, int]:
     """The column of every node: one more than that of what flows into it.
 
     An input, and a value that is saved, stand beside what reads them.
