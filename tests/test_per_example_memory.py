@@ -46,7 +46,7 @@ for bound in (2**30, COLUMNS):
 print(json.dumps(sizes))
 """
 # Of stacked cotangents, and of columns of a Hessian.
-CHUNKED, COLUMNS = 2**17, 2**21
+CHUNKED, COLUMNS = 2**17, 3 * 2**19
 
 
 @pytest.fixture(scope="module")
