@@ -126,7 +126,7 @@ PARTS = (
     "Gauss-Newton diagonal",
     "KFAC factors, Monte-Carlo",
 )
-PREDICTED = 8  # examples whose outputs' covariances are computed
+PREDICTED = 2  # examples whose outputs' covariances are computed
 JOINT, JOINT_BOUND = "these four in one pass", 0.65
 
 QUANTITIES: dict[str, Quantity] = {

@@ -13,11 +13,13 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from funcprop.curvature.binding import Same
+from funcprop.curvature.finite import require_finite
 from funcprop.curvature.gauss_newton import ggn
 from funcprop.curvature.kfac import kfac
 from funcprop.curvature.likelihood import likelihood_of
 from funcprop.curvature.operator import LinearOperator
 from funcprop.curvature.parameters import Where
+from funcprop.curvature.per_example import per_example
 from funcprop.curvature.precision import Diagonal, Full, Kronecker, LowRank, Precision
 from funcprop.curvature.subset import Point
 from funcprop.registry import RuleSet
@@ -170,13 +172,26 @@ class _Fitted(NamedTuple):
     rank: int
     rules: RuleSet | None
 
+    def model_of_chosen(self, chosen: PyTree, x: Any) -> Any:
+        """The outputs of one example by the parameters that are uncertain."""
+        return self.model(self.point.whole(chosen), x)
+
+    @property
+    def examples(self) -> int:
+        """How many examples there are: what is computed of their mean is of them all times this."""
+        return int(jax.tree.leaves(self.x)[0].shape[0])
+
 
 def _full(fitted: _Fitted) -> Precision:
     return Full(fitted.operator.dense(), fitted.operator.parameters)
 
 
 def _diagonal(fitted: _Fitted) -> Precision:
-    return Diagonal(tuple(jax.tree.leaves(fitted.operator.diagonal())), fitted.operator.parameters)
+    # One pass over the examples, where the operator's own diagonal() takes a product for each parameter.
+    squares = per_example(fitted.model_of_chosen, fitted.negative_log, rules=fitted.rules)
+    mean = squares(fitted.point.chosen, fitted.x, fitted.y, {"diag_ggn"})["diag_ggn"]
+    diagonal = tuple(fitted.examples * leaf for leaf in jax.tree.leaves(mean))
+    return Diagonal(require_finite(fitted.operator, diagonal, "laplace"), fitted.operator.parameters)
 
 
 def _low_rank(fitted: _Fitted) -> Precision:
@@ -186,13 +201,9 @@ def _low_rank(fitted: _Fitted) -> Precision:
 
 
 def _kronecker(fitted: _Fitted) -> Precision:
-    def model(chosen: PyTree, x: Any) -> Any:
-        return fitted.model(fitted.point.whole(chosen), x)
-
-    factored = kfac(model, fitted.negative_log, kind="exact", rules=fitted.rules)
+    factored = kfac(fitted.model_of_chosen, fitted.negative_log, kind="exact", rules=fitted.rules)
     mean = factored(fitted.point.chosen, fitted.x, fitted.y)
-    count = jax.tree.leaves(fitted.x)[0].shape[0]  # the factors are of a mean
-    blocks = [block.eigen().map(lambda values: count * values) for block in mean.blocks]
+    blocks = [block.eigen().map(lambda values: fitted.examples * values) for block in mean.blocks]
     return Kronecker(tuple(blocks), mean.parameters)
 
 
