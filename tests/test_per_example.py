@@ -269,7 +269,6 @@ def test_no_outer_form():
 
 
 def test_gradients_have_the_precision_of_the_parameters():
-    """A model that computes in bfloat16: products, a sum, a table, a scale, a leaf without an outer form."""
     """A model in bfloat16: a product, a sum, a table, a scale and a leaf without an outer form."""
 
     def model(p, x):
