@@ -47,7 +47,7 @@ def test_the_plan_and_its_proof(module: Any, tmp_path: Path) -> None:
     text = run("rematerialize", target, "--has-aux").stdout
     quarter = fp.memory.remat_plan(deep, 0.25)(*shapes)
     assert text == f"{quarter}\n\n{quarter.prove()}\n"
-    assert f"compiler_options={quarter.compiler_options!r}" in text
+    assert ("give the outermost jit compiler_options=" in text) == bool(quarter.compiler_options)
 
 
 def test_other_limits(module: Any) -> None:
