@@ -152,11 +152,11 @@ def compare(shape: Shape, repeats: int) -> list[Compared]:
                 jax.block_until_ready(program(*args))
                 turn.append(time.perf_counter() - start)
             turns.append(turn)
-        temp = [program.memory_analysis().temp_size_in_bytes / 1e6 for program in programs]
-        costs = [Cost(float(t), m) for t, m in zip(1e3 * np.min(turns, axis=0), temp, strict=True)]
+        temp = [fp.memory.Compiled.of(program).temp / 1e6 for program in programs]
+        xla, imposed = [Cost(float(t), m) for t, m in zip(1e3 * np.min(turns, axis=0), temp, strict=True)]
         plan = convolution.plan(seen[0])
         chosen = {"value": plan.margin, "weight": plan.weight, "input": plan.input}[part]
-        found.append(Compared(shape, part, *costs, chosen))
+        found.append(Compared(shape, part, xla, imposed, chosen))
     return found
 
 

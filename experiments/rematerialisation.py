@@ -112,14 +112,18 @@ def measure(blocks: int, repeats: int, smoke: bool) -> dict[str, Measured]:
             seconds[name].append(time.perf_counter() - start)
     results = {}
     for name, way in found.items():
-        ratios = np.percentile(np.array(seconds[name]) / np.array(seconds["plain"]), [25, 50, 75])
+        ratios = np.array(seconds[name]) / np.array(seconds["plain"])
+        lower, median, upper = map(float, np.percentile(ratios, [25, 50, 75]))
+        xla = fp.memory.Compiled.of(compiled[name])
         results[name] = Measured(
             way.residual_bytes,
             way.peak_bytes,
-            fp.memory.Compiled.of(compiled[name]).temp,
-            fp.memory.Compiled.of(compiled[name]).flops,
+            xla.temp,
+            xla.flops,
             min(seconds[name]),
-            *(float(ratio) for ratio in ratios),
+            lower,
+            median,
+            upper,
             way.plan_seconds,
         )
     return results
