@@ -143,7 +143,7 @@ def density(params: Any, x: jax.Array, y: jax.Array, smoke: bool) -> tuple[np.nd
     )
     low, high = map(float, spectrum.range)
     grid = np.linspace(low - 0.05 * (high - low), high + 0.05 * (high - low), 500)
-    return grid, np.asarray(spectrum.density(jnp.asarray(grid)).value)
+    return grid, np.asarray(spectrum.density(grid).value)
 
 
 def draw(stages: dict[int, list[Seen]], densities: dict[int, Any], path: Path) -> None:
