@@ -22,10 +22,9 @@ timed in each turn, and multiplied.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import matplotlib as mpl
@@ -33,7 +32,7 @@ import numpy as np
 from benchmark_cases.curvature import JOINT, JOINT_BOUND, PARTS, PROBLEMS, QUANTITIES, Problem, gradient
 from benchmark_cases.hessian_diagonal import DIAGONALS, Case
 from jax.flatten_util import ravel_pytree
-from running import command_line, write
+from running import blocking, command_line, interleaved, write
 
 import funcprop as fp
 
@@ -44,8 +43,6 @@ GRADIENT = "value and gradient"
 DIAGONAL = "exact Hessian diagonal"
 PRODUCTS = 50  # in a run
 AGREEMENT = 1e-4
-
-Step = TypeVar("Step")  # what a step is called by
 
 
 class Measured(NamedTuple):
@@ -59,25 +56,10 @@ class Measured(NamedTuple):
     bound: float | None
 
 
-def interleaved(steps: dict[Step, Callable[[], Any]], repeats: int) -> dict[Step, np.ndarray]:
-    """Seconds of each step in each turn."""
-    seconds: dict[Step, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: np.array(times) for name, times in seconds.items()}
-
-
 def measured(seconds: np.ndarray, beside: np.ndarray, program: Any, bound: float | None) -> Measured:
     """What the turns of a compiled program and those of what it is measured against say."""
     lower, median, upper = map(float, np.percentile(seconds / beside, [25, 50, 75]))
     return Measured(float(seconds.min()), lower, median, upper, fp.memory.Compiled.of(program).temp, bound)
-
-
-def blocking(program: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], Any]:
-    return lambda: jax.block_until_ready(program(*args))
 
 
 def measure(
