@@ -11,6 +11,7 @@ two programs must be equal. Every way starts with empty caches; they take turns 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import optax
-from benchmark_cases.language import Transformer
+from benchmark_cases.language import Transformer, next_token_loss
 from flax import linen as nn
 from running import command_line, write
 
@@ -28,7 +29,7 @@ import funcprop as fp
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-WAYS = {
+WAYS: dict[str, Callable[..., Any]] = {
     "jax.grad": jax.grad,
     "fp.grad": fp.grad,
     "fp.grad, handwritten": lambda fun: fp.grad(fun, rules=fp.rules.handwritten),
@@ -40,12 +41,7 @@ def transformer(blocks: int) -> tuple[Any, tuple[Any, ...]]:
     model = Transformer(blocks)
     tokens = jax.ShapeDtypeStruct((8, 64), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
-
-    def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = model.apply(params, tokens)[:, :-1]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-    return loss, (params, tokens)
+    return next_token_loss(model), (params, tokens)
 
 
 def mlp() -> tuple[Any, tuple[Any, ...]]:

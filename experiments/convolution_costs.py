@@ -10,7 +10,6 @@ take turns. The table shows the fastest turn and the temporary bytes of both, an
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
-from running import command_line, write
+from running import blocking, command_line, interleaved, write
 
 import funcprop as fp
 from funcprop.primitives import convolution, patches
@@ -144,19 +143,14 @@ def compare(shape: Shape, repeats: int) -> list[Compared]:
         ]
         expected, actual = (program(*args) for program in programs)
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * float(jnp.max(jnp.abs(expected))))
-        turns = []
-        for _ in range(repeats):
-            turn = []
-            for program in programs:
-                start = time.perf_counter()
-                jax.block_until_ready(program(*args))
-                turn.append(time.perf_counter() - start)
-            turns.append(turn)
-        temp = [program.memory_analysis().temp_size_in_bytes / 1e6 for program in programs]
-        costs = [Cost(float(t), m) for t, m in zip(1e3 * np.min(turns, axis=0), temp, strict=True)]
+        seconds = interleaved({i: blocking(program, args) for i, program in enumerate(programs)}, repeats)
+        xla, imposed = (
+            Cost(1e3 * float(seconds[i].min()), fp.memory.Compiled.of(program).temp / 1e6)
+            for i, program in enumerate(programs)
+        )
         plan = convolution.plan(seen[0])
         chosen = {"value": plan.margin, "weight": plan.weight, "input": plan.input}[part]
-        found.append(Compared(shape, part, *costs, chosen))
+        found.append(Compared(shape, part, xla, imposed, chosen))
     return found
 
 

@@ -22,7 +22,6 @@ timed in each turn, and multiplied.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ import numpy as np
 from benchmark_cases.curvature import JOINT, JOINT_BOUND, PARTS, PROBLEMS, QUANTITIES, Problem, gradient
 from benchmark_cases.hessian_diagonal import DIAGONALS, Case
 from jax.flatten_util import ravel_pytree
-from running import command_line, write
+from running import blocking, command_line, interleaved, write
 
 import funcprop as fp
 
@@ -57,19 +56,10 @@ class Measured(NamedTuple):
     bound: float | None
 
 
-def interleaved(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
-    """Seconds of each step in each turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: np.array(times) for name, times in seconds.items()}
-
-
-def blocking(program: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], Any]:
-    return lambda: jax.block_until_ready(program(*args))
+def measured(seconds: np.ndarray, beside: np.ndarray, program: Any, bound: float | None) -> Measured:
+    """What the turns of a compiled program and those of what it is measured against say."""
+    lower, median, upper = map(float, np.percentile(seconds / beside, [25, 50, 75]))
+    return Measured(float(seconds.min()), lower, median, upper, fp.memory.Compiled.of(program).temp, bound)
 
 
 def measure(
@@ -84,10 +74,8 @@ def measure(
     times = interleaved(steps, repeats)
     found = {}
     for name, seconds in times.items():
-        quartiles = np.percentile(seconds / times[GRADIENT], [25, 50, 75])
         bound = None if name == GRADIENT else QUANTITIES[name].bounds.get(model)
-        size = compiled[name].memory_analysis().temp_size_in_bytes
-        found[name] = Measured(float(seconds.min()), *map(float, quartiles), size, bound)
+        found[name] = measured(seconds, times[GRADIENT], compiled[name], bound)
     if {JOINT, *PARTS} <= set(times):
         ratio = float(np.median(times[JOINT] / sum(times[part] for part in PARTS)))
         missed = "*" if ratio > JOINT_BOUND else ""
@@ -123,9 +111,8 @@ def measure_peers(
             "seconds": float(seconds.min()),
             "to its gradient": float(np.median(seconds / times[GRADIENT, peer.own])),
             "to ours": float(np.median(seconds / times[peer.quantity, "ours"])),
-            "difference": difference,
         }
-        found[f"{peer.quantity}, {peer.library}"] = row
+        found[f"{peer.quantity}, {peer.library}"] = {**row, "difference": difference}
         compared = "random" if difference is None else f"{difference:.0e}"
         print(
             f"{model:5} {peer.quantity:28} {peer.library:14}{row['seconds'] * 1e3:9.1f} ms, ÷ own "
@@ -156,9 +143,7 @@ def measure_diagonal(name: str, case: Case, repeats: int) -> Measured:
 
     times = interleaved({DIAGONAL: blocking(diagonal, case.args), "products": products}, repeats)
     every = times["products"] * (flat.size / PRODUCTS)
-    quartiles = np.percentile(times[DIAGONAL] / every, [25, 50, 75])
-    size = diagonal.memory_analysis().temp_size_in_bytes
-    return Measured(float(times[DIAGONAL].min()), *map(float, quartiles), size, case.bound)
+    return measured(times[DIAGONAL], every, diagonal, case.bound)
 
 
 def line(model: str, name: str, m: Measured) -> str:
@@ -222,8 +207,8 @@ def main() -> None:
     diagonals: dict[str, Measured] = {}
     if options.model is None and (not options.only or any(part in DIAGONAL for part in options.only)):
         print(f"{DIAGONAL} ÷ P products")
-        for name, (full, small) in DIAGONALS.items():
-            diagonals[name] = measure_diagonal(name, (small if options.smoke else full)(), repeats)
+        for name, (whole, part) in DIAGONALS.items():
+            diagonals[name] = measure_diagonal(name, (part if options.smoke else whole)(), repeats)
             print(line("", name, diagonals[name]), flush=True)
     content: dict[str, Any] = {
         model: {"ours": {name: m._asdict() for name, m in found.items()}, "peers": peers.get(model, {})}

@@ -109,9 +109,9 @@ def assess(run: Run, threshold: float) -> Finding:
     start = int(near[0]) * BETWEEN
     after = run.losses[start:]
     raised = float(np.mean(np.diff(after) > 0)) if after.size > 1 else None
-    quartiles = tuple(float(q) for q in np.percentile(relative[near[0] :], [25, 50, 75]))
+    lower, median, upper = map(float, np.percentile(relative[near[0] :], [25, 50, 75]))
     at = float(after[0]) if after.size else final
-    return Finding(start, float(relative.max()), quartiles, raised, at, final)
+    return Finding(start, float(relative.max()), (lower, median, upper), raised, at, final)
 
 
 def draw(runs: dict[float, Run], path: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import optax
 from jax import ShapeDtypeStruct
@@ -81,7 +82,7 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
     for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
         chosen = [line for line in lines if line["batch"] == batch]
         names, bottom = [str(line["program"]) for line in chosen], [0.0] * len(chosen)
-        for color, purpose in zip(plt.colormaps["tab10"].colors, purposes, strict=False):
+        for color, purpose in zip(mpl.color_sequences["tab10"], purposes, strict=False):
             heights = [line["by"].get(purpose, 0) / 1e6 for line in chosen]
             axes.bar(names, heights, bottom=bottom, label=purpose, color=color)
             bottom = [a + b for a, b in zip(bottom, heights, strict=True)]

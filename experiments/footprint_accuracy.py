@@ -10,6 +10,7 @@ The bounds are 5 % for the MLP (batch at least 1024) and 15 % for the others.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
@@ -28,7 +29,7 @@ def bound(family: str) -> float:
     return 0.05 if family == "MLP" else 0.15
 
 
-def measure(family: str, seed: int, count: int) -> list[dict[str, object]]:
+def measure(family: str, seed: int, count: int) -> list[dict[str, Any]]:
     """`count` models of a family: bytes and ratios."""
     rng = np.random.default_rng(seed)
     found = []
@@ -43,7 +44,7 @@ def measure(family: str, seed: int, count: int) -> list[dict[str, object]]:
         training = train(model.params, model.x, model.y).training
         assert inference is not None
         assert training is not None
-        line = {"family": family, "model": model.name, "program": kind, "rules": rules.name}
+        line: dict[str, Any] = {"family": family, "model": model.name, "program": kind, "rules": rules.name}
         line |= {"inference_predicted": inference.predicted, "inference_compiled": inference.compiled}
         line |= {"training_predicted": training.predicted, "training_compiled": training.compiled}
         line |= {"inference": inference.ratio, "training": training.ratio}
@@ -55,7 +56,7 @@ def measure(family: str, seed: int, count: int) -> list[dict[str, object]]:
     return found
 
 
-def draw(lines: list[dict[str, object]], path: Path) -> None:
+def draw(lines: list[dict[str, Any]], path: Path) -> None:
     """The ratios of each family, with the bounds."""
     names = list(dict.fromkeys(str(line["family"]) for line in lines))
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")

@@ -77,15 +77,23 @@ def measure(case: Case, repeats: int) -> Measured:
             turn.append(time.perf_counter() - start)
         seconds.append(turn)
     times = np.array(seconds)
-    ratios = np.percentile(times[:, 1] / times[:, 0], [25, 50, 75])
-    sizes = [program.memory_analysis() for program in compiled]
-    temporary = [s.temp_size_in_bytes for s in sizes]
-    total = [
-        s.argument_size_in_bytes + s.output_size_in_bytes + s.temp_size_in_bytes - s.alias_size_in_bytes
-        for s in sizes
-    ]
+    by_jax, by_rules = (fp.memory.Compiled.of(program) for program in compiled)
     fired = sum(match.reason is None for match in fp.matches(case.function)(*case.args))
-    return Measured(*times.min(axis=0), *ratios, *temporary, *total, *compile_seconds, fired)
+    lower, median, upper = map(float, np.percentile(times[:, 1] / times[:, 0], [25, 50, 75]))
+    return Measured(
+        jax_seconds=float(times[:, 0].min()),
+        fp_seconds=float(times[:, 1].min()),
+        lower_quartile=lower,
+        median=median,
+        upper_quartile=upper,
+        jax_bytes=by_jax.temp,
+        fp_bytes=by_rules.temp,
+        jax_total_bytes=by_jax.total,
+        fp_total_bytes=by_rules.total,
+        jax_compile=compile_seconds[0],
+        fp_compile=compile_seconds[1],
+        rules=fired,
+    )
 
 
 def draw(results: dict[str, Measured], rows: dict[str, Row], path: Path) -> None:
@@ -133,7 +141,7 @@ def measure_torch(results: dict[str, Any], repeats: int, smoke: bool) -> dict[st
     """The same models in PyTorch, beside the times that were just measured."""
     from benchmark_cases import torch_models
 
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for name in results:
         for label, seconds in torch_models.measure(name, repeats, smoke).items():
             found.setdefault(name, {})[label] = seconds

@@ -103,7 +103,7 @@ def steps_to_targets(key: jax.Array, x: Any, y: Any, step_size: Any, batch: int,
 
 def fewest_steps(x: Any, y: Any, batches: tuple[int, ...], seeds: int, most: int) -> np.ndarray:
     """For every batch size and target, the fewest steps over the step sizes, each the median of the seeds."""
-    table = []
+    table: list[np.ndarray] = []
     for batch in batches:
         counts = [
             [

@@ -119,6 +119,7 @@ def train(
 def look(params: Any, x: jax.Array, y: jax.Array, classes: int, epoch: int) -> Seen:
     """The top of both spectra, their traces, and where the gradient is."""
     H, G = fp.hessian(loss)(params, x, y), fp.ggn(model, cross_entropy)(params, x, y)
+    traces: list[Any] = [H.trace(), G.trace()]  # exact, for no samples are asked for
     count = 2 * classes + 2
     values, vectors = H.eigsh(count, which="LA")
     smallest, _ = H.eigsh(1, which="SA")
@@ -129,7 +130,7 @@ def look(params: Any, x: jax.Array, y: jax.Array, classes: int, epoch: int) -> S
     shares = along**2 / optax.tree.norm(gradient, squared=True)
     return Seen(
         epoch, float(value), values[::-1].tolist(), G.eigsh(count, which="LA")[0][::-1].tolist(),
-        float(smallest[0]), float(H.trace()), float(G.trace()),
+        float(smallest[0]), float(traces[0]), float(traces[1]),
         float(shares[-classes:].sum()), float(shares[-classes + 1 :].sum()),
     )  # fmt: skip
 

@@ -131,12 +131,12 @@ def main() -> None:
     options = parser.parse_args()
     depths = [4, 8] if options.smoke else [16, 32, 64, 128]
     batches = [256, 512] if options.smoke else [256, 512, 1024, 2048]
-    points = []
+    points: list[dict[str, Any]] = []
     for variant, fun in VARIANTS.items():
         for layers in depths:
             for batch in batches:
-                found = measure(fun, layers, batch, options.width)
-                points.append({"variant": variant, "layers": layers, "batch": batch, **found})
+                measured = measure(fun, layers, batch, options.width)
+                points.append({"variant": variant, "layers": layers, "batch": batch, **measured})
     fits, others = {}, {}
     print(f"{'program':34} {'c₀':>12} {'c₁':>9} {'R²':>8}  {'predicted ÷ compiled':>20}  R² of other forms")
     for program in ("inference", "training"):

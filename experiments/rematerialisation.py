@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 from compile_cost import transformer
-from running import command_line, write
+from running import blocking, command_line, interleaved, write
 
 import funcprop as fp
 
@@ -104,22 +104,20 @@ def measure(blocks: int, repeats: int, smoke: bool) -> dict[str, Measured]:
     for program in compiled.values():
         for a, e in zip(jax.tree.leaves(program(*args)), expected, strict=True):
             np.testing.assert_allclose(a, e, rtol=0, atol=1e-4 * largest)
-    seconds: dict[str, list[float]] = {name: [] for name in compiled}
-    for _ in range(repeats):
-        for name, program in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program(*args))
-            seconds[name].append(time.perf_counter() - start)
+    seconds = interleaved({name: blocking(program, args) for name, program in compiled.items()}, repeats)
     results = {}
     for name, way in found.items():
-        ratios = np.percentile(np.array(seconds[name]) / np.array(seconds["plain"]), [25, 50, 75])
+        lower, median, upper = map(float, np.percentile(seconds[name] / seconds["plain"], [25, 50, 75]))
+        xla = fp.memory.Compiled.of(compiled[name])
         results[name] = Measured(
             way.residual_bytes,
             way.peak_bytes,
-            fp.memory.Compiled.of(compiled[name]).temp,
-            fp.memory.Compiled.of(compiled[name]).flops,
-            min(seconds[name]),
-            *(float(ratio) for ratio in ratios),
+            xla.temp,
+            xla.flops,
+            float(seconds[name].min()),
+            lower,
+            median,
+            upper,
             way.plan_seconds,
         )
     return results

@@ -8,8 +8,10 @@ from funcprop import rules as rules
 from funcprop import testing as testing
 from funcprop import training as training
 from funcprop.backprop import backprop as backprop
-from funcprop.comparison import Comparison as Comparison
-from funcprop.comparison import compare as compare
+from funcprop.cost import Comparison as Comparison
+from funcprop.cost import SecondOrderCost as SecondOrderCost
+from funcprop.cost import compare as compare
+from funcprop.cost import second_order_cost as second_order_cost
 from funcprop.curvature import ekfac as ekfac
 from funcprop.curvature import fisher as fisher
 from funcprop.curvature import ggn as ggn
@@ -44,8 +46,6 @@ from funcprop.report import ReportError as ReportError
 from funcprop.report import report as report
 from funcprop.rewrite import matches as matches
 from funcprop.rewrite import with_rules as with_rules
-from funcprop.second_order_cost import SecondOrderCost as SecondOrderCost
-from funcprop.second_order_cost import second_order_cost as second_order_cost
 from funcprop.tracing import trace as trace
 from funcprop.transforms import grad as grad
 from funcprop.transforms import hvp as hvp

@@ -24,7 +24,7 @@ from funcprop.emission import emitted_again
 from funcprop.layer_calls import broken_layer_call, layer_call
 from funcprop.linear_map import Arrays
 from funcprop.patterns import PATTERNS
-from funcprop.recognition import recognised
+from funcprop.patterns.recognition import recognised
 from funcprop.registry import RuleError, RuleSet
 from funcprop.rules import default
 

@@ -1,4 +1,4 @@
-"""The exact diagonal against jax.hessian, which form is chosen, and what the analyses behind it say."""
+"""The exact diagonal against jax.hessian, and which form is chosen."""
 
 from __future__ import annotations
 
@@ -9,42 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from compiling import compiled
-from jax.flatten_util import ravel_pytree
+from dense_diagonals import KEY, N, Y, assert_exact, cross_entropy, mixing_backwards, normal, straight_through
 
 import funcprop as fp
-from funcprop.curvature.piecewise import why_curved
-from funcprop.curvature.separability import is_separable
 
-KEY = jax.random.key(0)
-N = 4
-Y = jnp.arange(N) % 3
-
-
-def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.fold_in(KEY, seed), shape)
-
-
-def cross_entropy(logits: Any, labels: Any) -> Any:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-def of_dense_matrix(loss: Callable[..., Any], params: Any, *args: Any) -> jax.Array:
-    flat, unravel = ravel_pytree(params)
-    return compiled(lambda p, *a: jnp.diag(jax.hessian(lambda p: loss(unravel(p), *a))(p)))(flat, *args)
-
-
-def assert_exact(loss: Callable[..., Any], params: Any, *args: Any, **options: Any) -> fp.curvature.Plan:
-    diagonal = fp.curvature.hessian_diagonal(loss, **options)
-    found, expected = diagonal(params, *args), of_dense_matrix(loss, params, *args)
-    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, params)
-    np.testing.assert_allclose(ravel_pytree(found)[0], expected, rtol=1e-10, atol=1e-14)
-    return diagonal.plan(params, *args)
-
-
-# --- the models of the issue ------------------------------------------------------------------
+# --- models -----------------------------------------------------------------------------------
 
 
 class Convolutional(nn.Module):
@@ -226,24 +197,6 @@ def test_incomplete_blocks(block_size: int) -> None:
     assert_exact(loss, params, normal(N, 4), block_size=block_size)
 
 
-@jax.custom_jvp
-def straight_through(x: Any) -> Any:
-    return jnp.round(x)
-
-
-@straight_through.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    return straight_through(*primals), tangents[0] * jnp.cos(primals[0])
-
-
-@jax.custom_vjp
-def mixing_backwards(x: Any) -> Any:
-    return x * 2
-
-
-mixing_backwards.defvjp(lambda x: (x * 2, x), lambda x, g: (g * jnp.sum(x),))
-
-
 def test_derivatives_that_are_not_those_of_the_body() -> None:
     assert_exact(lambda w, x: jnp.sum(straight_through(x * w) ** 2), normal(3), normal(N, 3, seed=1))
     w, x = normal(3, 2), normal(N, 3, seed=1)
@@ -361,93 +314,6 @@ def test_progress_never_counts_backwards(monkeypatch: pytest.MonkeyPatch) -> Non
     assert done == sorted(set(done))
     assert len(seen) == len(pending) > 3
     assert seen[-1] == (seen[-1][1],) * 2
-
-
-# --- the analyses -----------------------------------------------------------------------------
-
-APART = {
-    "elementwise": lambda z: jnp.sum(jnp.tanh(z) * jnp.arange(3.0)),
-    "softmax over features": lambda z: jnp.sum(jax.nn.softmax(z) ** 2) / 3,
-    "layer norm": lambda z: jnp.mean(nn.LayerNorm(use_bias=False, use_scale=False).apply({}, z) ** 3),
-    "attention": lambda z: jnp.sum(
-        jnp.tanh(jax.nn.dot_product_attention(z[:, :, None], z[:, :, None], z[:, :, None]))
-    ),
-    "transposed and reshaped": lambda z: jnp.sum(jnp.sin(z.T.reshape(-1, 4).T.reshape(4, -1).sum(1))),
-    "padded, concatenated, reversed": lambda z: jnp.sum(
-        jnp.exp(jnp.pad(jnp.concatenate([z, z[:, ::-1]], 1), ((0, 0), (1, 0))).cumsum(1))
-    ),
-    "loop over features": lambda z: jax.lax.scan(lambda c, x: (jnp.sin(c + x), None), jnp.zeros(4), z.T)[
-        0
-    ].sum(),
-    "branches": lambda z: jax.lax.cond(True, lambda z: jnp.sum(z**2), lambda z: jnp.sum(jnp.cos(z)), z),
-    "custom derivatives": lambda z: jnp.sum(jax.nn.relu(z) * jax.nn.softplus(z) ** 2),
-    "picked by label": lambda z: cross_entropy(z, Y),
-    "convolution": lambda z: jnp.sum(
-        jax.lax.conv_general_dilated(z[:, None], jnp.ones((2, 1, 2)), (1,), "SAME") ** 3
-    ),
-}
-MIXING = {
-    "square of the sum": lambda z: jnp.sum(z) ** 2,
-    "batch norm": lambda z: jnp.sum((z / jnp.sqrt(jnp.var(z, 0) + 1)) ** 3),
-    "Gram matrix": lambda z: jnp.sum((z @ z.T) ** 2),
-    "reversed batch": lambda z: jnp.sum(z * z[::-1] ** 2),
-    "sorted batch": lambda z: jnp.sum(jnp.sort(z, 0) * jnp.tanh(z)),
-    "softmax over the batch": lambda z: jax.nn.logsumexp(z),
-    "loop over the batch": lambda z: jax.lax.scan(lambda c, x: (jnp.sin(c + x), None), jnp.zeros(3), z)[
-        0
-    ].sum(),
-    "custom derivative": lambda z: jnp.sum(jnp.sin(mixing_backwards(z))),
-    "taken by index": lambda z: jnp.sum(z[jnp.array([1, 0, 3, 2])] * z**2),
-}
-
-
-@pytest.mark.parametrize("name", [*APART, *MIXING])
-def test_separability_is_what_the_dense_hessian_shows(name: str) -> None:
-    # float64 has room between what is zero and what is not.
-    fun = {**APART, **MIXING}[name]
-    if name == "attention":
-        z: Any = normal(4, 2, 3)
-    else:
-        z = normal(4, 3)
-    found = is_separable(jax.make_jaxpr(fun)(z), 0, 0)
-    hessian = compiled(jax.jacrev(jax.grad(fun)))(z).reshape(4, z.size // 4, 4, z.size // 4)
-    blocks = np.abs(np.asarray(hessian)).max(axis=(1, 3))
-    between = (blocks - np.diag(np.diag(blocks))).max()
-    assert found == (name in APART)
-    assert (between < 1e-14) == (name in APART)
-
-
-CURVED = {
-    "product with itself": (lambda w: w * w, "mul is curved"),
-    "tanh": (lambda w: jnp.tanh(w), "tanh"),
-    "through an index": (lambda w: 1 / w, "div"),
-    "its own norm": (lambda w: w / jnp.linalg.norm(w), "mul"),
-    "straight through": (straight_through, "straight_through"),
-    "in a loop": (lambda w: jax.lax.fori_loop(0, 3, lambda i, c: c * w, jnp.ones(3)), "mul"),
-}
-AFFINE = {
-    "relu of a product": lambda w: jax.nn.relu(w @ jnp.ones((3, 3))) @ jnp.ones((3, 2)),
-    "chosen": lambda w: jnp.where(w > 0, w, 0.1 * w),
-    "pooled, padded, indexed": lambda w: jnp.max(jnp.pad(w, 1)[jnp.array([0, 2])]),
-    "sorted": lambda w: jnp.sort(w) - jnp.clip(w, -1, 1),
-    "in a loop": lambda w: jax.lax.scan(lambda c, x: (c + x, c), jnp.array(0.0), w),
-    "stopped": lambda w: jnp.sum(jax.lax.stop_gradient(jnp.exp(w)) * w),
-}
-
-
-@pytest.mark.parametrize("name", CURVED)
-def test_what_is_curved_says_where(name: str) -> None:
-    fun, reason = CURVED[name]
-    assert reason in str(why_curved(jax.make_jaxpr(fun)(normal(3)), 0))
-
-
-@pytest.mark.parametrize("name", AFFINE)
-def test_what_is_piecewise_affine(name: str) -> None:
-    assert why_curved(jax.make_jaxpr(AFFINE[name])(normal(3)), 0) is None
-    assert (
-        float(jnp.abs(of_dense_matrix(lambda w: ravel_pytree(AFFINE[name](w))[0].sum(), normal(3))).max())
-        == 0
-    )
 
 
 # --- errors -----------------------------------------------------------------------------------

@@ -1,12 +1,16 @@
-"""Data flows one way: no module of the library imports, by way of others, itself."""
+"""Data flows one way: no module imports itself by way of others, nor what the README lists below it."""
 
 import ast
 import graphlib
+import re
 from pathlib import Path
+
+import pytest
 
 import funcprop
 
 ROOT = Path(funcprop.__file__).parent
+README = Path(__file__).parents[1] / "README.md"
 # A notebook asks a graph for its picture: only when it does, the graph asks the room that draws.
 ASKED_FOR = {
     ("funcprop.graph", "funcprop.drawing"),
@@ -46,13 +50,36 @@ def with_packages(names: set[str], importer: str) -> set[str]:
     return names | {package for package in around if not importer.startswith(package)}
 
 
-def test_imports_have_no_circle() -> None:
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    """Every module of the library, and those that it imports."""
     paths = {
         ".".join(("funcprop", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
         for path in ROOT.rglob("*.py")
     }
     graph = {name: with_packages(imported(path, set(paths)), name) for name, path in paths.items()}
-    for importer, imports in ASKED_FOR:
-        graph[importer].remove(imports)
+    for importer, asked in ASKED_FOR:
+        graph[importer].remove(asked)
+    return graph
+
+
+def test_imports_have_no_circle(graph: dict[str, set[str]]) -> None:
     order = list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names a circle
     assert order.index("funcprop.patterns") < order.index("funcprop.rewrite") < order.index("funcprop.layers")
+
+
+def test_the_readme_lists_every_room_after_those_that_it_imports(graph: dict[str, set[str]]) -> None:
+    section = README.read_text("utf-8").partition("## Find your way in the code\n")[2].partition("\n## ")[0]
+    rows = [
+        re.findall(r"`(\w+)`", row.split("|")[1]) for row in re.findall(r"^\| `.*$", section, re.MULTILINE)
+    ]
+    place = {room: row for row, rooms in enumerate(rows) for room in rooms}
+    inside = {name: names - {"funcprop"} for name, names in graph.items() if name != "funcprop"}
+    assert set(place) == {name.split(".")[1] for name in inside}
+    backwards = [
+        (importer, name)
+        for importer, names in inside.items()
+        for name in names
+        if place[name.split(".")[1]] > place[importer.split(".")[1]]
+    ]
+    assert backwards == []

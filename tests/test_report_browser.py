@@ -5,46 +5,27 @@ Without Chromium these tests are skipped; where the environment has FUNCPROP_BRO
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from chromium import Opened, contrasts, launched, opened, saved
 from flax import linen as nn
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 import funcprop as fp
 from funcprop.cli.target import chapter_example
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = "</script><img src=x onerror=alert(1)>"
-
-
-class Opened(NamedTuple):
-    """A page in the browser, with everything that it said or asked for."""
-
-    page: Page
-    report: fp.Report
-    complaints: list[str]
-    requests: list[str]
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        reason = "there is no Chromium; `apt-get install chromium` brings one"
-        if os.environ.get("FUNCPROP_BROWSER") == "required":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    # As root, which continuous integration often is, Chromium runs only without its sandbox.
-    options: Any = {"executable_path": CHROMIUM, "args": ["--no-sandbox"]}
-    with sync_playwright() as playwright, playwright.chromium.launch(**options) as browser:
-        yield browser
+    yield from launched()
 
 
 @pytest.fixture(scope="module")
@@ -97,29 +78,6 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> tuple[fp.Report, Path]:
     x = jnp.tile(jnp.arange(1.0, 5.0)[:, None], 2)
     report = fp.report(looped)(jnp.array(0.5), x)
     return report, saved(report, tmp_path_factory)
-
-
-def saved(report: fp.Report, directory: pytest.TempPathFactory) -> Path:
-    path = directory.mktemp("report") / "page.html"
-    report.save(path)
-    return path
-
-
-def opened(browser: Browser, made: tuple[fp.Report, Path], **options: Any) -> Iterator[Opened]:
-    report, path = made
-    complaints: list[str] = []
-    requests: list[str] = []
-    with browser.new_context(**options) as context:
-        page = context.new_page()
-        page.set_default_timeout(5000)
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(path.as_uri())
-        yield Opened(page, report, complaints, requests)
-        assert not complaints
-        assert requests == [path.as_uri()]
 
 
 @pytest.fixture(params=["chapter", "hostile"])
@@ -372,39 +330,6 @@ def test_hostile_names_stay_text(browser: Browser, hostile: tuple[fp.Report, Pat
         assert page.locator("img").count() == 0
 
 
-CONTRASTS = """() => {
-  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const rgba = (colour) => {
-    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data];
-  };
-  const luminance = ([r, g, b]) => [r, g, b].map((c) => c / 255)
-    .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = (element) => {
-    const shape = element.closest("text")?.parentNode.querySelector(":scope > rect, :scope > ellipse");
-    if (shape && rgba(getComputedStyle(shape).fill)[3] > 0) return rgba(getComputedStyle(shape).fill);
-    for (let e = element; e; e = e.parentElement) {
-      const colour = rgba(getComputedStyle(e).backgroundColor);
-      if (colour[3] === 255) return colour;
-    }
-    return [255, 255, 255, 255];
-  };
-  const found = [];
-  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  for (let node = texts.nextNode(); node; node = texts.nextNode()) {
-    const element = node.parentElement;
-    if (!node.data.trim() || element.closest("script, style, svg [aria-hidden]")) continue;
-    if (!element.checkVisibility()) continue;
-    const style = getComputedStyle(element);
-    const a = luminance(rgba(element.closest("text") ? style.fill : style.color));
-    const b = luminance(behind(element));
-    found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.data.trim().slice(0, 40)]);
-  }
-  return found;
-}"""
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast(browser: Browser, hostile: tuple[fp.Report, Path], scheme: str) -> None:
     for page, *_ in opened(browser, hostile, color_scheme=scheme, reduced_motion="reduce"):
@@ -413,7 +338,7 @@ def test_contrast(browser: Browser, hostile: tuple[fp.Report, Path], scheme: str
         page.locator("details summary").first.click()
         for position in (0, last // 4, 3 * last // 4, last):
             page.locator("#position").fill(str(position))
-            measured = page.evaluate(CONTRASTS)
+            measured = contrasts(page)
             assert len(measured) > 200
             assert [text for ratio, text in measured if ratio < 4.5] == []
 

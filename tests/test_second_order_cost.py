@@ -20,10 +20,10 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 import funcprop as fp
+from funcprop.cost.programs import programs
+from funcprop.cost.timing import Rates
+from funcprop.cost.work import Product, Work, of_compiled, of_jaxpr
 from funcprop.objective import trace_objective
-from funcprop.second_order_programs import programs
-from funcprop.timing import Rates
-from funcprop.work import Product, Work, of_compiled, of_jaxpr
 
 
 def mlp(weights: Any, x: Any) -> Any:

@@ -22,7 +22,7 @@ from benchmark_cases.vision import CNN
 class Problem(NamedTuple):
     """A classifier: `model(params, x)` and `loss(outputs, y)` of a batch; the mean cross-entropy."""
 
-    model: Callable[[Any, jax.Array], jax.Array]
+    model: Callable[[Any, jax.Array], Any]
     loss: Callable[[jax.Array, jax.Array], jax.Array]
     params: Any
     x: jax.Array
@@ -62,8 +62,8 @@ def _classifier(model: nn.Module, x: jax.Array) -> Problem:
 
 
 def _mlp(batch: int) -> Problem:
-    layers = [nn.Dense(512), nn.relu, nn.Dense(256), nn.relu, nn.Dense(10)]
-    return _classifier(nn.Sequential(layers), normal(batch, 784))
+    model = nn.Sequential([nn.Dense(512), nn.relu, nn.Dense(256), nn.relu, nn.Dense(10)])
+    return _classifier(model, normal(batch, 784))
 
 
 def _cnn(batch: int) -> Problem:

@@ -8,8 +8,8 @@ from benchmark_cases.case import NEVER_WORSE, Case, Row, classified, normal
 
 
 def mlp(batch: int) -> Case:
-    layers = [nn.Dense(512), nn.relu, nn.Dense(256), nn.relu, nn.Dense(10)]
-    return classified(nn.Sequential(layers), normal(batch, 784))
+    model = nn.Sequential([nn.Dense(512), nn.relu, nn.Dense(256), nn.relu, nn.Dense(10)])
+    return classified(model, normal(batch, 784))
 
 
 ROWS: dict[str, Row] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,16 +42,21 @@ class Transformer(nn.Module):
         return embed.attend(nn.LayerNorm()(x))
 
 
+def next_token_loss(model: Transformer) -> Callable[[Any, jax.Array], jax.Array]:
+    """The mean cross-entropy of every token but the first, given those before it."""
+
+    def loss(params: Any, tokens: jax.Array) -> jax.Array:
+        logits: Any = model.apply(params, tokens)
+        return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
+
+    return loss
+
+
 def transformer(blocks: int, batch: int, length: int) -> Case:
     model = Transformer(blocks)
     tokens = jax.random.randint(jax.random.key(0), (batch, length), 0, model.vocabulary)
     params = jax.jit(model.init)(jax.random.key(1), tokens)
-
-    def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = model.apply(params, tokens)[:, :-1]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-    return gradients(loss, params, tokens)
+    return gradients(next_token_loss(model), params, tokens)
 
 
 ROWS: dict[str, Row] = {

@@ -18,7 +18,12 @@ def recurrent(
     """Mean square of all states of a network whose input is as wide as its state."""
     model, x = nn.RNN(cell(width)), normal(batch, steps, width)
     params = jax.jit(model.init)(jax.random.key(1), x)
-    return compared(lambda params, x: jnp.mean(model.apply(params, x) ** 2), params, x)
+
+    def mean_square(params: Any, x: jax.Array) -> jax.Array:
+        states: Any = model.apply(params, x)
+        return jnp.mean(states**2)
+
+    return compared(mean_square, params, x)
 
 
 def small(cell: Any, compared: Callable[..., Case] = gradients) -> Callable[[], Case]:

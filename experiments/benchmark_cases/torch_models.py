@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +19,8 @@ torch.set_num_threads(os.cpu_count() or 1)
 Step = Callable[[], object]
 
 
-def _classified(model: nn.Module, x: torch.Tensor) -> Step:
-    """One gradient of the cross-entropy; its parameters' gradients are made anew."""
+def _classified(model: Any, x: torch.Tensor) -> Step:
+    """One gradient of the cross-entropy of a module, compiled or not; the gradients are made anew."""
     y = torch.arange(len(x)) % 10
     parameters = list(model.parameters())
 
@@ -42,22 +43,25 @@ def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10))
 
 
+def _channels_last(x: Any) -> Any:
+    """A tensor or a module, in the order of memory that PyTorch's convolutions prefer."""
+    return x.to(memory_format=torch.channels_last)
+
+
 def _images(batch: int) -> dict[str, Step]:
     x = torch.randn(batch, 3, 32, 32)
-    last = x.to(memory_format=torch.channels_last)
+    last = _channels_last(x)
     return {
         "torch eager": _classified(_cnn(), x),
-        "torch eager, channels last": _classified(_cnn().to(memory_format=torch.channels_last), last),
+        "torch eager, channels last": _classified(_channels_last(_cnn()), last),
         "torch compiled": _classified(torch.compile(_cnn()), x),
-        "torch compiled, channels last": _classified(
-            torch.compile(_cnn().to(memory_format=torch.channels_last)), last
-        ),
+        "torch compiled, channels last": _classified(torch.compile(_channels_last(_cnn())), last),
     }
 
 
 def _pool(batch: int) -> dict[str, Step]:
     x = torch.randn(batch, 64, 32, 32, requires_grad=True)
-    last = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    last = _channels_last(x.detach()).requires_grad_()
 
     def step(x: torch.Tensor) -> Step:
         return lambda: torch.autograd.grad((functional.max_pool2d(x, 2) ** 2).sum(), x)

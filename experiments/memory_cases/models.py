@@ -23,7 +23,7 @@ class Model(NamedTuple):
     """A prediction, its loss, and the shapes of their arguments."""
 
     name: str
-    predict: Callable[..., jax.Array]
+    predict: Callable[..., Any]
     loss: Callable[..., jax.Array]
     params: Any
     x: jax.ShapeDtypeStruct
@@ -38,7 +38,7 @@ def labels(*dims: int) -> jax.ShapeDtypeStruct:
     return shape(*dims, dtype=jnp.int32)
 
 
-def classified(name: str, predict: Callable[..., jax.Array], params: Any, x: Any, y: Any) -> Model:
+def classified(name: str, predict: Callable[..., Any], params: Any, x: Any, y: Any) -> Model:
     """With the mean cross-entropy as loss."""
 
     def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -171,7 +171,8 @@ class FlaxLSTM(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.Dense(10)(nn.RNN(nn.OptimizedLSTMCell(self.width))(x)[:, -1])
+        states: Any = nn.RNN(nn.OptimizedLSTMCell(self.width))(x)
+        return nn.Dense(10)(states[:, -1])
 
 
 def drawn_flax_lstm(rng: np.random.Generator) -> Model:
@@ -227,10 +228,10 @@ def drawn_transformer(rng: np.random.Generator) -> Model:
     """The same ranges; RMS norms, one product for queries, keys and values, silu."""
     batch, tokens, heads = between(rng, 2, 16, 2), between(rng, 32, 256, 16), 2 ** between(rng, 1, 3)
     width, vocabulary = heads * between(rng, 16, 48, 8), between(rng, 128, 1024, 64)
-    block = {"qkv": affine(width, 3 * width), "o": affine(width, width)}
+    block: dict[str, Any] = {"qkv": affine(width, 3 * width), "o": affine(width, width)}
     block |= {"up": affine(width, 4 * width), "down": affine(4 * width, width)}
     block |= {"scales": shape(2, width)}
-    params = {"embedding": shape(vocabulary, width), "positions": shape(tokens, width)}
+    params: dict[str, Any] = {"embedding": shape(vocabulary, width), "positions": shape(tokens, width)}
     params |= {"blocks": [block] * 4, "out": affine(width, vocabulary)}
 
     def norm(x: jax.Array, scale: jax.Array) -> jax.Array:

@@ -1,14 +1,20 @@
-"""What every experiment does alike: read the command line, and write what was found."""
+"""What experiments do alike: read the command line, let programs take turns, and write what was found."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
 
 RESULTS = Path(__file__).parents[1] / "results"
+
+Step = TypeVar("Step")  # what a step is called by
 
 
 def command_line(description: str | None, smoke: str) -> argparse.ArgumentParser:
@@ -32,3 +38,19 @@ def write(name: str, smoke: bool, content: Any, draw: Callable[[Path], None], **
     where = folder(smoke)
     (where / f"{name}.json").write_text(json.dumps(content, indent=2, **options))
     draw(where / f"{name}.png")
+
+
+def blocking(program: Callable[..., Any], args: Sequence[Any]) -> Callable[[], Any]:
+    """A step that runs a program and waits for its results."""
+    return lambda: jax.block_until_ready(program(*args))
+
+
+def interleaved(steps: dict[Step, Callable[[], Any]], repeats: int) -> dict[Step, np.ndarray]:
+    """Seconds of each step in each turn."""
+    seconds: dict[Step, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(times) for name, times in seconds.items()}

@@ -37,7 +37,7 @@ from funcprop.flops import of_jaxpr
 from funcprop.memory.rows import peak_bytes
 from funcprop.registry import RuleSet
 from funcprop.rewrite import with_rules
-from funcprop.work import nbytes
+from funcprop.sizes import nbytes
 
 UNITS, DIRECTIONS, OUTPUTS = "units", "directions", "outputs"
 Read = Callable[[Any], Any]

@@ -18,11 +18,20 @@ from funcprop.curvature.hessian import require_scalar
 from funcprop.curvature.operator import LinearOperator
 from funcprop.curvature.parameters import Parameters, Where
 from funcprop.curvature.subset import Point
-from funcprop.gauss_newton import gauss_newton_map
 from funcprop.registry import RuleSet
 from funcprop.rules import autodiff
 
 Map = Callable[[PyTree], PyTree]
+
+
+def gauss_newton_map(
+    model: Callable[[PyTree], PyTree], curvature: Callable[[PyTree], Map], at: PyTree
+) -> Map:
+    """`v ↦ Jᵀ B J v`, the model linearised once and transposed; `curvature(outputs)` is the map `u ↦ B u`."""
+    outputs, forward = jax.linearize(model, at)
+    bend = curvature(outputs)
+    backward = jax.linear_transpose(forward, at)
+    return lambda v: backward(bend(forward(v)))[0]
 
 
 @jax.tree_util.register_dataclass

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from funcprop.curvature.estimate import Estimate
@@ -48,7 +49,7 @@ class Spectrum:
         found = self.mean(lambda values: (values >= low) & (values <= high))
         return Estimate(self.size * found.value, self.size * found.error, found.samples)
 
-    def density(self, at: Float[Array, " g"], width: float | Array | None = None) -> Estimate:
+    def density(self, at: Float[Array | np.ndarray, " g"], width: float | Array | None = None) -> Estimate:
         """The density at the points `at`, smoothed by a Gaussian of standard deviation `width`; its integral
         is 1.
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact, PRNGKeyArray
 
 from funcprop.expressions import Equations, OperatorSymbols, outer
+from funcprop.primitives.row_products import contraction
 from funcprop.registry import Rule, layer
-from funcprop.row_products import contraction
 
 
 class Operands(NamedTuple):

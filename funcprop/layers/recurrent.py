@@ -42,8 +42,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from funcprop.expressions import Equations, OperatorSymbols, apply
 from funcprop.layers.linear import Operands, dense
+from funcprop.primitives.row_products import repeated
 from funcprop.registry import Rule, layer
-from funcprop.row_products import repeated
 
 Save: TypeAlias = Literal["all", "output"]
 State = tuple[Any, ...]  # the output `h` is last

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from funcprop import _compat, xla_options
+from funcprop import _compat
 from funcprop.graph import Graph, Operator, Variable, aligned
+from funcprop.memory import xla_options
 from funcprop.memory.policy import SaveOperators, policy_within
 from funcprop.memory.program import Program
 from funcprop.memory.saving import Residuals

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from funcprop import _compat, xla_options
+from funcprop import _compat
 from funcprop.flops import PRODUCTS, of_jaxpr
 from funcprop.hlo import constant_bytes
+from funcprop.memory import xla_options
 from funcprop.memory.cases import Case
 from funcprop.memory.rows import Predicted, predicted
 from funcprop.sizes import nbytes

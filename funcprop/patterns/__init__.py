@@ -7,6 +7,6 @@ function; the other layers stand above, and may use the rewrite.
 """
 
 from funcprop.patterns import activation, fused_pooling, softmax
-from funcprop.recognition import Pattern
+from funcprop.patterns.recognition import Pattern
 
 PATTERNS: tuple[Pattern, ...] = (*fused_pooling.PATTERNS, *activation.PATTERNS, *softmax.PATTERNS)

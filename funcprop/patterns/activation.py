@@ -48,8 +48,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
 from funcprop.expressions import Equations, OperatorSymbols
+from funcprop.patterns.recognition import Known, Pattern
 from funcprop.primitives.elementwise import Saved, elementwise_rule
-from funcprop.recognition import Known, Pattern
 from funcprop.registry import Rule, layer
 
 Save: TypeAlias = Literal["output", "input", "all"]

@@ -22,8 +22,8 @@ from jaxtyping import Array, Float
 
 from funcprop.layer_calls import layer_call
 from funcprop.patterns.activation import relu
+from funcprop.patterns.recognition import Pattern, Producer, Replacement, equal_to, layer_equation
 from funcprop.primitives import pooling
-from funcprop.recognition import Pattern, Producer, Replacement, equal_to, layer_equation
 from funcprop.registry import layer
 
 

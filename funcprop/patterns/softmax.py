@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from funcprop.expressions import Equations, OperatorSymbols, apply
-from funcprop.recognition import Pattern, Producer, Replacement, equal_to, layer_equation
+from funcprop.patterns.recognition import Pattern, Producer, Replacement, equal_to, layer_equation
 from funcprop.registry import Layer, Rule, layer
 
 Axes = int | tuple[int, ...]

@@ -16,7 +16,7 @@ from jax import lax
 
 from funcprop import _compat
 from funcprop.flops import PRODUCTS
-from funcprop.row_products import Form, by_columns, fastest_form
+from funcprop.primitives.row_products import Form, by_columns, fastest_form
 from funcprop.sizes import nbytes
 
 Arrays = list[Any]

@@ -36,8 +36,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from funcprop.primitives.arithmetic import EQUATIONS
+from funcprop.primitives.row_products import contraction
 from funcprop.registry import OperatorKey, Rule
-from funcprop.row_products import contraction
 
 
 class Operands(NamedTuple):

@@ -15,6 +15,7 @@ import jax
 
 from funcprop.backprop import backprop
 from funcprop.calls import has_values, without_aux
+from funcprop.cost import SecondOrderCost, second_order_cost
 from funcprop.drawing import Drawing
 from funcprop.equations import Derivation, derive
 from funcprop.graph import Graph
@@ -27,7 +28,6 @@ from funcprop.report.layers import Memory, memory
 from funcprop.report.opened import Opened
 from funcprop.report.scale import picture_of
 from funcprop.report.spectrum import Top, is_smooth, top
-from funcprop.second_order_cost import SecondOrderCost, second_order_cost
 from funcprop.training import Setup
 
 # Up to this many values are all in the table.

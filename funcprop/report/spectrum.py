@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from funcprop.cost import SecondOrderCost
+from funcprop.cost.programs import FORWARD
 from funcprop.curvature.hessian import hessian
-from funcprop.second_order_cost import SecondOrderCost
-from funcprop.second_order_programs import FORWARD
 
 COUNT = 10
 # Of more parameters, or if a product takes longer, it is left out: some 64 to 320 products are needed.

@@ -99,7 +99,7 @@ def _input_factors(p: Problem, estimator: Any, state: Any) -> dict[str, Any]:
 
 
 def _diagonal(p: Problem, estimator: Any, state: Any) -> Any:
-    found = {}
+    found: dict[int, Any] = {}
     for indices, here in zip(estimator.jaxpr.layer_indices, state.blocks_states, strict=True):
         found |= dict(zip(indices, (factor.value for factor in here.diagonal_factors), strict=True))
     return jax.tree.unflatten(jax.tree.structure(p.params), [found[i] for i in range(len(found))])

@@ -25,14 +25,15 @@ class Twin(NamedTuple):
     where JAX has them last: those of a convolution, and of what was flattened before a dense layer.
     """
 
-    model: nn.Module
+    model: nn.Sequential
     loss: nn.Module
     x: torch.Tensor
     y: torch.Tensor
     layers: dict[str, int]
 
     @property
-    def params(self) -> list[nn.Parameter]:
+    def params(self) -> list[Any]:
+        """The parameters, on which the extensions of BackPACK leave what they find."""
         return list(self.model.parameters())
 
     def from_jax(self, tree: Any) -> list[torch.Tensor]:
@@ -84,7 +85,7 @@ def twin(name: str, p: Problem) -> Twin:
     """The problem of this name in PyTorch."""
     x = np.asarray(p.x)
     if name == "MLP":
-        model: nn.Module = nn.Sequential(
+        model = nn.Sequential(
             nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10)
         )  # fmt: skip
         layers = {f"layers_{i}": 1 for i in (0, 2, 4)}

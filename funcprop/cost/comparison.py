@@ -19,12 +19,12 @@ import numpy as np
 
 from funcprop import _compat
 from funcprop.calls import Call, has_values, is_array, without_aux
+from funcprop.cost.timing import fastest, random_operand
 from funcprop.graph import aligned
 from funcprop.objective import Argnums, differentiable, positions
 from funcprop.registry import RuleSet
 from funcprop.rewrite import Match, Rewriter, matches
 from funcprop.rules import autodiff, default
-from funcprop.timing import fastest, random_operand
 from funcprop.tracing import Arguments
 from funcprop.transforms import value_and_grad
 

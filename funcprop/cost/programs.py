@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from funcprop.gauss_newton import SplitError, function_of, gauss_newton_map, model_output
+from funcprop.cost.split import SplitError, function_of, model_output
+from funcprop.curvature.gauss_newton import gauss_newton_map
 from funcprop.objective import Objective
 from funcprop.registry import RuleSet
 from funcprop.rewrite import with_rules

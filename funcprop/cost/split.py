@@ -17,8 +17,6 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
 from funcprop import _compat, layers
 from funcprop.graph import Operator, Variable
 from funcprop.objective import Objective
@@ -103,13 +101,3 @@ def _needed(operators: Sequence[Operator], result: str, given: set[str]) -> list
             kept.append(op)
             wanted.update(v.name for v in op.inputs if v.kind != "literal" and v.name not in given)
     return kept[::-1]
-
-
-def gauss_newton_map(
-    model: Callable[[Any], Any], curvature: Callable[[Any], Callable[[Any], Any]], at: Any
-) -> Callable[[Any], Any]:
-    """`v ↦ Jᵀ B J v`, the model linearised once and transposed; `curvature(outputs)` is the map `u ↦ B u`."""
-    outputs, forward = jax.linearize(model, at)
-    bend = curvature(outputs)
-    backward = jax.linear_transpose(forward, at)
-    return lambda v: backward(bend(forward(v)))[0]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop import _compat
-from funcprop.work import Product, Work
+from funcprop.cost.work import Product, Work
 
 # An elementwise operation is measured on at least and at most as many numbers.
 _FEWEST, _MOST = 2**12, 2**23

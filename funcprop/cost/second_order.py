@@ -17,14 +17,14 @@ from typing import Any
 import jax
 
 from funcprop import _compat
+from funcprop.cost.programs import DENSE, GAUSS_NEWTON, GRADIENT, programs
+from funcprop.cost.timing import Rates, fastest, measured_rates
+from funcprop.cost.work import Work, of_compiled, of_jaxpr
 from funcprop.graph import aligned, bytes_text
 from funcprop.objective import Argnums, Objective, trace_objective
 from funcprop.registry import RuleSet
 from funcprop.rules import default
-from funcprop.second_order_programs import DENSE, GAUSS_NEWTON, GRADIENT, programs
-from funcprop.timing import Rates, fastest, measured_rates
 from funcprop.tracing import INLINED
-from funcprop.work import Work, of_compiled, of_jaxpr
 
 # A kind of product is timed at most so often.
 _KIND_REPEATS = 5
