@@ -90,6 +90,18 @@ def test_shared_positions_before_a_mean() -> None:
     assert [row.form for row in plan.rows] == ["outputs", "units"]
 
 
+def test_outputs_of_which_two_nodes_keep_different_slices_apart() -> None:
+    params = {"a": normal(6, 6, seed=1), "b": normal(6, 6, seed=2), "c": normal(6, 2, seed=3)}
+
+    def loss(p: Any, x: Any, y: Any) -> Any:
+        h = jnp.einsum("ts,nsd->ntd", normal(2, 2, seed=4), jax.nn.relu(x @ p["a"]))  # mixes positions
+        return cross_entropy(jax.nn.relu(h @ p["b"]) @ p["c"], y)  # of every position by itself
+
+    plan = assert_exact(loss, params, normal(3, 2, 6), jnp.arange(6).reshape(3, 2) % 2)
+    forms = {path: (row.form, row.products) for row in plan.rows for path in row.leaves}
+    assert (forms["a"], forms["b"]) == (("outputs", 4), ("outputs", 2))
+
+
 def test_tied_embedding_and_loop() -> None:
     params = {"embedding": normal(5, 3, seed=1), "recurrent": normal(3, 3, seed=2), "unused": normal(2)}
 

@@ -48,7 +48,8 @@ def programs(
     groups: dict[Any, list[Columns]] = {}
     for columns in (_chosen(node, byte_limit) for node in nodes):
         cut = columns.cut
-        key = id(columns.node.term), None if cut is None else (cut.outputs, cut.order)
+        # Of the same outputs two nodes may see slices of different sizes: pixels, where images mix none.
+        key = id(columns.node.term), None if cut is None else (cut.outputs, cut.order, cut.size)
         groups.setdefault(key, []).append(columns)
     shared = [s for group in groups.values() for s in ([group] if group[0].cut else _runs(group))]
     return [program_of(members, read, rules, byte_limit, block) for members in shared]
