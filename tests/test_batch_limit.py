@@ -79,6 +79,8 @@ def test_errors() -> None:
         fp.memory.batch_limit(loss, 10**6)(w, f32(3, 8), f32(5, 2))
     with pytest.raises(ValueError, match="have the lengths none at all; give batch_axes"):
         fp.memory.batch_limit(lambda w: jnp.sum(w**2), 10**6)(f32(3))
+    with pytest.raises(ValueError, match="have the lengths none at all; give batch_axes"):
+        fp.memory.batch_limit(lambda w: jnp.sum(w**2), 10**6)(w=f32(3))
     with pytest.raises(ValueError, match="2 entries for 3 arguments"):
         fp.memory.batch_limit(loss, 10**6, batch_axes=(None, 0))(w, f32(3, 8), f32(3, 2))
     with pytest.raises(ValueError, match="the memory does not depend on batch_axes"):

@@ -67,10 +67,15 @@ def test_a_function_that_is_no_loss_has_no_steps(module: Any) -> None:
     ) in result.stderr
 
 
-def test_the_file(tmp_path: Path) -> None:
+def test_the_file(module: Any, tmp_path: Path) -> None:
+    """It has everything that `--json` prints, the largest batch too."""
     path = tmp_path / "memory.json"
     assert run("memory", "chapter", "--no-measure", "--out", str(path)).stdout.startswith(f"{path}: ")
-    assert json.loads(path.read_text("utf-8"))["name"] == "chapter"
+    assert json.loads(path.read_text("utf-8"))["target"] == "chapter"
+    target = f"{module(SOURCE.replace('{params}', 'jax.eval_shape(net.init, jax.random.key(0), x)'))}:flax"
+    data = run_json("memory", target, "--no-measure", "--budget", "100000", "--out", str(path))
+    assert json.loads(path.read_text("utf-8")) == data
+    assert data["batch_limit"]["training"] > 8
 
 
 @pytest.mark.parametrize(

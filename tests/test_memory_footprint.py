@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -262,6 +263,17 @@ def test_text_and_json() -> None:
     data = json.loads(found.json())
     assert data["training"]["predicted"] == found.training.predicted
     assert data["inference"]["compiled"] is None
+
+
+def test_the_text_says_what_rows_it_leaves_out() -> None:
+    """The bytes that are listed add up to the total."""
+    found = account(lambda ws, x: sum(jnp.sum(x @ w) for w in ws), [f64(8, 8)] * 20, f64(16, 8))
+    for name, ledger in found.ledgers.items():
+        assert len(ledger.rows) > 20
+        listed = str(found).split(f"largest in {name}")[1].split("\n\n")[0].splitlines()[2:]
+        assert f"{len(ledger.rows) - 12} more" in listed[-1]
+        numbers = [int(re.split("  +", line)[1].replace(",", "")) for line in listed]
+        assert sum(numbers) == ledger.predicted
 
 
 def test_errors() -> None:

@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -18,7 +19,10 @@ import pytest
 
 import funcprop as fp
 from funcprop.cli.target import chapter_example
+from funcprop.report.curves import train
+from funcprop.report.inspection import inspect
 from funcprop.report.mathml import MathError, mathml
+from funcprop.report.opened import opened
 from funcprop.report.spectrum import top
 from funcprop.report.statistics import statistics
 
@@ -127,6 +131,20 @@ def test_steps_are_the_two_sweeps(chapter: fp.Report) -> None:
     assert adds[1] == ("l2_penalty", {"W1", "W2"})
 
 
+def test_a_cotangent_is_complete_though_others_read_the_value_before() -> None:
+    """Those that send nothing back, a maximum behind `stop_gradient` for example."""
+
+    def fun(w: Any) -> Any:
+        z = fp.name(jnp.sin(w), "z")
+        largest = jax.lax.stop_gradient(jnp.max(z))
+        return jnp.sum(z * largest)
+
+    derivation = fp.derive(fun)(jnp.ones(3))
+    steps = inspect(derivation, None, opened(derivation.traced.graph, 0), examples=False).backward
+    completed = [name for step in steps for name in step.completes]
+    assert completed == list(fp.backprop(fun)(jnp.ones(3)).gradients)
+
+
 def test_operators_and_their_cost(chapter: fp.Report) -> None:
     assert sum(kind.flops for kind in chapter.kinds) == chapter.graph.flops
     assert sum(kind.count for kind in chapter.kinds) == len(chapter.graph)
@@ -157,6 +175,24 @@ def test_a_training_run_that_blows_up_is_shown() -> None:
     assert page.curves.epochs == 1
     assert "the mean loss of epoch 2 is" in str(page.curves.stopped)
     assert "the mean loss of epoch 2 is" in page.html
+
+
+def test_a_metric_that_only_some_epochs_have_stands_at_its_epochs(chapter: fp.Report) -> None:
+    epochs = iter(range(1, 4))
+
+    def evaluate(_: Any) -> dict[str, float]:
+        epoch = next(epochs)
+        return {"accuracy": epoch / 4} if epoch > 1 else {}
+
+    setup = fp.training.Setup(
+        lambda w: w**2, jnp.array(1.0), [()], optax.sgd(0.1), epochs=3, evaluate=evaluate
+    )
+    curves = train(setup, 3, 60.0)
+    np.testing.assert_array_equal(curves.metrics["accuracy"], [np.nan, 0.5, 0.75])
+    points = [p.split(",") for p in curves.charts[1].lines[0].points.split()]
+    assert [float(x) for x, _ in points] == [50, 100]
+    cells = re.findall("<td>([^<]*)</td>", replace(chapter, curves=curves).html)
+    assert {"nan", "0.5", "0.75"} <= set(cells)
 
 
 def test_curves_are_those_of_the_run(chapter: fp.Report) -> None:

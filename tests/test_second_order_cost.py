@@ -99,19 +99,18 @@ def test_the_laws_hold_with_the_flags_that_users_have(compiled: dict[str, Any]) 
     assert {row["name"]: row["measured"]["products"] for row in compiled["mlp"]} == laws(3, 3 * 256)
 
 
-@pytest.mark.parametrize(("model", "within"), [("mlp", 0.35), ("CNN", 0.25)])
-def test_bytes_are_near_those_of_the_compiled_program(
-    compiled: dict[str, Any], model: str, within: float
-) -> None:
+@pytest.mark.parametrize("model", ["mlp", "CNN"])
+def test_bytes_are_near_those_of_the_compiled_program(compiled: dict[str, Any], model: str) -> None:
     """Not those of the value alone, some of which a fused kernel may hide from XLA's own account.
 
-    XLA of JAX 0.12 holds 1.4 times what that of 0.10 does, which is predicted, in an HVP of the narrow MLP.
+    JAX 0.12 writes the derivative of tanh as one factor, `(1 + y) (1 − y)`, which XLA keeps for all that read
+    it in an HVP; with 0.10 what reads it is made from `y` each time.
     """
     rows = {row["name"]: row for row in compiled[model] if row["measured"] is not None}
     del rows["value"]
     assert len(rows) >= 4
     ratios = {name: row["predicted"]["bytes"] / row["measured"]["bytes"] for name, row in rows.items()}
-    assert all(abs(ratio - 1) < within for ratio in ratios.values()), ratios
+    assert all(abs(ratio - 1) < 0.25 for ratio in ratios.values()), ratios
 
 
 def test_operations_are_those_of_xlas_own_analysis() -> None:

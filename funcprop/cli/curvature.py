@@ -113,8 +113,8 @@ def _histogram(found: Summary) -> str:
     longest = max(counts.max(), 1e-300)
     rows = [("from", "to", "eigenvalues", "")]
     for low, high, count, error in zip(edges[:-1], edges[1:], counts, errors, strict=True):
-        bar = "█" * round(BAR * float(count / longest)) or ("▏" if count > 0 else "")
-        rows.append((digits(float(low)), digits(float(high)), _with_error(count, error), bar))
+        block = "█" * round(BAR * float(count / longest)) or ("▏" if count > 0 else "")
+        rows.append((digits(float(low)), digits(float(high)), _with_error(count, error), block))
     return table(rows, right=[0, 1, 2])
 
 

@@ -11,7 +11,7 @@ import typer
 
 import funcprop as fp
 from funcprop.cli.options import ArgnumsOrAll, AsJson, HasAux, TargetName, parse_argnums, parse_bytes
-from funcprop.cli.output import Output, emit
+from funcprop.cli.output import Output, emit, json_text
 from funcprop.cli.target import Target, TargetError, load, users_code
 from funcprop.progress import bar
 
@@ -77,7 +77,7 @@ def report(
         data |= {"budget": budget, "batch_limit": limits}
     if out is None:
         return Output(text, data)
-    return Output(f"{', '.join(found.ledgers)} of {target.label}\n\n{text}", data, found.json())
+    return Output(f"{', '.join(found.ledgers)} of {target.label}\n\n{text}", data, json_text(data, 2) + "\n")
 
 
 def _limits(

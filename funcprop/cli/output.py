@@ -57,7 +57,7 @@ def emit(compute: Callable[[], Output], as_json: bool, out: Path | None = None) 
         text = f"{path}: {text}" if path is not None else str(output.content)
         if "out" in data:
             data = data | {"out": None if path is None else str(path)}
-    print(json.dumps(_for_json(data), allow_nan=False) if as_json else text)
+    print(json_text(data) if as_json else text)
     if problem is not None:
         print(f"funcprop: {problem}", file=sys.stderr)
         raise typer.Exit(1)
@@ -97,6 +97,11 @@ def _written(path: Path, content: str | bytes) -> tuple[Path | None, str | None]
             return None, f"{problem}; nor can a temporary file: {second.strerror}; its content is on stdout."
         return Path(instead.name), f"{problem}; it was saved as {instead.name!r} instead."
     return path, None
+
+
+def json_text(data: Any, indent: int | None = None) -> str:
+    """Plain data as JSON, on stdout or in a file: what JSON has no number for is a string there."""
+    return json.dumps(_for_json(data), allow_nan=False, indent=indent)
 
 
 def _for_json(data: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 
 import funcprop as fp
 from funcprop.cli.options import AsJson, HasAux, TargetName, parse_budget
-from funcprop.cli.output import Output, emit
+from funcprop.cli.output import Output, emit, json_text
 from funcprop.cli.target import Target, load, users_code
 from funcprop.progress import bar
 
@@ -62,4 +61,4 @@ def report(target: Target, options: dict[str, Any], measure: bool) -> Output:
         if measure:
             proof = plan.prove()
             text, data = f"{text}\n\n{proof}", {**data, "proof": proof.as_dict()}
-    return Output(text, data, json.dumps(data, indent=2) + "\n")
+    return Output(text, data, json_text(data, 2) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ import typer
 
 import funcprop as fp
 from funcprop.cli.options import ArgnumsOrAll, AsJson, HasAux, TargetName, parse_argnums
-from funcprop.cli.output import Output, emit
+from funcprop.cli.output import Output, emit, json_text
 from funcprop.cli.target import Target, TargetError, load, users_code
 from funcprop.progress import bar
 
@@ -46,5 +45,5 @@ def report(
     text, data = str(found), {"target": target.label, **found.as_dict()}
     if out is None:
         return Output(text, data)
-    content = text if out.suffix == ".txt" else json.dumps(data)
+    content = text if out.suffix == ".txt" else json_text(data)
     return Output(f"the table of {target.label}\n\n{text}", data, content + "\n")

@@ -132,8 +132,9 @@ def _axes(
     given: list[Any] = []
     if isinstance(batch_axes, str) and batch_axes == "leading":
         chosen = () if argnums is None else positions(argnums)
-        at = [p % len(args) for p in ((chosen,) if isinstance(chosen, int) else chosen)]
-        given = [None if p in at else 0 for p in range(len(args))]
+        count = len(args)
+        at = [p % count for p in ((chosen,) if isinstance(chosen, int) else chosen) if count]
+        given = [None if p in at else 0 for p in range(count)]
     else:
         given = list(batch_axes) if isinstance(batch_axes, tuple | list) else [batch_axes] * len(args)
         if len(given) != len(args):

@@ -139,6 +139,17 @@ def add(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) 
     return lowering.add(eqn.primitive.name, "elementwise", scope, terms, [aval], expensive=False)
 
 
+def one_minus_square(
+    lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str
+) -> list[Value | None]:
+    """The derivative of tanh, `(1 + y) (1 − y)`: a product of two arrays, which is not computed twice."""
+    avals = [eqn.outvars[0].aval]
+    factors = [
+        lowering.add(op, "elementwise", scope, operands, avals, expensive=False)[0] for op in ("add", "sub")
+    ]
+    return lowering.add(eqn.primitive.name, "elementwise", scope, factors, avals, expensive=False)
+
+
 def twice(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
     """A kernel that holds as much again as its results while it runs."""
     avals = [v.aval for v in eqn.outvars]
@@ -163,6 +174,7 @@ TABLE: dict[str, Expansion] = {
     "add": add,
     "add_any": add,
     "dot_general": dot_general,
+    "one_minus_square": one_minus_square,
     "transpose": transpose,
     "conv_general_dilated": convolution,
     "select_and_scatter_add": select_and_scatter_add,

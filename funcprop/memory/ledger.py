@@ -121,7 +121,7 @@ class Footprint:
 
 
 def table(found: Footprint, largest: int = 12) -> str:
-    """Totals, then bytes by category, then the largest rows of each program."""
+    """Totals, then bytes by category, then the largest rows of each program, and what the others add."""
     ledgers = found.ledgers
     totals = [("bytes", *ledgers)]
     totals.append(("predicted", *(f"{x.predicted:,}" for x in ledgers.values())))
@@ -155,6 +155,8 @@ def table(found: Footprint, largest: int = 12) -> str:
             )
             for row in rows[:largest]
         ]
+        if rest := rows[largest:]:
+            lines.append((f"{len(rest)} more", f"{sum(row.nbytes for row in rest):,}", *[""] * 4))
         parts.append(aligned(lines, right={1}, widest=48))
     parts += [f"Note: {text}" for text in found.warnings]
     return "\n\n".join(parts)

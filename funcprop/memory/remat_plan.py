@@ -22,7 +22,10 @@ from funcprop.tracing import graph_of
 
 
 class Compiled(NamedTuple):
-    """Bytes and FLOPs of a compiled program: a value and its gradients."""
+    """Bytes and FLOPs of a compiled program: a value and its gradients.
+
+    The FLOPs are XLA's own count, in which the body of a loop counts once.
+    """
 
     temp: int
     argument: int
@@ -56,7 +59,7 @@ class Proof(NamedTuple):
         return {name: None if c is None else {**c._asdict(), "total": c.total} for name, c in named}
 
     def __str__(self) -> str:
-        rows = [("compiled gradient", "temp bytes", "all bytes", "FLOPs")]
+        rows = [("compiled gradient", "temp bytes", "all bytes", "FLOPs (loops: one step)")]
         named = {
             "plain": self.plain,
             "rematerialized": self.rematerialized,

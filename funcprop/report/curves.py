@@ -11,7 +11,10 @@ from funcprop.training import Setup, fit
 
 @dataclass(frozen=True)
 class Curves:
-    """Metrics after every epoch, by name; `stopped` says why there are fewer epochs than planned."""
+    """Metrics after every epoch, by name; `stopped` says why there are fewer epochs than planned.
+
+    A metric that an epoch does not have is NaN there.
+    """
 
     planned: int
     seconds: float
@@ -108,5 +111,5 @@ def train(setup: Setup, epochs: int, seconds: float) -> Curves:
     except FloatingPointError as error:
         stopped = str(error)
     names = dict.fromkeys(name for metrics in history for name in metrics)
-    curves = {name: tuple(metrics[name] for metrics in history if name in metrics) for name in names}
+    curves = {name: tuple(metrics.get(name, math.nan) for metrics in history) for name in names}
     return Curves(epochs, time.perf_counter() - start, curves, stopped)

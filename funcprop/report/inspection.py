@@ -108,12 +108,17 @@ def cotangent_names(derivation: Derivation) -> set[str]:
 
 
 def _backward(graph: Graph, reached: set[str]) -> Iterator[BackwardStep]:
+    """The operators that send cotangents back, last first; others use a value without adding to its own."""
     result = graph.outputs[0].name
-    first_use = {v.name: op for op in reversed(graph.operators) for v in op.inputs if v.kind != "literal"}
-    for op in reversed(graph.operators):
-        adds = tuple(dict.fromkeys(v.name for v in op.inputs if v.kind != "literal" and v.name in reached))
-        if adds and any(v.name in reached or v.name == result for v in op.outputs):
-            yield BackwardStep(op.name, adds, tuple(n for n in adds if first_use[n] is op))
+    senders = [
+        (op, adds)
+        for op in reversed(graph.operators)
+        if any(v.name in reached or v.name == result for v in op.outputs)
+        and (adds := dict.fromkeys(v.name for v in op.inputs if v.kind != "literal" and v.name in reached))
+    ]
+    last_adding = {name: op for op, adds in senders for name in adds}
+    for op, adds in senders:
+        yield BackwardStep(op.name, tuple(adds), tuple(n for n in adds if last_adding[n] is op))
 
 
 def _inside_loops(graph: Graph, propagation: Propagation | None, opened: Opened) -> Iterator[tuple[str, str]]:
@@ -132,7 +137,6 @@ class _Described:
     def __init__(self, propagation: Propagation | None, examples: bool) -> None:
         self.values: Mapping[str, Any] = {}
         self.gradients: Mapping[str, Any] = {}
-        self.listed: set[str] = set()
         self.examples = examples
         if propagation is not None:
             self.values = {**propagation.values, **propagation.tape.values}

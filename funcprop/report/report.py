@@ -166,7 +166,8 @@ def report(
         fun: returns a real scalar.
         argnums: the arguments to differentiate with respect to, as in `fp.backprop`.
         has_aux: `fun` returns the scalar and auxiliary data, which are left out.
-        rules: a rule set for the sweeps; `fp.rules.handwritten` if None.
+        rules: a rule set for the sweeps and the costs; if None, `fp.rules.handwritten` for the sweeps and
+            `fp.rules.default` for the costs.
         title: the heading; the function's name if None.
         setup: a training run whose curves are shown.
         epochs, seconds: when it ends, whichever comes first.
@@ -174,8 +175,6 @@ def report(
         depth, fold: how the graph is drawn, as in `fp.draw`, with open loops; without `depth`, in a graph of
             more than 400 nodes loops are closed, then inner scopes, then runs of operators collapsed. A page
             of 2 MB or more has fewer statistics of values without a name. The page says what it leaves out.
-        depth, fold: how the graph is drawn, as in `fp.draw`; without `depth`, inner scopes of a graph that
-            has more than 400 nodes are collapsed.
         progress: called with what is being computed, before every part of the page.
 
     Raises:

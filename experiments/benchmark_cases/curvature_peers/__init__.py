@@ -1,8 +1,9 @@
 """The quantities of `curvature_benchmark.py` by other libraries: same weights, same data; one file a library.
 
 None of them is a dependency; this package is imported for `--peer` alone, and what is not installed is left
-out with a sentence that says how to install it. A library is added by a module with `LIBRARY`, `NEEDS` (what
-it imports), `INSTALL` and `ways(model, p)`, and by its name in `MODULES`.
+out with a sentence that says how to install it. A library is added by an entry of `MODULES` and a module with
+`LIBRARY`, its name; `OWN`, the library whose gradient is the unit of its times; and `WAYS`, what builds its
+`Way` to each quantity.
 """
 
 from __future__ import annotations

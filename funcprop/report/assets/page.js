@@ -46,7 +46,6 @@ const prefersDark = matchMedia("(prefers-color-scheme: dark)");
 const isDark = () => (document.documentElement.dataset.theme ?? (prefersDark.matches ? "dark" : "light")) === "dark";
 function showTheme() {
   theme.textContent = isDark() ? "Light theme" : "Dark theme";
-
 }
 theme.addEventListener("click", () => {
   document.documentElement.dataset.theme = isDark() ? "light" : "dark";
