@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from funcprop.objective import Argnums, Objective, trace_objective
 from funcprop.calls import require_values
+from funcprop.objective import Argnums, Objective, trace_objective
 from funcprop.propagation import Propagation
 from funcprop.registry import RuleSet
 from funcprop.rules import handwritten
