@@ -136,7 +136,8 @@ def _ledger(case: Case, measure: bool, options: Mapping[str, Any], notes: list[s
     shown = SHOWN if name == "inference" else {}
     library = not shown and not traps.without_library(options)
     found = predicted(case, library, traps.keeps_barriers(options))
-    notes += (f"{name}: {text}" for text in (*traps.embedded(found), *traps.widened(case)))
+    known = (*traps.embedded(found), *traps.widened(case), *traps.divided(case))
+    notes += (f"{name}: {text}" for text in known)
     if not measure:
         return Ledger(found.total, None, found.rows)
     result = measured(case, options, shown, captures=found.captured > 0)
