@@ -46,8 +46,8 @@ def footprint(
     are given as arguments. A whole train step, which contains a backward sweep of its own, is `training`
     alone.
 
-    The prediction is meant for programs of megabytes, as the alignment of small buffers is not counted. It is
-    known to be too low for `jax.lax.associative_scan`, by a quarter in inference and a tenth in training.
+    The prediction is meant for programs of megabytes; of kilobytes, some are a third off. It is known to be
+    too low for `jax.lax.associative_scan`, by a quarter in inference and a tenth in training.
 
     Args:
         fun: a loss, a prediction, or a train step, jitted or not.
