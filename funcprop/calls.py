@@ -87,7 +87,7 @@ def succeeds(fun: Callable[..., Any], *args: Any) -> bool:
 def in_order(
     model: Callable[..., Any], loss: Callable[..., Any], params: Any, x: Any, y: Any
 ) -> Iterator[None]:
-    """Where calling `loss(model(params, x), y)` fails: whether the two functions are in the wrong order.
+    """Where `loss(model(params, x), y)` cannot be called: whether the functions are in the wrong order.
 
     Raises:
         TypeError: they are; whatever was raised otherwise.
@@ -95,6 +95,8 @@ def in_order(
     try:
         yield
     except Exception as error:
+        if succeeds(lambda params, x, y: loss(model(params, x), y), params, x, y):
+            raise
         if not succeeds(lambda params, x, y: model(loss(params, x), y), params, x, y):
             raise
         first, second = (getattr(f, "__name__", f) for f in (model, loss))
