@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from funcprop.calls import require_values
 from funcprop.objective import Argnums, Objective, trace_objective
 from funcprop.propagation import Propagation
 from funcprop.registry import RuleSet
@@ -43,7 +44,8 @@ def backprop(
         rules: a rule set; `fp.rules.handwritten` if None.
 
     Raises:
-        TypeError: `fun` does not return one real scalar, or an argument at `argnums` has no derivative.
+        TypeError: `fun` does not return one real scalar, an argument at `argnums` has no derivative, or an
+            argument is a shape.
         ValueError: there is no argument at a position in `argnums`.
 
     Reference: Zhang et al., *Dive into Deep Learning*, section 5.3.
@@ -61,6 +63,8 @@ def backprop(
 
     def propagate(objective: Objective) -> tuple[Propagation, Any]:
         traced, graph, result = objective.traced, objective.traced.graph, objective.result
+        given = {v.name: traced.leaves[i] for v, i in zip(graph.inputs, traced.arguments, strict=True)}
+        require_values("backprop", given, "fp.trace, fp.backward_graph or fp.derive")
         inputs = objective.inputs.values()
         active = frozenset(active_variables(graph, {v.name for v in inputs}))
         tape = forward_sweep(graph, traced.values(), rules)

@@ -74,6 +74,51 @@ def without_aux(fun: Callable[..., Any]) -> Callable[..., Any]:
     return result
 
 
+def succeeds(fun: Callable[..., Any], *args: Any) -> bool:
+    """Whether a call can be traced; for messages about another one that cannot."""
+    try:
+        jax.eval_shape(fun, *args)
+    except Exception:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def in_order(
+    model: Callable[..., Any], loss: Callable[..., Any], params: Any, x: Any, y: Any
+) -> Iterator[None]:
+    """Where `loss(model(params, x), y)` cannot be called: whether the functions are in the wrong order.
+
+    Raises:
+        TypeError: they are; whatever was raised otherwise.
+    """
+    try:
+        yield
+    except Exception as error:
+        if succeeds(lambda params, x, y: loss(model(params, x), y), params, x, y):
+            raise
+        if not succeeds(lambda params, x, y: model(loss(params, x), y), params, x, y):
+            raise
+        first, second = (getattr(f, "__name__", f) for f in (model, loss))
+        raise TypeError(
+            f"model={first} and loss={second} are in the wrong order: {first}({second}(params, x), y) can be "
+            f"called, {second}({first}(params, x), y) cannot; pass the model first."
+        ) from error
+
+
+def require_callable(fun: Any) -> None:
+    """Refuse what is no function.
+
+    Raises:
+        TypeError: with the value.
+    """
+    if not callable(fun):
+        raise TypeError(
+            f"fun={fun!r} is {type(fun).__name__}, not a function; pass the function first and its "
+            "arguments in a second call, as in fp.grad(loss)(params, x, y)."
+        )
+
+
 def has_values(tree: Any) -> bool:
     """Whether no leaf is a shape (`jax.ShapeDtypeStruct`), which can only be traced."""
     return not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
@@ -118,8 +163,10 @@ def traced(
     called once more with these operations computed at once, as `jax.grad` computes them.
 
     Raises:
+        TypeError: `fun` is no function.
         jax.errors.ConcretizationTypeError: `fun` needs the value of a variable in python.
     """
+    require_callable(fun)
     try:
         return jax.make_jaxpr(flat)(*values)
     except _NEEDS_VALUE:

@@ -8,7 +8,7 @@ asked again for its contribution, and the first bad one is the answer.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from funcprop import _compat
+from funcprop.causes import Causes, Path, bad_entries, iterations
 from funcprop.graph import Graph, Operator, Variable
 from funcprop.registry import RuleSet
 from funcprop.sweeps import Cotangents, Loop, Tape, active_variables, contributions, read
@@ -76,6 +77,7 @@ class Moment:
     prefix: str = ""
     iteration: tuple[int, ...] = ()
     given: Mapping[str, Place | None] = field(default_factory=dict)
+    path: Path = ()
 
     def place(self, variable: Variable) -> Place | None:
         """Where a variable is seen in the result."""
@@ -83,16 +85,15 @@ class Moment:
             return None
         return self.given.get(variable.name, Place(self.prefix + variable.name, self.iteration))
 
-    def inside(self, op: Operator, backward: bool) -> Iterator[Moment]:
-        """The iterations of a loop in which something is not finite, in the order of the sweep."""
+    def inside(self, op: Operator, which: Sequence[int]) -> Iterator[Moment]:
+        """Some iterations of a loop."""
         stored = self.tape.bodies[op.name]
         found = self.cotangents.bodies.get(op.name, Cotangents())
         loop = Loop(op, self.rules)
         inputs = [read(v, self.tape.values) for v in op.inputs]
         consts, _, xs = loop.split(inputs)
         sought = loop.sought([v.kind != "literal" and v.name in self.active for v in op.inputs])
-        bad = _bad_iterations(found if backward else stored, op.static["length"])
-        for t in np.flatnonzero(bad)[:: -1 if op.static["reverse"] != backward else 1]:
+        for t in which:
             now = loop.iteration(consts, [x[t] for x in xs], jax.tree.map(lambda a, t=t: a[t], stored))
             yield Moment(
                 loop.body,
@@ -101,8 +102,9 @@ class Moment:
                 active_variables(loop.body, sought),
                 self.rules,
                 f"{self.prefix}{op.name}/",
-                (*self.iteration, int(t)),
-                {v.name: self._outside(loop, i, int(t)) for i, v in enumerate(loop.body.inputs)},
+                (*self.iteration, t),
+                {v.name: self._outside(loop, i, t) for i, v in enumerate(loop.body.inputs)},
+                (*self.path, (op.name, t)),
             )
 
     def _outside(self, loop: Loop, i: int, t: int) -> Place | None:
@@ -126,53 +128,77 @@ class Moment:
         return outer if i < consts + carry else outer._replace(leading=(*outer.leading, t))
 
 
-def first_nonfinite(whole: Moment) -> NonFinite | None:
-    """The first value of the forward sweep, or else cotangent of the backward sweep, that is not finite."""
-    for v in whole.graph.inputs:
-        if (found := _found("forward", whole, v, None, whole.tape.values[v.name])) is not None:
-            return found
-    return _first_value(whole) or _first_cotangent(whole)
+def first_nonfinite(whole: Moment, outcome: Any) -> NonFinite | None:
+    """What made a result or a gradient (the leaves of `outcome`) not finite; None if nothing did.
+
+    That is the first value of the forward sweep from which values that are not finite lead to the objective,
+    or to the operator that sends back the first bad cotangent; or else that cotangent.
+    """
+    if all(_first_bad(leaf) is None for leaf in jax.tree.leaves(outcome)):
+        return None
+    causes = Causes.of(whole.graph, whole.tape)
+    found = None
+    if not causes.trace({v.name for v in whole.graph.outputs}):
+        sent = _first_cotangent(whole)
+        if sent is not None:
+            found, moment = sent
+            causes.trace((), (*moment.path, found.operator) if found.operator else ())
+    return _first_value(whole, causes) or found
 
 
-def _first_value(moment: Moment) -> NonFinite | None:
+def _first_value(moment: Moment, causes: Causes) -> NonFinite | None:
     values = moment.tape.values
+    for v in moment.graph.inputs if not moment.iteration else ():
+        if v.name in causes.found:
+            return _found("forward", moment, v, None, values[v.name])
     for v in moment.graph.constants:
-        if (found := _found("forward", moment, v, None, values[v.name])) is not None:
+        if (
+            v.name in causes.found
+            and (found := _found("forward", moment, v, None, values[v.name])) is not None
+        ):
             return found
     for op in moment.graph.operators:
-        if op.name in moment.tape.bodies:
-            for iteration in moment.inside(op, backward=False):
-                if (found := _first_value(iteration)) is not None:
+        if (inner := causes.bodies.get(op.name)) is not None:
+            guilty = [t for t in iterations(op) if inner[t].any_found]
+            for t, iteration in zip(guilty, moment.inside(op, guilty), strict=True):
+                if (found := _first_value(iteration, inner[t])) is not None:
                     return found
         for v in op.outputs:
-            if (found := _found("forward", moment, v, op, values[v.name])) is not None:
-                return found
+            if v.name in causes.found:
+                return _found("forward", moment, v, op, values[v.name])
     return None
 
 
-def _first_cotangent(moment: Moment) -> NonFinite | None:
+def _first_cotangent(moment: Moment) -> tuple[NonFinite, Moment] | None:
+    """The first cotangent that is not finite, and when that was."""
     graph, totals = moment.graph, moment.cotangents.values
     first_use = {v.name: op for op in reversed(graph.operators) for v in op.inputs}
-    bad = {name for name, total in totals.items() if _bad_entries(total) is not None}
+    bad = {name for name, total in totals.items() if _first_bad(total) is not None}
 
-    def overflow(v: Variable) -> NonFinite | None:
+    def found_in(v: Variable, op: Operator | None, value: Any) -> tuple[NonFinite, Moment] | None:
+        found = _found("backward", moment, v, op, value)
+        return None if found is None else (found, moment)
+
+    def overflow(v: Variable) -> tuple[NonFinite, Moment] | None:
         """A complete cotangent that is not finite although every contribution was: their sum overflowed."""
         total = totals.get(v.name)
-        return None if total is None else _found("backward", moment, v, first_use.get(v.name), total)
+        return None if total is None else found_in(v, first_use.get(v.name), total)
 
     for op in reversed(graph.operators):
         for v in op.outputs:
             if (found := overflow(v)) is not None:
                 return found
         if op.name in moment.cotangents.bodies:
-            for iteration in moment.inside(op, backward=True):
+            bad_here = _bad_iterations(moment.cotangents.bodies[op.name], op.static["length"])
+            visited = [t for t in reversed(iterations(op)) if bad_here[t]]
+            for iteration in moment.inside(op, visited):
                 if (found := _first_cotangent(iteration)) is not None:
                     return found
         if any(v.name in bad and v.kind != "literal" for v in op.inputs):
             again = contributions(op, moment.tape, Cotangents(totals), moment.active, moment.rules)
             for v, contribution in zip(op.inputs, again, strict=True):
                 if contribution is not None:
-                    found = _found("backward", moment, v, op, contribution)
+                    found = found_in(v, op, contribution)
                     if found is not None:
                         return found
     return next(
@@ -184,7 +210,7 @@ def _found(
     sweep: str, moment: Moment, variable: Variable, op: Operator | None, value: Any
 ) -> NonFinite | None:
     """`value` of a variable as the answer, if it is one."""
-    bad, place = _bad_entries(value), moment.place(variable)
+    bad, place = _first_bad(value), moment.place(variable)
     if bad is None or place is None:
         return None
     label, scope, source = (None, "", None) if op is None else (op.name, op.scope, op.source)
@@ -196,16 +222,9 @@ def _found(
 # --- looking at numbers -----------------------------------------------------------------------
 
 
-def _bad(value: Any) -> np.ndarray | None:
-    """Which entries are not finite; None for values that cannot be."""
-    if not _compat.is_differentiable(jax.typeof(value)):
-        return None
-    return ~np.isfinite(np.asarray(value, dtype=np.result_type(value.dtype, np.float32)))
-
-
-def _bad_entries(value: Any) -> tuple[tuple[int, ...], int] | None:
+def _first_bad(value: Any) -> tuple[tuple[int, ...], int] | None:
     """The position of the first entry that is not finite, and how many there are."""
-    bad = _bad(value)
+    bad = bad_entries(value)
     if bad is None or not bad.any():
         return None
     return tuple(int(i) for i in np.argwhere(bad)[0]), int(bad.sum())
@@ -215,7 +234,7 @@ def _bad_iterations(stacked: Tape | Cotangents, length: int) -> np.ndarray:
     """In which iterations of a loop anything is not finite, in loops inside of it too."""
     found = np.zeros(length, bool)
     for value in stacked.values.values():
-        bad = _bad(value)
+        bad = bad_entries(value)
         if bad is not None:
             found |= bad.any(axis=tuple(range(1, bad.ndim)))
     for body in stacked.bodies.values():

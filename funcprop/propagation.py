@@ -149,10 +149,13 @@ class Propagation:
         return Contributions(self)
 
     def first_nonfinite(self) -> NonFinite | None:
-        """The first value of the forward sweep, or else cotangent of the backward sweep, that is not finite.
+        """What made the value or the gradient not finite; None if all of both is finite.
 
-        First in the order in which the sweeps compute: in a loop iteration by iteration, and backwards from
-        the last iteration to the first. Needs concrete arrays: call it outside `jit`.
+        It is the first value of the forward sweep that is not finite and from which such values lead to the
+        result, or to the operator that sends back the first bad cotangent; or else that cotangent. (The −∞ of
+        a mask, or with which a maximum begins, does no harm where the next operator removes it.) First in the
+        order in which the sweeps compute: in a loop iteration by iteration, and backwards from the last
+        iteration to the first. Needs concrete arrays: call it outside `jit`.
 
         Raises:
             ValueError: several propagations are stacked in this one, by `vmap`.
@@ -164,7 +167,8 @@ class Propagation:
                 f"first_nonfinite: this propagation is stacked by vmap over axes {shape}, and the order is "
                 "that of one example; pick one by `jax.tree.map(lambda a: a[i], propagation)`."
             )
-        return first_nonfinite(Moment(self.graph, self.tape, self.cotangents, self.active, self.rules))
+        whole = Moment(self.graph, self.tape, self.cotangents, self.active, self.rules)
+        return first_nonfinite(whole, (self.value, self.gradient))
 
     def __str__(self) -> str:
         gradients = self.gradients

@@ -19,7 +19,7 @@ import jax
 
 from funcprop import _compat
 from funcprop.attach import BoundRule, attach
-from funcprop.calls import Call, is_array, traced
+from funcprop.calls import Call, is_array, require_callable, traced
 from funcprop.emission import emitted_again
 from funcprop.layer_calls import broken_layer_call, layer_call
 from funcprop.linear_map import Arrays
@@ -67,6 +67,7 @@ def with_rules(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callabl
         >>> print(jax.jit(jax.grad(f))(jnp.zeros(2)))
         [1. 1.]
     """
+    require_callable(fun)
     rules = default if rules is None else rules
     if not isinstance(rules, RuleSet):
         raise RuleError(f"rules={rules!r} is not a rule set; pass `fp.rules.default` or another RuleSet.")

@@ -78,6 +78,12 @@ def verify(lines: Sequence[Line], traced: Traced, tolerance: float | None = None
         for i, form in enumerate(line.forms):
             value = jnp.asarray(form.evaluate(environment))
             error, allowed = _deviation(value, truth, tolerance)
+            if not error <= allowed and (op := oracle.not_linear(line.key)) is not None:
+                raise DerivationError(
+                    f"verify: `{line.text()}` does not hold, because the backward function of {op.name} "
+                    f"({op.op}) is not linear in its cotangent: it is not the derivative of any function. "
+                    "Clip, scale or reverse gradients outside of the function that is derived."
+                )
             if not error <= allowed:
                 raise DerivationError(
                     f"verify: form {i + 1} of `{line.text()}` deviates from autodiff by {error:.3g} relative "
@@ -133,6 +139,30 @@ class _Oracle:
         # Such a line is written for scalar results only, whose gradient is the pullback of 1.
         result, pullback = jax.vjp(of_input, self.values[below])
         return pullback(jnp.ones_like(result))[0]
+
+    def not_linear(self, key: str) -> Operator | None:
+        """The operator on which `∂J/∂z` depends by way of `z` and whose pullback is no linear function."""
+        name = key.removeprefix("∂").partition("/∂")[2]
+        for op in self.graph.operators:
+            outputs = [(i, v.name) for i, v in enumerate(op.outputs) if v.name in self.cotangents]
+            if name not in self.cotangents or all(v.name != name for v in op.inputs):
+                continue
+            inputs = [read(v, self.values) for v in op.inputs]
+
+            def of_input(x: Any, op: Operator = op, inputs: Any = inputs, outputs: Any = outputs) -> Any:
+                given = [x if v.name == name else value for v, value in zip(op.inputs, inputs, strict=True)]
+                results = call_operator(op, given)
+                return [results[i] for i, _ in outputs]
+
+            pull = jax.vjp(of_input, self.values[name])[1]
+            cotangents = [self.cotangents[output] for _, output in outputs]
+            (once,) = pull(cotangents)
+            for factor in (-1.0, 1e-3, 1e3):
+                (scaled,) = pull([jnp.asarray(factor * g, g.dtype) for g in cotangents])
+                error, allowed = _deviation(scaled, factor * once, None)
+                if not error <= allowed:
+                    return op
+        return None
 
 
 def _deviation(value: Any, truth: Any, tolerance: float | None) -> tuple[float, float]:

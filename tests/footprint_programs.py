@@ -164,6 +164,21 @@ def dropout() -> dict[str, Any]:
     return fp.memory.footprint(loss)(params, x, i32(512), key).as_dict()
 
 
+def mapped() -> dict[str, Any]:
+    """A loss inside of a `shard_map` over one device."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        outputs = jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"])
+        return jax.lax.pmean(jnp.mean((outputs - y) ** 2), "data")
+
+    whole, split = jax.P(), jax.P("data")
+    loss = jax.shard_map(local, mesh=mesh, in_specs=(whole, split, split), out_specs=whole)
+    return fp.memory.footprint(loss)(
+        {"a": f32(64, 128), "b": f32(128, 32)}, f32(512, 64), f32(512, 32)
+    ).as_dict()
+
+
 def train_step(donate: bool) -> dict[str, Any]:
     """A user's own step, donating or not."""
     optimizer = optax.adam(1e-3)
@@ -191,6 +206,7 @@ PROGRAMS = {
     "transformer": lambda: flax(Transformer(), i32(6, 48), i32(6, 48)),
     "attention": lambda: attention(256),
     "dropout": dropout,
+    "shard_map": mapped,
     "checkpointed": lambda: checkpointed(False),
     "checkpointed with barriers": lambda: checkpointed(True),
     "step": lambda: train_step(True),

@@ -98,7 +98,7 @@ def test_backward_is_the_chapters_list() -> None:
     text = run("backward", "chapter").stdout
     listed = re.findall(r"^(\s*[∂p].*?)\s{2,}", text, re.MULTILINE)
     assert listed == CHAPTER.splitlines()
-    assert text.endswith("Everything is finite.\n")
+    assert text.endswith("Value and gradients are finite.\n")
 
 
 def test_backward_json_has_shapes_norms_and_contributions() -> None:

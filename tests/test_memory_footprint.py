@@ -58,7 +58,7 @@ def test_exercise_3_training_with_momentum(compiled: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("program", ["inference", "training"])
-@pytest.mark.parametrize("model", ["CNN", "LSTM", "dropout", "transformer"])
+@pytest.mark.parametrize("model", ["CNN", "LSTM", "dropout", "shard_map", "transformer"])
 def test_predicted_is_near_compiled(compiled: dict[str, Any], model: str, program: str) -> None:
     found = compiled[model][program]
     assert found["compiled"] > 0
@@ -68,6 +68,17 @@ def test_predicted_is_near_compiled(compiled: dict[str, Any], model: str, progra
 def test_temporary_values_lie_in_the_memory_of_a_result_as_large(compiled: dict[str, Any]) -> None:
     found = compiled["attention"]["inference"]
     assert found["predicted"] == pytest.approx(found["compiled"], rel=0.05)
+
+
+def test_several_devices_are_noted() -> None:
+    """Two devices are not there, but can be described."""
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mean = jax.shard_map(
+        lambda x: jax.lax.pmean(jnp.mean(x**2), "data"), mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P()
+    )
+    found = fp.memory.footprint(mean, measure=False)(ShapeDtypeStruct((8, 4), "float32"))
+    (note,) = (text for text in found.warnings if "shard_map" in text and text.startswith("inference"))
+    assert "over 2 devices: `compiled` is what one of them holds, while `predicted` counts" in note
 
 
 def test_what_is_transposed_back_is_one_value(compiled: dict[str, Any]) -> None:

@@ -54,9 +54,9 @@ def test_of_the_backward_sweep():
 def test_of_what_was_given(closed_over):
     mask = jnp.array([0.0, -jnp.inf])
     if closed_over:
-        found = first(lambda x: jnp.max(x + mask), jnp.ones(2))
+        found = first(lambda x: jnp.sum(x + mask), jnp.ones(2))
     else:
-        found = first(lambda x, mask: jnp.max(x + mask), jnp.ones(2), mask)
+        found = first(lambda x, mask: jnp.sum(x + mask), jnp.ones(2), mask)
     assert (found.sweep, found.operator, found.index) == ("forward", None, (1,))
     assert found.name == ("constant" if closed_over else "mask")
     assert "an input or constant" in str(found)
@@ -293,3 +293,55 @@ def test_a_batch_of_propagations_has_no_order():
         p.first_nonfinite()
     assert jax.tree.map(lambda a: a[0], p).first_nonfinite() is None
     assert jax.tree.map(lambda a: a[1], p).first_nonfinite().name == "div"
+
+
+# --- what does no harm ------------------------------------------------------------------------
+
+
+def masked(x, z):
+    """A mask, a maximum over segments, a maximum that a loop carries: all −∞ at some time."""
+    attended = jax.nn.softmax(x + jnp.array([0.0, 0.0, -jnp.inf])) @ x
+    largest = jax.ops.segment_max(x, jnp.array([0, 1, 0]), num_segments=2)
+    running = jax.lax.scan(lambda c, a: (jnp.maximum(c, a), c), jnp.array([-jnp.inf]), x[:, None])[0]
+    return attended + jnp.sum(largest) + jnp.sum(running) + jnp.sum(z)
+
+
+def test_infinities_that_are_removed_again_are_none():
+    x, z = jnp.array([1.0, 2.0, 3.0]), jnp.ones(2)
+    p = fp.backprop(masked, None)(x, z)
+    expected = jax.grad(masked, (0, 1))(x, z)
+    assert all(np.isfinite(g).all() for g in expected)
+    assert p.first_nonfinite() is None
+
+
+def test_infinities_that_are_removed_again_do_not_hide_the_cause():
+    x = jnp.array([1.0, 2.0, 3.0])
+    found = first(lambda x, z: masked(x, fp.name(jnp.log(z), "bad")), x, jnp.array([1.0, 0.0]))
+    assert (found.sweep, found.name, found.operator, found.index) == ("forward", "bad", "log", (1,))
+    found = first(lambda z, x: masked(x, fp.name(jnp.sqrt(z), "root")), jnp.array([1.0, 0.0]), x)
+    assert (found.sweep, found.name, found.operator, found.index) == ("backward", "z", "sqrt", (1,))
+
+
+def test_a_value_that_is_selected_away_is_the_cause_of_a_bad_gradient():
+    """The loss is finite, but the logarithm's derivative is 0 · ∞."""
+    loss = lambda x: jnp.sum(jnp.where(x > 0, fp.name(jnp.log(x), "log"), 0.0))  # noqa: E731
+    found = first(loss, jnp.array([1.0, 0.0]))
+    assert (found.sweep, found.name, found.index) == ("forward", "log", (1,))
+    in_loop = lambda w, xs: jax.lax.scan(lambda c, x: (c + loss(w * x), None), 0.0, xs)[0]  # noqa: E731
+    found = first(in_loop, 1.0, jnp.array([[1.0], [0.0], [1.0]]))
+    assert (found.sweep, found.operator, found.iteration, found.index) == ("forward", "log", (1,), (1, 0))
+
+
+def test_only_the_iterations_that_lead_to_the_result():
+    """Iteration 1 makes an infinity that iteration 2 removes; iteration 3 makes the one that stays."""
+
+    def loss(w, xs):
+        def step(c, x):
+            made = fp.name(w / x, "made")
+            return jnp.where(jnp.isinf(c), 0.0, c) + made, None
+
+        return jax.lax.scan(step, 0.0, xs)[0]
+
+    assert first(loss, 1.0, jnp.array([1.0, 2.0, 1.0])) is None
+    found = first(loss, 1.0, jnp.array([1.0, 2.0, 0.0]))
+    assert (found.name, found.iteration) == ("scan/made", (2,))

@@ -186,3 +186,17 @@ def test_errors() -> None:
     diagonal = scale_by_diagonal(lambda params: params)
     with pytest.raises(ValueError, match=r"scale_by_diagonal: update\(\) lacks params"):
         diagonal.update(jnp.ones(2), diagonal.init(jnp.ones(2)))
+
+
+@pytest.mark.parametrize("name", ["newton_cg", "kfac", "gauss_newton_diagonal"])
+def test_a_part_of_the_parameters_is_refused(name):
+    model, squared = lambda p, x: x @ p["w"] + p["b"], lambda output, y: jnp.sum((output - y) ** 2)
+    params, batch = {"w": jnp.ones((2, 1)), "b": jnp.zeros(1)}, (jnp.ones((3, 2)), jnp.ones((3, 1)))
+    second_order = {
+        "newton_cg": lambda: fp.training.newton_cg(),
+        "kfac": lambda: fp.training.kfac(model, squared, 0.1, batch),
+        "gauss_newton_diagonal": lambda: fp.training.gauss_newton_diagonal(model, squared, 0.1),
+    }[name]()
+    masked = optax.masked(second_order, {"w": True, "b": False})
+    with pytest.raises(ValueError, match=f"{name}: some of params are masked .*make the step of all and set"):
+        masked.update(params, masked.init(params), params, batch=batch)

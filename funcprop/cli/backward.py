@@ -71,7 +71,7 @@ def report(target: Target, argnums: Sequence[int] | None, limit: int | None) -> 
         [
             f"{target.label}: {objective} = {digits(value)}",
             gradients_table(found),
-            "Everything is finite." if first is None else f"First non-finite: {first}",
+            "Value and gradients are finite." if first is None else f"First non-finite: {first}",
         ]
     )
     data = {

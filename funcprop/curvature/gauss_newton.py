@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from funcprop.calls import in_order
 from funcprop.curvature.binding import Bound
 from funcprop.curvature.diagonal import hessian_diagonal
 from funcprop.curvature.hessian import require_scalar
@@ -152,8 +153,9 @@ def ggn(
         point = Point.of(params, where)
         bound = Bound.of(model, rules, (x,), {})
         of_outputs = Bound.of(loss, rules, (y,), {})
-        outputs = require_outputs(bound, point)
-        require_scalar(jax.eval_shape(of_outputs, outputs), f"loss {of_outputs.name}")
+        with in_order(model, loss, params, x, y):
+            outputs = require_outputs(bound, point)
+            require_scalar(jax.eval_shape(of_outputs, outputs), f"loss {of_outputs.name}")
         return GaussNewton(bound, LossHessian(of_outputs), point, point.parameters)
 
     return at

@@ -8,12 +8,13 @@ from typing import Any
 
 import jax
 
+from funcprop.calls import require_values
 from funcprop.curvature.kronecker import Eigen, Kronecker, Product
 from funcprop.curvature.outer.forms import Factors
 from funcprop.curvature.outer.roots import Loss
 from funcprop.curvature.outer.study import Model
 from funcprop.curvature.parameters import Parameters
-from funcprop.curvature.per_example import LIMIT, batch_size, sweep
+from funcprop.curvature.per_example import AUDIT, LIMIT, batch_size, sweep
 from funcprop.curvature.quantities import EXACT, EXPAND, GRADIENT, REDUCE, ROTATED, SAMPLED, Part
 from funcprop.registry import RuleSet
 
@@ -68,7 +69,7 @@ def kfac(
     def factored(params: Any, x: Any, y: Any, key: Any) -> Kronecker:
         return _kfac(model, loss, params, x, y, key, Part(group, kind_of), rules, max_bytes)
 
-    return lambda params, x, y, key=None: factored(params, x, y, _with_key(key, group))
+    return lambda params, x, y, key=None: factored(*_with_values("kfac", params, x, y), _with_key(key, group))
 
 
 def ekfac(
@@ -113,7 +114,9 @@ def ekfac(
         ]
         return replace(plain, blocks=tuple(blocks))
 
-    return lambda params, x, y, key=None: factored(params, x, y, _with_key(key, group))
+    return lambda params, x, y, key=None: factored(
+        *_with_values("ekfac", params, x, y), _with_key(key, group)
+    )
 
 
 def _kfac(
@@ -136,6 +139,11 @@ def _chosen(kind: str, sharing: str) -> tuple[str, str]:
     if sharing not in _SHARING:
         raise ValueError(f"kfac: sharing={sharing!r} is not known; it is 'expand' or 'reduce'.")
     return _GROUPS[kind], _SHARING[sharing]
+
+
+def _with_values(what: str, params: Any, x: Any, y: Any) -> tuple[Any, Any, Any]:
+    require_values(what, {"params": params, "x": x, "y": y}, AUDIT)
+    return params, x, y
 
 
 def _with_key(key: Any, group: str) -> Any:

@@ -45,6 +45,12 @@ class Parameters:
             dtype = getattr(leaf, "dtype", None) or jnp.result_type(leaf) if _is_number(leaf) else None
             if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
                 kind = type(leaf).__name__ if dtype is None else dtype
+                if not path:
+                    value = "" if hasattr(leaf, "dtype") else f"={leaf!r}"
+                    raise TypeError(
+                        f"params{value} is {kind}, which has no real derivative; pass the parameters, a "
+                        "pytree of floating-point arrays, as the first argument."
+                    )
                 raise TypeError(
                     f"the parameter {path!r} is {kind}, which has no real derivative; leave it out by "
                     "where=, or close over it."

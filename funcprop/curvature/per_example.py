@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from funcprop.calls import require_values
+from funcprop.calls import in_order, require_values
 from funcprop.curvature.outer.measure import Sweep
 from funcprop.curvature.outer.mixing import example_of, refuse_unread
 from funcprop.curvature.outer.roots import Loss, Root, root_of
@@ -20,6 +20,9 @@ from funcprop.registry import RuleSet
 
 # The bytes that stacked cotangents, or gradients of single examples, may take at a time.
 LIMIT = 64 << 20
+
+# What is known of shapes alone, for messages.
+AUDIT = "fp.per_example(model, loss).audit(…)"
 
 
 class Route(NamedTuple):
@@ -70,9 +73,7 @@ class PerExample:
             raise ValueError(
                 f"per_example: {sampled[0]!r} is an estimate by random signs; pass key=jax.random.key(…)."
             )
-        require_values(
-            "per_example", {"params": params, "x": x, "y": y}, "fp.per_example(model, loss).audit(…)"
-        )
+        require_values("per_example", {"params": params, "x": x, "y": y}, AUDIT)
         batch_size(x, y)
         check_parameters(params)
         found = self._jitted(tuple(sorted(set(names))), params, x, y, key)
@@ -121,9 +122,10 @@ def sweep(
     limit: int,
 ) -> Sweep:
     """The sweep for some contractions, of a model and a loss at given types."""
-    study = Study.of(model, params, x, rules)
     label = example_of(y)
-    refuse_unread(loss, study.output, label)
+    with in_order(model, loss, params, example_of(x), label):
+        study = Study.of(model, params, x, rules)
+        refuse_unread(loss, study.output, label)
     root: Root | None = None
     if any(part.group in (SAMPLED, EXACT) for part in parts):
         root = root_of(loss, study.output, label)

@@ -19,11 +19,20 @@ from funcprop.memory.steps import Kind, Program, Step, Value
 from funcprop.sizes import nbytes
 from funcprop.tracing import CHECKPOINTS, INLINED
 
-CALLS = INLINED | CHECKPOINTS | {"custom_jvp_call", "custom_vjp_call", "custom_lin", "custom_vjp_call_jaxpr"}
+CALLS = (
+    INLINED
+    | CHECKPOINTS
+    | {"custom_jvp_call", "custom_vjp_call", "custom_lin", "custom_vjp_call_jaxpr", "shard_map"}
+)
 VIEWS = frozenset(
     {"bitcast_convert_type", "copy", "copy_p", "expand_dims", "mesh_cast", "name"}
     | {"optimization_barrier", "pcast", "pvary", "reshape", "sharding_constraint", "squeeze"}
     | {"stop_gradient"}
+)
+# On a mesh of one device, which is where they are looked at, they return what they are given.
+COLLECTIVES = frozenset(
+    {"all_gather", "all_gather_invariant", "all_to_all", "pmax", "pmin", "ppermute", "psum"}
+    | {"psum_invariant", "reduce_scatter"}
 )
 MOVES = frozenset(
     {"broadcast_in_dim", "concatenate", "dynamic_slice", "gather", "iota", "pad", "rev", "slice"}
@@ -242,6 +251,9 @@ class Lowering:
 
 def _is_view(eqn: Any, op: str) -> bool | str:
     """Whether the result is the operand's own buffer (True), or each result that of its operand ("each")."""
+    if op in COLLECTIVES:
+        same = [a.aval.size == v.aval.size for a, v in zip(eqn.invars, eqn.outvars, strict=True)]
+        return False if not all(same) else True if len(same) == 1 else "each"
     if op in VIEWS:
         return True if len(eqn.outvars) == 1 else "each"
     if not eqn.outvars:

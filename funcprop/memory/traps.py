@@ -117,6 +117,17 @@ def widened(case: Case) -> Iterator[str]:
         )
 
 
+def divided(case: Case) -> Iterator[str]:
+    """A `shard_map` over several devices, of which only its body is accounted for one."""
+    eqns = (e for e in _compat.equations(case.jaxpr) if e.primitive.name == "shard_map")
+    devices = max((e.params["mesh"].size for e in eqns), default=1)
+    if devices > 1:
+        yield (
+            f"a shard_map over {devices} devices: `compiled` is what one of them holds, while `predicted` "
+            "counts what one of them computes, but whole arguments."
+        )
+
+
 def undonated(case: Case | None) -> Iterator[str]:
     """What a train step holds twice because it donates nothing."""
     if case is None or case.donated:

@@ -6,6 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import optax
+
 
 def chosen_arguments(function: Callable[..., Any], extra: Mapping[str, Any]) -> dict[str, Any]:
     """The extra arguments that are parameters of a function after its first; all if it takes any."""
@@ -30,3 +33,17 @@ def require_arguments(optimizer: str, given: Mapping[str, Any], *names: str) -> 
             "fp.training.make_step do it."
         )
     return [given[name] for name in names]
+
+
+def require_whole(optimizer: str, params: Any) -> None:
+    """Refuse a part of the parameters, as optax hands it on, where the loss is called with them.
+
+    Raises:
+        ValueError: some are masked.
+    """
+    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    if any(isinstance(node, optax.MaskedNode) for node in nodes):
+        raise ValueError(
+            f"{optimizer}: some of params are masked (optax.masked, multi_transform), but the loss is a "
+            "function of all of them; make the step of all and set the updates of the rest to zero after it."
+        )

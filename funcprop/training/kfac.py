@@ -16,7 +16,7 @@ from funcprop.curvature.per_example import per_example
 from funcprop.curvature.solve import require_damping
 from funcprop.registry import RuleSet
 from funcprop.training.diagonal import scale_by_diagonal
-from funcprop.training.extra import require_arguments
+from funcprop.training.extra import require_arguments, require_whole
 
 
 class KFACState(NamedTuple):
@@ -94,6 +94,7 @@ def kfac(
         return curvature(params, x, y, key if kind == "mc" else None)
 
     def init(params: PyTree) -> KFACState:
+        require_whole("kfac", params)
         key = jax.random.key(seed)
         shapes = jax.eval_shape(factors, params, batch, key)
         average, inverse = jax.tree.map(
@@ -180,6 +181,7 @@ def gauss_newton_diagonal(
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, Any]:
         require_arguments("gauss_newton_diagonal", {"params": params, **extra}, "batch")
+        require_whole("gauss_newton_diagonal", params)
         return scaling.update(updates, state, params, **extra, updates_so_far=state.updates)
 
     step = optax.GradientTransformationExtraArgs(scaling.init, update)

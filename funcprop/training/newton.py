@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from funcprop.curvature.hessian import hessian
 from funcprop.curvature.solve import require_damping
-from funcprop.training.extra import chosen_arguments, require_arguments
+from funcprop.training.extra import chosen_arguments, require_arguments, require_whole
 
 # Martens, section 4.1: beyond these ratios the damping changes.
 _POOR, _GOOD = 0.25, 0.75
@@ -95,6 +95,7 @@ def newton_cg(
         raise ValueError(f"newton_cg: factor={factor}; pass what the damping is multiplied by, more than 1.")
 
     def init(params: PyTree) -> NewtonCGState:
+        require_whole("newton_cg", params)
         dtype = jnp.result_type(*jax.tree.leaves(params))
         return NewtonCGState(
             jnp.asarray(damping, dtype), jnp.ones((), dtype), jnp.zeros((), int), jnp.zeros((), dtype),

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from funcprop import _compat
-from funcprop.calls import traced
+from funcprop.calls import succeeds, traced
 from funcprop.layer_calls import layer_call
 
 REMEDY = (
@@ -53,6 +53,16 @@ def trace_example(model: Callable[[Any, Any], Any], params: Any, x: Any) -> tupl
             raise
         raise ValueError(
             f"per_example: the examples mix: the model reduces over a named axis ({error}). {REMEDY}"
+        ) from error
+    except (TypeError, ValueError) as error:
+        two = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *jnp.shape(a)), jnp.result_type(a)), x)
+        if not succeeds(model, params, two):
+            raise
+        given = ", ".join(str(jax.typeof(a)) for a in jax.tree.leaves(x))
+        raise ValueError(
+            f"per_example: the model {getattr(model, '__name__', model)!s} takes a batch and fails for ONE "
+            f"example, x: {given} ({error}). Pass the model of one example, and its loss: per_example itself "
+            "maps them over the leading axis of x and y."
         ) from error
     output = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), outputs[-1])
     for path, leaf in jax.tree.leaves_with_path(output):
