@@ -25,8 +25,10 @@ from funcprop.primitives import convolution, patches
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
-PARTS = ("value", "weight", "input")
+TITLES = {"value": "value", "weight": "gradient of the weight", "input": "gradient of the input"}
+PARTS = tuple(TITLES)
 LAYOUTS = {"NHWC": ("NHWC", "HWIO", "NHWC"), "NCHW": ("NCHW", "OIHW", "NCHW")}
 
 
@@ -163,8 +165,14 @@ def draw(rows: list[Compared], path: Path) -> None:
         times, ratios = [r.xla.time for r in some], [r.ratio for r in some]
         axis.scatter(times, ratios, facecolors=faces, edgecolors="C0", s=18)
         axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(xscale="log", yscale="log", title=part, xlabel="XLA, ms")
-    axes[0].set_ylabel("time ÷ XLA's")
+        axis.set(xscale="log", yscale="log", title=TITLES[part], xlabel="XLA, ms")
+        for scale in (axis.xaxis, axis.yaxis):
+            # The labels of minor ticks, which a narrow range gets, are written into each other.
+            scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            scale.set_major_formatter("{x:g}")
+            scale.set_minor_formatter(NullFormatter())
+    axes[0].set_ylabel("time of the other way ÷ XLA's")
+    figure.suptitle("each point a shape; filled: the cost model chooses the other way", fontsize=10)
     figure.savefig(path, dpi=150)
 
 

@@ -101,7 +101,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     left.bar(places - 0.2, found["gradient_of_bias"], 0.4, label="∂J/∂b")
     left.bar(places + 0.2, found["sum_over_batch_of_gradient_of_z"], 0.4, label="Σ over the batch of ∂J/∂z")
     left.axhline(0, color="grey", linewidth=0.8)
-    left.set(xlabel="hidden unit", xticks=places)
+    left.set(xlabel="hidden unit", ylabel="gradient", xticks=places)
     left.legend()
     for key, label in (("decay_in_W1", "∂J/∂W1"), ("decay_in_b", "∂J/∂b")):
         right.plot(STRENGTHS, found[key], "o-", label=label)

@@ -77,7 +77,7 @@ def measure(batch: int, d: int, h: int, q: int) -> list[dict[str, Any]]:
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
     """What is held, by purpose, with the formula and the compiled bytes as marks."""
     batches = list(dict.fromkeys(line["batch"] for line in lines))
-    figure = plt.figure(figsize=(4 * len(batches), 4.6), layout="constrained")
+    figure = plt.figure(figsize=(max(4 * len(batches), 6), 4.6), layout="constrained")
     purposes = list(dict.fromkeys(purpose for line in lines for purpose in line["by"]))
     for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
         chosen = [line for line in lines if line["batch"] == batch]
@@ -91,11 +91,11 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
             axes.scatter(names, heights, marker=marker, s=120, c="black", label=key)
         axes.set_title(f"batch {batch}")
         axes.set_ylabel("MB at the peak")
-        axes.tick_params(axis="x", rotation=20)
+        axes.set_xticks(range(len(names)), names, rotation=20, ha="right", rotation_mode="anchor")
         axes.set_ylim(0, 1.08 * max(line["formula"] for line in chosen) / 1e6)
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center")
-    figure.suptitle("Exercise 3: bars are predicted by purpose, marks the formula and the compiled program")
+    figure.suptitle("bars: predicted, by purpose; marks: formula and compiled program")
     figure.savefig(path, dpi=130)
 
 

@@ -109,7 +109,7 @@ def draw(results: dict[str, Measured], rows: dict[str, Row], path: Path) -> None
     axes.barh(places + 0.2, [m.bytes_ratio for m in results.values()], 0.38, label="temporary bytes")
     axes.plot([rows[name].time for name in results], places - 0.2, "k|", markersize=12, label="bound")
     axes.plot([rows[name].bytes for name in results], places + 0.2, "k|", markersize=12)
-    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.axvline(1, color="grey", linewidth=0.8, zorder=0)
     axes.set_yticks(places, list(results))
     axes.invert_yaxis()
     axes.set_xlabel("funcprop ÷ JAX")

@@ -183,10 +183,13 @@ def draw(
         left.loglog(batches, least * (1 + critical / np.array(batches)), color=points.get_color())
     left.set(xlabel="batch size", ylabel="fewest steps to the loss (line: fitted)")
     left.legend()
-    right.semilogy([n.step for n in exact], [n.scale for n in exact], "o-", label="noise scale, all data")
-    for target, (_, critical) in zip(TARGETS, fits, strict=True):
+    right.semilogy(
+        [n.step for n in exact], [n.scale for n in exact], "o-", color="grey", label="noise scale, all data"
+    )
+    for i, (target, (_, critical)) in enumerate(zip(TARGETS, fits, strict=True)):
         step = max(n.step for n in exact if n.loss >= target)
-        right.plot(step, critical, "*", markersize=12, label=f"critical batch size, to a loss of {target}")
+        label = f"critical batch size, to a loss of {target}"
+        right.plot(step, critical, "*", color=f"C{i}", markersize=12, label=label)
     right.set(xlabel=f"step at batch {NOISE_BATCH}", ylabel="examples")
     right.legend()
     figure.savefig(path, dpi=150)

@@ -39,6 +39,7 @@ import funcprop as fp
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 CLASSES = (3, 5, 10)
 HIDDEN, BATCH = 32, 64
@@ -63,6 +64,17 @@ class Seen(NamedTuple):
     def outliers(self) -> int:
         """How many eigenvalues stand before the largest ratio of neighbours."""
         return outliers(self.hessian)
+
+
+class Density(NamedTuple):
+    """How dense the Hessian's eigenvalues are, on a grid."""
+
+    eigenvalues: list[float]
+    density: list[float]
+
+
+def after(epoch: int) -> str:
+    return f"after {epoch} epoch" + "s" * (epoch != 1)
 
 
 def outliers(descending: list[float]) -> int:
@@ -135,7 +147,7 @@ def look(params: Any, x: jax.Array, y: jax.Array, classes: int, epoch: int) -> S
     )  # fmt: skip
 
 
-def density(params: Any, x: jax.Array, y: jax.Array, smoke: bool) -> tuple[np.ndarray, np.ndarray]:
+def density(params: Any, x: jax.Array, y: jax.Array, smoke: bool) -> Density:
     """The density of all eigenvalues, by stochastic Lanczos quadrature, on a grid."""
     samples, products = (2, 10) if smoke else (PROBES, 100)
     spectrum = fp.hessian(loss)(params, x, y).spectrum(
@@ -143,33 +155,37 @@ def density(params: Any, x: jax.Array, y: jax.Array, smoke: bool) -> tuple[np.nd
     )
     low, high = map(float, spectrum.range)
     grid = np.linspace(low - 0.05 * (high - low), high + 0.05 * (high - low), 500)
-    return grid, np.asarray(spectrum.density(grid).value)
+    return Density(grid.tolist(), np.asarray(spectrum.density(grid).value).tolist())
 
 
-def draw(stages: dict[int, list[Seen]], densities: dict[int, Any], path: Path) -> None:
+def draw(stages: dict[int, list[Seen]], densities: dict[int, dict[int, Density]], path: Path) -> None:
+    """Density and largest eigenvalues after the first epoch and after the last, and where the gradient is."""
     figure, axes = plt.subplots(
         3, len(stages), figsize=(4 * len(stages), 9), layout="constrained", squeeze=False
     )
     for column, (classes, seen) in enumerate(stages.items()):
         upper, middle, lower = axes[:, column]
         upper.set_title(f"{classes} classes")
-        grid, density = densities[classes]
-        upper.semilogy(grid, np.maximum(density, 1e-6))
+        for i, (epoch, found) in enumerate(densities[classes].items()):
+            upper.semilogy(found.eigenvalues, np.maximum(found.density, 1e-6), f"C{i}", label=after(epoch))
+            at = next(s for s in seen if s.epoch == epoch)
+            places = np.arange(1, len(at.hessian) + 1)
+            middle.semilogy(places, at.hessian, f"C{i}o", label=f"Hessian, {after(epoch)}", fillstyle="none")
+            middle.semilogy(places, at.gauss_newton, f"C{i}x", label=f"Gauss-Newton, {after(epoch)}")
         upper.set(
             xlabel="eigenvalue of the Hessian", ylabel="density" if not column else "", ylim=(1e-5, None)
         )
-        places = np.arange(1, len(seen[-1].hessian) + 1)
-        middle.semilogy(places, seen[-1].hessian, "o", label="Hessian", fillstyle="none")
-        middle.semilogy(places, seen[-1].gauss_newton, "x", label="Gauss-Newton")
         middle.axvline(classes - 0.5, color="grey", linestyle=":", label="K − 1 | K")
         middle.axvline(classes + 0.5, color="grey", linestyle=":")
         middle.set(xlabel="rank", ylabel="eigenvalue" if not column else "")
+        middle.xaxis.set_major_locator(MaxNLocator(integer=True))
         epochs = [s.epoch for s in seen]
         lower.plot(epochs, [s.gradient_in_top_k for s in seen], "o-", label="in the top K")
         lower.plot(epochs, [s.gradient_in_top_k_minus_1 for s in seen], "s--", label="in the top K − 1")
         lower.set(xlabel="epoch", ylabel="share of ‖gradient‖²" if not column else "", ylim=(0, 1.05))
-    axes[1, 0].legend()
-    axes[2, 0].legend()
+        lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for row in axes:
+        row[0].legend(fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -181,7 +197,8 @@ def main() -> None:
     options = parser.parse_args()
     data = fp.training.digits().train
     found: dict[int, list[Seen]] = {}
-    densities: dict[int, Any] = {}
+    densities: dict[int, dict[int, Density]] = {}
+    epochs = EPOCHS[: 2 if options.smoke else None]
     print(
         f"{'K':>3}{'epoch':>7}{'loss':>10}{'outliers of H':>15}{'of G':>6}{'λ_K−1':>9}{'λ_K':>9}{'λ_K+1':>9}"
         f"{'smallest':>10}{'tr G ÷ tr H':>13}{'gradient in top K':>19}"
@@ -192,11 +209,15 @@ def main() -> None:
         key, init_key = jax.random.split(jax.random.key(options.seed))
         params = initialise(init_key, classes)
         state = OPTIMIZER.init(params)
-        for before, epoch in pairwise((0, *EPOCHS[: 2 if options.smoke else None])):
+        for before, epoch in pairwise((0, *epochs)):
             key, epoch_key = jax.random.split(key)
             params, state = train(params, state, epoch_key, x, y, epoch - before)
             seen = look(params, x, y, classes, epoch)
             found.setdefault(classes, []).append(seen)
+            if epoch in (epochs[1], epochs[-1]):
+                # The K − 1 outliers are those of the first epoch; later they run into the bulk.
+                at = densities.setdefault(classes, {})
+                at[epoch] = density(params, x, y, options.smoke)
             print(
                 f"{classes:3}{seen.epoch:7}{seen.loss:10.5f}{seen.outliers:15}{outliers(seen.gauss_newton):6}"
                 + "".join(f"{v:9.4f}" for v in seen.hessian[classes - 2 : classes + 1])
@@ -204,8 +225,17 @@ def main() -> None:
                 f"{seen.gradient_in_top_k:19.3f}",
                 flush=True,
             )
-        densities[classes] = density(params, x, y, options.smoke)
-    content = {str(k): [{**s._asdict(), "outliers": s.outliers} for s in seen] for k, seen in found.items()}
+    content = {
+        str(k): [
+            {
+                **s._asdict(),
+                "outliers": s.outliers,
+                "density": densities[k][s.epoch]._asdict() if s.epoch in densities[k] else None,
+            }
+            for s in seen
+        ]
+        for k, seen in found.items()
+    }
     write("hessian_spectrum", options.smoke, content, lambda path: draw(found, densities, path))
 
 

@@ -159,24 +159,27 @@ def draw(results: dict[int, dict[str, Measured]], path: Path) -> None:
             [m.upper_quartile for m in line] - medians,
         ]
         color = f"C{list(results).index(blocks)}"
-        axes[0].errorbar(held, medians, spread, marker="o", color=color, label=f"{blocks} blocks: time")
-        axes[0].plot(held, [m.flops / plain.flops for m in line], "--", color=color, label="… FLOPs (XLA)")
+        named = f"{blocks} block" + "s" * (blocks != 1)
+        axes[0].errorbar(held, medians, spread, marker="o", color=color, label=f"{named}: time")
+        axes[0].plot(
+            held, [m.flops / plain.flops for m in line], "--", color=color, label=f"{named}: FLOPs (XLA)"
+        )
         axes[1].plot(
             held, [m.temp_bytes / plain.temp_bytes for m in line], "o-", color=color,
-            label=f"{blocks} blocks: temp bytes (XLA)",
+            label=f"{named}: temp bytes (XLA)",
         )  # fmt: skip
         axes[1].plot(
             held,
             [m.peak_bytes / plain.peak_bytes for m in line],
             "--",
             color=color,
-            label="… peak, predicted",
+            label=f"{named}: peak, predicted",
         )
         other = found["a chunk for each block"]
         at, temp = other.residual_bytes / plain.residual_bytes, other.temp_bytes / plain.temp_bytes
-        axes[0].plot(at, other.median, "x", color=color, label="… a chunk for each block")
-        axes[1].plot(at, temp, "x", color=color, label="… a chunk for each block")
-    axes[0].axhline(TIME, color="grey", linewidth=0.8)
+        axes[0].plot(at, other.median, "x", color=color, label=f"{named}: a chunk for each")
+        axes[1].plot(at, temp, "x", color=color, label=f"{named}: a chunk for each")
+    axes[0].axhline(TIME, color="grey", linewidth=0.8, label=f"bound of the time: {TIME}")
     for axis, title in zip(axes, ("time and FLOPs ÷ plain", "bytes ÷ plain"), strict=True):
         axis.set_ylabel(title)
         axis.set_xlabel("bytes held between the sweeps ÷ plain")

@@ -18,6 +18,7 @@ import pytest
 from pictures import ENGINES, SVG, Stack, chapter, elements, nasty, stack
 
 import funcprop as fp
+from funcprop.cli.target import chapter_example
 from funcprop.drawing import distant, layout
 from funcprop.drawing.picture import node_ids
 
@@ -116,6 +117,20 @@ def test_every_arrow_is_inside_the_picture(engine: Any, blocks: int) -> None:
         ends = [point for i, point in enumerate(curves) if i % 3 == 0]
         # The group of all of it is moved by the margin of 12.
         assert all(-12 <= x <= width - 12 and -12 <= y <= height - 12 for x, y in ends)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_arrow_shoots_out_of_both_sweeps(engine: Any) -> None:
+    """Both engines bend one residual of the chapter's gradient 400 points away from all nodes, and back."""
+    drawing = fp.draw(fp.backward_graph(fp.models.chapter)(*chapter_example()), engine=engine)
+    found = drawing.layout
+    for route in found.edges:
+        assert all(-1e-6 < x < found.width + 1e-6 for x, _ in route.points)
+        assert all(-1e-6 < y < found.height + 1e-6 for _, y in route.points)
+    joints = [y for route in found.edges for _, y in route.points[::3]]
+    nodes = [y for _, y in found.nodes.values()]
+    assert min(*joints, *nodes) < 30
+    assert max(*joints, *nodes) > found.height - 30
 
 
 def test_far_arrows_begin_and_end_at_their_nodes() -> None:

@@ -127,7 +127,7 @@ PARTS = (
     "KFAC factors, Monte-Carlo",
 )
 PREDICTED = 2  # examples whose outputs' covariances are computed
-JOINT, JOINT_BOUND = "these four in one pass", 0.65
+JOINT, JOINT_BOUND = "norms, variance, diagonal, KFAC", 0.65
 
 QUANTITIES: dict[str, Quantity] = {
     "Hessian-vector product": Quantity(_hessian_product, {"MLP": 2.0, "CNN": 1.25}),

@@ -152,7 +152,7 @@ def find_engine(engine: Engine | None, preferred: Sequence[Engine] = ENGINES) ->
 
 
 def _parse(found: dict[str, Any], edges: int, direct: Mapping[int, Direct]) -> Layout:
-    _, _, width, height = _numbers(found["bb"])
+    height = _numbers(found["bb"])[3]
 
     def point(text: str) -> Point:
         x, y = _numbers(text)
@@ -160,15 +160,34 @@ def _parse(found: dict[str, Any], edges: int, direct: Mapping[int, Direct]) -> L
 
     nodes: dict[str, Point] = {}
     boxes: dict[str, tuple[float, float, float, float]] = {}
+    corners: list[Point] = []
     for item in found.get("objects", ()):
         if "pos" in item:
-            nodes[item["name"]] = point(item["pos"])
+            x, y = nodes[item["name"]] = point(item["pos"])
+            half, tall = 36 * float(item["width"]), 36 * float(item["height"])
+            corners += (x - half, y - tall), (x + half, y + tall)
         elif "bb" in item:
             left, bottom, right, top = _numbers(item["bb"])
             boxes[item["name"].removeprefix("cluster_")] = left, height - top, right, height - bottom
+            corners += (left, height - top), (right, height - bottom)
     routes = {item["id"]: _route(item, height) for item in found.get("edges", ())}
+    for route in routes.values():
+        corners += (*route.points[::3], *filter(None, (route.tip, route.label)))
+    (left, top), (right, bottom) = (
+        tuple(map(f, zip(*(corners or [(0.0, 0.0)]), strict=True))) for f in (min, max)
+    )
+    # Graphviz 2.43 lets a curve shoot far out of the picture and come back, and widens its frame for it. A
+    # curve stays in the hull of its points; those between the joints are moved to the edge of what is there.
+    frame = left, top, right, bottom
+    routes = {key: _within(route, frame) for key, route in routes.items()}
     routes |= {f"e{i}": _direct(nodes, arrow) for i, arrow in direct.items()}
-    return _framed(Layout(width, height, nodes, boxes, tuple(routes[f"e{i}"] for i in range(edges))))
+    return _framed(nodes, boxes, [routes[f"e{i}"] for i in range(edges)], frame)
+
+
+def _within(route: Route, frame: tuple[float, float, float, float]) -> Route:
+    left, top, right, bottom = frame
+    points = tuple((min(max(x, left), right), min(max(y, top), bottom)) for x, y in route.points)
+    return Route(points, route.tip, route.label)
 
 
 def _direct(nodes: Mapping[str, Point], arrow: Direct) -> Route:
@@ -180,10 +199,15 @@ def _direct(nodes: Mapping[str, Point], arrow: Direct) -> Route:
     return Route(((x, y), (x + reach, y), (u - reach, v), (u, v)), (u + forwards * _HEAD, v), None)
 
 
-def _framed(layout: Layout) -> Layout:
-    """Moved and widened so that every arrow is inside: an engine's own frame may cut their curves."""
-    xs, ys = [0.0, layout.width], [0.0, layout.height]
-    for route in layout.edges:
+def _framed(
+    nodes: Mapping[str, Point],
+    boxes: Mapping[str, tuple[float, float, float, float]],
+    routes: Sequence[Route],
+    frame: tuple[float, float, float, float],
+) -> Layout:
+    """Moved to the origin, the frame widened so that also arrows of which no engine knew are inside."""
+    xs, ys = [frame[0], frame[2]], [frame[1], frame[3]]
+    for route in routes:
         for i in range(0, len(route.points) - 3, 3):
             for t in (k / 8 for k in range(9)):
                 x, y = _on_curve(route.points[i : i + 4], t)
@@ -197,9 +221,9 @@ def _framed(layout: Layout) -> Layout:
     return Layout(
         max(xs) - left,
         max(ys) - top,
-        {key: moved(p) for key, p in layout.nodes.items()},
-        {k: (*moved((x, y)), *moved((right, bottom))) for k, (x, y, right, bottom) in layout.boxes.items()},
-        tuple(Route(tuple(map(moved, e.points)), moved(e.tip), moved(e.label)) for e in layout.edges),
+        {key: moved(p) for key, p in nodes.items()},
+        {k: (*moved((x, y)), *moved((right, bottom))) for k, (x, y, right, bottom) in boxes.items()},
+        tuple(Route(tuple(map(moved, e.points)), moved(e.tip), moved(e.label)) for e in routes),
     )
 
 

@@ -168,10 +168,13 @@ def _edge_label(edge: Edge, route: Route) -> str:
     if not edge.label:
         return ""
     x, y = route.label or _middle(route)
-    colour = ink(edge.kind, edge.role) if edge.kind == "residual" else FAINT
+    # A residual's bytes stand on its dashes, and are what the picture of both sweeps is for.
+    size, paper, colour = (
+        (EDGE_LABEL + 2, 6, ink(edge.kind, edge.role)) if edge.kind == "residual" else (EDGE_LABEL, 3, FAINT)
+    )
     return (
-        f'<text x="{x:.2f}" y="{y + EDGE_LABEL * 0.35:.2f}" font-size="{EDGE_LABEL:g}" fill="{colour}" '
-        f'stroke="{PAPER}" stroke-width="3" stroke-linejoin="round" paint-order="stroke">'
+        f'<text x="{x:.2f}" y="{y + size * 0.35:.2f}" font-size="{size:g}" fill="{colour}" '
+        f'stroke="{PAPER}" stroke-width="{paper}" stroke-linejoin="round" paint-order="stroke">'
         f"{clean(edge.label)}</text>"
     )
 

@@ -150,7 +150,7 @@ function showVariable(i) {
 
 function showOperator(i) {
   const op = data.operators[i];
-  const title = op.symbol === op.op ? op.op : `${op.symbol}  ${op.op}`;
+  const title = [op.op, op.op.replaceAll("_", " ")].includes(op.symbol) ? op.op : `${op.symbol}  ${op.op}`;
   const results = op.out.flatMap((o) => {
     const v = data.variables[o];
     const several = op.out.length > 1 ? `${v.name}: ` : "";
