@@ -10,7 +10,6 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,9 +20,7 @@ import funcprop as fp
 from funcprop.cli.target import chapter_example
 from funcprop.report.curves import train
 from funcprop.report.inspection import inspect
-from funcprop.report.mathml import MathError, mathml
 from funcprop.report.opened import opened
-from funcprop.report.spectrum import top
 from funcprop.report.statistics import statistics
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -341,39 +338,7 @@ def test_in_a_notebook_it_is_a_frame(hostile: fp.Report) -> None:
     assert attributes["sandbox"] == "allow-scripts"
 
 
-# --- formulas ---------------------------------------------------------------------------------
-
-
-def test_mathml_of_the_chapters_last_line() -> None:
-    line = fp.derive(fp.models.chapter)(*chapter_example()).backward[-1]
-    bold = '<msub><mi mathvariant="normal" class="bold">W</mi><mn>1</mn></msub>'
-    assert mathml(line.left_latex, line.left) == (
-        '<math alttext="∂J/∂W1"><mfrac><mrow><mo>∂</mo><mi>J</mi></mrow>'
-        f"<mrow><mo>∂</mo>{bold}</mrow></mfrac></math>"
-    )
-    assert mathml(line.forms[-1].latex(), "").endswith(
-        f'<mo>+</mo><mi>λ</mi><mspace width="0.17em"/>{bold}</math>'
-    )
-
-
-@pytest.mark.parametrize("name", ["</b>&amp;", "a_b{c}\\d^e~ f", "\\frac", "日本 1e-5", "φ′", "{}"])
-def test_names_stay_as_they_are_in_formulas(name: str) -> None:
-    from funcprop.expressions import latex_name
-
-    elements = Elements(mathml(latex_name(name), name))
-    assert {tag for tag, _ in elements.tags} <= {"math", "mi", "mo", "mrow"}
-    assert "".join(text for texts in elements.texts.values() for text in texts) == name
-
-
-@pytest.mark.parametrize(
-    "latex", ["\\sqrt{x}", "\\frac{a", "x}", "\\left(x", "\\mathrm x", "\\mathrm{\\alpha}"]
-)
-def test_what_is_no_formula_is_an_error(latex: str) -> None:
-    with pytest.raises(MathError, match="the formula"):
-        mathml(latex, "")
-
-
-# --- memory, cost, curvature ------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------
 
 
 def test_bars_of_memory_add_up_to_the_ledger(three_blocks: fp.Report) -> None:
@@ -402,49 +367,3 @@ def test_memory_of_a_training_step_has_the_optimizers_state(chapter: fp.Report) 
     assert sums["optimizer state"][0] == 0
     assert sums["optimizer state"][1] >= 2 * 800
     assert memory.unit == "value"
-
-
-def test_the_top_of_the_spectrum_is_that_of_the_matrix() -> None:
-    def bowl(w: Any, scale: Any) -> Any:
-        return jnp.sum(scale * w**2) / 2 + jnp.prod(w[:2])
-
-    scale, w = jnp.linspace(-1.0, 3.0, 15), jnp.ones(15)
-    cost = fp.second_order_cost(bowl, repeats=1)(w, scale)
-    found = top(bowl, 0, (w, scale), {}, cost)
-    assert found is not None
-    expected = np.linalg.eigvalsh(jax.hessian(bowl)(w, scale))[::-1][:10]
-    np.testing.assert_allclose(found.values, expected, atol=1e-10)
-    # The second argument may be the one that is differentiated by; of two there is no spectrum.
-    second = top(bowl, 1, (w, scale), {}, cost)
-    assert second is not None
-    np.testing.assert_allclose(second.values, 0.0, atol=1e-12)
-    assert top(bowl, (0, 1), (w, scale), {}, cost) is None
-
-
-@pytest.mark.parametrize("argnums", [0, None])
-def test_a_model_of_equinox_with_a_function_and_a_counter_among_its_leaves(argnums: int | None) -> None:
-    class Scaled(eqx.Module):
-        w: Any
-        activation: Any
-        steps: Any
-
-    def bowl(model: Any, x: Any) -> Any:
-        return jnp.sum(model.activation(model.w * x) ** 2) + 0.0 * model.steps
-
-    w, x = jnp.array([0.3, -0.2]), jnp.array([1.0, 2.0])
-    page = fp.report(bowl, argnums)(Scaled(w, jax.nn.relu, jnp.array(3)), x if argnums == 0 else 2)
-    assert "<svg" in page.html
-    assert page.spectrum is not None
-    factor = x if argnums == 0 else 2.0
-    expected = np.linalg.eigvalsh(jax.hessian(lambda w: jnp.sum(jax.nn.relu(w * factor) ** 2))(w))[::-1]
-    np.testing.assert_allclose(page.spectrum.values, expected, atol=1e-12)
-
-
-def test_an_empty_batch_and_16_bits_have_no_spectrum_and_do_not_fail() -> None:
-    def squared(w: Any, x: Any) -> Any:
-        return jnp.sum((x @ w) ** 2)
-
-    empty = fp.second_order_cost(squared, repeats=1)(jnp.eye(3), jnp.ones((0, 3)))
-    assert empty["gradient"].measured is not None
-    w, x = jnp.eye(3, dtype=jnp.bfloat16), jnp.ones((2, 3), jnp.bfloat16)
-    assert top(squared, 0, (w, x), {}, empty) is None
