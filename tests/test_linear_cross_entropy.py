@@ -163,6 +163,16 @@ def test_bfloat16_is_as_accurate_as_autodiff(reduction):
         assert error <= 1.05 * of_autodiff
 
 
+@pytest.mark.parametrize("save", ["gradient", "normalizer"])
+def test_a_last_chunk_that_is_not_full_is_finite_where_the_bias_overflows(save):
+    args = H[:5], W, jnp.array([800.0, 0.0, 799.0, 1.0, 2.0])
+    actual, expected = (
+        f(args, LABELS[:5], save=save, chunk=chunk) for f, chunk in ((by_rule, 2), (by_autodiff, None))
+    )
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(actual))
+    assert_same(actual, expected)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_nothing_of_the_size_of_tokens_times_vocabulary_is_held(reduction):
     h, w, labels = numbers(1024, 2), numbers(2, 256), jnp.arange(1024) % 256

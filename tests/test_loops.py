@@ -282,6 +282,30 @@ def test_products_that_leave_the_loop_keep_no_rule_of_their_own():
     close(*both(*WIDE))
 
 
+def test_a_jitted_function_in_new_loops_is_rewritten_once():
+    """What is claimed in a loop has another identity at each tracing; the function's own body has not."""
+    traced = []
+
+    def forward(x, **_):
+        traced.append(x)
+        return jnp.sin(x), (x,)
+
+    sine = fp.Rule(forward, lambda residuals, g, needs, **_: (g * jnp.cos(residuals[0]),))
+    rules = fp.rules.default.replace({"sin": sine})
+    function = jax.jit(jnp.sin)
+    counts = []
+    for _ in range(3):
+
+        def loss(w, xs):
+            step = lambda h, x: (function(h @ w + x), None)  # noqa: E731
+            return jnp.sum(jax.lax.scan(step, jnp.ones((2, 9)), xs)[0] ** 2)
+
+        traced.clear()
+        fp.with_rules(loss, rules)(normal(9, 9), normal(T, 2, 9))
+        counts.append(len(traced))
+    assert counts[0] > counts[1] == counts[2]
+
+
 def test_a_rule_that_the_user_put_in_stays_in_loops():
     """Here one that says of itself that it ran."""
     product = fp.rules.handwritten["dot_general"]

@@ -67,21 +67,24 @@ def _add_product(total: Any, h: Any, z_bar: Any, transposed: bool) -> Any:
     return total + product(z_bar)
 
 
-def _over_chunks(step: Any, totals: Any, xs: Any, size: int) -> tuple[Any, Any]:
-    """Run `totals, ys = step(totals, xs)` over chunks of tokens; a last chunk is filled up with zeros.
+def _over_chunks(step: Any, totals: Any, xs: Any, cotangents: Any, size: int) -> tuple[Any, Any]:
+    """Run `totals, ys = step(totals, (*xs, *cotangents))` over chunks of tokens.
 
-    The step is checkpointed: the reverse derivative of the backward makes the logits again, too.
+    A last chunk is filled up with copies of the last token, whose logits are as finite as its own; their
+    cotangents are zero. The step is checkpointed: the reverse derivative of the backward makes the logits
+    again, too.
     """
-    tokens = jax.tree.leaves(xs)[0].shape[0]
+    tokens = xs[0].shape[0]
     count = -(-tokens // size)
 
-    def cut(x: Any) -> Any:
-        filled = jnp.pad(x, ((0, count * size - tokens), *((0, 0),) * (x.ndim - 1)))
+    def cut(x: Any, mode: str) -> Any:
+        filled = jnp.pad(x, ((0, count * size - tokens), *((0, 0),) * (x.ndim - 1)), mode)
         return filled.reshape(count, size, *x.shape[1:])
 
     leaves, tree = jax.tree.flatten(totals)
-    totals = jax.tree.unflatten(tree, _compat.align_varying_axes([jax.tree.leaves(xs)[0], *leaves])[1:])
-    totals, ys = lax.scan(jax.checkpoint(step, prevent_cse=False), totals, jax.tree.map(cut, xs))
+    totals = jax.tree.unflatten(tree, _compat.align_varying_axes([xs[0], *leaves])[1:])
+    chunks = *(cut(x, "edge") for x in xs), *(cut(x, "constant") for x in cotangents)
+    totals, ys = lax.scan(jax.checkpoint(step, prevent_cse=False), totals, chunks)
     return totals, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:tokens], ys)
 
 
@@ -140,7 +143,7 @@ def statistics(
 
     shares = jnp.broadcast_to(1 / total_weight, labels.shape).astype(h.dtype)
     totals = _zeros(w, b) if gradient else None
-    totals, (normalizer, picked, h_bar) = _over_chunks(step, totals, (h, labels, shares), size)
+    totals, (normalizer, picked, h_bar) = _over_chunks(step, totals, (h, labels), (shares,), size)
     return normalizer, picked, (h_bar, totals) if gradient else None
 
 
@@ -158,6 +161,6 @@ def pull_back(
         z_bar = normalizer_bar * jnp.exp(z - normalizer) + jnp.where(hit, picked_bar, 0)
         return _add_gradient(totals, h, w, z_bar, transposed)
 
-    xs = (h, labels, normalizer, normalizer_bar, picked_bar)
-    totals, h_bar = _over_chunks(step, _zeros(w, b, *needs), xs, size)
+    cotangents = normalizer_bar, picked_bar
+    totals, h_bar = _over_chunks(step, _zeros(w, b, *needs), (h, labels, normalizer), cotangents, size)
     return h_bar, totals
