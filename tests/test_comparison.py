@@ -118,3 +118,18 @@ def test_errors():
     assert fp.compare(jnp.sin, None)(jax.ShapeDtypeStruct((), "float32")).whole.bytes == 1
     with pytest.raises(TypeError, match="scalar-output"):
         fp.compare(jnp.sin)(np.ones(3))
+
+
+def test_scopes_are_those_of_the_graph():
+    """A `vmap` around a scope is no part of its name, and one without a scope gives way to the line."""
+
+    def loss(w, x):
+        def one(x):
+            with jax.named_scope("layer"):
+                hidden = jnp.tanh(w * x)
+            return jnp.exp(hidden)
+
+        return jnp.sum(jax.vmap(one)(x))
+
+    found = fp.compare(loss, rules=fp.rules.handwritten)(*jax.eval_shape(lambda: (jnp.ones(()), jnp.ones(3))))
+    assert [row.scope for row in found.fired] == ["layer", ""]

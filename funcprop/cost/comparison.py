@@ -21,6 +21,7 @@ from funcprop import _compat
 from funcprop.calls import Call, has_values, is_array, without_aux
 from funcprop.cost.timing import fastest, random_operand
 from funcprop.graph import aligned
+from funcprop.naming import without_transformations
 from funcprop.objective import Argnums, differentiable, positions
 from funcprop.registry import RuleSet
 from funcprop.rewrite import Match, Rewriter, matches
@@ -198,7 +199,8 @@ def _rows(found: Sequence[Match], rules: RuleSet, repeats: int) -> list[Row]:
     for key, match in zip(keys, found, strict=True):
         if key not in rows:
             measured = None if match.reason is not None or match.mapped else _alone(match, rules, repeats)
-            rows[key] = Row(match.operator, match.scope, match.source, counts[key], match.reason, measured)
+            scope = without_transformations(match.scope, ("vmap",))
+            rows[key] = Row(match.operator, scope, match.source, counts[key], match.reason, measured)
     return list(rows.values())
 
 
