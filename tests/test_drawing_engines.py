@@ -49,6 +49,25 @@ def test_an_engine_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Monk
         fp.draw(chapter(), engine="dot").svg()
 
 
+def test_where_an_engine_fails_at_boxes_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As graphviz-pure does at the Hessian-vector product of a Flax transformer."""
+    program = layout.find_engine("graphviz-pure")[1]
+    code = f"""
+import subprocess, sys
+if "-Gclusterrank=none" not in sys.argv:
+    sys.exit("the ranking of a cluster failed")
+sys.exit(subprocess.run([{program!r}, *sys.argv[1:]]).returncode)"""
+    graph = stack(4, 4)
+    boxes = fp.draw(graph, fold=False, engine="graphviz-pure").layout.boxes
+    fake_engine(tmp_path, monkeypatch, code)
+    drawing = fp.draw(graph, fold=False, engine="dot")
+    assert len(elements(drawing.svg(), "operator")) == len(graph.operators)
+    assert boxes
+    assert not drawing.layout.boxes
+
+
 def test_an_engine_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_engine(tmp_path, monkeypatch, "import time; time.sleep(60)")
     with pytest.raises(fp.DrawingError, match=r"longer than 0\.2 seconds; collapse scopes"):

@@ -98,7 +98,8 @@ def lay_out(
 ) -> Layout:
     """Lay out a text in Graphviz's language whose edges have the ids `e0`, `e1` …, but for those in `direct`.
 
-    Of many nodes, `dot` lays out no boxes, and neither engine those of the sweeps.
+    Of many nodes, `dot` lays out no boxes, and neither engine those of the sweeps; where an engine fails at
+    boxes, there are none.
 
     Raises:
         DrawingError: there is no engine, or it failed, or it took longer than `timeout` seconds.
@@ -107,11 +108,11 @@ def lay_out(
     # Two boxes around thousands of nodes, the sweeps, cost either engine most of its time.
     plain = chosen == "dot" or any(arrow.is_residual for arrow in direct.values())
     settings = () if nodes <= MANY else _FASTER + _WITHOUT_BOXES if plain else _FASTER
-    command = [program, "-Tjson0", *(f"-G{setting}" for setting in settings)]
     try:
-        done = subprocess.run(
-            command, input=source.encode(), capture_output=True, timeout=timeout, check=False
-        )
+        done = _run(program, source, settings, timeout)
+        if done.returncode and not set(_WITHOUT_BOXES) <= set(settings):
+            # graphviz-pure 0.2.2 finds no ranks for some boxes within boxes.
+            done = _run(program, source, (*settings, *_WITHOUT_BOXES), timeout)
     except subprocess.TimeoutExpired:
         raise DrawingError(
             f"fp.draw: the layout by {program} took longer than {timeout:g} seconds; collapse scopes "
@@ -123,6 +124,13 @@ def lay_out(
         said = done.stderr.decode(errors="replace").strip()[-2000:]
         raise DrawingError(f"fp.draw: {program} failed with exit code {done.returncode}: {said}")
     return _parse(json.loads(done.stdout), edges, direct)
+
+
+def _run(
+    program: str, source: str, settings: Sequence[str], timeout: float
+) -> subprocess.CompletedProcess[bytes]:
+    command = [program, "-Tjson0", *(f"-G{setting}" for setting in settings)]
+    return subprocess.run(command, input=source.encode(), capture_output=True, timeout=timeout, check=False)
 
 
 def require_known(engine: Engine | None) -> None:
