@@ -199,9 +199,12 @@ def main() -> None:
         if options.model not in (None, model):
             continue
         p = (small if options.smoke else full)()
-        results[model], steps = measure(model, p, quantities, repeats)
+        left_out = {q: QUANTITIES[q].left_out[model] for q in quantities if model in QUANTITIES[q].left_out}
+        results[model], steps = measure(model, p, [q for q in quantities if q not in left_out], repeats)
         for name, m in results[model].items():
             print(line(model, name, m), flush=True)
+        for name, why in left_out.items():
+            print(f"{model:5} {name:37}{why}", flush=True)
         if options.peer:
             peers[model] = measure_peers(model, p, steps, repeats)
     diagonals: dict[str, Measured] = {}

@@ -72,6 +72,18 @@ def test_a_progress_bar_on_a_terminal(
     assert ("curvature of minibatches" in of_mean.err) == terminal
 
 
+def test_an_error_ends_the_progress_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with pytest.raises(FloatingPointError, match="minibatch 1") as caught:
+        accumulate(lambda x, y: jnp.log(-jnp.sum(x**2)), batches, progress=True)
+    hidden, shown = "\x1b[?25l", "\x1b[?25h"  # of the terminal's cursor
+    # The traceback is still there, as in a notebook.
+    assert caught.tb is not None
+    assert capsys.readouterr().err.rpartition(hidden)[2].count(shown) == 1
+
+
 def test_a_progress_bar_needs_rich(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rich.console", None)
     with pytest.raises(ModuleNotFoundError, match=r"progress=True needs 'rich'; pip install .*, or pass a"):

@@ -205,6 +205,24 @@ def test_an_indefinite_operator_is_solved_without_being_asked_to(recwarn: pytest
     assert not recwarn.list
 
 
+def test_a_singular_system_without_a_solution_has_a_small_residual() -> None:
+    """There is an end to it before the steps are rounding divided by next to nothing."""
+    singular = INDEFINITE - np.linalg.eigvalsh(INDEFINITE)[LARGE // 2] * np.eye(LARGE)
+    for matrix in (LOW_RANK, singular, np.diag([1.0, 0]), np.diag([1.0, 0, 3])):
+        b = np.ones(len(matrix))
+        with pytest.warns(ConvergenceWarning, match="take b in the range of A"):
+            x = operator(matrix).solve(b)
+        least = np.linalg.norm(matrix @ np.linalg.pinv(matrix, rcond=1e-10) @ b - b)
+        assert np.linalg.norm(matrix @ x - b) < least + 0.02 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("method", ["cg", "minres"])
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_a_right_hand_side_whose_square_is_no_number(method: str, size: float) -> None:
+    b = jnp.array([1.0, 2.0])
+    np.testing.assert_allclose(operator(np.diag([1.0, 4])).solve(size * b, method=method) / size, [1, 0.5])
+
+
 def test_minres_is_scipys() -> None:
     """After few products, far from convergence, the iterate is that of SciPy."""
     with pytest.warns(ConvergenceWarning):

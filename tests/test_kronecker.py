@@ -101,6 +101,20 @@ def test_a_large_leaf_that_is_used_twice(sharing):
             np.testing.assert_allclose((kfac @ only)[path], expected, rtol=1e-9, atol=1e-12)
 
 
+def test_weights_in_reverse():
+    """A flip moves entries as a transpose does; a leaf used both ways has the block of both."""
+    params, x, y = {"w": normal(4, 3), "v": normal(3, 2)}, normal(4, 4), normal(4, 2)
+    linear = lambda p, x: x @ p["w"][::-1, ::-1] @ p["v"][::-1]  # noqa: E731
+    operator = fp.kfac(linear, SQUARED, kind="exact")(params, x, y)
+    assert_blocks(operator, ggn_blocks(linear, SQUARED, params, x, y))
+    np.testing.assert_allclose(operator.factors["w"][0], x.T @ x / 4, atol=1e-12)
+    params = {"w": normal(3, 3)}
+    tied = lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"][::-1]  # noqa: E731
+    data = normal(2, 3), normal(2, 3)
+    operator = fp.kfac(tied, SQUARED, kind="exact")(params, *data)
+    assert_blocks(operator, ggn_blocks(tied, SQUARED, params, *data))
+
+
 def test_factors_among_the_quantities_of_one_pass():
     """What `fp.per_example` calls them is what `fp.kfac` has, of both kinds of sharing and all columns."""
     params, x, y = {"w": normal(3, 2), "b": normal(2)}, normal(5, 4, 3), normal(5, 2)

@@ -7,7 +7,8 @@ that of another part of the data.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Sized
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import jax
@@ -76,22 +77,23 @@ def accumulate(
     compiled = jax.jit(lambda batch: _applied(quantity, batch))
     skipped = 0 if state is None else int(state.batches)
     checksum, number = 0, 0
-    for number, batch in _visited(batches, progress is True, "curvature of minibatches"):
-        checksum = _checksum(batch, checksum)
-        if number <= skipped:
-            if number == skipped and state is not None and checksum != int(state.checksum):
-                raise LoaderError(
-                    f"accumulate: the first {skipped} minibatches are not those that were accumulated "
-                    "before; continue with the same data in the same order, or start anew without state=."
-                )
-            continue
-        found = compiled(batch)
-        _require_finite(found, number)
-        size = _examples(batch, number)
-        one = Accumulated(found, np.int64(size), np.int64(1), np.uint32(checksum))
-        state = one if state is None else merge(state, one)._replace(checksum=np.uint32(checksum))
-        if callable(progress):
-            progress(number, state)
+    with closing(_visited(batches, progress is True, "curvature of minibatches")) as visited:
+        for number, batch in visited:
+            checksum = _checksum(batch, checksum)
+            if number <= skipped:
+                if number == skipped and state is not None and checksum != int(state.checksum):
+                    raise LoaderError(
+                        f"accumulate: the first {skipped} minibatches are not those that were accumulated "
+                        "before; continue with the same data in the same order, or start anew without state=."
+                    )
+                continue
+            found = compiled(batch)
+            _require_finite(found, number)
+            size = _examples(batch, number)
+            one = Accumulated(found, np.int64(size), np.int64(1), np.uint32(checksum))
+            state = one if state is None else merge(state, one)._replace(checksum=np.uint32(checksum))
+            if callable(progress):
+                progress(number, state)
     if number < skipped:
         raise LoaderError(
             f"accumulate: there are {number} minibatches, but {skipped} were accumulated before; continue "
@@ -211,10 +213,11 @@ def over_batches(
     def matvec(v: np.ndarray) -> np.ndarray:
         column = jnp.asarray(v, flat.dtype).ravel()
         total, count = np.zeros(flat.size, flat.dtype), 0
-        for number, batch in _visited(batches, progress, "a product over minibatches"):
-            size = _examples(batch, number)
-            total += size * np.asarray(product(batch, column))
-            count += size
+        with closing(_visited(batches, progress, "a product over minibatches")) as visited:
+            for number, batch in visited:
+                size = _examples(batch, number)
+                total += size * np.asarray(product(batch, column))
+                count += size
         if not count:
             raise LoaderError(
                 "over_batches: there are no minibatches; return new ones whenever it is called."
@@ -226,8 +229,11 @@ def over_batches(
     )
 
 
-def _visited(batches: Batches, progress: bool, doing: str) -> Iterator[tuple[int, Any]]:
-    """The minibatches with their numbers, from 1, and a bar that counts those that are done."""
+def _visited(batches: Batches, progress: bool, doing: str) -> Generator[tuple[int, Any], None, None]:
+    """The minibatches with their numbers, from 1, and a bar that counts those that are done.
+
+    To be closed: an error in what is done with a minibatch would keep the bar alive as long as its traceback.
+    """
     given = batches() if callable(batches) else batches
     if not progress:
         yield from enumerate(given, start=1)

@@ -56,7 +56,7 @@ def solve(
         residual <= 2 * tolerance * length,  # The iteration's own residual drifts from this one by rounding.
         f"solve: the residual ‖(A + δ I) x − b‖ is {{}}, above tolerance={tolerance:.1e} times ‖b‖={{}}, "
         f"after at most {most} products by method={method!r}; raise damping= or products=, "
-        + ("give a preconditioner=, " if preconditioner is None else "")
+        + ("give a preconditioner=, " if preconditioner is None else "see that preconditioner= is positive, ")
         + ("or use method='minres' if the operator is indefinite." if method == "cg" else "")
         + ("or take b in the range of A if that is singular." if method == "minres" else ""),
         residual,
@@ -102,8 +102,13 @@ def _solve(
     def apply(x: Array) -> Array:
         return product(x) + jnp.asarray(damping, x.dtype) * x
 
-    x = SOLVERS[method](apply, b, preconditioner, tolerance, most)
-    return x, jnp.linalg.norm(apply(x) - b), jnp.linalg.norm(b)
+    # Of a b of order one, whose squares neither vanish nor overflow.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(b), initial=0))
+    unit = jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)
+    scaled = b / unit
+    x = SOLVERS[method](apply, scaled, preconditioner, tolerance, most)
+    residual = jnp.linalg.norm(apply(x) - scaled)
+    return unit * x, unit * residual, unit * jnp.linalg.norm(scaled)
 
 
 def _conjugate_gradients(
@@ -115,7 +120,9 @@ def _conjugate_gradients(
 def minres(apply: Apply, b: Array, precondition: Apply | None, tolerance: float, most: int) -> Array:
     """The x in the Krylov space of smallest residual; for symmetric operators of any signs.
 
-    It ends at a small residual in the norm that conjugate gradients end at, not in the preconditioner's.
+    It ends at a small residual in the norm that conjugate gradients end at, not in the preconditioner's; or
+    before a step to an `x` with `ε^(7/8) ‖A‖ ‖x‖ > ‖b‖`, as there is where a singular system has no solution:
+    of its residual, rounding would be a part that can be seen.
 
     Reference: Paige and Saunders, "Solution of sparse indefinite systems of linear equations", SIAM Journal
     on Numerical Analysis 1975; the recurrences and their names are theirs.
@@ -130,18 +137,21 @@ def minres(apply: Apply, b: Array, precondition: Apply | None, tolerance: float,
 
 def _minres(apply: Apply, b: Array, precondition: Apply, tolerance: float, most: int) -> Array:
     y = precondition(b)
-    enough = tolerance * jnp.linalg.norm(b)
+    size = jnp.linalg.norm(b)
+    enough = tolerance * size
     first = jnp.sqrt(b @ y)
     zero = jnp.zeros((), b.dtype)
-    tiny = jnp.finfo(b.dtype).tiny
+    tiny, rounding = jnp.finfo(b.dtype).tiny, float(jnp.finfo(b.dtype).eps) ** (7 / 8)
 
     def unfinished(state: Any) -> Any:
         left = jnp.linalg.norm(state["residual"])
-        return (left > enough) & (state["beta"] > 0) & (state["k"] < most)
+        return (left > enough) & (state["beta"] > 0) & (state["k"] < most) & ~state["lost"]
 
     def step(s: Any) -> Any:
         v = s["y"] / s["beta"]
-        y = apply(v) - jnp.where(s["k"] > 0, s["beta"] / s["previous"], 0) * s["r1"]
+        turned = apply(v)
+        norm = jnp.maximum(s["norm"], jnp.linalg.norm(turned) / jnp.linalg.norm(v))
+        y = turned - jnp.where(s["k"] > 0, s["beta"] / s["previous"], 0) * s["r1"]
         alpha = v @ y
         y = y - alpha / s["beta"] * s["r2"]
         r1, r2 = s["r2"], y
@@ -152,13 +162,15 @@ def _minres(apply: Apply, b: Array, precondition: Apply, tolerance: float, most:
         gamma = jnp.maximum(jnp.hypot(gamma_bar, beta), tiny)
         c, sine = gamma_bar / gamma, beta / gamma
         w = (v - s["epsilon"] * s["w1"] - delta * s["w2"]) / gamma
+        x = s["x"] + c * s["phibar"] * w
+        lost = ~(rounding * norm * jnp.linalg.norm(x) <= size)  # also where it is NaN
         phibar = sine * s["phibar"]
         ahead = jnp.where(beta > 0, phibar * c / jnp.where(beta > 0, beta, 1), 0)
         return {
             "residual": sine**2 * s["residual"] - ahead * r2,
-            "x": s["x"] + c * s["phibar"] * w, "w1": s["w2"], "w2": w, "r1": r1, "r2": r2, "y": y,
+            "x": jnp.where(lost, s["x"], x), "w1": s["w2"], "w2": w, "r1": r1, "r2": r2, "y": y,
             "previous": s["beta"], "beta": beta, "epsilon": s["s"] * beta, "delta": -s["c"] * beta,
-            "c": c, "s": sine, "phibar": phibar, "k": s["k"] + 1,
+            "c": c, "s": sine, "phibar": phibar, "k": s["k"] + 1, "lost": lost, "norm": norm,
         }  # fmt: skip
 
     vectors = {name: jnp.zeros_like(b) for name in ("x", "w1", "w2")} | {
@@ -168,7 +180,8 @@ def _minres(apply: Apply, b: Array, precondition: Apply, tolerance: float, most:
         "y": y,
     }
     numbers = {"previous": first, "beta": first, "epsilon": zero, "delta": zero, "c": zero - 1, "s": zero}
-    start: dict[str, Any] = vectors | numbers | {"phibar": first, "k": 0}
+    others = {"phibar": first, "norm": zero, "k": 0, "lost": jnp.asarray(False)}
+    start: dict[str, Any] = vectors | numbers | others
     return jax.lax.while_loop(unfinished, step, start)["x"]
 
 

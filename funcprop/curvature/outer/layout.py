@@ -1,4 +1,4 @@
-"""How the entries of a leaf lie in the matrices of its outer form: a reshape and a transpose, by value."""
+"""How the entries of a leaf lie in the matrices of its outer form: a reshape, flips and a transpose."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from typing import Any
 import jax
 import numpy as np
 
-# One run of a leaf's entries along one of the axes k, i, o: its length, the axis and the step along it.
+# One run of a leaf's entries along one of the axes k, i, o: its length, the axis and the step along it;
+# that is negative where the operator has them in reverse.
 Run = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`leaf.reshape(sizes).transpose(order).reshape(matrix)` are the blocks `[k, i, o]`."""
+    """`flip(leaf.reshape(sizes), flips).transpose(order).reshape(matrix)` are the blocks `[k, i, o]`."""
 
     leaf: tuple[int, ...]
     sizes: tuple[int, ...]
     order: tuple[int, ...]
     matrix: tuple[int, int, int]
+    flips: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, to_leaf: Callable[[Any], Any], matrix: tuple[int, int, int], leaf: tuple[int, ...]) -> Layout:
         """The layout of a map from blocks to the leaf that only moves entries.
 
         Raises:
-            ValueError: it is no reshape and transpose.
+            ValueError: it is no reshape, flip and transpose.
         """
         with jax.ensure_compile_time_eval():
             grids = np.meshgrid(*map(np.arange, matrix), indexing="ij")
@@ -36,20 +38,28 @@ class Layout:
         for axis, length in enumerate(leaf):
             at = tuple(slice(None) if d == axis else 0 for d in range(len(leaf)))
             runs += _runs(np.stack([w[at] for w in where]), length)
-        order = sorted(range(len(runs)), key=lambda r: (runs[r][1], -runs[r][2]))
-        found = cls(tuple(leaf), tuple(run[0] for run in runs), tuple(order), matrix)
+        order = sorted(range(len(runs)), key=lambda r: (runs[r][1], -abs(runs[r][2])))
+        flips = tuple(r for r, run in enumerate(runs) if run[2] < 0)
+        found = cls(tuple(leaf), tuple(run[0] for run in runs), tuple(order), matrix, flips)
         if any((found.to_matrix(w) != grid).any() for w, grid in zip(where, grids, strict=True)):
-            raise ValueError(f"a parameter of shape {leaf} is no reshape and transpose of blocks {matrix}.")
+            raise ValueError(
+                f"a parameter of shape {leaf} is no reshape, flip and transpose of blocks {matrix}."
+            )
         return found
 
     def to_matrix(self, leaf: Any) -> Any:
         """The leaf as blocks `[k, i, o]`."""
-        return leaf.reshape(self.sizes).transpose(self.order).reshape(self.matrix)
+        return self._flipped(leaf.reshape(self.sizes)).transpose(self.order).reshape(self.matrix)
 
     def to_leaf(self, blocks: Any) -> Any:
         """Blocks as the leaf."""
         moved = blocks.reshape([self.sizes[d] for d in self.order])
-        return moved.transpose(np.argsort(self.order)).reshape(self.leaf)
+        return self._flipped(moved.transpose(np.argsort(self.order))).reshape(self.leaf)
+
+    def _flipped(self, split: Any) -> Any:
+        """Of NumPy's arrays, one of NumPy's, also under `jit`."""
+        ways = (-1 if d in self.flips else 1 for d in range(len(self.sizes)))
+        return split[tuple(slice(None, None, way) for way in ways)] if self.flips else split
 
 
 def _runs(line: np.ndarray, length: int) -> list[Run]:
