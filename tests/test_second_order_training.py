@@ -59,6 +59,15 @@ def test_updates_that_the_chain_has_changed_are_what_is_solved_for() -> None:
     np.testing.assert_allclose(flat(w), flat(START) - jnp.linalg.solve(A, gradient), rtol=1e-10)
 
 
+def test_leaves_of_different_precision() -> None:
+    start = {"a": START["a"].astype(jnp.float32), "b": START["b"]}
+    w, _ = step(
+        newton_cg(damping=0.0), lambda w: quadratic(jax.tree.map(lambda x: x.astype(B.dtype), w)), start
+    )
+    assert (w["a"].dtype, w["b"].dtype) == (jnp.float32, B.dtype)
+    np.testing.assert_allclose(flat(w), jnp.linalg.solve(A, B), rtol=1e-5)
+
+
 def test_a_step_that_raises_the_value_is_not_taken() -> None:
     f = lambda w: jnp.sqrt(1 + w**2)  # noqa: E731  # Newton from 2 goes to −8
     optimizer = newton_cg(damping=0.01)
@@ -126,6 +135,14 @@ def test_a_diagonal_quadratic_is_solved_in_one_step() -> None:
     w, _ = step(chain, f, jnp.zeros(3))
     # Magnitudes: from a maximum it goes away.
     np.testing.assert_allclose(w, [1, 2, -3], rtol=1e-12)
+
+
+def test_a_diagonal_of_more_precision_than_the_parameters() -> None:
+    w = jnp.ones(2, jnp.bfloat16)
+    optimizer = scale_by_diagonal(lambda params: jnp.array([1.0, 4.0], jnp.float32), damping=0.0)
+    updates, state = optimizer.update(w, optimizer.init(w), w)
+    assert updates.dtype == state.average.dtype == jnp.bfloat16
+    np.testing.assert_allclose(updates.astype(float), [1, 0.25], rtol=0.02)
 
 
 def test_moving_average_of_diagonals() -> None:

@@ -74,7 +74,8 @@ def scale_by_diagonal(
 
         def renewed(average: PyTree) -> PyTree:
             found = diagonal(params, **chosen_arguments(diagonal, extra))
-            return jax.tree.map(lambda a, d: decay * a + (1 - decay) * jnp.abs(d), average, found)
+            mean = lambda a, d: (decay * a + (1 - decay) * jnp.abs(d)).astype(a.dtype)  # noqa: E731
+            return jax.tree.map(mean, average, found)
 
         average = jax.lax.cond(state.updates % every == 0, renewed, lambda average: average, state.average)
         times = state.updates // every + 1

@@ -173,10 +173,10 @@ def _conjugate_gradients(
         length = jnp.where(
             negative, jnp.where(at.steps == 0, 1, 0), at.squared / jnp.where(negative, 1, bent)
         )
-        step = optax.tree.add_scale(at.step, length, at.direction)
-        residual = optax.tree.add_scale(at.residual, -length, turned)
+        step = _added(at.step, length, at.direction)
+        residual = _added(at.residual, -length, turned)
         following = optax.tree.vdot(residual, residual)
-        direction = optax.tree.add_scale(residual, following / at.squared, at.direction)
+        direction = _added(residual, following / at.squared, at.direction)
         undefined = at.undefined | ((at.steps == 0) & jnp.isnan(bent))
         return _Solved(step, residual, direction, following, at.steps + 1, negative, undefined)
 
@@ -185,3 +185,8 @@ def _conjugate_gradients(
         nothing, right, right, squared, jnp.zeros((), int), jnp.asarray(False), ~jnp.isfinite(squared)
     )
     return jax.lax.while_loop(goes_on, advance, start)
+
+
+def _added(to: PyTree, scale: Any, tree: PyTree) -> PyTree:
+    """`to + scale · tree`, each leaf with its own precision, which may differ from that of the scale."""
+    return jax.tree.map(lambda a, b: (a + scale * b).astype(a.dtype), to, tree)
