@@ -52,6 +52,24 @@ def test_deep_linear_network_with_squared_error():
     assert_blocks(fp.ekfac(deep, SQUARED, kind="exact")(DEEP, x, y), expected)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("make", [fp.kfac, fp.ekfac])
+def test_half_precision(make, dtype):
+    """Parameters and data in half precision, whose factors LAPACK does not take as they are."""
+    params = {"a": normal(4, 3), "bias": normal(3)}
+    x, y = normal(6, 4), normal(6, 3)
+
+    def step(dtype):
+        p = jax.tree.map(lambda w: w.astype(dtype), params)
+        made = make(lambda p, x: x @ p["a"] + p["bias"], SQUARED, kind="exact")
+        return made(p, x.astype(dtype), y.astype(dtype)).inverse(damping=1.0) @ p
+
+    for found, expected in zip(*map(jax.tree.leaves, (step(dtype), step("float32"))), strict=True):
+        assert found.dtype == dtype
+        scale = float(jnp.abs(expected).max())
+        np.testing.assert_allclose(found.astype("float32"), expected, rtol=0, atol=0.03 * scale)
+
+
 @pytest.mark.parametrize("name", ["mlp", "residual", "equinox"])
 def test_one_example(name):
     """One example whose weights are used once: the block is a Kronecker product. Biases are always exact."""

@@ -117,8 +117,13 @@ def _eigh(factor: Any) -> tuple[Any, Any]:
     """Eigenvalues, of which none is negative, and eigenvectors."""
     if factor.ndim == 1:
         return jnp.maximum(factor, 0), jnp.ones_like(factor)
-    values, vectors = jnp.linalg.eigh(factor)
+    values, vectors = jnp.linalg.eigh(_full_precision(factor))
     return jnp.maximum(values, 0), vectors
+
+
+def _full_precision(factor: Any) -> Any:
+    """LAPACK has no half precision."""
+    return factor.astype(jnp.promote_types(factor.dtype, jnp.float32))
 
 
 def _mean_eigenvalue(factor: Any) -> Any:
@@ -130,8 +135,8 @@ def _mean_eigenvalue(factor: Any) -> Any:
 def _inverse(factor: Any, damping: Any) -> Any:
     if factor.ndim == 1:
         return 1 / (factor + damping)
-    eye = jnp.eye(factor.shape[-1], dtype=factor.dtype)
-    return jnp.linalg.inv(factor + damping * eye)
+    factor = _full_precision(factor)
+    return jnp.linalg.inv(factor + damping * jnp.eye(factor.shape[-1], dtype=factor.dtype))
 
 
 @jax.tree_util.register_dataclass
