@@ -79,6 +79,32 @@ def test_equals_xla(case, chunked):
         np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("padding", "row"), [("SAME", 2), ("VALID", 0)])
+def test_what_is_not_finite_spreads_as_in_xla(padding, row):
+    """An infinity or NaN in the input, in the kernel, or in a row of the cotangent that met no padding."""
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(3, 8, 8, 2)), rng.normal(size=(3, 3, 2, 4))
+
+    def fun(x, w):
+        return jax.lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    @jax.jit
+    def both(x, w, g):
+        expected, pullback = jax.vjp(fun, x, w)
+        actual, ours = fp.vjp(fun, x, w, rules=RULES)
+        return [actual, *ours(g)], [expected, *pullback(g)]
+
+    operands = x, w, rng.normal(size=jax.eval_shape(fun, x, w).shape)
+    for i, place in enumerate([(1, 0, 3, 1), (0, 2, 1, 3), (1, row, 3, 2)]):
+        for value in (np.inf, np.nan):
+            broken = [a.copy() for a in operands]
+            broken[i][place] = value
+            actual, expected = both(*broken)
+            assert not all(np.isfinite(e).all() for e in expected)
+            for a, e in zip(actual, expected, strict=True):
+                np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-12)
+
+
 def reasons(fun, *args):
     return [m.reason for m in fp.matches(fun, fp.rules.handwritten)(*args)]
 

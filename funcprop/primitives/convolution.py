@@ -11,6 +11,9 @@ The value has another way. XLA's CPU backend convolves without padding two to fo
 with it (batch 128, 15×15, 64→96 channels, 3×3: 63 against 155 GFLOP/s). So one position more is computed at
 the end of one axis, and dropped: that *margin* is cheaper than any product of patches.
 
+An infinity or NaN goes where autodiff's goes, but for one in `ȳ` beside the padding: in `w̄` its products with
+the zeros of the padding are NaN, which XLA leaves out.
+
 Which way is taken is decided by `plan`, from shapes alone.
 
 Source: Chellapilla et al., "High performance convolutional neural networks for document processing", 2006,
