@@ -2,9 +2,10 @@
 
 Two classifiers at batch 128, mean cross-entropy: an MLP 784-512-256-10, and a CNN of three convolutions
 (each with relu and an overlapping max-pool) and three dense layers. Data and parameters are arguments, never
-constants (XLA would fold them). All programs of a model take turns; each turn gives one ratio of a quantity's
-time to the gradient's of the same turn, and the table shows the median of these paired ratios with its
-quartiles, beside the fastest time. A star marks a bound that is not reached.
+constants (XLA would fold them). All programs of a model take turns, in which the second of two runs counts;
+each turn gives one ratio of a quantity's time to the gradient's of the same turn, and the table shows the
+median of these paired ratios with its quartiles, beside the fastest time. A star marks a bound that is not
+reached.
 
 `--peer` adds BackPACK, curvlinops and laplace-torch for PyTorch and kfac-jax for JAX, as far as they are
 installed, with the same weights and data. What they compute is compared with ours before any time is taken:
@@ -71,7 +72,7 @@ def measure(
     steps = {name: blocking(compiled[name], q.args) for name, q in programs.items()}
     for step in steps.values():
         step()
-    times = interleaved(steps, repeats)
+    times = interleaved(steps, repeats, twice=True)
     found = {}
     for name, seconds in times.items():
         bound = None if name == GRADIENT else QUANTITIES[name].bounds.get(model)
@@ -103,7 +104,7 @@ def measure_peers(
         steps[peer.quantity, peer.library] = peer.way.step
         steps[peer.quantity, "ours"] = ours[peer.quantity]
     steps[GRADIENT, "ours"] = ours[GRADIENT]
-    times = interleaved(steps, repeats)
+    times = interleaved(steps, repeats, twice=True)
     found = {}
     for peer, difference in differences.items():
         seconds = times[peer.quantity, peer.library]

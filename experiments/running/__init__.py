@@ -45,11 +45,19 @@ def blocking(program: Callable[..., Any], args: Sequence[Any]) -> Callable[[], A
     return lambda: jax.block_until_ready(program(*args))
 
 
-def interleaved(steps: dict[Step, Callable[[], Any]], repeats: int) -> dict[Step, np.ndarray]:
-    """Seconds of each step in each turn."""
+def interleaved(
+    steps: dict[Step, Callable[[], Any]], repeats: int, *, twice: bool = False
+) -> dict[Step, np.ndarray]:
+    """Seconds of each step in each turn.
+
+    If `twice`, the second of two runs counts: what it finds in memory and caches is then its own, as in a
+    training loop, and not what the step before it left.
+    """
     seconds: dict[Step, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
+            if twice:
+                step()
             start = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - start)
