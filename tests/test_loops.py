@@ -10,16 +10,12 @@ from compiling import compiled
 from flax import linen as nn
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from loop_programs import B, H, T, close, normal, products_in_loops
 
 import funcprop as fp
-from funcprop.primitives import loops, pooling
+from funcprop.primitives import loops
 
 RULES = fp.rules.autodiff.replace({"scan": loops.rule(loops.ALWAYS)})
-T, B, H = 5, 2, 3
-
-
-def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape)) * 0.5
 
 
 def recurrent(p, xs):
@@ -115,10 +111,6 @@ LOOPS = {
 ARGS = ({"U": normal(H, H), "V": normal(H, H, seed=1), "b": normal(H, seed=2)}, normal(T, B, H, seed=3))
 
 
-def close(actual, expected):
-    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-11, atol=1e-12), actual, expected)
-
-
 @pytest.mark.parametrize("name", LOOPS)
 def test_values_and_gradients(name):
     loop = LOOPS[name]
@@ -154,23 +146,6 @@ def test_recurrent_networks_of_flax(cell):
         return jnp.mean(model.apply(params, x) ** 2)
 
     close(*compiled(lambda *a: (fp.grad(loss, rules=RULES)(*a), jax.grad(loss)(*a)))(params, x))
-
-
-def products_in_loops(fun, *args):
-    """The shapes of the results of all products inside of loops."""
-    found = []
-
-    def walk(jaxpr, inside):
-        for eqn in jaxpr.eqns:
-            if inside and eqn.primitive.name == "dot_general":
-                found.append(eqn.outvars[0].aval.shape)
-            for value in eqn.params.values():
-                body = getattr(value, "jaxpr", value)
-                if hasattr(body, "eqns"):
-                    walk(body, inside or eqn.primitive.name == "scan")
-
-    walk(jax.make_jaxpr(fun)(*args).jaxpr, False)
-    return found
 
 
 def test_weight_gradients_leave_the_loop():
@@ -228,96 +203,6 @@ def test_what_the_rule_leaves_alone():
         return jax.lax.scan(step, x, None, length=2)[0]
 
     assert reasons(printing, jnp.eye(2), jnp.eye(2)) == ["it has side effects"]
-
-
-def test_rules_inside_of_a_loop_fire_too():
-    def pooled(w, x):
-        def step(c, _):
-            y = nn.max_pool(jnp.tanh(c @ w), (2, 2), (1, 1), "SAME")
-            return y, None
-
-        return jnp.sum(jax.lax.scan(step, x, None, length=3)[0] ** 2)
-
-    args = normal(H, H), normal(2, 4, 4, H, seed=1)
-    everywhere = {"scan": loops.rule(loops.ALWAYS), "reduce_window_max": pooling.rule(everywhere=True)}
-    both = fp.rules.handwritten.replace(everywhere)
-    operators = [m.operator for m in fp.matches(pooled, both)(*args)]
-    assert operators == ["scan", "dot_general", "tanh", "reduce_window_max"]
-    program = str(jax.make_jaxpr(fp.grad(pooled, rules=both))(*args))
-    assert "select_and_scatter" not in program
-    assert "select_and_gather" not in program
-    close(*compiled(lambda *a: (fp.grad(pooled, rules=both)(*a), jax.grad(pooled)(*a)))(*args))
-
-
-def rows_of_three_axes(p, xs):
-    """An outer product of the batch; one of the two products is in a jit of its own."""
-
-    def step(h, x):
-        h = jnp.tanh(jax.jit(jnp.matmul)(h, p["U"]) + x[:, None] @ p["V"])
-        return h, h
-
-    return jnp.sum(jax.lax.scan(step, jnp.ones((B, 1, 9)), xs)[1] ** 2)
-
-
-WIDE = {"U": normal(9, 9), "V": normal(9, 9, seed=1)}, normal(T, B, 9, seed=3)
-
-
-def test_products_that_leave_the_loop_keep_no_rule_of_their_own():
-    """Otherwise the rule of a product would hide it from that of the loop."""
-    own = fp.rules.autodiff.replace({"scan": None, "dot_general": fp.rules.handwritten["dot_general"]})
-    assert [m.reason for m in fp.matches(rows_of_three_axes, own)(*WIDE)] == [None, None]
-    found = fp.matches(rows_of_three_axes)(*WIDE)
-    reasons = [m.reason for m in found if m.operator in ("scan", "dot_general")]
-    assert reasons == [None, *["the rule of the loop around it derives it"] * 2]
-    assert (9, 9) in products_in_loops(jax.grad(rows_of_three_axes), *WIDE)
-    assert (9, 9) not in products_in_loops(fp.grad(rows_of_three_axes), *WIDE)
-
-    @compiled
-    def both(*args):
-        return [
-            jax.value_and_grad(f, (0, 1))(*args)
-            for f in (fp.with_rules(rows_of_three_axes), rows_of_three_axes)
-        ]
-
-    close(*both(*WIDE))
-
-
-def test_a_jitted_function_in_new_loops_is_rewritten_once():
-    """What is claimed in a loop has another identity at each tracing; the function's own body has not."""
-    traced = []
-
-    def forward(x, **_):
-        traced.append(x)
-        return jnp.sin(x), (x,)
-
-    sine = fp.Rule(forward, lambda residuals, g, needs, **_: (g * jnp.cos(residuals[0]),))
-    rules = fp.rules.default.replace({"sin": sine})
-    function = jax.jit(jnp.sin)
-    counts = []
-    for _ in range(3):
-
-        def loss(w, xs):
-            step = lambda h, x: (function(h @ w + x), None)  # noqa: E731
-            return jnp.sum(jax.lax.scan(step, jnp.ones((2, 9)), xs)[0] ** 2)
-
-        traced.clear()
-        fp.with_rules(loss, rules)(normal(9, 9), normal(T, 2, 9))
-        counts.append(len(traced))
-    assert counts[0] > counts[1] == counts[2]
-
-
-def test_a_rule_that_the_user_put_in_stays_in_loops():
-    """Here one that says of itself that it ran."""
-    product = fp.rules.handwritten["dot_general"]
-    ran = []
-
-    def backward(*args, **static):
-        ran.append(static)
-        return product.backward(*args, **static)
-
-    own = fp.rules.default.replace({"dot_general": fp.Rule(product.forward, backward)})
-    close(fp.grad(rows_of_three_axes, rules=own)(*WIDE), jax.grad(rows_of_three_axes)(*WIDE))
-    assert ran
 
 
 def cross_entropy_by_chunks(w, xs, labels):
