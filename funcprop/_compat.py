@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -129,6 +129,16 @@ def free_variables(eqns: Sequence[Any]) -> list[Var]:
     defined = {v for eqn in eqns for v in eqn.outvars}
     read = [v for eqn in eqns for v in eqn.invars if not isinstance(v, Literal)]
     return list(dict.fromkeys(v for v in read if v not in defined))
+
+
+def needed_equations(eqns: Sequence[Any], results: Sequence[Any], given: Collection[Any] = ()) -> list[Any]:
+    """Those equations that some results depend on, in order; what is `given` need not be computed."""
+    needed, kept = {v for v in variables(results) if v not in given}, []
+    for eqn in reversed(eqns):
+        if any(v in needed for v in eqn.outvars):
+            kept.append(eqn)
+            needed.update(v for v in variables(eqn.invars) if v not in given)
+    return kept[::-1]
 
 
 def without_unread_inputs(jaxpr: Any, keep: Sequence[bool]) -> tuple[Any, list[bool]]:

@@ -99,7 +99,7 @@ def perturbed(nodes: Sequence[Node], result: Any) -> tuple[Any, tuple[Any, ...]]
     """
     term = nodes[0].term
     equations = [term.eqns[i] for i in sorted({i for node in nodes for i in node.after})]
-    equations = needed_for(equations, [result])
+    equations = _compat.needed_equations(equations, [result])
     deltas = [_compat.Var(node.variable.aval) for node in nodes]
     moved: dict[Any, Any] = {}
     found: list[Any] = []
@@ -123,13 +123,3 @@ def perturbed(nodes: Sequence[Node], result: Any) -> tuple[Any, tuple[Any, ...]]
     given = set(deltas)
     free = tuple(v for v in _compat.free_variables(found) if v not in given)
     return _compat.jaxpr_of(found, [*deltas, *free], [moved.get(result, result)], "perturbed"), free
-
-
-def needed_for(equations: Sequence[Any], results: Sequence[Any]) -> list[Any]:
-    """Those equations that some results depend on."""
-    needed, kept = set(_compat.variables(results)), []
-    for eqn in reversed(equations):
-        if any(v in needed for v in eqn.outvars):
-            kept.append(eqn)
-            needed.update(_compat.variables(eqn.invars))
-    return kept[::-1]

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from funcprop import _compat
-from funcprop.curvature.nodes import needed_for
 from funcprop.curvature.separability import is_separable
 
 _SUMS = frozenset({"add", "add_any", "sub"})
@@ -62,7 +61,8 @@ def _without(jaxpr: Any, at: int, side: int) -> Any:
     aval = operands[side].aval
     operands[side] = _compat.Literal(aval.dtype.type(0), aval)
     equations[at] = equations[at].replace(invars=operands)
-    return _compat.jaxpr_of(needed_for(equations, jaxpr.outvars), jaxpr.invars, jaxpr.outvars, "term")
+    needed = _compat.needed_equations(equations, jaxpr.outvars)
+    return _compat.jaxpr_of(needed, jaxpr.invars, jaxpr.outvars, "term")
 
 
 def _is_penalty(jaxpr: Any, leaves: Sequence[int]) -> bool:

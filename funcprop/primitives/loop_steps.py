@@ -23,7 +23,7 @@ from funcprop.primitives.loop_bodies import (
     split,
     with_arranged_products,
 )
-from funcprop.primitives.stacking import merged, recomputation, to_stack
+from funcprop.primitives.stacking import merged, to_stack
 from funcprop.sizes import nbytes
 
 Arrays = list[Any]
@@ -159,7 +159,7 @@ class Step:
         wanted = list(dict.fromkeys([*_compat.variables(self.leaves), *_compat.variables(self.activations)]))
         self.to_stack = to_stack(jaxpr, wanted, _compat.variables(self.activations), free)
         given = free | set(self.to_stack)
-        self.again = recomputation(jaxpr, _compat.variables(self.leaves), given)
+        self.again = _compat.needed_equations(jaxpr.eqns, self.leaves, given)
         read = [
             *_compat.free_variables(self.again),
             *_compat.variables(self.leaves),

@@ -50,17 +50,6 @@ def to_stack(jaxpr: Any, wanted: Sequence[Any], pinned: Sequence[Any], free: Col
     return list(stacked)
 
 
-def recomputation(jaxpr: Any, wanted: Sequence[Any], given: Collection[Any]) -> list[Any]:
-    """The equations that compute the `wanted` variables from the `given` ones, in order."""
-    need = {v for v in wanted if v not in given}
-    chosen = []
-    for eqn in reversed(jaxpr.eqns):
-        if any(v in need for v in eqn.outvars):
-            chosen.append(eqn)
-            need.update(v for v in _compat.variables(eqn.invars) if v not in given)
-    return chosen[::-1]
-
-
 def merged(jaxpr: Any) -> Any:
     """A jaxpr in which equal equations without side effects are one."""
     same: dict[Any, Any] = {}
