@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import jax
 
 from funcprop import _compat
+from funcprop.calls import has_values
 from funcprop.cost.programs import DENSE, GAUSS_NEWTON, GRADIENT, programs
-from funcprop.cost.timing import Rates, fastest, measured_rates
+from funcprop.cost.timing import Rates, compiled_together, fastest, measured_rates
 from funcprop.cost.work import Work, of_compiled, of_jaxpr
 from funcprop.graph import aligned, bytes_text
 from funcprop.objective import Argnums, Objective, trace_objective
@@ -213,7 +213,7 @@ def second_order_cost(
 
     def costs(*args: Any, **kwargs: Any) -> SecondOrderCost:
         def use(objective: Objective) -> tuple[SecondOrderCost, None]:
-            run = not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in objective.traced.leaves)
+            run = has_values(objective.traced.leaves)
             return _costs(objective, output, rule_set, repeats if run else 0, largest, patience), None
 
         return trace_objective(use, fun, argnums, args, kwargs, has_aux, INLINED)
@@ -244,10 +244,7 @@ def _costs(
     measured: dict[str, Cost] = {}
     chosen = [p for p in found if reasons[p.name] is None]
     lowered = {p.name: jax.jit(p.function).lower(*p.operands) for p in chosen if p.name not in executable}
-    # XLA compiles outside of python's lock: two at a time take little more than half the time of one by one.
-    with ThreadPoolExecutor(2) as pool:
-        made = pool.map(lambda program: program.compile(), lowered.values())
-        executable.update(zip(lowered, made, strict=True))
+    executable.update(zip(lowered, compiled_together(lowered.values()), strict=True))
     compiled = [(p.name, executable[p.name], p.operands) for p in chosen]
     # The dense Hessian takes far longer than the others and is not run in turn with them.
     for together in (compiled[:-1], compiled[-1:]) if reasons[DENSE] is None else (compiled,):
