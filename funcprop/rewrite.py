@@ -277,13 +277,14 @@ class Rewriter:
             return body
         rewritten = _REWRITTEN.setdefault(body, {})
         # Of what is claimed around it, only what it holds: the rest has other identities at each tracing.
-        key = (self.rules, self.platform, self.claimed and self.claimed & self._identities(body))
+        key = (
+            self.rules,
+            self.platform,
+            self.claimed and self.claimed.intersection(map(id, _compat.equations(body))),
+        )
         if key not in rewritten:
             rewritten[key] = _compat.retrace(lambda *args: self.run(body, args), body)
         return rewritten[key]
-
-    def _identities(self, body: Any) -> frozenset[int]:
-        return frozenset(map(id, _compat.equations(body)))
 
     def _enter_shard_map(self, eqn: Any, args: Arrays) -> Arrays:
         params = eqn.params

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop import _compat
+from funcprop.calls import has_values
 from funcprop.expressions import Expression
 from funcprop.graph import Operator
 from funcprop.sweeps import read
@@ -64,7 +65,7 @@ def call_operator(op: Operator, inputs: Sequence[Any]) -> list[Any]:
 
 def verify(lines: Sequence[Line], traced: Traced, tolerance: float | None = None) -> Verification:
     """Evaluate every form of every line and compare it with autodiff; see `Derivation.verify`."""
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in traced.leaves):
+    if not has_values(traced.leaves):
         raise TypeError(
             "verify: derive was given shapes (jax.ShapeDtypeStruct); give it arrays, so that its equations "
             "can be evaluated."

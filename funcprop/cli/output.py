@@ -34,9 +34,9 @@ class Output(NamedTuple):
 
 
 def emit(compute: Callable[[], Output], as_json: bool, out: Path | None = None) -> None:
-    """Write the file, if there is one, and print the result on stdout; a `TargetError` on stderr, with exit
-    code 1.
+    """Write the file, if there is one, and print the result on stdout.
 
+    A `TargetError` goes to stderr, with exit code 1.
     A file that cannot be written is an error before anything is computed. Where it is one only afterwards,
     the content is written elsewhere and the result is printed all the same. With JSON, whatever the user's
     code prints goes to stderr, so that stdout is the one object.
