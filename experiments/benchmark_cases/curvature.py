@@ -17,6 +17,7 @@ from flax import linen as nn
 
 import funcprop as fp
 from benchmark_cases.case import normal
+from benchmark_cases.dense import MLP
 from benchmark_cases.vision import CNN
 
 
@@ -67,8 +68,7 @@ def _classifier(model: nn.Module, x: jax.Array) -> Problem:
 
 
 def _mlp(batch: int) -> Problem:
-    model = nn.Sequential([nn.Dense(512), nn.relu, nn.Dense(256), nn.relu, nn.Dense(10)])
-    return _classifier(model, normal(batch, 784))
+    return _classifier(MLP, normal(batch, 784))
 
 
 def _cnn(batch: int) -> Problem:

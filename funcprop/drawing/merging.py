@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from funcprop.drawing.opened import Passage, loops_around
-from funcprop.drawing.scopes import scope_path
+from funcprop.drawing.scopes import scope_path, scopes_around
 from funcprop.drawing.shown import Link, Place, Shown
 from funcprop.graph import Graph, Operator, Variable
 from funcprop.naming import unique_names
@@ -115,9 +115,8 @@ class _Merging:
         scope_of = {op.name: op.scope for op in (*self.second.graph, *self.removed.values())}
         inside: dict[tuple[str, ...], str] = {}
         for name, scope in scope_of.items():
-            path = scope_path(scope)
-            for n in range(1, len(path) + 1):
-                inside.setdefault(path[:n], name)
+            for path in scopes_around(scope):
+                inside.setdefault(path, name)
         numbers = itertools.count(len(found))
         for place, v in self.first.places.items():
             if v.name in self.gone:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from funcprop.drawing.bodies import bodies
 from funcprop.drawing.loops import LOOPS, open_loops, title
 from funcprop.drawing.matching import Matching
-from funcprop.drawing.scopes import scope_path
+from funcprop.drawing.scopes import scope_path, scopes_around
 from funcprop.drawing.shown import Link, Place, Shown
 from funcprop.graph import Graph, Operator, Variable
 
@@ -66,8 +66,7 @@ def _closed(operators: Collection[Operator], opened: Collection[str]) -> dict[Ha
 
 def loops_around(scope: str, shown: Shown) -> list[tuple[str, ...]]:
     """The scopes of the opened loops around a scope, from the outside."""
-    path = scope_path(scope)
-    return [path[:n] for n in range(1, len(path) + 1) if path[:n] in shown.titles]
+    return [path for path in scopes_around(scope) if path in shown.titles]
 
 
 def _keys(shown: Shown, role: Callable[[str], str]) -> Callable[[Operator], Hashable]:
@@ -98,12 +97,7 @@ def with_passages(shown: Shown) -> Graph:
             after[scope_path(scope_of[place.operator])[: place.depth]].append(passage)
         else:
             before[place.operator].append((place.depth, passage))
-    last = {
-        path[:n]: op.name
-        for op in shown.graph
-        for path in (scope_path(op.scope),)
-        for n in range(1, len(path) + 1)
-    }
+    last = {path: op.name for op in shown.graph for path in scopes_around(op.scope)}
     ends: dict[str, list[Operator]] = defaultdict(list)
     for path in sorted(after, key=len, reverse=True):
         ends[last[path]] += after[path]

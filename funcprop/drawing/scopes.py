@@ -84,6 +84,12 @@ def scope_path(scope: str) -> tuple[str, ...]:
     return tuple(part for part in scope.split("/") if part)
 
 
+def scopes_around(scope: str) -> list[tuple[str, ...]]:
+    """A scope and those around it, from the outside."""
+    path = scope_path(scope)
+    return [path[:n] for n in range(1, len(path) + 1)]
+
+
 def scope_tree(operators: Sequence[Operator], section_of: Callable[[Operator], str]) -> Scope:
     """The operators, in order, in the tree of their scopes; the sections are the outermost."""
     root = Scope(())
