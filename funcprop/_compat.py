@@ -205,6 +205,11 @@ def with_constants_as_inputs(jaxpr: Any) -> tuple[Any, list[Any]]:
     return inner.replace(invars=[*inner.constvars, *inner.invars], **replaced), consts
 
 
+def closed_like(like: Any, jaxpr: Any) -> Any:
+    """An open jaxpr without constants in the form of another one, which may be of those that carry some."""
+    return jex.ClosedJaxpr(jaxpr, []) if like is not open_jaxpr(like) else jaxpr
+
+
 def retrace(fun: Callable[..., Any], like: Any) -> Any:
     """Trace `fun` at the input types of the jaxpr `like`; a jaxpr that carries its constants."""
     return jax.make_jaxpr(fun)(*[v.aval for v in open_jaxpr(like).invars])

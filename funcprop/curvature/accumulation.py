@@ -18,6 +18,7 @@ import scipy.sparse.linalg
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
+from funcprop.program import Compiled
 from funcprop.progress import bar
 
 Batches = Callable[[], Iterable[Any]] | Iterable[Any]
@@ -55,7 +56,8 @@ def accumulate(
 
     Args:
         quantity: `quantity(*batch)`, a pytree of arrays, for a batch that is a plain tuple or list;
-            `quantity(batch)` for any other. It is jitted.
+            `quantity(batch)` for any other. It is traced once for minibatches of the same shapes, and
+            compiled.
         batches: the minibatches, or a function of no arguments that returns them.
         state: what has been accumulated before: as many minibatches are skipped, and the pass continues.
         progress: True for a progress bar on stderr (needs rich), if that is a terminal; or what is called as
@@ -74,7 +76,7 @@ def accumulate(
         >>> print(total.mean, total.examples)
         {'mean': Array(3., dtype=float32)} 3
     """
-    compiled = jax.jit(lambda batch: _applied(quantity, batch))
+    compiled = Compiled(lambda batch: _applied(quantity, batch))
     skipped = 0 if state is None else int(state.batches)
     checksum, number = 0, 0
     with closing(_visited(batches, progress is True, "curvature of minibatches")) as visited:
@@ -182,7 +184,8 @@ def over_batches(
     """The mean of an operator over a data set, for SciPy's solvers: every product is one pass over the data.
 
     `operator(params, *batch)` is a linear operator on the parameters, such as `fp.ggn(model, loss)`, whose
-    scale is a mean over the examples. Vectors are flat, in `ravel_pytree` order.
+    scale is a mean over the examples. Vectors are flat, in `ravel_pytree` order. The operator is traced at
+    its first product with minibatches of some shapes: what it reads besides its arguments, it has since.
 
     Args:
         operator: a function of parameters and a minibatch.
@@ -206,9 +209,10 @@ def over_batches(
         check_deterministic(batches)
     flat, unravel = ravel_pytree(params)
 
-    @jax.jit
-    def product(batch: Any, v: Any) -> Any:
+    def on_batch(batch: Any, v: Any) -> Any:
         return ravel_pytree(_applied(lambda *b: operator(params, *b), batch) @ unravel(v))[0]
+
+    product = Compiled(on_batch)
 
     def matvec(v: np.ndarray) -> np.ndarray:
         column = jnp.asarray(v, flat.dtype).ravel()

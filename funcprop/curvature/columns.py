@@ -87,7 +87,7 @@ class Columns:
 
 
 @dataclass(frozen=True, eq=False)
-class Program:
+class ColumnLoop:
     """Columns made by one compiled loop: `linear` maps a tangent of each node, or of the outputs, to all.
 
     `flops` and `nbytes` are those of one column; `block` columns are made at once.
@@ -131,7 +131,7 @@ class Program:
 
 def program_of(
     members: Sequence[Columns], read: Read, rules: RuleSet | None, byte_limit: int, block: int | None
-) -> Program:
+) -> ColumnLoop:
     """The program for some columns of one term; `read` gives the values of variables."""
     nodes, cut = [m.node for m in members], members[0].cut
     eigen = None
@@ -147,7 +147,7 @@ def program_of(
     if cut is not None:
         flops += of_loss + EIGENVECTORS * cut.size * outputs.size + sum(m.own_flops() for m in members)
     size += sum(m.own_bytes() for m in members)
-    return Program(tuple(members), linear, flops, size, _block(members, size, byte_limit, block), eigen)
+    return ColumnLoop(tuple(members), linear, flops, size, _block(members, size, byte_limit, block), eigen)
 
 
 def hessian_of(nodes: Sequence[Node], read: Read, rules: RuleSet | None) -> tuple[Callable[[Any], Any], Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from funcprop import _compat
-from funcprop.calls import Call, is_array, require_values, traced
-from funcprop.curvature.columns import OUTPUTS, Columns, Program
+from funcprop.calls import Call, is_array, require_values
+from funcprop.curvature.columns import OUTPUTS, ColumnLoop, Columns
 from funcprop.curvature.entries import find_nodes
 from funcprop.curvature.loops import diagonals_of
 from funcprop.curvature.nodes import Node
@@ -30,6 +30,7 @@ from funcprop.curvature.terms import terms
 from funcprop.flops import of_jaxpr
 from funcprop.graph import aligned
 from funcprop.layer_calls import without_marks
+from funcprop.program import Program
 from funcprop.registry import RuleSet
 
 Progress = Callable[[int, int], None]
@@ -94,57 +95,16 @@ class Plan:
         return title + "\n" + aligned(table, right={3, 4, 5, 6, 7}, widest=60)
 
 
-@dataclass(frozen=True, eq=False)
-class HessianDiagonal:
-    """What `hessian_diagonal` returns: `(params, *args) -> diagonal`, and `plan(params, *args)`."""
+@dataclass(frozen=True)
+class Options:
+    """How the products are made; hashable."""
 
-    loss: Callable[..., Any]
     rules: RuleSet | None
     block_size: int | None
     byte_limit: int
     progress: Progress | None
 
-    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-        """The diagonal, a pytree like `params`."""
-        given = {"params": params, **{f"argument {i + 1}": value for i, value in enumerate(args)}, **kwargs}
-        require_values("hessian_diagonal", given, "hessian_diagonal(loss).plan(…)")
-        problem = _Problem.of(self.loss, params, args, kwargs)
-        leaves = jax.jit(lambda values: self._leaves(problem, values))(problem.call.values)
-        if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-            broken = [
-                p for p, leaf in zip(problem.paths, leaves, strict=True) if not jnp.isfinite(leaf).all()
-            ]
-            if broken:
-                raise FloatingPointError(
-                    f"hessian_diagonal: the diagonal is not finite at {', '.join(map(repr, broken))}; "
-                    "fp.backprop(loss)(...).first_nonfinite() says where that begins."
-                )
-        return jax.tree.unflatten(jax.tree.structure(params), leaves)
-
-    def plan(self, params: Any, *args: Any, **kwargs: Any) -> Plan:
-        """What it will cost; nothing is computed, and `jax.ShapeDtypeStruct`s are enough."""
-        problem = _Problem.of(self.loss, params, args, kwargs)
-        found: list[Program] = []
-
-        def planned(values: Any) -> int:
-            found.extend(self._programs(problem, values)[0])
-            return 0
-
-        jax.eval_shape(planned, [jax.ShapeDtypeStruct(jnp.shape(v), _dtype(v)) for v in problem.call.values])
-        rows = [PlanRow(tuple(map(problem.path, problem.zero)), "zero", "", 0, 0, 0, 0, None)]
-        rows = rows if problem.zero else []
-        for number, program in enumerate(found):
-            B, size, members = program.block, program.block * program.nbytes, program.members
-            for of_row in [members] if program.form == OUTPUTS else [(m,) for m in members]:
-                first = of_row[0]
-                names = tuple(problem.path(leaf) for m in of_row for leaf in m.node.leaves)
-                each = program.flops + (0 if program.form == OUTPUTS else first.own_flops())
-                count = first.count
-                rows.append(PlanRow(names, first.form, _where(first), count, B, count * each, size, number))
-        size = sum(math.prod(v.aval.shape) for v in problem.parameter_variables)
-        return Plan(tuple(rows), size, problem.gradient_flops())
-
-    def _programs(self, problem: _Problem, values: Any) -> tuple[list[Program], Callable[[Any], Any]]:
+    def programs(self, problem: Problem, values: Any) -> tuple[list[ColumnLoop], Callable[[Any], Any]]:
         """All programs, and what gives the values of the variables that they read."""
         wanted = [v for n in problem.nodes for v in (n.variable, n.data, *n.free) if v is not None]
         wanted = list(dict.fromkeys(_compat.variables(wanted)))
@@ -156,10 +116,11 @@ class HessianDiagonal:
 
         return programs(problem.nodes, read, self.rules, self.byte_limit, self.block_size), read
 
-    def _leaves(self, problem: _Problem, values: Any) -> list[Any]:
+    def leaves(self, problem: Problem, values: Any) -> list[Any]:
+        """The diagonal, leaf by leaf."""
         first = len(problem.constants)
-        found = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in problem.parameter_variables]
-        planned, read = self._programs(problem, values)
+        found = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in problem.parameters]
+        planned, read = self.programs(problem, values)
         counter = None
         if self.progress is not None and planned:
             counter = _Counter(self.progress, sum(program.products for program in planned))
@@ -170,6 +131,65 @@ class HessianDiagonal:
                 for position, entries in columns.node.split(diagonal).items():
                     found[position - first] += entries.astype(found[position - first].dtype)
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class HessianDiagonal:
+    """What `hessian_diagonal` returns: `(params, *args) -> diagonal`, and `plan(params, *args)`."""
+
+    loss: Callable[..., Any]
+    options: Options
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
+        """The diagonal, a pytree like `params`."""
+        given = {"params": params, **{f"argument {i + 1}": value for i, value in enumerate(args)}, **kwargs}
+        require_values("hessian_diagonal", given, "hessian_diagonal(loss).plan(…)")
+        paths, traced, values = _traced(self.loss, params, args, kwargs)
+        # What is compiled would keep the function alive that is told of the progress.
+        compiled = _diagonal if self.options.progress is None else jax.jit(_leaves, static_argnums=(2, 3))
+        leaves = compiled(traced, values, len(paths), self.options)
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            broken = [p for p, leaf in zip(paths, leaves, strict=True) if not jnp.isfinite(leaf).all()]
+            if broken:
+                raise FloatingPointError(
+                    f"hessian_diagonal: the diagonal is not finite at {', '.join(map(repr, broken))}; "
+                    "fp.backprop(loss)(...).first_nonfinite() says where that begins."
+                )
+        return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+    def plan(self, params: Any, *args: Any, **kwargs: Any) -> Plan:
+        """What it will cost; nothing is computed, and `jax.ShapeDtypeStruct`s are enough."""
+        paths, traced, values = _traced(self.loss, params, args, kwargs)
+        problem = Problem.of(traced, len(paths))
+        found: list[ColumnLoop] = []
+
+        def planned(values: Any) -> int:
+            found.extend(self.options.programs(problem, values)[0])
+            return 0
+
+        def path(position: int) -> str:
+            return paths[position - len(problem.constants)]
+
+        jax.eval_shape(planned, [jax.ShapeDtypeStruct(jnp.shape(v), _dtype(v)) for v in values])
+        rows = [PlanRow(tuple(map(path, problem.zero)), "zero", "", 0, 0, 0, 0, None)]
+        rows = rows if problem.zero else []
+        for number, program in enumerate(found):
+            B, size, members = program.block, program.block * program.nbytes, program.members
+            for of_row in [members] if program.form == OUTPUTS else [(m,) for m in members]:
+                first = of_row[0]
+                names = tuple(path(leaf) for m in of_row for leaf in m.node.leaves)
+                each = program.flops + (0 if program.form == OUTPUTS else first.own_flops())
+                count = first.count
+                rows.append(PlanRow(names, first.form, _where(first), count, B, count * each, size, number))
+        size = sum(math.prod(v.aval.shape) for v in problem.parameters)
+        return Plan(tuple(rows), size, problem.gradient_flops())
+
+
+def _leaves(traced: Program, values: Any, count: int, options: Options) -> list[Any]:
+    return options.leaves(Problem.of(traced, count), values)
+
+
+_diagonal = jax.jit(_leaves, static_argnums=(2, 3))
 
 
 def _where(columns: Columns) -> str:
@@ -195,7 +215,7 @@ class _Counter:
         self.progress, self.total, self.done = progress, total, 0
         self.lock = threading.Lock()
 
-    def of(self, program: Program) -> Callable[[Any], None]:
+    def of(self, program: ColumnLoop) -> Callable[[Any], None]:
         """What counts an iteration of this program, by its number, when it has been computed."""
         products = program.products_of_steps()
 
@@ -208,64 +228,67 @@ class _Counter:
         return functools.partial(jax.debug.callback, count)
 
 
+def _traced(
+    loss: Callable[..., Any], params: Any, args: Any, kwargs: Any
+) -> tuple[tuple[str, ...], Program, list[Any]]:
+    """The paths of the parameters, the loss as a function of all arrays, and these, parameters first."""
+    named = jax.tree.leaves_with_path(params)
+    paths = tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in named)
+    for path, (_, leaf) in zip(paths, named, strict=True):
+        if not is_array(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"hessian_diagonal: the parameter {path!r} is {leaf!r}, which has no real "
+                "derivative; pass floating-point arrays, and other values as further arguments."
+            )
+    call = Call.of((params, *args), kwargs, is_array)
+
+    def flat(*values: Any) -> list[Any]:
+        call_args, call_kwargs = call.arguments(call.filled(values))
+        return jax.tree.leaves(loss(*call_args, **call_kwargs))
+
+    traced = Program.of(flat, *call.values, called=loss)
+    results = traced.results
+    if [r.shape for r in results] != [()] or not jnp.issubdtype(results[0].dtype, jnp.floating):
+        shown = ", ".join(jax.typeof(r).str_short() for r in results)
+        raise TypeError(
+            f"hessian_diagonal: the loss returns ({shown}), but a Hessian is that of one real scalar; "
+            "return the mean or the sum over the examples, alone."
+        )
+    return paths, traced, call.values
+
+
 @dataclass(frozen=True, eq=False)
-class _Problem:
+class Problem:
     """The loss as a jaxpr of its constants, the parameters, and all other arrays; and its nodes.
 
-    `paths` are those of the parameters, `zero` the positions of those in which the loss is piecewise affine.
+    `zero` are the positions of the parameters in which the loss is piecewise affine.
     """
 
-    call: Call
-    paths: tuple[str, ...]
     jaxpr: Any
-    constants: list[Any]
+    constants: Sequence[Any]
+    count: int
     nodes: list[Node]
     zero: tuple[int, ...]
 
     @classmethod
-    def of(cls, loss: Callable[..., Any], params: Any, args: Any, kwargs: Any) -> _Problem:
-        named = jax.tree.leaves_with_path(params)
-        paths = tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in named)
-        for path, (_, leaf) in zip(paths, named, strict=True):
-            if not is_array(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-                raise TypeError(
-                    f"hessian_diagonal: the parameter {path!r} is {leaf!r}, which has no real "
-                    "derivative; pass floating-point arrays, and other values as further arguments."
-                )
-        call = Call.of((params, *args), kwargs, is_array)
-
-        def flat(*values: Any) -> list[Any]:
-            call_args, call_kwargs = call.arguments(call.filled(values))
-            return jax.tree.leaves(loss(*call_args, **call_kwargs))
-
-        closed = _compat.inlined(traced(flat, call.values, loss))
-        jaxpr, constants = _compat.with_constants_as_inputs(closed)
-        jaxpr = without_marks(jaxpr)
-        results = [v.aval for v in jaxpr.outvars]
-        if [r.shape for r in results] != [()] or not jnp.issubdtype(results[0].dtype, jnp.floating):
-            shown = ", ".join(r.str_short() for r in results)
-            raise TypeError(
-                f"hessian_diagonal: the loss returns ({shown}), but a Hessian is that of one real scalar; "
-                "return the mean or the sum over the examples, alone."
-            )
+    def of(cls, traced: Program, count: int) -> Problem:
+        """Take a loss apart whose leading `count` arguments are the parameters."""
+        jaxpr = without_marks(_compat.open_jaxpr(_compat.inlined(traced.jaxpr)))
         # Positional arguments come before keyword ones, so that the parameters are the first variables.
-        positions = range(len(constants), len(constants) + len(paths))
+        positions = range(len(traced.constants), len(traced.constants) + count)
         zero = tuple(i for i in positions if why_curved(jaxpr, i) is None)
         curved = [i for i in positions if i not in zero]
         nodes = [node for term in terms(jaxpr, curved) for node in find_nodes(term, curved)]
-        return cls(call, paths, jaxpr, constants, nodes, zero)
+        return cls(jaxpr, traced.constants, count, nodes, zero)
 
     @property
-    def parameter_variables(self) -> list[Any]:
-        return self.jaxpr.invars[len(self.constants) : len(self.constants) + len(self.paths)]
-
-    def path(self, position: int) -> str:
-        """The path of the parameter at a position among the inputs of the jaxpr."""
-        return self.paths[position - len(self.constants)]
+    def parameters(self) -> list[Any]:
+        """Their variables."""
+        return self.jaxpr.invars[len(self.constants) : len(self.constants) + self.count]
 
     def gradient_flops(self) -> int:
         """Floating-point operations of the gradient, which is linearised."""
-        positions = tuple(range(len(self.constants), len(self.constants) + len(self.paths)))
+        positions = tuple(range(len(self.constants), len(self.constants) + self.count))
         gradient = jax.grad(lambda *a: _compat.evaluate(self.jaxpr, (), a)[0], positions)
         return of_jaxpr(_compat.retrace(gradient, self.jaxpr))
 
@@ -296,7 +319,8 @@ def hessian_diagonal(
     is a sum over entries (weight decay) one for all. `hessian_diagonal(loss).plan(params, *args)` says all
     this in numbers before anything is computed.
 
-    The result can be jitted, and should be if it is called repeatedly.
+    Every call traces the loss, and so reads anew what it reads besides its arguments; what was compiled for
+    an equal one is found again. Under `jit` nothing is traced again.
 
     Args:
         loss: `loss(params, *args)`, one real scalar, twice differentiable by JAX.
@@ -326,4 +350,4 @@ def hessian_diagonal(
     for name, value in (("block_size", block_size), ("byte_limit", byte_limit)):
         if value is not None and value <= 0:
             raise ValueError(f"hessian_diagonal: {name}={value}; pass a positive number, or leave it out.")
-    return HessianDiagonal(loss, rules, block_size, byte_limit, progress)
+    return HessianDiagonal(loss, Options(rules, block_size, byte_limit, progress))

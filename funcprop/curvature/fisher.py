@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from funcprop.curvature.binding import Bound, Same
-from funcprop.curvature.gauss_newton import GaussNewton, Map, require_outputs
+from funcprop.curvature.binding import Bound
+from funcprop.curvature.gauss_newton import GaussNewton, Map, traced_model
 from funcprop.curvature.likelihood import Likelihood, likelihood_of
 from funcprop.curvature.parameters import Where
 from funcprop.curvature.subset import Point
@@ -20,53 +20,28 @@ from funcprop.registry import RuleSet
 KINDS = ("exact", "mc", "empirical")
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class ExactFisher:
+def _exact(likelihood: Likelihood, outputs: PyTree) -> Map:
     """`u ↦ F_o u / N`, the outputs' own Fisher matrix for each example."""
-
-    likelihood: Same = field(metadata={"static": True})
-
-    def __call__(self, outputs: PyTree) -> Map:
-        """At the outputs of a batch."""
-        product = jax.vmap(self.likelihood.value.fisher)
-        return lambda u: _scaled(product(outputs, u), 1 / examples(outputs))
+    product = jax.vmap(likelihood.fisher)
+    return lambda u: _scaled(product(outputs, u), 1 / examples(outputs))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class SampledFisher:
+def _sampled(likelihood: Likelihood, samples: int, outputs: PyTree, key: Array) -> Map:
     """`u ↦ Σ_s g_s g_sᵀ u / (N S)` for each example, `g_s` the gradients at S drawn targets."""
 
-    key: Array
-    samples: int = field(metadata={"static": True})
-    likelihood: Same = field(metadata={"static": True})
+    def gradients(key: Array, outputs: PyTree) -> PyTree:
+        y = jax.lax.stop_gradient(likelihood.sample(key, outputs))
+        return jax.grad(likelihood.negative_log)(outputs, y)
 
-    def __call__(self, outputs: PyTree) -> Map:
-        """At the outputs of a batch; the same targets every time."""
-        likelihood: Likelihood = self.likelihood.value
-
-        def gradients(key: Array, outputs: PyTree) -> PyTree:
-            y = jax.lax.stop_gradient(likelihood.sample(key, outputs))
-            return jax.grad(likelihood.negative_log)(outputs, y)
-
-        count = examples(outputs)
-        keys = jax.random.split(self.key, (self.samples, count))
-        return _outer(jax.vmap(jax.vmap(gradients), (0, None))(keys, outputs), count)
+    count = examples(outputs)
+    keys = jax.random.split(key, (samples, count))
+    return _outer(jax.vmap(jax.vmap(gradients), (0, None))(keys, outputs), count)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class EmpiricalFisher:
+def _empirical(likelihood: Likelihood, outputs: PyTree, y: PyTree) -> Map:
     """`u ↦ g gᵀ u / N` for each example, `g` the gradient at its target."""
-
-    y: PyTree
-    likelihood: Same = field(metadata={"static": True})
-
-    def __call__(self, outputs: PyTree) -> Map:
-        """At the outputs of a batch."""
-        gradients = jax.vmap(jax.grad(self.likelihood.value.negative_log))(outputs, self.y)
-        return _outer(jax.tree.map(lambda g: g[None], gradients), examples(outputs))
+    gradients = jax.vmap(jax.grad(likelihood.negative_log))(outputs, y)
+    return _outer(jax.tree.map(lambda g: g[None], gradients), examples(outputs))
 
 
 def fisher(
@@ -120,7 +95,6 @@ def fisher(
         52.5
     """
     density = likelihood_of(likelihood)
-    chosen = Same(density)
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not known; choose one of {', '.join(KINDS)}.")
     if samples < 1:
@@ -128,24 +102,24 @@ def fisher(
 
     def at(params: PyTree, x: Any, y: Any = None, *, key: Array | None = None) -> GaussNewton:
         point = Point.of(params, where)
-        bound = Bound.of(model, rules, (x,), {})
-        outputs = require_outputs(bound, point)
-        count = examples(outputs)
-        if kind == "exact":
-            return GaussNewton(bound, ExactFisher(chosen), point, point.parameters)
+        bound = Bound.of(model, (x,), {}, point)
+        written = traced_model(bound, point)
+        count = examples(written.results)
+        more, curvature = None, lambda outputs, _: _exact(density, outputs)
         if kind == "mc":
             if key is None:
                 raise ValueError("key=None: kind='mc' draws targets and needs key=jax.random.key(…).")
-            return GaussNewton(bound, SampledFisher(key, samples, chosen), point, point.parameters)
-        if y is None:
-            raise ValueError("y=None: kind='empirical' is at the targets of the data; give them as y.")
-        if {len(leaf) for leaf in jax.tree.leaves(y)} != {count}:
-            raise ValueError(
-                f"y has the shapes {jax.tree.map(jnp.shape, y)}, but the outputs are of {count} examples, "
-                "which are the leading axis."
-            )
-        jax.eval_shape(jax.vmap(density.negative_log), outputs, y)  # Targets of a wrong shape show here.
-        return GaussNewton(bound, EmpiricalFisher(y, chosen), point, point.parameters)
+            more, curvature = key, partial(_sampled, density, samples)
+        if kind == "empirical":
+            if y is None:
+                raise ValueError("y=None: kind='empirical' is at the targets of the data; give them as y.")
+            if {len(leaf) for leaf in jax.tree.leaves(y)} != {count}:
+                raise ValueError(
+                    f"y has the shapes {jax.tree.map(jnp.shape, y)}, but the outputs are of {count} "
+                    "examples, which are the leading axis."
+                )
+            more, curvature = y, partial(_empirical, density)
+        return GaussNewton.of(bound, written, curvature, more, point, rules)
 
     return at
 

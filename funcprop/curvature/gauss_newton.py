@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,15 +14,17 @@ from jaxtyping import PyTree
 
 from funcprop.calls import in_order
 from funcprop.curvature.binding import Bound
+from funcprop.curvature.derived import Derived
 from funcprop.curvature.diagonal import hessian_diagonal
 from funcprop.curvature.hessian import require_scalar
-from funcprop.curvature.operator import LinearOperator
-from funcprop.curvature.parameters import Parameters, Where
+from funcprop.curvature.parameters import Where
 from funcprop.curvature.subset import Point
+from funcprop.program import Program
 from funcprop.registry import RuleSet
-from funcprop.rules import autodiff
+from funcprop.rewrite import with_rules
 
 Map = Callable[[PyTree], PyTree]
+Curvature = Callable[[PyTree, Any], Map]  # of outputs, from these and arrays
 
 
 def gauss_newton_map(
@@ -30,85 +32,67 @@ def gauss_newton_map(
 ) -> Map:
     """`v ↦ Jᵀ B J v`, the model linearised once and transposed; `curvature(outputs)` is the map `u ↦ B u`."""
     outputs, forward = jax.linearize(model, at)
-    bend = curvature(outputs)
     backward = jax.linear_transpose(forward, at)
+    bend = curvature(outputs)
     return lambda v: backward(bend(forward(v)))[0]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False, repr=False)
-class GaussNewton(LinearOperator):
+class GaussNewton(Derived):
     """`Jᵀ B J`: `J` the Jacobian of the model's outputs, `B` a curvature of the outputs.
 
-    `outputs(o)` returns the linear map `u ↦ B u` at the outputs `o`.
+    `bend` is `(outputs, more, u) ↦ B u`; `arrays` are those of the model, and these `more`.
     """
 
-    model: Bound
-    outputs: Callable[[PyTree], Map]
-    point: Point
-    parameters: Parameters = field(metadata={"static": True})
+    bend: Program
 
-    def _model(self, chosen: PyTree) -> PyTree:
-        return self.model(self.point.whole(chosen))
+    @classmethod
+    def of(
+        cls,
+        model: Bound,
+        written: Program,
+        curvature: Curvature,
+        more: Any,
+        point: Point,
+        rules: RuleSet | None,
+    ) -> GaussNewton:
+        """That of a model, traced as it was written, and of a curvature of its outputs and `more` arrays."""
+        arrays, outputs = (model.arrays, more), written.results
+        bend = Program.of(lambda o, more, u: curvature(o, more)(u), outputs, more, outputs)
+        whole = None
+        if not written.structure.differentiable:
+            product = functools.partial(_product, with_rules(model, rules), bend)
+            whole = Program.of(product, point.chosen, arrays, point.chosen, called=model.fun)
+        return cls(written, point.chosen, arrays, whole, point.parameters, rules, bend)
 
-    def linear_map(self) -> Map:
-        """The model linearised once, and transposed."""
-        return gauss_newton_map(self._model, self.outputs, self.point.chosen)
-
-    def product(self, v: PyTree) -> PyTree:
-        """The same, with one sweep for the outputs and their tangents."""
-        outputs, backward = jax.vjp(self._model, self.point.chosen)
-        tangents = jax.jvp(self._model, (self.point.chosen,), (v,))[1]
-        return backward(self.outputs(outputs)(tangents))[0]
-
-    def block_map(self, rows: Sequence[int], columns: Sequence[int]) -> Callable[[Sequence[Any]], list[Any]]:
-        """Tangents of some leaves forwards, cotangents of others backwards."""
-        leaves = jax.tree.leaves(self.point.chosen)
-
-        def by(which: Sequence[int]) -> Callable[[Sequence[Any]], PyTree]:
-            def model(parts: Sequence[Any]) -> PyTree:
-                moved = list(leaves)
-                for i, part in zip(which, parts, strict=True):
-                    moved[i] = part
-                return self._model(self.parameters.unflatten(moved))
-
-            return model
-
-        outputs, forward = jax.linearize(by(columns), [leaves[i] for i in columns])
-        backward = jax.vjp(by(rows), [leaves[i] for i in rows])[1]
-        curvature = self.outputs(outputs)
-        return lambda parts: backward(curvature(forward(list(parts))))[0]
+    def derived(self, v: PyTree) -> PyTree:
+        """The model linearised, and transposed."""
+        return _product(with_rules(self.written, self.rules), self.bend, self.chosen, self.arrays, v)
 
     def exact_diagonal(self, columns: int | None) -> PyTree:
         """By `fp.curvature.hessian_diagonal`: for most parameters a sweep for each output of an example."""
         return _diagonal(self, columns)
 
 
+def _product(model: Callable[..., Any], bend: Program, chosen: PyTree, arrays: Any, v: PyTree) -> PyTree:
+    of_model, more = arrays
+    curvature = lambda outputs: lambda u: bend(outputs, more, u)  # noqa: E731
+    return gauss_newton_map(lambda p: model(p, of_model), curvature, chosen)(v)
+
+
 @functools.partial(jax.jit, static_argnames="columns")
 def _diagonal(operator: GaussNewton, columns: int | None) -> PyTree:
     # `½ (J t)ᵀ B (J t)` has the Hessian `Jᵀ B J`.
-    written = replace(operator.model, rules=autodiff)
-    outputs, forward = jax.linearize(lambda p: written(operator.point.whole(p)), operator.point.chosen)
-    curvature = operator.outputs(outputs)
+    of_model, more = operator.arrays
+    outputs, forward = jax.linearize(lambda p: operator.written(p, of_model), operator.chosen)
 
     def half_square(t: PyTree) -> Any:
         moved = forward(t)
-        return optax.tree.vdot(moved, curvature(moved)) / 2
+        return optax.tree.vdot(moved, operator.bend(outputs, more, moved)) / 2
 
-    exact = hessian_diagonal(half_square, rules=operator.model.rules, block_size=columns)
-    return exact(jax.tree.map(jnp.zeros_like, operator.point.chosen))
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class LossHessian:
-    """The Hessian of a loss by the model's outputs."""
-
-    loss: Bound
-
-    def __call__(self, outputs: PyTree) -> Map:
-        """Linearise the gradient of the loss at the outputs."""
-        return jax.linearize(jax.grad(self.loss), outputs)[1]
+    exact = hessian_diagonal(half_square, rules=operator.rules, block_size=columns)
+    return exact(operator.parameters.zeros())
 
 
 def ggn(
@@ -151,24 +135,31 @@ def ggn(
 
     def at(params: PyTree, x: Any, y: Any) -> GaussNewton:
         point = Point.of(params, where)
-        bound = Bound.of(model, rules, (x,), {})
-        of_outputs = Bound.of(loss, rules, (y,), {})
+        of_model, of_loss = Bound.of(model, (x,), {}, point), Bound.of(loss, (y,), {})
         with in_order(model, loss, params, x, y):
-            outputs = require_outputs(bound, point)
-            require_scalar(jax.eval_shape(of_outputs, outputs), f"loss {of_outputs.name}")
-        return GaussNewton(bound, LossHessian(of_outputs), point, point.parameters)
+            written = traced_model(of_model, point)
+            value = jax.eval_shape(of_loss, written.results, of_loss.arrays)
+            require_scalar(value, f"loss {getattr(loss, '__name__', loss)}")
+
+        def curvature(outputs: PyTree, arrays: Any) -> Map:
+            ruled = with_rules(of_loss, rules)
+            return jax.linearize(jax.grad(lambda o: ruled(o, arrays)), outputs)[1]
+
+        return GaussNewton.of(of_model, written, curvature, of_loss.arrays, point, rules)
 
     return at
 
 
-def require_outputs(model: Bound, point: Point) -> PyTree:
-    """The shapes of a model's outputs.
+def traced_model(model: Bound, point: Point) -> Program:
+    """A model as it was written.
 
     Raises:
-        TypeError: they are not all real.
+        TypeError: its outputs are not all real.
     """
-    outputs = jax.eval_shape(lambda p: model(point.whole(p)), point.chosen)
-    leaves = jax.tree.leaves(outputs)
+    written = Program.of(model, point.chosen, model.arrays, called=model.fun)
+    leaves = jax.tree.leaves(written.results)
     if not leaves or not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
-        raise TypeError(f"model {model.name} returns {outputs}, but its outputs have to be real arrays.")
-    return outputs
+        raise TypeError(
+            f"model {written.name} returns {written.results}, but its outputs have to be real arrays."
+        )
+    return written

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,49 +12,23 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from funcprop.curvature.binding import Bound
+from funcprop.curvature.derived import Derived
 from funcprop.curvature.diagonal import hessian_diagonal
-from funcprop.curvature.operator import LinearOperator
-from funcprop.curvature.parameters import Parameters, Where
+from funcprop.curvature.parameters import Where
 from funcprop.curvature.subset import Point
+from funcprop.program import Program
 from funcprop.registry import RuleSet
-from funcprop.rules import autodiff
+from funcprop.rewrite import with_rules
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False, repr=False)
-class Hessian(LinearOperator):
+class Hessian(Derived):
     """`∇² loss` at a point, forward over reverse."""
 
-    loss: Bound
-    point: Point
-    parameters: Parameters = field(metadata={"static": True})
-
-    def _gradient(self, chosen: PyTree) -> PyTree:
-        return jax.grad(lambda p: self.loss(self.point.whole(p)))(chosen)
-
-    def linear_map(self) -> Callable[[PyTree], PyTree]:
-        """The gradient's derivative, linearised."""
-        return jax.linearize(self._gradient, self.point.chosen)[1]
-
-    def product(self, v: PyTree) -> PyTree:
+    def derived(self, v: PyTree) -> PyTree:
         """The gradient's derivative along `v`."""
-        return jax.jvp(self._gradient, (self.point.chosen,), (v,))[1]
-
-    def block_map(self, rows: Sequence[int], columns: Sequence[int]) -> Callable[[Sequence[Any]], list[Any]]:
-        """The derivative along some leaves of the gradient by others."""
-        leaves = jax.tree.leaves(self.point.chosen)
-
-        def value(by_row: Sequence[Any], by_column: Sequence[Any]) -> Any:
-            # Where a leaf is in both, the second derivative is that of the sum of its two variables.
-            moved = list(leaves)
-            for i, part in zip(rows, by_row, strict=True):
-                moved[i] = moved[i] + part
-            for i, part in zip(columns, by_column, strict=True):
-                moved[i] = moved[i] + part
-            return self.loss(self.point.whole(self.parameters.unflatten(moved)))
-
-        at_rows, at_columns = ([jnp.zeros_like(leaves[i]) for i in which] for which in (rows, columns))
-        return jax.linearize(lambda c: jax.grad(value)(at_rows, c), at_columns)[1]
+        return _product(with_rules(self.written, self.rules), self.chosen, self.arrays, v)
 
     def exact_diagonal(self, columns: int | None) -> PyTree:
         """By `fp.curvature.hessian_diagonal`: fewer than P products."""
@@ -95,21 +69,30 @@ def hessian(
     """
 
     def at(params: PyTree, *args: Any, **kwargs: Any) -> Hessian:
-        point, bound = Point.of(params, where), Bound.of(loss, rules, args, kwargs)
-        require_scalar(jax.eval_shape(lambda p: bound(point.whole(p)), point.chosen), f"loss {bound.name}")
-        return Hessian(bound, point, point.parameters)
+        point = Point.of(params, where)
+        bound = Bound.of(loss, args, kwargs, point)
+        written = Program.of(bound, point.chosen, bound.arrays, called=loss)
+        require_scalar(written.results, f"loss {written.name}")
+        whole = None
+        if not written.structure.differentiable:
+            product = functools.partial(_product, with_rules(bound, rules))
+            whole = Program.of(product, point.chosen, bound.arrays, point.chosen, called=loss)
+        return Hessian(written, point.chosen, bound.arrays, whole, point.parameters, rules)
 
     return at
+
+
+def _product(loss: Callable[..., Any], chosen: PyTree, arrays: Any, v: PyTree) -> PyTree:
+    return jax.jvp(lambda p: jax.grad(loss)(p, arrays), (chosen,), (v,))[1]
 
 
 @functools.partial(jax.jit, static_argnames="columns")
 def _diagonal(operator: Hessian, columns: int | None) -> PyTree:
     # The function is taken apart as it was written; what is left of it carries the rules.
-    written = replace(operator.loss, rules=autodiff)
     exact = hessian_diagonal(
-        lambda p: written(operator.point.whole(p)), rules=operator.loss.rules, block_size=columns
+        lambda p: operator.written(p, operator.arrays), rules=operator.rules, block_size=columns
     )
-    return exact(operator.point.chosen)
+    return exact(operator.chosen)
 
 
 def require_scalar(result: Any, what: str) -> None:

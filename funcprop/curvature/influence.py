@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from funcprop.calls import require_values
-from funcprop.curvature.binding import SHAPES
 from funcprop.curvature.hessian import hessian
 from funcprop.curvature.operator import LinearOperator
+from funcprop.curvature.outer.mixing import example_of
 from funcprop.curvature.solve import require_damping, require_solver
+from funcprop.curvature.subset import SHAPES
+from funcprop.program import Program
 from funcprop.registry import RuleSet
 from funcprop.rewrite import with_rules
 
@@ -29,9 +30,15 @@ class Influence:
 
     `objective(θ) = 1/N Σ_n loss(θ, x_n, y_n) + regularizer(θ)` has the curvature `H` (with its damping) at
     `params`, which minimise it. Leaving out example n, at the same `1/N`, moves them by `1/N H⁻¹ ∇loss_n`.
+
+    The loss is what it was when this was made, what it reads besides its arguments included; for examples of
+    other types than the training data it is traced again. `slopes` are `∇loss_nᵀ s` for all n, of
+    `(params, training, s)`: one tangent, not N gradients.
     """
 
-    loss: Loss
+    loss: Program
+    slopes: Program
+    rules: RuleSet | None
     params: PyTree
     training: tuple[Any, ...]
     curvature: LinearOperator
@@ -43,8 +50,10 @@ class Influence:
         """N."""
         return int(jax.tree.leaves(self.training)[0].shape[0])
 
-    def _losses(self, params: PyTree, data: tuple[Any, ...]) -> Array:
-        return jax.vmap(self.loss, (None, *[0] * len(data)))(params, *data)
+    def _losses_of(self, data: tuple[Any, ...]) -> Callable[[PyTree], Array]:
+        """The losses of examples, as a function of the parameters."""
+        loss = self.loss.at(self.params, *map(example_of, data))
+        return lambda params: _losses(with_rules(loss, self.rules), params, data)
 
     def _solve(self, b: PyTree) -> PyTree:
         return self.curvature.solve(b, self.damping, **self.options)
@@ -58,7 +67,7 @@ class Influence:
         if not -self.examples <= example < self.examples:
             raise IndexError(f"example={example}, but there are {self.examples} training examples.")
         one = jax.tree.map(lambda leaf: leaf[example], self.training)
-        gradient = jax.grad(self.loss)(self.params, *one)
+        gradient = jax.grad(with_rules(self.loss, self.rules))(self.params, *one)
         return jax.tree.map(lambda leaf: leaf / self.examples, self._solve(gradient))
 
     def on_losses(self, *data: Any) -> Float[Array, "m N"]:
@@ -67,25 +76,24 @@ class Influence:
         Entry (j, n) is `1/N ∇loss(θ, x_j, y_j)ᵀ H⁻¹ ∇loss_n`: positive where example n helps. One solution of
         a linear system for each j, and one sweep for all n.
         """
-        return self._of_function(lambda params: self._losses(params, data))
+        return self._of_function(self._losses_of(data))
 
     def on_mean_loss(self, *data: Any) -> Float[Array, " N"]:
         """The mean of `on_losses` over the m examples, at the price of one of them."""
-        return self._of_function(lambda params: jnp.mean(self._losses(params, data))[None])[0]
+        losses = self._losses_of(data)
+        return self._of_function(lambda params: jnp.mean(losses(params))[None])[0]
 
     def _of_function(self, function: Callable[[PyTree], Array]) -> Array:
         values, pullback = jax.vjp(function, self.params)
         rows = []
         for j in range(values.shape[0]):
             (gradient,) = pullback(jnp.zeros_like(values).at[j].set(1))
-            rows.append(_along(self._losses, self.params, self.training, self._solve(gradient)))
+            rows.append(self.slopes.compiled(self.params, self.training, self._solve(gradient)))
         return jnp.stack(rows) / self.examples
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _along(losses: Any, params: PyTree, data: tuple[Any, ...], direction: PyTree) -> Array:
-    """`∇loss_nᵀ s` for all n: one tangent, not N gradients."""
-    return jax.jvp(lambda p: losses(p, data), (params,), (direction,))[1]
+def _losses(loss: Loss, params: PyTree, data: tuple[Any, ...]) -> Array:
+    return jax.vmap(loss, (None, *[0] * len(data)))(params, *data)
 
 
 def influence(
@@ -150,14 +158,20 @@ def influence(
                 "arrays of the same length."
             )
         arrays = jax.tree.map(jnp.asarray, data)
-        ruled = with_rules(loss, rules)
+        program = Program.again(loss, params, *map(example_of, arrays))
 
         def objective(params: PyTree, *data: Any) -> Any:
-            mean = jnp.mean(jax.vmap(loss, (None, *[0] * len(data)))(params, *data))
+            mean = jnp.mean(_losses(loss, params, data))
             return mean if regularizer is None else mean + regularizer(params)
 
+        def along(params: PyTree, data: tuple[Any, ...], direction: PyTree) -> Array:
+            ruled = with_rules(loss, rules)
+            return jax.jvp(lambda p: _losses(ruled, p, data), (params,), (direction,))[1]
+
+        slopes = Program.of(along, params, arrays, params, called=loss)
+
         operator = hessian(objective, rules=rules)(params, *arrays) if curvature is None else curvature
-        return Influence(ruled, params, arrays, operator.linearize(), damping, options)
+        return Influence(program, slopes, rules, params, arrays, operator.linearize(), damping, options)
 
     return at
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,8 +15,9 @@ from funcprop.curvature.outer.forms import Factors
 from funcprop.curvature.outer.roots import Loss
 from funcprop.curvature.outer.study import Model
 from funcprop.curvature.parameters import Parameters
-from funcprop.curvature.per_example import AUDIT, LIMIT, batch_size, sweep
+from funcprop.curvature.per_example import AUDIT, LIMIT, batch_size, programs, sweep
 from funcprop.curvature.quantities import EXACT, EXPAND, GRADIENT, REDUCE, ROTATED, SAMPLED, Part
+from funcprop.program import Program
 from funcprop.registry import RuleSet
 
 _GROUPS = {"mc": SAMPLED, "exact": EXACT, "empirical": GRADIENT}
@@ -65,11 +67,11 @@ def kfac(
     """
     group, kind_of = _chosen(kind, sharing)
 
-    @jax.jit
-    def factored(params: Any, x: Any, y: Any, key: Any) -> Kronecker:
-        return _kfac(model, loss, params, x, y, key, Part(group, kind_of), rules, max_bytes)
+    def at(params: Any, x: Any, y: Any, key: Any = None) -> Kronecker:
+        given = _checked("kfac", model, loss, params, x, y, _with_key(key, group))
+        return _kfac(*given, Part(group, kind_of), rules, max_bytes)
 
-    return lambda params, x, y, key=None: factored(*_with_values("kfac", params, x, y), _with_key(key, group))
+    return at
 
 
 def ekfac(
@@ -100,30 +102,27 @@ def ekfac(
     """
     group, kind_of = _chosen(kind, sharing)
 
-    @jax.jit
-    def factored(params: Any, x: Any, y: Any, key: Any) -> Kronecker:
-        plain = _kfac(model, loss, params, x, y, key, Part(group, kind_of), rules, max_bytes)
-        eigen = [block.eigen() for block in plain.blocks]
-        size = batch_size(x, y)
-        found = sweep(model, loss, params, x, y, [Part(group, ROTATED)], rules, max_bytes)
-        found = replace(found, bases=[Factors(block.ua, block.ug) for block in eigen])
-        _, squares = found(jax.tree.leaves(params), x, y, key, size)
-        blocks = [
-            Eigen(block.ua, block.ug, here[Part(group, ROTATED)] / size, block.layout)
-            for block, here in zip(eigen, squares, strict=True)
-        ]
-        return replace(plain, blocks=tuple(blocks))
+    def at(params: Any, x: Any, y: Any, key: Any = None) -> Kronecker:
+        given = _checked("ekfac", model, loss, params, x, y, _with_key(key, group))
+        return _ekfac(*given, Part(group, kind_of), rules, max_bytes)
 
-    return lambda params, x, y, key=None: factored(
-        *_with_values("ekfac", params, x, y), _with_key(key, group)
-    )
+    return at
 
 
+@functools.partial(jax.jit, static_argnames=("part", "rules", "limit"))
 def _kfac(
-    model: Model, loss: Loss, params: Any, x: Any, y: Any, key: Any, part: Part, rules: Any, limit: int
+    model: Program,
+    loss: Program,
+    params: Any,
+    x: Any,
+    y: Any,
+    key: Any,
+    part: Part,
+    rules: RuleSet | None,
+    limit: int,
 ) -> Kronecker:
     names, size = Parameters.of(params), batch_size(x, y)
-    found = sweep(model, loss, params, x, y, [part], rules, limit)
+    found = sweep(model, loss, params, [part], rules, limit)
     _, factors = found(jax.tree.leaves(params), x, y, key, size)
     blocks = []
     for i, here in enumerate(factors):
@@ -131,6 +130,31 @@ def _kfac(
         layout = found.study.layout(i, both)
         blocks.append(Product(both.activations / size, both.cotangents / size, layout))
     return Kronecker(tuple(blocks), names)
+
+
+@functools.partial(jax.jit, static_argnames=("part", "rules", "limit"))
+def _ekfac(
+    model: Program,
+    loss: Program,
+    params: Any,
+    x: Any,
+    y: Any,
+    key: Any,
+    part: Part,
+    rules: RuleSet | None,
+    limit: int,
+) -> Kronecker:
+    plain = _kfac(model, loss, params, x, y, key, part, rules, limit)
+    eigen = [block.eigen() for block in plain.blocks]
+    size, rotated = batch_size(x, y), Part(part.group, ROTATED)
+    found = sweep(model, loss, params, [rotated], rules, limit)
+    found = replace(found, bases=[Factors(block.ua, block.ug) for block in eigen])
+    _, squares = found(jax.tree.leaves(params), x, y, key, size)
+    blocks = [
+        Eigen(block.ua, block.ug, here[rotated] / size, block.layout)
+        for block, here in zip(eigen, squares, strict=True)
+    ]
+    return replace(plain, blocks=tuple(blocks))
 
 
 def _chosen(kind: str, sharing: str) -> tuple[str, str]:
@@ -141,9 +165,14 @@ def _chosen(kind: str, sharing: str) -> tuple[str, str]:
     return _GROUPS[kind], _SHARING[sharing]
 
 
-def _with_values(what: str, params: Any, x: Any, y: Any) -> tuple[Any, Any, Any]:
+def _checked(
+    what: str, model: Model, loss: Loss, params: Any, x: Any, y: Any, key: Any
+) -> tuple[Program, Program, Any, Any, Any, Any]:
+    """The programs of model and loss, and the values they are called with."""
     require_values(what, {"params": params, "x": x, "y": y}, AUDIT)
-    return params, x, y
+    Parameters.of(params)
+    batch_size(x, y)
+    return *programs(model, loss, params, x, y), params, x, y, key
 
 
 def _with_key(key: Any, group: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,16 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
-from funcprop.curvature.binding import Same
+from funcprop.curvature.convergence import is_traced
 from funcprop.curvature.finite import require_finite
 from funcprop.curvature.gauss_newton import ggn
 from funcprop.curvature.kfac import kfac
 from funcprop.curvature.likelihood import likelihood_of
 from funcprop.curvature.operator import LinearOperator
+from funcprop.curvature.outer.mixing import example_of
 from funcprop.curvature.parameters import Where
 from funcprop.curvature.per_example import per_example
 from funcprop.curvature.precision import Diagonal, Full, Kronecker, LowRank, Precision
 from funcprop.curvature.subset import Point
+from funcprop.program import Program
 from funcprop.registry import RuleSet
 from funcprop.rewrite import with_rules
 
@@ -50,8 +53,9 @@ class Laplace:
     precision: Precision
     misfit: Scalar
     targets: Any
-    model: Same = field(metadata={"static": True})
+    model: Program
     likelihood: str = field(metadata={"static": True})
+    rules: RuleSet | None = field(metadata={"static": True})
 
     def log_marginal_likelihood(self, prior_precision: Any = 1.0, noise: Any = 1.0) -> Scalar:
         """The logarithm of the evidence: `log p(D|θ*) + log p(θ*) + P/2 log 2π − ½ log det(c H + diag(δ))`.
@@ -75,19 +79,16 @@ class Laplace:
     def predictive(self, x: Any, prior_precision: Any = 1.0, noise: Any = 1.0) -> Predictive:
         """The outputs' distribution under the linearised model: `N(f(x, θ*), J (c H + diag(δ))⁻¹ Jᵀ)`.
 
-        The targets of a Gaussian likelihood vary by `noise²` besides. Errors as in `log_marginal_likelihood`.
+        The targets of a Gaussian likelihood vary by `noise²` besides. The model is what it was when it was
+        fitted, what it reads besides its arguments included; for inputs of other types it is traced again.
+
+        Raises:
+            TypeError: the inputs are of other types than those it was fitted to, and the posterior is an
+                argument of a jitted function; and as `log_marginal_likelihood`.
         """
         scale, prior = self._scale(noise), self._prior(prior_precision)
-
-        def one(x: Any) -> Predictive:
-            def outputs(chosen: PyTree) -> Array:
-                return jnp.ravel(self.model.value(self.point.whole(chosen), x))
-
-            jacobian = jax.tree.leaves(jax.jacrev(outputs)(self.point.chosen))
-            return Predictive(outputs(self.point.chosen), self.precision.covariance(jacobian, scale, prior))
-
-        count = jax.tree.leaves(x)[0].shape[0]
-        return jax.lax.map(one, x, batch_size=min(AT_ONCE, count))
+        model = self.model.at(self.point.chosen, self.point.others, example_of(x))
+        return _predictive(model, self.rules, self.point, self.precision, x, scale, prior)
 
     def probabilities(self, x: Any, prior_precision: Any = 1.0) -> Float[Array, "m C"]:
         """Class probabilities with the outputs' variances: `softmax(μ / √(1 + π/8 σ²))`, or `sigmoid`.
@@ -145,6 +146,27 @@ class Laplace:
         ]
 
 
+@functools.partial(jax.jit, static_argnames="rules")
+def _predictive(
+    model: Program,
+    rules: RuleSet | None,
+    point: Point,
+    precision: Precision,
+    x: Any,
+    scale: Any,
+    prior: Any,
+) -> Predictive:
+    def one(x: Any) -> Predictive:
+        def outputs(chosen: PyTree) -> Array:
+            return jnp.ravel(with_rules(model, rules)(chosen, point.others, x))
+
+        jacobian = jax.tree.leaves(jax.jacrev(outputs)(point.chosen))
+        return Predictive(outputs(point.chosen), precision.covariance(jacobian, scale, prior))
+
+    count = jax.tree.leaves(x)[0].shape[0]
+    return jax.lax.map(one, x, batch_size=min(AT_ONCE, count))
+
+
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     ends = zip(shape[::-1], to[::-1], strict=False)
     return len(shape) <= len(to) and all(length in (1, wanted) for length, wanted in ends)
@@ -160,10 +182,10 @@ def _require_positive(name: str, value: Any) -> None:
         raise ValueError(f"laplace: {name} is {value}; it must be positive.")
 
 
-class _Fitted(NamedTuple):
-    """What a structure is made of: the summed Gauss-Newton matrix, and what it is the matrix of."""
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    """What a structure is made of: a model, the negative log-likelihood of its outputs, and the data."""
 
-    operator: LinearOperator
     model: Callable[..., Any]
     negative_log: Callable[..., Any]
     point: Point
@@ -172,9 +194,20 @@ class _Fitted(NamedTuple):
     rank: int
     rules: RuleSet | None
 
-    def model_of_chosen(self, chosen: PyTree, x: Any) -> Any:
+    def of_chosen(self, chosen: PyTree, x: Any) -> Any:
         """The outputs of one example by the parameters that are uncertain."""
         return self.model(self.point.whole(chosen), x)
+
+    def operator(self) -> LinearOperator:
+        """The Gauss-Newton matrix, summed over the examples."""
+
+        def batched(chosen: PyTree, x: Any) -> Any:
+            return jax.vmap(self.of_chosen, (None, 0))(chosen, x)
+
+        def summed(outputs: Any, y: Any) -> Any:
+            return jnp.sum(jax.vmap(self.negative_log)(outputs, y))
+
+        return ggn(batched, summed, rules=self.rules)(self.point.chosen, self.x, self.y)
 
     @property
     def examples(self) -> int:
@@ -183,25 +216,28 @@ class _Fitted(NamedTuple):
 
 
 def _full(fitted: _Fitted) -> Precision:
-    return Full(fitted.operator.dense(), fitted.operator.parameters)
+    return Full(fitted.operator().dense(), fitted.point.parameters)
 
 
 def _diagonal(fitted: _Fitted) -> Precision:
     # One pass over the examples, where the operator's own diagonal() takes a product for each parameter.
-    squares = per_example(fitted.model_of_chosen, fitted.negative_log, rules=fitted.rules)
+    squares = per_example(fitted.of_chosen, fitted.negative_log, rules=fitted.rules)
     mean = squares(fitted.point.chosen, fitted.x, fitted.y, {"diag_ggn"})["diag_ggn"]
     diagonal = tuple(fitted.examples * leaf for leaf in jax.tree.leaves(mean))
-    return Diagonal(require_finite(fitted.operator, diagonal, "laplace"), fitted.operator.parameters)
+    names = fitted.point.parameters
+    if not is_traced(diagonal) and not all(jnp.isfinite(leaf).all() for leaf in diagonal):
+        require_finite(fitted.operator(), diagonal, "laplace")
+    return Diagonal(diagonal, names)
 
 
 def _low_rank(fitted: _Fitted) -> Precision:
-    names = fitted.operator.parameters
-    values, vectors = fitted.operator.eigsh(min(fitted.rank, names.size))
+    names = fitted.point.parameters
+    values, vectors = fitted.operator().eigsh(min(fitted.rank, names.size))
     return LowRank(values, names.ravel_columns(vectors), names)
 
 
 def _kronecker(fitted: _Fitted) -> Precision:
-    factored = kfac(fitted.model_of_chosen, fitted.negative_log, kind="exact", rules=fitted.rules)
+    factored = kfac(fitted.of_chosen, fitted.negative_log, kind="exact", rules=fitted.rules)
     mean = factored(fitted.point.chosen, fitted.x, fitted.y)
     blocks = [block.eigen().map(lambda values: fitted.examples * values) for block in mean.blocks]
     return Kronecker(tuple(blocks), mean.parameters)
@@ -270,23 +306,19 @@ def laplace(
         raise ValueError(f"laplace: structure={structure!r}; choose one of {', '.join(STRUCTURES)}.")
     if rank is not None and (structure != "low-rank" or rank < 1):
         raise ValueError(f"laplace: rank={rank} with structure={structure!r}; a rank ≥ 1 is for 'low-rank'.")
-    ruled = with_rules(model, rules)
-
-    def batched(params: PyTree, x: Any) -> Any:
-        return jax.vmap(model, (None, 0))(params, x)
-
-    def negative_log(outputs: Any, y: Any) -> Any:
-        return jnp.sum(jax.vmap(chosen.negative_log)(outputs, y))
 
     def at(params: PyTree, x: Any, y: Any) -> Laplace:
-        operator = ggn(batched, negative_log, where=where, rules=rules)(params, x, y)
         point = Point.of(params, where)
         if rank is not None and rank > point.parameters.size:
             raise ValueError(f"laplace: rank={rank}, but there are {point.parameters.size} parameters.")
-        fitted = _Fitted(operator, model, chosen.negative_log, point, x, y, rank or 10, rules)
+        program = Program.again(
+            lambda chosen, others, x: model(point.whole(chosen, others), x),
+            *(point.chosen, point.others, example_of(x)),
+        )
+        outputs = jax.vmap(program, (None, None, 0))(point.chosen, point.others, x)
+        misfit = jnp.sum(jax.vmap(chosen.negative_log)(outputs, y))
+        fitted = _Fitted(model, chosen.negative_log, point, x, y, rank or 10, rules)
         precision = STRUCTURES[structure](fitted)
-        outputs = batched(params, x)
-        misfit, count = negative_log(outputs, y), jnp.size(outputs)
-        return Laplace(point, precision, misfit, count, Same(ruled), likelihood)
+        return Laplace(point, precision, misfit, jnp.size(outputs), program, likelihood, rules)
 
     return at

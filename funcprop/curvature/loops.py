@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcprop.curvature.columns import OUTPUTS, UNITS, Columns, Program
+from funcprop.curvature.columns import OUTPUTS, UNITS, ColumnLoop, Columns
 from funcprop.curvature.cuts import column_terms
 
 Diagonals = list[Any]
 
 
-def diagonals_of(program: Program, data: Sequence[Any], done: Callable[[Any], None] | None) -> Diagonals:
+def diagonals_of(program: ColumnLoop, data: Sequence[Any], done: Callable[[Any], None] | None) -> Diagonals:
     """`diagonal[q, i, r]` of each member; `done(number)` is called with the number of each iteration.
 
     `data` are the other operands of the members' products.
@@ -116,7 +116,7 @@ class _Directions(_Alike):
         return (q, i), responses
 
 
-def _by_products(program: Program, activations: Sequence[Any]) -> tuple[Any, Any, Any]:
+def _by_products(program: ColumnLoop, activations: Sequence[Any]) -> tuple[Any, Any, Any]:
     members = program.members
     alike: dict[Any, list[int]] = {}
     for n, m in enumerate(members):
@@ -181,7 +181,7 @@ def _by_products(program: Program, activations: Sequence[Any]) -> tuple[Any, Any
 # --- sweeps from outputs ----------------------------------------------------------------------
 
 
-def _by_outputs(program: Program, activations: Sequence[Any]) -> tuple[Any, Any, Any]:
+def _by_outputs(program: ColumnLoop, activations: Sequence[Any]) -> tuple[Any, Any, Any]:
     """Columns of the outputs' Hessians, to be added everywhere and for every member."""
     assert program.eigensystem is not None
     eigenvalues, eigenvectors = program.eigensystem()

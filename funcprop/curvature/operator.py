@@ -19,14 +19,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from funcprop import _compat
 from funcprop.curvature import products
-from funcprop.curvature.binding import Same
 from funcprop.curvature.convergence import is_traced, warn_unless
 from funcprop.curvature.lanczos import Tridiagonal, tridiagonal
 from funcprop.curvature.linearization import split
 from funcprop.curvature.parameters import Parameters
 from funcprop.curvature.queries import DENSE_BYTES, Queries
+from funcprop.program import Program
 
 
 class LinearOperator(Queries):
@@ -164,18 +163,12 @@ class LinearOperator(Queries):
 class Linearized(LinearOperator):
     """An operator by its linear map, whose residuals are data."""
 
-    residuals: tuple[Any, ...]
+    multiply: Program
     parameters: Parameters = field(metadata={"static": True})
-    jaxpr: Same = field(metadata={"static": True})
 
     def linear_map(self) -> Callable[[PyTree], PyTree]:
         """The linear map, on its residuals."""
-
-        def apply(v: PyTree) -> PyTree:
-            results = _compat.evaluate(self.jaxpr.value, (), [*self.residuals, *jax.tree.leaves(v)])
-            return self.parameters.unflatten(results)
-
-        return apply
+        return self.multiply
 
     def linearize(self) -> LinearOperator:
         """Itself."""
@@ -377,7 +370,8 @@ def _linearized(operator: LinearOperator) -> Linearized:
         return jax.tree.leaves(jax.tree.unflatten(tree, leaves).linear_map()(names.unflatten(v)))
 
     residuals, jaxpr = split(product, leaves, jax.tree.leaves(names.structs))
-    return Linearized(tuple(residuals), names, Same(jaxpr))
+    inputs = jax.tree.structure((names.structs,))
+    return Linearized(Program.of_jaxpr(jaxpr, residuals, inputs, names.tree, "linear_map"), names)
 
 
 def _added(trees: Sequence[PyTree]) -> PyTree:

@@ -89,6 +89,10 @@ class Parameters:
         pairs = zip(self.shapes, self.dtypes, strict=True)
         return self.unflatten([jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in pairs])
 
+    def zeros(self) -> PyTree:
+        """The pytree of zeros."""
+        return self.unflatten([jnp.zeros(*pair) for pair in zip(self.shapes, self.dtypes, strict=True)])
+
     def unflatten(self, leaves: Sequence[Any]) -> PyTree:
         """The pytree with these leaves."""
         return jax.tree.unflatten(self.tree, leaves)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -11,11 +12,12 @@ import jax.numpy as jnp
 
 from funcprop.calls import in_order, require_values
 from funcprop.curvature.outer.measure import Sweep
-from funcprop.curvature.outer.mixing import example_of, refuse_unread
+from funcprop.curvature.outer.mixing import example_of, trace_example, trace_loss, types_of
 from funcprop.curvature.outer.roots import Loss, Root, root_of
 from funcprop.curvature.outer.study import Model, Study, route
 from funcprop.curvature.quantities import ALIASES, EXACT, QUANTITIES, SAMPLED, VALUE, Part
 from funcprop.graph import aligned
+from funcprop.program import Program
 from funcprop.registry import RuleSet
 
 # The bytes that stacked cotangents, or gradients of single examples, may take at a time.
@@ -61,7 +63,6 @@ class PerExample:
 
     def __init__(self, model: Model, loss: Loss, rules: RuleSet | None, limit: int) -> None:
         self.model, self.loss, self.rules, self.limit = model, loss, rules, limit
-        self._jitted = jax.jit(self._run, static_argnums=0)
 
     def __call__(
         self, params: Any, x: Any, y: Any, quantities: Collection[str], key: Any = None
@@ -76,7 +77,9 @@ class PerExample:
         require_values("per_example", {"params": params, "x": x, "y": y}, AUDIT)
         batch_size(x, y)
         check_parameters(params)
-        found = self._jitted(tuple(sorted(set(names))), params, x, y, key)
+        model, loss = programs(self.model, self.loss, params, x, y)
+        wanted = tuple(sorted(set(names)))
+        found = _quantities(model, loss, params, x, y, key, wanted, self.rules, self.limit)
         return {asked: found[name] for asked, name in zip(quantities, names, strict=True)}
 
     def audit(self, params: Any, x: Any, y: Any = None) -> Audit:
@@ -85,7 +88,7 @@ class PerExample:
         Nothing is computed; `jax.ShapeDtypeStruct`s are enough.
         """
         check_parameters(params)
-        study = Study.of(self.model, params, x, self.rules)
+        study = Study.of(trace_example(self.model, types_of(params), example_of(x)), params, self.rules)
         size, routes = batch_size(x, () if y is None else y), []
         kept = study.kept(jax.tree.leaves(params), x, size)
         for i, (path, _) in enumerate(jax.tree.leaves_with_path(params)):
@@ -94,42 +97,49 @@ class PerExample:
             routes.append(Route(jax.tree_util.keystr(path), ways, reasons, *kept[i]))
         return Audit(routes)
 
-    def _run(self, names: tuple[str, ...], params: Any, x: Any, y: Any, key: Any) -> dict[str, Any]:
-        parts = frozenset(p for n in names if n != VALUE for p in QUANTITIES[n].parts)
-        leaves, tree = jax.tree.flatten(params)
-        size = batch_size(x, y)
-        values, found = sweep(self.model, self.loss, params, x, y, parts, self.rules, self.limit)(
-            leaves, x, y, key, size
-        )
-        results: dict[str, Any] = {}
-        for name in names:
-            if name == VALUE:
-                results[name] = values.mean()
-                continue
-            each = [QUANTITIES[name](here, size) for here in found]
-            results[name] = sum(each) if QUANTITIES[name].whole else jax.tree.unflatten(tree, each)
-        return results
 
-
-def sweep(
-    model: Model,
-    loss: Loss,
+@functools.partial(jax.jit, static_argnames=("names", "rules", "limit"))
+def _quantities(
+    model: Program,
+    loss: Program,
     params: Any,
     x: Any,
     y: Any,
-    parts: Collection[Part],
+    key: Any,
+    names: tuple[str, ...],
     rules: RuleSet | None,
     limit: int,
-) -> Sweep:
-    """The sweep for some contractions, of a model and a loss at given types."""
+) -> dict[str, Any]:
+    parts = frozenset(p for n in names if n != VALUE for p in QUANTITIES[n].parts)
+    leaves, tree = jax.tree.flatten(params)
+    size = batch_size(x, y)
+    values, found = sweep(model, loss, params, parts, rules, limit)(leaves, x, y, key, size)
+    results: dict[str, Any] = {}
+    for name in names:
+        if name == VALUE:
+            results[name] = values.mean()
+            continue
+        each = [QUANTITIES[name](here, size) for here in found]
+        results[name] = sum(each) if QUANTITIES[name].whole else jax.tree.unflatten(tree, each)
+    return results
+
+
+def programs(model: Model, loss: Loss, params: Any, x: Any, y: Any) -> tuple[Program, Program]:
+    """The model and the loss of one example, as they are now."""
     label = example_of(y)
     with in_order(model, loss, params, example_of(x), label):
-        study = Study.of(model, params, x, rules)
-        refuse_unread(loss, study.output, label)
+        of_model = trace_example(model, types_of(params), example_of(x))
+        return of_model, trace_loss(loss, of_model.results, label)
+
+
+def sweep(
+    model: Program, loss: Program, params: Any, parts: Collection[Part], rules: RuleSet | None, limit: int
+) -> Sweep:
+    """The sweep for some contractions."""
     root: Root | None = None
     if any(part.group in (SAMPLED, EXACT) for part in parts):
-        root = root_of(loss, study.output, label)
-    return Sweep(study, loss, root, frozenset(parts), limit)
+        root = root_of(loss, *loss.arguments)
+    return Sweep(Study.of(model, params, rules), loss, root, frozenset(parts), limit)
 
 
 def per_example(

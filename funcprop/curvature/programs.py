@@ -21,8 +21,8 @@ from funcprop.curvature.columns import (
     EIGENVECTORS,
     OUTPUTS,
     UNITS,
+    ColumnLoop,
     Columns,
-    Program,
     program_of,
 )
 from funcprop.curvature.cuts import find_cut
@@ -43,7 +43,7 @@ def programs(
     rules: RuleSet | None,
     byte_limit: int,
     block: int | None,
-) -> list[Program]:
+) -> list[ColumnLoop]:
     """Programs for all nodes; `read` gives the values of variables."""
     groups: dict[Any, list[Columns]] = {}
     for columns in (_chosen(node, byte_limit) for node in nodes):

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from funcprop.curvature.binding import Same
 from funcprop.curvature.convergence import is_traced, warn_unless
 from funcprop.curvature.finite import nonfinite_rows, require_finite
 from funcprop.curvature.products import flat_map
+from funcprop.program import Program
 
 if TYPE_CHECKING:
     from funcprop.curvature.operator import LinearOperator
@@ -38,9 +38,10 @@ def solve(
     if tolerance is None:
         tolerance = float(jnp.finfo(operator.dtype).eps) ** (2 / 3)
     most = 10 * operator.parameters.size if most is None else most
-    by_operator = preconditioner if hasattr(preconditioner, "linear_map") else None
-    by_function = None if preconditioner is None or by_operator is not None else Same(preconditioner)
-    x, residual, length = _solve(operator, b, damping, by_operator, by_function, method, tolerance, most)
+    inverse = preconditioner
+    if inverse is not None and not hasattr(inverse, "linear_map"):
+        inverse = Program.of(preconditioner, operator.parameters.structs)
+    x, residual, length = _solve(operator, b, damping, inverse, method, tolerance, most)
     if not isinstance(length, jax.core.Tracer) and not jnp.isfinite(length):
         paths = zip(operator.parameters.paths, jax.tree.leaves(operator.parameters.unravel(b)), strict=True)
         broken = ", ".join(repr(path) for path, leaf in paths if not jnp.isfinite(leaf).all())
@@ -83,21 +84,22 @@ def require_damping(damping: Any, of: str = "") -> None:
     raise ValueError(f"{who}damping={damping} is {what}; (A + damping I) needs a finite damping ≥ 0.")
 
 
-@functools.partial(jax.jit, static_argnames=("by_function", "method", "most"))
+@functools.partial(jax.jit, static_argnames=("method", "most"))
 def _solve(
     operator: LinearOperator,
     b: Array,
     damping: Any,
-    by_operator: LinearOperator | None,
-    by_function: Same | None,
+    inverse: LinearOperator | Program | None,
     method: str,
     tolerance: float,
     most: int,
 ) -> tuple[Array, Array, Array]:
     names, product = operator.parameters, flat_map(operator)
-    preconditioner = None if by_operator is None else flat_map(by_operator)
-    if by_function is not None:
-        preconditioner = lambda x: names.ravel(by_function.value(names.unravel(x)))  # noqa: E731
+    preconditioner = None
+    if isinstance(inverse, Program):
+        preconditioner = lambda x: names.ravel(inverse(names.unravel(x)))  # noqa: E731
+    elif inverse is not None:
+        preconditioner = flat_map(inverse)
 
     def apply(x: Array) -> Array:
         return product(x) + jnp.asarray(damping, x.dtype) * x

@@ -11,8 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from funcprop.calls import require_values
-from funcprop.curvature.binding import SHAPES
 from funcprop.curvature.parameters import Parameters, Where, path_name
+from funcprop.structural_key import SameObject
+
+# What is known of shapes alone, for messages.
+SHAPES = "fp.second_order_cost(loss)(…) or fp.curvature.hessian_diagonal(loss).plan(…)"
 
 
 def chosen(params: PyTree, where: Where | None) -> tuple[bool, ...]:
@@ -61,13 +64,17 @@ def _marks(found: Any, tree: Any, paths: tuple[str, ...], where: Where | None) -
 class Point:
     """Where an operator is evaluated: the chosen parameters, and the others, which are constants.
 
-    Both are the whole pytree with None in place of what is in the other.
+    Attributes:
+        chosen: the whole pytree with None in place of all else.
+        others: the other leaves that are arrays or numbers.
+        kept: all leaves, with None in place of those that are data.
     """
 
     chosen: PyTree
-    others: PyTree
+    others: tuple[Any, ...]
     tree: Any = field(metadata={"static": True})
     marks: tuple[bool, ...] = field(metadata={"static": True})
+    kept: tuple[SameObject | None, ...] = field(metadata={"static": True})
     parameters: Parameters = field(metadata={"static": True})
 
     @classmethod
@@ -78,18 +85,25 @@ class Point:
             raise ValueError(f"params={params!r} has no leaves; there is nothing to differentiate.")
         require_values("curvature", {"params": params}, SHAPES)
         marks = chosen(params, where)
-        inside, outside = _split(leaves, tree, marks)
+        inside = jax.tree.unflatten(
+            tree, [x if mark else None for x, mark in zip(leaves, marks, strict=True)]
+        )
+        outside = [x for x, mark in zip(leaves, marks, strict=True) if not mark]
         parameters = Parameters.of(inside)
-        return cls(jax.tree.map(jnp.asarray, inside), outside, tree, marks, parameters)
+        kept = [None if mark or _is_data(x) else SameObject(x) for x, mark in zip(leaves, marks, strict=True)]
+        others = tuple(x for x in outside if _is_data(x))
+        return cls(jax.tree.map(jnp.asarray, inside), others, tree, marks, tuple(kept), parameters)
 
-    def whole(self, chosen: PyTree) -> PyTree:
-        """The whole pytree, with other values for the chosen parameters."""
-        kept, others = iter(jax.tree.leaves(chosen)), iter(jax.tree.leaves(self.others))
-        return jax.tree.unflatten(self.tree, [next(kept if mark else others) for mark in self.marks])
+    def whole(self, chosen: PyTree, others: Sequence[Any] | None = None) -> PyTree:
+        """The whole pytree, with other values for the chosen parameters, or for the others too."""
+        of_chosen = iter(jax.tree.leaves(chosen))
+        of_others = iter(self.others if others is None else others)
+        leaves = [
+            next(of_chosen) if mark else next(of_others) if kept is None else kept.value
+            for mark, kept in zip(self.marks, self.kept, strict=True)
+        ]
+        return jax.tree.unflatten(self.tree, leaves)
 
 
-def _split(leaves: Sequence[Any], tree: Any, marks: tuple[bool, ...]) -> tuple[PyTree, PyTree]:
-    pairs = list(zip(leaves, marks, strict=True))
-    inside = [leaf if mark else None for leaf, mark in pairs]
-    outside = [None if mark else leaf for leaf, mark in pairs]
-    return jax.tree.unflatten(tree, inside), jax.tree.unflatten(tree, outside)
+def _is_data(leaf: Any) -> bool:
+    return isinstance(leaf, bool | int | float | complex) or hasattr(leaf, "dtype")

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from funcprop import _compat
-from funcprop.calls import succeeds, traced
+from funcprop.calls import succeeds
 from funcprop.layer_calls import layer_call
+from funcprop.program import Program
 
 REMEDY = (
     "The gradient of one example is then no function of that example alone. Use the running averages "
@@ -31,23 +32,20 @@ def example_of(x: Any) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), typed)
 
 
-def trace_example(model: Callable[[Any, Any], Any], params: Any, x: Any) -> tuple[Any, Any]:
-    """The jaxpr of a model of one example, flat, and the type of its output.
+def types_of(tree: Any) -> Any:
+    """The types of the arrays and numbers of a pytree."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), tree)
+
+
+def trace_example(model: Callable[[Any, Any], Any], params: Any, x: Any) -> Program:
+    """The program of a model of one example, from the types of its parameters and of the example.
 
     Raises:
         ValueError: the examples mix.
         TypeError: the output is no pytree of floating-point arrays.
     """
-    leaves, tree = jax.tree.flatten((params, x))
-    outputs: list[Any] = []
-
-    def flat(*values: Any) -> Any:
-        output = model(*jax.tree.unflatten(tree, values))
-        outputs.append(jax.tree.map(jnp.asarray, output))
-        return jax.tree.leaves(outputs[-1])
-
     try:
-        closed = traced(flat, leaves, model, "a parameter or an input")
+        program = Program.of(model, params, x, which="a parameter or an input")
     except NameError as error:
         if "axis name" not in str(error):
             raise
@@ -64,35 +62,35 @@ def trace_example(model: Callable[[Any, Any], Any], params: Any, x: Any) -> tupl
             f"example, x: {given} ({error}). Pass the model of one example, and its loss: per_example itself "
             "maps them over the leading axis of x and y."
         ) from error
-    output = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), outputs[-1])
-    for path, leaf in jax.tree.leaves_with_path(output):
+    for path, leaf in jax.tree.leaves_with_path(program.results):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"per_example: the model's output{jax.tree_util.keystr(path)} is "
                 f"{leaf.dtype}{list(leaf.shape)}; a model returns floating-point arrays, which "
                 "`loss(output, y)` reads."
             )
-    statistics_of_one(closed)
-    return closed, output
+    statistics_of_one(program.jaxpr)
+    return program
 
 
-def refuse_unread(loss: Callable[[Any, Any], Any], output: Any, y: Any) -> None:
-    """Refuse a model that returns what the loss does not read.
+def trace_loss(loss: Callable[[Any, Any], Any], output: Any, y: Any) -> Program:
+    """The program of a loss of one example, from the types of the model's output and of the label.
 
     Raises:
-        ValueError: with the paths of what is not read.
-        TypeError: the loss returns no scalar.
+        ValueError: it does not read all of the output; with the paths of what is not read.
+        TypeError: it returns no scalar.
     """
+    program = Program.of(loss, output, y, which="an output or a label")
     count = len(jax.tree.leaves(output))
-    result = jax.eval_shape(loss, output, y)
+    result = program.results
     if not (hasattr(result, "shape") and result.shape == () and jnp.issubdtype(result.dtype, jnp.floating)):
         raise TypeError(
             f"per_example: loss(output, y) of one example returned {result}; it must return a floating-point "
             "scalar. `model` and `loss` are for ONE example: per_example itself maps them over the leading "
             "axis of x and y."
         )
-    opened, consts = _compat.with_constants_as_inputs(jax.make_jaxpr(loss)(output, y))
-    read = _compat.without_unread_inputs(opened, [False] * len(opened.invars))[1][len(consts) :]
+    before, inputs = len(program.constants), len(program.jaxpr.invars)
+    read = _compat.without_unread_inputs(program.jaxpr, [False] * inputs)[1][before:]
     unread = [
         jax.tree_util.keystr(path)
         for (path, _), used in zip(jax.tree.leaves_with_path(output), read[:count], strict=True)
@@ -104,11 +102,12 @@ def refuse_unread(loss: Callable[[Any, Any], Any], output: Any, y: Any) -> None:
             "read. If these are updated statistics of the batch, the examples mix. "
             f"{REMEDY} If not, let the model return only what the loss reads."
         )
+    return program
 
 
-def statistics_of_one(closed: Any) -> None:
+def statistics_of_one(body: Any) -> None:
     """Refuse statistics of one example alone, and `fp.layers.batch_norm` in training mode."""
-    jaxpr = _compat.open_jaxpr(closed)
+    jaxpr = _compat.open_jaxpr(body)
     # The mean is followed through operators of one operand; beside it, what it is a mean of, and over what.
     means: dict[Any, tuple[Any, str]] = {}
     # In half precision the mean is of one conversion of the value and is subtracted from another.

@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from funcprop import _compat
 from funcprop.curvature.separability import adds_up_entries
 from funcprop.layers.loss import softmax_cross_entropy
+from funcprop.program import Program
 
 Loss = Callable[[Any, Any], Any]
 
@@ -68,9 +68,9 @@ def root_of(loss: Loss, output: Any, y: Any) -> Root:
     leaves = jax.tree.leaves(output)
     if len(leaves) == 1 and leaves[0].ndim and leaves[0].shape[-1] > 1:
         tree = jax.tree.structure(output)
-        program = _program(lambda o, y: loss(jax.tree.unflatten(tree, [o]), y), leaves[0], y)
+        program = Program.of(lambda o, y: loss(jax.tree.unflatten(tree, [o]), y), leaves[0], y)
         for reference, mean in _cross_entropies(leaves[0], y):
-            if program == _program(reference, leaves[0], y):
+            if program.structure == Program.of(reference, leaves[0], y).structure:
                 if leaves[0].ndim == 1 and jnp.issubdtype(y.dtype, jnp.integer):
                     return Labelled(leaves[0].shape[0])
                 return Softmax(leaves[0].shape, mean)
@@ -80,12 +80,6 @@ def root_of(loss: Loss, output: Any, y: Any) -> Root:
 
 
 # --- softmax cross-entropy --------------------------------------------------------------------
-
-
-def _program(fun: Loss, *avals: Any) -> str | None:
-    """What a function computes, as text; None if it closes over an array."""
-    jaxpr = jax.make_jaxpr(fun)(*avals)
-    return None if _compat.constants(jaxpr) else str(jaxpr)
 
 
 def _cross_entropies(output: Any, y: Any) -> Iterator[tuple[Loss, bool]]:

@@ -14,13 +14,14 @@ from jax.lax import GatherScatterMode
 from funcprop import _compat
 from funcprop.curvature.outer.forms import AtHand, Factors, Form, OuterProducts
 from funcprop.curvature.outer.layout import Layout
-from funcprop.curvature.outer.mixing import example_of, trace_example
+from funcprop.curvature.outer.mixing import types_of
 from funcprop.curvature.outer.operators import OuterForm, outer_form
 from funcprop.curvature.outer.several import Several
 from funcprop.curvature.outer.table import Rows
 from funcprop.curvature.outer.tapped import Numbered, run
 from funcprop.curvature.outer.taps import Plan, Tap, find
 from funcprop.primitives import convolution
+from funcprop.program import Program
 from funcprop.registry import RuleSet
 from funcprop.rewrite import with_rules
 from funcprop.rules import default
@@ -33,26 +34,26 @@ _CONV_IN_LOOPS = convolution.rule(convolution.plan_in_loops)
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """The plan of a model at given types; `output` is the type of one example's output."""
+    """The plan of a model of one example, which takes parameters (the types of whose leaves are `leaves`)."""
 
+    model: Program
     plan: Plan
     taps: list[Tap]
     leaves: Sequence[Any]
-    output: Any
     rules: RuleSet | None
 
     @classmethod
-    def of(cls, model: Model, params: Any, x: Any, rules: RuleSet | None) -> Study:
-        """Trace the model at one of the examples `x`.
+    def of(cls, model: Program, params: Any, rules: RuleSet | None) -> Study:
+        """Take a traced model apart."""
+        leaves = jax.tree.leaves(types_of(params))
+        first = len(model.constants)
+        plan, taps = find(model.jaxpr, range(first, first + len(leaves)))
+        return cls(model, plan, taps, leaves, rules)
 
-        Raises:
-            ValueError: the examples mix, see `mixing`.
-        """
-        example = example_of(x)
-        leaves = [jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)) for p in jax.tree.leaves(params)]
-        closed, output = trace_example(model, jax.tree.unflatten(jax.tree.structure(params), leaves), example)
-        plan, taps = find(closed, len(leaves))
-        return cls(plan, taps, leaves, output, rules)
+    @property
+    def output(self) -> Any:
+        """The type of one example's output."""
+        return self.model.results
 
     def bytes_of_example(self, columns: int) -> int:
         """What stacked cotangents of one example take besides a gradient's own; all of a fallback's."""
@@ -65,7 +66,8 @@ class Study:
         """A batch's outputs, the pullback of their cotangents to the taps, and the taps' other operands."""
 
         def one(x: Any, deltas: Numbered) -> tuple[Any, Numbered]:
-            results, activations = run(self.plan, self.taps, [*leaves, *jax.tree.leaves(x)], deltas)
+            given = [*self.model.constants, *leaves, *jax.tree.leaves(x)]
+            results, activations = run(self.plan, self.taps, given, deltas)
             return jax.tree.unflatten(jax.tree.structure(self.output), results), activations
 
         batched = with_rules(jax.vmap(one), self.rules or _rules())

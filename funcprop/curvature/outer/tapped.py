@@ -23,8 +23,7 @@ def run(
     `deltas` are the perturbations of its taps. Inside a loop, both have a leading axis for the iterations.
     """
     jaxpr = plan.jaxpr
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, plan.consts, strict=True))
-    values.update(zip(jaxpr.invars, args, strict=True))
+    values: dict[Any, Any] = dict(zip(jaxpr.invars, args, strict=True))
     perturbed: dict[Any, Any] = {}
     activations: Numbered = {}
 

@@ -82,7 +82,6 @@ class Plan:
     """
 
     jaxpr: Any
-    consts: list[Any]
     taps: dict[int, list[int]] = field(default_factory=dict)
     direct: dict[Any, int] = field(default_factory=dict)
     perturbed: set[tuple[int, int]] = field(default_factory=set)
@@ -95,12 +94,12 @@ class Plan:
         return sorted(own + [n for plan in self.inner.values() for n in plan.numbers()])
 
 
-def find(closed: Any, leaves: int) -> tuple[Plan, list[Tap]]:
-    """The plan of a function whose first `leaves` arguments are parameters, and its taps."""
-    inputs = len(_compat.open_jaxpr(closed).invars)
+def find(jaxpr: Any, parameters: range) -> tuple[Plan, list[Tap]]:
+    """The plan of a self-contained jaxpr whose inputs at some positions are parameters, and its taps."""
     walk = _Walk()
-    plan = walk.plan(closed, [View(i) if i < leaves else None for i in range(inputs)], (), views_leave=())
-    return plan, walk.taps
+    positions = range(len(jaxpr.invars))
+    views = [View(i - parameters.start) if i in parameters else None for i in positions]
+    return walk.plan(jaxpr, views, (), views_leave=()), walk.taps
 
 
 class _RefusedError(Exception):
@@ -132,7 +131,7 @@ class _Walk:
         `views_leave` are the results that may be views, all if None.
         """
         jaxpr = _compat.open_jaxpr(closed)
-        plan = Plan(jaxpr, _compat.array_constants(closed))
+        plan = Plan(jaxpr)
         env: dict[Any, View | None] = dict(zip(jaxpr.invars, views, strict=True))
 
         def seen(atom: Any) -> View | None:
