@@ -58,11 +58,12 @@ class GaussNewton(Derived):
         rules: RuleSet | None,
     ) -> GaussNewton:
         """That of a model, traced as it was written, and of a curvature of its outputs and `more` arrays."""
+        ruled = with_rules(model, rules)
         arrays, outputs = (model.arrays, more), written.results
         bend = Program.of(lambda o, more, u: curvature(o, more)(u), outputs, more, outputs)
         whole = None
         if not written.structure.differentiable:
-            product = functools.partial(_product, with_rules(model, rules), bend)
+            product = functools.partial(_product, ruled, bend)
             whole = Program.of(product, point.chosen, arrays, point.chosen, called=model.fun)
         return cls(written, point.chosen, arrays, whole, point.parameters, rules, bend)
 

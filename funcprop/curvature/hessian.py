@@ -71,11 +71,12 @@ def hessian(
     def at(params: PyTree, *args: Any, **kwargs: Any) -> Hessian:
         point = Point.of(params, where)
         bound = Bound.of(loss, args, kwargs, point)
+        ruled = with_rules(bound, rules)
         written = Program.of(bound, point.chosen, bound.arrays, called=loss)
         require_scalar(written.results, f"loss {written.name}")
         whole = None
         if not written.structure.differentiable:
-            product = functools.partial(_product, with_rules(bound, rules))
+            product = functools.partial(_product, ruled)
             whole = Program.of(product, point.chosen, bound.arrays, point.chosen, called=loss)
         return Hessian(written, point.chosen, bound.arrays, whole, point.parameters, rules)
 

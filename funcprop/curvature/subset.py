@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from funcprop.calls import require_values
 from funcprop.curvature.parameters import Parameters, Where, path_name
-from funcprop.structural_key import SameObject
+from funcprop.program.structural_key import SameObject
 
 # What is known of shapes alone, for messages.
 SHAPES = "fp.second_order_cost(loss)(…) or fp.curvature.hessian_diagonal(loss).plan(…)"

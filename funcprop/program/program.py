@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from funcprop import _compat
 from funcprop.calls import traced
-from funcprop.self_contained import SelfContained, self_contained
-from funcprop.structural_key import StructuralKey, structural_key
+from funcprop.program.self_contained import SelfContained, self_contained
+from funcprop.program.structural_key import StructuralKey, structural_key
 
 
 class Structure:

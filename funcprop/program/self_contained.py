@@ -2,8 +2,8 @@
 
 Arrays that nested jits carry become inputs. Custom derivatives, which a jaxpr keeps as python functions that
 may read and hold anything, are traced here and now: what is put in their place evaluates jaxprs
-(`funcprop.custom_rules`). Derivatives of derivatives are traced as well, until a rule has repeated itself.
-The tangent maps of our rules (`funcprop.linear_map`) are replaced by what they compute.
+(`funcprop.program.custom_rules`). Derivatives of derivatives are traced as well, until a rule has repeated
+itself. The tangent maps of our rules (`funcprop.linear_map`) are replaced by what they compute.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import jax
 
 from funcprop import _compat
-from funcprop.custom_rules import (
+from funcprop.linear_map import linear_body, linear_p
+from funcprop.program.custom_rules import (
     FORWARD,
     REVERSE,
     TANGENT,
@@ -25,8 +26,7 @@ from funcprop.custom_rules import (
     tangent_map,
     traced_rule,
 )
-from funcprop.linear_map import linear_body, linear_p
-from funcprop.structural_key import StructuralKey, structural_key
+from funcprop.program.structural_key import StructuralKey, structural_key
 
 # Inside of a `shard_map` there are axes that are bound nowhere else: its body is left as it is.
 _LEFT_ALONE = frozenset({"shard_map"})
@@ -214,7 +214,8 @@ class _Closer:
         try:
             programs = traced_rule(eqn)
         except Exception as error:  # It is raised where the derivative is asked for.
-            rule.refusal = f"{rule.name} cannot be differentiated here: {type(error).__name__}: {error}"
+            said = str(error).partition("\n")[0]
+            rule.refusal = f"{rule.name} cannot be differentiated here: {type(error).__name__}: {said}"
             self.refused.append(rule.refusal)
         else:
             values = [plain.body(program) for program in programs]
