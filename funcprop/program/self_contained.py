@@ -28,10 +28,10 @@ from funcprop.program.custom_rules import (
 )
 from funcprop.program.structural_key import StructuralKey, structural_key
 
-# Inside of a `shard_map` there are axes that are bound nowhere else: its body is left as it is.
-_LEFT_ALONE = frozenset({"shard_map"})
 _JITS = frozenset({"jit", "pjit"})
 _CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
+# The bodies of others are left as they are; inside of a `shard_map` are axes that are bound nowhere else.
+_OPENED = _JITS | _CHECKPOINTS | {"scan", "while", "cond", "closed_call", "core_call"}
 # A rule that calls its own function is followed until it has repeated itself so often: then it always does.
 _REPEATS = 2
 
@@ -141,7 +141,7 @@ class _Closer:
     def _hides_in(self, eqn: Any) -> bool:
         if eqn.primitive is linear_p or eqn.primitive.name == TANGENT or self._is_unknown(eqn):
             return True
-        if eqn.primitive.name in _LEFT_ALONE:
+        if eqn.primitive.name not in _OPENED:
             return False
         return any(_compat.constants(body) or self._hides(body) for _, body in _compat.sub_jaxprs(eqn))
 
