@@ -149,7 +149,10 @@ class BoundRule:
         if self.rule.applies is None:
             return None
         shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in arguments]
-        answer = self.rule.applies(*jax.tree.unflatten(self.tree, shapes), **self.static)
+        try:
+            answer = self.rule.applies(*jax.tree.unflatten(self.tree, shapes), **self.static)
+        except _compat.InconclusiveDimensionOperation:
+            return "it is planned by sizes, and some of these are symbolic"
         if answer is True:
             return None
         if isinstance(answer, str):
@@ -204,7 +207,7 @@ def _differentiate(bound: BoundRule, primals: Any, tangents: Any) -> tuple[Array
         saved, (pullback, pushed_by_rule) = _on_shared(programs, residuals)
         linear = LinearMap(pullback, pushed_by_rule, tuple(smooth_avals))
     pushed = linear_p.bind(*saved, *(tangents[i] for i in perturbed), linear=linear, residuals=len(saved))
-    full_tangents: list[Any] = [_compat.zero_tangent(aval) for aval in result_avals]
+    full_tangents: list[Any] = [SymbolicZero(aval.to_tangent_aval()) for aval in result_avals]
     for i, tangent in zip(smooth, pushed, strict=True):
         full_tangents[i] = tangent
     return results, full_tangents

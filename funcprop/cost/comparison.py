@@ -21,10 +21,11 @@ from funcprop import _compat
 from funcprop.calls import Call, has_values, is_array, without_aux
 from funcprop.cost.timing import fastest, random_operand
 from funcprop.graph import aligned
+from funcprop.matching import matches
 from funcprop.naming import without_transformations
 from funcprop.objective import Argnums, differentiable, positions
 from funcprop.registry import RuleSet
-from funcprop.rewrite import Match, Rewriter, matches
+from funcprop.rewrite import Match, Rewriter
 from funcprop.rules import autodiff, default
 from funcprop.tracing import Arguments
 from funcprop.transforms import value_and_grad

@@ -11,7 +11,7 @@ import numpy as np
 
 from funcprop.calls import require_values
 from funcprop.registry import RuleSet
-from funcprop.rewrite import with_rules
+from funcprop.running import with_rules
 
 # What is known of shapes alone, for messages.
 SHAPES = "fp.second_order_cost(loss)(…) or fp.curvature.hessian_diagonal(loss).plan(…)"

@@ -18,7 +18,7 @@ from funcprop.curvature.hessian import hessian
 from funcprop.curvature.operator import LinearOperator
 from funcprop.curvature.solve import require_damping, require_solver
 from funcprop.registry import RuleSet
-from funcprop.rewrite import with_rules
+from funcprop.running import with_rules
 
 Loss = Callable[..., Any]
 

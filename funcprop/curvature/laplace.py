@@ -23,7 +23,7 @@ from funcprop.curvature.per_example import per_example
 from funcprop.curvature.precision import Diagonal, Full, Kronecker, LowRank, Precision
 from funcprop.curvature.subset import Point
 from funcprop.registry import RuleSet
-from funcprop.rewrite import with_rules
+from funcprop.running import with_rules
 
 AT_ONCE = 64  # examples whose Jacobians exist at the same time
 

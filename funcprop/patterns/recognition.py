@@ -12,7 +12,7 @@ never replaced. Equations with effects, and results that are read elsewhere, are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -44,6 +44,14 @@ class Pattern(Protocol):
     @property
     def last(self) -> str:
         """The primitive of the last equation."""
+
+    @property
+    def layer(self) -> Layer:
+        """What the equations are replaced by; a rule set without a rule for it has no use for the pattern."""
+
+    @property
+    def operators(self) -> Collection[str]:
+        """Primitives that are always among the equations."""
 
     def find(self, eqn: Any, producer: Producer) -> Replacement | None:
         """The equations that end with `eqn`; `producer` maps an atom to the equation it is from, or None."""
@@ -90,7 +98,8 @@ def _producer(jaxpr: Any) -> Producer:
 
 def layer_equation(layer: Layer, static: Mapping[str, Any], invars: Sequence[Any], like: Any) -> Any:
     """The call of a layer as an equation with the results, scope and source line of the equation `like`."""
-    traced = jax.make_jaxpr(lambda *args: layer(*args, **static))(*[v.aval for v in invars])
+    with jax.disable_jit(False):  # A layer's call is a jit.
+        traced = jax.make_jaxpr(lambda *args: layer(*args, **static))(*[v.aval for v in invars])
     (call,) = _compat.open_jaxpr(traced).eqns
     return call.replace(
         invars=list(invars), outvars=list(like.outvars), source_info=like.source_info, ctx=like.ctx
@@ -109,18 +118,23 @@ class Known:
     static: tuple[tuple[str, Any], ...] = ()
 
     @cached_property
-    def _operators(self) -> list[str]:
+    def operators(self) -> Collection[str]:
+        """The primitives of the function's equations."""
         return [eqn.primitive.name for eqn in _reference(self.function, _SCALAR).eqns]
+
+    @cached_property
+    def _inside(self) -> frozenset[str]:
+        return _names(_reference(self.function, _SCALAR).eqns)
 
     @property
     def last(self) -> str:
         """The primitive of the function's last equation."""
-        return self._operators[-1]
+        return list(self.operators)[-1]
 
     def find(self, eqn: Any, producer: Producer) -> Replacement | None:
         """The function's equations, if they end with `eqn`."""
-        behind = {e.primitive.name for e in _behind(eqn, producer, 4 * len(self._operators))}
-        if not behind.issuperset(self._operators):  # Much cheaper than tracing the reference.
+        behind = _names(list(_behind(eqn, producer, 4 * len(self.operators))))
+        if not behind.issuperset(self._inside):  # Much cheaper than tracing the reference.
             return None
         found = equal_to(self.function, eqn, producer)
         if found is None:
@@ -162,8 +176,13 @@ def equal_to(
 
 
 def _reference(function: Callable[[Any], Any], aval: Any) -> Any:
-    argument = jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
-    return _compat.open_jaxpr(jax.make_jaxpr(function)(argument))
+    return _compat.open_jaxpr(jax.make_jaxpr(function)(aval))
+
+
+def _names(eqns: Iterable[Any]) -> frozenset[str]:
+    """The primitives of equations and of their bodies."""
+    bodies = (_compat.equations(body) for eqn in eqns for _, body in _compat.sub_jaxprs(eqn))
+    return frozenset(e.primitive.name for group in (eqns, *bodies) for e in group)
 
 
 def _behind(eqn: Any, producer: Producer, count: int) -> Iterator[Any]:
@@ -182,11 +201,7 @@ def _behind(eqn: Any, producer: Producer, count: int) -> Iterator[Any]:
 
 def _ordinary(aval: Any) -> bool:
     """Whether a type is shape and dtype alone; references cannot be traced at others from outside."""
-    return (
-        _compat.is_differentiable(aval)
-        and not _compat.varying_axes(aval)
-        and not _compat.explicitly_sharded(aval)
-    )
+    return _compat.is_differentiable(aval) and not _compat.varying_axes(aval)
 
 
 def _type(aval: Any) -> tuple[Any, ...]:
@@ -281,13 +296,11 @@ def _tangent_map(eqn: Any) -> Any:
     smooth = [i for i, aval in enumerate(avals) if _compat.is_differentiable(aval)]
 
     def tangents(primals: Any, perturbations: Any) -> Any:
-        full: list[Any] = [_compat.zero_tangent(aval) for aval in avals]
-        for i, tangent in zip(smooth, perturbations, strict=True):
-            full[i] = tangent
+        given = iter(perturbations)
+        full = [next(given) if i in smooth else _compat.zero_tangent(aval) for i, aval in enumerate(avals)]
         return jax.jvp(call, primals, full)[1]
 
-    types = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in avals]
-    closed = jax.make_jaxpr(lambda p, t: tangents(list(p), list(t)))(types, [types[i] for i in smooth])
+    closed = jax.make_jaxpr(lambda p, t: tangents(list(p), list(t)))(avals, [avals[i] for i in smooth])
     if _compat.constants(closed):
         return None
     opened = _compat.open_jaxpr(closed)

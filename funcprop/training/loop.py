@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from funcprop.registry import RuleSet
-from funcprop.rewrite import with_rules
+from funcprop.running import with_rules
 
 Loss: TypeAlias = Callable[..., Any]
 Batches: TypeAlias = "Iterable[Any] | Callable[[Any], Iterable[Any]]"

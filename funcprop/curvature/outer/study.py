@@ -22,8 +22,8 @@ from funcprop.curvature.outer.tapped import Numbered, run
 from funcprop.curvature.outer.taps import Plan, Tap, find
 from funcprop.primitives import convolution
 from funcprop.registry import RuleSet
-from funcprop.rewrite import with_rules
 from funcprop.rules import default
+from funcprop.running import with_rules
 
 Model = Callable[[Any, Any], Any]
 
