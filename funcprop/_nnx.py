@@ -1,4 +1,4 @@
-"""Flax nnx models as arguments: what a function changes in them survives the rewrite.
+"""Flax nnx models as arguments: what a function changes in them survives a reader that traces it.
 
 An nnx model is a mutable object: batch statistics and counters of random streams change in the forward pass.
 A traced function sees copies of its arguments, so the changes would be lost. Here the model's state becomes
@@ -52,7 +52,7 @@ def call(run: Callable[..., Any], fun: Callable[..., Any], args: Any, kwargs: An
             )
         with nnx.split_context(context) as splitting:
             new_graph, new_state = splitting.split(models)
-        unchanged = _same(jax.tree.flatten(state), jax.tree.flatten(new_state))
+        unchanged = new_graph == graph and _same(jax.tree.flatten(state), jax.tree.flatten(new_state))
         return result, None if unchanged else (new_graph, new_state)
 
     with nnx.update_context(context):
