@@ -84,6 +84,9 @@ class RuleTrace(_compat.PassingTrace):
             results = self.function(primitive, operands, params)
             if results is None:
                 results = self.operator(primitive, operands, params)
+            if results is None:
+                results = _listed(primitive, self.bind(primitive, operands, params))
+            _compat.note_origin(results)
         if results is None:
             results = self.bind(primitive, operands, params)
         elif not primitive.multiple_results:
@@ -151,10 +154,13 @@ class RuleTrace(_compat.PassingTrace):
         if primitive.name not in CONTROL_FLOW:
             return None
         new, extra = self.rewriter.with_new_bodies(primitive, params)
-        results = self.bind(primitive, [*extra, *operands], new)
-        return list(results) if primitive.multiple_results else [results]
+        return _listed(primitive, self.bind(primitive, [*extra, *operands], new))
 
     def rule_at(self, eqn: Any) -> BoundRule | None:
         """The rule that fires at an operator."""
         found = self.rewriter.match(eqn)
         return None if found is None else found.bound
+
+
+def _listed(primitive: Any, results: Any) -> Arrays:
+    return list(results) if primitive.multiple_results else [results]

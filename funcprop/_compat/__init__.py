@@ -17,6 +17,7 @@ import jax.extend.core.primitives as jex_primitives
 import jax.numpy as jnp
 import numpy as np
 from jax.core import eval_jaxpr as _eval_jaxpr
+from jax.extend import source_info_util
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
@@ -25,6 +26,7 @@ from funcprop._compat.surrounding import current_source
 from funcprop._compat.surrounding import equation_of as equation_of
 from funcprop._compat.surrounding import is_call_of as is_call_of
 from funcprop._compat.surrounding import is_traced as is_traced
+from funcprop._compat.surrounding import note_origin as note_origin
 from funcprop._compat.surrounding import outside as outside
 from funcprop._compat.surrounding import under as under
 
@@ -40,6 +42,8 @@ zeros_like_aval = ad.zeros_like_aval
 
 _JAX_DIRECTORY = os.path.dirname(jax.__file__) + os.sep
 _OWN_DIRECTORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+# What JAX calls the user's line, in its messages and in compiled programs, is then none of ours.
+source_info_util.register_exclusion(_OWN_DIRECTORY)
 
 
 # --- jaxprs -----------------------------------------------------------------------------------

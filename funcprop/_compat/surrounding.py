@@ -66,6 +66,15 @@ def outside(trace: PassingTrace) -> contextlib.AbstractContextManager[Any]:
     return jex.set_current_trace(trace.parent_trace)
 
 
+def note_origin(values: Sequence[Any]) -> None:
+    """Let tracers say where they were made, should one be used after its transformation has ended."""
+    unknown = [x for x in values if isinstance(x, Tracer) and getattr(x, "_line_info", None) is None]
+    if unknown:
+        source = source_info_util.current()
+        for x in unknown:
+            x._line_info = source
+
+
 def is_traced(value: Any) -> bool:
     """Whether a value is a tracer: something that a transformation around the function looks at."""
     return isinstance(value, Tracer)

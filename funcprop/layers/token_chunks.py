@@ -71,9 +71,9 @@ def _over_chunks(step: Any, totals: Any, xs: Any, cotangents: Any, size: int) ->
     """Run `totals, ys = step(totals, (*xs, *cotangents))` over chunks of tokens.
 
     Chunk i has the tokens i, i + count, i + 2 count …: where the tokens are spread over devices, each device
-    has a part of every chunk, and none has to be sent. What is missing at the end is filled up with copies of
-    the last token, whose logits are as finite as its own; their cotangents are zero. The step is checkpointed:
-    the reverse derivative of the backward makes the logits again, too.
+    has a part of every chunk, and none has to be sent. What is missing at the end is filled up with copies
+    of the last token, whose logits are as finite as its own; their cotangents are zero. The step is
+    checkpointed: the reverse derivative of the backward makes the logits again, too.
     """
     tokens = xs[0].shape[0]
     count = -(-tokens // size)
