@@ -166,7 +166,11 @@ ERRORS = {
     "not a scalar": (lambda: fp.grad(jnp.tanh)(X), TypeError, r"tanh returns float64\[3\], .* fp.jacobian"),
     "integer argument": (lambda: fp.grad(jnp.tanh)(1), TypeError, "argument 0 of tanh is 1 .*no derivative"),
     "complex result": (lambda: fp.grad(lambda x: x + 1j)(1.0), TypeError, "real-valued outputs"),
-    "argnums too large": (lambda: fp.grad(jnp.tanh, argnums=1)(1.0), TypeError, "argnums=1, but tanh is called with 1"),
+    "argnums too large": (
+        lambda: fp.grad(jnp.tanh, argnums=1)(1.0),
+        TypeError,
+        "argnums=1, but tanh is called with 1",
+    ),
 }
 
 

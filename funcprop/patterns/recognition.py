@@ -58,11 +58,8 @@ class Pattern(Protocol):
 
 
 def recognised(jaxpr: Any, patterns: Sequence[Pattern], has_rule: Callable[[Any], bool]) -> list[Any]:
-    """The equations of a jaxpr, with the replacements whose operator has a rule."""
-    by_last: dict[str, list[Pattern]] = {}
-    for pattern in patterns:
-        by_last.setdefault(pattern.last, []).append(pattern)
-    candidates = [eqn for eqn in jaxpr.eqns if eqn.primitive.name in by_last]
+    """The equations of a jaxpr, with the replacements whose operator has a rule; the first patterns go first."""
+    candidates = [(p, eqn) for p in patterns for eqn in jaxpr.eqns if eqn.primitive.name == p.last]
     if not candidates:
         return list(jaxpr.eqns)
     producer = _producer(jaxpr)
@@ -79,15 +76,13 @@ def recognised(jaxpr: Any, patterns: Sequence[Pattern], has_rule: Callable[[Any]
         return not any(v in results or not inside.issuperset(readers.get(v, ())) for v in between)
 
     replaced: dict[int, Sequence[Any]] = {}
-    for eqn in candidates:
-        for pattern in by_last[eqn.primitive.name]:
-            found = pattern.find(eqn, producer)
-            if found is None or any(e.effects or id(e) in replaced for e in found.old):
-                continue
-            if hidden(found.old) and has_rule(found.new[-1]) and all(map(has_rule, found.requires)):
-                replaced.update((id(e), ()) for e in found.old)
-                replaced[id(eqn)] = found.new
-                break
+    for pattern, eqn in candidates:
+        found = None if id(eqn) in replaced else pattern.find(eqn, producer)
+        if found is None or any(e.effects or id(e) in replaced for e in found.old):
+            continue
+        if hidden(found.old) and has_rule(found.new[-1]) and all(map(has_rule, found.requires)):
+            replaced.update((id(e), ()) for e in found.old)
+            replaced[id(eqn)] = found.new
     return [new for eqn in jaxpr.eqns for new in replaced.get(id(eqn), (eqn,))]
 
 
