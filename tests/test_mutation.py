@@ -60,7 +60,7 @@ def test_rematerialize_refuses_a_changed_container():
     """It is traced with copies of its arguments."""
     lean = fp.memory.rematerialize(changes, 0.5)
     batch = {"scale": 2.0, "inner": {"list": [X]}}
-    with pytest.raises(TypeError, match="rematerialize: the function changes a container .*Return the new"):
+    with pytest.raises(TypeError, match=r"rematerialize: the function changes a container .*Return the new"):
         jax.grad(lean)(X, batch, [])
 
 

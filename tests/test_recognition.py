@@ -119,7 +119,7 @@ def read_twice(x):
 
 @pytest.mark.parametrize(("fun", "name"), [(reads_the_middle, "tanh_gelu"), (read_twice, "relu_max_pool")])
 def test_who_reads_the_middle_still_gets_it(fun, name):
-    """While a function runs, nobody knows what will be read later: its derivative stands beside the rule's."""
+    """While a function runs, nobody knows what is read later: its derivative stands beside the rule's."""
     assert name in operators(fun, X)
 
     def loss(x):
