@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from funcprop.calls import name_of
+
 
 class _NotScalarError(TypeError):
     """The result of a function has no gradient; raised inside of JAX's transformation."""
@@ -27,7 +29,7 @@ def explained(
 
     `ruled` is `fun` with rules; `of_integers` says that arguments may be integers.
     """
-    name = getattr(fun, "__name__", type(fun).__name__)
+    name = name_of(fun)
 
     @functools.wraps(ruled)
     def checked(*args: Any, **kwargs: Any) -> Any:

@@ -20,7 +20,7 @@ import jax
 
 from funcprop import _compat
 from funcprop.attach import BoundRule
-from funcprop.calls import require_callable
+from funcprop.calls import name_of, require_callable
 from funcprop.linear_map import Arrays
 from funcprop.looking_back import Past
 from funcprop.patterns import FUNCTIONS
@@ -62,6 +62,7 @@ def with_rules(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callabl
         with _compat.under(lambda parent: RuleTrace(parent, rewriter)):
             return fun(*args, **kwargs)
 
+    ruled.__name__ = name_of(fun, "<unnamed function>")  # as JAX calls it
     return ruled
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -94,6 +95,15 @@ def vjp(
     """
     pullback_of: Any = jax.vjp
     return pullback_of(with_rules(fun, rules), *primals, has_aux=has_aux, **options)
+
+
+def _with_rules_option(function: Any) -> inspect.Signature:
+    rules = inspect.Parameter("rules", inspect.Parameter.KEYWORD_ONLY, default=None)
+    signature = inspect.signature(function)
+    return signature.replace(parameters=[*signature.parameters.values(), rules])
+
+
+vjp.__signature__ = _with_rules_option(jax.vjp)  # type: ignore[attr-defined]  # The running JAX's options.
 
 
 def hvp(

@@ -97,19 +97,35 @@ def raises_its_own(x):
 
 # What is asked, the exception's class, and what its message says.
 ERRORS = {
-    "vector result": (lambda t: t.grad(jnp.tanh)(X), TypeError, r"scalar.*\(3,\)"),
-    "no result": (lambda t: t.grad(lambda x: None)(S), TypeError, "scalar.*None"),
+    "vector result": (lambda t: t.grad(jnp.tanh)(X), TypeError, r"tanh returns float64\[3\].*scalar"),
+    "no result": (lambda t: t.grad(lambda x: None)(S), TypeError, "returns None.*scalar"),
     "text as a result": (lambda t: t.grad(lambda x: "a")(S), TypeError, "'a'"),
     "complex result": (lambda t: t.grad(lambda x: x * 1j)(S), TypeError, "real-valued outputs"),
     "two results": (lambda t: t.grad(lambda x: (x, x))(S), TypeError, "scalar"),
-    "integer": (lambda t: t.grad(jnp.tanh)(1), TypeError, r"int64.*allow_int"),
-    "integers in a tree": (lambda t: t.grad(lambda p: p["a"])({"a": jnp.arange(3)}), TypeError, "allow_int"),
+    "integer": (lambda t: t.grad(jnp.tanh)(1), TypeError, r"argument 0 of tanh is 1 .int64.*no derivative"),
+    "integers in a tree": (
+        lambda t: t.grad(lambda p: p["a"])({"a": jnp.arange(3)}),
+        TypeError,
+        r"argument 0\['a'\].*no derivative",
+    ),
     "text": (lambda t: t.grad(lambda x: 1.0)("a"), TypeError, "'a'"),
     "object": (lambda t: t.grad(lambda x: 1.0)(Callable()), TypeError, "Callable"),
-    "too few arguments": (lambda t: t.grad(lambda x, y: x * y)(1.0), TypeError, "missing 1 required.*'y'"),
-    "argnums": (lambda t: t.grad(jnp.tanh, argnums=1)(1.0), TypeError, "argnums=1 requires at least 2"),
+    "too few arguments": (
+        lambda t: t.grad(lambda x, y: x * y)(1.0),
+        TypeError,
+        "missing a required argument: 'y'",
+    ),
+    "argnums": (
+        lambda t: t.grad(jnp.tanh, argnums=1)(1.0),
+        TypeError,
+        "argnums=1, but tanh is called with 1",
+    ),
     "argnums of text": (lambda t: t.grad(jnp.tanh, argnums="x")(1.0), TypeError, "str"),
-    "by keyword only": (lambda t: t.grad(lambda x: x)(x=1.0), TypeError, "at least 1 positional"),
+    "by keyword only": (
+        lambda t: t.grad(lambda x: x)(x=1.0),
+        TypeError,
+        "argnums=0.*called with 0 positional",
+    ),
     "unknown option": (lambda t: t.grad(jnp.tanh, argnum=0), TypeError, "argnum"),
     "no pair": (lambda t: t.grad(jnp.tanh, has_aux=True)(S), TypeError, "aux"),
     "three for a pair": (lambda t: t.grad(lambda x: (x, 1, 2), has_aux=True)(S), TypeError, "aux"),

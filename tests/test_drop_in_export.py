@@ -159,23 +159,30 @@ def filled(sizes):
     return np.cos(np.arange(1.0, 1 + np.prod(sizes))).reshape(sizes)
 
 
-def assert_exports_as_jax(program):
+# `jax.nn.dot_product_attention` takes its softmax in float32, and the rule rounds in another order.
+TOLERANCES = {attended: 1e-9}
+
+
+def assert_exports_as_jax(program, rtol=1e-12):
     expected = outcome(program, JAX)
     assert not isinstance(expected, Exception), f"JAX itself does not export it: {expected!r}"
     for rules in RULE_SETS:
-        assert_same_outcome(outcome(program, ours(rules)), expected, rules.name)
+        assert_same_outcome(outcome(program, ours(rules)), expected, rules.name, rtol)
 
 
 @pytest.mark.parametrize("row", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_symbolic_batch(row):
     fun, w, rest = row
-    assert_exports_as_jax(exported(mean_square(fun), w, ", ".join(["b", *map(str, rest)]), (4, *rest)))
+    assert_exports_as_jax(
+        exported(mean_square(fun), w, ", ".join(["b", *map(str, rest)]), (4, *rest)),
+        TOLERANCES.get(fun, 1e-12),
+    )
 
 
 @pytest.mark.parametrize("row", TWO_SIZES.values(), ids=TWO_SIZES)
 def test_symbolic_batch_and_length(row):
     fun, w = row
-    assert_exports_as_jax(exported(mean_square(fun), w, "b, t, 3", (4, 5, 3)))
+    assert_exports_as_jax(exported(mean_square(fun), w, "b, t, 3", (4, 5, 3)), TOLERANCES.get(fun, 1e-12))
 
 
 def test_a_plan_that_compares_sizes_says_so():

@@ -58,7 +58,7 @@ class Pattern(Protocol):
 
 
 def recognised(jaxpr: Any, patterns: Sequence[Pattern], has_rule: Callable[[Any], bool]) -> list[Any]:
-    """The equations of a jaxpr, with the replacements whose operator has a rule, by patterns in their order."""
+    """The equations of a jaxpr, with the replacements whose operator has a rule, first pattern first."""
     candidates = [(p, eqn) for p in patterns for eqn in jaxpr.eqns if eqn.primitive.name == p.last]
     if not candidates:
         return list(jaxpr.eqns)
