@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from funcprop import _compat
+from funcprop._compat.layouts import bound_to_layouts, without_layouts
 from funcprop.attach import BoundRule, attach
 from funcprop.layer_calls import broken_layer_call, ends_in_boundary, layer_call
 from funcprop.linear_map import Arrays
@@ -67,7 +68,7 @@ def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
     results = [result.aval for result in eqn.outvars]
     reason = _cannot_attach(eqn, arguments, results)
     if reason is None and call is None and eqn.primitive.name in CONTROL_FLOW:
-        reason = _cannot_align(arguments)
+        reason = _cannot_align(arguments) or _cannot_forget_layouts(eqn)
     if call is not None and any(None in axis.out_axes for axis in call.axes):
         reason = reason or "under vmap, a result is the same for all examples and others are not"
     if reason is None:
@@ -94,6 +95,13 @@ def _cannot_align(arguments: Sequence[Any]) -> str | None:
     if len({_compat.varying_axes(aval) for aval in arguments}) > 1:
         return "its arguments vary over different manual axes, for which its body was traced"
     return None
+
+
+def _cannot_forget_layouts(eqn: Any) -> str | None:
+    if not any(_compat.explicitly_sharded(v.aval) for v in (*eqn.invars, *eqn.outvars)):
+        return None
+    name = bound_to_layouts(eqn)
+    return name and f"its types carry an explicit sharding, for which {name} in its body was traced"
 
 
 class Rewriter:
@@ -208,24 +216,34 @@ class Rewriter:
 
     def apply(self, bound: BoundRule, eqn: Any, args: Sequence[Any]) -> Arrays:
         """The results of an operator, with its rule attached."""
-        call = layer_call(eqn)
-        if call is None and eqn.primitive.name in CONTROL_FLOW:
-            # The rule of a loop is given a body that carries its own rules.
-            body = self.inside(eqn).body
-            bound = BoundRule.of_primitive(
-                bound.rule, eqn.replace(params=_compat.map_jaxprs(eqn.params, body))
-            )
-        fun: Callable[..., Any] = lambda *leaves: attach(bound, leaves)  # noqa: E731
-        if call is not None:
-            for axis in call.axes:
-                fun = _mapped(fun, axis)
-        if any(_compat.explicitly_sharded(v.aval) for v in (*eqn.invars, *eqn.outvars)):
-            # Rules say nothing of layouts: inside, XLA chooses them; outside, they are those of the operator.
-            fun = jax.sharding.auto_axes(fun, out_sharding=[v.aval.sharding for v in eqn.outvars])
+        explicit = any(_compat.explicitly_sharded(v.aval) for v in (*eqn.invars, *eqn.outvars))
+        fun = self._with_layouts(bound, eqn) if explicit else self._attached(bound, eqn)
         with _compat.context_of(eqn):
             results = list(fun(*args))
         pairs = zip(results, eqn.outvars, strict=True)
         return [_compat.with_weak_type(x, bool(getattr(v.aval, "weak_type", False))) for x, v in pairs]
+
+    def _attached(self, bound: BoundRule, eqn: Any) -> Callable[..., Any]:
+        call = layer_call(eqn)
+        if call is None and eqn.primitive.name in CONTROL_FLOW:
+            # The rule of a loop is given a body that carries its own rules.
+            params = _compat.map_jaxprs(eqn.params, self.inside(eqn).body)
+            bound = BoundRule.of_primitive(bound.rule, eqn.replace(params=params))
+        fun: Callable[..., Any] = lambda *leaves: attach(bound, leaves)  # noqa: E731
+        for axis in () if call is None else call.axes:
+            fun = _mapped(fun, axis)
+        return fun
+
+    def _with_layouts(self, bound: BoundRule, eqn: Any) -> Callable[..., Any]:
+        """Rules say nothing of layouts: inside, XLA chooses them; outside, they are those of the operator."""
+
+        def of_loop(*leaves: Any) -> Arrays:
+            found = without_layouts(eqn, [jax.typeof(x) for x in leaves])
+            return self._attached(BoundRule.of_primitive(bound.rule, found), found)(*leaves)
+
+        is_loop = layer_call(eqn) is None and eqn.primitive.name in CONTROL_FLOW
+        fun = of_loop if is_loop else self._attached(bound, eqn)
+        return jax.sharding.auto_axes(fun, out_sharding=[v.aval.sharding for v in eqn.outvars])
 
     def _enter(self, eqn: Any, args: Arrays) -> Arrays:
         if eqn.primitive.name == "shard_map":

@@ -76,7 +76,10 @@ def _over_chunks(step: Any, totals: Any, xs: Any, cotangents: Any, size: int) ->
     checkpointed: the reverse derivative of the backward makes the logits again, too.
     """
     tokens = xs[0].shape[0]
-    count = -(-tokens // size)
+    least = -(-tokens // size)
+    # A number of chunks that divides the tokens, if one is below twice as many: nothing is filled up then.
+    count = next((n for n in range(least, 2 * least) if tokens % n == 0), least)
+    size = -(-tokens // count)
 
     def cut(x: Any, mode: str) -> Any:
         filled = jnp.pad(x, ((0, count * size - tokens), *((0, 0),) * (x.ndim - 1)), mode)
