@@ -33,6 +33,7 @@ from funcprop.graph import Graph as Graph
 from funcprop.graph import Operator as Operator
 from funcprop.graph import Variable as Variable
 from funcprop.graph import name as name
+from funcprop.matching import matches as matches
 from funcprop.nonfinite import NonFinite as NonFinite
 from funcprop.prod import prod as prod
 from funcprop.propagation import Propagation as Propagation
@@ -44,8 +45,7 @@ from funcprop.registry import layer as layer
 from funcprop.report import Report as Report
 from funcprop.report import ReportError as ReportError
 from funcprop.report import report as report
-from funcprop.rewrite import matches as matches
-from funcprop.rewrite import with_rules as with_rules
+from funcprop.running import with_rules as with_rules
 from funcprop.tracing import trace as trace
 from funcprop.transforms import grad as grad
 from funcprop.transforms import hvp as hvp

@@ -1,4 +1,4 @@
-"""Flax nnx models as arguments: what a function changes in them survives the rewrite.
+"""Flax nnx models as arguments: what a function changes in them survives a reader that traces it.
 
 An nnx model is a mutable object: batch statistics and counters of random streams change in the forward pass.
 A traced function sees copies of its arguments, so the changes would be lost. Here the model's state becomes
@@ -52,9 +52,12 @@ def call(run: Callable[..., Any], fun: Callable[..., Any], args: Any, kwargs: An
             )
         with nnx.split_context(context) as splitting:
             new_graph, new_state = splitting.split(models)
-        unchanged = _same(jax.tree.flatten(state), jax.tree.flatten(new_state))
+        same_state = _same(jax.tree.flatten(state), jax.tree.flatten(new_state))
+        unchanged = same_state and nnx.graphdef(models) == attributes
         return result, None if unchanged else (new_graph, new_state)
 
+    # What the models hold besides variables: sizes, flags, counters that are plain numbers.
+    attributes = nnx.graphdef(tuple(leaves[i] for i in places))
     with nnx.update_context(context):
         with nnx.split_context(context) as splitting:
             graph, state = splitting.split(tuple(leaves[i] for i in places))

@@ -14,7 +14,8 @@ backward rule by ordinary autodiff, so second order is exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -63,7 +64,8 @@ class BoundRule:
 
     def forward(self, leaves: Sequence[Any]) -> tuple[Arrays, Any, Arrays, Any]:
         """Results and residuals, flat, each followed by its structure."""
-        returned = self.rule.forward(*jax.tree.unflatten(self.tree, leaves), **self.static)
+        with self._named():
+            returned = self.rule.forward(*jax.tree.unflatten(self.tree, leaves), **self.static)
         if not (isinstance(returned, tuple) and len(returned) == 2):
             raise RuleError(
                 f"rule for {self.operator}: forward returned {_kind(returned)}; return the pair "
@@ -89,14 +91,16 @@ class BoundRule:
         """Results, flat, where nothing is differentiated."""
         if self.rule.value is None:
             return self.forward(leaves)[0]
-        return jax.tree.leaves(self.rule.value(*jax.tree.unflatten(self.tree, leaves), **self.static))
+        with self._named():
+            return jax.tree.leaves(self.rule.value(*jax.tree.unflatten(self.tree, leaves), **self.static))
 
     def backward(
         self, residuals: Any, cotangents: Any, needs: Sequence[bool], arguments: Sequence[Any]
     ) -> Arrays:
         """The wanted cotangents, flat and checked against the types of the arguments."""
         wanted = jax.tree.unflatten(self.tree, needs)
-        returned = self.rule.backward(residuals, cotangents, wanted, **self.static)
+        with self._named():
+            returned = self.rule.backward(residuals, cotangents, wanted, **self.static)
         where = f"rule for {self.operator}: backward returned"
         count = len(wanted)
         if not (isinstance(returned, tuple | list) and len(returned) == count):
@@ -140,16 +144,21 @@ class BoundRule:
     def pushforward(self, residuals: Any, tangents: Sequence[Any]) -> Arrays:
         """The rule's own forward mode on flat tangents, None where an argument is not perturbed."""
         assert self.rule.jvp is not None
-        return jax.tree.leaves(
-            self.rule.jvp(residuals, jax.tree.unflatten(self.tree, tangents), **self.static)
-        )
+        with self._named():
+            return jax.tree.leaves(
+                self.rule.jvp(residuals, jax.tree.unflatten(self.tree, tangents), **self.static)
+            )
 
     def why_not(self, arguments: Sequence[Any]) -> str | None:
         """Why this operator is left to autodiff, or None if the rule applies to these types."""
-        if self.rule.applies is None:
-            return None
         shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in arguments]
-        answer = self.rule.applies(*jax.tree.unflatten(self.tree, shapes), **self.static)
+        try:
+            with self._named():
+                answer = self._applies(shapes)
+            if answer is True and any(map(_compat.has_symbolic_size, arguments)):
+                jax.eval_shape(self._both_sweeps, *shapes)
+        except _compat.InconclusiveDimensionOperation:
+            return "it compares sizes, and some of these are symbolic"
         if answer is True:
             return None
         if isinstance(answer, str):
@@ -158,6 +167,33 @@ class BoundRule:
             f"rule for {self.operator}: applies returned {answer!r}; return True, or a string that says "
             "why the operator is left to autodiff."
         )
+
+    def _applies(self, shapes: Sequence[Any]) -> Any:
+        if self.rule.applies is None:
+            return True
+        return self.rule.applies(*jax.tree.unflatten(self.tree, shapes), **self.static)
+
+    def _both_sweeps(self, *leaves: Any) -> Any:
+        smooth = [i for i, x in enumerate(leaves) if _compat.is_differentiable(x)]
+
+        def of_smooth(*values: Any) -> Arrays:
+            full = list(leaves)
+            for i, value in zip(smooth, values, strict=True):
+                full[i] = value
+            return [y for y in attach(self, full) if _compat.is_differentiable(y)]
+
+        values, pullback = jax.vjp(of_smooth, *(leaves[i] for i in smooth))
+        return pullback(values)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Say of an exception of the rule's own whose rule it is."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, RuleError):
+                error.add_note(f"raised by the rule for {self.operator}")
+            raise
 
 
 def attach(bound: BoundRule, arguments: Sequence[Any]) -> Arrays:
@@ -204,7 +240,7 @@ def _differentiate(bound: BoundRule, primals: Any, tangents: Any) -> tuple[Array
         saved, (pullback, pushed_by_rule) = _on_shared(programs, residuals)
         linear = LinearMap(pullback, pushed_by_rule, tuple(smooth_avals))
     pushed = linear_p.bind(*saved, *(tangents[i] for i in perturbed), linear=linear, residuals=len(saved))
-    full_tangents: list[Any] = [_compat.zero_tangent(aval) for aval in result_avals]
+    full_tangents: list[Any] = [SymbolicZero(aval.to_tangent_aval()) for aval in result_avals]
     for i, tangent in zip(smooth, pushed, strict=True):
         full_tangents[i] = tangent
     return results, full_tangents

@@ -49,6 +49,13 @@ class Call:
         return jax.tree.unflatten(self.tree, leaves)
 
 
+def name_of(fun: Any, unnamed: str | None = None) -> str:
+    """The name of a function, also of one with some arguments bound; its type's if it has none."""
+    if isinstance(fun, functools.partial):
+        return name_of(fun.func, unnamed)
+    return str(getattr(fun, "__name__", unnamed or type(fun).__name__))
+
+
 def pair(returned: Any, fun: Callable[..., Any]) -> tuple[Any, Any]:
     """What a function with auxiliary data returned.
 

@@ -128,11 +128,16 @@ def broken_layer_call(eqn: Any) -> tuple[Any, str] | None:
     return boundary.params["call"].layer, reason
 
 
+def ends_in_boundary(jaxpr: Any) -> bool:
+    """Whether the body of a jit ends as a layer's does."""
+    equations = _compat.open_jaxpr(jaxpr).eqns
+    return bool(equations) and equations[-1].primitive is boundary_p
+
+
 def _boundary(eqn: Any) -> Any | None:
-    if eqn.primitive.name not in ("jit", "pjit"):
+    if eqn.primitive.name not in ("jit", "pjit") or not ends_in_boundary(eqn.params["jaxpr"]):
         return None
-    body = _compat.open_jaxpr(eqn.params["jaxpr"])
-    return body.eqns[-1] if body.eqns and body.eqns[-1].primitive is boundary_p else None
+    return _compat.open_jaxpr(eqn.params["jaxpr"]).eqns[-1]
 
 
 def _why_not_whole(eqn: Any, boundary: Any) -> str | None:

@@ -1,32 +1,28 @@
-"""`with_rules(f)`: the same function, carrying hand-written backward rules.
+"""Rules inside of bodies: a jaxpr is emitted again, with hand-written rules attached to its operators.
 
-The function is traced to a jaxpr and its equations are emitted again, unchanged, except that an operator
-with a rule becomes a function whose derivative is that rule (`funcprop.attach`). JAX's own autodiff does the
-rest. So whatever has no rule is exactly JAX, and everything that JAX composes still composes.
-
-Control flow keeps its equation and gets new bodies; a `shard_map` is entered again through the public
-function; custom derivatives and opaque kernels are left as they are.
+The body of a loop, a branch or a jitted function is a jaxpr before it runs. Its equations are emitted
+again, unchanged, except that an operator with a rule becomes a function whose derivative is that rule
+(`funcprop.attach`); control flow keeps its equation and gets new bodies. Custom derivatives and opaque
+kernels are left as they are. What runs outside of bodies is the matter of `funcprop.running`.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 
 from funcprop import _compat
+from funcprop._compat.layouts import bound_to_layouts, without_layouts
 from funcprop.attach import BoundRule, attach
-from funcprop.calls import Call, is_array, require_callable, traced
-from funcprop.emission import emitted_again
-from funcprop.layer_calls import broken_layer_call, layer_call
+from funcprop.layer_calls import broken_layer_call, ends_in_boundary, layer_call
 from funcprop.linear_map import Arrays
 from funcprop.patterns import PATTERNS
-from funcprop.patterns.recognition import recognised
-from funcprop.registry import RuleError, RuleSet
-from funcprop.rules import default
+from funcprop.patterns.recognition import Pattern, recognised
+from funcprop.registry import RuleSet
 
 # Primitives whose bodies are rewritten in place. Whatever is not named here (custom derivatives above all:
 # the user's own rule wins) is emitted as it stands.
@@ -38,41 +34,6 @@ CONTROL_FLOW = frozenset(
 WITHOUT_CONSTANTS = frozenset({"checkpoint", "remat", "remat2", "core_call"})
 
 _REWRITTEN: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
-
-
-def with_rules(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[..., Any]:
-    """The same function, whose derivatives use the hand-written rules.
-
-    For every operator `y = f(x)` that has a rule in `rules`, reverse mode computes `x̄ = (∂y/∂x)ᵀ ȳ` by
-    the rule; all other operators are differentiated by JAX. The result composes with `jit`, `vmap`,
-    `grad`, `jvp`, `scan`, `checkpoint`, `shard_map` and any framework's own transformations.
-
-    Only traced arguments (those being differentiated, mapped or jitted) are abstract inside; all others,
-    keyword arguments and python objects too, stay what they are. A function that needs the value of an
-    operation on these in python (`if jnp.any(mask):`) is called twice; like any function that is traced, it
-    must not draw from NumPy's generators or from an iterator.
-
-    Args:
-        fun: any JAX function, also a method, with positional and keyword arguments.
-        rules: a rule set; `fp.rules.default` if None.
-
-    Raises:
-        RuleError: a rule returned something that does not fit its operator.
-        jax.errors.ConcretizationTypeError: python control flow on the value of a differentiated argument, or
-            of what is computed from it.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, funcprop as fp
-        >>> f = fp.with_rules(lambda x: jnp.sum(jnp.tanh(x)))
-        >>> print(jax.jit(jax.grad(f))(jnp.zeros(2)))
-        [1. 1.]
-    """
-    require_callable(fun)
-    rules = default if rules is None else rules
-    if not isinstance(rules, RuleSet):
-        raise RuleError(f"rules={rules!r} is not a rule set; pass `fp.rules.default` or another RuleSet.")
-
-    return emitted_again(fun, lambda jaxpr, values: Rewriter(rules).run(jaxpr, values))
 
 
 @dataclass(frozen=True)
@@ -107,7 +68,7 @@ def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
     results = [result.aval for result in eqn.outvars]
     reason = _cannot_attach(eqn, arguments, results)
     if reason is None and call is None and eqn.primitive.name in CONTROL_FLOW:
-        reason = _cannot_align(arguments)
+        reason = _cannot_align(arguments) or _cannot_forget_layouts(eqn)
     if call is not None and any(None in axis.out_axes for axis in call.axes):
         reason = reason or "under vmap, a result is the same for all examples and others are not"
     if reason is None:
@@ -119,10 +80,10 @@ def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
 def _cannot_attach(eqn: Any, arguments: Sequence[Any], results: Sequence[Any]) -> str | None:
     if eqn.effects:
         return "it has side effects"
-    if any(map(_compat.explicitly_sharded, [*arguments, *results])):
-        return "its types carry an explicit sharding"
     if not any(map(_compat.is_differentiable, arguments)):
         return "no argument is differentiable"
+    if any(_compat.has_symbolic_size(aval) for aval in results if not _compat.is_differentiable(aval)):
+        return "a result that has no derivative has a symbolic size"
     union = frozenset().union(*map(_compat.varying_axes, arguments))
     if any(_compat.varying_axes(aval) != union for aval in results):
         return "a result varies over fewer manual axes than the arguments"
@@ -136,6 +97,13 @@ def _cannot_align(arguments: Sequence[Any]) -> str | None:
     return None
 
 
+def _cannot_forget_layouts(eqn: Any) -> str | None:
+    if not any(_compat.explicitly_sharded(v.aval) for v in (*eqn.invars, *eqn.outvars)):
+        return None
+    name = bound_to_layouts(eqn)
+    return name and f"its types carry an explicit sharding, for which {name} in its body was traced"
+
+
 class Rewriter:
     """One pass over a function with one rule set.
 
@@ -145,6 +113,7 @@ class Rewriter:
     def __init__(self, rules: RuleSet, claimed: frozenset[int] = frozenset()) -> None:
         self.rules, self.claimed = rules, claimed
         self.platform = jax.default_backend()
+        self.patterns: list[Pattern] = [p for p in PATTERNS if rules.find(p.layer, self.platform) is not None]
         # Keyed by identity; the object is kept beside the answer so that its identity is not reused.
         self._found: dict[int, tuple[Any, BoundRule | None]] = {}
         self._ruled: dict[int, tuple[Any, bool]] = {}
@@ -156,6 +125,12 @@ class Rewriter:
         if found is None or id(eqn) not in self.claimed or self.rules.is_replaced(eqn.primitive.name):
             return found
         return replace(found, bound=None, reason=found.reason or "the rule of the loop around it derives it")
+
+    def may_match(self, primitive: Any, params: Mapping[str, Any]) -> bool:
+        """Whether `match` may find something at an operator; much cheaper than to ask it."""
+        if primitive.name in ("jit", "pjit"):
+            return ends_in_boundary(params["jaxpr"])
+        return self.rules.find(primitive.name, self.platform) is not None
 
     def inside(self, eqn: Any) -> Rewriter:
         """The pass over the bodies of an equation."""
@@ -174,7 +149,9 @@ class Rewriter:
     def equations(self, jaxpr: Any) -> list[Any]:
         """The equations of a jaxpr; several that together are an operator with a rule are one."""
         if id(jaxpr) not in self._equations:
-            found = recognised(_compat.open_jaxpr(jaxpr), PATTERNS, lambda eqn: self.find(eqn) is not None)
+            found = recognised(
+                _compat.open_jaxpr(jaxpr), self.patterns, lambda eqn: self.find(eqn) is not None
+            )
             self._equations[id(jaxpr)] = jaxpr, found
         return self._equations[id(jaxpr)][1]
 
@@ -207,7 +184,7 @@ class Rewriter:
 
         for eqns, outvars in self._steps(self.equations(closed), jaxpr.outvars):
             if len(eqns) == 1 and (bound := self.find(eqns[0])) is not None:
-                results = self._apply(bound, eqns[0], [read(a) for a in eqns[0].invars])
+                results = self.apply(bound, eqns[0], [read(a) for a in eqns[0].invars])
             elif len(eqns) == 1 and self.enters(eqns[0]):
                 results = self._enter(eqns[0], [read(a) for a in eqns[0].invars])
             else:
@@ -237,54 +214,74 @@ class Rewriter:
         if pending:
             yield pending, [v for e in pending for v in e.outvars if last_read.get(v, -1) >= len(equations)]
 
-    def _apply(self, bound: BoundRule, eqn: Any, args: Arrays) -> Arrays:
-        call = layer_call(eqn)
-        if call is None and eqn.primitive.name in CONTROL_FLOW:
-            # The rule of a loop is given a body that carries its own rules.
-            body = self.inside(eqn)._body
-            bound = BoundRule.of_primitive(bound.rule, _compat.map_sub_jaxprs(eqn, body))
-        fun: Callable[..., Any] = lambda *leaves: attach(bound, leaves)  # noqa: E731
-        if call is not None:
-            for axis in call.axes:
-                fun = _mapped(fun, axis)
+    def apply(self, bound: BoundRule, eqn: Any, args: Sequence[Any]) -> Arrays:
+        """The results of an operator, with its rule attached."""
+        explicit = any(_compat.explicitly_sharded(v.aval) for v in (*eqn.invars, *eqn.outvars))
+        fun = self._with_layouts(bound, eqn) if explicit else self._attached(bound, eqn)
         with _compat.context_of(eqn):
             results = list(fun(*args))
         pairs = zip(results, eqn.outvars, strict=True)
         return [_compat.with_weak_type(x, bool(getattr(v.aval, "weak_type", False))) for x, v in pairs]
 
+    def _attached(self, bound: BoundRule, eqn: Any) -> Callable[..., Any]:
+        call = layer_call(eqn)
+        if call is None and eqn.primitive.name in CONTROL_FLOW:
+            # The rule of a loop is given a body that carries its own rules.
+            params = _compat.map_jaxprs(eqn.params, self.inside(eqn).body)
+            bound = BoundRule.of_primitive(bound.rule, eqn.replace(params=params))
+        fun: Callable[..., Any] = lambda *leaves: attach(bound, leaves)  # noqa: E731
+        for axis in () if call is None else call.axes:
+            fun = _mapped(fun, axis)
+        return fun
+
+    def _with_layouts(self, bound: BoundRule, eqn: Any) -> Callable[..., Any]:
+        """Rules say nothing of layouts: inside, XLA chooses them; outside, they are those of the operator."""
+
+        def of_loop(*leaves: Any) -> Arrays:
+            found = without_layouts(eqn, [jax.typeof(x) for x in leaves])
+            return self._attached(BoundRule.of_primitive(bound.rule, found), found)(*leaves)
+
+        is_loop = layer_call(eqn) is None and eqn.primitive.name in CONTROL_FLOW
+        fun = of_loop if is_loop else self._attached(bound, eqn)
+        return jax.sharding.auto_axes(fun, out_sharding=[v.aval.sharding for v in eqn.outvars])
+
     def _enter(self, eqn: Any, args: Arrays) -> Arrays:
         if eqn.primitive.name == "shard_map":
             return self._enter_shard_map(eqn, args)
-        if eqn.primitive.name not in WITHOUT_CONSTANTS:
-            return _compat.one_equation(_compat.map_sub_jaxprs(eqn, self._body))(*args)
+        params, extra = self.with_new_bodies(eqn.primitive, eqn.params)
+        new = eqn.replace(invars=[*(_compat.Var(jax.typeof(c)) for c in extra), *eqn.invars], params=params)
+        return _compat.one_equation(new)(*extra, *args)
+
+    def with_new_bodies(self, primitive: Any, params: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:
+        """The parameters with rewritten bodies, and constants of the bodies that have become operands."""
+        if primitive.name not in WITHOUT_CONSTANTS:
+            return _compat.map_jaxprs(params, self.body), []
         extra: list[Any] = []
 
         def change(body: Any) -> Any:
-            opened, consts = _compat.with_constants_as_inputs(self._body(body))
+            opened, consts = _compat.with_constants_as_inputs(self.body(body))
             extra.extend(consts)
             return opened
 
-        new = _compat.map_sub_jaxprs(eqn, change)
-        new = new.replace(invars=[*(_compat.Var(jax.typeof(c)) for c in extra), *new.invars])
-        return _compat.one_equation(new)(*extra, *args)
+        return _compat.map_jaxprs(params, change), extra
 
-    def _body(self, body: Any) -> Any:
-        """The rewritten body of a control-flow equation.
+    def body(self, body: Any) -> Any:
+        """The rewritten body of a control-flow equation; itself, if no rule fires in it.
 
         It is remembered as long as the body lives, so that a jitted function called again is compiled once.
         """
-        if not self.has_rule(body):
-            return body
-        rewritten = _REWRITTEN.setdefault(body, {})
         # Of what is claimed around it, only what it holds: the rest has other identities at each tracing.
         key = (
             self.rules,
             self.platform,
             self.claimed and self.claimed.intersection(map(id, _compat.equations(body))),
         )
+        rewritten = _REWRITTEN.setdefault(body, {})
         if key not in rewritten:
-            rewritten[key] = _compat.retrace(lambda *args: self.run(body, args), body)
-        return rewritten[key]
+            # A body that stays is not its own value, which would keep it alive.
+            changed = self.has_rule(body)
+            rewritten[key] = _compat.retrace(lambda *args: self.run(body, args), body) if changed else None
+        return body if rewritten[key] is None else rewritten[key]
 
     def _enter_shard_map(self, eqn: Any, args: Arrays) -> Arrays:
         params = eqn.params
@@ -311,33 +308,7 @@ def _mapped(fun: Callable[..., Any], axis: Any) -> Callable[..., Any]:
     )
 
 
-def matches(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[..., list[Match]]:
-    """Every operator for which the rule set has a rule, and whether it fires or why not.
-
-    `matches(fun, rules)(*args, **kwargs)`; arguments may be anything that `fun` takes, for arrays also
-    `jax.ShapeDtypeStruct`s.
-
-    Example:
-        >>> import jax.numpy as jnp, funcprop as fp
-        >>> [m.operator for m in fp.matches(jnp.tanh, fp.rules.handwritten)(0.0)]
-        ['tanh']
-    """
-
-    def listed(*args: Any, **kwargs: Any) -> list[Match]:
-        call = Call.of(args, kwargs, is_array)
-
-        def flat(*values: Any) -> Arrays:
-            call_args, call_kwargs = call.arguments(call.filled(values))
-            results = jax.tree.leaves(fun(*call_args, **call_kwargs))
-            return [x for x in results if isinstance(x, jax.core.Tracer)]
-
-        jaxpr = traced(flat, call.values, fun)
-        return list(_matches(Rewriter(default if rules is None else rules), jaxpr))
-
-    return listed
-
-
-def _matches(
+def matches_in(
     rewriter: Rewriter, jaxpr: Any, scope: str = "", source: str | None = None, mapped: bool = False
 ) -> Iterator[Match]:
     """Matches in a jaxpr; equations of a body are recorded relative to the equation that holds it."""
@@ -354,7 +325,7 @@ def _matches(
         if not whole and eqn.primitive.name in CONTROL_FLOW | {"shard_map"}:
             inside = mapped or eqn.primitive.name == "shard_map"
             for _, body in _compat.sub_jaxprs(eqn):
-                yield from _matches(rewriter.inside(eqn), body, inner_scope, inner_source, inside)
+                yield from matches_in(rewriter.inside(eqn), body, inner_scope, inner_source, inside)
 
 
 def _refused(rewriter: Rewriter, jaxpr: Any) -> dict[Any, Match]:
@@ -366,6 +337,6 @@ def _refused(rewriter: Rewriter, jaxpr: Any) -> dict[Any, Match]:
 
     opened = _compat.open_jaxpr(jaxpr)
     own = set(map(id, opened.eqns))
-    found = recognised(opened, PATTERNS, lambda eqn: reason(eqn) is not None)
+    found = recognised(opened, rewriter.patterns, lambda eqn: reason(eqn) is not None)
     calls = ((eqn.outvars[0], reason(eqn)) for eqn in found if id(eqn) not in own and eqn.outvars)
     return {result: call for result, call in calls if call is not None}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 
+from funcprop.misuse import explained
 from funcprop.objective import positions
 from funcprop.registry import RuleSet
-from funcprop.rewrite import with_rules
+from funcprop.running import with_rules
 
 
 def grad(
@@ -18,6 +21,7 @@ def grad(
     has_aux: bool = False,
     holomorphic: bool = False,
     allow_int: bool = False,
+    reduce_axes: Sequence[Any] = (),
     *,
     rules: RuleSet | None = None,
 ) -> Callable[..., Any]:
@@ -25,11 +29,11 @@ def grad(
 
     Args:
         fun: returns a scalar (and auxiliary data, with `has_aux`).
-        argnums, has_aux, holomorphic, allow_int: as in `jax.grad`.
+        argnums, has_aux, holomorphic, allow_int, reduce_axes: as in `jax.grad`.
         rules: a rule set; `fp.rules.default` if None.
 
     Raises:
-        TypeError: `fun` does not return a scalar, or an argument is not differentiable; as in `jax.grad`.
+        TypeError: `fun` does not return a scalar, or an argument has no derivative; as from `jax.grad`.
         RuleError: a rule does not fit its operator.
 
     Example:
@@ -37,9 +41,9 @@ def grad(
         >>> print(fp.grad(lambda x: jnp.sum(x**2))(jnp.arange(3.0)))
         [0. 2. 4.]
     """
-    return jax.grad(
-        with_rules(fun, rules), argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int
-    )
+    options: Any = {"has_aux": has_aux, "holomorphic": holomorphic, "allow_int": allow_int}
+    transform = partial(jax.grad, argnums=argnums, reduce_axes=reduce_axes, **options)
+    return explained(transform, fun, with_rules(fun, rules), argnums, has_aux, allow_int)
 
 
 def value_and_grad(
@@ -48,6 +52,7 @@ def value_and_grad(
     has_aux: bool = False,
     holomorphic: bool = False,
     allow_int: bool = False,
+    reduce_axes: Sequence[Any] = (),
     *,
     rules: RuleSet | None = None,
 ) -> Callable[..., Any]:
@@ -61,13 +66,23 @@ def value_and_grad(
         >>> print(value, gradient)
         5.0 [0. 2. 4.]
     """
-    return jax.value_and_grad(
-        with_rules(fun, rules), argnums, has_aux=has_aux, holomorphic=holomorphic, allow_int=allow_int
-    )
+    options: Any = {"has_aux": has_aux, "holomorphic": holomorphic, "allow_int": allow_int}
+    transform = partial(jax.value_and_grad, argnums=argnums, reduce_axes=reduce_axes, **options)
+    return explained(transform, fun, with_rules(fun, rules), argnums, has_aux, allow_int)
 
 
-def vjp(fun: Callable[..., Any], *primals: Any, has_aux: bool = False, rules: RuleSet | None = None) -> Any:
+def vjp(
+    fun: Callable[..., Any],
+    *primals: Any,
+    has_aux: bool = False,
+    rules: RuleSet | None = None,
+    **options: Any,
+) -> Any:
     """`jax.vjp` with hand-written backward rules: `f(x)` and the pullback `ȳ ↦ (∂y/∂x)ᵀ ȳ`.
+
+    Args:
+        fun, primals, has_aux: as in `jax.vjp`; so are other `options` that the running JAX has.
+        rules: a rule set; `fp.rules.default` if None.
 
     Returns:
         `(value, pullback)`, or `(value, pullback, aux)` with `has_aux`.
@@ -79,7 +94,16 @@ def vjp(fun: Callable[..., Any], *primals: Any, has_aux: bool = False, rules: Ru
         2.0
     """
     pullback_of: Any = jax.vjp
-    return pullback_of(with_rules(fun, rules), *primals, has_aux=has_aux)
+    return pullback_of(with_rules(fun, rules), *primals, has_aux=has_aux, **options)
+
+
+def _with_rules_option(function: Any) -> inspect.Signature:
+    rules = inspect.Parameter("rules", inspect.Parameter.KEYWORD_ONLY, default=None)
+    signature = inspect.signature(function)
+    return signature.replace(parameters=[*signature.parameters.values(), rules])
+
+
+vjp.__signature__ = _with_rules_option(jax.vjp)  # type: ignore[attr-defined]  # The running JAX's options.
 
 
 def hvp(

@@ -115,13 +115,24 @@ def test_other_arguments_may_change_too():
     assert batch == {"name": "first"}
 
 
-def test_container_of_a_model_may_not_change():
-    def replaces(holder):
-        holder["model"] = None
-        return jnp.zeros(())
+def test_plain_attributes_and_containers_may_change():
+    class Counted(nnx.Module):
+        def __init__(self):
+            self.w, self.calls, self.mode = nnx.Param(jnp.array(1.0)), 0, "new"
 
-    with pytest.raises(TypeError, match="container that holds an nnx model"):
-        fp.with_rules(replaces)({"model": new_model()})
+    def loss(model, holder):
+        model.calls += 1
+        model.mode = "used"
+        holder["seen"] = model
+        return jnp.sin(model.w[...])
+
+    for wrap in (lambda f: f, fp.with_rules):
+        model = Counted()
+        nnx.value_and_grad(lambda m, wrap=wrap: wrap(loss)(m, {}))(model)
+        assert (model.calls, model.mode) == (1, "used")
+        holder = {}
+        wrap(loss)(model, holder)
+        assert holder["seen"] is model
 
 
 def test_training_with_an_optimizer():

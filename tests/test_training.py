@@ -132,7 +132,7 @@ def test_evaluate_adds_metrics() -> None:
         ({"batches": iter(BATCHES), "epochs": 2}, ValueError, "nothing in epoch 2; an iterator is used up"),
         ({"evaluate": lambda w: {"loss": w}}, ValueError, "metric named 'loss'.*call it 'test_loss'"),
         ({"params": jnp.array(jnp.inf)}, FloatingPointError, "loss of epoch 1 is nan; lower the learning"),
-        ({"loss": lambda w, x: w - x}, TypeError, "scalar-output"),
+        ({"loss": lambda w, x: w - x}, TypeError, "a gradient is of one scalar"),
     ],
 )
 def test_errors_of_fit(change: dict[str, Any], error: type[Exception], message: str) -> None:

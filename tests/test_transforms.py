@@ -157,25 +157,20 @@ def test_hessian_vector_product():
     assert_same(fp.hvp(loss, np.array([1, 2]), rules=HANDWRITTEN)((X, Y), (v, w), 2.0, power=3), both)
 
 
-def branches(x):
-    return x if x > 0 else -x
-
-
 ERRORS = {
-    "python branch": (
-        lambda: fp.grad(branches)(1.0),
-        jax.errors.ConcretizationTypeError,
-        r"funcprop traces branches as `jax.jit` would: .*decided before the call",
-    ),
     "not a rule set": (
         lambda: fp.grad(jnp.tanh, rules={"tanh": None})(1.0),
         fp.RuleError,
         r"rules=\{'tanh': None\} is not a rule set; pass `fp.rules.default` or another RuleSet",
     ),
-    "not a scalar": (lambda: fp.grad(jnp.tanh)(X), TypeError, "scalar-output"),
-    "integer argument": (lambda: fp.grad(jnp.tanh)(1), TypeError, "allow_int"),
+    "not a scalar": (lambda: fp.grad(jnp.tanh)(X), TypeError, r"tanh returns float64\[3\], .* fp.jacobian"),
+    "integer argument": (lambda: fp.grad(jnp.tanh)(1), TypeError, "argument 0 of tanh is 1 .*no derivative"),
     "complex result": (lambda: fp.grad(lambda x: x + 1j)(1.0), TypeError, "real-valued outputs"),
-    "argnums too large": (lambda: fp.grad(jnp.tanh, argnums=1)(1.0), TypeError, "at least 2 positional"),
+    "argnums too large": (
+        lambda: fp.grad(jnp.tanh, argnums=1)(1.0),
+        TypeError,
+        "argnums=1, but tanh is called with 1",
+    ),
 }
 
 
@@ -185,7 +180,12 @@ def test_errors(call, error, message):
         call()
 
 
-def test_branch_on_an_argument_that_is_not_differentiated():
+def branches(x):
+    return x if x > 0 else -x
+
+
+def test_python_branches_on_values():
+    assert fp.grad(branches)(-3.0) == -1.0
     assert fp.grad(lambda x, sign: branches(sign) * x)(2.0, -3.0) == 3.0
 
 
@@ -205,18 +205,5 @@ def test_python_uses_the_values_of_arrays_that_are_not_differentiated(rules):
     assert_same(fp.value_and_grad(concrete, rules=rules)(X, flags, repeats), expected)
     each = [jax.vmap(t.grad(lambda x: concrete(x, flags, repeats)))(X) for t in (OURS, JAX)]
     assert_same(*each)
-    with pytest.raises(jax.errors.TracerBoolConversionError, match=r"concrete as `jax\.jit` would"):
+    with pytest.raises(jax.errors.TracerBoolConversionError):
         jax.jit(fp.grad(concrete, rules=rules))(X, flags, repeats)
-
-
-def test_references_are_never_used_out_of_order():
-    def counted(x, flag):
-        total = jax.new_ref(jnp.zeros(()))
-        total[...] = jax.lax.stop_gradient(x)
-        if flag > 0:
-            total[...] += 1
-        return x * total[...]
-
-    # The reference's own order cannot be kept when some of its uses are computed at once and others traced.
-    with pytest.raises(jax.errors.ConcretizationTypeError, match="decided before the call"):
-        fp.grad(counted)(2.0, jnp.array(1.0))

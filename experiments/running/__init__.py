@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -46,19 +49,38 @@ def blocking(program: Callable[..., Any], args: Sequence[Any]) -> Callable[[], A
 
 
 def interleaved(
-    steps: dict[Step, Callable[[], Any]], repeats: int, *, twice: bool = False
+    steps: dict[Step, Callable[[], Any]],
+    repeats: int,
+    *,
+    twice: bool = False,
+    before: Callable[[], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Step, np.ndarray]:
-    """Seconds of each step in each turn.
+    """Seconds of each step in each turn, by a clock.
 
     If `twice`, the second of two runs counts: what it finds in memory and caches is then its own, as in a
-    training loop, and not what the step before it left.
+    training loop, and not what the step before it left. `before` is called before each step and not counted.
     """
     seconds: dict[Step, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             if twice:
                 step()
-            start = time.perf_counter()
+            if before is not None:
+                before()
+            start = clock()
             step()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: np.array(times) for name, times in seconds.items()}
+
+
+def machine() -> str:
+    """The processor, as many cores as this process may use, and the versions that a result depends on."""
+    try:
+        described = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        described = ""
+    name = re.search(r"model name\s*:\s*(.*)", described)
+    processor = name[1] if name else platform.processor() or platform.machine()
+    python = platform.python_version()
+    return f"{processor}, {len(os.sched_getaffinity(0))} cores, Python {python}, jax {jax.__version__}"

@@ -21,10 +21,11 @@ from funcprop import _compat
 from funcprop.calls import Call, has_values, is_array, without_aux
 from funcprop.cost.timing import fastest, random_operand
 from funcprop.graph import aligned
+from funcprop.matching import matches
 from funcprop.naming import without_transformations
 from funcprop.objective import Argnums, differentiable, positions
 from funcprop.registry import RuleSet
-from funcprop.rewrite import Match, Rewriter, matches
+from funcprop.rewrite import Match, Rewriter
 from funcprop.rules import autodiff, default
 from funcprop.tracing import Arguments
 from funcprop.transforms import value_and_grad
@@ -162,6 +163,7 @@ def compare(
 
     def compared(*args: Any, **kwargs: Any) -> Comparison:
         call = Call.of(args, kwargs, is_array)
+        label = getattr(fun, "__name__", type(fun).__name__)
         run = has_values(call.leaves)
         chosen = differentiable(Arguments.of(call), call.variables, call.leaves, at)
 
@@ -176,13 +178,13 @@ def compare(
                     call_args, call_kwargs = call.arguments(full)
                     return scalar(*call_args, **call_kwargs)
 
+                of_chosen.__name__ = label
                 return value_and_grad(of_chosen, rules=own)([leaves[i] for i in chosen])
 
             return program
 
         measured = _measured([whole(autodiff), whole(rules)], call.values, repeats if run else 0)
         found = matches(fun, rules)(*args, **kwargs)
-        label = getattr(fun, "__name__", type(fun).__name__)
         rows = _rows(found, rules, repeats if run else 0)
         return Comparison(label, rules.name, jax.default_backend(), measured, tuple(rows))
 

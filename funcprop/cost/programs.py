@@ -13,7 +13,7 @@ from funcprop.cost.split import SplitError, function_of, model_output
 from funcprop.curvature.gauss_newton import gauss_newton_map
 from funcprop.objective import Objective
 from funcprop.registry import RuleSet
-from funcprop.rewrite import with_rules
+from funcprop.running import with_rules
 
 VALUE, GRADIENT, GAUSS_NEWTON, DENSE = "value", "gradient", "Gauss-Newton product", "dense Hessian"
 FORWARD, REVERSE = "HVP forward-over-reverse", "HVP reverse-over-reverse"

@@ -1,4 +1,4 @@
-"""A user's function of the parameters, with its other arguments bound."""
+"""A user's function of the parameters, with its other arguments bound; and a traced one, with its rules."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import numpy as np
 
 from funcprop.calls import Call, require_values
 from funcprop.curvature.subset import SHAPES, Point
+from funcprop.program import Program
+from funcprop.registry import RuleSet
+from funcprop.rewrite import Rewriter
+from funcprop.rules import default
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +54,11 @@ class Bound:
         """Call the function."""
         (others, *args), kwargs = self.call.arguments(self.call.filled(arrays))
         return self.fun(first if self.point is None else self.point.whole(first, others), *args, **kwargs)
+
+
+def ruled(program: Program, rules: RuleSet | None) -> Callable[..., Any]:
+    """A traced function, carrying rules."""
+    return program.by(lambda jaxpr, values: Rewriter(default if rules is None else rules).run(jaxpr, values))
 
 
 def _is_array(leaf: Any) -> bool:

@@ -36,7 +36,7 @@ from funcprop.curvature.nodes import Node, perturbed
 from funcprop.flops import of_jaxpr
 from funcprop.memory.rows import peak_bytes
 from funcprop.registry import RuleSet
-from funcprop.rewrite import with_rules
+from funcprop.running import with_rules
 from funcprop.sizes import nbytes
 
 UNITS, DIRECTIONS, OUTPUTS = "units", "directions", "outputs"

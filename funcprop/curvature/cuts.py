@@ -30,7 +30,7 @@ from funcprop.curvature.nodes import Node, perturbed
 from funcprop.curvature.piecewise import why_curved
 from funcprop.curvature.separability import Separability, is_separable
 from funcprop.registry import RuleSet
-from funcprop.rewrite import with_rules
+from funcprop.running import with_rules
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import PyTree
 
 from funcprop.calls import in_order
-from funcprop.curvature.binding import Bound
+from funcprop.curvature.binding import Bound, ruled
 from funcprop.curvature.derived import Derived
 from funcprop.curvature.diagonal import hessian_diagonal
 from funcprop.curvature.hessian import require_scalar
@@ -21,7 +21,7 @@ from funcprop.curvature.parameters import Where
 from funcprop.curvature.subset import Point
 from funcprop.program import Program
 from funcprop.registry import RuleSet
-from funcprop.rewrite import with_rules
+from funcprop.running import with_rules
 
 Map = Callable[[PyTree], PyTree]
 Curvature = Callable[[PyTree, Any], Map]  # of outputs, from these and arrays
@@ -58,18 +58,18 @@ class GaussNewton(Derived):
         rules: RuleSet | None,
     ) -> GaussNewton:
         """That of a model, traced as it was written, and of a curvature of its outputs and `more` arrays."""
-        ruled = with_rules(model, rules)
+        function = with_rules(model, rules)
         arrays, outputs = (model.arrays, more), written.results
         bend = Program.of(lambda o, more, u: curvature(o, more)(u), outputs, more, outputs)
         whole = None
         if not written.structure.differentiable:
-            product = functools.partial(_product, ruled, bend)
+            product = functools.partial(_product, function, bend)
             whole = Program.of(product, point.chosen, arrays, point.chosen, called=model.fun)
         return cls(written, point.chosen, arrays, whole, point.parameters, rules, bend)
 
     def derived(self, v: PyTree) -> PyTree:
         """The model linearised, and transposed."""
-        return _product(with_rules(self.written, self.rules), self.bend, self.chosen, self.arrays, v)
+        return _product(ruled(self.written, self.rules), self.bend, self.chosen, self.arrays, v)
 
     def exact_diagonal(self, columns: int | None) -> PyTree:
         """By `fp.curvature.hessian_diagonal`: for most parameters a sweep for each output of an example."""
@@ -143,8 +143,8 @@ def ggn(
             require_scalar(value, f"loss {getattr(loss, '__name__', loss)}")
 
         def curvature(outputs: PyTree, arrays: Any) -> Map:
-            ruled = with_rules(of_loss, rules)
-            return jax.linearize(jax.grad(lambda o: ruled(o, arrays)), outputs)[1]
+            function = with_rules(of_loss, rules)
+            return jax.linearize(jax.grad(lambda o: function(o, arrays)), outputs)[1]
 
         return GaussNewton.of(of_model, written, curvature, of_loss.arrays, point, rules)
 

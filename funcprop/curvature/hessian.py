@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from funcprop.curvature.binding import Bound
+from funcprop.curvature.binding import Bound, ruled
 from funcprop.curvature.derived import Derived
 from funcprop.curvature.diagonal import hessian_diagonal
 from funcprop.curvature.parameters import Where
 from funcprop.curvature.subset import Point
 from funcprop.program import Program
 from funcprop.registry import RuleSet
-from funcprop.rewrite import with_rules
+from funcprop.running import with_rules
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +28,7 @@ class Hessian(Derived):
 
     def derived(self, v: PyTree) -> PyTree:
         """The gradient's derivative along `v`."""
-        return _product(with_rules(self.written, self.rules), self.chosen, self.arrays, v)
+        return _product(ruled(self.written, self.rules), self.chosen, self.arrays, v)
 
     def exact_diagonal(self, columns: int | None) -> PyTree:
         """By `fp.curvature.hessian_diagonal`: fewer than P products."""
@@ -71,12 +71,12 @@ def hessian(
     def at(params: PyTree, *args: Any, **kwargs: Any) -> Hessian:
         point = Point.of(params, where)
         bound = Bound.of(loss, args, kwargs, point)
-        ruled = with_rules(bound, rules)
+        function = with_rules(bound, rules)
         written = Program.of(bound, point.chosen, bound.arrays, called=loss)
         require_scalar(written.results, f"loss {written.name}")
         whole = None
         if not written.structure.differentiable:
-            product = functools.partial(_product, ruled)
+            product = functools.partial(_product, function)
             whole = Program.of(product, point.chosen, bound.arrays, point.chosen, called=loss)
         return Hessian(written, point.chosen, bound.arrays, whole, point.parameters, rules)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from funcprop.calls import require_values
+from funcprop.curvature.binding import ruled
 from funcprop.curvature.hessian import hessian
 from funcprop.curvature.operator import LinearOperator
 from funcprop.curvature.outer.mixing import example_of
@@ -19,7 +20,7 @@ from funcprop.curvature.solve import require_damping, require_solver
 from funcprop.curvature.subset import SHAPES
 from funcprop.program import Program
 from funcprop.registry import RuleSet
-from funcprop.rewrite import with_rules
+from funcprop.running import with_rules
 
 Loss = Callable[..., Any]
 
@@ -53,7 +54,7 @@ class Influence:
     def _losses_of(self, data: tuple[Any, ...]) -> Callable[[PyTree], Array]:
         """The losses of examples, as a function of the parameters."""
         loss = self.loss.at(self.params, *map(example_of, data))
-        return lambda params: _losses(with_rules(loss, self.rules), params, data)
+        return lambda params: _losses(ruled(loss, self.rules), params, data)
 
     def _solve(self, b: PyTree) -> PyTree:
         return self.curvature.solve(b, self.damping, **self.options)
@@ -67,7 +68,7 @@ class Influence:
         if not -self.examples <= example < self.examples:
             raise IndexError(f"example={example}, but there are {self.examples} training examples.")
         one = jax.tree.map(lambda leaf: leaf[example], self.training)
-        gradient = jax.grad(with_rules(self.loss, self.rules))(self.params, *one)
+        gradient = jax.grad(ruled(self.loss, self.rules))(self.params, *one)
         return jax.tree.map(lambda leaf: leaf / self.examples, self._solve(gradient))
 
     def on_losses(self, *data: Any) -> Float[Array, "m N"]:
@@ -165,8 +166,8 @@ def influence(
             return mean if regularizer is None else mean + regularizer(params)
 
         def along(params: PyTree, data: tuple[Any, ...], direction: PyTree) -> Array:
-            ruled = with_rules(loss, rules)
-            return jax.jvp(lambda p: _losses(ruled, p, data), (params,), (direction,))[1]
+            function = with_rules(loss, rules)
+            return jax.jvp(lambda p: _losses(function, p, data), (params,), (direction,))[1]
 
         slopes = Program.of(along, params, arrays, params, called=loss)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
+from funcprop.curvature.binding import ruled
 from funcprop.curvature.convergence import is_traced
 from funcprop.curvature.finite import require_finite
 from funcprop.curvature.gauss_newton import ggn
@@ -26,7 +27,6 @@ from funcprop.curvature.precision import Diagonal, Full, Kronecker, LowRank, Pre
 from funcprop.curvature.subset import Point
 from funcprop.program import Program
 from funcprop.registry import RuleSet
-from funcprop.rewrite import with_rules
 
 AT_ONCE = 64  # examples whose Jacobians exist at the same time
 
@@ -158,7 +158,7 @@ def _predictive(
 ) -> Predictive:
     def one(x: Any) -> Predictive:
         def outputs(chosen: PyTree) -> Array:
-            return jnp.ravel(with_rules(model, rules)(chosen, point.others, x))
+            return jnp.ravel(ruled(model, rules)(chosen, point.others, x))
 
         jacobian = jax.tree.leaves(jax.jacrev(outputs)(point.chosen))
         return Predictive(outputs(point.chosen), precision.covariance(jacobian, scale, prior))

@@ -138,7 +138,9 @@ def _with_names(closed: Any, *args: Any) -> list[Any]:
             with _compat.context_of(eqn):
                 results = [_named(operands[0], eqn.params["name"])]
         elif _enters(eqn):
-            results = _compat.one_equation(_compat.map_sub_jaxprs(eqn, _body))(*operands)
+            results = _compat.one_equation(eqn.replace(params=_compat.map_jaxprs(eqn.params, _body)))(
+                *operands
+            )
         else:
             results = _compat.one_equation(eqn)(*operands)
         values.update(zip(eqn.outvars, results, strict=True))

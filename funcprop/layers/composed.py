@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 
 from funcprop.registry import Rule
-from funcprop.rewrite import with_rules
 from funcprop.rules import handwritten
+from funcprop.running import with_rules
 
 
 class Pullback(NamedTuple):

@@ -70,22 +70,31 @@ def _add_product(total: Any, h: Any, z_bar: Any, transposed: bool) -> Any:
 def _over_chunks(step: Any, totals: Any, xs: Any, cotangents: Any, size: int) -> tuple[Any, Any]:
     """Run `totals, ys = step(totals, (*xs, *cotangents))` over chunks of tokens.
 
-    A last chunk is filled up with copies of the last token, whose logits are as finite as its own; their
-    cotangents are zero. The step is checkpointed: the reverse derivative of the backward makes the logits
-    again, too.
+    Chunk i has the tokens i, i + count, i + 2 count …: where the tokens are spread over devices, each device
+    has a part of every chunk, and none has to be sent. What is missing at the end is filled up with copies
+    of the last token, whose logits are as finite as its own; their cotangents are zero. The step is
+    checkpointed: the reverse derivative of the backward makes the logits again, too.
     """
     tokens = xs[0].shape[0]
-    count = -(-tokens // size)
+    least = -(-tokens // size)
+    # A number of chunks that divides the tokens, if one is below twice as many: nothing is filled up then.
+    count = next((n for n in range(least, 2 * least) if tokens % n == 0), least)
+    size = -(-tokens // count)
 
     def cut(x: Any, mode: str) -> Any:
         filled = jnp.pad(x, ((0, count * size - tokens), *((0, 0),) * (x.ndim - 1)), mode)
-        return filled.reshape(count, size, *x.shape[1:])
+        return filled.reshape(size, count, *x.shape[1:])
 
     leaves, tree = jax.tree.flatten(totals)
     totals = jax.tree.unflatten(tree, _compat.align_varying_axes([xs[0], *leaves])[1:])
     chunks = *(cut(x, "edge") for x in xs), *(cut(x, "constant") for x in cotangents)
-    totals, ys = lax.scan(jax.checkpoint(step, prevent_cse=False), totals, chunks)
-    return totals, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:tokens], ys)
+
+    def of_chunk(totals: Any, i: Any) -> Any:
+        return step(totals, tuple(lax.dynamic_index_in_dim(x, i, 1, keepdims=False) for x in chunks))
+
+    each = jnp.arange(count, dtype=jnp.int32)
+    totals, ys = lax.scan(jax.checkpoint(of_chunk, prevent_cse=False), totals, each)
+    return totals, jax.tree.map(lambda y: jnp.moveaxis(y, 1, 0).reshape(-1, *y.shape[2:])[:tokens], ys)
 
 
 class Totals(NamedTuple):

@@ -20,7 +20,7 @@ from funcprop.calls import Call, is_array, pair, traced
 from funcprop.memory.ledger import Category
 from funcprop.objective import differentiable, positions
 from funcprop.registry import RuleSet
-from funcprop.rewrite import with_rules
+from funcprop.running import with_rules
 from funcprop.tracing import Arguments, argument_names
 
 Kind: TypeAlias = Literal["loss", "prediction", "step"]

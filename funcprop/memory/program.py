@@ -288,7 +288,12 @@ def _bodies(
         def changed(_: Any, schedule: Schedule = schedule) -> Any:
             return _compat.retrace(lambda *args: body.run(schedule, args, in_loop=True), closed)
 
-        yield _compat.map_sub_jaxprs(eqn, changed), eqn.params["length"], body, schedule
+        yield (
+            eqn.replace(params=_compat.map_jaxprs(eqn.params, changed)),
+            eqn.params["length"],
+            body,
+            schedule,
+        )
 
 
 def _spread(schedules: Sequence[Schedule]) -> list[Schedule]:

@@ -9,6 +9,7 @@ dynamic programming (`funcprop.memory.schedule`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,6 @@ import numpy as np
 
 from funcprop import _compat, _nnx
 from funcprop.calls import Call, is_array, traced
-from funcprop.emission import emitted_again
 from funcprop.memory.program import Program, flat, program
 from funcprop.memory.remat_plan import RematPlan
 from funcprop.memory.saving import Residuals, residuals
@@ -90,11 +90,48 @@ def rematerialize(
     """
     limits = _Limits(budget, peak, chunks, count_arguments)
 
-    def emit(closed: Any, values: Sequence[Any]) -> Sequence[Any]:
-        found = limits.solve(flat(closed), getattr(fun, "__name__", type(fun).__name__))
-        return found.program.run(found.schedule, values)
+    def run(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = Call.of(args, kwargs, _compat.is_traced)
+        structure: list[Any] = []
 
-    return emitted_again(fun, emit)
+        def arrays(*values: Any) -> list[Any]:
+            leaves = call.filled(values)
+            given = call.arguments(leaves)
+            result = fun(*given[0], **given[1])
+            _require_unchanged(given, leaves, call.tree)
+            results, tree = jax.tree.flatten(result)
+            kept = [None if _compat.is_traced(x) else (x,) for x in results]
+            structure.append((tree, kept))
+            return [x for x, k in zip(results, kept, strict=True) if k is None]
+
+        closed = traced(arrays, call.values, fun, "a differentiated argument")
+        found = limits.solve(flat(closed), getattr(fun, "__name__", type(fun).__name__))
+        outputs = found.program.run(found.schedule, call.values)
+        outvars = _compat.open_jaxpr(closed).outvars
+        computed = iter([_compat.as_array(x, v.aval) for x, v in zip(outputs, outvars, strict=True)])
+        tree, kept = structure[-1]
+        return jax.tree.unflatten(tree, [next(computed) if k is None else k[0] for k in kept])
+
+    @functools.wraps(fun)
+    def lean(*args: Any, **kwargs: Any) -> Any:
+        if _nnx.has_models((args, kwargs)):
+            return _nnx.call(run, fun, args, kwargs)
+        return run(fun, args, kwargs)
+
+    return lean
+
+
+def _require_unchanged(arguments: Any, leaves: Sequence[Any], tree: Any) -> None:
+    """Raise a TypeError if the function has changed its arguments, which are copies of the caller's."""
+    try:
+        new_leaves, new_tree = jax.tree.flatten(arguments)
+    except ValueError:
+        return  # An object that is used up, like Equinox's `State`, holds nothing that could be lost.
+    if new_tree != tree or any(new is not old for new, old in zip(new_leaves, leaves, strict=True)):
+        raise TypeError(
+            "rematerialize: the function changes a container among its arguments in place; it is traced with "
+            "copies, so the change would be lost. Return the new value, or change the container outside."
+        )
 
 
 def remat_plan(

@@ -6,7 +6,16 @@ function; the other layers stand above, and may use the rewrite.
 `PATTERNS` are what the rewrite recognises as one operator though it is several, the larger first.
 """
 
+from typing import Any
+
+import jax
+
 from funcprop.patterns import activation, fused_pooling, softmax
-from funcprop.patterns.recognition import Pattern
+from funcprop.patterns.recognition import Known, Pattern
 
 PATTERNS: tuple[Pattern, ...] = (*fused_pooling.PATTERNS, *activation.PATTERNS, *softmax.PATTERNS)
+
+# Those of JAX's functions with a derivative of their own (`jax.custom_jvp`) that a pattern may be of.
+FUNCTIONS: tuple[Any, ...] = tuple(
+    p.function for p in PATTERNS if isinstance(p, Known) and isinstance(p.function, jax.custom_jvp)
+)

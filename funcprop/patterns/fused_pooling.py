@@ -24,7 +24,7 @@ from funcprop.layer_calls import layer_call
 from funcprop.patterns.activation import relu
 from funcprop.patterns.recognition import Pattern, Producer, Replacement, equal_to, layer_equation
 from funcprop.primitives import pooling
-from funcprop.registry import layer
+from funcprop.registry import Layer, layer
 
 
 @layer(rule=pooling.rule(relu=True))
@@ -72,6 +72,8 @@ class ReluBeforePool:
     """A max-pool of a relu, with nothing between but operators that move entries."""
 
     last: str = "reduce_window_max"
+    operators: tuple[str, ...] = ("reduce_window_max",)
+    layer: Layer = relu_max_pool
 
     def find(self, eqn: Any, producer: Producer) -> Replacement | None:
         """The relu, the moves and the pool, if the pool is `eqn`."""

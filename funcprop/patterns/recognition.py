@@ -12,7 +12,7 @@ never replaced. Equations with effects, and results that are read elsewhere, are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -45,16 +45,21 @@ class Pattern(Protocol):
     def last(self) -> str:
         """The primitive of the last equation."""
 
+    @property
+    def layer(self) -> Layer:
+        """What the equations are replaced by; a rule set without a rule for it has no use for the pattern."""
+
+    @property
+    def operators(self) -> Collection[str]:
+        """Primitives that are always among the equations."""
+
     def find(self, eqn: Any, producer: Producer) -> Replacement | None:
         """The equations that end with `eqn`; `producer` maps an atom to the equation it is from, or None."""
 
 
 def recognised(jaxpr: Any, patterns: Sequence[Pattern], has_rule: Callable[[Any], bool]) -> list[Any]:
-    """The equations of a jaxpr, with the replacements whose operator has a rule."""
-    by_last: dict[str, list[Pattern]] = {}
-    for pattern in patterns:
-        by_last.setdefault(pattern.last, []).append(pattern)
-    candidates = [eqn for eqn in jaxpr.eqns if eqn.primitive.name in by_last]
+    """The equations of a jaxpr, with the replacements whose operator has a rule, first pattern first."""
+    candidates = [(p, eqn) for p in patterns for eqn in jaxpr.eqns if eqn.primitive.name == p.last]
     if not candidates:
         return list(jaxpr.eqns)
     producer = _producer(jaxpr)
@@ -71,15 +76,13 @@ def recognised(jaxpr: Any, patterns: Sequence[Pattern], has_rule: Callable[[Any]
         return not any(v in results or not inside.issuperset(readers.get(v, ())) for v in between)
 
     replaced: dict[int, Sequence[Any]] = {}
-    for eqn in candidates:
-        for pattern in by_last[eqn.primitive.name]:
-            found = pattern.find(eqn, producer)
-            if found is None or any(e.effects or id(e) in replaced for e in found.old):
-                continue
-            if hidden(found.old) and has_rule(found.new[-1]) and all(map(has_rule, found.requires)):
-                replaced.update((id(e), ()) for e in found.old)
-                replaced[id(eqn)] = found.new
-                break
+    for pattern, eqn in candidates:
+        found = None if id(eqn) in replaced else pattern.find(eqn, producer)
+        if found is None or any(e.effects or id(e) in replaced for e in found.old):
+            continue
+        if hidden(found.old) and has_rule(found.new[-1]) and all(map(has_rule, found.requires)):
+            replaced.update((id(e), ()) for e in found.old)
+            replaced[id(eqn)] = found.new
     return [new for eqn in jaxpr.eqns for new in replaced.get(id(eqn), (eqn,))]
 
 
@@ -90,7 +93,8 @@ def _producer(jaxpr: Any) -> Producer:
 
 def layer_equation(layer: Layer, static: Mapping[str, Any], invars: Sequence[Any], like: Any) -> Any:
     """The call of a layer as an equation with the results, scope and source line of the equation `like`."""
-    traced = jax.make_jaxpr(lambda *args: layer(*args, **static))(*[v.aval for v in invars])
+    with jax.disable_jit(False):  # A layer's call is a jit.
+        traced = jax.make_jaxpr(lambda *args: layer(*args, **static))(*[v.aval for v in invars])
     (call,) = _compat.open_jaxpr(traced).eqns
     return call.replace(
         invars=list(invars), outvars=list(like.outvars), source_info=like.source_info, ctx=like.ctx
@@ -109,18 +113,23 @@ class Known:
     static: tuple[tuple[str, Any], ...] = ()
 
     @cached_property
-    def _operators(self) -> list[str]:
+    def operators(self) -> Collection[str]:
+        """The primitives of the function's equations."""
         return [eqn.primitive.name for eqn in _reference(self.function, _SCALAR).eqns]
+
+    @cached_property
+    def _inside(self) -> frozenset[str]:
+        return _names(_reference(self.function, _SCALAR).eqns)
 
     @property
     def last(self) -> str:
         """The primitive of the function's last equation."""
-        return self._operators[-1]
+        return list(self.operators)[-1]
 
     def find(self, eqn: Any, producer: Producer) -> Replacement | None:
         """The function's equations, if they end with `eqn`."""
-        behind = {e.primitive.name for e in _behind(eqn, producer, 4 * len(self._operators))}
-        if not behind.issuperset(self._operators):  # Much cheaper than tracing the reference.
+        behind = _names(list(_behind(eqn, producer, 4 * len(self.operators))))
+        if not behind.issuperset(self._inside):  # Much cheaper than tracing the reference.
             return None
         found = equal_to(self.function, eqn, producer)
         if found is None:
@@ -162,8 +171,13 @@ def equal_to(
 
 
 def _reference(function: Callable[[Any], Any], aval: Any) -> Any:
-    argument = jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
-    return _compat.open_jaxpr(jax.make_jaxpr(function)(argument))
+    return _compat.open_jaxpr(jax.make_jaxpr(function)(aval))
+
+
+def _names(eqns: Iterable[Any]) -> frozenset[str]:
+    """The primitives of equations and of their bodies."""
+    bodies = (_compat.equations(body) for eqn in eqns for _, body in _compat.sub_jaxprs(eqn))
+    return frozenset(e.primitive.name for group in (eqns, *bodies) for e in group)
 
 
 def _behind(eqn: Any, producer: Producer, count: int) -> Iterator[Any]:
@@ -182,11 +196,7 @@ def _behind(eqn: Any, producer: Producer, count: int) -> Iterator[Any]:
 
 def _ordinary(aval: Any) -> bool:
     """Whether a type is shape and dtype alone; references cannot be traced at others from outside."""
-    return (
-        _compat.is_differentiable(aval)
-        and not _compat.varying_axes(aval)
-        and not _compat.explicitly_sharded(aval)
-    )
+    return _compat.is_differentiable(aval) and not _compat.varying_axes(aval)
 
 
 def _type(aval: Any) -> tuple[Any, ...]:
@@ -281,13 +291,11 @@ def _tangent_map(eqn: Any) -> Any:
     smooth = [i for i, aval in enumerate(avals) if _compat.is_differentiable(aval)]
 
     def tangents(primals: Any, perturbations: Any) -> Any:
-        full: list[Any] = [_compat.zero_tangent(aval) for aval in avals]
-        for i, tangent in zip(smooth, perturbations, strict=True):
-            full[i] = tangent
+        given = iter(perturbations)
+        full = [next(given) if i in smooth else _compat.zero_tangent(aval) for i, aval in enumerate(avals)]
         return jax.jvp(call, primals, full)[1]
 
-    types = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in avals]
-    closed = jax.make_jaxpr(lambda p, t: tangents(list(p), list(t)))(types, [types[i] for i in smooth])
+    closed = jax.make_jaxpr(lambda p, t: tangents(list(p), list(t)))(avals, [avals[i] for i in smooth])
     if _compat.constants(closed):
         return None
     opened = _compat.open_jaxpr(closed)

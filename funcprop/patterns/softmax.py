@@ -28,7 +28,7 @@ Source: Bridle, "Probabilistic interpretation of feedforward classification netw
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -173,6 +173,11 @@ class AlongAxes:
     function: Callable[..., Any]
     layer: Layer
     last: str
+
+    @property
+    def operators(self) -> Collection[str]:
+        """Those that `find` begins with."""
+        return ("sub", "exp", "reduce_sum", self.last)
 
     def find(self, eqn: Any, producer: Producer) -> Replacement | None:
         """The function's equations, if they end with `eqn`."""

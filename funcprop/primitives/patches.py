@@ -153,13 +153,37 @@ def product(a: Any, b: Any, contracted: tuple[int, int], static: Any) -> Any:
 # --- all chunks -------------------------------------------------------------------------------
 
 
-def _chunk_at(i: Any, size: int, arrays: Sequence[Any]) -> tuple[Any, list[Any]]:
-    """Where chunk `i` of the batch starts, and its part of each array.
+class _Chunks:
+    """Parts of equal size of a batch.
 
-    All chunks have the same size; the last one starts early enough.
+    If the batch can be divided, chunk i has the examples i, i + count, i + 2 count …: where the batch is
+    spread over devices, each has a part of every chunk. Otherwise chunks follow each other, and the last one
+    starts early enough.
     """
-    start = jnp.minimum(i * size, len(arrays[0]) - size)
-    return start, [lax.dynamic_slice_in_dim(a, start, size) for a in arrays]
+
+    def __init__(self, size: int, batch: int) -> None:
+        self.size, self.batch, self.count = size, batch, -(-batch // size)
+        self.divided = batch % size == 0
+
+    def cut(self, a: Any) -> Any:
+        """An array in the form that `at` reads and `put` writes."""
+        return a.reshape(self.size, self.count, *a.shape[1:]) if self.divided else a
+
+    def start(self, i: Any) -> Any:
+        """Where chunk `i` starts."""
+        return i if self.divided else jnp.minimum(i * self.size, self.batch - self.size)
+
+    def at(self, a: Any, i: Any) -> Any:
+        """Chunk `i`."""
+        if self.divided:
+            return lax.dynamic_index_in_dim(a, i, 1, keepdims=False)
+        return lax.dynamic_slice_in_dim(a, self.start(i), self.size)
+
+    def put(self, a: Any, part: Any, i: Any) -> Any:
+        """The array with another chunk `i`."""
+        if self.divided:
+            return lax.dynamic_update_index_in_dim(a, part, i, 1)
+        return lax.dynamic_update_slice_in_dim(a, part, self.start(i), 0)
 
 
 def mapped_in_chunks(fun: Callable[[Any], Any], size: int, a: Any) -> Any:
@@ -168,13 +192,15 @@ def mapped_in_chunks(fun: Callable[[Any], Any], size: int, a: Any) -> Any:
         return fun(a)
     part = jax.eval_shape(fun, jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype))
 
+    chunks = _Chunks(size, len(a))
+    cut = chunks.cut(a)
+
     def step(result: Any, i: Any) -> tuple[Any, None]:
         # What two chunks share is written twice, alike.
-        start, (here,) = _chunk_at(i, size, [a])
-        return lax.dynamic_update_slice_in_dim(result, fun(here), start, 0), None
+        return chunks.put(result, fun(chunks.at(cut, i)), i), None
 
-    nothing = jnp.zeros((len(a), *part.shape[1:]), part.dtype)
-    return _over_chunks(step, nothing, size, [a])
+    nothing = chunks.cut(jnp.zeros((len(a), *part.shape[1:]), part.dtype))
+    return _over_chunks(step, nothing, chunks, [a]).reshape(len(a), *part.shape[1:])
 
 
 def summed_over_chunks(fun: Callable[..., Any], size: int, *arrays: Any) -> Any:
@@ -183,18 +209,21 @@ def summed_over_chunks(fun: Callable[..., Any], size: int, *arrays: Any) -> Any:
         return fun(*arrays)
     part = jax.eval_shape(fun, *(jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype) for a in arrays))
 
+    chunks = _Chunks(size, len(arrays[0]))
+    cut = list(map(chunks.cut, arrays))
+
     def step(total: Any, i: Any) -> tuple[Any, None]:
-        start, here = _chunk_at(i, size, arrays)
-        if len(arrays[0]) % size:
+        here = [chunks.at(a, i) for a in cut]
+        if not chunks.divided:
             # The last chunk begins with examples that were counted already.
-            fresh = start + np.arange(size) >= i * size
+            fresh = chunks.start(i) + np.arange(size) >= i * size
             here = [jnp.where(lax.broadcast_in_dim(fresh, a.shape, [0]), a, 0) for a in here]
         return total + fun(*here), None
 
-    return _over_chunks(step, jnp.zeros(part.shape, part.dtype), size, arrays)
+    return _over_chunks(step, jnp.zeros(part.shape, part.dtype), chunks, arrays)
 
 
-def _over_chunks(step: Callable[..., Any], start: Any, size: int, arrays: Sequence[Any]) -> Any:
+def _over_chunks(step: Callable[..., Any], start: Any, chunks: _Chunks, arrays: Sequence[Any]) -> Any:
     # All of it in the loop: a first chunk before it would be scheduled early, and held.
     start, *_ = _compat.align_varying_axes([start, *arrays])
-    return lax.scan(step, start, jnp.arange(-(-len(arrays[0]) // size)))[0]
+    return lax.scan(step, start, jnp.arange(chunks.count))[0]

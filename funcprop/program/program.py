@@ -122,20 +122,21 @@ class Program:
         Raises:
             TypeError: they have another structure.
         """
-        leaves, tree = jax.tree.flatten(args)
-        if tree != self.structure.inputs:
-            raise TypeError(f"{self.name} was traced for {self.structure.inputs}, not for {tree}.")
-        return jax.tree.unflatten(self.structure.outputs, self.flat(leaves))
+        return self.by(lambda jaxpr, values: _compat.evaluate(jaxpr, (), values))(*args)
 
-    def flat(self, leaves: Sequence[Any]) -> list[Any]:
-        """The leaves of the results from those of the arguments."""
-        results = _compat.evaluate(self.jaxpr, (), [*self.constants, *leaves])
-        return [
-            x
-            if isinstance(x, jax.Array)
-            else _compat.with_weak_type(jnp.asarray(x, v.aval.dtype), v.aval.weak_type)
-            for x, v in zip(results, self.jaxpr.outvars, strict=True)
-        ]
+    def by(self, run: Callable[[Any, Sequence[Any]], Sequence[Any]]) -> Callable[..., Any]:
+        """The function whose jaxpr is evaluated by `run(jaxpr, values)`."""
+
+        def called(*args: Any) -> Any:
+            leaves, tree = jax.tree.flatten(args)
+            if tree != self.structure.inputs:
+                raise TypeError(f"{self.name} was traced for {self.structure.inputs}, not for {tree}.")
+            results = zip(run(self.jaxpr, [*self.constants, *leaves]), self.jaxpr.outvars, strict=True)
+            return jax.tree.unflatten(
+                self.structure.outputs, [_compat.as_array(x, v.aval) for x, v in results]
+            )
+
+        return called
 
     def compiled(self, *args: Any) -> Any:
         """The results, by what `jit` has compiled for an equal program or compiles now."""

@@ -185,8 +185,8 @@ class _Closer:
         arrays = [x for _, held in bodies for x in held]
         if not arrays:
             opened = iter([body for body, _ in bodies])
-            closed = _compat.map_sub_jaxprs(eqn, lambda body: _compat.closed_like(body, next(opened)))
-            return scope.add(closed, operands, stack)
+            params = _compat.map_jaxprs(eqn.params, lambda body: _compat.closed_like(body, next(opened)))
+            return scope.add(eqn.replace(params=params), operands, stack)
         whole = _with_inputs(eqn, [(body, len(held)) for body, held in bodies])
         if whole is None:
             return scope.add(eqn, operands, stack)
@@ -262,8 +262,9 @@ def _with_inputs(eqn: Any, bodies: Sequence[tuple[Any, int]]) -> Any | None:
         return bodies[0][0]
     if kind in _CHECKPOINTS:
         body, count = bodies[0]
-        opened = _compat.map_sub_jaxprs(eqn, lambda _: body)
-        return _compat.one_equation_jaxpr(opened.replace(invars=[*body.invars[:count], *eqn.invars]))
+        params = _compat.map_jaxprs(eqn.params, lambda _: body)
+        invars = [*body.invars[:count], *eqn.invars]
+        return _compat.one_equation_jaxpr(eqn.replace(params=params, invars=invars))
     if kind not in _ENTERED:
         return None
     total = sum(count for _, count in bodies)

@@ -13,7 +13,7 @@ import numpy as np
 
 from funcprop import _compat
 from funcprop.linear_map import Arrays
-from funcprop.rewrite import with_rules
+from funcprop.running import with_rules
 from funcprop.testing.case import Case, stack, subsets
 from funcprop.testing.compare import Claim, Limit
 

@@ -18,7 +18,8 @@ import numpy as np
 import optax
 
 from funcprop.registry import RuleSet
-from funcprop.rewrite import with_rules
+from funcprop.running import with_rules
+from funcprop.transforms import value_and_grad
 
 Loss: TypeAlias = Callable[..., Any]
 Batches: TypeAlias = "Iterable[Any] | Callable[[Any], Iterable[Any]]"
@@ -112,8 +113,12 @@ def make_step(
     transformation = optax.with_extra_args_support(optimizer)
 
     def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, Any]:
-        value_fn = with_rules(lambda p: apply_loss(loss, p, batch), rules)
-        value, gradient = jax.value_and_grad(value_fn)(params)
+        def of_params(params: Any) -> Any:
+            return apply_loss(loss, params, batch)
+
+        of_params.__name__ = getattr(loss, "__name__", type(loss).__name__)
+        value, gradient = value_and_grad(of_params, rules=rules)(params)
+        value_fn = with_rules(of_params, rules)
         extra = {"value": value, "grad": gradient, "value_fn": value_fn, "batch": batch}
         updates, state = transformation.update(gradient, state, params, **extra)
         return optax.apply_updates(params, updates), state, value

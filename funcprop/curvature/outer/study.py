@@ -23,8 +23,8 @@ from funcprop.curvature.outer.taps import Plan, Tap, find
 from funcprop.primitives import convolution
 from funcprop.program import Program
 from funcprop.registry import RuleSet
-from funcprop.rewrite import with_rules
 from funcprop.rules import default
+from funcprop.running import with_rules
 
 Model = Callable[[Any, Any], Any]
 
@@ -70,7 +70,8 @@ class Study:
             results, activations = run(self.plan, self.taps, given, deltas)
             return jax.tree.unflatten(jax.tree.structure(self.output), results), activations
 
-        batched = with_rules(jax.vmap(one), self.rules or _rules())
+        # In a body, functions of several equations are recognised for what they compute.
+        batched = with_rules(jax.jit(jax.vmap(one)), self.rules or _rules())
         zeros = [jnp.zeros((size, *t.perturbation.shape), t.dtype) for t in self.taps]
         return jax.vjp(lambda deltas: batched(x, deltas), dict(enumerate(zeros)), has_aux=True)
 

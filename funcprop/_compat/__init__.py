@@ -17,11 +17,22 @@ import jax.extend.core.primitives as jex_primitives
 import jax.numpy as jnp
 import numpy as np
 from jax.core import eval_jaxpr as _eval_jaxpr
+from jax.extend import source_info_util
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
+from funcprop._compat.surrounding import PassingTrace as PassingTrace
+from funcprop._compat.surrounding import current_source
+from funcprop._compat.surrounding import equation_of as equation_of
+from funcprop._compat.surrounding import is_call_of as is_call_of
+from funcprop._compat.surrounding import is_traced as is_traced
+from funcprop._compat.surrounding import note_origin as note_origin
+from funcprop._compat.surrounding import outside as outside
+from funcprop._compat.surrounding import under as under
+
 Aval = Any
 Equation = jex.JaxprEqn
+InconclusiveDimensionOperation = jex.InconclusiveDimensionOperation
 Literal = jex.Literal
 Primitive = jex.Primitive
 Var = jex.Var
@@ -30,7 +41,9 @@ instantiate_zeros = ad.instantiate_zeros
 zeros_like_aval = ad.zeros_like_aval
 
 _JAX_DIRECTORY = os.path.dirname(jax.__file__) + os.sep
-_OWN_DIRECTORY = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_OWN_DIRECTORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+# What JAX calls the user's line, in its messages and in compiled programs, is then none of ours.
+source_info_util.register_exclusion(_OWN_DIRECTORY)
 
 
 # --- jaxprs -----------------------------------------------------------------------------------
@@ -235,15 +248,15 @@ def equations(jaxpr: Any, into: Callable[[Equation], bool] = lambda eqn: True) -
                 yield from equations(body, into)
 
 
-def map_sub_jaxprs(eqn: Equation, change: Callable[[Any], Any]) -> Equation:
-    """The equation with `change(jaxpr)` in place of each jaxpr it holds."""
-    params = dict(eqn.params)
-    for key, value in eqn.params.items():
+def map_jaxprs(params: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """The parameters of an equation with `change(jaxpr)` in place of each jaxpr among them."""
+    changed = dict(params)
+    for key, value in params.items():
         if is_jaxpr(value):
-            params[key] = change(value)
+            changed[key] = change(value)
         elif isinstance(value, tuple | list) and any(map(is_jaxpr, value)):
-            params[key] = type(value)(change(item) for item in value)
-    return eqn.replace(params=params)
+            changed[key] = type(value)(change(item) for item in value)
+    return changed
 
 
 def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
@@ -311,7 +324,16 @@ def without_scope(eqn: Equation) -> Equation:
 
 def source_line(eqn: Equation) -> str | None:
     """`file:line (function)` of the innermost frame that is neither JAX's nor funcprop's."""
-    traceback = eqn.source_info.traceback
+    return _line(eqn.source_info.traceback)
+
+
+def here() -> tuple[str, str | None]:
+    """The scope and the source line of the operator that is running, as of an equation."""
+    source = current_source()
+    return str(source.name_stack), _line(source.traceback)
+
+
+def _line(traceback: Any) -> str | None:
     if traceback is None:
         return None
     for frame in traceback.frames:
@@ -366,6 +388,18 @@ def with_weak_type(x: Any, weak_type: bool) -> Any:
         return x
     primitive = jex_primitives.convert_element_type_p
     return primitive.bind(x, new_dtype=jax.typeof(x).dtype, weak_type=weak_type, sharding=None)
+
+
+def has_symbolic_size(aval: Aval) -> bool:
+    """Whether a size is an expression that stands for many, as in `jax.export`."""
+    return not all(isinstance(size, int | np.integer) for size in getattr(aval, "shape", ()))
+
+
+def as_array(x: Any, aval: Aval) -> Any:
+    """The value as an array of a type; a constant result of a jaxpr is a plain number."""
+    if isinstance(x, jax.Array):
+        return x
+    return with_weak_type(jnp.asarray(x, aval.dtype), bool(getattr(aval, "weak_type", False)))
 
 
 def is_differentiable(aval: Aval) -> bool:
