@@ -69,7 +69,6 @@ CHECKS = {
     "checking_leaks finds none under jit": lambda t: within(
         jax.checking_leaks, lambda x: jax.jit(lambda x: jnp.tanh(x) * jnp.exp(x))(x), S
     )(t),
-    "checking_leaks in a scan": within(jax.checking_leaks, lambda x: jnp.sum(recurrent(x)), X),
     "checkify": lambda t: error_of(checkify.user_checks, t.grad(checked), S),
     "checkify of a jitted gradient": lambda t: error_of(checkify.user_checks, jax.jit(t.grad(checked)), S),
     "checkify passes": lambda t: error_of(checkify.user_checks, t.value_and_grad(checked), S / 5),

@@ -42,26 +42,9 @@ def over_time(w, x):
     return lax.scan(lambda c, v: (jnp.tanh(c @ w + v), c), jnp.zeros_like(x[:, 0]), x.swapaxes(0, 1))[1]
 
 
-def lstm(w, x):
-    def step(state, v):
-        h, c = state
-        i, f, g, o = jnp.split(v @ w[:3] + h @ w[3:], 4, axis=-1)
-        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-        h = jax.nn.sigmoid(o) * jnp.tanh(c)
-        return (h, c), h
-
-    zeros = jnp.zeros((x.shape[0], 2))
-    return lax.scan(step, (zeros, zeros), x.swapaxes(0, 1))[1]
-
-
 def attended(w, x):
     q, k, v = ((x @ w)[:, :, None] * scale for scale in (1.0, 0.5, 2.0))
     return jax.nn.dot_product_attention(q, k, v, is_causal=True)
-
-
-def written_out(w, x):
-    scores = jnp.einsum("bqd,bkd->bqk", x @ w, x)
-    return jax.nn.softmax(scores, axis=-1) @ x
 
 
 def normalised(w, x):
@@ -93,7 +76,6 @@ FUNCTIONS = {
     "embedding": (lambda w, x: jnp.take(w, x.astype(int), axis=0), shape(7, 2), ROWS),
     "scan": (recurrent, shape(3, 3), ROWS),
     "scan over time": (over_time, shape(3, 3), SEQUENCE),
-    "LSTM": (lstm, shape(5, 8), SEQUENCE),
     "cond": (lambda w, x: lax.cond(w[0, 0] > 0, jnp.tanh, jnp.sin, x @ w), shape(3, 2), ROWS),
     "checkpoint": (lambda w, x: jax.checkpoint(lambda v: jnp.tanh(v @ w))(x), shape(3, 2), ROWS),
     "pool": (lambda w, x: pooled(x * w), shape(2), IMAGE),
@@ -102,7 +84,6 @@ FUNCTIONS = {
     "convolution": (lambda w, x: convolved(x, w), shape(3, 3, 2, 4), IMAGE),
     "relu before a pool": (network, shape(3, 3, 2, 4), IMAGE),
     "attention": (attended, shape(3, 3), SEQUENCE),
-    "attention written out": (written_out, shape(3, 3), SEQUENCE),
     "fp.layers.dense": (lambda w, x: fp.layers.dense(x, w), shape(3, 2), ROWS),
     "fp.layers.softmax": (lambda w, x: fp.layers.softmax(x @ w), shape(3, 2), ROWS),
     "fp.layers.layer_norm": (lambda w, x: fp.layers.layer_norm(x @ w), shape(3, 2), ROWS),
@@ -123,7 +104,6 @@ FUNCTIONS = {
 
 # Functions of a weight and of an input whose batch `b` and length `t` are both symbolic.
 TWO_SIZES = {
-    "softmax": (lambda w, x: jax.nn.softmax(x @ w), shape(3, 2)),
     "layer norm": (lambda w, x: fp.layers.layer_norm(x @ w), shape(3, 2)),
     "attention": (attended, shape(3, 3)),
     "sum over time": (lambda w, x: jnp.cumsum(jnp.tanh(x @ w), axis=1), shape(3, 2)),

@@ -43,7 +43,7 @@ class Linen(nn.Module):
 @functools.cache
 def linen_variables():
     model = Linen()
-    variables = model.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, X)
+    variables = jax.jit(model.init)({"params": jax.random.key(0), "dropout": jax.random.key(1)}, X)
     return jax.tree.map(lambda x: x.astype(float), {k: variables[k] for k in ("params", "batch_stats")})
 
 
@@ -120,7 +120,7 @@ def linen_lifted(t):
 
 def train_state_steps(t):
     model = nn.Sequential([nn.Dense(4, param_dtype=float), nn.relu, nn.Dense(3, param_dtype=float)])
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-2, momentum=0.9))
     state = TrainState.create(apply_fn=model.apply, params=model.init(jax.random.key(0), X), tx=tx)
 
     def step(state, x, y):
