@@ -252,6 +252,23 @@ def differentiated_containers(t):
     return t.grad(loss)(params), seen, "extra" in params
 
 
+def auxiliary_data(t):
+    """What a function returns beside its value is returned as it is, of any type, and the same object."""
+    given, table = Plain(), {"k": [X]}
+
+    def loss(x, y):
+        aux = {"int": 3, "float": 0.5, "none": None, "numpy": np.float32(2), "array": y, "text": "text"}
+        return jnp.tanh(x), (aux, [y * 2, jnp.exp(x)], table, loss)
+
+    def same(aux):
+        return aux[2] is table, aux[2]["k"] is table["k"], aux[3] is loss, aux[0]["array"] is X, aux[:2]
+
+    gradient, aux = t.grad(loss, has_aux=True)(S, X)
+    (value, again), _ = t.value_and_grad(loss, has_aux=True)(S, X)
+    direct = t.with_rules(lambda x: (x, given, table))(X)
+    return gradient, value, same(aux), same(again), direct[0] is X, direct[1] is given, direct[2] is table
+
+
 def equal_arguments(t):
     """One array given twice is the same object twice, and a differentiated one is one tracer."""
 
@@ -279,6 +296,7 @@ PROGRAMS = [
     many_numbers,
     unordered_keys,
     differentiated_containers,
+    auxiliary_data,
     equal_arguments,
 ]
 

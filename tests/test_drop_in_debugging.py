@@ -34,11 +34,6 @@ def layer_norm(x):
     return (x - x.mean(-1, keepdims=True)) * lax.rsqrt(x.var(-1, keepdims=True) + 1e-6)
 
 
-def attended(x):
-    q = x[:, None, :, None] * jnp.ones((1, 1, 1, 2))
-    return jax.nn.dot_product_attention(q, q, q)
-
-
 # Functions that JAX keeps together as one jitted or custom function, and those with bodies.
 FUNCTIONS = {
     "relu": (jax.nn.relu, X),
@@ -66,11 +61,9 @@ FUNCTIONS = {
     "checkpoint": (jax.checkpoint(lambda x: jnp.tanh(jnp.tanh(x))), X),
     "vmap": (jax.vmap(jax.nn.relu), X),
     "jit": (jax.jit(lambda x: jnp.tanh(x) * 2), X),
-    "attention": (attended, X),
     "fp.layers.silu": (fp.layers.silu, X),
     "fp.layers.layer_norm": (fp.layers.layer_norm, X),
     "fp.layers.dense": (lambda x: fp.layers.dense(x, WEIGHTS, X[0]), X),
-    "fp.layers.attention": (lambda x: fp.layers.attention(*(x[None, :, None],) * 3), X),
 }
 
 

@@ -43,7 +43,7 @@ class Linen(nn.Module):
 @functools.cache
 def linen_variables():
     model = Linen()
-    variables = model.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, X)
+    variables = jax.jit(model.init)({"params": jax.random.key(0), "dropout": jax.random.key(1)}, X)
     return jax.tree.map(lambda x: x.astype(float), {k: variables[k] for k in ("params", "batch_stats")})
 
 
@@ -60,14 +60,8 @@ def linen_mutable(t):
         )
         return cross_entropy(logits, LABELS), updated
 
-    found, stats = [], variables["batch_stats"]
-    for i in range(2):
-        (value, updated), gradient = t.value_and_grad(loss, has_aux=True)(
-            variables["params"], stats, jax.random.key(i)
-        )
-        stats = updated["batch_stats"]
-        found.append((value, gradient, updated))
-    return found, notes
+    gradient = t.value_and_grad(loss, has_aux=True)
+    return gradient(variables["params"], variables["batch_stats"], jax.random.key(2)), notes
 
 
 def linen_bound(t):
@@ -101,7 +95,7 @@ def linen_gradient_of_inputs_and_method(t):
         slope = t.grad(lambda x: jnp.sum(model.apply(params, x)))(x)
         return jnp.mean((jnp.linalg.norm(slope, axis=-1) - 1) ** 2) + model.apply(params, x, method="penalty")
 
-    return t.value_and_grad(loss)(params, X), jax.jit(t.grad(loss))(params, X)
+    return jax.jit(t.value_and_grad(loss))(params, X)
 
 
 def linen_lifted(t):
@@ -126,7 +120,7 @@ def linen_lifted(t):
 
 def train_state_steps(t):
     model = nn.Sequential([nn.Dense(4, param_dtype=float), nn.relu, nn.Dense(3, param_dtype=float)])
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-2, momentum=0.9))
     state = TrainState.create(apply_fn=model.apply, params=model.init(jax.random.key(0), X), tx=tx)
 
     def step(state, x, y):
@@ -135,24 +129,22 @@ def train_state_steps(t):
         return state.apply_gradients(grads=gradient), value
 
     values, jitted = [], jax.jit(step)
-    for run in (step, jitted, jitted):
+    for run in (step, jitted):
         state, value = run(state, X, LABELS)
         values.append(value)
     return values, state.params, state.step
 
 
 def optax_line_search(t):
-    """L-BFGS, whose line search evaluates gradients and keeps them in its state."""
-    loss = lambda w: jnp.sum((jnp.tanh(w) - X[0]) ** 2)  # noqa: E731
-    tx = optax.lbfgs()
-    w, state = jnp.ones(3) * 0.1, None
+    """A line search that evaluates the loss and its gradient, and keeps both in its state."""
+    loss = t.with_rules(lambda w: jnp.sum((jnp.tanh(w) - X[0]) ** 2))
+    search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=3, store_grad=True)
+    tx = optax.chain(optax.sgd(1.0), search)
+    w, values = jnp.ones(3) * 0.1, []
     state = tx.init(w)
-    value_and_grad = optax.value_and_grad_from_state(t.with_rules(loss))
-    values = []
-    for _ in range(3):
-        value, gradient = value_and_grad(w, state=state)
-        known = {"value": value, "grad": gradient, "value_fn": t.with_rules(loss)}
-        updates, state = tx.update(gradient, state, w, **known)
+    for _ in range(2):
+        value, gradient = optax.value_and_grad_from_state(loss)(w, state=state)
+        updates, state = tx.update(gradient, state, w, value=value, grad=gradient, value_fn=loss)
         w = optax.apply_updates(w, updates)
         values.append(value)
     return values, w

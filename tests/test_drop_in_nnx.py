@@ -90,11 +90,11 @@ def test_plain_attributes(transformation):
     assert_as_jax(program)
 
 
-@pytest.mark.parametrize("transformation", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)
-def test_two_steps_of_a_model(transformation):
+@pytest.mark.parametrize("name", ["value_and_grad", "grad of jit", "jit of grad", "remat"])
+def test_two_steps_of_a_model(name):
     def program(t):
         model = double(Model(nnx.Rngs(0)))
-        step = transformation(t.with_rules(model_loss))
+        step = TRANSFORMATIONS[name](t.with_rules(model_loss))
         return [numbers(step(model, X)) for _ in range(2)], seen(model)
 
     assert_as_jax(program)

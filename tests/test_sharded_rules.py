@@ -144,3 +144,19 @@ def test_what_jax_refuses_with_explicit_axes(name):
         by_jax(name, "explicit")
     with pytest.raises(refused.type):
         by_rules(name, "explicit")
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_rules_are_what_runs(kind):
+    """A rule with twice the derivative doubles the gradient; that of a max-pool spares XLA's gathers."""
+    tanh, mesh = fp.rules.handwritten["tanh"], on_a_mesh(kind)
+    double = fp.Rule(tanh.forward, lambda *args, **static: (2 * tanh.backward(*args, **static)[0],))
+    rules = fp.rules.handwritten.replace({"tanh": double})
+    made = CASES["dense_and_tanh"]()
+    with jax.set_mesh(mesh):
+        args = arguments(made, mesh)
+        doubled, plain = (jax.jit(g)(*args) for g in (fp.grad(made.loss, rules=rules), jax.grad(made.loss)))
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, 2 * e, rtol=1e-12), doubled, plain)
+    assert by_jax("max_pool", kind).moved["all-gather"] > 0
+    for name in ("max_pool", "relu_and_max_pool", "conv_and_max_pool"):
+        assert by_rules(name, kind).moved["all-gather"] == 0, name
