@@ -7,7 +7,6 @@ Everything here is plain plumbing around jaxprs and primitives; no other module 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,8 @@ from jax.core import eval_jaxpr as _eval_jaxpr
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
+from funcprop._source_lines import source_line as source_line
+
 Aval = Any
 Equation = jex.JaxprEqn
 Literal = jex.Literal
@@ -28,9 +29,6 @@ Var = jex.Var
 Zero = ad.Zero
 instantiate_zeros = ad.instantiate_zeros
 zeros_like_aval = ad.zeros_like_aval
-
-_JAX_DIRECTORY = os.path.dirname(jax.__file__) + os.sep
-_OWN_DIRECTORY = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 # --- jaxprs -----------------------------------------------------------------------------------
@@ -302,18 +300,6 @@ def without_scope(eqn: Equation) -> Equation:
     """The equation outside of all named scopes."""
     stack = eqn.source_info.name_stack
     return eqn.replace(source_info=eqn.source_info.replace(name_stack=type(stack)()))
-
-
-def source_line(eqn: Equation) -> str | None:
-    """`file:line (function)` of the innermost frame that is neither JAX's nor funcprop's."""
-    traceback = eqn.source_info.traceback
-    if traceback is None:
-        return None
-    for frame in traceback.frames:
-        path = os.path.abspath(frame.file_name)
-        if not path.startswith((_JAX_DIRECTORY, _OWN_DIRECTORY)) and not frame.file_name.startswith("<"):
-            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
-    return None
 
 
 @contextlib.contextmanager
