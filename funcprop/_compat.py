@@ -86,9 +86,19 @@ def _is_input_effect(effect: Any) -> bool:
     return hasattr(effect, "input_index")
 
 
+def is_reference(aval: Aval) -> bool:
+    """Whether values of this type are mutable references (`jax.Ref`)."""
+    return hasattr(aval, "inner_aval")
+
+
+def inner_type(aval: Aval) -> Aval:
+    """The type of what a reference holds; of a value that is none, its own."""
+    return getattr(aval, "inner_aval", aval)
+
+
 def closes_over_references(jaxpr: Any) -> bool:
     """Whether a jaxpr uses mutable references that are not its arguments."""
-    return any(hasattr(var.aval, "inner_aval") for var in open_jaxpr(jaxpr).constvars)
+    return any(is_reference(var.aval) for var in open_jaxpr(jaxpr).constvars)
 
 
 def _input_effects(equations: Sequence[Equation], invars: Sequence[Var]) -> frozenset[Any]:
@@ -228,6 +238,11 @@ def equations(jaxpr: Any, into: Callable[[Equation], bool] = lambda eqn: True) -
                 yield from equations(body, into)
 
 
+def calls_back(jaxpr: Any) -> bool:
+    """Whether running a jaxpr has side effects outside of JAX that are not for debugging."""
+    return any(eqn.primitive.name == "io_callback" for eqn in equations(jaxpr))
+
+
 def map_sub_jaxprs(eqn: Equation, change: Callable[[Any], Any]) -> Equation:
     """The equation with `change(jaxpr)` in place of each jaxpr it holds."""
     params = dict(eqn.params)
@@ -351,7 +366,7 @@ def with_weak_type(x: Any, weak_type: bool) -> Any:
 
 def is_differentiable(aval: Aval) -> bool:
     """Whether values of this type have a non-trivial tangent."""
-    dtype = getattr(aval, "dtype", None)
+    dtype = None if is_reference(aval) else getattr(aval, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from funcprop import _compat, _nnx
@@ -20,6 +19,7 @@ from funcprop.flops import flops
 from funcprop.graph import Graph, Kind, Operator, Variable, name
 from funcprop.layer_calls import LayerCall, boundary_p, layer_call
 from funcprop.naming import argument_names, joined, literal_name, unique_names, without_transformations
+from funcprop.references import contents
 from funcprop.sizes import nbytes
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
@@ -52,11 +52,19 @@ class Traced:
         return jax.tree.unflatten(self.extra_tree, leaves)
 
     def values(self) -> dict[str, Any]:
-        """The values of the graph's inputs and constants, by name."""
-        given = [jnp.asarray(self.leaves[i]) for i in self.arguments]
-        values = dict(zip([v.name for v in self.graph.inputs], given, strict=True))
-        values.update(zip([v.name for v in self.graph.constants], self.constants, strict=True))
-        return values
+        """The values of the graph's inputs and constants, by name; of references, what they hold."""
+        return {variable: contents(x) for variable, x in self._given()}
+
+    def _given(self) -> Iterator[tuple[str, Any]]:
+        leaves = (self.leaves[i] for i in self.arguments)
+        yield from zip([v.name for v in self.graph.inputs], leaves, strict=True)
+        yield from zip([v.name for v in self.graph.constants], self.constants, strict=True)
+
+    def write(self, contents: Mapping[str, Any]) -> None:
+        """Give the references among the inputs and constants their new contents, by name."""
+        for variable, x in self._given():
+            if variable in contents:
+                x[...] = contents[variable]
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,9 +283,9 @@ class _Builder:
             scope = joined(prefix, without_transformations(_compat.scope(eqn), ("vmap",)))
             source = next(filter(None, (_compat.source_line(e, around) for e in eqns)), None)
             call = layer_call(eqn)
-            if len(eqns) > 1:
+            if len(eqns) > 1 or any(map(_holds_reference, eqn.outvars)):
                 free = _compat.free_variables(eqns)
-                results = [v for v in _read_outside(eqns, jaxpr) if not _is_reference(v)]
+                results = [v for v in _read_outside(eqns, jaxpr) if not _holds_reference(v)]
                 drafts = [_Draft(v.aval, "intermediate", scope, "references") for v in results]
                 group = _compat.jaxpr_of(eqns, free, results, "references")
                 self.steps.append(_Step(group, None, scope, source, [env[v] for v in free], drafts))
@@ -311,7 +319,7 @@ def _groups(eqns: Sequence[Any]) -> Iterator[list[Any]]:
 
     Between two uses of a reference, order is meaning: the group is differentiated as a whole.
     """
-    touching = [i for i, e in enumerate(eqns) if any(map(_is_reference, [*e.invars, *e.outvars]))]
+    touching = [i for i, e in enumerate(eqns) if any(map(_holds_reference, [*e.invars, *e.outvars]))]
     first, last = (touching[0], touching[-1]) if touching else (len(eqns), -1)
     yield from ([e] for e in eqns[:first])
     if touching:
@@ -327,8 +335,8 @@ def _read_outside(eqns: Sequence[Any], jaxpr: Any) -> list[Any]:
     return [v for e in eqns for v in e.outvars if v in read]
 
 
-def _is_reference(atom: Any) -> bool:
-    return hasattr(atom.aval, "inner_aval")
+def _holds_reference(atom: Any) -> bool:
+    return _compat.is_reference(atom.aval)
 
 
 def _op(step: _Step) -> str:
@@ -347,6 +355,6 @@ def _freeze(drafts: Sequence[_Draft]) -> Callable[[_Draft], Variable]:
 
 def _variable(draft: _Draft, label: str) -> Variable:
     shape, dtype = getattr(draft.aval, "shape", None), getattr(draft.aval, "dtype", None)
-    has_size = shape is not None and isinstance(dtype, np.dtype) and not _is_reference(draft)
+    has_size = shape is not None and isinstance(dtype, np.dtype) and not _compat.is_reference(draft.aval)
     size = nbytes(draft.aval) if has_size else None
     return Variable(label, draft.kind, draft.scope, shape, dtype, size, draft.named, draft.aval, draft.value)

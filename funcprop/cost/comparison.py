@@ -23,6 +23,7 @@ from funcprop.cost.timing import fastest, random_operand
 from funcprop.graph import aligned
 from funcprop.naming import without_transformations
 from funcprop.objective import Argnums, differentiable, positions
+from funcprop.references import require_no_references
 from funcprop.registry import RuleSet
 from funcprop.rewrite import Match, Rewriter, matches
 from funcprop.rules import autodiff, default
@@ -161,6 +162,7 @@ def compare(
     at = None if argnums is None else positions(argnums)
 
     def compared(*args: Any, **kwargs: Any) -> Comparison:
+        require_no_references("compare", fun, args, kwargs)
         call = Call.of(args, kwargs, is_array)
         run = has_values(call.leaves)
         chosen = differentiable(Arguments.of(call), call.variables, call.leaves, at)
