@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from funcprop.activity import active_variables
 from funcprop.calls import require_values
 from funcprop.objective import Argnums, Objective, trace_objective
 from funcprop.propagation import Propagation
 from funcprop.registry import RuleSet
+from funcprop.rewrite import Rewriter
 from funcprop.rules import handwritten
-from funcprop.sweeps import active_variables, backward_sweep, forward_sweep
+from funcprop.sweeps import backward_sweep, forward_sweep
 
 
 def backprop(
@@ -66,8 +68,9 @@ def backprop(
         given = {v.name: traced.leaves[i] for v, i in zip(graph.inputs, traced.arguments, strict=True)}
         require_values("backprop", given, "fp.trace, fp.backward_graph or fp.derive")
         inputs = objective.inputs.values()
-        active = frozenset(active_variables(graph, {v.name for v in inputs}))
+        active = frozenset(active_variables(graph, {v.name for v in inputs}, Rewriter(rules)))
         tape = forward_sweep(graph, traced.values(), rules)
+        traced.write(tape.written)
         output = tape.values[result.name]
         cotangents = backward_sweep(graph, tape, {result.name: jnp.ones_like(output)}, active, rules)
         for v in inputs:

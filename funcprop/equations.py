@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from funcprop import _compat, primitives
+from funcprop.activity import active_variables
+from funcprop.chain_rule import Chain, call_operator
 from funcprop.expressions import (
     Equations,
     Expression,
@@ -30,15 +32,9 @@ from funcprop.expressions import (
 )
 from funcprop.graph import Graph, Operator, Variable
 from funcprop.objective import Argnums, Objective, trace_objective
-from funcprop.prod import prod
 from funcprop.propagation import completion_order
-from funcprop.sweeps import active_variables
 from funcprop.tracing import Traced
-from funcprop.verification import Line, Verification, call_operator, verify
-
-# A Jacobian with more entries than this is not formed to evaluate `prod`, nor one of complex numbers, which
-# would be that of their real and imaginary parts; the pullback is the same number.
-_LARGEST_JACOBIAN = 1_000_000
+from funcprop.verification import Line, Progress, Verification, verify
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,23 +67,30 @@ class Derivation:
 
         return "\n".join([environment(self.forward), environment(self.backward)])
 
-    def verify(self, tolerance: float | None = None) -> Verification:
+    def verify(self, tolerance: float | None = None, progress: Progress = None) -> Verification:
         """Evaluate every printed form at the given arguments and compare it with autodiff.
 
-        Values are compared with the function's own intermediates, cotangents with `jax.grad` with respect to
-        a perturbation of that variable, partial derivatives with `jax.jacrev` of the operator.
+        Values are compared with the function's own intermediates, cotangents with those that `jax.vjp` of
+        the whole function passes on, partial derivatives with those of the operator. Each form is evaluated
+        from these, so every line is checked by itself. What has no line is not differentiated, and an
+        operator with side effects is run once. Mutable references are left as they are.
 
         Args:
-            tolerance: largest deviation allowed, relative to the largest finite entry; by default `1e-10` in
-                float64 and what the dtype can resolve otherwise. Complex entries are compared by the modulus
-                of their difference. Infinities must be equal and NaN be in the same places; of complex
-                numbers only the places count.
+            tolerance: largest deviation allowed, relative to the largest finite entry, or to the terms that
+                cancel in it where these are larger. By default, what rounding explains: `1e-10` of an entry
+                in float64 (half the root of the resolution otherwise), or 8 times what it changes by when
+                all roundings of its terms are changed at random. Infinities must be equal and NaN be in the
+                same places; of complex numbers only the places count.
+            progress: True for a progress bar on stderr (needs rich), if that is a terminal; or what is called
+                as `progress(done, total)` after every line. None is a bar for long derivations, where rich is
+                installed.
 
         Raises:
             DerivationError: a form deviates; the message names the line.
             TypeError: the arguments were shapes only.
+            ValueError: no finite number could be compared, because all is NaN, infinite or empty.
         """
-        return verify([*self.forward, *self.backward], self.traced, tolerance)
+        return verify([*self.forward, *self.backward], self.traced, tolerance, progress)
 
     __str__ = text
 
@@ -159,21 +162,29 @@ class _Writer:
         self.cotangents = {name: _cotangent(v, of, self.symbols[name]) for name, v in variables.items()}
         # What a cotangent is known to be, for the operators before it: the symbol, or the constant 1.
         self.known: dict[str, Expression] = {result.name: number(1)}
+        self._written: dict[Operator, tuple[Expression, Equations | None]] = {}
 
     def value(self, variable: Variable) -> Expression:
         """A variable's symbol, or the number that a literal is."""
         if variable.kind != "literal":
             return self.symbols[variable.name]
         literal = jnp.asarray(variable.value)
-        return opaque(lambda: literal, (), variable.name, variable.name)
+        return opaque(lambda: literal, (), variable.name, variable.name, jax.typeof(literal))
 
     def equations(self, op: Operator) -> Equations | None:
         """What the operator's rule says of it, if it says anything."""
         if len(op.outputs) != 1 or op.equation is None:
             return None
+        name = op.outputs[0].name
+        cotangent = self.known.get(name, self.cotangents[name])
+        # They are asked for each input, and in both sweeps.
+        if self._written.get(op, (None, None))[0] is not cotangent:
+            self._written[op] = cotangent, self._equations(op, cotangent)
+        return self._written[op][1]
+
+    def _equations(self, op: Operator, cotangent: Expression) -> Equations | None:
         inputs = [self.value(v) for v in op.inputs]
         (output,) = op.outputs
-        cotangent = self.known.get(output.name, self.cotangents[output.name])
         if op.call is None:
             write: Any = primitives.EQUATIONS.get(op.op)
             args: tuple[Any, ...] = tuple(inputs)
@@ -316,7 +327,7 @@ class _Writer:
             y, g = self.symbols[v.name], self.cotangents[v.name]
             terms.append(
                 opaque(
-                    _Chain(op, i, tuple(v.name == name for v in op.inputs)),
+                    Chain(op, i, name, self.active),
                     [g, *inputs],
                     f"prod({g.text()}, ∂{y.text()}/∂{x.text()})",
                     f"\\mathrm{{prod}}\\!\\left({g.latex()}, {_fraction(y, x)}\\right)",
@@ -324,30 +335,6 @@ class _Writer:
                 )
             )
         return _total(terms)
-
-
-@dataclass(frozen=True)
-class _Chain:
-    """`prod(∂J/∂y, ∂y/∂x)` of one result and all uses of one input of an operator."""
-
-    op: Operator
-    result: int
-    is_input: tuple[bool, ...]
-
-    def __call__(self, cotangent: Any, *inputs: Any) -> Any:
-        def of_input(x: Any) -> Any:
-            given = [x if same else value for same, value in zip(self.is_input, inputs, strict=True)]
-            return call_operator(self.op, given)[self.result]
-
-        x = inputs[self.is_input.index(True)]
-        is_complex = jnp.iscomplexobj(x) or jnp.iscomplexobj(cotangent)
-        pulled_back = jax.vjp(of_input, x)[1](cotangent)[0]
-        if is_complex or x.size * cotangent.size > _LARGEST_JACOBIAN:
-            return pulled_back
-        jacobian = jax.jacrev(of_input)(x)
-        # Its zeros times an infinity would be NaN, in products that no autodiff forms.
-        is_finite = jnp.all(jnp.isfinite(jacobian)) & jnp.all(jnp.isfinite(cotangent))
-        return jnp.where(is_finite, prod(cotangent, jacobian, y_ndim=cotangent.ndim), pulled_back)
 
 
 def _total(terms: Sequence[Expression]) -> Expression:

@@ -10,10 +10,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Environment = Mapping[str, Any]
 
@@ -51,7 +53,7 @@ class Expression:
     """A function of operands, with a template for each notation (`{0}`, `{1}` are the operands).
 
     `binding` is how tightly the whole binds, `inner` how tightly its operands must bind to need no
-    parentheses.
+    parentheses. Operands of different dtypes are promoted, to that of a wider one.
     """
 
     function: Callable[..., Any]
@@ -60,7 +62,14 @@ class Expression:
     latex_template: str
     binding: int
     inner: int
-    type: jax.ShapeDtypeStruct
+    known_type: jax.ShapeDtypeStruct | None = None
+
+    @cached_property
+    def type(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the value; found by tracing where nobody knows them."""
+        if self.known_type is not None:
+            return self.known_type
+        return jax.eval_shape(self.function, *(operand.type for operand in self.operands))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -70,6 +79,10 @@ class Expression:
     def evaluate(self, environment: Environment) -> Any:
         """The value of the expression, with the symbols' values in `environment`."""
         return self.function(*(operand.evaluate(environment) for operand in self.operands))
+
+    def symbols(self) -> set[str]:
+        """The keys of the symbols in it."""
+        return set().union(*(operand.symbols() for operand in self.operands))
 
     def text(self) -> str:
         """Unicode text."""
@@ -85,7 +98,7 @@ class Expression:
 
     def __add__(self, other: Any) -> Expression:
         other = as_expression(other)
-        return _node(jnp.add, (self, other), "{0} + {1}", "{0} + {1}", _SUM, _SUM)
+        return _entrywise(jnp.add, (self, other), "{0} + {1}", "{0} + {1}", _SUM, _SUM)
 
     def __radd__(self, other: Any) -> Expression:
         return as_expression(other) + self
@@ -94,13 +107,13 @@ class Expression:
         other = as_expression(other)
         # The right operand of a difference needs parentheses if it is a sum itself.
         subtrahend = parenthesised(other) if other.binding == _SUM else other
-        return _node(jnp.subtract, (self, subtrahend), "{0} − {1}", "{0} - {1}", _SUM, _SUM)
+        return _entrywise(jnp.subtract, (self, subtrahend), "{0} − {1}", "{0} - {1}", _SUM, _SUM)
 
     def __rsub__(self, other: Any) -> Expression:
         return as_expression(other) - self
 
     def __neg__(self) -> Expression:
-        return _node(jnp.negative, (self,), "−{0}", "-{0}", _TERM, _PRODUCT)
+        return _entrywise(jnp.negative, (self,), "−{0}", "-{0}", _TERM, _PRODUCT)
 
     def __mul__(self, other: Any) -> Expression:
         other = as_expression(other)
@@ -112,10 +125,10 @@ class Expression:
             return other * self
         if other.binding == _QUOTIENT:
             # `a (b / c)`; a fraction needs no parentheses in LaTeX.
-            other = _node(lambda x: x, (other,), "({0})", "{0}", _ATOM, _SUM)
+            other = _node(lambda x: x, (other,), "({0})", "{0}", _ATOM, _SUM, other.known_type)
         if self.shape == ():
-            return _node(jnp.multiply, (self, other), "{0} {1}", "{0}\\, {1}", _PRODUCT, _QUOTIENT)
-        return _node(jnp.multiply, (self, other), "{0} ⊙ {1}", "{0} \\odot {1}", _PRODUCT, _QUOTIENT)
+            return _entrywise(jnp.multiply, (self, other), "{0} {1}", "{0}\\, {1}", _PRODUCT, _QUOTIENT)
+        return _entrywise(jnp.multiply, (self, other), "{0} ⊙ {1}", "{0} \\odot {1}", _PRODUCT, _QUOTIENT)
 
     def __rmul__(self, other: Any) -> Expression:
         return as_expression(other) * self
@@ -124,14 +137,14 @@ class Expression:
         other = as_expression(other)
         if is_one(other):
             return self
-        return _node(jnp.divide, (self, other), "{0} / {1}", "\\frac{{{0}}}{{{1}}}", _QUOTIENT, _POWER)
+        return _entrywise(jnp.divide, (self, other), "{0} / {1}", "\\frac{{{0}}}{{{1}}}", _QUOTIENT, _POWER)
 
     def __rtruediv__(self, other: Any) -> Expression:
         return as_expression(other) / self
 
     def __matmul__(self, other: Any) -> Expression:
         other = as_expression(other)
-        return _node(jnp.matmul, (self, other), "{0} {1}", "{0}\\, {1}", _PRODUCT, _PRODUCT)
+        return _node(_of_one_dtype(jnp.matmul), (self, other), "{0} {1}", "{0}\\, {1}", _PRODUCT, _PRODUCT)
 
     def __pow__(self, exponent: float) -> Expression:
         text = (
@@ -139,7 +152,8 @@ class Expression:
             if isinstance(exponent, int)
             else f"{{0}}^{exponent}"
         )
-        return _node(lambda x: x**exponent, (self,), text, "{0}^{{" + str(exponent) + "}}", _POWER, _ATOM)
+        latex = "{0}^{{" + str(exponent) + "}}"
+        return _entrywise(lambda x: x**exponent, (self,), text, latex, _POWER, _ATOM)
 
     @property
     def T(self) -> Expression:  # noqa: N802
@@ -175,6 +189,10 @@ class Symbol(Expression):
         """The symbol's value."""
         return environment[self.key]
 
+    def symbols(self) -> set[str]:
+        """Its own key."""
+        return {self.key}
+
 
 def _node(
     function: Callable[..., Any],
@@ -186,8 +204,58 @@ def _node(
     type_: Any = None,
 ) -> Expression:
     """A node of an expression; its type is found by tracing where it is not given."""
-    result = jax.eval_shape(function, *(o.type for o in operands)) if type_ is None else type_
-    return Expression(function, operands, template, latex, binding, inner, result)
+    return Expression(function, operands, template, latex, binding, inner, type_)
+
+
+def _entrywise(
+    function: Callable[..., Any],
+    operands: tuple[Expression, ...],
+    template: str,
+    latex: str,
+    binding: int,
+    inner: int,
+) -> Expression:
+    """A function of the entries of operands that are broadcast to one shape, and have one dtype."""
+    types = [o.type for o in operands]
+    dtype = _common_dtype(types)
+    is_plain = jnp.issubdtype(dtype, jnp.inexact) and not all(map(_is_weak, types))
+    shape = np.broadcast_shapes(*(t.shape for t in types))
+    known = jax.ShapeDtypeStruct(shape, dtype) if is_plain else None
+    return _node(_of_one_dtype(function), operands, template, latex, binding, inner, known)
+
+
+def _is_weak(type_: Any) -> bool:
+    return bool(getattr(type_, "weak_type", False))
+
+
+def _common_dtype(types: Sequence[Any]) -> Any:
+    """What operands of these types are promoted to, whatever JAX is told to do with different dtypes."""
+    strong = {t.dtype for t in types if not _is_weak(t)}
+    if len(strong) == 1 and jnp.issubdtype(dtype := next(iter(strong)), jnp.inexact):
+        return dtype
+    with jax.numpy_dtype_promotion("standard"):
+        # JAX promotes no float of 8 bits; bfloat16 holds all of them.
+        narrow = [jnp.issubdtype(t.dtype, jnp.floating) and t.dtype.itemsize < 2 for t in types]
+        return jnp.result_type(
+            *(
+                jax.ShapeDtypeStruct((), jnp.bfloat16 if small else t.dtype, weak_type=_is_weak(t))
+                for t, small in zip(types, narrow, strict=True)
+            )
+        )
+
+
+def _of_one_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with operands of different dtypes promoted to one."""
+
+    def promoted(*operands: Any) -> Any:
+        types = [jax.typeof(x) for x in operands]
+        if len({t.dtype for t in types}) == 1:
+            return function(*operands)
+        dtype = _common_dtype(types)
+        given = (x if _is_weak(t) else x.astype(dtype) for x, t in zip(operands, types, strict=True))
+        return function(*given)
+
+    return promoted
 
 
 def _literally(text: str) -> str:
@@ -207,10 +275,9 @@ def number(value: float) -> Expression:
     if is_ratio:
         text, latex = str(ratio), f"\\frac{{{{{ratio.numerator}}}}}{{{{{ratio.denominator}}}}}"
     binding = _TERM if value < 0 else _PRODUCT if is_ratio else _ATOM
-    result = jax.eval_shape(lambda: jnp.asarray(float(value)))
-    return Expression(
-        lambda: jnp.asarray(float(value)), (), text.replace("-", "−"), latex, binding, _ATOM, result
-    )
+    constant = jnp.asarray(float(value))
+    known = jax.ShapeDtypeStruct((), constant.dtype, weak_type=True)
+    return Expression(lambda: constant, (), text.replace("-", "−"), latex, binding, _ATOM, known)
 
 
 def as_expression(value: Any) -> Expression:
@@ -225,7 +292,19 @@ def is_one(expression: Expression) -> bool:
 
 def parenthesised(expression: Expression) -> Expression:
     """The same expression in parentheses."""
-    return _node(lambda x: x, (expression,), "({0})", "\\left({0}\\right)", _ATOM, _SUM, expression.type)
+    return _node(
+        lambda x: x, (expression,), "({0})", "\\left({0}\\right)", _ATOM, _SUM, expression.known_type
+    )
+
+
+def promoted(expression: Expression, type_: Any) -> Expression:
+    """The same expression in the wider of its own dtype and that of `type_`; nothing is written of it."""
+    dtype = _common_dtype([expression.type, type_])
+    if dtype == expression.type.dtype:
+        return expression
+    wider = jax.ShapeDtypeStruct(expression.shape, dtype)
+    template, binding = "{0}", expression.binding
+    return _node(lambda x: x.astype(dtype), (expression,), template, template, binding, binding, wider)
 
 
 def apply(
@@ -247,9 +326,8 @@ def apply(
 
 def outer(a: Expression, b: Expression) -> Expression:
     """The outer product `a bᵀ` of two column vectors, with the axes of `a` before those of `b`."""
-    return _node(
-        lambda x, y: jnp.tensordot(x, y, axes=0), (a, b), "{0} {1}ᵀ", "{0}\\, {1}^{{\\top}}", _PRODUCT, _POWER
-    )
+    product = _of_one_dtype(lambda x, y: jnp.tensordot(x, y, axes=0))
+    return _node(product, (a, b), "{0} {1}ᵀ", "{0}\\, {1}^{{\\top}}", _PRODUCT, _POWER)
 
 
 def squared_norm(a: Expression) -> Expression:

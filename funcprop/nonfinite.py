@@ -16,10 +16,12 @@ import jax
 import numpy as np
 
 from funcprop import _compat
+from funcprop.activity import active_variables
 from funcprop.causes import Causes, Path, bad_entries, iterations
 from funcprop.graph import Graph, Operator, Variable
 from funcprop.registry import RuleSet
-from funcprop.sweeps import Cotangents, Loop, Tape, active_variables, contributions, read
+from funcprop.rewrite import Rewriter
+from funcprop.sweeps import Cotangents, Loop, Tape, contributions, read
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Moment:
                 loop.body,
                 now,
                 jax.tree.map(lambda a, t=t: a[t], found),
-                active_variables(loop.body, sought),
+                active_variables(loop.body, sought, Rewriter(self.rules)),
                 self.rules,
                 f"{self.prefix}{op.name}/",
                 (*self.iteration, t),

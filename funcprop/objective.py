@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 
 from funcprop.graph import Graph, Variable
@@ -98,7 +99,9 @@ def differentiable(
     smooth = {
         i
         for i in arrays
-        if signature.trainable[i] and jnp.issubdtype(jnp.result_type(leaves[i]), jnp.inexact)
+        if signature.trainable[i]
+        and not isinstance(leaves[i], jax.Ref)
+        and jnp.issubdtype(jnp.result_type(leaves[i]), jnp.inexact)
     }
     count = len(signature.positional(leaves))
     held: list[set[int]] = [set() for _ in range(count)]

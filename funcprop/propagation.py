@@ -11,17 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from funcprop import _compat
+from funcprop.activity import active_variables
 from funcprop.graph import Graph, Operator
 from funcprop.nonfinite import Moment, NonFinite, first_nonfinite
 from funcprop.registry import RuleSet
-from funcprop.sweeps import (
-    Cotangents,
-    Tape,
-    Values,
-    active_variables,
-    backward_sweep,
-    cotangent_of,
-)
+from funcprop.rewrite import Rewriter
+from funcprop.sweeps import Cotangents, Tape, Values, backward_sweep, cotangent_of
 
 
 class Named(Mapping[str, Any]):
@@ -137,7 +132,7 @@ class Propagation:
         return Named(listed, others, self._further_gradient, _scopes(self.graph, ""))
 
     def _further_gradient(self, name: str) -> Any:
-        active = active_variables(self.graph, {name})
+        active = active_variables(self.graph, {name}, Rewriter(self.rules))
         seeds = {v.name: self.cotangents.values[v.name] for v in self.graph.outputs}
         found = backward_sweep(self.graph, self.tape, seeds, active, self.rules)
         variable = next(v for v in self.graph.variables if v.name == name)

@@ -318,7 +318,7 @@ def matches_in(
         if found is None and eqn.outvars:
             found = refused.get(eqn.outvars[0])
         inner_scope = "/".join(filter(None, (scope, _compat.scope(eqn))))
-        inner_source = _compat.source_line(eqn) or source
+        inner_source = _compat.source_line(eqn, source)
         if found is not None:
             yield replace(found, scope=inner_scope, source=inner_source, mapped=mapped)
         whole = found is not None and found.bound is not None and layer_call(eqn) is not None

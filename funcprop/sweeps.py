@@ -19,8 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from funcprop import _compat
+from funcprop.activity import active_variables
 from funcprop.attach import BoundRule
 from funcprop.graph import Graph, Operator, Variable
+from funcprop.references import has_references, run, with_new_references
 from funcprop.registry import RuleSet
 from funcprop.rewrite import Rewriter
 
@@ -36,17 +38,21 @@ class Saved:
     result_tree: Any
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["values", "saved", "bodies"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "saved", "bodies", "written"], meta_fields=[]
+)
 @dataclass(frozen=True)
 class Tape:
     """What the forward sweep stores, by name: every value, each rule's residuals, each loop's own tape.
 
-    Everything on a loop's tape has a leading axis for the iterations.
+    Everything on a loop's tape has a leading axis for the iterations. Of references among the inputs,
+    `values` are what they hold at first, `written` what they hold in the end.
     """
 
     values: Values = field(default_factory=dict)
     saved: dict[str, Saved] = field(default_factory=dict)
     bodies: dict[str, Tape] = field(default_factory=dict)
+    written: Values = field(default_factory=dict)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "bodies"], meta_fields=[])
@@ -75,21 +81,6 @@ def cotangent_of(variable: Variable, value: Any, cotangents: Values) -> Any:
     if not _compat.is_differentiable(variable.aval):
         return _compat.zero_tangent(variable.aval)
     return jnp.zeros_like(value)
-
-
-# Primitives with floating-point results whose derivative is zero everywhere.
-_LOCALLY_CONSTANT = frozenset({"stop_gradient", "floor", "ceil", "round", "sign"})
-
-
-def active_variables(graph: Graph, inputs: Collection[str]) -> set[str]:
-    """The differentiable variables whose derivative with respect to the given inputs may not be zero."""
-    active = set(inputs)
-    for op in graph.operators:
-        if op.op not in _LOCALLY_CONSTANT and any(
-            v.name in active and v.kind != "literal" for v in op.inputs
-        ):
-            active.update(v.name for v in op.outputs if _compat.is_differentiable(v.aval))
-    return active
 
 
 # --- the two sweeps ---------------------------------------------------------------------------
@@ -154,7 +145,7 @@ def contributions(
 
 def _operation(op: Operator, rules: RuleSet) -> _Ruled | Loop | _Differentiated:
     rewriter = Rewriter(rules)
-    if op.op == "scan":
+    if op.op == "scan" and not has_references(op):
         # Whatever rule there is for the whole loop: here its inside is to be seen.
         return Loop(op, rules)
     bound = rewriter.find(op.equation) if op.equation is not None else None
@@ -192,18 +183,20 @@ class _Differentiated:
     op: Operator
     rewriter: Rewriter
 
-    def call(self, *inputs: Any) -> list[Any]:
-        return self.rewriter.run(self.op.jaxpr, inputs)
-
-    def forward(self, inputs: Sequence[Any], _: Tape) -> list[Any]:
-        return self.call(*inputs)
+    def forward(self, inputs: Sequence[Any], tape: Tape) -> list[Any]:
+        results, written = run(self.op, inputs, self.rewriter.run)
+        tape.written.update(written)
+        return results
 
     def backward(
         self, inputs: Sequence[Any], incoming: Sequence[Any], needs: Sequence[bool], _: Tape, __: Cotangents
     ) -> list[Any]:
+        inputs = with_new_references(self.op, inputs)
+
         def of_needed(*needed: Any) -> list[Any]:
             given = iter(needed)
-            return self.call(*(next(given) if need else x for x, need in zip(inputs, needs, strict=True)))
+            operands = [next(given) if need else x for x, need in zip(inputs, needs, strict=True)]
+            return self.rewriter.run(self.op.jaxpr, operands)
 
         pullback = jax.vjp(of_needed, *(x for x, need in zip(inputs, needs, strict=True) if need))[1]
         wanted = iter(pullback(list(incoming)))
@@ -274,7 +267,7 @@ class Loop:
         """The iterations against their order; each starts from the cotangents of what it passed on."""
         consts, init, xs = self.split(inputs)
         sought = self.sought(needs)
-        active = active_variables(self.body, sought)
+        active = active_variables(self.body, sought, Rewriter(self.rules))
 
         def step(state: Any, slices: Any) -> Any:
             carry_cts, const_sums = state

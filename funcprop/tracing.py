@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from funcprop import _compat, _nnx
@@ -20,6 +19,7 @@ from funcprop.flops import flops
 from funcprop.graph import Graph, Kind, Operator, Variable, name
 from funcprop.layer_calls import LayerCall, boundary_p, layer_call
 from funcprop.naming import argument_names, joined, literal_name, unique_names, without_transformations
+from funcprop.references import contents
 from funcprop.sizes import nbytes
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
@@ -52,11 +52,19 @@ class Traced:
         return jax.tree.unflatten(self.extra_tree, leaves)
 
     def values(self) -> dict[str, Any]:
-        """The values of the graph's inputs and constants, by name."""
-        given = [jnp.asarray(self.leaves[i]) for i in self.arguments]
-        values = dict(zip([v.name for v in self.graph.inputs], given, strict=True))
-        values.update(zip([v.name for v in self.graph.constants], self.constants, strict=True))
-        return values
+        """The values of the graph's inputs and constants, by name; of references, what they hold."""
+        return {variable: contents(x) for variable, x in self._given()}
+
+    def _given(self) -> Iterator[tuple[str, Any]]:
+        leaves = (self.leaves[i] for i in self.arguments)
+        yield from zip([v.name for v in self.graph.inputs], leaves, strict=True)
+        yield from zip([v.name for v in self.graph.constants], self.constants, strict=True)
+
+    def write(self, contents: Mapping[str, Any]) -> None:
+        """Give the references among the inputs and constants their new contents, by name."""
+        for variable, x in self._given():
+            if variable in contents:
+                x[...] = contents[variable]
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +207,7 @@ class _Step:
     jaxpr: Any
     call: LayerCall | None
     scope: str
+    source: str | None
     inputs: list[_Draft]
     outputs: list[_Draft]
 
@@ -209,7 +218,10 @@ class _Builder:
     def __init__(self, inline: frozenset[str]) -> None:
         self.inline = inline
 
-    def build(self, label: str, closed: Any, input_names: Sequence[str]) -> tuple[Graph, list[Any]]:
+    def build(
+        self, label: str, closed: Any, input_names: Sequence[str], source: str | None = None
+    ) -> tuple[Graph, list[Any]]:
+        """The graph and its constants; `source` is the line of the operator whose body this is."""
         jaxpr = _compat.open_jaxpr(closed)
         inputs = [
             _Draft(v.aval, "input", label=n, named=True)
@@ -217,7 +229,7 @@ class _Builder:
         ]
         self.constants: list[tuple[_Draft, Any]] = []
         self.steps: list[_Step] = []
-        outputs = self._walk(closed, inputs, "")
+        outputs = self._walk(closed, inputs, "", source)
         computed = [draft for step in self.steps for draft in step.outputs]
         frozen = _freeze([*inputs, *(draft for draft, _ in self.constants), *computed])
         names = unique_names([joined(step.scope, _op(step)) for step in self.steps])
@@ -239,7 +251,7 @@ class _Builder:
         if len(eqns) == 1 and step.call is None:
             for key, body in _compat.sub_jaxprs(eqns[0]):
                 names = [f"in{i}" for i in range(len(_compat.open_jaxpr(body).invars))]
-                bodies[key] = _Builder(self.inline).build(key, body, names)[0]
+                bodies[key] = _Builder(self.inline).build(key, body, names, step.source)[0]
         return Operator(
             label,
             _op(step),
@@ -247,13 +259,14 @@ class _Builder:
             tuple(frozen(d) for d in step.inputs),
             tuple(frozen(d) for d in step.outputs),
             sum(map(flops, eqns)),
-            next((line for line in map(_compat.source_line, eqns) if line), None),
+            step.source,
             bodies,
             step.call,
             step.jaxpr,
         )
 
-    def _walk(self, closed: Any, inputs: Sequence[_Draft], prefix: str) -> list[_Draft]:
+    def _walk(self, closed: Any, inputs: Sequence[_Draft], prefix: str, around: str | None) -> list[_Draft]:
+        """Append the steps of a jaxpr; `around` is the line that those without one of their own come from."""
         jaxpr = _compat.open_jaxpr(closed)
         env: dict[Any, _Draft] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, value in zip(jaxpr.constvars, _compat.array_constants(closed), strict=True):
@@ -268,13 +281,14 @@ class _Builder:
         for eqns in _groups(jaxpr.eqns):
             eqn = eqns[0]
             scope = joined(prefix, without_transformations(_compat.scope(eqn), ("vmap",)))
+            source = next(filter(None, (_compat.source_line(e, around) for e in eqns)), None)
             call = layer_call(eqn)
-            if len(eqns) > 1:
+            if len(eqns) > 1 or any(map(_holds_reference, eqn.outvars)):
                 free = _compat.free_variables(eqns)
-                results = [v for v in _read_outside(eqns, jaxpr) if not _is_reference(v)]
+                results = [v for v in _read_outside(eqns, jaxpr) if not _holds_reference(v)]
                 drafts = [_Draft(v.aval, "intermediate", scope, "references") for v in results]
                 group = _compat.jaxpr_of(eqns, free, results, "references")
-                self.steps.append(_Step(group, None, scope, [env[v] for v in free], drafts))
+                self.steps.append(_Step(group, None, scope, source, [env[v] for v in free], drafts))
                 env.update(zip(results, drafts, strict=True))
                 continue
             operands = [read(a) for a in eqn.invars]
@@ -288,13 +302,14 @@ class _Builder:
                 env[eqn.outvars[0]] = operands[0]
             elif call is None and eqn.primitive.name in self.inline:
                 ((_, body),) = _compat.sub_jaxprs(eqn)
-                env.update(zip(eqn.outvars, self._walk(body, operands, scope), strict=True))
+                env.update(zip(eqn.outvars, self._walk(body, operands, scope, source), strict=True))
             else:
                 named = eqn.primitive.name == "name"
                 label = eqn.params["name"] if named else _compat.function_name(eqn)
                 label = label if call is None else call.layer.name
                 drafts = [_Draft(v.aval, "intermediate", scope, label, named) for v in eqn.outvars]
-                self.steps.append(_Step(_compat.one_equation_jaxpr(eqn), call, scope, operands, drafts))
+                step = _Step(_compat.one_equation_jaxpr(eqn), call, scope, source, operands, drafts)
+                self.steps.append(step)
                 env.update(zip(eqn.outvars, drafts, strict=True))
         return [read(a) for a in jaxpr.outvars]
 
@@ -304,7 +319,7 @@ def _groups(eqns: Sequence[Any]) -> Iterator[list[Any]]:
 
     Between two uses of a reference, order is meaning: the group is differentiated as a whole.
     """
-    touching = [i for i, e in enumerate(eqns) if any(map(_is_reference, [*e.invars, *e.outvars]))]
+    touching = [i for i, e in enumerate(eqns) if any(map(_holds_reference, [*e.invars, *e.outvars]))]
     first, last = (touching[0], touching[-1]) if touching else (len(eqns), -1)
     yield from ([e] for e in eqns[:first])
     if touching:
@@ -320,8 +335,8 @@ def _read_outside(eqns: Sequence[Any], jaxpr: Any) -> list[Any]:
     return [v for e in eqns for v in e.outvars if v in read]
 
 
-def _is_reference(atom: Any) -> bool:
-    return hasattr(atom.aval, "inner_aval")
+def _holds_reference(atom: Any) -> bool:
+    return _compat.is_reference(atom.aval)
 
 
 def _op(step: _Step) -> str:
@@ -340,6 +355,6 @@ def _freeze(drafts: Sequence[_Draft]) -> Callable[[_Draft], Variable]:
 
 def _variable(draft: _Draft, label: str) -> Variable:
     shape, dtype = getattr(draft.aval, "shape", None), getattr(draft.aval, "dtype", None)
-    has_size = shape is not None and isinstance(dtype, np.dtype) and not _is_reference(draft)
+    has_size = shape is not None and isinstance(dtype, np.dtype) and not _compat.is_reference(draft.aval)
     size = nbytes(draft.aval) if has_size else None
     return Variable(label, draft.kind, draft.scope, shape, dtype, size, draft.named, draft.aval, draft.value)

@@ -7,7 +7,6 @@ Everything here is plain plumbing around jaxprs and primitives; no other module 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,12 +16,12 @@ import jax.extend.core.primitives as jex_primitives
 import jax.numpy as jnp
 import numpy as np
 from jax.core import eval_jaxpr as _eval_jaxpr
-from jax.extend import source_info_util
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
+from funcprop._compat.source_lines import here as here
+from funcprop._compat.source_lines import source_line as source_line
 from funcprop._compat.surrounding import PassingTrace as PassingTrace
-from funcprop._compat.surrounding import current_source
 from funcprop._compat.surrounding import equation_of as equation_of
 from funcprop._compat.surrounding import is_call_of as is_call_of
 from funcprop._compat.surrounding import is_traced as is_traced
@@ -39,11 +38,6 @@ Var = jex.Var
 Zero = ad.Zero
 instantiate_zeros = ad.instantiate_zeros
 zeros_like_aval = ad.zeros_like_aval
-
-_JAX_DIRECTORY = os.path.dirname(jax.__file__) + os.sep
-_OWN_DIRECTORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-# What JAX calls the user's line, in its messages and in compiled programs, is then none of ours.
-source_info_util.register_exclusion(_OWN_DIRECTORY)
 
 
 # --- jaxprs -----------------------------------------------------------------------------------
@@ -101,9 +95,19 @@ def _is_input_effect(effect: Any) -> bool:
     return hasattr(effect, "input_index")
 
 
+def is_reference(aval: Aval) -> bool:
+    """Whether values of this type are mutable references (`jax.Ref`)."""
+    return hasattr(aval, "inner_aval")
+
+
+def inner_type(aval: Aval) -> Aval:
+    """The type of what a reference holds; of a value that is none, its own."""
+    return getattr(aval, "inner_aval", aval)
+
+
 def closes_over_references(jaxpr: Any) -> bool:
     """Whether a jaxpr uses mutable references that are not its arguments."""
-    return any(hasattr(var.aval, "inner_aval") for var in open_jaxpr(jaxpr).constvars)
+    return any(is_reference(var.aval) for var in open_jaxpr(jaxpr).constvars)
 
 
 def _input_effects(equations: Sequence[Equation], invars: Sequence[Var]) -> frozenset[Any]:
@@ -248,6 +252,11 @@ def equations(jaxpr: Any, into: Callable[[Equation], bool] = lambda eqn: True) -
                 yield from equations(body, into)
 
 
+def calls_back(jaxpr: Any) -> bool:
+    """Whether running a jaxpr has side effects outside of JAX that are not for debugging."""
+    return any(eqn.primitive.name == "io_callback" for eqn in equations(jaxpr))
+
+
 def map_jaxprs(params: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
     """The parameters of an equation with `change(jaxpr)` in place of each jaxpr among them."""
     changed = dict(params)
@@ -322,27 +331,6 @@ def without_scope(eqn: Equation) -> Equation:
     return eqn.replace(source_info=eqn.source_info.replace(name_stack=type(stack)()))
 
 
-def source_line(eqn: Equation) -> str | None:
-    """`file:line (function)` of the innermost frame that is neither JAX's nor funcprop's."""
-    return _line(eqn.source_info.traceback)
-
-
-def here() -> tuple[str, str | None]:
-    """The scope and the source line of the operator that is running, as of an equation."""
-    source = current_source()
-    return str(source.name_stack), _line(source.traceback)
-
-
-def _line(traceback: Any) -> str | None:
-    if traceback is None:
-        return None
-    for frame in traceback.frames:
-        path = os.path.abspath(frame.file_name)
-        if not path.startswith((_JAX_DIRECTORY, _OWN_DIRECTORY)) and not frame.file_name.startswith("<"):
-            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
-    return None
-
-
 @contextlib.contextmanager
 def context_of(eqn: Equation) -> Iterator[None]:
     """Trace under an equation's own scopes, mesh and compute placement."""
@@ -404,7 +392,7 @@ def as_array(x: Any, aval: Aval) -> Any:
 
 def is_differentiable(aval: Aval) -> bool:
     """Whether values of this type have a non-trivial tangent."""
-    dtype = getattr(aval, "dtype", None)
+    dtype = None if is_reference(aval) else getattr(aval, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 

@@ -85,11 +85,6 @@ def is_call_of(function: Any, fun: Any, jvp: Any) -> bool:
     return getattr(fun, "f", None) is function.fun and getattr(jvp, "f", None) is function.jvp
 
 
-def current_source() -> Any:
-    """Where the running operator comes from: scope and traceback, as in `equation.source_info`."""
-    return source_info_util.current()
-
-
 def equation_of(primitive: Any, invars: Sequence[Any], params: Mapping[str, Any]) -> Any:
     """The equation of a primitive on variables and literals."""
     results, effects = primitive.abstract_eval(*(v.aval for v in invars), **params)

@@ -34,16 +34,20 @@ def report(target: Target, argnums: Sequence[int] | None, latex: bool, verify: b
     if verify:
         target.require_arrays("--verify", "the equations alone take shapes")
     with (
-        bar(f"{target.label}: deriving", counted=False),
+        bar(f"{target.label}: deriving", counted=False) as update,
         users_code(f"target {target.label!r}: deriving failed", None),
     ):
         derivation = fp.derive(target.function, argnums)(*target.args, **target.kwargs)
-        verification = derivation.verify() if verify else None
+
+        def progress(done: int, total: int) -> None:
+            update(description=f"{target.label}: verifying", completed=done, total=total)
+
+        verification = derivation.verify(progress=progress) if verify else None
     text = derivation.latex() if latex else derivation.text()
     if verification is not None:
         mark = "% " if latex else ""
         lines = [
-            "Largest deviation from autodiff, relative to the largest entry",
+            "Largest deviation from autodiff, relative to the largest entry or the terms that cancel in it",
             *str(verification).splitlines(),
         ]
         text += "\n\n" + "\n".join(mark + line for line in lines)
@@ -55,6 +59,7 @@ def report(target: Target, argnums: Sequence[int] | None, latex: bool, verify: b
         "deviations": None
         if verification is None
         else {key: number(error) for key, error in verification.errors.items()},
+        "unchecked": {} if verification is None else verification.unchecked,
     }
     return Output(text, data)
 

@@ -24,6 +24,7 @@ from funcprop.graph import aligned
 from funcprop.matching import matches
 from funcprop.naming import without_transformations
 from funcprop.objective import Argnums, differentiable, positions
+from funcprop.references import require_no_references
 from funcprop.registry import RuleSet
 from funcprop.rewrite import Match, Rewriter
 from funcprop.rules import autodiff, default
@@ -162,6 +163,7 @@ def compare(
     at = None if argnums is None else positions(argnums)
 
     def compared(*args: Any, **kwargs: Any) -> Comparison:
+        require_no_references("compare", fun, args, kwargs)
         call = Call.of(args, kwargs, is_array)
         label = getattr(fun, "__name__", type(fun).__name__)
         run = has_values(call.leaves)

@@ -22,6 +22,7 @@ from funcprop.cost.timing import Rates, compiled_together, fastest, measured_rat
 from funcprop.cost.work import Work, of_compiled, of_jaxpr
 from funcprop.graph import aligned, bytes_text
 from funcprop.objective import Argnums, Objective, trace_objective
+from funcprop.references import require_no_references
 from funcprop.registry import RuleSet
 from funcprop.rules import default
 from funcprop.tracing import INLINED
@@ -212,6 +213,8 @@ def second_order_cost(
     rule_set = default if rules is None else rules
 
     def costs(*args: Any, **kwargs: Any) -> SecondOrderCost:
+        require_no_references("second_order_cost", fun, args, kwargs)
+
         def use(objective: Objective) -> tuple[SecondOrderCost, None]:
             run = has_values(objective.traced.leaves)
             return _costs(objective, output, rule_set, repeats if run else 0, largest, patience), None

@@ -16,6 +16,7 @@ from funcprop.memory.footprint import footprint
 from funcprop.memory.ledger import Ledger
 from funcprop.memory.rows import largest
 from funcprop.objective import positions
+from funcprop.references import require_no_references
 from funcprop.registry import RuleSet
 
 _LARGEST = 2**31 - 1  # what an axis can have
@@ -92,6 +93,7 @@ def batch_limit(
     )
 
     def limit(*args: Any, **kwargs: Any) -> int:
+        require_no_references("batch_limit", fun, args, kwargs)
         call = Call.of(args, kwargs, is_array)
         axes = _axes(call, args, argnums, batch_axes)
         sizes = {jnp.shape(call.leaves[i])[axis] for i, axis in axes.items()}

@@ -13,6 +13,7 @@ from funcprop.memory.cases import KINDS, Case, Kind, Subject
 from funcprop.memory.ledger import Footprint, Ledger
 from funcprop.memory.rows import predicted
 from funcprop.memory.traps import SHOWN, measured
+from funcprop.references import require_no_references
 from funcprop.registry import RuleSet
 from funcprop.tracing import Arguments
 
@@ -123,7 +124,12 @@ def with_subject(
     rules: RuleSet | None,
     kind: Kind | None = None,
 ) -> Any:
-    """`use` of a call whose arguments may be nnx models, which are left as they are."""
+    """`use` of a call whose arguments may be nnx models, which are left as they are.
+
+    Raises:
+        TypeError: an argument is a mutable reference.
+    """
+    require_no_references("footprint", fun, args, kwargs)
     if not _nnx.has_models((args, kwargs)):
         return use(Subject.of(fun, args, kwargs, argnums, has_aux, rules, None))
 

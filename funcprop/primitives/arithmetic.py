@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from funcprop.expressions import Equations, Expression, OperatorSymbols, apply, outer
+from funcprop.expressions import Equations, Expression, OperatorSymbols, apply, outer, promoted
 
 
 def _fit(cotangent: Expression, operand: Expression) -> Expression:
@@ -40,7 +40,7 @@ def _unary(
 ) -> Callable[[OperatorSymbols], Equations]:
     def equations(op: OperatorSymbols) -> Equations:
         (x,) = op.args
-        return Equations(apply(op.name, function, x), (op.cotangent * derivative(x),))
+        return Equations(apply(op.name, function, x, type_=x.type), (op.cotangent * derivative(x),))
 
     return equations
 
@@ -57,9 +57,14 @@ def _product(op: OperatorSymbols) -> Equations | None:
     g = op.cotangent
     contraction, batch = op.static["dimension_numbers"]
     standard = tuple(map(tuple, contraction)) == ((len(a.shape) - 1,), (0,)) and not any(map(len, batch))
-    # The cotangent of a real operand beside a complex one is the real part alone.
-    if not standard or len(a.shape) > 2 or len(b.shape) > 2 or a.type.dtype != b.type.dtype:
+    if not standard or len(a.shape) > 2 or len(b.shape) > 2:
         return None
+    # The cotangent of a real operand beside a complex one is the real part alone.
+    if len({jnp.issubdtype(v.type.dtype, jnp.complexfloating) for v in (a, b)}) > 1:
+        return None
+    # Terms are added in the result's precision (`preferred_element_type`), which may be more than that of
+    # the operands.
+    a, b = (promoted(v, op.output.type) for v in (a, b))
     if len(a.shape) == 2 and len(b.shape) == 2:
         return Equations(a @ b, (g @ b.T, a.T @ g))
     if len(a.shape) == 2:
@@ -135,7 +140,9 @@ def _same(op: OperatorSymbols) -> Equations:
     def to(dtype: Any, v: Expression) -> Expression:
         if jnp.issubdtype(v.type.dtype, jnp.complexfloating) and jnp.issubdtype(dtype, jnp.floating):
             v = apply("real", jnp.real, v)
-        return apply(str(dtype), lambda array: array.astype(dtype), v)
+        return apply(
+            str(dtype), lambda array: array.astype(dtype), v, type_=jax.ShapeDtypeStruct(v.shape, dtype)
+        )
 
     return Equations(to(op.output.type.dtype, x), (to(x.type.dtype, op.cotangent),))
 
@@ -148,8 +155,8 @@ EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
     "div": _binary(lambda a, b: a / b, lambda a, b, g: (g / b, -(g * a) / b**2)),
     "neg": lambda op: Equations(-op.args[0], (-op.cotangent,)),
     "log": _unary(jnp.log, lambda x: 1 / x),
-    "sin": _unary(jnp.sin, lambda x: apply("cos", jnp.cos, x)),
-    "cos": _unary(jnp.cos, lambda x: -apply("sin", jnp.sin, x)),
+    "sin": _unary(jnp.sin, lambda x: apply("cos", jnp.cos, x, type_=x.type)),
+    "cos": _unary(jnp.cos, lambda x: -apply("sin", jnp.sin, x, type_=x.type)),
     "square": _power,
     "integer_pow": _power,
     "dot_general": _product,

@@ -20,6 +20,7 @@ from funcprop.drawing import Drawing
 from funcprop.equations import Derivation, derive
 from funcprop.graph import Graph
 from funcprop.objective import Argnums, positions
+from funcprop.references import require_no_references
 from funcprop.registry import RuleSet
 from funcprop.report.cost import Kind, kinds
 from funcprop.report.curves import Curves, train
@@ -196,6 +197,7 @@ def report(
             progress(part)
 
     def write(*args: Any, **kwargs: Any) -> Report:
+        require_no_references("report", fun, args, kwargs)
         doing("equations")
         derivation = derive(scalar, argnums)(*args, **kwargs)
         traced = derivation.traced
