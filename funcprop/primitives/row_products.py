@@ -38,6 +38,8 @@ from typing import Any, Literal, TypeAlias
 import jax.numpy as jnp
 from jax import lax
 
+from funcprop.dtypes import common_dtype
+
 Form: TypeAlias = Literal["plain", "turned", "columns"]
 
 _MEGABYTE = 2**20
@@ -48,7 +50,7 @@ def contraction(x: Any, g: Any, precision: Any = None) -> Any:
 
     The rows are one axis, for which XLA's CPU backend copies no operand.
     """
-    dtype = jnp.result_type(x, g)
+    dtype = common_dtype(x, g)
     x, g = (a.reshape(math.prod(a.shape[:-1]), a.shape[-1]).astype(dtype) for a in (x, g))
     return lax.dot_general(x, g, (((0,), (0,)), ((), ())), precision=precision)
 
