@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from funcprop import _compat, primitives
 from funcprop.activity import active_variables
 from funcprop.chain_rule import Chain, call_operator
+from funcprop.dtypes import promoting
 from funcprop.expressions import (
     Equations,
     Expression,
@@ -90,7 +91,8 @@ class Derivation:
             TypeError: the arguments were shapes only.
             ValueError: no finite number could be compared, because all is NaN, infinite or empty.
         """
-        return verify([*self.forward, *self.backward], self.traced, tolerance, progress)
+        with promoting():
+            return verify([*self.forward, *self.backward], self.traced, tolerance, progress)
 
     __str__ = text
 
@@ -124,7 +126,8 @@ def derive(fun: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False)
 
     def write(objective: Objective) -> tuple[Derivation, None]:
         writer = _Writer(objective.traced.graph, objective.result, list(objective.inputs.values()))
-        return Derivation(tuple(writer.forward()), tuple(writer.backward()), objective.traced), None
+        with promoting():
+            return Derivation(tuple(writer.forward()), tuple(writer.backward()), objective.traced), None
 
     return lambda *args, **kwargs: trace_objective(write, fun, argnums, args, kwargs, has_aux)
 
@@ -161,7 +164,7 @@ class _Writer:
         of = self.symbols[result.name]
         self.cotangents = {name: _cotangent(v, of, self.symbols[name]) for name, v in variables.items()}
         # What a cotangent is known to be, for the operators before it: the symbol, or the constant 1.
-        self.known: dict[str, Expression] = {result.name: number(1)}
+        self.known: dict[str, Expression] = {result.name: number(1, result.dtype)}
         self._written: dict[Operator, tuple[Expression, Equations | None]] = {}
 
     def value(self, variable: Variable) -> Expression:
@@ -305,7 +308,7 @@ class _Writer:
             return
         written.add(op.name)
         saved = self.known.get(output.name)
-        self.known[output.name] = number(1)
+        self.known[output.name] = number(1, output.dtype)
         for name in dict.fromkeys(v.name for v in op.inputs if v.name in self.active):
             form = self._evaluated(op, name)
             if form is not None:

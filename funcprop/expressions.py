@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from funcprop.dtypes import common_dtype, is_weak
+
 Environment = Mapping[str, Any]
 
 
@@ -217,31 +219,11 @@ def _entrywise(
 ) -> Expression:
     """A function of the entries of operands that are broadcast to one shape, and have one dtype."""
     types = [o.type for o in operands]
-    dtype = _common_dtype(types)
-    is_plain = jnp.issubdtype(dtype, jnp.inexact) and not all(map(_is_weak, types))
+    dtype = common_dtype(*types)
+    is_plain = jnp.issubdtype(dtype, jnp.inexact) and not all(map(is_weak, types))
     shape = np.broadcast_shapes(*(t.shape for t in types))
     known = jax.ShapeDtypeStruct(shape, dtype) if is_plain else None
     return _node(_of_one_dtype(function), operands, template, latex, binding, inner, known)
-
-
-def _is_weak(type_: Any) -> bool:
-    return bool(getattr(type_, "weak_type", False))
-
-
-def _common_dtype(types: Sequence[Any]) -> Any:
-    """What operands of these types are promoted to, whatever JAX is told to do with different dtypes."""
-    strong = {t.dtype for t in types if not _is_weak(t)}
-    if len(strong) == 1 and jnp.issubdtype(dtype := next(iter(strong)), jnp.inexact):
-        return dtype
-    with jax.numpy_dtype_promotion("standard"):
-        # JAX promotes no float of 8 bits; bfloat16 holds all of them.
-        narrow = [jnp.issubdtype(t.dtype, jnp.floating) and t.dtype.itemsize < 2 for t in types]
-        return jnp.result_type(
-            *(
-                jax.ShapeDtypeStruct((), jnp.bfloat16 if small else t.dtype, weak_type=_is_weak(t))
-                for t, small in zip(types, narrow, strict=True)
-            )
-        )
 
 
 def _of_one_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -251,8 +233,8 @@ def _of_one_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
         types = [jax.typeof(x) for x in operands]
         if len({t.dtype for t in types}) == 1:
             return function(*operands)
-        dtype = _common_dtype(types)
-        given = (x if _is_weak(t) else x.astype(dtype) for x, t in zip(operands, types, strict=True))
+        dtype = common_dtype(*types)
+        given = (x if is_weak(t) else x.astype(dtype) for x, t in zip(operands, types, strict=True))
         return function(*given)
 
     return promoted
@@ -267,16 +249,16 @@ def symbol(key: str, text: str, latex: str, type_: jax.ShapeDtypeStruct) -> Symb
     return Symbol(lambda: None, (), _literally(text), _literally(latex), _ATOM, _ATOM, type_, key)
 
 
-def number(value: float) -> Expression:
-    """A constant; a ratio of small integers is written as one."""
+def number(value: float, dtype: Any = None) -> Expression:
+    """A constant; a ratio of small integers is written as one. Without a dtype it takes that of others."""
     ratio = Fraction(value).limit_denominator(10_000)
     is_ratio = ratio.numerator / ratio.denominator == value and ratio.denominator != 1
     text = latex = repr(value) if value != int(value) else str(int(value))
     if is_ratio:
         text, latex = str(ratio), f"\\frac{{{{{ratio.numerator}}}}}{{{{{ratio.denominator}}}}}"
     binding = _TERM if value < 0 else _PRODUCT if is_ratio else _ATOM
-    constant = jnp.asarray(float(value))
-    known = jax.ShapeDtypeStruct((), constant.dtype, weak_type=True)
+    constant = jnp.asarray(float(value), dtype)
+    known = jax.ShapeDtypeStruct((), constant.dtype, weak_type=dtype is None)
     return Expression(lambda: constant, (), text.replace("-", "−"), latex, binding, _ATOM, known)
 
 
@@ -299,7 +281,7 @@ def parenthesised(expression: Expression) -> Expression:
 
 def promoted(expression: Expression, type_: Any) -> Expression:
     """The same expression in the wider of its own dtype and that of `type_`; nothing is written of it."""
-    dtype = _common_dtype([expression.type, type_])
+    dtype = common_dtype(expression.type, type_)
     if dtype == expression.type.dtype:
         return expression
     wider = jax.ShapeDtypeStruct(expression.shape, dtype)

@@ -51,6 +51,7 @@ class Oracle:
 
         def run(taps: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             values: dict[str, Any] = {}
+            called_back: dict[str, Any] = {}
 
             def store(name: str, value: Any) -> None:
                 values[name] = _tapped(value, taps[name]) if name in taps else value
@@ -62,12 +63,21 @@ class Oracle:
                 results = _compat.evaluate(op.jaxpr, (), given)
                 for v, result in zip(op.outputs, results, strict=True):
                     store(v.name, result)
-            return read(output, values), values
+                    if _compat.calls_back(op.jaxpr):
+                        called_back[v.name] = result
+            return read(output, values), called_back
 
         taps = {v.name: jnp.zeros(v.shape, v.dtype) for v in graph.variables if v.name in wanted}
-        result, pull, self.values = jax.vjp(run, taps, has_aux=True)
+        result, pull, called_back = jax.vjp(run, taps, has_aux=True)
         one = jnp.ones_like(result)
         self.cotangents: dict[str, Any] = pull(one)[0] | {self.result: one}
+        # Values are computed once more without derivatives, which may come with other entries where a
+        # result is not specified, such as above the diagonal of a Cholesky factor.
+        self.values = inputs
+        for op in graph.operators:
+            known = [called_back.get(v.name) for v in op.outputs]
+            results = known if all(x is not None for x in known) else call_operator(op, self._inputs(op))
+            self.values.update(zip([v.name for v in op.outputs], results, strict=True))
 
     def cotangent_key(self, name: str) -> str:
         """What a line calls the cotangent of a variable."""

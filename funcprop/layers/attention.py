@@ -25,6 +25,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Inexact
 
 from funcprop import _compat
+from funcprop.dtypes import common_dtype, single_at_least
 from funcprop.expressions import Equations, OperatorSymbols, apply
 from funcprop.layers.tiling import Tiling, all_of, reach_of, seen, sum_to
 from funcprop.registry import Rule, layer
@@ -44,7 +45,7 @@ class Operands(NamedTuple):
 
 
 def _precision(q: Any, k: Any, v: Any) -> Any:
-    return jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
+    return single_at_least(q, k, v)
 
 
 def _scale(q: Any, scale: float | None) -> float:
@@ -153,7 +154,7 @@ def _forward(
     tiling = Tiling.of(q, k, reach_of(causal, window), offset, blocks)
     out, normalizer = _attend(_operands(q, k, v, bias, mask, scale), tiling)
     out = _by_query(out)
-    return out.astype(jnp.result_type(q, k, v)), AttentionResiduals(q, k, v, bias, mask, out, normalizer)
+    return out.astype(common_dtype(q, k, v)), AttentionResiduals(q, k, v, bias, mask, out, normalizer)
 
 
 @partial(_staged, static_argnames="tiling")
@@ -299,7 +300,7 @@ def _weights(q: Any, k: Any, bias: Any, mask: Any, static: dict[str, Any]) -> An
     s = _scores(x.q, x.k)
     if x.bias is not None:
         s = s + x.bias.astype(s.dtype)
-    row, col = jnp.arange(q.shape[-3])[:, None], jnp.arange(k.shape[-3])
+    row, col = jnp.arange(q.shape[-3])[:, None], jnp.arange(k.shape[-3])[None]
     conditions = seen(row, col, reach_of(static["causal"], static["window"]), static["offset"])
     shown = all_of(conditions if x.mask is None else [*conditions, x.mask])
     if shown is not None:
@@ -394,4 +395,4 @@ def attention(
     _check(q, k, v, bias, mask, blocks)
     p = _weights(q, k, bias, mask, {"causal": causal, "window": window, "offset": offset, "scale": scale})
     mixed = _mixed(p, jnp.moveaxis(v.astype(p.dtype), -2, -3))
-    return _by_query(mixed).astype(jnp.result_type(q, k, v))
+    return _by_query(mixed).astype(common_dtype(q, k, v))

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from funcprop.dtypes import times
 from funcprop.layers import normalization
 from funcprop.layers.normalization import Normalized, Save, init_norm
 from funcprop.registry import Rule, layer
@@ -86,7 +87,7 @@ def _backward(
         return x, flat(scale), flat(bias), None
     need_x, need_scale, need_bias, (need_mean, need_var) = needs
     _, scale, bias = normalization.pull_back(kept, g, (False, need_scale, need_bias), axes, save)
-    pulled = (g if kept.scale is None else g * kept.scale) * kept.rstd
+    pulled = times(g if kept.scale is None else times(g, kept.scale), kept.rstd)
     mean = var = None
     if need_mean:
         mean = statistics_cotangents.mean - pulled.sum(axes).astype(given.mean.dtype)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from funcprop.dtypes import common_dtype, plus
 from funcprop.expressions import Equations, OperatorSymbols, apply
 from funcprop.layers.composed import composed_rule
 from funcprop.registry import layer
@@ -91,7 +92,7 @@ def _convolve(
         if channels_last
         else (f"NC{spatial}", f"OI{spatial}", f"NC{spatial}")
     )
-    dtype = jnp.result_type(x, w)
+    dtype = common_dtype(x, w)
     y = lax.conv_general_dilated(
         x.reshape(math.prod(lead), *x.shape[len(lead) :]).astype(dtype),
         w.astype(dtype),
@@ -108,7 +109,7 @@ def _conv(x: Any, w: Any, b: Any = None, **static: Any) -> Any:
     y = _convolve(x, w, **static)
     if b is None:
         return y
-    return y + (b if static["channels_last"] else b.reshape(-1, *(1,) * (w.ndim - 2)))
+    return plus(y, b if static["channels_last"] else b.reshape(-1, *(1,) * (w.ndim - 2)))
 
 
 def _equations(op: OperatorSymbols) -> Equations:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact, PRNGKeyArray
 
+from funcprop.dtypes import plus
 from funcprop.expressions import Equations, OperatorSymbols, outer
 from funcprop.primitives.row_products import contraction
 from funcprop.registry import Rule, layer
@@ -88,7 +89,7 @@ def _dense_equations(op: OperatorSymbols) -> Equations:
 
 
 def _affine(x: Any, w: Any, b: Any) -> Any:
-    return x @ w if b is None else x @ w + b
+    return x @ w if b is None else plus(x @ w, b)
 
 
 @layer(
@@ -136,7 +137,7 @@ def init_linear(
 
 
 def _linear_forward(w: Any, x: Any, b: Any = None) -> tuple[Any, Operands]:
-    return _column_affine(w, x, b), Operands(x, w, b)
+    return _affine(w, x, b), Operands(x, w, b)
 
 
 def _linear_backward(residuals: Operands, g: Any, needs: Any) -> tuple[Any, Any, Any]:
@@ -155,10 +156,6 @@ def _linear_equations(op: OperatorSymbols) -> Equations:
     g = op.cotangent
     forward = w @ x if b is None else w @ x + b
     return Equations(forward, (outer(g, x), w.T @ g, None if b is None else g))
-
-
-def _column_affine(w: Any, x: Any, b: Any) -> Any:
-    return w @ x if b is None else w @ x + b
 
 
 @layer(
@@ -190,4 +187,4 @@ def linear(
             "entries. Map a batch with `jax.vmap`, or use `fp.layers.dense`."
         )
     _check_bias("linear", b, outputs)
-    return _column_affine(w, x, b)
+    return _affine(w, x, b)

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int
 
+from funcprop.dtypes import plus, single_at_least
 from funcprop.expressions import Equations, OperatorSymbols, apply
 from funcprop.layers.token_chunks import chunk_size, pull_back, statistics
 from funcprop.layers.token_loss import Options, denominator, loss_of_logits, reduced_loss
@@ -60,7 +61,7 @@ class LinearCrossEntropyResiduals(NamedTuple):
 
 
 def _precision(*arrays: Any) -> Any:
-    return jnp.promote_types(jnp.result_type(*(x for x in arrays if x is not None)), jnp.float32)
+    return single_at_least(*arrays)
 
 
 def _flat(h: Any, w: Any, labels: Any, b: Any, weights: Any) -> tuple[Any, ...]:
@@ -255,8 +256,7 @@ def linear_cross_entropy(
     _check(h, w, labels, b, weights, transposed, reduction, save, chunk)
     dtype = _precision(h, w, b)
     z = h.astype(dtype) @ (w.T if transposed else w).astype(dtype)
-    if b is not None:
-        z = z + b.astype(dtype)
+    z = z if b is None else plus(z, b)
     return loss_of_logits(z, labels, None if weights is None else weights.astype(dtype), o)
 
 

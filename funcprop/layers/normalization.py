@@ -38,6 +38,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from funcprop.dtypes import common_dtype, plus, single_at_least, times, together
 from funcprop.expressions import Equations, Expression, OperatorSymbols, apply
 from funcprop.registry import Rule, layer
 
@@ -71,7 +72,7 @@ def init_norm(features: int | Sequence[int], *, bias: bool = True, dtype: Any = 
 
 
 def _wide(x: Any) -> Any:
-    return x.astype(jnp.promote_types(jnp.float32, x.dtype))
+    return x.astype(single_at_least(x))
 
 
 def statistics(x: Any, axes: Sequence[int], fast: bool) -> tuple[Any, Any]:
@@ -93,21 +94,17 @@ def _moments(x: Any, axes: Sequence[int], eps: float, fast: bool | None) -> tupl
 
 
 def _standardized(x: Any, mean: Any, rstd: Any) -> Any:
-    return (_wide(x) if mean is None else _wide(x) - mean) * rstd
-
-
-def _aligned(parameter: Any, ndim: int) -> Any:
-    """Leading axes of size 1, so that nothing depends on implicit rank promotion."""
-    return parameter.reshape((1,) * (ndim - parameter.ndim) + parameter.shape)
+    if mean is None:
+        return times(_wide(x), rstd)
+    x, mean, rstd = together(_wide(x), mean, rstd)
+    return (x - mean) * rstd
 
 
 def _scaled(normalized: Any, x: Any, scale: Any, bias: Any) -> Any:
     y = normalized
-    if scale is not None:
-        y = y * _aligned(scale, y.ndim)
-    if bias is not None:
-        y = y + _aligned(bias, y.ndim)
-    return y.astype(jnp.result_type(*(a for a in (x, scale, bias) if a is not None)))
+    y = y if scale is None else times(y, scale)
+    y = y if bias is None else plus(y, bias)
+    return y.astype(common_dtype(x, scale, bias))
 
 
 def sum_to(g: Any, parameter: Any) -> Any:
@@ -157,7 +154,7 @@ def pull_back(
     normalized, g, rstd = standard_part(residuals, save), _wide(g), residuals.rstd
     x_cotangent = None
     if need_x:
-        pulled = g if residuals.scale is None else g * _aligned(residuals.scale, g.ndim)
+        pulled = g if residuals.scale is None else times(g, residuals.scale)
         slope = (pulled * normalized).mean(axes, keepdims=True)
         shift = None if residuals.mean is None else pulled.mean(axes, keepdims=True)
         if statistics_cotangents is not None:

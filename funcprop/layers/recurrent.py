@@ -40,6 +40,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from funcprop.dtypes import common_dtype
 from funcprop.expressions import Equations, OperatorSymbols, apply
 from funcprop.layers.linear import Operands, dense
 from funcprop.primitives.row_products import repeated
@@ -166,7 +167,7 @@ def _unroll(
 ) -> tuple[State, Unrolled]:
     """The last state, and all that is kept."""
     arguments = (x, w, u, b, b_recurrent)
-    dtype = jnp.result_type(*(a for a in arguments if a is not None))
+    dtype = common_dtype(*arguments)
 
     def step(state: State, p: Any) -> Any:
         # The bias step by step: outside of the loop its sum would be a second array of p's size.

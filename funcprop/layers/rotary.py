@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
+from funcprop.dtypes import common_dtype, single_at_least, times, together
 from funcprop.expressions import Equations, OperatorSymbols, apply
 from funcprop.layers.normalization import sum_to
 from funcprop.registry import Rule, layer
@@ -49,9 +50,9 @@ def rotary_angles(
          [1.   0.01]]
     """
     positions = jnp.asarray(positions)
-    dtype = jnp.promote_types(jnp.float32, positions.dtype)
+    dtype = single_at_least(positions)
     frequencies = base ** (-jnp.arange(0, features, 2, dtype=dtype) / features)
-    return positions.astype(dtype)[..., None] * frequencies
+    return times(positions.astype(dtype)[..., None], frequencies)
 
 
 def _pairs(x: Any, pairing: Pairing) -> tuple[Any, Any]:
@@ -69,13 +70,13 @@ def _joined(a: Any, b: Any, pairing: Pairing) -> Any:
 
 def _rotated(x: Any, angles: Any, pairing: Pairing, sign: int = 1) -> Any:
     a, b = _pairs(x, pairing)
-    cos, sin = jnp.cos(angles), sign * jnp.sin(angles)
+    a, b, cos, sin = together(a, b, jnp.cos(angles), sign * jnp.sin(angles))
     return _joined(a * cos - b * sin, b * cos + a * sin, pairing).astype(x.dtype)
 
 
 def _angle_cotangent(y: Any, g: Any, angles: Any, pairing: Pairing) -> Any:
     (y1, y2), (g1, g2) = _pairs(y, pairing), _pairs(g, pairing)
-    return sum_to((g2 * y1 - g1 * y2).astype(jnp.promote_types(y.dtype, angles.dtype)), angles)
+    return sum_to((g2 * y1 - g1 * y2).astype(common_dtype(y, angles)), angles)
 
 
 def _forward(x: Any, angles: Any, *, pairing: Pairing) -> tuple[Any, Rotated]:

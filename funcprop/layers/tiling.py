@@ -108,7 +108,8 @@ class Tiling:
     def visible(self, i: Any, j: Any) -> Any:
         """Which entries of block `i, j` count, or None if all do."""
         starts = self._starts(i, j)
-        row, col = starts[0] + jnp.arange(self.block[0])[:, None], starts[1] + jnp.arange(self.block[1])
+        row, col = (at + jnp.arange(n, dtype=jnp.int32) for at, n in zip(starts, self.block, strict=True))
+        row, col = row[:, None], col[None]
         conditions = seen(row, col, self.reach, self.offset)
         if self.queries % self.block[0]:
             conditions.append(row >= i * self.block[0])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from funcprop import _compat
+from funcprop.dtypes import plus, together
 from funcprop.layers.token_loss import Options, denominator, pick, safe_labels, token_losses
 
 _PIECE = 2048  # columns of W̄ that are added up at a time: what is added stays in the cache
@@ -33,7 +34,7 @@ def chunk_size(tokens: int, vocabulary: int) -> int:
 
 def _logits(h: Any, w: Any, b: Any, transposed: bool) -> Any:
     z = _product(h, w, 1, 1 if transposed else 0)
-    return z if b is None else z + b
+    return z if b is None else plus(z, b)
 
 
 def _product(a: Any, b: Any, left: int, right: int) -> Any:
@@ -43,7 +44,9 @@ def _product(a: Any, b: Any, left: int, right: int) -> Any:
 
 def _is_label(labels: Any, vocabulary: int) -> Any:
     """Where the column is the label's; negative labels count from the end, as indices do."""
-    return jnp.where(labels < 0, labels + vocabulary, labels)[:, None] == jnp.arange(vocabulary)
+    labels = jnp.where(labels < 0, labels + vocabulary, labels)[:, None]
+    labels, columns = together(labels, jnp.arange(vocabulary))
+    return labels == columns
 
 
 def _add_product(total: Any, h: Any, z_bar: Any, transposed: bool) -> Any:

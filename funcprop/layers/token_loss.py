@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from funcprop.dtypes import times
+
 
 class Options(NamedTuple):
     """The static parameters of the loss itself."""
@@ -68,5 +70,5 @@ def reduced_loss(normalizer: Any, picked: Any, smooth: Any, labels: Any, weights
 def loss_of_logits(z: Any, labels: Any, weights: Any, o: Options) -> Any:
     """The loss from all logits."""
     picked = pick(z, safe_labels(labels, o))
-    smooth = (z if weights is None else z * weights).mean(-1)
+    smooth = (z if weights is None else times(z, weights)).mean(-1)
     return reduced_loss(jax.nn.logsumexp(z, axis=-1), picked, smooth, labels, weights, o)

@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from funcprop import _compat
+from funcprop.dtypes import single_at_least
 
 
 class Geometry(NamedTuple):
@@ -146,7 +147,7 @@ def product(a: Any, b: Any, contracted: tuple[int, int], static: Any) -> Any:
     """The contraction of two matrices over an axis of each, in single precision at least."""
     dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
     # Sums over chunks and taps follow, which low precision would round one by one.
-    wide = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+    wide = single_at_least(a, b)
     return lax.dot_general(a, b, dimensions, precision=static["precision"], preferred_element_type=wide)
 
 

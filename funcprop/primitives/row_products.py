@@ -37,6 +37,8 @@ from typing import Any, Literal, TypeAlias
 import jax.numpy as jnp
 from jax import lax
 
+from funcprop.dtypes import common_dtype
+
 Form: TypeAlias = Literal["plain", "turned", "columns"]
 
 _MEGABYTE = 2**20
@@ -47,7 +49,7 @@ def contraction(x: Any, g: Any, precision: Any = None) -> Any:
 
     The leading axes are not merged: where one of them is spread over devices, each contracts its own part.
     """
-    dtype = jnp.result_type(x, g)
+    dtype = common_dtype(x, g)
     leading = tuple(range(x.ndim - 1))
     return lax.dot_general(
         x.astype(dtype), g.astype(dtype), ((leading, leading), ((), ())), precision=precision
