@@ -60,12 +60,26 @@ def jitted_mlp() -> Program:
     return Program(jax.jit(mlp), ([normal(32, 32, seed=i) / 6 for i in range(30)], normal(16, 32)), 5)
 
 
-def scan() -> Program:
-    def loss(w: jax.Array, xs: jax.Array) -> jax.Array:
-        def step(h: jax.Array, x: jax.Array) -> tuple[jax.Array, None]:
-            return jnp.tanh(h @ w + x), None
+def step(carry: Any, x: jax.Array) -> tuple[Any, None]:
+    w, h = carry
+    return (w, jnp.tanh(h @ w + x)), None
 
-        return jnp.mean(lax.scan(step, jnp.zeros_like(xs[0]), xs)[0] ** 2)
+
+def scan() -> Program:
+    """Its body is one function, so that JAX compiles it once."""
+
+    def loss(w: jax.Array, xs: jax.Array) -> jax.Array:
+        return jnp.mean(lax.scan(step, (w, jnp.zeros_like(xs[0])), xs)[0][1] ** 2)
+
+    return Program(loss, (normal(32, 32) / 6, normal(5, 16, 32)), 5)
+
+
+def scan_of_a_closure() -> Program:
+    """Its body is a new function in each call, which JAX traces and compiles again."""
+
+    def loss(w: jax.Array, xs: jax.Array) -> jax.Array:
+        body = lambda h, x: (jnp.tanh(h @ w + x), None)  # noqa: E731
+        return jnp.mean(lax.scan(body, jnp.zeros_like(xs[0]), xs)[0] ** 2)
 
     return Program(loss, (normal(32, 32) / 6, normal(5, 16, 32)), 5)
 
@@ -92,6 +106,7 @@ class Row(NamedTuple):
 CALLS = {
     "MLP of 3 layers": Row(plain_mlp, 1.25),
     "scan of 5 steps": Row(scan, 1.25),
+    "scan of 5 steps, a closure": Row(scan_of_a_closure, 1.25),
     "jitted MLP of 30 layers": Row(jitted_mlp, 1.25),
     "max-pool 4 × 4": Row(max_pool, None),
     "50,000 numbers beside": Row(many_numbers, 1.1),

@@ -30,7 +30,9 @@ def common_dtype(*arrays: Any) -> Any:
 
 def single_at_least(*arrays: Any) -> Any:
     """The common dtype of arrays and float32: the precision in which sums are formed."""
-    return common_dtype(*arrays, jax.ShapeDtypeStruct((), jnp.float32))
+    with jax.numpy_dtype_promotion("standard"):
+        # Of the dtype that weakly typed arrays have: they give way to other arrays, not to float32.
+        return jnp.promote_types(common_dtype(*arrays), jnp.float32)
 
 
 def together(*arrays: Any) -> list[Any]:

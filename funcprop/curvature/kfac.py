@@ -37,7 +37,7 @@ def kfac(
 
     For each parameter `A ⊗ G` in place of its block of the Gauss-Newton matrix of the **mean** loss; the
     module `funcprop.curvature.kronecker` has the conventions. Exact for one example, and for linear networks
-    with squared error.
+    with squared error. Every call traces both functions, as in `fp.per_example`.
 
     Args:
         model, loss: of ONE example, as in `fp.per_example`.

@@ -168,6 +168,9 @@ def per_example(
     layers that a scan stacks, or several times, is contracted from what met it and what came back; any other
     has its gradients made one by one. `.audit(params, x)` says which way each goes, and why. All are exact.
 
+    Every call traces both functions, and so reads anew what they read besides their arguments; what was
+    compiled for equal ones is found again. Under `jit` nothing is traced again.
+
     Args:
         model: `model(params, x)`, for ONE example; returns floating-point arrays.
         loss: `loss(output, y)`, for ONE example; a scalar. For Gauss-Newton quantities it must be convex in

@@ -87,7 +87,8 @@ def make_step(
     """One jitted step of gradient descent: `step(params, state, batch) -> (params, state, loss)`.
 
     With `g = ∂J/∂θ` on the minibatch and the optimizer's update `u(g)`: `θ ← θ + u(g)`. The buffers of
-    `params` and `state` are donated: do not use those arrays again, but the ones that are returned.
+    `params` and `state` are donated: do not use those arrays again, but the ones that are returned. As under
+    any `jit`, what the loss reads besides its arguments it has since the first call.
 
     Args:
         loss: `loss(params, *batch)`, a real scalar; see `Setup` for how a batch is passed.
