@@ -44,7 +44,7 @@ def hessian(
     `H.dense()`. The scale is the loss's own: a mean over examples has the mean of their Hessians.
 
     The loss is traced when the operator is made. What it reads besides its arguments it has since, in all
-    queries; an operator that is made after a change sees it. What was compiled for an equal loss is used again.
+    queries; an operator made after a change sees it. What was compiled for an equal loss is found again.
 
     Args:
         loss: a function of a parameter pytree and whatever else; returns one real scalar. Arrays among its
