@@ -93,7 +93,7 @@ def _backward(
         mean = statistics_cotangents.mean - pulled.sum(axes).astype(given.mean.dtype)
     if need_var:
         normalized = normalization.standard_part(kept, save)
-        of_var = (pulled * normalized * kept.rstd).sum(axes) / 2
+        of_var = times(times(pulled, normalized), kept.rstd).sum(axes) / 2
         var = statistics_cotangents.var - of_var.astype(given.var.dtype)
     x_cotangent = pulled.astype(kept.x.dtype) if need_x else None
     return x_cotangent, flat(scale), flat(bias), BatchStatistics(mean, var)
