@@ -26,6 +26,12 @@ class PassingTrace(Trace):
         # Caches, and objects that may be changed only under the trace that made them, compare traces by this.
         self._weakref = self.parent_trace._weakref
 
+    def __getattr__(self, name: str) -> Any:
+        # What else JAX asks of the current trace (the state of a mutable object) the one around it knows.
+        if name == "parent_trace":
+            raise AttributeError(name)  # Not there yet: the trace is being made.
+        return getattr(self.parent_trace, name)
+
     def bind(self, primitive: Any, operands: Sequence[Any], params: Mapping[str, Any]) -> Any:
         """Bind a primitive in the trace around this one."""
         avals = tuple(map(jax.typeof, operands))
