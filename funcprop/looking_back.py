@@ -84,7 +84,7 @@ class Past:
         names = self._inside(primitive, params)
         last = names[-1] if names else primitive.name
         candidates = [p for p in self._by_last.get(last, ()) if names and self._may_hold(p, names)]
-        if not candidates:
+        if not candidates or not _ends_with_its_results(primitive, params):
             return None
         view = _View(self._maker)
         equations = view.expanded(Step(primitive, tuple(operands), params, ()))
@@ -104,7 +104,7 @@ class Past:
 
     def _inside(self, primitive: Any, params: Mapping[str, Any]) -> tuple[str, ...]:
         """The operators that a primitive stands for: those of its body, if it is a jit that is inlined."""
-        if not _is_inlined(primitive, params):
+        if not _compat.is_inlined(primitive, params):
             return (primitive.name,)
         body = params["jaxpr"]
         if id(body) not in self._names:
@@ -162,7 +162,7 @@ class _View:
             atoms = [self._atom(x) for x in step.results]
             pairs = zip(atoms, eqn.outvars, strict=True)
             eqn = eqn.replace(outvars=[v if isinstance(a, _compat.Literal) else a for a, v in pairs])
-        equations = _inlined(eqn) if _is_inlined(step.primitive, step.params) else [eqn]
+        equations = _inlined(eqn) if _compat.is_inlined(step.primitive, step.params) else [eqn]
         self._equations.update((v, e) for e in equations for v in e.outvars)
         return equations
 
@@ -178,8 +178,13 @@ class _View:
         return self._atoms[id(value)]
 
 
-def _is_inlined(primitive: Any, params: Mapping[str, Any]) -> bool:
-    return primitive.name in ("jit", "pjit") and bool(params.get("inline"))
+def _ends_with_its_results(primitive: Any, params: Mapping[str, Any]) -> bool:
+    """Whether the last equation makes just what the operator returns, also if it is a jit that is inlined."""
+    if not _compat.is_inlined(primitive, params):
+        return True
+    body = _compat.open_jaxpr(params["jaxpr"])
+    last = body.eqns[-1]
+    return list(body.outvars) == list(last.outvars) and _ends_with_its_results(last.primitive, last.params)
 
 
 def _inlined(eqn: Any) -> list[Any]:
@@ -200,6 +205,6 @@ def _inlined(eqn: Any) -> list[Any]:
         outvars = [results[v] if v in results else _compat.Var(v.aval) for v in inner.outvars]
         atoms.update(zip(inner.outvars, outvars, strict=True))
         changed = inner.replace(invars=invars, outvars=outvars)
-        inlined = _is_inlined(inner.primitive, inner.params)
+        inlined = _compat.is_inlined(inner.primitive, inner.params)
         equations += _inlined(changed) if inlined else [changed]
     return equations

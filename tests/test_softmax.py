@@ -79,6 +79,17 @@ def test_what_is_another_function(fun):
     assert operators(jax.jit(fun), X) == []
 
 
+@pytest.mark.parametrize(
+    "fun", [read_twice, lambda x: read_twice(x)[::-1], lambda x: (*read_twice(x)[:1], x)]
+)
+def test_several_results_of_an_inlined_jit(fun):
+    """Its last operator may be a softmax's; what it returns is more."""
+    inlined = jax.jit(fun, inline=True)
+    loss = lambda fun: lambda x: sum(jnp.sum(y**3) for y in fun(x))  # noqa: E731
+    actual = fp.grad(loss(inlined), rules=RULES)(X)
+    np.testing.assert_allclose(actual, jax.grad(loss(fun))(X), rtol=1e-12)
+
+
 @settings(max_examples=8, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_random_shapes_and_axes(data):

@@ -24,6 +24,7 @@ from funcprop._compat.source_lines import source_line as source_line
 from funcprop._compat.surrounding import PassingTrace as PassingTrace
 from funcprop._compat.surrounding import equation_of as equation_of
 from funcprop._compat.surrounding import is_call_of as is_call_of
+from funcprop._compat.surrounding import is_inlined as is_inlined
 from funcprop._compat.surrounding import is_traced as is_traced
 from funcprop._compat.surrounding import note_origin as note_origin
 from funcprop._compat.surrounding import outside as outside

@@ -86,6 +86,14 @@ def is_traced(value: Any) -> bool:
     return isinstance(value, Tracer)
 
 
+def is_inlined(primitive: Any, params: Mapping[str, Any]) -> bool:
+    """Whether a primitive is a jit in whose place its body stands wherever it is traced."""
+    if primitive.name not in ("jit", "pjit"):
+        return False
+    inline = params.get("inline")
+    return inline is True or getattr(inline, "name", None) == "JAX_EARLY"  # An enumeration since JAX 0.11.
+
+
 def is_call_of(function: Any, fun: Any, jvp: Any) -> bool:
     """Whether what a trace is given of a call, `fun` and `jvp`, are those of a `jax.custom_jvp` function."""
     return getattr(fun, "f", None) is function.fun and getattr(jvp, "f", None) is function.jvp
