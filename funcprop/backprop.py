@@ -12,8 +12,8 @@ from funcprop.activity import active_variables
 from funcprop.calls import require_values
 from funcprop.objective import Argnums, Objective, trace_objective
 from funcprop.propagation import Propagation
-from funcprop.registry import RuleSet
 from funcprop.rewrite import Rewriter
+from funcprop.rule_set import RuleSet
 from funcprop.rules import handwritten
 from funcprop.sweeps import backward_sweep, forward_sweep
 

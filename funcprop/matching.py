@@ -13,8 +13,8 @@ from funcprop.calls import Call, is_array, traced
 from funcprop.layer_calls import layer_call
 from funcprop.linear_map import Arrays
 from funcprop.patterns.recognition import Replacement
-from funcprop.registry import RuleSet
 from funcprop.rewrite import CONTROL_FLOW, Match, Rewriter, matches_in
+from funcprop.rule_set import RuleSet
 from funcprop.rules import default
 from funcprop.running import RuleTrace
 

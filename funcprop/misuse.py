@@ -62,6 +62,12 @@ def _fault_of_result(name: str, result: Any, has_aux: bool) -> str | None:
                 f"has_aux=True, but {name} returns {_kind(result)}; return the pair (scalar, auxiliary data)."
             )
         result = result[0]
+    if (
+        isinstance(result, jax.core.Tracer)
+        and result.shape == ()
+        and jnp.issubdtype(result.dtype, jnp.inexact)
+    ):
+        return None  # Asked at every eager call.
     if isinstance(result, tuple | list | dict) or result is None:
         return (
             f"{name} returns {_kind(result)}, but a gradient is of one scalar; return the loss alone, or the "

@@ -19,8 +19,8 @@ from funcprop import _compat
 from funcprop.activity import active_variables
 from funcprop.causes import Causes, Path, bad_entries, iterations
 from funcprop.graph import Graph, Operator, Variable
-from funcprop.registry import RuleSet
 from funcprop.rewrite import Rewriter
+from funcprop.rule_set import RuleSet
 from funcprop.sweeps import Cotangents, Loop, Tape, contributions, read
 
 

@@ -14,8 +14,8 @@ from funcprop import _compat
 from funcprop.activity import active_variables
 from funcprop.graph import Graph, Operator
 from funcprop.nonfinite import Moment, NonFinite, first_nonfinite
-from funcprop.registry import RuleSet
 from funcprop.rewrite import Rewriter
+from funcprop.rule_set import RuleSet
 from funcprop.sweeps import Cotangents, Tape, Values, backward_sweep, cotangent_of
 
 

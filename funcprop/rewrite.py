@@ -8,6 +8,7 @@ kernels are left as they are. What runs outside of bodies is the matter of `func
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,12 +18,13 @@ import jax
 
 from funcprop import _compat
 from funcprop._compat.layouts import bound_to_layouts, without_layouts
-from funcprop.attach import BoundRule, attach
+from funcprop.attach import attach, why_not
+from funcprop.bound_rule import BoundRule
 from funcprop.layer_calls import broken_layer_call, ends_in_boundary, layer_call
 from funcprop.linear_map import Arrays
 from funcprop.patterns import PATTERNS
 from funcprop.patterns.recognition import Pattern, recognised
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 
 # Primitives whose bodies are rewritten in place. Whatever is not named here (custom derivatives above all:
 # the user's own rule wins) is emitted as it stands.
@@ -55,10 +57,10 @@ class Match:
 def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
     """What the rule set has for one equation: a rule, a reason why its rule does not apply, or None."""
     if (broken := broken_layer_call(eqn)) is not None:
-        layer, why_not = broken
+        layer, reason = broken
         if rules.find(layer, platform) is None:
             return None
-        return Match(layer.name, _compat.scope(eqn), _compat.source_line(eqn), None, why_not, eqn)
+        return Match(layer.name, _compat.scope(eqn), _compat.source_line(eqn), None, reason, eqn)
     call = layer_call(eqn)
     rule = rules.find(call.layer if call is not None else eqn.primitive.name, platform)
     if rule is None:
@@ -72,7 +74,7 @@ def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
     if call is not None and any(None in axis.out_axes for axis in call.axes):
         reason = reason or "under vmap, a result is the same for all examples and others are not"
     if reason is None:
-        reason = bound.why_not(arguments if call is None else call.unbatched(arguments))
+        reason = why_not(bound, arguments if call is None else call.unbatched(arguments))
     found = bound if reason is None else None
     return Match(bound.operator, _compat.scope(eqn), _compat.source_line(eqn), found, reason, eqn)
 
@@ -104,6 +106,12 @@ def _cannot_forget_layouts(eqn: Any) -> str | None:
     return name and f"its types carry an explicit sharding, for which {name} in its body was traced"
 
 
+@functools.lru_cache(maxsize=64)
+def _patterns(rules: RuleSet, platform: str) -> tuple[Pattern, ...]:
+    """Functions of several operators for which a rule set has a rule; asked at every eager call."""
+    return tuple(p for p in PATTERNS if rules.find(p.layer, platform) is not None)
+
+
 class Rewriter:
     """One pass over a function with one rule set.
 
@@ -113,7 +121,7 @@ class Rewriter:
     def __init__(self, rules: RuleSet, claimed: frozenset[int] = frozenset()) -> None:
         self.rules, self.claimed = rules, claimed
         self.platform = jax.default_backend()
-        self.patterns: list[Pattern] = [p for p in PATTERNS if rules.find(p.layer, self.platform) is not None]
+        self.patterns = _patterns(rules, self.platform)
         # Keyed by identity; the object is kept beside the answer so that its identity is not reused.
         self._found: dict[int, tuple[Any, BoundRule | None]] = {}
         self._ruled: dict[int, tuple[Any, bool]] = {}
@@ -252,8 +260,11 @@ class Rewriter:
         new = eqn.replace(invars=[*(_compat.Var(jax.typeof(c)) for c in extra), *eqn.invars], params=params)
         return _compat.one_equation(new)(*extra, *args)
 
-    def with_new_bodies(self, primitive: Any, params: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:
+    def with_new_bodies(self, primitive: Any, params: Mapping[str, Any]) -> tuple[Mapping[str, Any], Arrays]:
         """The parameters with rewritten bodies, and constants of the bodies that have become operands."""
+        if primitive.name in ("jit", "pjit"):  # The many small ones of jax.numpy have no rule inside.
+            body = self.body(params["jaxpr"])
+            return params if body is params["jaxpr"] else {**params, "jaxpr": body}, []
         if primitive.name not in WITHOUT_CONSTANTS:
             return _compat.map_jaxprs(params, self.body), []
         extra: list[Any] = []

@@ -6,7 +6,7 @@
 """
 
 from funcprop import primitives
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 
 handwritten = RuleSet("handwritten", primitives.RULES, own=True)
 default = RuleSet("default", primitives.RULES, own=True, measured=True)

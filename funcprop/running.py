@@ -19,14 +19,15 @@ from typing import Any
 import jax
 
 from funcprop import _compat
-from funcprop.attach import BoundRule
+from funcprop.bound_rule import BoundRule
 from funcprop.calls import name_of, require_callable
 from funcprop.linear_map import Arrays
 from funcprop.looking_back import Past
 from funcprop.patterns import FUNCTIONS
 from funcprop.patterns.recognition import Replacement
-from funcprop.registry import RuleError, RuleSet
 from funcprop.rewrite import CONTROL_FLOW, Rewriter
+from funcprop.rule import RuleError
+from funcprop.rule_set import RuleSet
 from funcprop.rules import default
 
 

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 
 from funcprop import _compat
 from funcprop.activity import active_variables
-from funcprop.attach import BoundRule
+from funcprop.bound_rule import BoundRule
 from funcprop.graph import Graph, Operator, Variable
 from funcprop.references import has_references, run, with_new_references
-from funcprop.registry import RuleSet
 from funcprop.rewrite import Rewriter
+from funcprop.rule_set import RuleSet
 
 Values = dict[str, Any]
 

@@ -11,7 +11,7 @@ import jax
 
 from funcprop.misuse import explained
 from funcprop.objective import positions
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 from funcprop.running import with_rules
 
 

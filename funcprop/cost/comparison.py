@@ -25,8 +25,8 @@ from funcprop.matching import matches
 from funcprop.naming import without_transformations
 from funcprop.objective import Argnums, differentiable, positions
 from funcprop.references import require_no_references
-from funcprop.registry import RuleSet
 from funcprop.rewrite import Match, Rewriter
+from funcprop.rule_set import RuleSet
 from funcprop.rules import autodiff, default
 from funcprop.tracing import Arguments
 from funcprop.transforms import value_and_grad

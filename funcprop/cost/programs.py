@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from funcprop.cost.split import SplitError, function_of, model_output
 from funcprop.curvature.gauss_newton import gauss_newton_map
 from funcprop.objective import Objective
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 from funcprop.running import with_rules
 
 VALUE, GRADIENT, GAUSS_NEWTON, DENSE = "value", "gradient", "Gauss-Newton product", "dense Hessian"

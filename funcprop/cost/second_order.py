@@ -23,7 +23,7 @@ from funcprop.cost.work import Work, of_compiled, of_jaxpr
 from funcprop.graph import aligned, bytes_text
 from funcprop.objective import Argnums, Objective, trace_objective
 from funcprop.references import require_no_references
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 from funcprop.rules import default
 from funcprop.tracing import INLINED
 

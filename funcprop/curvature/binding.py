@@ -13,8 +13,8 @@ import numpy as np
 from funcprop.calls import Call, require_values
 from funcprop.curvature.subset import SHAPES, Point
 from funcprop.program import Program
-from funcprop.registry import RuleSet
 from funcprop.rewrite import Rewriter
+from funcprop.rule_set import RuleSet
 from funcprop.rules import default
 
 

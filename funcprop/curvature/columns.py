@@ -35,7 +35,7 @@ from funcprop.curvature.cuts import Cut, eigensystem, functions_of
 from funcprop.curvature.nodes import Node, perturbed
 from funcprop.flops import of_jaxpr
 from funcprop.memory.rows import peak_bytes
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 from funcprop.running import with_rules
 from funcprop.sizes import nbytes
 

@@ -29,7 +29,7 @@ from funcprop.curvature.dependence import propagate
 from funcprop.curvature.nodes import Node, perturbed
 from funcprop.curvature.piecewise import why_curved
 from funcprop.curvature.separability import Separability, is_separable
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 from funcprop.running import with_rules
 
 

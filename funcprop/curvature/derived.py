@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from funcprop.curvature.operator import LinearOperator
 from funcprop.curvature.parameters import Parameters
 from funcprop.program import Program
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 
 
 @jax.tree_util.register_dataclass

@@ -31,7 +31,7 @@ from funcprop.flops import of_jaxpr
 from funcprop.graph import aligned
 from funcprop.layer_calls import without_marks
 from funcprop.program import Program
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 
 Progress = Callable[[int, int], None]
 

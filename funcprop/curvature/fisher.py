@@ -15,7 +15,7 @@ from funcprop.curvature.gauss_newton import GaussNewton, Map, traced_model
 from funcprop.curvature.likelihood import Likelihood, likelihood_of
 from funcprop.curvature.parameters import Where
 from funcprop.curvature.subset import Point
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 
 KINDS = ("exact", "mc", "empirical")
 

@@ -20,7 +20,7 @@ from funcprop.curvature.hessian import require_scalar
 from funcprop.curvature.parameters import Where
 from funcprop.curvature.subset import Point
 from funcprop.program import Program
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 from funcprop.running import with_rules
 
 Map = Callable[[PyTree], PyTree]

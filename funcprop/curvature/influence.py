@@ -19,7 +19,7 @@ from funcprop.curvature.outer.mixing import example_of
 from funcprop.curvature.solve import require_damping, require_solver
 from funcprop.curvature.subset import SHAPES
 from funcprop.program import Program
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 from funcprop.running import with_rules
 
 Loss = Callable[..., Any]

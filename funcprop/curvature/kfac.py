@@ -18,7 +18,7 @@ from funcprop.curvature.parameters import Parameters
 from funcprop.curvature.per_example import AUDIT, LIMIT, batch_size, programs, sweep
 from funcprop.curvature.quantities import EXACT, EXPAND, GRADIENT, REDUCE, ROTATED, SAMPLED, Part
 from funcprop.program import Program
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 
 _GROUPS = {"mc": SAMPLED, "exact": EXACT, "empirical": GRADIENT}
 _SHARING = {"expand": EXPAND, "reduce": REDUCE}

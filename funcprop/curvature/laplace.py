@@ -26,7 +26,7 @@ from funcprop.curvature.per_example import per_example
 from funcprop.curvature.precision import Diagonal, Full, Kronecker, LowRank, Precision
 from funcprop.curvature.subset import Point
 from funcprop.program import Program
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 
 AT_ONCE = 64  # examples whose Jacobians exist at the same time
 

@@ -18,7 +18,7 @@ from funcprop.curvature.outer.study import Model, Study, route
 from funcprop.curvature.quantities import ALIASES, EXACT, QUANTITIES, SAMPLED, VALUE, Part
 from funcprop.graph import aligned
 from funcprop.program import Program
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 
 # The bytes that stacked cotangents, or gradients of single examples, may take at a time.
 LIMIT = 64 << 20

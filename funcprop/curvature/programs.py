@@ -28,7 +28,7 @@ from funcprop.curvature.columns import (
 from funcprop.curvature.cuts import find_cut
 from funcprop.curvature.nodes import Node
 from funcprop.flops import PRODUCTS, flops
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 
 # The eigenvectors of larger matrices, one for every example, cost more than they save.
 _LARGEST_SLICE = 256

@@ -17,8 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 from funcprop import _compat
 from funcprop.calls import Call, is_array, traced
 from funcprop.layer_calls import layer_call
-from funcprop.registry import RuleSet
 from funcprop.rewrite import Rewriter
+from funcprop.rule_set import RuleSet
 from funcprop.tracing import INLINED
 
 COTANGENT = "∂J/∂"

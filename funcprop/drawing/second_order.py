@@ -14,7 +14,7 @@ from funcprop.drawing.marked import differentiated, marked, shape_of
 from funcprop.drawing.relabelling import Relabelling, needed, objective_name, replaced, seed_names
 from funcprop.drawing.shown import Shown
 from funcprop.graph import Graph, Variable
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 from funcprop.rules import default
 from funcprop.tracing import CHECKPOINTS, INLINED, trace_function
 

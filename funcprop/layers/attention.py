@@ -27,8 +27,9 @@ from jaxtyping import Array, Bool, Inexact
 from funcprop import _compat
 from funcprop.dtypes import common_dtype, single_at_least
 from funcprop.expressions import Equations, OperatorSymbols, apply
+from funcprop.layer import layer
 from funcprop.layers.tiling import Tiling, all_of, reach_of, seen, sum_to
-from funcprop.registry import Rule, layer
+from funcprop.rule import Rule
 
 # --- layout -----------------------------------------------------------------------------------
 
@@ -342,7 +343,7 @@ def _check(q: Any, k: Any, v: Any, bias: Any, mask: Any, blocks: Any) -> None:
         raise ValueError(f"attention: blocks={blocks}; block sizes are at least 1.")
 
 
-@layer(rule=Rule(_forward, _backward, _equations, platforms=None, applies=_applies))
+@layer(rule=Rule(_forward, _backward, _equations, platforms=None, applies=_applies, pure=True))
 def attention(
     q: Inexact[Array, "*batch queries heads d"],
     k: Inexact[Array, "*batch keys kv_heads d"],

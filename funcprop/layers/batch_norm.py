@@ -24,9 +24,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from funcprop.dtypes import times
+from funcprop.layer import layer
 from funcprop.layers import normalization
 from funcprop.layers.normalization import Normalized, Save, init_norm
-from funcprop.registry import Rule, layer
+from funcprop.rule import Rule
 
 
 class BatchStatistics(NamedTuple):
@@ -99,7 +100,7 @@ def _backward(
     return x_cotangent, flat(scale), flat(bias), BatchStatistics(mean, var)
 
 
-@layer(rule=Rule(_forward, _backward), init=init_norm)
+@layer(rule=Rule(_forward, _backward, pure=True), init=init_norm)
 def batch_norm(
     x: Float[Array, "*shape"],
     scale: Float[Array, " channels"] | None = None,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from funcprop.registry import Rule
+from funcprop.rule import Rule
 from funcprop.rules import handwritten
 from funcprop.running import with_rules
 
@@ -33,4 +33,4 @@ def composed_rule(function: Callable[..., Any], equations: Callable[..., Any]) -
     def backward(residuals: Pullback, g: Any, needs: Any, **static: Any) -> tuple[Any, ...]:
         return tuple(residuals.pull(g))
 
-    return Rule(forward, backward, equations, platforms=frozenset())
+    return Rule(forward, backward, equations, platforms=frozenset(), pure=True)

@@ -24,8 +24,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from funcprop.dtypes import common_dtype, plus
 from funcprop.expressions import Equations, OperatorSymbols, apply
+from funcprop.layer import layer
 from funcprop.layers.composed import composed_rule
-from funcprop.registry import layer
 
 Padding: TypeAlias = "str | int | tuple[int | tuple[int, int], ...]"
 

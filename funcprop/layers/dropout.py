@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from funcprop.expressions import Equations, OperatorSymbols, apply
-from funcprop.registry import Rule, layer
+from funcprop.layer import layer
+from funcprop.rule import Rule
 
 Save: TypeAlias = Literal["mask", "key"]
 
@@ -72,7 +73,7 @@ def _value(x: Any, key: Any, rate: float, broadcast_axes: tuple[int, ...]) -> An
     return jnp.zeros_like(x) if rate == 1 else _masked(x, key, rate, broadcast_axes)
 
 
-@layer(rule=Rule(_forward, _backward, _equations, applies=_applies))
+@layer(rule=Rule(_forward, _backward, _equations, applies=_applies, pure=True))
 def dropout(
     x: Float[Array, "*shape"],
     key: PRNGKeyArray | None = None,

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from funcprop.expressions import Equations, OperatorSymbols, apply
-from funcprop.registry import Rule, layer
+from funcprop.layer import layer
+from funcprop.rule import Rule
 
 Mode: TypeAlias = Literal["index", "clip", "fill"]
 
@@ -72,7 +73,7 @@ def _equations(op: OperatorSymbols) -> Equations:
     )
 
 
-@layer(rule=Rule(_forward, _backward, _equations, platforms=frozenset()), init=init_embedding)
+@layer(rule=Rule(_forward, _backward, _equations, platforms=frozenset(), pure=True), init=init_embedding)
 def embedding(
     table: Float[Array, "rows features"], indices: Int[Array, "*batch"], *, mode: Mode = "index"
 ) -> Float[Array, "*batch features"]:

@@ -24,9 +24,10 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from funcprop.expressions import Equations, OperatorSymbols, apply
+from funcprop.layer import layer
 from funcprop.layers.linear import Operands, dense, init_dense
 from funcprop.patterns.activation import ACTIVATIONS
-from funcprop.registry import Rule, layer
+from funcprop.rule import Rule
 
 Save: TypeAlias = Literal["input", "preactivation", "all"]
 
@@ -119,7 +120,7 @@ def _equations(op: OperatorSymbols) -> Equations:
     return Equations(second.forward, (x_cotangent, w1_cotangent, w2_cotangent, b1_cotangent, b2_cotangent))
 
 
-@layer(rule=Rule(_forward, _backward, _equations), init=init_feed_forward)
+@layer(rule=Rule(_forward, _backward, _equations, pure=True), init=init_feed_forward)
 def feed_forward(
     x: Float[Array, "*batch inputs"],
     w1: Float[Array, "inputs hidden"],

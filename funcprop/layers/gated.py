@@ -24,9 +24,10 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from funcprop.expressions import Equations, OperatorSymbols, apply
+from funcprop.layer import layer
 from funcprop.layers.linear import Operands, dense, init_dense
 from funcprop.patterns.activation import ACTIVATIONS, Activation
-from funcprop.registry import Rule, layer
+from funcprop.rule import Rule
 
 Save: TypeAlias = Literal["input", "preactivation", "all"]
 POLICIES = ("input", "preactivation", "all")
@@ -133,7 +134,7 @@ def _rule(phi: Activation, name: str) -> Rule:
         of_up = product(op._replace(args=(x, w_up, None), cotangent=pulled * gate)).backward
         return Equations(value, (of_gate[0] + of_up[0], of_gate[1], of_up[1], down))
 
-    return Rule(forward, backward, equations)
+    return Rule(forward, backward, equations, pure=True)
 
 
 def _check(name: str, save: str) -> None:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from funcprop.expressions import Equations, OperatorSymbols, apply
+from funcprop.layer import layer
 from funcprop.layers.normalization import (
     Normalized,
     Save,
@@ -26,7 +27,7 @@ from funcprop.layers.normalization import (
     normalized_forward,
     pull_back,
 )
-from funcprop.registry import Rule, layer
+from funcprop.rule import Rule
 
 
 def _split(a: Any, groups: int) -> Any:
@@ -79,7 +80,7 @@ def _group_norm_equations(op: OperatorSymbols) -> Equations:
     return Equations(merge(written.forward), tuple(map(merge, written.backward)))
 
 
-@layer(rule=Rule(_group_norm_forward, _group_norm_backward, _group_norm_equations), init=init_norm)
+@layer(rule=Rule(_group_norm_forward, _group_norm_backward, _group_norm_equations, pure=True), init=init_norm)
 def group_norm(
     x: Float[Array, "*shape channels"],
     scale: Float[Array, " channels"] | None = None,

@@ -13,8 +13,9 @@ from jaxtyping import Array, Inexact, PRNGKeyArray
 
 from funcprop.dtypes import plus
 from funcprop.expressions import Equations, OperatorSymbols, outer
+from funcprop.layer import layer
 from funcprop.primitives.row_products import contraction
-from funcprop.registry import Rule, layer
+from funcprop.rule import Rule
 
 
 class Operands(NamedTuple):
@@ -93,7 +94,7 @@ def _affine(x: Any, w: Any, b: Any) -> Any:
 
 
 @layer(
-    rule=Rule(_dense_forward, _dense_backward, _dense_equations, platforms=frozenset()),
+    rule=Rule(_dense_forward, _dense_backward, _dense_equations, platforms=frozenset(), pure=True),
     init=init_dense,
     symbol=_affine_symbol,
 )
@@ -159,7 +160,7 @@ def _linear_equations(op: OperatorSymbols) -> Equations:
 
 
 @layer(
-    rule=Rule(_linear_forward, _linear_backward, _linear_equations, platforms=frozenset()),
+    rule=Rule(_linear_forward, _linear_backward, _linear_equations, platforms=frozenset(), pure=True),
     init=init_linear,
     symbol=_affine_symbol,
 )

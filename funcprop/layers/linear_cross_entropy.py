@@ -30,9 +30,10 @@ from jaxtyping import Array, Float, Inexact, Int
 
 from funcprop.dtypes import plus, single_at_least
 from funcprop.expressions import Equations, OperatorSymbols, apply
+from funcprop.layer import layer
 from funcprop.layers.token_chunks import chunk_size, pull_back, statistics
 from funcprop.layers.token_loss import Options, denominator, loss_of_logits, reduced_loss
-from funcprop.registry import Rule, layer
+from funcprop.rule import Rule
 
 
 def _smooth(h: Any, w: Any, b: Any, weights: Any, o: Options, transposed: bool) -> Any:
@@ -199,7 +200,7 @@ def _equations(op: OperatorSymbols) -> Equations:
 # --- the layer --------------------------------------------------------------------------------
 
 
-@layer(rule=Rule(_forward, _backward, _equations, platforms=None, applies=_applies))
+@layer(rule=Rule(_forward, _backward, _equations, platforms=None, applies=_applies, pure=True))
 def linear_cross_entropy(
     h: Inexact[Array, "*batch d"],
     w: Inexact[Array, "d vocabulary"],

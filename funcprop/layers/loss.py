@@ -19,7 +19,8 @@ from jaxtyping import Array, Inexact, Num
 
 from funcprop import _compat
 from funcprop.expressions import Equations, OperatorSymbols, apply, number, squared_norm
-from funcprop.registry import Rule, layer
+from funcprop.layer import layer
+from funcprop.rule import Rule
 
 # --- softmax cross-entropy --------------------------------------------------------------------
 
@@ -85,7 +86,11 @@ def _over_last_axis(g: Any) -> Any:
 
 @layer(
     rule=Rule(
-        _cross_entropy_forward, _cross_entropy_backward, _cross_entropy_equations, platforms=frozenset()
+        _cross_entropy_forward,
+        _cross_entropy_backward,
+        _cross_entropy_equations,
+        platforms=frozenset(),
+        pure=True,
     )
 )
 def softmax_cross_entropy(
@@ -149,7 +154,7 @@ def _mse_equations(op: OperatorSymbols) -> Equations:
     return Equations((1 / size) * squared_norm(error), (slope, -slope))
 
 
-@layer(rule=Rule(_mse_forward, _mse_backward, _mse_equations, platforms=frozenset()))
+@layer(rule=Rule(_mse_forward, _mse_backward, _mse_equations, platforms=frozenset(), pure=True))
 def mean_squared_error(
     prediction: Inexact[Array, "*shape"], target: Inexact[Array, "*shape"]
 ) -> Inexact[Array, ""]:
@@ -212,7 +217,7 @@ def _penalty_equations(op: OperatorSymbols) -> Equations:
 
 
 @layer(
-    rule=Rule(_penalty_forward, _penalty_backward, _penalty_equations, platforms=frozenset()),
+    rule=Rule(_penalty_forward, _penalty_backward, _penalty_equations, platforms=frozenset(), pure=True),
     symbol="‖·‖²_F",
 )
 def l2_penalty(strength: Inexact[Array, ""], parameters: Any) -> Inexact[Array, ""]:

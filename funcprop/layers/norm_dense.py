@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from funcprop.expressions import Equations, OperatorSymbols, apply
+from funcprop.layer import layer
 from funcprop.layers.linear import Operands, dense, init_dense
 from funcprop.layers.normalization import Normalized, init_norm, layer_norm, rms_norm, value_again
-from funcprop.registry import Rule, layer
+from funcprop.rule import Rule
 
 Norm: TypeAlias = Literal["layer", "rms"]
 Save: TypeAlias = Literal["input", "all"]
@@ -117,7 +118,7 @@ def _equations(op: OperatorSymbols) -> Equations:
     return Equations(product.forward, (x_cotangent, w_cotangent, b_cotangent, *found))
 
 
-@layer(rule=Rule(_forward, _backward, _equations), init=init_norm_dense)
+@layer(rule=Rule(_forward, _backward, _equations, pure=True), init=init_norm_dense)
 def norm_dense(
     x: Float[Array, "*batch inputs"],
     w: Float[Array, "inputs outputs"],

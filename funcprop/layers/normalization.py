@@ -40,7 +40,8 @@ from jaxtyping import Array, Float
 
 from funcprop.dtypes import common_dtype, plus, single_at_least, times, together
 from funcprop.expressions import Equations, Expression, OperatorSymbols, apply
-from funcprop.registry import Rule, layer
+from funcprop.layer import layer
+from funcprop.rule import Rule
 
 Save: TypeAlias = Literal["input", "output"]
 
@@ -240,7 +241,7 @@ def _layer_norm_equations(op: OperatorSymbols) -> Equations:
     return normalization_equations(op, axes, op.static["eps"], op.static["use_fast_variance"])
 
 
-@layer(rule=Rule(_layer_norm_forward, _layer_norm_backward, _layer_norm_equations), init=init_norm)
+@layer(rule=Rule(_layer_norm_forward, _layer_norm_backward, _layer_norm_equations, pure=True), init=init_norm)
 def layer_norm(
     x: Float[Array, "*shape"],
     scale: Float[Array, "..."] | None = None,
@@ -300,7 +301,7 @@ def _rms_norm_equations(op: OperatorSymbols) -> Equations:
 
 
 @layer(
-    rule=Rule(_rms_norm_forward, _rms_norm_backward, _rms_norm_equations),
+    rule=Rule(_rms_norm_forward, _rms_norm_backward, _rms_norm_equations, pure=True),
     init=partial(init_norm, bias=False),
 )
 def rms_norm(

@@ -15,7 +15,8 @@ import optax
 from jaxtyping import Array, Inexact, Num
 
 from funcprop.expressions import Equations, OperatorSymbols, apply
-from funcprop.registry import Rule, layer
+from funcprop.layer import layer
+from funcprop.rule import Rule
 
 
 def _check_shapes(name: str, first: str, x: Any, second: str, y: Any) -> None:
@@ -100,7 +101,7 @@ def _focal_equations(op: OperatorSymbols) -> Equations:
     )
 
 
-@layer(rule=Rule(_focal_forward, _focal_backward, _focal_equations, platforms=frozenset()))
+@layer(rule=Rule(_focal_forward, _focal_backward, _focal_equations, platforms=frozenset(), pure=True))
 def focal_loss(
     logits: Inexact[Array, "*shape"],
     labels: Num[Array, "*shape"],
@@ -153,7 +154,7 @@ def _huber_equations(op: OperatorSymbols) -> Equations:
     return Equations(apply(op.name, partial(optax.huber_loss, delta=delta), *op.args), (slope, -slope))
 
 
-@layer(rule=Rule(_huber_forward, _huber_backward, _huber_equations, platforms=frozenset()))
+@layer(rule=Rule(_huber_forward, _huber_backward, _huber_equations, platforms=frozenset(), pure=True))
 def huber_loss(
     prediction: Inexact[Array, "*shape"], target: Inexact[Array, "*shape"], *, delta: float = 1.0
 ) -> Inexact[Array, "*shape"]:

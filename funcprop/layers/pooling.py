@@ -24,9 +24,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from funcprop.expressions import Equations, OperatorSymbols, apply
+from funcprop.layer import layer
 from funcprop.layers.composed import composed_rule
 from funcprop.layers.convolution import Padding, each, paddings
-from funcprop.registry import layer
 
 
 def _windows(

@@ -42,9 +42,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from funcprop.dtypes import common_dtype
 from funcprop.expressions import Equations, OperatorSymbols, apply
+from funcprop.layer import layer
 from funcprop.layers.linear import Operands, dense
 from funcprop.primitives.row_products import repeated
-from funcprop.registry import Rule, layer
+from funcprop.rule import Rule
 
 Save: TypeAlias = Literal["all", "output"]
 State = tuple[Any, ...]  # the output `h` is last
@@ -244,7 +245,7 @@ def _rule(cell: Cell, takes_recurrent_bias: bool) -> Rule:
         value = apply(op.name, lambda *v: forward(*jax.tree.unflatten(tree, v), **op.static)[0], *leaves)
         return Equations(value, jax.tree.unflatten(tree, back))
 
-    return Rule(forward, backward, equations, platforms=frozenset({"cpu"}))
+    return Rule(forward, backward, equations, platforms=frozenset({"cpu"}), pure=True)
 
 
 def _value(cell: Cell, x: Any, *args: Any, reverse: bool, return_state: bool, save: Save) -> Any:

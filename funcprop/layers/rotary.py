@@ -25,8 +25,9 @@ from jaxtyping import Array, Float, Num
 
 from funcprop.dtypes import common_dtype, single_at_least, times, together
 from funcprop.expressions import Equations, OperatorSymbols, apply
+from funcprop.layer import layer
 from funcprop.layers.normalization import sum_to
-from funcprop.registry import Rule, layer
+from funcprop.rule import Rule
 
 Pairing: TypeAlias = Literal["half", "interleaved"]
 
@@ -105,7 +106,7 @@ def _equations(op: OperatorSymbols) -> Equations:
 
 
 # XLA takes sines and cosines out of a loop by itself: no gain was measured.
-@layer(rule=Rule(_forward, _backward, _equations, platforms=frozenset()))
+@layer(rule=Rule(_forward, _backward, _equations, platforms=frozenset(), pure=True))
 def rotary(
     x: Float[Array, "*shape features"], angles: Float[Array, "..."], *, pairing: Pairing = "half"
 ) -> Float[Array, "*shape features"]:

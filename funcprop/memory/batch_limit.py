@@ -17,7 +17,7 @@ from funcprop.memory.ledger import Ledger
 from funcprop.memory.rows import largest
 from funcprop.objective import positions
 from funcprop.references import require_no_references
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 
 _LARGEST = 2**31 - 1  # what an axis can have
 

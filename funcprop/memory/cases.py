@@ -19,7 +19,7 @@ from funcprop import _compat
 from funcprop.calls import Call, is_array, pair, traced
 from funcprop.memory.ledger import Category
 from funcprop.objective import differentiable, positions
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 from funcprop.running import with_rules
 from funcprop.tracing import Arguments, argument_names
 

@@ -14,7 +14,7 @@ from funcprop.memory.ledger import Footprint, Ledger
 from funcprop.memory.rows import predicted
 from funcprop.memory.traps import SHOWN, measured
 from funcprop.references import require_no_references
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 from funcprop.tracing import Arguments
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Inexact, Int, PRNGKeyArray
 from funcprop import layers
 from funcprop.expressions import Equations, OperatorSymbols, apply, opaque
 from funcprop.graph import name
-from funcprop.registry import layer
+from funcprop.layer import layer
 
 
 @layer(rule=layers.tanh.rule)

@@ -48,9 +48,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
 from funcprop.expressions import Equations, OperatorSymbols
+from funcprop.layer import layer
 from funcprop.patterns.recognition import Known, Pattern
 from funcprop.primitives.elementwise import Saved, elementwise_rule
-from funcprop.registry import Rule, layer
+from funcprop.rule import Rule
 
 Save: TypeAlias = Literal["output", "input", "all"]
 
@@ -85,7 +86,7 @@ class Activation(NamedTuple):
             write: Any = rules[static.pop("save", default)].equations
             return write(op._replace(static=static))
 
-        return Rule(forward, backward, equations, platforms=platforms)
+        return Rule(forward, backward, equations, platforms=platforms, pure=True)
 
     def __call__(self, name: str, x: Any, save: Save, **static: Any) -> Any:
         """`φ(x)`.

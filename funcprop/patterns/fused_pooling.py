@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from funcprop.layer import Layer, layer
 from funcprop.layer_calls import layer_call
 from funcprop.patterns.activation import relu
 from funcprop.patterns.recognition import Pattern, Producer, Replacement, equal_to, layer_equation
 from funcprop.primitives import pooling
-from funcprop.registry import Layer, layer
 
 
 @layer(rule=pooling.rule(relu=True))

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from funcprop import _compat
-from funcprop.registry import Layer
+from funcprop.layer import Layer
 
 Producer = Callable[[Any], Any]
 
@@ -94,11 +94,16 @@ def _producer(jaxpr: Any) -> Producer:
 def layer_equation(layer: Layer, static: Mapping[str, Any], invars: Sequence[Any], like: Any) -> Any:
     """The call of a layer as an equation with the results, scope and source line of the equation `like`."""
     with jax.disable_jit(False):  # A layer's call is a jit.
-        traced = jax.make_jaxpr(lambda *args: layer(*args, **static))(*[v.aval for v in invars])
+        traced = _called.trace(layer, tuple(static.items()), *[v.aval for v in invars]).jaxpr
     (call,) = _compat.open_jaxpr(traced).eqns
     return call.replace(
         invars=list(invars), outvars=list(like.outvars), source_info=like.source_info, ctx=like.ctx
     )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _called(layer: Layer, static: tuple[tuple[str, Any], ...], *args: Any) -> Any:
+    return layer(*args, **dict(static))
 
 
 # --- known functions --------------------------------------------------------------------------
@@ -171,7 +176,13 @@ def equal_to(
 
 
 def _reference(function: Callable[[Any], Any], aval: Any) -> Any:
-    return _compat.open_jaxpr(jax.make_jaxpr(function)(aval))
+    return _compat.open_jaxpr(_applied.trace(function, aval).jaxpr)
+
+
+# By jit, which remembers the jaxprs of these few functions.
+@partial(jax.jit, static_argnums=0)
+def _applied(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
 
 
 def _names(eqns: Iterable[Any]) -> frozenset[str]:

@@ -38,8 +38,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from funcprop.expressions import Equations, OperatorSymbols, apply
+from funcprop.layer import Layer, layer
 from funcprop.patterns.recognition import Pattern, Producer, Replacement, equal_to, layer_equation
-from funcprop.registry import Layer, Rule, layer
+from funcprop.rule import Rule
 
 Axes = int | tuple[int, ...]
 
@@ -85,7 +86,11 @@ def _softmax_equations(op: OperatorSymbols) -> Equations:
     return Equations(p, (p * (g - (g * p).sum(axis, keepdims=True)),))
 
 
-@layer(rule=Rule(_softmax_forward, _softmax_backward, _softmax_equations, jvp=_softmax_jvp, applies=_applies))
+@layer(
+    rule=Rule(
+        _softmax_forward, _softmax_backward, _softmax_equations, jvp=_softmax_jvp, applies=_applies, pure=True
+    )
+)
 def softmax(x: Float[Array, "*shape"], *, axis: Axes = -1) -> Float[Array, "*shape"]:
     """Softmax along an axis or several, `p = eˣ / Σ eˣ`; `x̄ = p ⊙ (p̄ − Σ p̄ ⊙ p)`.
 
@@ -142,6 +147,7 @@ def log_rule(*, everywhere: bool = False) -> Rule:
         platforms=frozenset({"cpu"}),
         jvp=_log_jvp,
         applies=partial(_log_applies, 0 if everywhere else 2**22),
+        pure=True,
     )
 
 

@@ -18,7 +18,8 @@ from funcprop.primitives import (
     product,
     reductions,
 )
-from funcprop.registry import OperatorKey, Rule
+from funcprop.rule import Rule
+from funcprop.rule_set import OperatorKey
 
 RULES: dict[OperatorKey, Rule] = {
     **elementwise.RULES,

@@ -35,7 +35,8 @@ import numpy as np
 from jax import lax
 
 from funcprop.expressions import Equations, OperatorSymbols, apply
-from funcprop.registry import OperatorKey, Rule
+from funcprop.rule import Rule
+from funcprop.rule_set import OperatorKey
 
 
 class Input(NamedTuple):
@@ -193,6 +194,7 @@ def rule(*, everywhere: bool = False) -> Rule:
         platforms=frozenset({"cpu"}),
         applies=partial(_applies, everywhere=everywhere),
         jvp=_jvp,
+        pure=True,
     )
 
 

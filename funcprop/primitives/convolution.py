@@ -47,7 +47,8 @@ from funcprop.primitives.patches import (
     summed_over_chunks,
     with_channels_last,
 )
-from funcprop.registry import OperatorKey, Rule
+from funcprop.rule import Rule
+from funcprop.rule_set import OperatorKey
 
 
 class Operands(NamedTuple):
@@ -259,6 +260,7 @@ def rule(choose: Chooser = plan) -> Rule:
         platforms=frozenset({"cpu"}),
         applies=partial(_applies, choose),
         jvp=partial(_jvp, choose),
+        pure=True,
     )
 
 

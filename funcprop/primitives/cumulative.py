@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from funcprop.expressions import Equations, OperatorSymbols, apply
-from funcprop.registry import OperatorKey, Rule
+from funcprop.rule import Rule
+from funcprop.rule_set import OperatorKey
 
 
 class InputAndOutput(NamedTuple):
@@ -77,5 +78,7 @@ def _applies(x: Any, **static: Any) -> bool | str:
 
 
 RULES: dict[OperatorKey, Rule] = {
-    "cumlogsumexp": Rule(_forward, _backward, _equations, platforms=frozenset({"cpu"}), applies=_applies)
+    "cumlogsumexp": Rule(
+        _forward, _backward, _equations, platforms=frozenset({"cpu"}), applies=_applies, pure=True
+    )
 }

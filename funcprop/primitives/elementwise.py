@@ -25,7 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from funcprop.expressions import Equations, OperatorSymbols, apply
-from funcprop.registry import OperatorKey, Rule
+from funcprop.rule import Rule
+from funcprop.rule_set import OperatorKey
 
 
 class Saved(NamedTuple):
@@ -69,7 +70,7 @@ def elementwise_rule(
         written = apply(op.name, lambda value: function(value, **op.static), x, type_=x.type)
         return Equations(written, (op.cotangent * apply(f"{op.name}′", slope, x, type_=x.type),))
 
-    return Rule(forward, backward, equations, platforms=platforms)
+    return Rule(forward, backward, equations, platforms=platforms, pure=True)
 
 
 def _wide(x: Any) -> Any:

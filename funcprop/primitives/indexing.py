@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from funcprop.expressions import Equations, OperatorSymbols, apply
-from funcprop.registry import OperatorKey, Rule
+from funcprop.rule import Rule
+from funcprop.rule_set import OperatorKey
 
 
 class Places(NamedTuple):
@@ -99,13 +100,14 @@ def _scatter_equations(op: OperatorSymbols) -> Equations:
 
 
 RULES: dict[OperatorKey, Rule] = {
-    "gather": Rule(_gather_forward, _gather_backward, _gather_equations, platforms=frozenset()),
+    "gather": Rule(_gather_forward, _gather_backward, _gather_equations, platforms=frozenset(), pure=True),
     "scatter-add": Rule(
         _scatter_forward,
         _scatter_backward,
         _scatter_equations,
         platforms=frozenset(),
         applies=lambda x, i, u, **_: True if x.dtype == u.dtype else f"it adds {u.dtype} to {x.dtype}",
+        pure=True,
     ),
-    "top_k": Rule(_top_k_forward, _top_k_backward, platforms=frozenset()),
+    "top_k": Rule(_top_k_forward, _top_k_backward, platforms=frozenset(), pure=True),
 }

@@ -47,7 +47,8 @@ from funcprop.primitives.loop_plans import (
     worth_hoisting,
 )
 from funcprop.primitives.loop_steps import Saved
-from funcprop.registry import OperatorKey, Rule
+from funcprop.rule import Rule
+from funcprop.rule_set import OperatorKey
 
 Arrays = list[Any]
 

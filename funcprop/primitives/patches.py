@@ -99,15 +99,20 @@ def _taps(static: Any, geometry: Geometry) -> Iterator[tuple[list[int], list[int
 
 
 def patches_of(x: Any, static: Any, geometry: Geometry) -> Any:
-    """The input as a matrix: a row for each output position, a column for each tap and channel."""
+    """The input as a matrix: a row for each output position, a column for each tap and channel.
+
+    Axis by axis: 5 + 5 slices and not 25, which XLA compiles in a quarter of the time.
+    """
     zero = np.array(0, x.dtype)
     x = lax.pad(x, zero, [(0, 0, 0), *((lo, hi, 0) for lo, hi in static["padding"]), (0, 0, 0)])
-    step = (1, *geometry.strides, 1)
-    slices = [
-        lax.slice(x, (0, *start, 0), (x.shape[0], *limit, x.shape[-1]), step)
-        for start, limit in _taps(static, geometry)
-    ]
-    return lax.concatenate(slices, x.ndim - 1).reshape(-1, geometry.columns)
+    spatial = len(geometry.kernel)
+    for i in reversed(range(spatial)):
+        dilation, stride = static["rhs_dilation"][i], geometry.strides[i]
+        span = (geometry.output[i] - 1) * stride + 1
+        starts = [k * dilation for k in range(geometry.kernel[i])]
+        slices = [lax.slice_in_dim(x, a, a + span, stride, axis=1 + i) for a in starts]
+        x = jnp.stack(slices, axis=1 + spatial)
+    return x.reshape(-1, geometry.columns)
 
 
 def sum_of_patches(patches: Any, static: Any, geometry: Geometry) -> Any:
@@ -194,11 +199,10 @@ def mapped_in_chunks(fun: Callable[[Any], Any], size: int, a: Any) -> Any:
     part = jax.eval_shape(fun, jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype))
 
     chunks = _Chunks(size, len(a))
-    cut = chunks.cut(a)
 
     def step(result: Any, i: Any) -> tuple[Any, None]:
         # What two chunks share is written twice, alike.
-        return chunks.put(result, fun(chunks.at(cut, i)), i), None
+        return chunks.put(result, fun(chunks.at(chunks.cut(a), i)), i), None
 
     nothing = chunks.cut(jnp.zeros((len(a), *part.shape[1:]), part.dtype))
     return _over_chunks(step, nothing, chunks, [a]).reshape(len(a), *part.shape[1:])
@@ -211,10 +215,10 @@ def summed_over_chunks(fun: Callable[..., Any], size: int, *arrays: Any) -> Any:
     part = jax.eval_shape(fun, *(jax.ShapeDtypeStruct((size, *a.shape[1:]), a.dtype) for a in arrays))
 
     chunks = _Chunks(size, len(arrays[0]))
-    cut = list(map(chunks.cut, arrays))
 
     def step(total: Any, i: Any) -> tuple[Any, None]:
-        here = [chunks.at(a, i) for a in cut]
+        # Cut in the loop: XLA would compute twice what is read in one form here and in another elsewhere.
+        here = [chunks.at(chunks.cut(a), i) for a in arrays]
         if not chunks.divided:
             # The last chunk begins with examples that were counted already.
             fresh = chunks.start(i) + np.arange(size) >= i * size

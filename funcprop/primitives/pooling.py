@@ -41,7 +41,8 @@ import numpy as np
 from jax import lax
 
 from funcprop.expressions import Equations, OperatorSymbols, apply
-from funcprop.registry import OperatorKey, Rule
+from funcprop.rule import Rule
+from funcprop.rule_set import OperatorKey
 
 # The tap of a window from which no cotangent passes on. What lies outside of all windows is no tap at all.
 NOWHERE = -1
@@ -317,6 +318,7 @@ def rule(*, relu: bool = False, minimum: bool = False, everywhere: bool = False)
         platforms=frozenset({"cpu"}),
         applies=partial(_applies, relu=relu, everywhere=everywhere),
         jvp=_jvp,
+        pure=True,
     )
 
 

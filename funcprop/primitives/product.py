@@ -37,7 +37,8 @@ from jax import lax
 
 from funcprop.primitives.arithmetic import EQUATIONS
 from funcprop.primitives.row_products import contraction
-from funcprop.registry import OperatorKey, Rule
+from funcprop.rule import Rule
+from funcprop.rule_set import OperatorKey
 
 
 class Operands(NamedTuple):
@@ -80,5 +81,6 @@ RULES: dict[OperatorKey, Rule] = {
         EQUATIONS["dot_general"],
         platforms=frozenset({"cpu"}),
         applies=_applies,
+        pure=True,
     )
 }

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from funcprop.expressions import Equations, OperatorSymbols, apply
-from funcprop.registry import OperatorKey, Rule
+from funcprop.rule import Rule
+from funcprop.rule_set import OperatorKey
 
 
 class InputAndExtremum(NamedTuple):
@@ -56,7 +57,7 @@ def _rule(reduce: Callable[..., Any], name: str) -> Rule:
     def applies(x: Any, **_: Any) -> bool | str:
         return True if jnp.issubdtype(x.dtype, jnp.floating) else f"its operand is {x.dtype}"
 
-    return Rule(forward, backward, equations, platforms=frozenset(), applies=applies)
+    return Rule(forward, backward, equations, platforms=frozenset(), applies=applies, pure=True)
 
 
 RULES: dict[OperatorKey, Rule] = {

@@ -21,7 +21,6 @@ from funcprop.equations import Derivation, derive
 from funcprop.graph import Graph
 from funcprop.objective import Argnums, positions
 from funcprop.references import require_no_references
-from funcprop.registry import RuleSet
 from funcprop.report.cost import Kind, kinds
 from funcprop.report.curves import Curves, train
 from funcprop.report.inspection import Inspection, Quantity, first_nonfinite, inspect
@@ -29,6 +28,7 @@ from funcprop.report.layers import Memory, memory
 from funcprop.report.opened import Opened
 from funcprop.report.scale import picture_of
 from funcprop.report.spectrum import Top, is_smooth, top
+from funcprop.rule_set import RuleSet
 from funcprop.training import Setup
 
 # Up to this many values are all in the table.

@@ -13,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop import _compat
-from funcprop.attach import BoundRule, attach
+from funcprop.attach import attach
+from funcprop.bound_rule import BoundRule
+from funcprop.layer import Layer
 from funcprop.layer_calls import LayerCall
 from funcprop.linear_map import Arrays
-from funcprop.registry import Layer, Rule, RuleSet
+from funcprop.rule import Rule
+from funcprop.rule_set import RuleSet
 from funcprop.rules import autodiff
 from funcprop.testing.compare import DOUBLE, Claim, Precision
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop import transforms
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 from funcprop.testing.case import cast, generator, magnitude, normal_like
 from funcprop.testing.compare import Claim, Precision, Report, Row
 from funcprop.testing.terms import DIRECTIONS, inner

@@ -8,7 +8,9 @@ from typing import Any, TypeAlias
 
 import jax
 
-from funcprop.registry import Layer, Rule
+from funcprop.attach import why_not
+from funcprop.layer import Layer
+from funcprop.rule import Rule
 from funcprop.testing import batching, terms
 from funcprop.testing.case import Case, make_case
 from funcprop.testing.compare import CheckError, Claim, Limit, Report, Row
@@ -108,7 +110,7 @@ def check_rule(
         case = make_case(
             operator, args, static, rule=rule, function=function, primitive=primitive, tolerance=tolerance
         )
-        reason = case.bind(case.leaves).why_not([jax.typeof(x) for x in case.leaves])
+        reason = why_not(case.bind(case.leaves), [jax.typeof(x) for x in case.leaves])
         if reason is not None:
             raise CheckError(f"{case.subject}: the rule does not apply to these arguments: {reason}.")
         table: dict[str, Term] = {

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop import _compat
+from funcprop.attach import why_not
 from funcprop.linear_map import Arrays
 from funcprop.sizes import nbytes
 from funcprop.testing.case import Case, cast, generator, magnitude, normal_like, subsets
@@ -196,7 +197,7 @@ def lower_precision(case: Case, dtype: str) -> Claims:
     """
     leaves = [cast(leaf, dtype) for leaf in case.leaves]
     low = replace(case, leaves=leaves, precision=_coarser(case.precision, Precision.of(dtype)))
-    if low.bind(leaves).why_not([jax.typeof(x) for x in leaves]) is not None:
+    if why_not(low.bind(leaves), [jax.typeof(x) for x in leaves]) is not None:
         return  # The engine leaves these types to autodiff.
 
     @jax.jit

@@ -14,7 +14,7 @@ from funcprop.curvature.kfac import kfac as factored
 from funcprop.curvature.kronecker import Kronecker, require_method
 from funcprop.curvature.per_example import per_example
 from funcprop.curvature.solve import require_damping
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 from funcprop.training.diagonal import scale_by_diagonal
 from funcprop.training.extra import require_arguments, require_whole
 

@@ -22,7 +22,7 @@ from funcprop.curvature.outer.tapped import Numbered, run
 from funcprop.curvature.outer.taps import Plan, Tap, find
 from funcprop.primitives import convolution
 from funcprop.program import Program
-from funcprop.registry import RuleSet
+from funcprop.rule_set import RuleSet
 from funcprop.rules import default
 from funcprop.running import with_rules
 
