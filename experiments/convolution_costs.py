@@ -1,7 +1,7 @@
 """Where is XLA's convolution slow? Value, weight gradient and input gradient, by shapes.
 
 Random geometries from the range in `geometries`, with a seed. For each part, XLA's way and the other way of
-`funcprop.primitives.convolution` (the value with a margin, the cotangents by products of patches in chunks)
+`rules.primitives.convolution` (the value with a margin, the cotangents by products of patches in chunks)
 take turns. The table shows the fastest turn and the temporary bytes of both, and which one the cost model
 (`plan`) chooses.
 
@@ -21,7 +21,7 @@ import numpy as np
 from running import blocking, command_line, interleaved, write
 
 import funcprop as fp
-from funcprop.primitives import convolution, patches
+from funcprop.rules.primitives import convolution, patches
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -132,9 +132,9 @@ def compare(shape: Shape, repeats: int) -> list[Compared]:
     """All parts of a convolution, both ways in turn."""
     seen: list[patches.Geometry] = []
 
-    def always(geometry: patches.Geometry) -> convolution.Plan:
+    def always(geometry: patches.Geometry) -> convolution.ConvolutionPlan:
         seen.append(geometry)
-        return convolution.Plan(margin=True, weight=True, input=True)
+        return convolution.ConvolutionPlan(margin=True, weight=True, input=True)
 
     other = fp.rules.autodiff.replace({"conv_general_dilated": convolution.rule(always)})
     args = shape.arrays()

@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax import ShapeDtypeStruct
 
 import funcprop as fp
-from funcprop.memory import xla_options
+from funcprop._jax import xla_options
 
 D, H, Q = 784, 256, 10
 

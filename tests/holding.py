@@ -8,15 +8,15 @@ from typing import Any
 
 import jax
 
-from funcprop import _compat
+from funcprop import _jax
 
 
 def shapes(fun: Callable[..., Any], *args: Any) -> set[tuple[int, ...]]:
     """The shapes of the arrays that the equations of `fun(*args)` make, at any depth."""
     closed = jax.make_jaxpr(fun)(*args)
-    jaxpr = _compat.open_jaxpr(closed)
-    needed, _ = _compat.without_unread_inputs(jaxpr, [False] * len(jaxpr.invars))
-    made = [v.aval for eqn in _compat.equations(needed) for v in eqn.outvars]
+    jaxpr = _jax.open_jaxpr(closed)
+    needed, _ = _jax.without_unread_inputs(jaxpr, [False] * len(jaxpr.invars))
+    made = [v.aval for eqn in _jax.equations(needed) for v in eqn.outvars]
     return {tuple(aval.shape) for aval in made if hasattr(aval, "shape")}
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from jax import lax
 
 import funcprop as fp
-from funcprop.patterns import softmax
-from funcprop.primitives import average_pooling, convolution, loops, pooling
+from funcprop.rules.patterns import softmax
+from funcprop.rules.primitives import average_pooling, convolution, loops, pooling
 
 
 def numbers(*shape: int, seed: int = 0) -> jax.Array:
@@ -77,7 +77,9 @@ def scatter(x: jax.Array, indices: jax.Array, updates: jax.Array) -> jax.Array:
 
 # The cost model leaves small convolutions to XLA; here the other ways are what is checked.
 POOLS = {"max": pooling.rule(everywhere=True), "min": pooling.rule(minimum=True, everywhere=True)}
-NOT_BY_XLA = convolution.rule(lambda geometry: convolution.Plan(margin=True, weight=True, input=True))
+NOT_BY_XLA = convolution.rule(
+    lambda geometry: convolution.ConvolutionPlan(margin=True, weight=True, input=True)
+)
 
 # For each primitive the `jax.lax` function that is this primitive, and examples for it.
 PRIMITIVES: dict[str, tuple[Callable[..., Any], list[Example]]] = {

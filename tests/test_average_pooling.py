@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import funcprop as fp
-from funcprop.primitives import average_pooling
+from funcprop.rules.primitives import average_pooling
 
 RULES = fp.rules.autodiff.replace({"reduce_window_sum": average_pooling.rule(everywhere=True)})
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import funcprop as fp
-from funcprop.verification import DerivationError
+from funcprop.equations.verification import DerivationError
 
 SHAPE = jax.ShapeDtypeStruct((3,), "float64")
 W, X, Y = jnp.ones((4, 3)), jnp.ones((5, 4)), jnp.arange(5) % 3

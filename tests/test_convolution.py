@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import funcprop as fp
-from funcprop.primitives import convolution, patches
+from funcprop.rules.primitives import convolution, patches
 
-EVERYWHERE = convolution.rule(lambda geometry: convolution.Plan(margin=True, weight=True, input=True))
+EVERYWHERE = convolution.rule(
+    lambda geometry: convolution.ConvolutionPlan(margin=True, weight=True, input=True)
+)
 RULES = fp.rules.autodiff.replace({"conv_general_dilated": EVERYWHERE})
 LAYOUTS = {
     1: [("NHC", "HIO", "NHC"), ("NCH", "OIH", "NCH")],

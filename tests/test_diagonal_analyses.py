@@ -13,8 +13,8 @@ from compiling import compiled
 from dense_diagonals import Y, cross_entropy, mixing_backwards, normal, of_dense_matrix, straight_through
 from jax.flatten_util import ravel_pytree
 
-from funcprop.curvature.piecewise import why_curved
-from funcprop.curvature.separability import is_separable
+from funcprop.curvature.diagonal.piecewise import why_curved
+from funcprop.curvature.diagonal.separability import is_separable
 
 APART = {
     "elementwise": lambda z: jnp.sum(jnp.tanh(z) * jnp.arange(3.0)),

@@ -19,7 +19,8 @@ from pictures import ENGINES, SVG, Stack, chapter, elements, nasty, stack
 
 import funcprop as fp
 from funcprop.cli.target import chapter_example
-from funcprop.drawing import distant, layout
+from funcprop.drawing import distant_arrows as distant
+from funcprop.drawing import layout
 from funcprop.drawing.picture import node_ids
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import funcprop as fp
-from funcprop.expressions import Equations, apply, latex_name
-from funcprop.verification import DerivationError
+from funcprop.equations.verification import DerivationError
+from funcprop.rules.expressions import Equations, apply, latex_name
 
 FORWARD = [
     "z = W1 x",

@@ -2,7 +2,11 @@
 
 import ast
 import graphlib
+import inspect
 import re
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,26 +15,13 @@ import funcprop
 
 ROOT = Path(funcprop.__file__).parent
 README = Path(__file__).parents[1] / "README.md"
-# A notebook asks a graph for its picture: only when it does, the graph asks the room that draws.
-ASKED_FOR = {
-    ("funcprop.graph", "funcprop.drawing"),
-    ("funcprop.drawing.difference", "funcprop.drawing.draw"),
-}
 
 
 def imported(path: Path, modules: set[str]) -> set[str]:
-    """The modules of the library that a file imports, wherever in the file, but for its annotations alone."""
+    """The modules of the library that a file imports, wherever in the file, also for annotations alone."""
     found = set()
     tree = ast.parse(path.read_text("utf-8"))
-    for_annotations = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
     for node in ast.walk(tree):
-        if node in for_annotations:
-            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -57,15 +48,11 @@ def graph() -> dict[str, set[str]]:
         ".".join(("funcprop", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
         for path in ROOT.rglob("*.py")
     }
-    graph = {name: with_packages(imported(path, set(paths)), name) for name, path in paths.items()}
-    for importer, asked in ASKED_FOR:
-        graph[importer].remove(asked)
-    return graph
+    return {name: with_packages(imported(path, set(paths)), name) for name, path in paths.items()}
 
 
 def test_imports_have_no_circle(graph: dict[str, set[str]]) -> None:
-    order = list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names a circle
-    assert order.index("funcprop.patterns") < order.index("funcprop.rewrite") < order.index("funcprop.layers")
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names a circle
 
 
 def test_the_readme_lists_every_room_after_those_that_it_imports(graph: dict[str, set[str]]) -> None:
@@ -83,3 +70,41 @@ def test_the_readme_lists_every_room_after_those_that_it_imports(graph: dict[str
         if place[name.split(".")[1]] > place[importer.split(".")[1]]
     ]
     assert backwards == []
+
+
+def test_functions_do_not_shadow_modules(graph: dict[str, set[str]]) -> None:
+    rooms = [
+        funcprop,
+        *(vars(funcprop)[name] for name in dir(funcprop) if inspect.ismodule(getattr(funcprop, name))),
+    ]
+    shadowed = [
+        f"{room.__name__}.{name}"
+        for room in rooms
+        for name in dir(room)
+        if f"{room.__name__}.{name}" in graph
+    ]
+    assert shadowed == [room.__name__ for room in rooms[1:]]
+
+
+def test_names_are_public() -> None:
+    assert sorted([*dir(funcprop), "__version__"]) == sorted(funcprop.__all__)
+    assert not [name for name in dir(funcprop) if name.startswith("_")]
+    modules = {name for name in dir(funcprop) if inspect.ismodule(getattr(funcprop, name))}
+    assert modules == {"curvature", "layers", "memory", "models", "rules", "testing", "training"}
+
+
+def test_importing_loads_nothing_else() -> None:
+    heavy = "jax", "scipy", "matplotlib", "optax"
+    program = f"import sys, funcprop; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_no_class_has_the_name_of_another() -> None:
+    classes = [
+        node.name
+        for path in ROOT.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert [name for name, count in Counter(classes).items() if count > 1] == []

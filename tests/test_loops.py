@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from loop_programs import B, H, T, close, normal, products_in_loops
 
 import funcprop as fp
-from funcprop.primitives import loops
+from funcprop.rules.primitives import loops
 
 RULES = fp.rules.autodiff.replace({"scan": loops.rule(loops.ALWAYS)})
 

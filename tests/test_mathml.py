@@ -8,8 +8,8 @@ import pytest
 
 import funcprop as fp
 from funcprop.cli.target import chapter_example
-from funcprop.expressions import latex_name
-from funcprop.report.mathml import MathError, mathml
+from funcprop.reporting.mathml import MathError, mathml
+from funcprop.rules.expressions import latex_name
 
 
 def test_mathml_of_the_chapters_last_line() -> None:

@@ -13,7 +13,7 @@ import pytest
 from curvature_models import EXAMPLES, LOSSES, MODELS
 
 import funcprop as fp
-from funcprop.curvature.outer import roots
+from funcprop.curvature.example_gradients import loss_roots as roots
 
 QUANTITIES = [
     "value", "gradient", "gradients", "norm", "second_moment", "variance", "snr", "gram", "ntk", "diag_ggn",
@@ -321,10 +321,10 @@ ROOTS = {
     "rows": (lambda o, y: CROSS_ENTROPY(o, y).mean(), (3, 4), jnp.array([0, 3, 1]), roots.Softmax, 9),
     "soft labels": (optax.softmax_cross_entropy, (3,), jnp.array([0.5, 0.3, 0.6]), roots.Softmax, 2),
     "own cross-entropy": (lambda o, y: -jax.nn.log_softmax(o)[y], (4,), jnp.array(1), roots.Labelled, 3),
-    "squared error": (lambda o, y: ((o - y) ** 2).mean(), (2, 2), jnp.ones((2, 2)), roots.Diagonal, 4),
-    "huber": (lambda o, y: optax.huber_loss(o, y).sum(), (3,), jnp.zeros(3), roots.Diagonal, 3),
-    "products": (lambda o, y: (o.sum() - y) ** 2, (3,), jnp.array(1.0), roots.Dense, 3),
-    "entries meet": (lambda o, y: ((o + o[::-1]) ** 2).sum(), (3,), jnp.array(1.0), roots.Dense, 3),
+    "squared error": (lambda o, y: ((o - y) ** 2).mean(), (2, 2), jnp.ones((2, 2)), roots.DiagonalRoot, 4),
+    "huber": (lambda o, y: optax.huber_loss(o, y).sum(), (3,), jnp.zeros(3), roots.DiagonalRoot, 3),
+    "products": (lambda o, y: (o.sum() - y) ** 2, (3,), jnp.array(1.0), roots.DenseRoot, 3),
+    "entries meet": (lambda o, y: ((o + o[::-1]) ** 2).sum(), (3,), jnp.array(1.0), roots.DenseRoot, 3),
 }
 
 

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import funcprop as fp
-from funcprop.primitives import pooling
+from funcprop.rules.primitives import pooling
 
 RULES = fp.rules.autodiff.replace(
     {

@@ -14,8 +14,8 @@ import pytest
 from jax.nn import relu, softmax
 
 import funcprop as fp
-from funcprop import _compat
-from funcprop.program import Program
+from funcprop import _jax
+from funcprop.program.program import Program
 
 X = jnp.array([0.3, -1.2, 2.0])
 MATRIX = jnp.arange(9.0).reshape(3, 3) / 10
@@ -158,9 +158,7 @@ def test_nothing_is_hidden_inside() -> None:
     close(program(X), f(X))
     close(jax.jit(program)(X), f(X))
     assert not any(
-        _compat.constants(body)
-        for eqn in _compat.equations(program.jaxpr)
-        for _, body in _compat.sub_jaxprs(eqn)
+        _jax.constants(body) for eqn in _jax.equations(program.jaxpr) for _, body in _jax.sub_jaxprs(eqn)
     )
     assert len(program.constants) == 1
     assert same(hiding(TABLE), hiding(TABLE + 1))

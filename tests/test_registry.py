@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import funcprop as fp
-from funcprop.layer_calls import layer_call
+from funcprop.program.layer_calls import layer_call
 
 # --- a layer equals its plain function ----------------------------------------------------------
 

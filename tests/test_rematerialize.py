@@ -17,8 +17,11 @@ from zoo import ZOO
 from zoo.entry import normal
 
 import funcprop as fp
-from funcprop import _compat, flops
-from funcprop.memory import BudgetError, remat_plan, rematerialize
+from funcprop import _jax
+from funcprop.memory import BudgetError
+from funcprop.memory.remat import plan as remat_plan
+from funcprop.memory.remat import rematerialize
+from funcprop.program import flops
 
 
 def held(fun, *args):
@@ -35,20 +38,20 @@ def held(fun, *args):
 
         return jax.tree.leaves(jax.vjp(of_smooth, *(values[i] for i in smooth))[1])
 
-    jaxpr = _compat.open_jaxpr(jax.make_jaxpr(saved)(*leaves))
+    jaxpr = _jax.open_jaxpr(jax.make_jaxpr(saved)(*leaves))
     given = {*jaxpr.invars, *jaxpr.constvars}
     sizes = [
         (v in given, v.aval.size * v.aval.dtype.itemsize)
         for v in jaxpr.outvars
-        if not isinstance(v, _compat.Literal)
+        if not isinstance(v, _jax.Literal)
     ]
     return sum(n for is_given, n in sizes if not is_given), sum(n for is_given, n in sizes if is_given)
 
 
 def gradient_flops(fun, *args):
     """FLOPs of value and gradient, without what nobody needs."""
-    jaxpr = _compat.open_jaxpr(jax.make_jaxpr(jax.value_and_grad(fun))(*args))
-    needed, _ = _compat.without_unread_inputs(jaxpr, [False] * len(jaxpr.invars))
+    jaxpr = _jax.open_jaxpr(jax.make_jaxpr(jax.value_and_grad(fun))(*args))
+    needed, _ = _jax.without_unread_inputs(jaxpr, [False] * len(jaxpr.invars))
     return flops.of_jaxpr(needed)
 
 

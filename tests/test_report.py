@@ -18,10 +18,10 @@ import pytest
 
 import funcprop as fp
 from funcprop.cli.target import chapter_example
-from funcprop.report.curves import train
-from funcprop.report.inspection import inspect
-from funcprop.report.opened import opened
-from funcprop.report.statistics import statistics
+from funcprop.reporting.curves import train
+from funcprop.reporting.inspection import inspect
+from funcprop.reporting.loop_contents import opened
+from funcprop.reporting.statistics import statistics
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
@@ -306,7 +306,7 @@ def test_three_thousand_operators_that_do_not_fold_stay_below_two_megabytes(
     chapter: fp.Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What XLA takes for programs of this size is not the page's.
-    module = importlib.import_module("funcprop.report.report")
+    module = importlib.import_module("funcprop.reporting.report")
     monkeypatch.setattr(module, "second_order_cost", lambda *_, **__: lambda *_, **__: chapter.cost)
     monkeypatch.setattr(module, "memory", lambda *_: chapter.memory)
     monkeypatch.setattr(module, "top", lambda *_: None)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import funcprop as fp
-from funcprop.report.spectrum import top
+from funcprop.reporting.spectrum import top
 
 
 def test_the_top_of_the_spectrum_is_that_of_the_matrix() -> None:

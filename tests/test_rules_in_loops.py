@@ -9,7 +9,7 @@ from flax import linen as nn
 from loop_programs import B, H, T, close, normal, products_in_loops
 
 import funcprop as fp
-from funcprop.primitives import loops, pooling
+from funcprop.rules.primitives import loops, pooling
 
 
 def test_rules_inside_of_a_loop_fire_too():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from funcprop.memory.schedule import Chain, Segment, cheapest, frontier, in_chunks
+from funcprop.memory.remat.schedule import CutChain, Segment, cheapest, frontier, in_chunks
 
 
 def layers(sizes, flops, width):
@@ -26,7 +26,7 @@ def layers(sizes, flops, width):
         segments.append(Segment(i, j, True, live[i], 0, sum(flops[i : j - 1]), transient))
         if j == i + 1:
             segments.append(Segment(i, j, False, live[i] | inside, sizes[i], 0, 0))
-    return Chain(live, (width,) * max(count - 1, 0), tuple(segments))
+    return CutChain(live, (width,) * max(count - 1, 0), tuple(segments))
 
 
 def all_paths(chain, start=0):
@@ -117,6 +117,6 @@ def test_a_peak_is_reached_by_the_square_root():
 def test_what_cannot_be_recomputed_is_kept():
     chain = layers([3] * 4, [1] * 4, 1)
     fixed = [s for s in chain.segments if not (s.recomputed and s.start <= 1 < s.stop)]
-    found = cheapest(Chain(chain.live, chain.sizes, tuple(fixed)), 5)
+    found = cheapest(CutChain(chain.live, chain.sizes, tuple(fixed)), 5)
     assert [s.start for s in found.segments if not s.recomputed] == [1]
-    assert cheapest(Chain(chain.live, chain.sizes, tuple(fixed)), 4) is None
+    assert cheapest(CutChain(chain.live, chain.sizes, tuple(fixed)), 4) is None

@@ -23,7 +23,7 @@ import funcprop as fp
 from funcprop.cost.programs import programs
 from funcprop.cost.timing import Rates
 from funcprop.cost.work import Product, Work, of_compiled, of_jaxpr
-from funcprop.objective import trace_objective
+from funcprop.graph.objective import trace_objective
 
 
 def mlp(weights: Any, x: Any) -> Any:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from sharded_cases import CASES, Case
 
 import funcprop as fp
-from funcprop import hlo
+from funcprop._jax import hlo
 
 MESHES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from funcprop.sizes import nbytes
+from funcprop.program.sizes import nbytes
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "int8", "bool", "complex64"])

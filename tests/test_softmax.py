@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import funcprop as fp
-from funcprop.patterns.softmax import log_rule
+from funcprop.rules.patterns.softmax import log_rule
 
 RULES = fp.rules.default.replace({fp.layers.log_softmax: log_rule(everywhere=True)})
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)))

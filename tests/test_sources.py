@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import funcprop as fp
-from funcprop._compat import source_lines
+from funcprop._jax import source_lines
 
 
 def norm(x):

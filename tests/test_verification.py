@@ -14,7 +14,7 @@ from jax.experimental import io_callback
 
 import funcprop as fp
 from funcprop import progress as progress_module
-from funcprop.verification import Verification
+from funcprop.equations.verification import Verification
 
 stop = lax.stop_gradient
 
@@ -197,7 +197,7 @@ def test_long_derivations_show_a_bar(monkeypatch):
         shown.append((doing, total))
         return progress_module.bar(doing, total, **options)
 
-    monkeypatch.setattr("funcprop.verification.bar", bar)
+    monkeypatch.setattr("funcprop.equations.verification.bar", bar)
 
     def chain(x, n):
         for _ in range(n):

@@ -9,10 +9,10 @@ import optax
 import pytest
 
 import funcprop as fp
-from funcprop.deviations import deviation
-from funcprop.expressions import Equations, apply
-from funcprop.rounding import spread
-from funcprop.verification import DerivationError
+from funcprop.equations.deviations import deviation
+from funcprop.equations.rounding import spread
+from funcprop.equations.verification import DerivationError
+from funcprop.rules.expressions import Equations, apply
 
 DTYPES = ["float32", "float64"]
 

@@ -8,20 +8,13 @@ from typing import Annotated, Any, NamedTuple
 import jax.numpy as jnp
 import typer
 
-from funcprop import Derivation, Propagation, backprop, derive
 from funcprop.cli.options import ArgnumsOrAll, AsJson, HasAux, TargetName, parse_argnums
-from funcprop.cli.output import (
-    Output,
-    describe,
-    digits,
-    dimensions,
-    emit,
-    nonfinite_data,
-    number,
-    table,
-)
+from funcprop.cli.output import Output, describe, digits, dimensions, emit, nonfinite_data, number, table
 from funcprop.cli.target import Target, load, users_code
-from funcprop.verification import Line
+from funcprop.equations.derivation import Derivation, derive
+from funcprop.equations.verification import Line
+from funcprop.sweeps.backprop import backprop
+from funcprop.sweeps.propagation import Propagation
 
 
 def backward(

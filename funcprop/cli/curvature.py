@@ -16,7 +16,7 @@ import funcprop as fp
 from funcprop.cli.options import AsJson, HasAux, TargetName, parse_argnums
 from funcprop.cli.output import Output, digits, emit, number, table
 from funcprop.cli.target import Target, TargetError, load, users_code
-from funcprop.curvature import Summary
+from funcprop.operators.spectrum_summary import EXACT, Summary
 from funcprop.progress import bar
 
 BAR = 40  # characters of the longest bar
@@ -30,7 +30,7 @@ def curvature(
     products: Annotated[int, typer.Option(min=1, help="Lanczos steps of each")] = 64,
     exact: Annotated[
         int, typer.Option(min=0, help="up to so many parameters all eigenvalues are computed")
-    ] = fp.curvature.EXACT,
+    ] = EXACT,
     seed: Annotated[int, typer.Option(help="of the random vectors")] = 0,
     out: Annotated[Path | None, typer.Option(help="a plot to write: .png, .pdf or .svg")] = None,
     has_aux: HasAux = False,

@@ -11,8 +11,8 @@ import funcprop as fp
 from funcprop.cli.options import ArgnumsOrAll, AsJson, HasAux, TargetName, parse_argnums
 from funcprop.cli.output import Output, emit, number
 from funcprop.cli.target import Target, load, users_code
+from funcprop.equations.verification import Line
 from funcprop.progress import bar
-from funcprop.verification import Line
 
 
 def derive(

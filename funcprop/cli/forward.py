@@ -8,13 +8,13 @@ from typing import Annotated, Any
 import jax.numpy as jnp
 import typer
 
-from funcprop import Graph, Variable
 from funcprop.cli.options import AsJson, TargetName
 from funcprop.cli.output import Output, describe, digits, dimensions, emit, entries, is_numeric, table
 from funcprop.cli.target import Target, load, users_code
-from funcprop.rules import autodiff
-from funcprop.sweeps import Tape, forward_sweep
-from funcprop.tracing import trace_function
+from funcprop.graph.graph import Graph, Variable
+from funcprop.graph.tracing import trace_function
+from funcprop.rules.sets import autodiff
+from funcprop.sweeps.sweeps import Tape, forward_sweep
 
 
 def forward(

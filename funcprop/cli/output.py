@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 
-from funcprop import NonFinite
 from funcprop.cli.target import TargetError
+from funcprop.sweeps.nonfinite import NonFinite
 
 WIDEST = 110  # characters in a cell of a table
 

@@ -19,8 +19,8 @@ from funcprop.cli.target import Target, TargetError, load, users_code
 from funcprop.cli.train import as_setup
 from funcprop.drawing.layout import find_engine
 from funcprop.progress import bar
-from funcprop.report.report import renderer
-from funcprop.training import Setup
+from funcprop.reporting.report import renderer
+from funcprop.training.loop import Setup
 
 
 def report(

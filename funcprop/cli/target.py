@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 import funcprop
 from funcprop import models
-from funcprop.calls import has_values, without_aux
+from funcprop.program.call import has_values, without_aux
 
 USAGE = "write module:function, file.py:function, or the built-in `chapter`"
 

@@ -10,15 +10,17 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import typer
 
-from funcprop import Propagation, backprop, training
+from funcprop import training
 from funcprop.cli.options import AsJson
 from funcprop.cli.output import Output, describe, digits, dimensions, emit, nonfinite_data, number, table
 from funcprop.cli.target import TargetError, load_function, users_code
 from funcprop.progress import bar
-from funcprop.training import Epoch, Setup
+from funcprop.sweeps.backprop import backprop
+from funcprop.sweeps.propagation import Propagation
+from funcprop.training.loop import Epoch, Setup
 
 
-class Options(NamedTuple):
+class TrainOptions(NamedTuple):
     """What was given on the command line; None where it was not."""
 
     epochs: int | None
@@ -47,11 +49,11 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train by minibatch gradient descent; then the variables and gradients of one minibatch."""
-    options = Options(epochs, seed, batch, lr, hidden, decay, data)
+    options = TrainOptions(epochs, seed, batch, lr, hidden, decay, data)
     emit(lambda: run(target, options), as_json)
 
 
-def run(target: str, options: Options) -> Output:
+def run(target: str, options: TrainOptions) -> Output:
     """Train with a line for every epoch, and describe the outcome."""
     setup = chapter_setup(options) if target == "chapter" else users_setup(target, options)
     key = jax.random.key(options.seed or 0)
@@ -84,7 +86,7 @@ def run(target: str, options: Options) -> Output:
 # --- what is trained --------------------------------------------------------------------------
 
 
-def chapter_setup(options: Options) -> Setup:
+def chapter_setup(options: TrainOptions) -> Setup:
     """The chapter's perceptron on digits, or on the IDX files in `--data`."""
     with users_code("target 'chapter': the training cannot be set up", None):
         split = training.digits() if options.data is None else training.fashion_mnist(options.data)
@@ -99,7 +101,7 @@ def chapter_setup(options: Options) -> Setup:
         return training.chapter(split, **{name: value for name, value in given.items() if value is not None})
 
 
-def users_setup(target: str, options: Options) -> Setup:
+def users_setup(target: str, options: TrainOptions) -> Setup:
     """What the user's `setup()` returns, a `Setup` or a dict with its fields."""
     for name in ("batch", "lr", "hidden", "decay", "data"):
         if getattr(options, name) is not None:

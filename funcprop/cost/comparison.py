@@ -17,19 +17,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from funcprop import _compat
-from funcprop.calls import Call, has_values, is_array, without_aux
+from funcprop import _jax
 from funcprop.cost.timing import fastest, random_operand
-from funcprop.graph import aligned
-from funcprop.matching import matches
-from funcprop.naming import without_transformations
-from funcprop.objective import Argnums, differentiable, positions
-from funcprop.references import require_no_references
-from funcprop.rewrite import Match, Rewriter
-from funcprop.rule_set import RuleSet
-from funcprop.rules import autodiff, default
-from funcprop.tracing import Arguments
-from funcprop.transforms import value_and_grad
+from funcprop.graph.graph import aligned
+from funcprop.graph.naming import without_transformations
+from funcprop.graph.objective import Argnums, differentiable, positions
+from funcprop.graph.references import require_no_references
+from funcprop.graph.tracing import Arguments
+from funcprop.program.call import Call, has_values, is_array, without_aux
+from funcprop.rules.matching import matches
+from funcprop.rules.rewrite import Match, Rewriter
+from funcprop.rules.rule_set import RuleSet
+from funcprop.rules.sets import autodiff, default
+from funcprop.rules.transforms import value_and_grad
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Row:
+class OperatorRow:
     """An operator that has a rule: where it is, how often the same is found, and what its rule saves.
 
     `reason` says why the rule is not used; `measured` is None then, and where an operator cannot be run by
@@ -89,15 +89,15 @@ class Comparison:
     rules: str
     platform: str
     whole: Measured
-    rows: tuple[Row, ...]
+    rows: tuple[OperatorRow, ...]
 
     @property
-    def fired(self) -> tuple[Row, ...]:
+    def fired(self) -> tuple[OperatorRow, ...]:
         """The operators that are differentiated by a rule."""
         return tuple(row for row in self.rows if row.reason is None)
 
     @property
-    def left(self) -> tuple[Row, ...]:
+    def left(self) -> tuple[OperatorRow, ...]:
         """The operators whose rule is not used, each with the reason."""
         return tuple(row for row in self.rows if row.reason is not None)
 
@@ -193,26 +193,24 @@ def compare(
     return compared
 
 
-def _rows(found: Sequence[Match], rules: RuleSet, repeats: int) -> list[Row]:
+def _rows(found: Sequence[Match], rules: RuleSet, repeats: int) -> list[OperatorRow]:
     """One row for equal operators with the same outcome, in the order in which they are met."""
-    keys = [
-        (match.operator, match.reason, str(_compat.one_equation_jaxpr(match.equation))) for match in found
-    ]
+    keys = [(match.operator, match.reason, str(_jax.one_equation_jaxpr(match.equation))) for match in found]
     counts = Counter(keys)
-    rows: dict[Any, Row] = {}
+    rows: dict[Any, OperatorRow] = {}
     for key, match in zip(keys, found, strict=True):
         if key not in rows:
             measured = None if match.reason is not None or match.mapped else _alone(match, rules, repeats)
             scope = without_transformations(match.scope, ("vmap",))
-            rows[key] = Row(match.operator, scope, match.source, counts[key], match.reason, measured)
+            rows[key] = OperatorRow(match.operator, scope, match.source, counts[key], match.reason, measured)
     return list(rows.values())
 
 
 def _alone(match: Match, rules: RuleSet, repeats: int) -> Measured:
     """One operator by itself: value and cotangents, for random operands."""
-    jaxpr = _compat.one_equation_jaxpr(match.equation)
+    jaxpr = _jax.one_equation_jaxpr(match.equation)
     avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars]
-    smooth = [i for i, aval in enumerate(avals) if _compat.is_differentiable(aval)]
+    smooth = [i for i, aval in enumerate(avals) if _jax.is_differentiable(aval)]
 
     def program(own: RuleSet) -> Callable[..., Any]:
         def value_and_cotangents(*operands: Any) -> Any:
@@ -221,7 +219,7 @@ def _alone(match: Match, rules: RuleSet, repeats: int) -> Measured:
                 for i, value in zip(smooth, values, strict=True):
                     full[i] = value
                 results = Rewriter(own).run(jaxpr, full)
-                return [y for y in results if _compat.is_differentiable(jax.typeof(y))]
+                return [y for y in results if _jax.is_differentiable(jax.typeof(y))]
 
             values, pullback = jax.vjp(of_smooth, *(operands[i] for i in smooth))
             return values, pullback(values)
@@ -237,7 +235,7 @@ def _alone(match: Match, rules: RuleSet, repeats: int) -> Measured:
 
 def _measured(programs: Sequence[Callable[..., Any]], values: Sequence[Any], repeats: int) -> Measured:
     compiled = [jax.jit(program).lower(*values).compile() for program in programs]
-    temporary = [_compat.temporary_bytes(program) for program in compiled]
+    temporary = [_jax.temporary_bytes(program) for program in compiled]
     seconds: list[Any] = fastest([(p, values) for p in compiled], repeats) if repeats else [None, None]
     return Measured(*seconds, *temporary)
 

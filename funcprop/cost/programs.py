@@ -11,15 +11,15 @@ from jax.flatten_util import ravel_pytree
 
 from funcprop.cost.split import SplitError, function_of, model_output
 from funcprop.curvature.gauss_newton import gauss_newton_map
-from funcprop.objective import Objective
-from funcprop.rule_set import RuleSet
-from funcprop.running import with_rules
+from funcprop.graph.objective import Objective
+from funcprop.rules.rule_set import RuleSet
+from funcprop.rules.running import with_rules
 
 VALUE, GRADIENT, GAUSS_NEWTON, DENSE = "value", "gradient", "Gauss-Newton product", "dense Hessian"
 FORWARD, REVERSE = "HVP forward-over-reverse", "HVP reverse-over-reverse"
 
 
-class Program(NamedTuple):
+class TimedProgram(NamedTuple):
     """A function of arrays, and the arrays or their types."""
 
     name: str
@@ -29,7 +29,7 @@ class Program(NamedTuple):
 
 def programs(
     objective: Objective, output: str | None, rules: RuleSet
-) -> tuple[list[Program], str | None, dict[str, str]]:
+) -> tuple[list[TimedProgram], str | None, dict[str, str]]:
     """The programs; the name of the model's output; and what is left out, with the reason.
 
     The direction of every product is an operand of its own, with the values of the parameters.
@@ -57,11 +57,11 @@ def programs(
         return jax.lax.map(lambda i: push(unit(i)), jnp.arange(flat.size))
 
     found = [
-        Program(VALUE, value, (params, others)),
-        Program(GRADIENT, gradient, (params, others)),
-        Program(FORWARD, forward_over_reverse, (params, params, others)),
-        Program(REVERSE, reverse_over_reverse, (params, params, others)),
-        Program(DENSE, dense, (params, others)),
+        TimedProgram(VALUE, value, (params, others)),
+        TimedProgram(GRADIENT, gradient, (params, others)),
+        TimedProgram(FORWARD, forward_over_reverse, (params, params, others)),
+        TimedProgram(REVERSE, reverse_over_reverse, (params, params, others)),
+        TimedProgram(DENSE, dense, (params, others)),
     ]
     try:
         split = model_output(objective, output)
@@ -78,7 +78,7 @@ def programs(
         slope = jax.grad(lambda outputs: loss(outputs[1], others, outputs[0]))
         return gauss_newton_map(whole, lambda o: jax.linearize(slope, o)[1], params)(direction)
 
-    found.insert(-1, Program(GAUSS_NEWTON, product, (params, params, others)))
+    found.insert(-1, TimedProgram(GAUSS_NEWTON, product, (params, params, others)))
     return found, split.name, {}
 
 

@@ -15,17 +15,17 @@ from typing import Any
 
 import jax
 
-from funcprop import _compat
-from funcprop.calls import has_values
+from funcprop import _jax
 from funcprop.cost.programs import DENSE, GAUSS_NEWTON, GRADIENT, programs
 from funcprop.cost.timing import Rates, compiled_together, fastest, measured_rates
 from funcprop.cost.work import Work, of_compiled, of_jaxpr
-from funcprop.graph import aligned, bytes_text
-from funcprop.objective import Argnums, Objective, trace_objective
-from funcprop.references import require_no_references
-from funcprop.rule_set import RuleSet
-from funcprop.rules import default
-from funcprop.tracing import INLINED
+from funcprop.graph.graph import aligned, bytes_text
+from funcprop.graph.objective import Argnums, Objective, trace_objective
+from funcprop.graph.references import require_no_references
+from funcprop.graph.tracing import INLINED
+from funcprop.program.call import has_values
+from funcprop.rules.rule_set import RuleSet
+from funcprop.rules.sets import default
 
 # A kind of product is timed at most so often.
 _KIND_REPEATS = 5
@@ -264,7 +264,7 @@ def _costs(
 
 def _largest(jaxpr: Any) -> int:
     """The entries of the largest value of a jaxpr."""
-    avals = (v.aval for eqn in _compat.open_jaxpr(jaxpr).eqns for v in eqn.outvars)
+    avals = (v.aval for eqn in _jax.open_jaxpr(jaxpr).eqns for v in eqn.outvars)
     return max((aval.size for aval in avals if hasattr(aval, "size")), default=0)
 
 

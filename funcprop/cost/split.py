@@ -17,9 +17,9 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from funcprop import _compat, layers
-from funcprop.graph import Operator, Variable
-from funcprop.objective import Objective
+from funcprop import _jax, layers
+from funcprop.graph.graph import Operator, Variable
+from funcprop.graph.objective import Objective
 
 # A layer is a loss of its first argument if its backward is that of one of these.
 _LOSSES = (layers.softmax_cross_entropy, layers.mean_squared_error, layers.focal_loss, layers.huber_loss)
@@ -40,7 +40,7 @@ def model_output(objective: Objective, name: str | None) -> Variable:
     computed: dict[str, Variable] = {}
     for op in graph:
         if any(v.name in reached for v in op.inputs):
-            smooth = [v for v in op.outputs if _compat.is_differentiable(v.aval)]
+            smooth = [v for v in op.outputs if _jax.is_differentiable(v.aval)]
             reached.update(v.name for v in smooth)
             computed.update((v.name, v) for v in smooth)
     if name is not None:
@@ -85,7 +85,7 @@ def function_of(
         for op in operators:
             values.update(dict.fromkeys(given, value))
             operands = [v.value if v.kind == "literal" else values[v.name] for v in op.inputs]
-            results = _compat.evaluate(op.jaxpr, (), operands)
+            results = _jax.evaluate(op.jaxpr, (), operands)
             values.update(zip([v.name for v in op.outputs], results, strict=True))
         return value if result.name in given else values[result.name]
 

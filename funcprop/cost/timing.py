@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcprop import _compat
+from funcprop import _jax
 from funcprop.cost.work import Product, Work
 
 # An elementwise operation is measured on at least and at most as many numbers.
@@ -49,7 +49,7 @@ def compiled_together(lowered: Iterable[Any]) -> list[Any]:
 
 def random_operand(rng: np.random.Generator, aval: Any) -> Any:
     """Standard normal numbers; zeros of a type without derivative."""
-    if not _compat.is_differentiable(aval):
+    if not _jax.is_differentiable(aval):
         return jnp.zeros(aval.shape, aval.dtype)
     return jnp.asarray(rng.standard_normal(aval.shape), aval.dtype)
 
@@ -133,7 +133,7 @@ def _repeated(product: Product) -> tuple[Any, list[Any], int]:
     An entry of each result becomes one of the next first operand, so that all are computed.
     """
     rng = np.random.default_rng(0)
-    one = _compat.one_equation_jaxpr(product.equation)
+    one = _jax.one_equation_jaxpr(product.equation)
     operands = [random_operand(rng, v.aval) for v in one.invars]
     most = _REPETITIONS if product.looped else _IN_A_ROW
     count = max(1, min(most, _OPERATIONS // product.flops))
@@ -143,7 +143,7 @@ def _repeated(product: Product) -> tuple[Any, list[Any], int]:
         first, last = carry
         entry = jnp.clip(jnp.real(last[(0,) * last.ndim]), -1, 1).astype(first.dtype)
         first = first.at[(0,) * first.ndim].set(entry)
-        return first, _compat.evaluate(one, (), [first, *rest])[0]
+        return first, _jax.evaluate(one, (), [first, *rest])[0]
 
     def repeated(first: Any, *rest: Any) -> Any:
         carry = first, jnp.zeros(result.shape, result.dtype)

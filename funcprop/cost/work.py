@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from funcprop import _compat
-from funcprop.flops import PRODUCTS, flops
-from funcprop.hlo import Instruction, instructions
-from funcprop.linear_map import linear_body
+from funcprop import _jax
+from funcprop._jax.hlo import Instruction, instructions
 from funcprop.memory.rows import peak_bytes
-from funcprop.sizes import nbytes
+from funcprop.program.flops import PRODUCTS, flops
+from funcprop.program.linear_map import linear_body
+from funcprop.program.sizes import nbytes
 
 # What XLA gives a kernel of its own, apart from products and what has a body.
 _UNFUSED = frozenset(
@@ -82,9 +82,9 @@ class Work:
 
 def of_jaxpr(closed: Any) -> Work:
     """The work of a jaxpr whose results are all wanted; what none of them needs is not counted."""
-    jaxpr = _compat.inlined(closed)
-    jaxpr, _ = _compat.with_constants_as_inputs(jaxpr)
-    jaxpr, _ = _compat.without_unread_inputs(jaxpr, [True] * len(jaxpr.invars))
+    jaxpr = _jax.inlined(closed)
+    jaxpr, _ = _jax.with_constants_as_inputs(jaxpr)
+    jaxpr, _ = _jax.without_unread_inputs(jaxpr, [True] * len(jaxpr.invars))
     operators = products = total = 0
     kinds: Counter[Product] = Counter()
     for eqn, times, looped in _leaves(jaxpr, 1, False):
@@ -98,7 +98,7 @@ def of_jaxpr(closed: Any) -> Work:
 
 def _leaves(jaxpr: Any, times: int, looped: bool) -> Iterator[tuple[Any, int, bool]]:
     """The equations without bodies, at any depth, how often each is run, and whether in a loop."""
-    for eqn in _compat.open_jaxpr(jaxpr).eqns:
+    for eqn in _jax.open_jaxpr(jaxpr).eqns:
         bodies = list(_executed(eqn))
         if not bodies:
             yield eqn, times, looped
@@ -108,10 +108,10 @@ def _leaves(jaxpr: Any, times: int, looped: bool) -> Iterator[tuple[Any, int, bo
 
 def _executed(eqn: Any) -> Iterator[tuple[Any, int]]:
     """The bodies that an equation runs, and how often."""
-    bodies = [_compat.open_jaxpr(body) for _, body in _compat.sub_jaxprs(eqn)]
+    bodies = [_jax.open_jaxpr(body) for _, body in _jax.sub_jaxprs(eqn)]
     if (tangent_map := linear_body(eqn)) is not None:
-        body, _ = _compat.with_constants_as_inputs(tangent_map)
-        bodies = [_compat.without_unread_inputs(body, [True] * len(body.invars))[0]]
+        body, _ = _jax.with_constants_as_inputs(tangent_map)
+        bodies = [_jax.without_unread_inputs(body, [True] * len(body.invars))[0]]
     if eqn.primitive.name == "cond" and bodies:
         yield max(bodies, key=lambda body: sum(map(flops, body.eqns))), 1
     elif eqn.primitive.name == "scan":
@@ -132,10 +132,10 @@ def _is_unfused(eqn: Any) -> bool:
 
 def _in_memory(jaxpr: Any) -> set[Any]:
     """The intermediate values that XLA is expected to write to memory."""
-    kept = set(_compat.variables(jaxpr.outvars))
+    kept = set(_jax.variables(jaxpr.outvars))
     for eqn in jaxpr.eqns:
         if _is_unfused(eqn):
-            kept.update(_compat.variables(eqn.invars))
+            kept.update(_jax.variables(eqn.invars))
             kept.update(eqn.outvars)
         elif eqn.primitive.name.startswith("reduce_"):
             kept.update(eqn.outvars)
@@ -153,7 +153,7 @@ def _moved(jaxpr: Any) -> int:
             total += sum(times * _moved(body) for body, times in bodies)
         elif eqn.primitive.name not in PRODUCTS:
             total += sum(nbytes(v) for v in eqn.outvars if v in kept)
-            operands = [v for v in _compat.variables(eqn.invars) if v in kept]
+            operands = [v for v in _jax.variables(eqn.invars) if v in kept]
             # Fused operators that read the same value read it together.
             new = operands if _is_unfused(eqn) else [v for v in operands if v not in read]
             total += sum(map(nbytes, new))
@@ -177,7 +177,7 @@ _SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 
 def of_compiled(compiled: Any) -> Work:
     """The work of a compiled program, from its instructions; bytes as XLA accounts for them."""
-    computations, entry = instructions(_compat.program_text(compiled))
+    computations, entry = instructions(_jax.program_text(compiled))
     known: dict[str, Work] = {}
 
     def of(name: str) -> Work:
@@ -186,9 +186,7 @@ def of_compiled(compiled: Any) -> Work:
         return known[name]
 
     found = of(entry)
-    return Work(
-        found.operators, found.products, found.flops, _compat.held_bytes(_compat.memory_fields(compiled))
-    )
+    return Work(found.operators, found.products, found.flops, _jax.held_bytes(_jax.memory_fields(compiled)))
 
 
 def _of_instruction(instruction: Instruction, of: Callable[[str], Work]) -> Work:

@@ -1,42 +1,5 @@
 """Curvature: second-order quantities of any JAX model, as linear operators on its parameters."""
 
-from funcprop.curvature.accumulation import Accumulated as Accumulated
-from funcprop.curvature.accumulation import LoaderError as LoaderError
-from funcprop.curvature.accumulation import accumulate as accumulate
-from funcprop.curvature.accumulation import check_deterministic as check_deterministic
-from funcprop.curvature.accumulation import merge as merge
-from funcprop.curvature.accumulation import over_batches as over_batches
-from funcprop.curvature.convergence import ConvergenceWarning as ConvergenceWarning
-from funcprop.curvature.diagonal import HessianDiagonal as HessianDiagonal
-from funcprop.curvature.diagonal import Plan as Plan
-from funcprop.curvature.diagonal import PlanRow as PlanRow
-from funcprop.curvature.diagonal import hessian_diagonal as hessian_diagonal
-from funcprop.curvature.estimate import Estimate as Estimate
-from funcprop.curvature.fisher import fisher as fisher
-from funcprop.curvature.gauss_newton import GaussNewton as GaussNewton
-from funcprop.curvature.gauss_newton import ggn as ggn
-from funcprop.curvature.hessian import Hessian as Hessian
-from funcprop.curvature.hessian import hessian as hessian
-from funcprop.curvature.influence import Influence as Influence
-from funcprop.curvature.influence import influence as influence
-from funcprop.curvature.kfac import ekfac as ekfac
-from funcprop.curvature.kfac import kfac as kfac
-from funcprop.curvature.kronecker import Kronecker as Kronecker
-from funcprop.curvature.laplace import Laplace as Laplace
-from funcprop.curvature.laplace import Predictive as Predictive
-from funcprop.curvature.laplace import laplace as laplace
-from funcprop.curvature.likelihood import Likelihood as Likelihood
-from funcprop.curvature.operator import Dense as Dense
-from funcprop.curvature.operator import Identity as Identity
-from funcprop.curvature.operator import Linearized as Linearized
-from funcprop.curvature.operator import LinearOperator as LinearOperator
-from funcprop.curvature.operator import Scaled as Scaled
-from funcprop.curvature.operator import Sum as Sum
-from funcprop.curvature.operator import identity as identity
-from funcprop.curvature.per_example import Audit as Audit
-from funcprop.curvature.per_example import PerExample as PerExample
-from funcprop.curvature.per_example import per_example as per_example
-from funcprop.curvature.spectrum import Spectrum as Spectrum
-from funcprop.curvature.summary import EXACT as EXACT
-from funcprop.curvature.summary import Summary as Summary
-from funcprop.curvature.summary import summary as summary
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

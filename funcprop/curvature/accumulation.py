@@ -18,7 +18,7 @@ import scipy.sparse.linalg
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
-from funcprop.program import Compiled
+from funcprop.program.program import CompiledByTypes
 from funcprop.progress import bar
 
 Batches = Callable[[], Iterable[Any]] | Iterable[Any]
@@ -76,7 +76,7 @@ def accumulate(
         >>> print(total.mean, total.examples)
         {'mean': Array(3., dtype=float32)} 3
     """
-    compiled = Compiled(lambda batch: _applied(quantity, batch))
+    compiled = CompiledByTypes(lambda batch: _applied(quantity, batch))
     skipped = 0 if state is None else int(state.batches)
     checksum, number = 0, 0
     with closing(_visited(batches, progress is True, "curvature of minibatches")) as visited:
@@ -212,7 +212,7 @@ def over_batches(
     def on_batch(batch: Any, v: Any) -> Any:
         return ravel_pytree(_applied(lambda *b: operator(params, *b), batch) @ unravel(v))[0]
 
-    product = Compiled(on_batch)
+    product = CompiledByTypes(on_batch)
 
     def matvec(v: np.ndarray) -> np.ndarray:
         column = jnp.asarray(v, flat.dtype).ravel()

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcprop.calls import Call, require_values
-from funcprop.curvature.subset import SHAPES, Point
-from funcprop.program import Program
-from funcprop.rewrite import Rewriter
-from funcprop.rule_set import RuleSet
-from funcprop.rules import default
+from funcprop.operators.subset import SHAPES, Point
+from funcprop.program.call import Call, require_values
+from funcprop.program.program import Program
+from funcprop.rules.rewrite import Rewriter
+from funcprop.rules.rule_set import RuleSet
+from funcprop.rules.sets import default
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from funcprop.curvature.operator import LinearOperator
-from funcprop.curvature.parameters import Parameters
-from funcprop.program import Program
-from funcprop.rule_set import RuleSet
+from funcprop.operators.linear_operator import LinearOperator
+from funcprop.operators.parameters import Parameters
+from funcprop.program.program import Program
+from funcprop.rules.rule_set import RuleSet
 
 
 @jax.tree_util.register_dataclass

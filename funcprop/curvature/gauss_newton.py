@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from funcprop.calls import in_order
 from funcprop.curvature.binding import Bound, ruled
 from funcprop.curvature.derived import Derived
-from funcprop.curvature.diagonal import hessian_diagonal
-from funcprop.curvature.hessian import require_scalar
-from funcprop.curvature.parameters import Where
-from funcprop.curvature.subset import Point
-from funcprop.program import Program
-from funcprop.rule_set import RuleSet
-from funcprop.running import with_rules
+from funcprop.curvature.diagonal.exact_diagonal import hessian_diagonal
+from funcprop.curvature.hessian_operator import require_scalar
+from funcprop.operators.parameters import Where
+from funcprop.operators.subset import Point
+from funcprop.program.call import in_order
+from funcprop.program.program import Program
+from funcprop.rules.rule_set import RuleSet
+from funcprop.rules.running import with_rules
 
 Map = Callable[[PyTree], PyTree]
 Curvature = Callable[[PyTree, Any], Map]  # of outputs, from these and arrays

@@ -30,11 +30,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Scalar
 
-from funcprop.curvature.finite import nonfinite_rows, require_finite
-from funcprop.curvature.operator import LinearOperator
-from funcprop.curvature.outer.layout import Layout
-from funcprop.curvature.parameters import Parameters
-from funcprop.curvature.solve import require_damping
+from funcprop.curvature.example_gradients.matrix_layout import MatrixLayout
+from funcprop.operators.finite import nonfinite_rows, require_finite
+from funcprop.operators.linear_operator import LinearOperator
+from funcprop.operators.parameters import Parameters
+from funcprop.operators.solvers import require_damping
 
 METHODS = ("pi", "eigenvalue")
 
@@ -50,12 +50,12 @@ def multiply(factor: Any, blocks: Any, axis: int) -> Any:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
-class Product:
+class KroneckerProduct:
     """`A ⊗ G` of one parameter, with both factors."""
 
     a: Array
     g: Array
-    layout: Layout = field(metadata={"static": True})
+    layout: MatrixLayout = field(metadata={"static": True})
 
     def __call__(self, leaf: Any) -> Any:
         """The product with one parameter."""
@@ -68,12 +68,12 @@ class Product:
         values = jnp.broadcast_to(a[..., :, None] * g[..., None, :], self.layout.matrix)
         return Eigen(ua, ug, values, self.layout)
 
-    def inverse(self, damping: Any) -> Product:
+    def inverse(self, damping: Any) -> KroneckerProduct:
         """`(A + π√λ I)⁻¹ ⊗ (G + √λ/π I)⁻¹` with `π² = (tr A / dim A) / (tr G / dim G)`."""
         mean_a, mean_g = _mean_eigenvalue(self.a), _mean_eigenvalue(self.g)
         ratio = jnp.where((mean_a > 0) & (mean_g > 0), mean_a / jnp.where(mean_g > 0, mean_g, 1), 1)
         pi, root = jnp.sqrt(ratio), jnp.sqrt(damping)
-        return Product(_inverse(self.a, pi * root), _inverse(self.g, root / pi), self.layout)
+        return KroneckerProduct(_inverse(self.a, pi * root), _inverse(self.g, root / pi), self.layout)
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +84,7 @@ class Eigen:
     ua: Array
     ug: Array
     values: Array
-    layout: Layout = field(metadata={"static": True})
+    layout: MatrixLayout = field(metadata={"static": True})
 
     def __call__(self, leaf: Any) -> Any:
         """The product with one parameter."""
@@ -147,7 +147,7 @@ class Kronecker(LinearOperator):
     It is a pytree, and everything of `LinearOperator` works on it.
     """
 
-    blocks: tuple[Product | Eigen, ...]
+    blocks: tuple[KroneckerProduct | Eigen, ...]
     parameters: Parameters = field(metadata={"static": True})
 
     def linear_map(self) -> Callable[[PyTree], PyTree]:
@@ -185,7 +185,7 @@ class Kronecker(LinearOperator):
         """
         found = {}
         for path, block in zip(self.parameters.paths, self.blocks, strict=True):
-            if not isinstance(block, Product):
+            if not isinstance(block, KroneckerProduct):
                 raise ValueError(
                     "factors: the operator is in its eigenbasis (ekfac, sqrt); it has no factors."
                 )
@@ -209,7 +209,7 @@ class Kronecker(LinearOperator):
         require_method(method, "inverse")
         blocks = [
             block.inverse(damping)
-            if method == "pi" and isinstance(block, Product)
+            if method == "pi" and isinstance(block, KroneckerProduct)
             else block.eigen().map(lambda values: 1 / (values + damping))
             for block in self.blocks
         ]
@@ -254,11 +254,11 @@ class Kronecker(LinearOperator):
             map(type, other.blocks)
         ):
             raise ValueError("update: the operators are of different parameters, or of different kinds.")
-        blocks: list[Product | Eigen] = []
+        blocks: list[KroneckerProduct | Eigen] = []
         for mine, new in zip(self.blocks, other.blocks, strict=True):
-            if isinstance(mine, Product) and isinstance(new, Product):
+            if isinstance(mine, KroneckerProduct) and isinstance(new, KroneckerProduct):
                 average = lambda a, b: decay * a + (1 - decay) * b  # noqa: E731
-                blocks.append(Product(average(mine.a, new.a), average(mine.g, new.g), mine.layout))
+                blocks.append(KroneckerProduct(average(mine.a, new.a), average(mine.g, new.g), mine.layout))
             elif isinstance(mine, Eigen) and isinstance(new, Eigen):
                 past = mine.diagonal_in(new.ua, new.ug)
                 blocks.append(replace(new, values=decay * past + (1 - decay) * new.values))

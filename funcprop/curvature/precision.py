@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
 from funcprop.curvature.kronecker import Eigen
-from funcprop.curvature.parameters import Parameters
+from funcprop.operators.parameters import Parameters
 
 Jacobian = Sequence[Float[Array, "outputs ..."]]
 
@@ -78,7 +78,7 @@ class Full(Precision):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
-class Diagonal(Precision):
+class DiagonalPrecision(Precision):
     """The diagonal of `H`, leaf by leaf; what is beside it counts as zero."""
 
     entries: tuple[Array, ...]
@@ -151,7 +151,7 @@ class LowRank(Precision):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
-class Kronecker(Precision):
+class KroneckerPrecision(Precision):
     """Kronecker products `A ⊗ G`, one for each leaf, by their eigenvectors.
 
     Within a leaf the prior's precision is one number: the mean, if it is given for every entry.

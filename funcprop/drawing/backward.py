@@ -9,14 +9,14 @@ from typing import Any
 
 import jax
 
-from funcprop import _compat
-from funcprop.drawing.marked import differentiated, marked, shape_of
+from funcprop import _jax
 from funcprop.drawing.relabelling import Relabelling, needed, objective_name, replaced, seed_names
-from funcprop.drawing.shown import Shown
-from funcprop.graph import Graph, Variable
-from funcprop.rule_set import RuleSet
-from funcprop.rules import default
-from funcprop.tracing import CHECKPOINTS, INLINED, trace_function
+from funcprop.drawing.request import Shown
+from funcprop.drawing.ruled_function import differentiated, marked, shape_of
+from funcprop.graph.graph import Graph, Variable
+from funcprop.graph.tracing import CHECKPOINTS, INLINED, trace_function
+from funcprop.rules.rule_set import RuleSet
+from funcprop.rules.sets import default
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -93,12 +93,12 @@ def backward_graph(
         inline = INLINED | CHECKPOINTS
         first = trace_function(forward, args, kwargs, inline).graph
         tree, saved_types, types = traces[-1]
-        smooth = [_compat.is_differentiable(t) for t in types]
+        smooth = [_jax.is_differentiable(t) for t in types]
 
         def backward(saved: list[Any], seeds: list[Any]) -> Any:
             given = iter(seeds)
             cotangents = [
-                next(given) if is_smooth else _compat.zero_tangent(t)
+                next(given) if is_smooth else _jax.zero_tangent(t)
                 for is_smooth, t in zip(smooth, types, strict=True)
             ]
             return jax.tree.unflatten(tree, saved)(cotangents)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from funcprop import _compat
-from funcprop.graph import Graph, Operator
+from funcprop import _jax
+from funcprop.graph.graph import Graph, Operator
 
 
-class Body(NamedTuple):
+class OpenedBody(NamedTuple):
     """A graph inside an operator.
 
     `operands[i]` is the operand that its input `i` has (at first, if it is carried), `results[j]` the result
@@ -25,36 +25,36 @@ class Body(NamedTuple):
     sliced: range
 
 
-def bodies(op: Operator) -> tuple[Body, ...]:
+def bodies(op: Operator) -> tuple[OpenedBody, ...]:
     """The bodies of an operator; none if it is not known how they are wired."""
     return tuple(_bodies(op))
 
 
-def _bodies(op: Operator) -> Iterator[Body]:
+def _bodies(op: Operator) -> Iterator[OpenedBody]:
     graphs, n = op.bodies, len(op.inputs)
     none = range(0)
     if op.op == "scan":
         (graph,) = graphs.values()
-        consts, carries = _compat.scan_counts(op.static)
+        consts, carries = _jax.scan_counts(op.static)
         carried = {j: consts + j for j in range(carries)}
         results = tuple(range(len(op.outputs)))
-        yield Body("", graph, tuple(range(n)), results, carried, range(consts + carries, n))
+        yield OpenedBody("", graph, tuple(range(n)), results, carried, range(consts + carries, n))
     elif op.op == "while":
         skipped, consts = op.static["cond_nconsts"], op.static["body_nconsts"]
         first = skipped + consts
         state = tuple(range(first, n))
         carried = {j: consts + j for j in range(len(state))}
-        yield Body("condition", graphs["cond_jaxpr"], (*range(skipped), *state), (None,), {}, none)
+        yield OpenedBody("condition", graphs["cond_jaxpr"], (*range(skipped), *state), (None,), {}, none)
         inputs = (*range(skipped, first), *state)
-        yield Body("body", graphs["body_jaxpr"], inputs, tuple(range(len(state))), carried, none)
+        yield OpenedBody("body", graphs["body_jaxpr"], inputs, tuple(range(len(state))), carried, none)
     elif op.op == "cond":
         results = tuple(range(len(op.outputs)))
         for i, graph in enumerate(graphs.values()):
-            yield Body(f"branch {i}", graph, tuple(range(1, n)), results, {}, none)
+            yield OpenedBody(f"branch {i}", graph, tuple(range(1, n)), results, {}, none)
     elif len(graphs) == 1:
         (graph,) = graphs.values()
         if (len(graph.inputs), len(graph.outputs)) == (n, len(op.outputs)):
-            yield Body("", graph, tuple(range(n)), tuple(range(len(op.outputs))), {}, none)
+            yield OpenedBody("", graph, tuple(range(n)), tuple(range(len(op.outputs))), {}, none)
 
 
 def inner_prefix(op: str, body: str) -> str:

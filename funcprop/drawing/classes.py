@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
-from funcprop.drawing.bodies import Body, bodies, inner_name
-from funcprop.graph import Graph, Operator
+from funcprop.drawing.bodies import OpenedBody, bodies, inner_name
+from funcprop.graph.graph import Graph, Operator
 
 Class = Literal["primal", "tangent", "cotangent", "tangent of cotangent"]
 
@@ -81,7 +81,7 @@ class _Marking:
                         operands[operand] |= out
         return results
 
-    def body(self, body: Body, name: str, operands: Sequence[int]) -> list[int]:
+    def body(self, body: OpenedBody, name: str, operands: Sequence[int]) -> list[int]:
         """The marks of a body's outputs."""
         for v, operand in zip(body.graph.inputs, body.operands, strict=True):
             self.of[id(v)] = operands[operand]

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from funcprop.drawing.backward import BackwardGraph
 from funcprop.drawing.matching import Matching
-from funcprop.drawing.merging import merged
-from funcprop.drawing.opened import Comparison, Passage, compared
+from funcprop.drawing.opened_loops import ComparedGraphs, Passage, compared
+from funcprop.drawing.request import Shown
 from funcprop.drawing.second_order import SecondOrderGraph
-from funcprop.drawing.shown import Shown
-from funcprop.graph import Graph, Operator, Variable
+from funcprop.graph.graph import Graph, Operator, Variable
+from funcprop.graph.pictured import Pictured
 
 # The sweeps of a gradient's graph, as the classes of a Hessian-vector product's.
 _ROLES = {"forward": "primal", "backward": "cotangent"}
@@ -54,7 +54,7 @@ class End(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Difference:
+class Difference(Pictured):
     """Two graphs, and what is only in one of them. `print` lists it, `fp.draw` draws both in one picture.
 
     Names are those of the graph in which a thing is; what is in a loop is called by its place,
@@ -64,7 +64,7 @@ class Difference:
 
     before: Graph
     after: Graph
-    comparison: Comparison
+    comparison: ComparedGraphs
 
     @property
     def matching(self) -> Matching:
@@ -147,15 +147,6 @@ class Difference:
         return "\n".join(lines)
 
     __repr__ = __str__
-
-    def _repr_svg_(self) -> str | None:
-        from funcprop.drawing.draw import notebook_svg  # which draws differences, and so imports this
-
-        return notebook_svg(self)
-
-    def shown(self) -> Shown:
-        """What `fp.draw` draws: the second graph, and what only the first has."""
-        return merged(self)
 
 
 def _counted(things: tuple[Any, ...], noun: str) -> str:

@@ -7,20 +7,21 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from funcprop.drawing.assembly import FEW, assemble
 from funcprop.drawing.backward import BackwardGraph
 from funcprop.drawing.difference import Difference
-from funcprop.drawing.distant import far_edges
+from funcprop.drawing.distant_arrows import far_edges
 from funcprop.drawing.dot import dot
 from funcprop.drawing.geometry import size_of
 from funcprop.drawing.layout import MANY, Direct, DrawingError, Engine, Layout, lay_out, require_known
 from funcprop.drawing.loops import open_loops
 from funcprop.drawing.markup import as_json, mermaid
+from funcprop.drawing.merging import merged
+from funcprop.drawing.nodes_and_boxes import FEW, assemble
 from funcprop.drawing.picture import Picture, node_ids
+from funcprop.drawing.request import Shown
 from funcprop.drawing.second_order import SecondOrderGraph
-from funcprop.drawing.shown import Shown
 from funcprop.drawing.svg import svg
-from funcprop.graph import Graph
+from funcprop.graph.graph import Graph
 
 # What writes a file of each suffix.
 SUFFIXES = {".svg": "svg", ".dot": "dot", ".gv": "dot", ".mmd": "mermaid", ".json": "json"}
@@ -175,7 +176,9 @@ def draw(
     if path is not None:
         written_by(path)
     require_known(engine)
-    if isinstance(graph, BackwardGraph | SecondOrderGraph | Difference):
+    if isinstance(graph, Difference):
+        shown = merged(graph)
+    elif isinstance(graph, BackwardGraph | SecondOrderGraph):
         shown = graph.shown()
     elif isinstance(graph, Graph):
         shown = Shown(graph)

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from funcprop.drawing.bodies import Body, bodies, inner_name, inner_prefix
+from funcprop.drawing.bodies import OpenedBody, bodies, inner_name, inner_prefix
+from funcprop.drawing.request import DrawnPlace, Link, Shown
 from funcprop.drawing.scopes import scope_path
-from funcprop.drawing.shown import Link, Place, Shown
-from funcprop.graph import Graph, Operator, Variable
-from funcprop.naming import joined
+from funcprop.graph.graph import Graph, Operator, Variable
+from funcprop.graph.naming import joined
 
 LOOPS = frozenset({"scan", "while", "cond"})
 
@@ -55,7 +55,7 @@ class _Opening:
         self.variable_roles = dict(shown.variable_roles)
         self.constants: list[Variable] = []
         self.links: list[Link] = []
-        self.places: dict[Place, Variable] = {}
+        self.places: dict[DrawnPlace, Variable] = {}
         self.titles: dict[tuple[str, ...], str] = {}
 
     def opened(self, operators: Iterable[Operator], levels: int) -> list[Operator]:
@@ -91,11 +91,11 @@ class _Opening:
             entered = [v for i, v in values.items() if v is not op.inputs[i]]
             for outside, placed in ((False, entered), (True, op.outputs)):
                 for i, v in enumerate(placed):
-                    self.places[Place(inner[0].name, depth, outside, i)] = v
+                    self.places[DrawnPlace(inner[0].name, depth, outside, i)] = v
             self.colour(op, inner, entered)
         return inner
 
-    def entering(self, op: Operator, body: Body, scope: str) -> dict[int, Variable]:
+    def entering(self, op: Operator, body: OpenedBody, scope: str) -> dict[int, Variable]:
         """What stands in the loop for each operand, by its number: itself, or a square of its own."""
         last = {i: body.graph.outputs[j] for j, i in body.carried.items()}
         values = {}
@@ -115,7 +115,7 @@ class _Opening:
         return values
 
     def moved(
-        self, op: Operator, body: Body, scope: str, values: Mapping[int, Variable]
+        self, op: Operator, body: OpenedBody, scope: str, values: Mapping[int, Variable]
     ) -> Callable[[Variable], Variable]:
         """What a body's variables are in the graph around."""
         of = {id(v): values[i] for v, i in zip(body.graph.inputs, body.operands, strict=True)}
@@ -125,7 +125,7 @@ class _Opening:
         return lambda v: of.get(id(v), v)
 
     def renamed(
-        self, op: Operator, body: Body, scope: str, moved: Callable[[Variable], Variable]
+        self, op: Operator, body: OpenedBody, scope: str, moved: Callable[[Variable], Variable]
     ) -> list[Operator]:
         """The operators of a body, as those of the graph around."""
         found = []
@@ -147,7 +147,7 @@ class _Opening:
         return found
 
     def connect(
-        self, op: Operator, body: Body, outputs: Sequence[Variable], values: Mapping[int, Variable]
+        self, op: Operator, body: OpenedBody, outputs: Sequence[Variable], values: Mapping[int, Variable]
     ) -> None:
         """Arrows from what a body computes to what it is in the next iteration, and to the results."""
         for j, v in enumerate(outputs):

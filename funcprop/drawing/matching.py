@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from difflib import SequenceMatcher
 from typing import Any
 
-from funcprop.graph import Graph, Operator, Variable
+from funcprop.graph.graph import Graph, Operator, Variable
 
 
 def kind(op: Operator) -> Hashable:

@@ -6,16 +6,13 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from funcprop.drawing.opened import Passage, loops_around
+from funcprop.drawing.difference import Difference
+from funcprop.drawing.opened_loops import Passage, loops_around
+from funcprop.drawing.request import DrawnPlace, Link, Shown
 from funcprop.drawing.scopes import scope_path, scopes_around
-from funcprop.drawing.shown import Link, Place, Shown
-from funcprop.graph import Graph, Operator, Variable
-from funcprop.naming import unique_names
-
-if TYPE_CHECKING:
-    from funcprop.drawing.difference import Difference
+from funcprop.graph.graph import Graph, Operator, Variable
+from funcprop.graph.naming import unique_names
 
 ADDED, REMOVED = "added", "removed"
 
@@ -109,7 +106,7 @@ class _Merging:
             found += second[index : index + 1]
         return found
 
-    def places(self) -> dict[Place, Variable]:
+    def places(self) -> dict[DrawnPlace, Variable]:
         """Where the values of opened loops stand, with those that were removed."""
         found = dict(self.second.places)
         scope_of = {op.name: op.scope for op in (*self.second.graph, *self.removed.values())}
@@ -122,7 +119,7 @@ class _Merging:
             if v.name in self.gone:
                 operator = next(op for op in self.first.graph if op.name == place.operator)
                 loop = self.loops[scope_path(operator.scope)[: place.depth]]
-                found[Place(inside[loop], len(loop), place.outside, next(numbers))] = self.gone[v.name]
+                found[DrawnPlace(inside[loop], len(loop), place.outside, next(numbers))] = self.gone[v.name]
         return found
 
     def links(self) -> tuple[list[Link], dict[tuple[str, str, bool], str]]:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
-from funcprop.graph import bytes_text
+from funcprop.graph.graph import bytes_text
 
 NodeKind = Literal["variable", "operator", "scope"]
 EdgeKind = Literal["flow", "residual", "repeat"]

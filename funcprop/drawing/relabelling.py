@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from funcprop.drawing.marked import COTANGENT
-from funcprop.graph import Operator, Variable
-from funcprop.naming import unique_names, without_transformations
+from funcprop.drawing.ruled_function import COTANGENT
+from funcprop.graph.graph import Operator, Variable
+from funcprop.graph.naming import unique_names, without_transformations
 
 _TRANSFORMATIONS = ("vmap", "jvp", "transpose")
 

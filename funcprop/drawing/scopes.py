@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from funcprop.graph import Operator, Variable
+from funcprop.graph.graph import Operator, Variable
 
 # A block of more siblings than this is not looked for, nor one of fewer operators that nobody named.
 _LONGEST_PERIOD = 1024

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from funcprop.drawing.classes import CLASSES, Class, classify
-from funcprop.drawing.marked import differentiated, marked, shape_of
 from funcprop.drawing.relabelling import Relabelling, needed, objective_name, replaced, seed_names
-from funcprop.drawing.shown import Shown
-from funcprop.graph import Graph, Variable
-from funcprop.rule_set import RuleSet
-from funcprop.rules import default
-from funcprop.tracing import CHECKPOINTS, INLINED, trace_function
+from funcprop.drawing.request import Shown
+from funcprop.drawing.ruled_function import differentiated, marked, shape_of
+from funcprop.graph.graph import Graph, Variable
+from funcprop.graph.tracing import CHECKPOINTS, INLINED, trace_function
+from funcprop.rules.rule_set import RuleSet
+from funcprop.rules.sets import default
 
 Order = Literal["forward-over-reverse", "reverse-over-reverse"]
 

@@ -6,8 +6,8 @@ is one, and else a short form of their name.
 
 from __future__ import annotations
 
-from funcprop import _compat
-from funcprop.graph import Operator
+from funcprop import _jax
+from funcprop.graph.graph import Operator
 
 PRIMITIVES = {
     "add": "+", "add_any": "+", "sub": "−", "mul": "⊙", "div": "÷", "neg": "−", "dot_general": "×",
@@ -30,6 +30,6 @@ def symbol(op: Operator) -> str:
     if op.call is not None:
         return op.call.symbol()
     if op.op in ("custom_jvp_call", "custom_vjp_call") and op.equation is not None:
-        return _compat.function_name(op.equation)
+        return _jax.function_name(op.equation)
     written = PRIMITIVES.get(op.op)
     return written if written is not None else op.op.replace("_", " ")

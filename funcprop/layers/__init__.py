@@ -1,41 +1,5 @@
 """Layers, one family a file: forward function, hand-written rule, equations and initialiser side by side."""
 
-from funcprop.layers.attention import attention as attention
-from funcprop.layers.batch_norm import BatchStatistics as BatchStatistics
-from funcprop.layers.batch_norm import batch_norm as batch_norm
-from funcprop.layers.convolution import conv as conv
-from funcprop.layers.dropout import dropout as dropout
-from funcprop.layers.embedding import embedding as embedding
-from funcprop.layers.feed_forward import feed_forward as feed_forward
-from funcprop.layers.gated import geglu as geglu
-from funcprop.layers.gated import swiglu as swiglu
-from funcprop.layers.group_norm import group_norm as group_norm
-from funcprop.layers.linear import dense as dense
-from funcprop.layers.linear import linear as linear
-from funcprop.layers.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
-from funcprop.layers.loss import l2_penalty as l2_penalty
-from funcprop.layers.loss import mean_squared_error as mean_squared_error
-from funcprop.layers.loss import softmax_cross_entropy as softmax_cross_entropy
-from funcprop.layers.norm_dense import norm_dense as norm_dense
-from funcprop.layers.normalization import layer_norm as layer_norm
-from funcprop.layers.normalization import rms_norm as rms_norm
-from funcprop.layers.pointwise_loss import focal_loss as focal_loss
-from funcprop.layers.pointwise_loss import huber_loss as huber_loss
-from funcprop.layers.pooling import avg_pool as avg_pool
-from funcprop.layers.pooling import max_pool as max_pool
-from funcprop.layers.recurrent import gru as gru
-from funcprop.layers.recurrent import lstm as lstm
-from funcprop.layers.recurrent import rnn as rnn
-from funcprop.layers.rotary import rotary as rotary
-from funcprop.layers.rotary import rotary_angles as rotary_angles
-from funcprop.patterns.activation import exact_gelu as exact_gelu
-from funcprop.patterns.activation import gelu as gelu
-from funcprop.patterns.activation import relu as relu
-from funcprop.patterns.activation import sigmoid as sigmoid
-from funcprop.patterns.activation import silu as silu
-from funcprop.patterns.activation import softplus as softplus
-from funcprop.patterns.activation import tanh as tanh
-from funcprop.patterns.activation import tanh_gelu as tanh_gelu
-from funcprop.patterns.fused_pooling import relu_max_pool as relu_max_pool
-from funcprop.patterns.softmax import log_softmax as log_softmax
-from funcprop.patterns.softmax import softmax as softmax
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from funcprop.rule import Rule
-from funcprop.rules import handwritten
-from funcprop.running import with_rules
+from funcprop.rules.rule import Rule
+from funcprop.rules.running import with_rules
+from funcprop.rules.sets import handwritten
 
 
 class Pullback(NamedTuple):

@@ -5,7 +5,7 @@
     w̄[k, c, o] = Σ_i x[i·s + k·d − p, c] ȳ[i, o],    x̄ = the transposed convolution of ȳ with w,    b̄ = Σ ȳ
 
 The layer is `lax.conv_general_dilated` and a sum; how each of the three products is computed is the business
-of the primitive's rule (`funcprop.primitives.convolution`).
+of the primitive's rule (`funcprop.rules.primitives.convolution`).
 
 Reference: LeCun et al., "Gradient-based learning applied to document recognition", 1998.
 """
@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from funcprop.dtypes import common_dtype, plus
-from funcprop.expressions import Equations, OperatorSymbols, apply
-from funcprop.layer import layer
 from funcprop.layers.composed import composed_rule
+from funcprop.program.dtypes import common_dtype, plus
+from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.layer import layer
 
 Padding: TypeAlias = "str | int | tuple[int | tuple[int, int], ...]"
 

@@ -23,11 +23,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from funcprop.expressions import Equations, OperatorSymbols, apply
-from funcprop.layer import layer
-from funcprop.layers.linear import Operands, dense, init_dense
-from funcprop.patterns.activation import ACTIVATIONS, Activation
-from funcprop.rule import Rule
+from funcprop.layers.linear_layers import LinearOperands, dense, init_dense
+from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.layer import layer
+from funcprop.rules.patterns.activation import ACTIVATIONS, Activation
+from funcprop.rules.rule import Rule
 
 Save: TypeAlias = Literal["input", "preactivation", "all"]
 POLICIES = ("input", "preactivation", "all")
@@ -110,14 +110,16 @@ def _rule(phi: Activation, name: str) -> Rule:
         down = None
         if w_down is not None:
             needed = (any((need_x, need_gate, need_up)), need_down, None)
-            g, down, _ = product(Operands(h, w_down, None), g, needed)
+            g, down, _ = product(LinearOperands(h, w_down, None), g, needed)
         by_gate: Any = None
         by_up: Any = None
         of_gate = of_up = None
         if need_x or need_gate:
-            by_gate, of_gate, _ = product(Operands(x, w_gate, None), g * slope, (need_x, need_gate, None))
+            by_gate, of_gate, _ = product(
+                LinearOperands(x, w_gate, None), g * slope, (need_x, need_gate, None)
+            )
         if need_x or need_up:
-            by_up, of_up, _ = product(Operands(x, w_up, None), g * gate, (need_x, need_up, None))
+            by_up, of_up, _ = product(LinearOperands(x, w_up, None), g * gate, (need_x, need_up, None))
         return by_gate + by_up if need_x else None, of_gate, of_up, down
 
     def equations(op: OperatorSymbols) -> Equations:

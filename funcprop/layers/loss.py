@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Inexact, Num
 
-from funcprop import _compat
-from funcprop.expressions import Equations, OperatorSymbols, apply, number, squared_norm
-from funcprop.layer import layer
-from funcprop.rule import Rule
+from funcprop import _jax
+from funcprop.rules.expressions import Equations, OperatorSymbols, apply, number, squared_norm
+from funcprop.rules.layer import layer
+from funcprop.rules.rule import Rule
 
 # --- softmax cross-entropy --------------------------------------------------------------------
 
@@ -33,7 +33,7 @@ class LogitsAndLabels(NamedTuple):
 
 
 def _is_index(labels: Any) -> bool:
-    return not _compat.is_differentiable(jax.typeof(labels))
+    return not _jax.is_differentiable(jax.typeof(labels))
 
 
 def _cross_entropy(logits: Any, labels: Any) -> Any:

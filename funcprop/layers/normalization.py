@@ -38,10 +38,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from funcprop.dtypes import common_dtype, plus, single_at_least, times, together
-from funcprop.expressions import Equations, Expression, OperatorSymbols, apply
-from funcprop.layer import layer
-from funcprop.rule import Rule
+from funcprop.program.dtypes import common_dtype, plus, single_at_least, times, together
+from funcprop.rules.expressions import Equations, Expression, OperatorSymbols, apply
+from funcprop.rules.layer import layer
+from funcprop.rules.rule import Rule
 
 Save: TypeAlias = Literal["input", "output"]
 

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Inexact, Num
 
-from funcprop.expressions import Equations, OperatorSymbols, apply
-from funcprop.layer import layer
-from funcprop.rule import Rule
+from funcprop.layers.loss import PredictionAndTarget
+from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.layer import layer
+from funcprop.rules.rule import Rule
 
 
 def _check_shapes(name: str, first: str, x: Any, second: str, y: Any) -> None:
@@ -129,13 +130,6 @@ def focal_loss(
 
 
 # --- Huber loss -------------------------------------------------------------------------------
-
-
-class PredictionAndTarget(NamedTuple):
-    """Both operands; only their difference is read."""
-
-    prediction: Any
-    target: Any
 
 
 def _huber_forward(prediction: Any, target: Any, *, delta: float) -> tuple[Any, PredictionAndTarget]:

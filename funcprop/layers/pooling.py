@@ -4,7 +4,7 @@
     mean: y[i] = Σ x[j] / n,     x̄[j] = Σ {ȳ[i] / n : j in window i}
 
 The layers are `lax.reduce_window`; what is kept of a maximum, and how its cotangent finds its way back, is
-the business of the primitive's rule (`funcprop.primitives.pooling`).
+the business of the primitive's rule (`funcprop.rules.primitives.pooling`).
 
 Reference: Scherer et al., "Evaluation of pooling operations in convolutional architectures for object
 recognition", 2010.
@@ -23,10 +23,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from funcprop.expressions import Equations, OperatorSymbols, apply
-from funcprop.layer import layer
 from funcprop.layers.composed import composed_rule
 from funcprop.layers.convolution import Padding, each, paddings
+from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.layer import layer
 
 
 def _windows(

@@ -40,12 +40,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from funcprop.dtypes import common_dtype
-from funcprop.expressions import Equations, OperatorSymbols, apply
-from funcprop.layer import layer
-from funcprop.layers.linear import Operands, dense
-from funcprop.primitives.row_products import repeated
-from funcprop.rule import Rule
+from funcprop.layers.linear_layers import LinearOperands, dense
+from funcprop.program.dtypes import common_dtype
+from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.layer import layer
+from funcprop.rules.primitives.row_products import repeated
+from funcprop.rules.rule import Rule
 
 Save: TypeAlias = Literal["all", "output"]
 State = tuple[Any, ...]  # the output `h` is last
@@ -221,8 +221,8 @@ def _rule(cell: Cell, takes_recurrent_bias: bool) -> Rule:
         slices = of_outputs, kept, outputs
         of_first, of_p = lax.scan(step, tuple(of_last), slices, reverse=not reverse)
         product: Any = dense.rule.backward
-        of_x, of_w, of_b = product(Operands(x, w, b), of_p, (need_x, need_w, need_b))
-        operands = Operands(h_before, u, b_recurrent)
+        of_x, of_w, of_b = product(LinearOperands(x, w, b), of_p, (need_x, need_w, need_b))
+        operands = LinearOperands(h_before, u, b_recurrent)
         of_q = cell.recurrent(kept, of_p)
         _, of_u, of_recurrent = product(operands, of_q, (False, need_u, need_recurrent))
         of_initial = None

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from funcprop import _compat
-from funcprop.dtypes import plus, together
-from funcprop.layers.token_loss import Options, denominator, pick, safe_labels, token_losses
+from funcprop import _jax
+from funcprop.layers.token_loss import TokenLossOptions, denominator, pick, safe_labels, token_losses
+from funcprop.program.dtypes import plus, together
 
 _PIECE = 2048  # columns of W̄ that are added up at a time: what is added stays in the cache
 
@@ -89,7 +89,7 @@ def _over_chunks(step: Any, totals: Any, xs: Any, cotangents: Any, size: int) ->
         return filled.reshape(size, count, *x.shape[1:])
 
     leaves, tree = jax.tree.flatten(totals)
-    totals = jax.tree.unflatten(tree, _compat.align_varying_axes([xs[0], *leaves])[1:])
+    totals = jax.tree.unflatten(tree, _jax.align_varying_axes([xs[0], *leaves])[1:])
     chunks = *(cut(x, "edge") for x in xs), *(cut(x, "constant") for x in cotangents)
 
     def of_chunk(totals: Any, i: Any) -> Any:
@@ -127,7 +127,7 @@ _staged = partial(jax.jit, inline=True)
 
 @partial(_staged, static_argnames=("size", "options", "gradient", "transposed"))
 def statistics(
-    h: Any, w: Any, b: Any, labels: Any, weights: Any, size: int, options: Options, gradient: bool,
+    h: Any, w: Any, b: Any, labels: Any, weights: Any, size: int, options: TokenLossOptions, gradient: bool,
     transposed: bool,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """`ℓ` and `z_y` of every token; with `gradient`, the cotangents of `h, w, b` for the cotangent 1."""

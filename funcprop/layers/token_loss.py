@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from funcprop.dtypes import times
+from funcprop.program.dtypes import times
 
 
-class Options(NamedTuple):
+class TokenLossOptions(NamedTuple):
     """The static parameters of the loss itself."""
 
     ignore_index: int
@@ -23,7 +23,9 @@ class Options(NamedTuple):
     reduction: str
 
 
-def token_losses(normalizer: Any, picked: Any, smooth: Any, labels: Any, weights: Any, o: Options) -> Any:
+def token_losses(
+    normalizer: Any, picked: Any, smooth: Any, labels: Any, weights: Any, o: TokenLossOptions
+) -> Any:
     """Each token's loss from `ℓ`, `z_y` and the mean over the classes of `w_c z_c`."""
     valid = labels != o.ignore_index
     weight = _weight_of(labels, weights, o)
@@ -36,7 +38,7 @@ def token_losses(normalizer: Any, picked: Any, smooth: Any, labels: Any, weights
     return jnp.where(valid, loss, 0)
 
 
-def safe_labels(labels: Any, o: Options) -> Any:
+def safe_labels(labels: Any, o: TokenLossOptions) -> Any:
     """The labels, and class 0 where they are ignored."""
     return jnp.where(labels == o.ignore_index, 0, labels)
 
@@ -46,20 +48,22 @@ def pick(z: Any, labels: Any) -> Any:
     return jnp.take_along_axis(z, labels[..., None], axis=-1)[..., 0]
 
 
-def _weight_of(labels: Any, weights: Any, o: Options) -> Any:
+def _weight_of(labels: Any, weights: Any, o: TokenLossOptions) -> Any:
     if weights is None:
         return 1.0
     return jnp.take(weights, safe_labels(labels, o), mode="fill")
 
 
-def denominator(labels: Any, weights: Any, o: Options, dtype: Any) -> Any:
+def denominator(labels: Any, weights: Any, o: TokenLossOptions, dtype: Any) -> Any:
     """What the sum of the losses is divided by, which for `"mean"` is the weight of all tokens that count."""
     if o.reduction != "mean":
         return jnp.ones((), dtype)
     return jnp.where(labels != o.ignore_index, _weight_of(labels, weights, o), 0).sum(dtype=dtype)
 
 
-def reduced_loss(normalizer: Any, picked: Any, smooth: Any, labels: Any, weights: Any, o: Options) -> Any:
+def reduced_loss(
+    normalizer: Any, picked: Any, smooth: Any, labels: Any, weights: Any, o: TokenLossOptions
+) -> Any:
     """The losses, their sum, or their mean."""
     losses = token_losses(normalizer, picked, smooth, labels, weights, o)
     if o.reduction == "none":
@@ -67,7 +71,7 @@ def reduced_loss(normalizer: Any, picked: Any, smooth: Any, labels: Any, weights
     return losses.sum() / denominator(labels, weights, o, losses.dtype)
 
 
-def loss_of_logits(z: Any, labels: Any, weights: Any, o: Options) -> Any:
+def loss_of_logits(z: Any, labels: Any, weights: Any, o: TokenLossOptions) -> Any:
     """The loss from all logits."""
     picked = pick(z, safe_labels(labels, o))
     smooth = (z if weights is None else times(z, weights)).mean(-1)

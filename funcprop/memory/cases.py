@@ -15,20 +15,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from funcprop import _compat
-from funcprop.calls import Call, is_array, pair, traced
+from funcprop import _jax
+from funcprop.graph.objective import differentiable, positions
+from funcprop.graph.tracing import Arguments, argument_names
 from funcprop.memory.ledger import Category
-from funcprop.objective import differentiable, positions
-from funcprop.rule_set import RuleSet
-from funcprop.running import with_rules
-from funcprop.tracing import Arguments, argument_names
+from funcprop.program.call import Call, is_array, pair, traced
+from funcprop.rules.rule_set import RuleSet
+from funcprop.rules.running import with_rules
 
 Kind: TypeAlias = Literal["loss", "prediction", "step"]
 KINDS: tuple[Kind, ...] = Kind.__args__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class AccountedProgram:
     """A program: its jaxpr, and for each argument its name and purpose. `donated` are positions."""
 
     jaxpr: Any
@@ -39,7 +39,7 @@ class Case:
     @property
     def aliases(self) -> dict[int, int]:
         """Which argument is overwritten by which result, as JAX matches them: the next of equal type."""
-        jaxpr = _compat.open_jaxpr(self.jaxpr)
+        jaxpr = _jax.open_jaxpr(self.jaxpr)
         free: dict[Any, deque[int]] = defaultdict(deque)
         for i in sorted(self.donated):
             free[_type(jaxpr.invars[i].aval)].append(i)
@@ -51,10 +51,10 @@ class Case:
 
     def compiled(self, options: Mapping[str, Any]) -> Any:
         """The compiled program."""
-        inner, consts = _compat.open_jaxpr(self.jaxpr), _compat.constants(self.jaxpr)
+        inner, consts = _jax.open_jaxpr(self.jaxpr), _jax.constants(self.jaxpr)
         types = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inner.invars]
         program = jax.jit(
-            lambda *values: _compat.evaluate(inner, consts, values),
+            lambda *values: _jax.evaluate(inner, consts, values),
             donate_argnums=tuple(sorted(self.donated)),
             compiler_options=dict(options) or None,
         )
@@ -81,7 +81,7 @@ class Subject:
     has_aux: bool
     has_state: bool
     rules: RuleSet | None
-    inference: Case
+    inference: AccountedProgram
     results: Sequence[Any]
 
     @classmethod
@@ -119,8 +119,8 @@ class Subject:
 
         jaxpr = traced(flat, call.values, fun)
         purposes: list[Category] = ["parameters" if i in chosen else "inputs" for i in call.variables]
-        inference = Case(jaxpr, names, purposes)
-        results = [v.aval for v in _compat.open_jaxpr(jaxpr).outvars[: own[0]]]
+        inference = AccountedProgram(jaxpr, names, purposes)
+        results = [v.aval for v in _jax.open_jaxpr(jaxpr).outvars[: own[0]]]
         return cls(call, fun, signature, at, chosen, names, has_aux, has_state, rules, inference, results)
 
     @property
@@ -137,15 +137,15 @@ class Subject:
             and jnp.issubdtype(self.results[0].dtype, jnp.floating)
         ):
             return "loss"
-        backward = (e for e in _compat.equations(self.inference.jaxpr) if "transpose(" in _compat.scope(e))
+        backward = (e for e in _jax.equations(self.inference.jaxpr) if "transpose(" in _jax.scope(e))
         return "prediction" if next(backward, None) is None else "step"
 
     # --- training -----------------------------------------------------------------------------
 
-    def gradient(self) -> Case | None:
+    def gradient(self) -> AccountedProgram | None:
         """Value and gradient of a loss; results and pullback of anything else; None if nothing is smooth."""
         others = [i for i in self.call.variables if i not in self.chosen]
-        smooth = [t for t in self.results if _compat.is_differentiable(t)]
+        smooth = [t for t in self.results if _jax.is_differentiable(t)]
         if not self.chosen or not smooth:
             return None
         is_loss = self.kind == "loss"
@@ -155,14 +155,14 @@ class Subject:
             values, pullback, rest = jax.vjp(lambda c: function(c, others), chosen, has_aux=True)
             given = iter([jnp.ones((), values[0].dtype)] if is_loss else seeds)
             cotangents = [
-                next(given) if _compat.is_differentiable(t) else _compat.zero_tangent(t) for t in self.results
+                next(given) if _jax.is_differentiable(t) else _jax.zero_tangent(t) for t in self.results
             ]
             return _arrays((values, rest, pullback(cotangents)))
 
         seeds = [] if is_loss else [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in smooth]
         return self._case(program, others, [("∂J/∂result", "inputs", t) for t in seeds])
 
-    def step(self, optimizer: optax.GradientTransformation, donate: bool) -> Case | None:
+    def step(self, optimizer: optax.GradientTransformation, donate: bool) -> AccountedProgram | None:
         """A step of an optimizer on a loss: new parameters, new state, value."""
         others = [i for i in self.call.variables if i not in self.chosen]
         if not self.chosen:
@@ -195,18 +195,18 @@ class Subject:
         case = self._case(program, others, kept)
         count, own = len(self.chosen), len(case.names) - len(kept)
         donated = [*range(count), *range(own, own + len(kept))] if donate else []
-        return Case(case.jaxpr, case.names, case.categories, frozenset(donated))
+        return AccountedProgram(case.jaxpr, case.names, case.categories, frozenset(donated))
 
-    def whole_step(self) -> Case:
+    def whole_step(self) -> AccountedProgram:
         """The user's own train step, with what it donates."""
-        jaxpr = _compat.open_jaxpr(self.inference.jaxpr)
+        jaxpr = _jax.open_jaxpr(self.inference.jaxpr)
         donated = frozenset(
             jaxpr.invars.index(v)
             for eqn in jaxpr.eqns
             for v, gives in zip(eqn.invars, eqn.params.get("donated_invars", ()), strict=False)
             if gives and v in jaxpr.invars
         )
-        return Case(self.inference.jaxpr, self.names, _purposes(self.inference.jaxpr), donated)
+        return AccountedProgram(self.inference.jaxpr, self.names, _purposes(self.inference.jaxpr), donated)
 
     def _of_chosen(self, chosen: Sequence[Any], others: Sequence[Any]) -> tuple[list[Any], Any]:
         """The function's own results, and the others, of its arrays."""
@@ -240,7 +240,7 @@ class Subject:
         program: Callable[[list[Any], list[Any], list[Any]], Any],
         others: Sequence[int],
         more: Sequence[tuple[str, Category, Any]],
-    ) -> Case:
+    ) -> AccountedProgram:
         """A program of what is differentiated, the other arguments and further ones."""
         name = dict(zip(self.call.variables, self.names, strict=True))
         given = [self._type(i) for i in self.chosen], [self._type(i) for i in others], [t for *_, t in more]
@@ -253,7 +253,7 @@ class Subject:
         names = [*(name[i] for i in (*self.chosen, *others)), *(label for label, _, _ in more)]
         purposes: list[Category] = ["parameters" for _ in self.chosen]
         purposes += ["inputs" for _ in others]
-        return Case(jaxpr, names, [*purposes, *(category for _, category, _ in more)])
+        return AccountedProgram(jaxpr, names, [*purposes, *(category for _, category, _ in more)])
 
 
 def _first(returned: tuple[list[Any], Any]) -> tuple[Any, Any]:
@@ -273,14 +273,14 @@ def _arrays(tree: Any) -> list[Any]:
 
 def _purposes(jaxpr: Any) -> list[Category]:
     """What the arguments of a train step are: carried ones are parameters if the forward sweep reads them."""
-    inner = _compat.open_jaxpr(jaxpr)
+    inner = _jax.open_jaxpr(jaxpr)
     returned: dict[Any, int] = defaultdict(int)
     for v in inner.outvars:
         returned[_type(v.aval)] += 1
     forward = _read_forward(jaxpr)
     found: list[Category] = []
     for v, reads in zip(inner.invars, forward, strict=True):
-        carried = returned[_type(v.aval)] > 0 and _compat.is_differentiable(v.aval)
+        carried = returned[_type(v.aval)] > 0 and _jax.is_differentiable(v.aval)
         returned[_type(v.aval)] -= carried
         if carried:
             found.append("parameters" if reads else "optimizer state")
@@ -292,19 +292,19 @@ def _purposes(jaxpr: Any) -> list[Category]:
 
 def _read_forward(jaxpr: Any, prefix: str = "") -> list[bool]:
     """For each argument, whether an equation of a forward sweep under differentiation reads it."""
-    inner = _compat.open_jaxpr(jaxpr)
+    inner = _jax.open_jaxpr(jaxpr)
     read = set()
     for eqn in inner.eqns:
-        scope = f"{prefix}/{_compat.scope(eqn)}"
-        operands = _compat.variables(eqn.invars)
-        bodies = [body for _, body in _compat.sub_jaxprs(eqn)]
+        scope = f"{prefix}/{_jax.scope(eqn)}"
+        operands = _jax.variables(eqn.invars)
+        bodies = [body for _, body in _jax.sub_jaxprs(eqn)]
         if "jvp(" in scope and "transpose(" not in scope:
             read.update(operands)
-        elif len(bodies) == 1 and len(_compat.open_jaxpr(bodies[0]).invars) == len(eqn.invars):
+        elif len(bodies) == 1 and len(_jax.open_jaxpr(bodies[0]).invars) == len(eqn.invars):
             inside = _read_forward(bodies[0], scope)
             read.update(
                 v
                 for v, reads in zip(eqn.invars, inside, strict=True)
-                if reads and not isinstance(v, _compat.Literal)
+                if reads and not isinstance(v, _jax.Literal)
             )
     return [v in read for v in inner.invars]

@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
-from funcprop import _compat
+from funcprop import _jax
 from funcprop.memory.steps import Step, Value
-
-if TYPE_CHECKING:
-    from funcprop.memory.lowering import Lowering
 
 # What the compiler moves out of a loop only together with what reads it.
 _LIGHT = frozenset({"broadcast_in_dim", "iota", "reshape", "rev", "slice", "transpose"})
 
 
-def dot_general(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+def dot_general(lowering: Any, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
     """A product, after copies of the operands that are not in order.
 
     In order are batch axes in front, and then one axis besides the summed one.
@@ -58,7 +55,7 @@ def dot_general(lowering: Lowering, eqn: Any, operands: list[Value | None], scop
     return [product if product is None else lowering.view(product, result.shape, scope)]
 
 
-def transpose(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+def transpose(lowering: Any, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
     """A transposition; that of a matrix product is the product of the factors in the other order."""
     value, shape = operands[0], eqn.invars[0].aval.shape
     if value is None:
@@ -70,9 +67,7 @@ def transpose(lowering: Lowering, eqn: Any, operands: list[Value | None], scope:
     return [transposed(lowering, value, shape, eqn.params["permutation"], scope)]
 
 
-def transposed(
-    lowering: Lowering, value: Value, shape: Sequence[int], order: Sequence[int], scope: str
-) -> Value:
+def transposed(lowering: Any, value: Value, shape: Sequence[int], order: Sequence[int], scope: str) -> Value:
     """A copy in another order of axes; of what is such a copy itself, one of its source, or the source."""
     step = value.step
     if step is not None and step.order and value.shape == tuple(shape):
@@ -90,7 +85,7 @@ def transposed(
     return copy
 
 
-def convolution(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+def convolution(lowering: Any, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
     """A convolution, after copies of what is not `NHWC` or `HWIO`, and a copy of such a result."""
     lhs, rhs, out = eqn.params["dimension_numbers"]
     orders = ([lhs[0], *lhs[2:], lhs[1]], [*rhs[2:], rhs[1], rhs[0]])
@@ -109,7 +104,7 @@ def convolution(lowering: Lowering, eqn: Any, operands: list[Value | None], scop
 
 
 def select_and_scatter_add(
-    lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str
+    lowering: Any, eqn: Any, operands: list[Value | None], scope: str
 ) -> list[Value | None]:
     """The derivative of max-pooling: positions of all entries, the largest in each window, then a scatter."""
     source, operand = (atom.aval for atom in eqn.invars)
@@ -126,7 +121,7 @@ def select_and_scatter_add(
     return lowering.add("scatter_add", "update", scope, [zeros, indices, operands[0]], [operand])
 
 
-def add(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+def add(lowering: Any, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
     """A sum; what is scattered into zeros and added to something is scattered into that at once."""
     aval = eqn.outvars[0].aval
     for value, other in zip(operands, operands[::-1], strict=True):
@@ -139,9 +134,7 @@ def add(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) 
     return lowering.add(eqn.primitive.name, "elementwise", scope, terms, [aval], expensive=False)
 
 
-def one_minus_square(
-    lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str
-) -> list[Value | None]:
+def one_minus_square(lowering: Any, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
     """The derivative of tanh, `(1 + y) (1 − y)`: a product of two arrays, which is not computed twice."""
     avals = [eqn.outvars[0].aval]
     factors = [
@@ -150,7 +143,7 @@ def one_minus_square(
     return lowering.add(eqn.primitive.name, "elementwise", scope, factors, avals, expensive=False)
 
 
-def twice(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+def twice(lowering: Any, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
     """A kernel that holds as much again as its results while it runs."""
     avals = [v.aval for v in eqn.outvars]
     results = lowering.add(eqn.primitive.name, "kernel", scope, operands, avals)
@@ -158,7 +151,7 @@ def twice(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str
     return results
 
 
-def random_bits(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+def random_bits(lowering: Any, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
     """Threefry: a loop that carries two words for each number, as `twice`, and then their exclusive or."""
     (aval,) = (v.aval for v in eqn.outvars)
     if "fry" not in str(eqn.invars[0].aval.dtype):
@@ -169,7 +162,7 @@ def random_bits(lowering: Lowering, eqn: Any, operands: list[Value | None], scop
     return lowering.add("xor", "elementwise", scope, both, [aval], expensive=False)
 
 
-Expansion: TypeAlias = "Callable[[Lowering, Any, list[Value | None], str], list[Value | None]]"
+Expansion: TypeAlias = "Callable[[Any, Any, list[Value | None], str], list[Value | None]]"
 TABLE: dict[str, Expansion] = {
     "add": add,
     "add_any": add,
@@ -191,7 +184,7 @@ TABLE: dict[str, Expansion] = {
 # --- control flow -----------------------------------------------------------------------------
 
 
-def loop(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+def loop(lowering: Any, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
     """A `scan` or `while` as one step with its body."""
     if eqn.primitive.name == "scan":
         return _scan(lowering, eqn, operands, scope)
@@ -201,17 +194,17 @@ def loop(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str)
     return _while(lowering, eqn, body, given, consts, len(given) - consts, scope)
 
 
-def _scan(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
-    consts, carry = _compat.scan_counts(eqn.params)
+def _scan(lowering: Any, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+    consts, carry = _jax.scan_counts(eqn.params)
     return _while(lowering, eqn, eqn.params["jaxpr"], operands, consts, carry, scope)
 
 
 def _while(
-    lowering: Lowering, eqn: Any, body: Any, operands: list[Value | None], consts: int, carry: int, scope: str
+    lowering: Any, eqn: Any, body: Any, operands: list[Value | None], consts: int, carry: int, scope: str
 ) -> list[Value | None]:
     """The loop: carries, and one array for each stacked result, are written in place."""
     inner = lowering.nested()
-    jaxpr, avals = _compat.open_jaxpr(body), [v.aval for v in eqn.outvars]
+    jaxpr, avals = _jax.open_jaxpr(body), [v.aval for v in eqn.outvars]
     state = [inner.value(v.aval) for v in jaxpr.invars[: consts + carry]]
     scanned = [inner.value(atom.aval) for atom in list(eqn.invars)[len(eqn.invars) - len(operands) :]]
     scanned = scanned[consts + carry :]
@@ -237,14 +230,12 @@ def _while(
     return finals
 
 
-def _zeros(lowering: Lowering, aval: Any, scope: str) -> Value | None:
+def _zeros(lowering: Any, aval: Any, scope: str) -> Value | None:
     """What a loop writes its stacked results over; loops share it."""
     return lowering.shared("broadcast_in_dim", [], aval, scope, "zeros")[0]
 
 
-def _hoist(
-    lowering: Lowering, inner: Lowering, consts: Sequence[Value], given: Sequence[Value | None]
-) -> list[Value]:
+def _hoist(lowering: Any, inner: Any, consts: Sequence[Value], given: Sequence[Value | None]) -> list[Value]:
     """Move what depends on the loop's constants only, and is work, out of the loop; the results."""
     outer: dict[int, Value | None] = {id(v): g for v, g in zip(consts, given, strict=True)}
     invariant: list[Step] = []
@@ -269,7 +260,7 @@ def _hoist(
     return [v for step in invariant if id(step) in chosen for v in step.outputs]
 
 
-def branch(lowering: Lowering, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
+def branch(lowering: Any, eqn: Any, operands: list[Value | None], scope: str) -> list[Value | None]:
     """A conditional: room for the largest branch."""
     programs = tuple(lowering.nested().program(body) for body in eqn.params["branches"])
     results = lowering.add("cond", "branch", scope, operands[1:], [v.aval for v in eqn.outvars])

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from funcprop.memory.steps import Program, Step, Value
+from funcprop.memory.steps import Step, StepProgram, Value
 
 _FUSED = ("view", "elementwise", "move")
 # What the library (YNNPACK) computes together with a sum or a maximum, from this many entries on.
@@ -71,7 +71,7 @@ class Kernel:
         return self.root.outputs
 
 
-def kernels(program: Program, library: bool = True) -> tuple[list[Kernel], dict[int, Value]]:
+def kernels(program: StepProgram, library: bool = True) -> tuple[list[Kernel], dict[int, Value]]:
     """The kernels of a program, in its order, and what values are the same memory as another, by identity.
 
     With `library`, sums are computed by a library too.
@@ -140,7 +140,7 @@ def _accepts(root: Step, step: Step) -> bool:
     return root.kind in _FUSED or root.op == "dynamic_update_slice"
 
 
-def _grown(program: Program, kept: set[int]) -> dict[int, Step]:
+def _grown(program: StepProgram, kept: set[int]) -> dict[int, Step]:
     """The steps whose results leave a kernel of the library: a reduction, or what follows if only it is read.
 
     Reference: `LibraryRewriter` and `YnnMatcher` of XLA.
@@ -187,7 +187,7 @@ class _Unshared:
     Reference: `InstructionFusion::ComputeGloballyUnfusible` of XLA.
     """
 
-    def __init__(self, program: Program, kept: set[int], grown: Mapping[int, Step]) -> None:
+    def __init__(self, program: StepProgram, kept: set[int], grown: Mapping[int, Step]) -> None:
         self.program, self.kept, self.grown = program, kept, grown
         self.after: dict[int, int] = {}  # of a step: a bit for each step from which it can be reached
         self.bit: dict[int, int] = {}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from funcprop.graph import aligned
+from funcprop.graph.graph import aligned
 
 Category: TypeAlias = Literal[
     "parameters",

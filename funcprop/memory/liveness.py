@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from funcprop.memory.heap import Buffer, heap_size, peak_time
 from funcprop.memory.kernels import Kernel, kernels
-from funcprop.memory.steps import Program, Step, Value
+from funcprop.memory.steps import Step, StepProgram, Value
 
 
 @dataclass(eq=False)
@@ -31,7 +31,7 @@ class Timeline:
     inside: dict[int, Timeline] = field(default_factory=dict)
 
 
-def timeline(program: Program, library: bool = True) -> Timeline:
+def timeline(program: StepProgram, library: bool = True) -> Timeline:
     """Run a program on paper; `library` as in `kernels`."""
     made, same = kernels(program, library)
     outputs = [None if v is None else same.get(id(v), v) for v in program.outputs]
@@ -119,7 +119,7 @@ def _scope(value: Value) -> str:
 # --- order ------------------------------------------------------------------------------------
 
 
-def _breadth_first(program: Program, made: Sequence[Kernel]) -> list[Kernel]:
+def _breadth_first(program: StepProgram, made: Sequence[Kernel]) -> list[Kernel]:
     """Kernels in the order in which they become ready: first those of the arguments.
 
     Reference: `BFScheduler` of XLA.

@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from funcprop import _compat
-from funcprop.layer_calls import boundary_p
-from funcprop.linear_map import linear_body
+from funcprop import _jax
+from funcprop.graph.tracing import CHECKPOINTS, INLINED
 from funcprop.memory import expansions
-from funcprop.memory.steps import Kind, Program, Step, Value
-from funcprop.sizes import nbytes
-from funcprop.tracing import CHECKPOINTS, INLINED
+from funcprop.memory.steps import Kind, Step, StepProgram, Value
+from funcprop.program.layer_calls import boundary_p
+from funcprop.program.linear_map import linear_body
+from funcprop.program.sizes import nbytes
 
 CALLS = (
     INLINED
@@ -84,10 +84,10 @@ class Lowering:
         self.known: dict[Hashable, list[Value | None]] = {}
         self.salts = 0
 
-    def program(self, closed: Any, names: Sequence[str] = ()) -> Program:
+    def program(self, closed: Any, names: Sequence[str] = ()) -> StepProgram:
         """The whole program; `names` are those of the arguments."""
-        jaxpr, consts = _compat.with_constants_as_inputs(closed)
-        jaxpr, _ = _compat.without_unread_inputs(jaxpr, [True] * len(jaxpr.invars))
+        jaxpr, consts = _jax.with_constants_as_inputs(closed)
+        jaxpr, _ = _jax.without_unread_inputs(jaxpr, [True] * len(jaxpr.invars))
         values = [self.value(v.aval) for v in jaxpr.invars]
         self.constants, arguments = values[: len(consts)], values[len(consts) :]
         for value in self.constants:
@@ -96,9 +96,9 @@ class Lowering:
             value.argument, value.name = i, names[i] if i < len(names) else ""
         return self.finish(arguments, self.walk(jaxpr, list(values), "", 0))
 
-    def finish(self, arguments: list[Value], outputs: list[Value | None]) -> Program:
+    def finish(self, arguments: list[Value], outputs: list[Value | None]) -> StepProgram:
         """The program of the steps so far."""
-        program = Program(arguments, self.constants, self.steps, outputs)
+        program = StepProgram(arguments, self.constants, self.steps, outputs)
         _remove_dead(program)
         return program
 
@@ -110,7 +110,7 @@ class Lowering:
 
     def walk(self, closed: Any, inputs: Sequence[Value | None], prefix: str, salt: int) -> list[Value | None]:
         """Append the steps of a jaxpr in a scope; its results. Steps with another `salt` are never equal."""
-        jaxpr = _compat.open_jaxpr(closed)
+        jaxpr = _jax.open_jaxpr(closed)
         env: dict[Any, Value | None] = dict(zip(jaxpr.invars, inputs, strict=True))
         for var in jaxpr.constvars:
             value = self.value(var.aval)
@@ -118,23 +118,23 @@ class Lowering:
             self.constants.append(value)
             env[var] = value
         for eqn in jaxpr.eqns:
-            operands = [None if isinstance(a, _compat.Literal) else env[a] for a in eqn.invars]
+            operands = [None if isinstance(a, _jax.Literal) else env[a] for a in eqn.invars]
             results = self._equation(eqn, operands, prefix, salt)
             env.update(zip(eqn.outvars, results, strict=True))
-        return [None if isinstance(a, _compat.Literal) else env[a] for a in jaxpr.outvars]
+        return [None if isinstance(a, _jax.Literal) else env[a] for a in jaxpr.outvars]
 
     def _equation(self, eqn: Any, operands: list[Value | None], prefix: str, salt: int) -> list[Value | None]:
         op = eqn.primitive.name
-        scope = "/".join(part for part in (prefix, _compat.scope(eqn)) if part)
+        scope = "/".join(part for part in (prefix, _jax.scope(eqn)) if part)
         if (tangent_map := linear_body(eqn)) is not None:
             return self.walk(tangent_map, operands, scope, salt)
-        bodies = list(_compat.sub_jaxprs(eqn))
+        bodies = list(_jax.sub_jaxprs(eqn))
         if op in CALLS and bodies:
             body = bodies[0][1]
             if op in CHECKPOINTS and self.barriers and eqn.params.get("prevent_cse"):
                 self.salts += 1
                 return self._behind_barrier(body, operands, scope)
-            return self.walk(body, operands[: len(_compat.open_jaxpr(body).invars)], scope, salt)
+            return self.walk(body, operands[: len(_jax.open_jaxpr(body).invars)], scope, salt)
         key = _key(eqn, operands, salt)
         if key in self.known:
             return self.known[key]
@@ -261,7 +261,7 @@ def _is_view(eqn: Any, op: str) -> bool | str:
     if len(eqn.invars) == 2 and _is_identity(eqn, op):
         return True
     aval, result = getattr(eqn.invars[0], "aval", None) if eqn.invars else None, eqn.outvars[0].aval
-    if aval is None or isinstance(eqn.invars[0], _compat.Literal):
+    if aval is None or isinstance(eqn.invars[0], _jax.Literal):
         return False
     if op == "convert_element_type":
         return bool(aval.dtype == result.dtype)
@@ -282,7 +282,7 @@ _NEUTRAL = {"max": -math.inf, "min": math.inf, "add": 0, "mul": 1, "add_any": 0,
 
 
 def _is_identity(eqn: Any, op: str) -> bool:
-    if op not in _NEUTRAL or not isinstance(eqn.invars[1], _compat.Literal):
+    if op not in _NEUTRAL or not isinstance(eqn.invars[1], _jax.Literal):
         return False
     other = eqn.invars[1].val
     same = eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape
@@ -318,11 +318,11 @@ def _is_spread(value: Value) -> bool:
 
 def _key(eqn: Any, operands: Sequence[Value | None], salt: int) -> Hashable | None:
     """What makes two steps equal; None for what is never shared."""
-    if eqn.effects or any(True for _ in _compat.sub_jaxprs(eqn)):
+    if eqn.effects or any(True for _ in _jax.sub_jaxprs(eqn)):
         return None
     literals = tuple(
         (str(a.aval), a.val.item() if hasattr(a.val, "item") and np.ndim(a.val) == 0 else a.val)
-        if isinstance(a, _compat.Literal)
+        if isinstance(a, _jax.Literal)
         else None
         for a in eqn.invars
     )
@@ -335,7 +335,7 @@ def _key(eqn: Any, operands: Sequence[Value | None], salt: int) -> Hashable | No
     return key
 
 
-def _remove_dead(program: Program) -> None:
+def _remove_dead(program: StepProgram) -> None:
     """Drop steps whose results nobody reads, and note who reads what."""
     live = {id(v) for v in program.outputs if v is not None}
     kept = []

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from funcprop import _compat
-from funcprop.memory.cases import Case
+from funcprop import _jax
+from funcprop.memory.cases import AccountedProgram
 from funcprop.memory.heap import Buffer
 from funcprop.memory.ledger import Category, Row
 from funcprop.memory.liveness import Timeline, timeline
 from funcprop.memory.lowering import Lowering
-from funcprop.memory.steps import Program, Step, Value, clean
+from funcprop.memory.steps import Step, StepProgram, Value, clean
 
 _POINTER = 8
 
@@ -27,7 +27,7 @@ class Predicted:
     rows: tuple[Row, ...]
 
 
-def predicted(case: Case, library: bool, barriers: bool = False) -> Predicted:
+def predicted(case: AccountedProgram, library: bool, barriers: bool = False) -> Predicted:
     """Account a program without compiling it; `library` as in `kernels`, `barriers` as in `Lowering`."""
     program = Lowering(barriers).program(case.jaxpr, case.names)
     program.donated = case.aliases
@@ -41,12 +41,12 @@ def predicted(case: Case, library: bool, barriers: bool = False) -> Predicted:
 
 def peak_bytes(closed: Any) -> int:
     """What a jaxpr as a program of its own holds at its peak, besides the constants that it captures."""
-    count = len(_compat.open_jaxpr(closed).invars)
-    found = predicted(Case(closed, [""] * count, ["inputs"] * count), library=True)
+    count = len(_jax.open_jaxpr(closed).invars)
+    found = predicted(AccountedProgram(closed, [""] * count, ["inputs"] * count), library=True)
     return found.total - found.captured
 
 
-def _arguments(program: Program, case: Case, time: Timeline) -> Iterable[Row]:
+def _arguments(program: StepProgram, case: AccountedProgram, time: Timeline) -> Iterable[Row]:
     """The arguments that are read: others are not given to the program."""
     read = {id(v) for kernel in time.order for v in kernel.reads}
     read |= {id(v) for v in program.outputs if v is not None}
@@ -57,7 +57,7 @@ def _arguments(program: Program, case: Case, time: Timeline) -> Iterable[Row]:
             yield _row(name, scopes.get(name, ""), category, value, "input")
 
 
-def _constants(program: Program) -> Iterable[Row]:
+def _constants(program: StepProgram) -> Iterable[Row]:
     """The arrays that are captured and read, in loops too: they are part of the executable."""
     for value in program.constants:
         if value.users:
@@ -67,7 +67,7 @@ def _constants(program: Program) -> Iterable[Row]:
             yield from _constants(body)
 
 
-def _scopes_of(program: Program, case: Case) -> dict[str, str]:
+def _scopes_of(program: StepProgram, case: AccountedProgram) -> dict[str, str]:
     """Where an argument is first read; the optimizer's state belongs to the parameter of its name."""
     found = {
         name: clean(value.users[0].scope)
@@ -82,7 +82,7 @@ def _scopes_of(program: Program, case: Case) -> dict[str, str]:
     return found
 
 
-def _results(program: Program, case: Case) -> Iterable[Row]:
+def _results(program: StepProgram, case: AccountedProgram) -> Iterable[Row]:
     """What is returned in memory of its own, and the table of pointers to several results."""
     overwriting = set(program.donated.values())
     for j, value in enumerate(program.outputs):
@@ -108,7 +108,7 @@ def _row(name: str, scope: str, category: Category, value: Value, operator: str)
 class _Temporaries:
     """What is neither argument nor result, and what it is for."""
 
-    def __init__(self, program: Program, case: Case) -> None:
+    def __init__(self, program: StepProgram, case: AccountedProgram) -> None:
         self.argument = {
             id(v): (name, category)
             for v, name, category in zip(program.arguments, case.names, case.categories, strict=True)

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from funcprop.tracing import without_transformations
+from funcprop.graph.tracing import without_transformations
 
 Kind: TypeAlias = Literal["view", "elementwise", "move", "reduce", "update", "kernel", "loop", "branch"]
 
@@ -55,12 +55,12 @@ class Step:
     extra: int = 0
     late: bool = False
     order: tuple[int, ...] = ()
-    bodies: tuple[Program, ...] = ()
+    bodies: tuple[StepProgram, ...] = ()
     in_place: list[tuple[Value, Value]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
-class Program:
+class StepProgram:
     """Steps in the order of the jaxpr. An output that is None is a number written in the function.
 
     `donated` says which argument an output is written over.

@@ -9,21 +9,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from funcprop import _compat
-from funcprop.flops import PRODUCTS, of_jaxpr
-from funcprop.hlo import constant_bytes
-from funcprop.memory import xla_options
-from funcprop.memory.cases import Case
+from funcprop import _jax
+from funcprop._jax import xla_options
+from funcprop._jax.hlo import constant_bytes
+from funcprop.graph.tracing import CHECKPOINTS
+from funcprop.memory.cases import AccountedProgram
 from funcprop.memory.rows import Predicted, predicted
-from funcprop.sizes import nbytes
-from funcprop.tracing import CHECKPOINTS
+from funcprop.program.flops import PRODUCTS, of_jaxpr
+from funcprop.program.sizes import nbytes
 
 # With it, a chain of layers is no longer one kernel whose memory is not reported.
 SHOWN = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class CompiledBytes:
     """A compiled program: bytes, and what it hid before an option showed it."""
 
     total: int
@@ -44,25 +44,27 @@ def without_library(options: Mapping[str, Any]) -> bool:
 
 
 def measured(
-    case: Case, options: Mapping[str, Any], shown: Mapping[str, Any], captures: bool = False
-) -> Measured:
+    case: AccountedProgram, options: Mapping[str, Any], shown: Mapping[str, Any], captures: bool = False
+) -> CompiledBytes:
     """Compile; with `shown` once more, where this compiler knows that option, to see what the first hides.
 
     If the program `captures` arrays, those that are part of the executable are counted, too.
     """
     program = case.compiled(options)
-    fields = _compat.memory_fields(program)
-    flops = _compat.counted_flops(program)
-    total, hidden = _compat.held_bytes(fields), 0
+    fields = _jax.memory_fields(program)
+    flops = _jax.counted_flops(program)
+    total, hidden = _jax.held_bytes(fields), 0
     if shown and xla_options.accepted(tuple(shown.items())):
-        other = _compat.memory_fields(case.compiled({**options, **shown}))
-        hidden = max(0, _compat.held_bytes(other) - total)
+        other = _jax.memory_fields(case.compiled({**options, **shown}))
+        hidden = max(0, _jax.held_bytes(other) - total)
         fields = other if hidden else fields
-    constants = constant_bytes(_compat.program_text(program)) if captures else 0
-    return Measured(total + hidden + constants, {**fields, "constant": constants}, hidden, flops)
+    constants = constant_bytes(_jax.program_text(program)) if captures else 0
+    return CompiledBytes(total + hidden + constants, {**fields, "constant": constants}, hidden, flops)
 
 
-def found(case: Case, ours: Predicted, program: Measured, options: Mapping[str, Any]) -> Iterator[str]:
+def found(
+    case: AccountedProgram, ours: Predicted, program: CompiledBytes, options: Mapping[str, Any]
+) -> Iterator[str]:
     """The traps that bite this program."""
     if program.hidden:
         ((option, value),) = SHOWN.items()
@@ -72,7 +74,7 @@ def found(case: Case, ours: Predicted, program: Measured, options: Mapping[str, 
             f"compiler_options={{{option!r}: {value!r}}}."
         )
     fields = program.fields
-    held = _compat.held_bytes(fields)
+    held = _jax.held_bytes(fields)
     if fields["temporary"] and fields["peak"] < held - fields["temporary"] // 2:
         yield (
             f"memory_analysis().peak_memory_in_bytes says {fields['peak']:,}, without the temporaries; use "
@@ -108,7 +110,7 @@ def embedded(ours: Predicted) -> Iterator[str]:
         )
 
 
-def widened(case: Case) -> Iterator[str]:
+def widened(case: AccountedProgram) -> Iterator[str]:
     """Products of 16-bit numbers, whose operands XLA's CPU backend converts to copies of 32 bits."""
     if jax.default_backend() == "cpu" and _has_products_of_16_bits(case.jaxpr):
         yield (
@@ -117,9 +119,9 @@ def widened(case: Case) -> Iterator[str]:
         )
 
 
-def divided(case: Case) -> Iterator[str]:
+def divided(case: AccountedProgram) -> Iterator[str]:
     """A `shard_map` over several devices, of which only its body is accounted for one."""
-    eqns = (e for e in _compat.equations(case.jaxpr) if e.primitive.name == "shard_map")
+    eqns = (e for e in _jax.equations(case.jaxpr) if e.primitive.name == "shard_map")
     devices = max((e.params["mesh"].size for e in eqns), default=1)
     if devices > 1:
         yield (
@@ -128,15 +130,15 @@ def divided(case: Case) -> Iterator[str]:
         )
 
 
-def undonated(case: Case | None) -> Iterator[str]:
+def undonated(case: AccountedProgram | None) -> Iterator[str]:
     """What a train step holds twice because it donates nothing."""
     if case is None or case.donated:
         return
-    jaxpr = _compat.open_jaxpr(case.jaxpr)
+    jaxpr = _jax.open_jaxpr(case.jaxpr)
     state = [i for i, c in enumerate(case.categories) if c in ("parameters", "optimizer state")]
     saved = sum(
         nbytes(jaxpr.invars[i])
-        for i in Case(case.jaxpr, case.names, case.categories, frozenset(state)).aliases
+        for i in AccountedProgram(case.jaxpr, case.names, case.categories, frozenset(state)).aliases
     )
     if saved:
         yield (
@@ -151,17 +153,17 @@ def _has_checkpoints(jaxpr: Any) -> bool:
     def outside(eqn: Any) -> bool:
         return eqn.primitive.name not in ("scan", "while")
 
-    return any(eqn.primitive.name in CHECKPOINTS for eqn in _compat.equations(jaxpr, outside))
+    return any(eqn.primitive.name in CHECKPOINTS for eqn in _jax.equations(jaxpr, outside))
 
 
 def _has_loops(jaxpr: Any) -> bool:
-    return any(eqn.primitive.name == "scan" and eqn.params["length"] > 1 for eqn in _compat.equations(jaxpr))
+    return any(eqn.primitive.name == "scan" and eqn.params["length"] > 1 for eqn in _jax.equations(jaxpr))
 
 
 def _has_products_of_16_bits(jaxpr: Any) -> bool:
     return any(
         v.aval.dtype in (jnp.bfloat16, jnp.float16)
-        for eqn in _compat.equations(jaxpr)
+        for eqn in _jax.equations(jaxpr)
         if eqn.primitive.name in PRODUCTS
         for v in eqn.invars
     )

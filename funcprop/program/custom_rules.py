@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
-from funcprop import _compat
-from funcprop.linear_map import LinearMap, linear_p
+from funcprop import _jax
+from funcprop.program.linear_map import LinearMap, linear_p
 
 FORWARD, REVERSE, TANGENT = "custom_jvp_call", "custom_vjp_call", "custom_lin"
 Arrays = list[Any]
@@ -29,15 +29,15 @@ def traced_rule(eqn: Any) -> list[Any]:
     Raises:
         whatever the rule raises.
     """
-    call = _compat.one_equation(eqn)
+    call = _jax.one_equation(eqn)
     inputs, outputs = ([v.aval for v in atoms] for atoms in (eqn.invars, eqn.outvars))
 
     def full(smooth: Sequence[Any], avals: Sequence[Any]) -> Arrays:
         given = iter(smooth)
-        return [next(given) if _compat.is_differentiable(a) else _compat.zero_tangent(a) for a in avals]
+        return [next(given) if _jax.is_differentiable(a) else _jax.zero_tangent(a) for a in avals]
 
     def chosen(values: Sequence[Any], avals: Sequence[Any]) -> Arrays:
-        return [x for x, a in zip(values, avals, strict=True) if _compat.is_differentiable(a)]
+        return [x for x, a in zip(values, avals, strict=True) if _jax.is_differentiable(a)]
 
     if eqn.primitive.name == FORWARD:
 
@@ -52,7 +52,7 @@ def traced_rule(eqn: Any) -> list[Any]:
     def forward(*primals: Any) -> Arrays:
         def of_smooth(*smooth: Any) -> Arrays:
             given = iter(smooth)
-            return call(*(next(given) if _compat.is_differentiable(jax.typeof(p)) else p for p in primals))
+            return call(*(next(given) if _jax.is_differentiable(jax.typeof(p)) else p for p in primals))
 
         results, pullback = jax.vjp(of_smooth, *chosen(primals, inputs))
         residuals, tree = jax.tree.flatten(pullback)
@@ -63,7 +63,7 @@ def traced_rule(eqn: Any) -> list[Any]:
         return list(jax.tree.unflatten(trees[-1], residuals)(full(cotangents, outputs)))
 
     there = _traced(forward, *inputs)
-    residuals = [v.aval for v in _compat.open_jaxpr(there).outvars[len(outputs) :]]
+    residuals = [v.aval for v in _jax.open_jaxpr(there).outvars[len(outputs) :]]
     cotangents = [a.to_tangent_aval() for a in chosen(outputs, outputs)]
     return [there, _traced(backward, residuals, cotangents)]
 
@@ -79,7 +79,7 @@ def tangent_map(eqn: Any) -> Any:
 
     def pushed(*operands: Any) -> Arrays:
         def whole(*moved: Any) -> Arrays:
-            return _compat.one_equation(eqn)(*operands[:residuals], *moved)
+            return _jax.one_equation(eqn)(*operands[:residuals], *moved)
 
         pullback = jax.linear_transpose(whole, *tangents)
         forward = jax.linear_transpose(lambda *cotangents: pullback(list(cotangents)), *results)
@@ -90,7 +90,7 @@ def tangent_map(eqn: Any) -> Any:
 
 def _traced(fun: Callable[..., Any], *avals: Any) -> Any:
     jaxpr = jax.make_jaxpr(fun)(*avals)
-    for value in _compat.constants(jaxpr):
+    for value in _jax.constants(jaxpr):
         if isinstance(value, jax.core.Tracer):
             jax.lax.optimization_barrier(value)  # raises if it belongs to a trace that has ended
     return jaxpr
@@ -145,7 +145,7 @@ class CustomRule:
 
     def equation(self, closed_over: Sequence[Any]) -> Any:
         """A call of the function at its types; `closed_over` has the types of the arrays."""
-        return _compat.open_jaxpr(jax.make_jaxpr(self._function)(*closed_over, *self.inputs)).eqns[-1]
+        return _jax.open_jaxpr(jax.make_jaxpr(self._function)(*closed_over, *self.inputs)).eqns[-1]
 
     @cached_property
     def _function(self) -> Callable[..., Any]:
@@ -161,13 +161,13 @@ class CustomRule:
         """One of the jaxprs, of its own arrays, the function's own operands and further ones."""
         first, arrays = sum(self.counts[:which]), sum(self.counts)
         given = [*operands[first : first + self.counts[which]], *operands[arrays:], *further]
-        return _compat.evaluate([self.call, *self.programs][which], (), given)
+        return _jax.evaluate([self.call, *self.programs][which], (), given)
 
     def _rule(self, primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Arrays, Arrays]:
         if not self.programs:
             raise TypeError(self.refusal)
         own = zip(tangents[sum(self.counts) :], self.inputs, strict=True)
-        smooth = [t for t, aval in own if _compat.is_differentiable(aval)]
+        smooth = [t for t, aval in own if _jax.is_differentiable(aval)]
         count = len(self.outputs)
         if len(self.programs) == 1:
             found = self._evaluated(1, primals, smooth)
@@ -179,13 +179,13 @@ class CustomRule:
             moved = linear_p.bind(*residuals, *smooth, linear=self._pullback(), residuals=len(residuals))
         given = iter(moved)
         return results, [
-            next(given) if _compat.is_differentiable(a) else _compat.zero_tangent(a) for a in self.outputs
+            next(given) if _jax.is_differentiable(a) else _jax.zero_tangent(a) for a in self.outputs
         ]
 
     def _pullback(self) -> LinearMap:
-        avals = tuple(a.to_tangent_aval() for a in self.outputs if _compat.is_differentiable(a))
+        avals = tuple(a.to_tangent_aval() for a in self.outputs if _jax.is_differentiable(a))
 
         def pullback(residuals: Arrays, cotangents: Arrays) -> Arrays:
-            return _compat.evaluate(self.programs[1], (), [*residuals, *cotangents])
+            return _jax.evaluate(self.programs[1], (), [*residuals, *cotangents])
 
         return LinearMap(pullback, None, avals)

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from funcprop import _compat
-from funcprop.calls import traced
+from funcprop import _jax
+from funcprop.program.call import traced
 from funcprop.program.self_contained import SelfContained, self_contained
 from funcprop.program.structural_key import StructuralKey, structural_key
 
@@ -122,7 +122,7 @@ class Program:
         Raises:
             TypeError: they have another structure.
         """
-        return self.by(lambda jaxpr, values: _compat.evaluate(jaxpr, (), values))(*args)
+        return self.by(lambda jaxpr, values: _jax.evaluate(jaxpr, (), values))(*args)
 
     def by(self, run: Callable[[Any, Sequence[Any]], Sequence[Any]]) -> Callable[..., Any]:
         """The function whose jaxpr is evaluated by `run(jaxpr, values)`."""
@@ -132,9 +132,7 @@ class Program:
             if tree != self.structure.inputs:
                 raise TypeError(f"{self.name} was traced for {self.structure.inputs}, not for {tree}.")
             results = zip(run(self.jaxpr, [*self.constants, *leaves]), self.jaxpr.outvars, strict=True)
-            return jax.tree.unflatten(
-                self.structure.outputs, [_compat.as_array(x, v.aval) for x, v in results]
-            )
+            return jax.tree.unflatten(self.structure.outputs, [_jax.as_array(x, v.aval) for x, v in results])
 
         return called
 
@@ -176,7 +174,7 @@ def _compiled(program: Program, *args: Any) -> Any:
     return program(*args)
 
 
-class Compiled:
+class CompiledByTypes:
     """A function that is traced once for all arguments of the same types, and compiled by its structure."""
 
     def __init__(self, fun: Callable[..., Any]) -> None:

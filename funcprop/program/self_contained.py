@@ -3,7 +3,7 @@
 Arrays that nested jits carry become inputs. Custom derivatives, which a jaxpr keeps as python functions that
 may read and hold anything, are traced here and now: what is put in their place evaluates jaxprs
 (`funcprop.program.custom_rules`). Derivatives of derivatives are traced as well, until a rule has repeated
-itself. The tangent maps of our rules (`funcprop.linear_map`) are replaced by what they compute.
+itself. The tangent maps of our rules (`funcprop.program.linear_map`) are replaced by what they compute.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from funcprop import _compat
-from funcprop.linear_map import linear_body, linear_p
+from funcprop import _jax
 from funcprop.program.custom_rules import (
     FORWARD,
     REVERSE,
@@ -26,6 +25,7 @@ from funcprop.program.custom_rules import (
     tangent_map,
     traced_rule,
 )
+from funcprop.program.linear_map import linear_body, linear_p
 from funcprop.program.structural_key import StructuralKey, structural_key
 
 _JITS = frozenset({"jit", "pjit"})
@@ -66,11 +66,11 @@ class _Scope:
     def inputs(self, arrays: Sequence[Any], like: Sequence[Any]) -> list[Any]:
         """The variables of some arrays, which have the types of the variables `like`."""
         pairs = zip(arrays, like, strict=True)
-        return [self._arrays.setdefault(id(x), (_compat.Var(v.aval), x))[0] for x, v in pairs]
+        return [self._arrays.setdefault(id(x), (_jax.Var(v.aval), x))[0] for x, v in pairs]
 
     def add(self, eqn: Any, operands: Sequence[Any], stack: Any) -> list[Any]:
         """An equation with other operands; its results."""
-        results = [_compat.Var(v.aval) for v in eqn.outvars]
+        results = [_jax.Var(v.aval) for v in eqn.outvars]
         where = eqn.source_info.replace(name_stack=stack)
         self.equations.append(eqn.replace(invars=list(operands), outvars=results, source_info=where))
         return results
@@ -78,13 +78,13 @@ class _Scope:
     def jaxpr(self, inputs: Sequence[Any], results: Sequence[Any], name: str) -> tuple[Any, list[Any]]:
         """The jaxpr, whose leading inputs are the arrays, and these."""
         found = list(self._arrays.values())
-        return _compat.jaxpr_of(self.equations, [*(v for v, _ in found), *inputs], results, name), [
+        return _jax.jaxpr_of(self.equations, [*(v for v, _ in found), *inputs], results, name), [
             x for _, x in found
         ]
 
 
 @dataclass(eq=False)
-class _Step:
+class _RuleInTracing:
     """A rule that is being traced: its python function, what it looks like, and whether it calls itself."""
 
     python: Any
@@ -102,7 +102,7 @@ class _Closer:
     def __init__(
         self,
         derivatives: bool = True,
-        path: tuple[_Step, ...] = (),
+        path: tuple[_RuleInTracing, ...] = (),
         known: dict[int, tuple[Any, StructuralKey]] | None = None,
         refused: list[str] | None = None,
     ) -> None:
@@ -126,16 +126,16 @@ class _Closer:
 
     def _body(self, jaxpr: Any) -> tuple[Any, list[Any]]:
         if not self._hides(jaxpr):
-            return _compat.with_constants_as_inputs(jaxpr)[0], _compat.array_constants(jaxpr)
-        inner, scope = _compat.open_jaxpr(jaxpr), _Scope()
-        inputs = [_compat.Var(v.aval) for v in inner.invars]
+            return _jax.with_constants_as_inputs(jaxpr)[0], _jax.array_constants(jaxpr)
+        inner, scope = _jax.open_jaxpr(jaxpr), _Scope()
+        inputs = [_jax.Var(v.aval) for v in inner.invars]
         results = self._inline(jaxpr, inputs, scope, None)
         return scope.jaxpr(inputs, results, inner.debug_info.func_name)
 
     def _hides(self, jaxpr: Any) -> bool:
         """Whether there is anything inside but equations on the jaxpr's own variables."""
         if id(jaxpr) not in self._hiding:
-            self._hiding[id(jaxpr)] = jaxpr, any(map(self._hides_in, _compat.open_jaxpr(jaxpr).eqns))
+            self._hiding[id(jaxpr)] = jaxpr, any(map(self._hides_in, _jax.open_jaxpr(jaxpr).eqns))
         return self._hiding[id(jaxpr)][1]
 
     def _hides_in(self, eqn: Any) -> bool:
@@ -143,7 +143,7 @@ class _Closer:
             return True
         if eqn.primitive.name not in _OPENED:
             return False
-        return any(_compat.constants(body) or self._hides(body) for _, body in _compat.sub_jaxprs(eqn))
+        return any(_jax.constants(body) or self._hides(body) for _, body in _jax.sub_jaxprs(eqn))
 
     def _is_unknown(self, eqn: Any) -> bool:
         custom = eqn.primitive.name in (FORWARD, REVERSE)
@@ -151,12 +151,12 @@ class _Closer:
 
     def _inline(self, jaxpr: Any, inputs: Sequence[Any], scope: _Scope, outer: Any) -> list[Any]:
         """Add the equations of a jaxpr to a scope; its results."""
-        inner = _compat.open_jaxpr(jaxpr)
-        arrays = scope.inputs(_compat.array_constants(jaxpr), inner.constvars)
+        inner = _jax.open_jaxpr(jaxpr)
+        arrays = scope.inputs(_jax.array_constants(jaxpr), inner.constvars)
         atoms = dict(zip([*inner.constvars, *inner.invars], [*arrays, *inputs], strict=True))
 
         def read(atom: Any) -> Any:
-            return atom if isinstance(atom, _compat.Literal) else atoms[atom]
+            return atom if isinstance(atom, _jax.Literal) else atoms[atom]
 
         for eqn in inner.eqns:
             stack = eqn.source_info.name_stack
@@ -181,16 +181,16 @@ class _Closer:
         if self._is_unknown(eqn):
             call, arrays = self._custom(eqn)
             return scope.add(call, [*scope.inputs(arrays, call.invars[: len(arrays)]), *operands], stack)
-        bodies = [self.body(body) for _, body in _compat.sub_jaxprs(eqn)]
+        bodies = [self.body(body) for _, body in _jax.sub_jaxprs(eqn)]
         arrays = [x for _, held in bodies for x in held]
         if not arrays:
             opened = iter([body for body, _ in bodies])
-            params = _compat.map_jaxprs(eqn.params, lambda body: _compat.closed_like(body, next(opened)))
+            params = _jax.map_jaxprs(eqn.params, lambda body: _jax.closed_like(body, next(opened)))
             return scope.add(eqn.replace(params=params), operands, stack)
         whole = _with_inputs(eqn, [(body, len(held)) for body, held in bodies])
         if whole is None:
             return scope.add(eqn, operands, stack)
-        taken = scope.inputs(arrays, _compat.open_jaxpr(whole).invars[: len(arrays)])
+        taken = scope.inputs(arrays, _jax.open_jaxpr(whole).invars[: len(arrays)])
         return self._inline(whole, [*taken, *operands], scope, stack)
 
     def _custom(self, eqn: Any, follow: bool = True) -> tuple[Any, list[Any]]:
@@ -209,7 +209,7 @@ class _Closer:
                 step.again = True
                 return self._called(step.rule, [], StructuralKey(b"again", (depth,)))
         inputs, outputs = ([v.aval for v in atoms] for atoms in (eqn.invars, eqn.outvars))
-        rule = CustomRule(_compat.function_name(eqn), call, (len(arrays),), inputs, outputs)
+        rule = CustomRule(_jax.function_name(eqn), call, (len(arrays),), inputs, outputs)
         bodies: list[tuple[Any, list[Any]]] = []
         try:
             programs = traced_rule(eqn)
@@ -223,7 +223,7 @@ class _Closer:
             look = own, *(structural_key(v) for v, _ in values), *map(id, [*arrays, *held])
             before = [step.rule for step in self._path if step.look == look]
             if len(before) <= _REPEATS:
-                step = _Step(python, look, rule)
+                step = _RuleInTracing(python, look, rule)
                 inside = _Closer(True, (*self._path, step), self._known, self.refused)
                 bodies = [inside.body(program) for program in programs]
                 if step.again and (arrays or held):
@@ -262,9 +262,9 @@ def _with_inputs(eqn: Any, bodies: Sequence[tuple[Any, int]]) -> Any | None:
         return bodies[0][0]
     if kind in _CHECKPOINTS:
         body, count = bodies[0]
-        params = _compat.map_jaxprs(eqn.params, lambda _: body)
+        params = _jax.map_jaxprs(eqn.params, lambda _: body)
         invars = [*body.invars[:count], *eqn.invars]
-        return _compat.one_equation_jaxpr(eqn.replace(params=params, invars=invars))
+        return _jax.one_equation_jaxpr(eqn.replace(params=params, invars=invars))
     if kind not in _ENTERED:
         return None
     total = sum(count for _, count in bodies)
@@ -277,19 +277,19 @@ def _with_inputs(eqn: Any, bodies: Sequence[tuple[Any, int]]) -> Any | None:
         return _ENTERED[kind](eqn.params, closed, list(values[total:]))
 
     held = [v.aval for body, count in bodies for v in body.invars[:count]]
-    with _compat.context_of(eqn):
+    with _jax.context_of(eqn):
         return jax.make_jaxpr(entered)(*held, *(v.aval for v in eqn.invars))
 
 
 def _evaluated(body: Any, arrays: list[Any], *operands: Any) -> list[Any]:
-    return _compat.evaluate(body, (), [*arrays, *operands])
+    return _jax.evaluate(body, (), [*arrays, *operands])
 
 
 Functions = list[Callable[..., list[Any]]]
 
 
 def _scan(params: Any, bodies: Functions, operands: list[Any]) -> list[Any]:
-    first, carries = _compat.scan_counts(params)
+    first, carries = _jax.scan_counts(params)
     consts, init, xs = operands[:first], operands[first : first + carries], operands[first + carries :]
 
     def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:

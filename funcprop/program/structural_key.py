@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from funcprop import _compat
+from funcprop import _jax
 
 # Parameters that say nothing about what is computed.
 _UNSAID = frozenset({("jit", "name"), ("pjit", "name")})
@@ -68,13 +68,13 @@ def structural_key(
 
     `rules` are the keys of custom derivatives, by the identity of the parameter that holds their function.
     """
-    writer = _Writer(rules or {})
+    writer = _KeyWriter(rules or {})
     parts = (writer.jaxpr(jaxpr), *(writer.value(other) for other in others))
     text = repr((parts, list(writer.written)))
     return StructuralKey(hashlib.blake2b(text.encode()).digest(), tuple(key[1] for key in writer.objects))
 
 
-class _Writer:
+class _KeyWriter:
     """Numbers jaxprs and objects in the order in which they are met; what is written refers to numbers."""
 
     def __init__(self, rules: Mapping[int, StructuralKey]) -> None:
@@ -93,7 +93,7 @@ class _Writer:
     def jaxpr(self, jaxpr: Any) -> int:
         """The number of a jaxpr; equal ones have the same."""
         if id(jaxpr) not in self._numbers:
-            text = self._jaxpr(_compat.open_jaxpr(jaxpr), _compat.constants(jaxpr))
+            text = self._jaxpr(_jax.open_jaxpr(jaxpr), _jax.constants(jaxpr))
             self._numbers[id(jaxpr)] = self.written.setdefault(text, len(self.written))
         return self._numbers[id(jaxpr)]
 
@@ -106,7 +106,7 @@ class _Writer:
             return tuple(self.object(v.aval) for v in variables)
 
         def read(atom: Any) -> Any:
-            return self._literal(atom) if isinstance(atom, _compat.Literal) else places[atom]
+            return self._literal(atom) if isinstance(atom, _jax.Literal) else places[atom]
 
         inputs = define([*jaxpr.constvars, *jaxpr.invars])
         equations = tuple(
@@ -134,7 +134,7 @@ class _Writer:
 
     def value(self, value: Any) -> Any:
         """What a parameter of an equation contributes."""
-        if _compat.is_jaxpr(value):
+        if _jax.is_jaxpr(value):
             return "jaxpr", self.jaxpr(value)
         kind = type(value)
         if kind in _PLAIN:

@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from funcprop import _compat
-from funcprop.linear_map import Arrays
-from funcprop.running import with_rules
-from funcprop.testing.case import Case, stack, subsets
+from funcprop import _jax
+from funcprop.program.linear_map import Arrays
+from funcprop.rules.running import with_rules
+from funcprop.testing.case import RuleCase, stack, subsets
 from funcprop.testing.compare import Claim, Limit
 
 
-def batches(case: Case) -> list[tuple[int, ...]]:
+def batches(case: RuleCase) -> list[tuple[int, ...]]:
     """Which arguments are mapped: every subset of a few; else each alone, all but each, and all."""
     every = range(len(case.leaves))
     if len(every) <= 3:
@@ -27,14 +27,14 @@ def batches(case: Case) -> list[tuple[int, ...]]:
     return list(dict.fromkeys([*singles, *(tuple(set(every) - {i}) for i in every), tuple(every)]))
 
 
-def stacked(case: Case, mapped: Sequence[int]) -> Arrays:
+def stacked(case: RuleCase, mapped: Sequence[int]) -> Arrays:
     """The mapped arguments of all examples along a leading axis; the others are those of the first."""
     stacks = [stack(leaf) for leaf in zip(*case.examples, strict=True)]
     return [stacks[i] if i in mapped else leaf for i, leaf in enumerate(case.leaves)]
 
 
 def batch_claims(
-    case: Case, where: str, mapped: Sequence[int], actual: tuple[Arrays, Arrays]
+    case: RuleCase, where: str, mapped: Sequence[int], actual: tuple[Arrays, Arrays]
 ) -> Iterator[Claim]:
     """That results are those of each example, and the cotangents of shared arguments are summed."""
     cts = case.batch_cotangents
@@ -54,12 +54,16 @@ def batch_claims(
     yield from case.cotangent_claims(where, dict(zip(case.smooth, actual[1], strict=True)), expected)
 
 
-def mapped_by_vmap(case: Case, function: Callable[..., Arrays], mapped: Sequence[int]) -> Callable[..., Any]:
+def mapped_by_vmap(
+    case: RuleCase, function: Callable[..., Arrays], mapped: Sequence[int]
+) -> Callable[..., Any]:
     """A function under `vmap` over some of its arguments."""
     return jax.vmap(function, in_axes=[0 if i in mapped else None for i in range(len(case.leaves))])
 
 
-def mapped_by_scan(case: Case, function: Callable[..., Arrays], mapped: Sequence[int]) -> Callable[..., Any]:
+def mapped_by_scan(
+    case: RuleCase, function: Callable[..., Arrays], mapped: Sequence[int]
+) -> Callable[..., Any]:
     """A function in the body of a `scan` over some of its arguments; the others are constants of the loop."""
 
     def looped(*leaves: Any) -> Arrays:
@@ -71,7 +75,7 @@ def mapped_by_scan(case: Case, function: Callable[..., Arrays], mapped: Sequence
     return looped
 
 
-def batched(case: Case, mapped: Sequence[int]) -> dict[str, Callable[..., Any]]:
+def batched(case: RuleCase, mapped: Sequence[int]) -> dict[str, Callable[..., Any]]:
     """The rule under `vmap`; and where a rule set has it, the rule at the operator that `vmap` makes."""
     functions = {"vmap": mapped_by_vmap(case, case.attached, mapped)}
     if case.operator is not None:
@@ -81,7 +85,7 @@ def batched(case: Case, mapped: Sequence[int]) -> dict[str, Callable[..., Any]]:
     return functions
 
 
-def under_vmap(case: Case) -> Iterator[Claim]:
+def under_vmap(case: RuleCase) -> Iterator[Claim]:
     """Examples together, with every choice of which arguments they share."""
     choices = [
         (f"{name} over {case.chosen(mapped)}", function, mapped)
@@ -95,7 +99,7 @@ def under_vmap(case: Case) -> Iterator[Claim]:
     yield from batch_claims(case, "vmap of the gradient", everything, per_example)
 
 
-def under_scan(case: Case) -> Iterator[Claim]:
+def under_scan(case: RuleCase) -> Iterator[Claim]:
     """Examples one after the other in a loop, with constants of the loop."""
     yield from mapped_claims(
         case,
@@ -107,7 +111,7 @@ def under_scan(case: Case) -> Iterator[Claim]:
 
 
 def mapped_claims(
-    case: Case, choices: Sequence[tuple[str, Callable[..., Any], tuple[int, ...]]]
+    case: RuleCase, choices: Sequence[tuple[str, Callable[..., Any], tuple[int, ...]]]
 ) -> Iterator[Claim]:
     """The claims for functions of several examples, of which each is given with the arguments it maps."""
     cts = [stack(ct) for ct in zip(*case.batch_cotangents, strict=True)]
@@ -122,7 +126,7 @@ def mapped_claims(
         yield from batch_claims(case, where, mapped, actual)
 
 
-def batch_times_parameters(case: Case, factor: float | None) -> Iterator[Limit]:
+def batch_times_parameters(case: RuleCase, factor: float | None) -> Iterator[Limit]:
     """No cotangent of a shared argument is formed for every example and then summed.
 
     An intermediate of the gradient counts as batch × parameter if it has as many entries as the batch times
@@ -148,8 +152,8 @@ def batch_times_parameters(case: Case, factor: float | None) -> Iterator[Limit]:
         ) -> set[tuple[int, ...]]:
             gradient = lambda leaves, cts: case.vjp(function, leaves, cts, shared)[1]  # noqa: E731
             jaxpr = jax.make_jaxpr(gradient)(leaves, cts)
-            inner = _compat.open_jaxpr(jaxpr)
-            return set(_shapes(_compat.without_unread_inputs(inner, [False] * len(inner.invars))[0]))
+            inner = _jax.open_jaxpr(jaxpr)
+            return set(_shapes(_jax.without_unread_inputs(inner, [False] * len(inner.invars))[0]))
 
         plain = shapes_in_gradient(mapped_by_vmap(case, case.plain, mapped))
         allowed = max(map(math.prod, [*plain, *(x.shape for x in [*leaves, *cts])]))
@@ -174,7 +178,7 @@ def batch_times_parameters(case: Case, factor: float | None) -> Iterator[Limit]:
 
 def _shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
     """The shapes of all intermediates of a jaxpr, at any depth."""
-    for eqn in _compat.equations(jaxpr):
+    for eqn in _jax.equations(jaxpr):
         yield from (tuple(v.aval.shape) for v in eqn.outvars if hasattr(v.aval, "shape"))
 
 

@@ -12,22 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcprop import _compat
-from funcprop.attach import attach
-from funcprop.bound_rule import BoundRule
-from funcprop.layer import Layer
-from funcprop.layer_calls import LayerCall
-from funcprop.linear_map import Arrays
-from funcprop.rule import Rule
-from funcprop.rule_set import RuleSet
-from funcprop.rules import autodiff
-from funcprop.testing.compare import DOUBLE, Claim, Precision
+from funcprop import _jax
+from funcprop.program.layer_calls import LayerCall
+from funcprop.program.linear_map import Arrays
+from funcprop.rules.attach import attach
+from funcprop.rules.bound_rule import BoundRule
+from funcprop.rules.layer import Layer
+from funcprop.rules.rule import Rule
+from funcprop.rules.rule_set import RuleSet
+from funcprop.rules.sets import autodiff
+from funcprop.testing.compare import DOUBLE, Claim, Tolerances
 
 BATCH = 3  # examples under vmap and steps under scan
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class RuleCase:
     """A rule and its plain function at flat arguments.
 
     `plain` is the function itself, as flat arrays to flat arrays. `parameters` are the rule's static keyword
@@ -44,7 +44,7 @@ class Case:
     leaves: Arrays
     operator: Callable[..., Arrays] | None = None
     rules: RuleSet | None = None
-    precision: Precision = DOUBLE
+    precision: Tolerances = DOUBLE
 
     def bind(self, leaves: Sequence[Any]) -> BoundRule:
         """The rule at arguments of these types."""
@@ -59,7 +59,7 @@ class Case:
     @cached_property
     def smooth(self) -> list[int]:
         """The arguments that have a derivative; the others are integers, booleans and keys."""
-        return [i for i, leaf in enumerate(self.leaves) if _compat.is_differentiable(jax.typeof(leaf))]
+        return [i for i, leaf in enumerate(self.leaves) if _jax.is_differentiable(jax.typeof(leaf))]
 
     @cached_property
     def results(self) -> list[Any]:
@@ -69,7 +69,7 @@ class Case:
     @cached_property
     def smooth_results(self) -> list[int]:
         """The results that have a derivative."""
-        return [i for i, result in enumerate(self.results) if _compat.is_differentiable(result)]
+        return [i for i, result in enumerate(self.results) if _jax.is_differentiable(result)]
 
     @cached_property
     def cotangents(self) -> Arrays:
@@ -127,7 +127,7 @@ class Case:
         bound = self.bind(leaves)
         wanted = self.smooth if needs is None else needs
         flags = [i in wanted for i in range(len(leaves))]
-        full: Arrays = [_compat.zero_tangent(result) for result in self.results]
+        full: Arrays = [_jax.zero_tangent(result) for result in self.results]
         for i, cotangent in zip(self.smooth_results, cotangents, strict=True):
             full[i] = cotangent
         full_tree = jax.tree.unflatten(result_tree, full)
@@ -293,7 +293,7 @@ def make_case(
     function: Callable[..., Any] | None,
     primitive: str | None,
     tolerance: float | None,
-) -> Case:
+) -> RuleCase:
     """The case in double precision; see `check_rule` for the arguments."""
     if isinstance(operator, Layer):
         layer, rule = operator, operator.rule if rule is None else rule
@@ -323,7 +323,7 @@ def make_case(
     def plain(*values: Any) -> Arrays:
         return [jnp.asarray(y) for y in jax.tree.leaves(call.plain(*values))]
 
-    case = Case(
+    case = RuleCase(
         rule,
         layer.name if primitive is None else primitive,
         plain,
@@ -343,7 +343,7 @@ def make_case(
 
         case = replace(case, operator=call_layer, rules=autodiff.replace({layer: rule}))
     if tolerance is not None:
-        case = replace(case, precision=Precision.of_tolerance(tolerance))
+        case = replace(case, precision=Tolerances.of_tolerance(tolerance))
     if not case.smooth or not case.smooth_results:
         what = "argument" if not case.smooth else "result"
         raise ValueError(f"check_rule: {case.subject} has no differentiable {what}; nothing can be checked.")
@@ -352,9 +352,9 @@ def make_case(
 
 def _primitive_parameters(plain: Callable[..., Any], primitive: str, leaves: Sequence[Any]) -> dict[str, Any]:
     """The parameters of the one equation that the plain function is."""
-    body = _compat.open_jaxpr(jax.make_jaxpr(plain)(*leaves))
+    body = _jax.open_jaxpr(jax.make_jaxpr(plain)(*leaves))
     while len(body.eqns) == 1 and body.eqns[0].primitive.name in ("jit", "pjit"):
-        body = _compat.open_jaxpr(body.eqns[0].params["jaxpr"])
+        body = _jax.open_jaxpr(body.eqns[0].params["jaxpr"])
     eqn = body.eqns[0] if len(body.eqns) == 1 else None
     if eqn is None or eqn.primitive.name != primitive or list(eqn.invars) != list(body.invars):
         raise ValueError(

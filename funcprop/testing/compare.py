@@ -20,7 +20,7 @@ class CheckError(AssertionError):
 
 
 @dataclass(frozen=True)
-class Precision:
+class Tolerances:
     """The tolerances that follow from a unit of rounding `ε`.
 
     Results that agree but for the order of their sums differ by far less than `ε^⅔` (4e-11 in float64,
@@ -31,13 +31,13 @@ class Precision:
     eps: float
 
     @classmethod
-    def of(cls, *dtypes: Any) -> Precision:
+    def of(cls, *dtypes: Any) -> Tolerances:
         """The precision of the coarsest of these dtypes."""
         inexact = (d for d in dtypes if jnp.issubdtype(d, jnp.inexact))
         return cls(max((float(jnp.finfo(d).eps) for d in inexact), default=float(np.finfo(float).eps)))
 
     @classmethod
-    def of_tolerance(cls, tolerance: float) -> Precision:
+    def of_tolerance(cls, tolerance: float) -> Tolerances:
         """The precision at which results are compared with this relative tolerance."""
         return cls(tolerance**1.5)
 
@@ -57,7 +57,7 @@ class Precision:
         return float(self.eps ** (1 / 3))
 
 
-DOUBLE = Precision.of(jnp.float64)
+DOUBLE = Tolerances.of(jnp.float64)
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def diagnose(claim: Claim) -> str | None:
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckRow:
     """One term: how many comparisons were made, and the largest relative deviation among them."""
 
     term: str
@@ -267,13 +267,13 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class CheckReport:
     """What a check compared and how far it was off; `print(report)` is an aligned table."""
 
     subject: str
-    rows: tuple[Row, ...]
+    rows: tuple[CheckRow, ...]
 
-    def __getitem__(self, term: str) -> Row:
+    def __getitem__(self, term: str) -> CheckRow:
         return next(row for row in self.rows if row.term == term)
 
     def __str__(self) -> str:

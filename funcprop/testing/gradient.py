@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcprop import transforms
-from funcprop.rule_set import RuleSet
+from funcprop.rules import transforms
+from funcprop.rules.rule_set import RuleSet
 from funcprop.testing.case import cast, generator, magnitude, normal_like
-from funcprop.testing.compare import Claim, Precision, Report, Row
+from funcprop.testing.compare import CheckReport, CheckRow, Claim, Tolerances
 from funcprop.testing.terms import DIRECTIONS, inner
 
 
@@ -22,7 +22,7 @@ def check_gradient(
     argnums: int | Sequence[int] = 0,
     rules: RuleSet | None = None,
     tolerance: float | None = None,
-) -> Report:
+) -> CheckReport:
     """Check `fp.grad(fun)` against `jax.grad(fun)` and against finite differences.
 
     For every array `x` in the arguments at `argnums` and random directions `v`, in float64:
@@ -44,7 +44,7 @@ def check_gradient(
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
-        >>> from funcprop.testing import check_gradient
+        >>> from funcprop.testing.gradient import check_gradient
         >>> loss = lambda w, x: jnp.sum(jnp.tanh(x @ w["kernel"]) ** 2)
         >>> report = check_gradient(loss, {"kernel": jnp.ones((3, 2))}, jnp.ones((4, 3)))
         >>> [row.term for row in report.rows]
@@ -53,7 +53,7 @@ def check_gradient(
     subject = getattr(fun, "__name__", type(fun).__name__)
     positions = [p % len(args) for p in ((argnums,) if isinstance(argnums, int) else argnums)]
     with jax.enable_x64(True):
-        precision = Precision.of(jnp.float64) if tolerance is None else Precision.of_tolerance(tolerance)
+        precision = Tolerances.of(jnp.float64) if tolerance is None else Tolerances.of_tolerance(tolerance)
         full = [jax.tree.map(lambda x: cast(x, jnp.float64) if _is_inexact(x) else x, a) for a in args]
         chosen = {p: full[p] for p in positions}
         paths, tree = jax.tree.flatten_with_path(chosen)
@@ -75,7 +75,7 @@ def check_gradient(
 
         def verify(claim: Claim) -> None:
             rows.append(
-                Row(f"{claim.what.removeprefix('gradient of ')} {claim.where}", 1, claim.verify(subject))
+                CheckRow(f"{claim.what.removeprefix('gradient of ')} {claim.where}", 1, claim.verify(subject))
             )
 
         for i in smooth:
@@ -103,7 +103,7 @@ def check_gradient(
             along = jnp.asarray([inner([found[i]], [v]) for v in directions])
             floor = 100 * precision.relative * max(1.0, magnitude(jnp.asarray(ends)))
             verify(Claim("against finite differences", what, along, slopes, h, floor))
-    return Report(f"gradient of {subject}", tuple(rows))
+    return CheckReport(f"gradient of {subject}", tuple(rows))
 
 
 def _is_inexact(x: Any) -> bool:

@@ -8,14 +8,14 @@ from typing import Any, TypeAlias
 
 import jax
 
-from funcprop.attach import why_not
-from funcprop.layer import Layer
-from funcprop.rule import Rule
+from funcprop.rules.attach import why_not
+from funcprop.rules.layer import Layer
+from funcprop.rules.rule import Rule
 from funcprop.testing import batching, terms
-from funcprop.testing.case import Case, make_case
-from funcprop.testing.compare import CheckError, Claim, Limit, Report, Row
+from funcprop.testing.case import RuleCase, make_case
+from funcprop.testing.compare import CheckError, CheckReport, CheckRow, Claim, Limit
 
-Term: TypeAlias = Callable[[Case], Iterator[Claim] | Iterator[Limit]]
+Term: TypeAlias = Callable[[RuleCase], Iterator[Claim] | Iterator[Limit]]
 
 # What breaks first is reported, so the more basic terms come first: a pullback that is not linear is called
 # that, and not "wrong".
@@ -46,7 +46,7 @@ def check_rule(
     batch_times_parameters: float | None = 1.0,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     **static: Any,
-) -> Report:
+) -> CheckReport:
     """Check a hand-written rule at concrete arguments.
 
     For the plain function `y = f(x₁, …, xₙ)`, its rule with pullback `B`, and random `ȳ`, `v`:
@@ -100,7 +100,7 @@ def check_rule(
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
-        >>> from funcprop.testing import check_rule
+        >>> from funcprop.testing.rule import check_rule
         >>> tanh = fp.rules.handwritten["tanh"]
         >>> report = check_rule(tanh, jnp.linspace(-1, 1, 5), function=jnp.tanh, primitive="tanh")
         >>> report["cotangent"].error < 1e-12
@@ -119,10 +119,10 @@ def check_rule(
             "batch × parameters": partial(batching.batch_times_parameters, factor=batch_times_parameters),
             "residual bytes": partial(terms.residual_bytes, factor=residual_bytes),
         }
-        return Report(case.subject, tuple(_row(case, name, term) for name, term in table.items()))
+        return CheckReport(case.subject, tuple(_row(case, name, term) for name, term in table.items()))
 
 
-def _row(case: Case, name: str, term: Term) -> Row:
+def _row(case: RuleCase, name: str, term: Term) -> CheckRow:
     errors, note = [], ""
     try:
         for claim in term(case):
@@ -132,4 +132,4 @@ def _row(case: Case, name: str, term: Term) -> Row:
         raise
     except Exception as error:
         raise CheckError(f"{case.subject}: {name}: {type(error).__name__}: {error}") from error
-    return Row(name, len(errors), max(errors, default=0.0), note if errors else "nothing to compare")
+    return CheckRow(name, len(errors), max(errors, default=0.0), note if errors else "nothing to compare")

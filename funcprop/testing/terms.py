@@ -11,19 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcprop import _compat
-from funcprop.attach import why_not
-from funcprop.linear_map import Arrays
-from funcprop.sizes import nbytes
-from funcprop.testing.case import Case, cast, generator, magnitude, normal_like, subsets
-from funcprop.testing.compare import CheckError, Claim, Limit, Precision, as_numpy, deviations
+from funcprop import _jax
+from funcprop.program.linear_map import Arrays
+from funcprop.program.sizes import nbytes
+from funcprop.rules.attach import why_not
+from funcprop.testing.case import RuleCase, cast, generator, magnitude, normal_like, subsets
+from funcprop.testing.compare import CheckError, Claim, Limit, Tolerances, as_numpy, deviations
 
 Claims = Iterator[Claim]
 
 DIRECTIONS = 3  # random directions of a finite difference, for each argument
 
 
-def value(case: Case) -> Claims:
+def value(case: RuleCase) -> Claims:
     """The rule's forward computes the plain function."""
     results, tree, _, _ = case.bind(case.leaves).forward(case.leaves)
     if len(results) != len(case.results):
@@ -34,7 +34,7 @@ def value(case: Case) -> Claims:
     yield from case.result_claims("value", results, case.expected_results)
 
 
-def linearity(case: Case) -> Claims:
+def linearity(case: RuleCase) -> Claims:
     """`B(2a + 3b) = 2B(a) + 3B(b)` and `B(0) = 0`, for the pullback `B`."""
     a, b = case.random_results(3), case.random_results(4)
     sums = [jnp.asarray(2 * np.asarray(x) + 3 * np.asarray(y)) for x, y in zip(a, b, strict=True)]
@@ -47,7 +47,7 @@ def linearity(case: Case) -> Claims:
         finite = np.isfinite(as_numpy(cotangent)) & np.isfinite(expected)
         expected = np.where(finite, expected, 0)
         # A cotangent of the wrong dtype is not linear to the last digit of the right one.
-        coarse = replace(case, precision=_coarser(case.precision, Precision.of(cotangent.dtype)))
+        coarse = replace(case, precision=_coarser(case.precision, Tolerances.of(cotangent.dtype)))
         for where, value, linear in (
             ("B(2a + 3b) = 2B(a) + 3B(b)", cotangent, expected),
             ("zero cotangent", of_zero[i], np.zeros_like(expected)),
@@ -61,13 +61,13 @@ def linearity(case: Case) -> Claims:
             )
 
 
-def cotangents(case: Case) -> Claims:
+def cotangents(case: RuleCase) -> Claims:
     """`x̄ = (∂y/∂x)ᵀ ȳ` as autodiff of the plain function has it."""
     found = case.pullback(case.leaves, case.cotangents)
     yield from case.cotangent_claims("cotangent against autodiff", found, case.expected)
 
 
-def finite_differences(case: Case) -> Claims:
+def finite_differences(case: RuleCase) -> Claims:
     """`⟨x̄, v⟩ = ⟨ȳ, f(x + hv) − f(x − hv)⟩ / 2h` for random directions `v` of each argument."""
     found = case.pullback(case.leaves, case.cotangents)
     function, step = jax.jit(case.plain), case.precision.step
@@ -94,7 +94,7 @@ def finite_differences(case: Case) -> Claims:
         yield replace(claim, relative=step, absolute=100 * case.precision.relative * max(1.0, size))
 
 
-def stale_residual(case: Case) -> Claims:
+def stale_residual(case: RuleCase) -> Claims:
     """A backward reads the residuals that it is given, not those of the last or the first forward."""
     kept = []
     for leaves in case.examples[:2]:
@@ -106,7 +106,7 @@ def stale_residual(case: Case) -> Claims:
         yield from case.cotangent_claims(f"stale residual, {which}", found, case.expected_examples[b][1])
 
 
-def needs(case: Case) -> Claims:
+def needs(case: RuleCase) -> Claims:
     """Whatever else is wanted, a wanted cotangent is the same; by the backward alone, and attached."""
     choices = subsets(case.smooth, every_up_to=6)
 
@@ -122,7 +122,7 @@ def needs(case: Case) -> Claims:
         yield from case.cotangent_claims(f"{where}, attached", found, case.expected)
 
 
-def forward_mode(case: Case) -> Claims:
+def forward_mode(case: RuleCase) -> Claims:
     """`ẏ = (∂y/∂x) ẋ` of the attached rule, for each argument and for all together."""
     choices = [*((i,) for i in case.smooth), tuple(case.smooth)]
     tangents = case.random_arguments(6)
@@ -134,7 +134,7 @@ def forward_mode(case: Case) -> Claims:
 
 
 def pushforwards(
-    case: Case, function: Callable[..., Arrays], tangents: Arrays, choices: Sequence[tuple[int, ...]]
+    case: RuleCase, function: Callable[..., Arrays], tangents: Arrays, choices: Sequence[tuple[int, ...]]
 ) -> list[Arrays]:
     """The tangents of the results for each choice of the arguments that are perturbed."""
 
@@ -145,7 +145,7 @@ def pushforwards(
     return list(pushed(case.leaves, dict(zip(case.smooth, tangents, strict=True))))
 
 
-def adjoint(case: Case) -> Claims:
+def adjoint(case: RuleCase) -> Claims:
     """`⟨ȳ, J v⟩ = ⟨Jᵀ ȳ, v⟩`: the rule's pullback is the transpose of its own forward mode."""
     found = case.pullback(case.leaves, case.cotangents)
     tangents = case.random_arguments(7)
@@ -158,7 +158,7 @@ def adjoint(case: Case) -> Claims:
         yield case.claim(where, what, np.asarray(pulled), np.asarray(inner(pushed, case.cotangents)), [size])
 
 
-def second_order(case: Case) -> Claims:
+def second_order(case: RuleCase) -> Claims:
     """The derivatives of the pullback, forward over reverse and reverse over reverse."""
     arguments = [case.leaves[i] for i in case.smooth]
     directions, duals = case.random_arguments(8), case.random_arguments(9)
@@ -179,7 +179,7 @@ def second_order(case: Case) -> Claims:
         yield from case.cotangent_claims(f"second order, {order}", a, e)
 
 
-def under_jit(case: Case) -> Claims:
+def under_jit(case: RuleCase) -> Claims:
     """The attached rule, compiled."""
     results, found = jax.jit(partial(case.vjp, case.attached))(case.leaves, case.cotangents)
     yield from case.result_claims("jit", results, case.expected_results)
@@ -189,14 +189,14 @@ def under_jit(case: Case) -> Claims:
 # --- what is kept, and in which precision -----------------------------------------------------
 
 
-def lower_precision(case: Case, dtype: str) -> Claims:
+def lower_precision(case: RuleCase, dtype: str) -> Claims:
     """Values and cotangents in a lower precision: the right dtypes, and about as accurate as autodiff's.
 
     Both are compared with double precision at the same rounded arguments, because the plain function's own
     rounding error says how accurate the rule can be asked to be.
     """
     leaves = [cast(leaf, dtype) for leaf in case.leaves]
-    low = replace(case, leaves=leaves, precision=_coarser(case.precision, Precision.of(dtype)))
+    low = replace(case, leaves=leaves, precision=_coarser(case.precision, Tolerances.of(dtype)))
     if why_not(low.bind(leaves), [jax.typeof(x) for x in leaves]) is not None:
         return  # The engine leaves these types to autodiff.
 
@@ -215,11 +215,11 @@ def lower_precision(case: Case, dtype: str) -> Claims:
         yield replace(claim, expected=exact, absolute=claim.absolute + 2 * rounding)
 
 
-def _coarser(a: Precision, b: Precision) -> Precision:
-    return Precision(max(a.eps, b.eps))
+def _coarser(a: Tolerances, b: Tolerances) -> Tolerances:
+    return Tolerances(max(a.eps, b.eps))
 
 
-def residual_bytes(case: Case, factor: float | None) -> Iterator[Limit]:
+def residual_bytes(case: RuleCase, factor: float | None) -> Iterator[Limit]:
     """What the attached rule saves between the sweeps, against what autodiff of the plain function saves.
 
     An argument that is kept costs nothing if its owner holds it anyway (a parameter), and its bytes if nobody
@@ -235,8 +235,8 @@ def residual_bytes(case: Case, factor: float | None) -> Iterator[Limit]:
 
             return jax.tree.leaves(jax.vjp(of_smooth, *[leaves[i] for i in case.smooth])[1])
 
-        jaxpr = _compat.open_jaxpr(jax.make_jaxpr(residuals)(*case.leaves))
-        held = {v for v in jaxpr.outvars if not isinstance(v, _compat.Literal)} - {*jaxpr.constvars}
+        jaxpr = _jax.open_jaxpr(jax.make_jaxpr(residuals)(*case.leaves))
+        held = {v for v in jaxpr.outvars if not isinstance(v, _jax.Literal)} - {*jaxpr.constvars}
         without, with_arguments = (sum(map(nbytes, counted)) for counted in (held - {*jaxpr.invars}, held))
         return without, with_arguments
 

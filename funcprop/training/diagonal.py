@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from funcprop.curvature.solve import require_damping
+from funcprop.operators.solvers import require_damping
 from funcprop.training.extra import chosen_arguments, require_arguments
 
 

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from funcprop.rule_set import RuleSet
-from funcprop.running import with_rules
-from funcprop.transforms import value_and_grad
+from funcprop.rules.rule_set import RuleSet
+from funcprop.rules.running import with_rules
+from funcprop.rules.transforms import value_and_grad
 
 Loss: TypeAlias = Callable[..., Any]
 Batches: TypeAlias = "Iterable[Any] | Callable[[Any], Iterable[Any]]"

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from funcprop.curvature.hessian import hessian
-from funcprop.curvature.solve import require_damping
+from funcprop.curvature.hessian_operator import hessian
+from funcprop.operators.solvers import require_damping
 from funcprop.training.extra import chosen_arguments, require_arguments, require_whole
 
 # Martens, section 4.1: beyond these ratios the damping changes.

@@ -1,0 +1,1 @@
+"""The exact diagonal of a Hessian."""

@@ -1,0 +1,258 @@
+"""`fp.per_example(model, loss)`: quantities of every example's gradient, in one pass."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from funcprop.curvature.example_gradients.entering_parameters import Model, Study, route
+from funcprop.curvature.example_gradients.loss_roots import Loss, LossRoot, root_of
+from funcprop.curvature.example_gradients.measurement import Sweep
+from funcprop.curvature.example_gradients.mixed_examples import (
+    example_of,
+    trace_example,
+    trace_loss,
+    types_of,
+)
+from funcprop.curvature.example_gradients.quantities import ALIASES, EXACT, QUANTITIES, SAMPLED, VALUE, Part
+from funcprop.graph.graph import aligned
+from funcprop.program.call import in_order, require_values
+from funcprop.program.program import Program
+from funcprop.rules.rule_set import RuleSet
+
+# The bytes that stacked cotangents, or gradients of single examples, may take at a time.
+LIMIT = 64 << 20
+
+# What is known of shapes alone, for messages.
+AUDIT = "fp.per_example(model, loss).audit(…)"
+
+
+class GradientRoute(NamedTuple):
+    """How one leaf's gradients are found: a way for each place where it enters, and why; and its factors.
+
+    All quantities of gradients are exact in every way. `expand` and `reduce` are what KFAC, KFLR and EKFAC
+    keep of the leaf's block: `A ⊗ G` (over how many positions), an exact block, or a diagonal, and why.
+    """
+
+    path: str
+    ways: tuple[str, ...]
+    reasons: tuple[str, ...]
+    expand: str
+    reduce: str
+
+    @property
+    def falls_back(self) -> bool:
+        """Whether each example's gradient is made, for want of an outer form."""
+        return any(way in ("gradient", "contraction") for way in self.ways)
+
+
+class Audit(tuple[GradientRoute, ...]):
+    """The routes of all parameters, as a table when printed."""
+
+    def __str__(self) -> str:
+        rows = [("parameter", "gradients", "through", "KFAC", "with sharing='reduce'")]
+        for r in self:
+            ways = list(zip(r.ways or ("unused",), r.reasons or ("",), strict=True))
+            rows.append((r.path, *ways[0], r.expand, "the same" if r.reduce == r.expand else r.reduce))
+            rows += [("", *way, "", "") for way in ways[1:]]
+        return aligned(rows, set(), 80)
+
+
+class PerExample:
+    """What `fp.per_example` returns: call it, or ask it by which way each parameter goes."""
+
+    def __init__(self, model: Model, loss: Loss, rules: RuleSet | None, limit: int) -> None:
+        self.model, self.loss, self.rules, self.limit = model, loss, rules, limit
+
+    def __call__(
+        self, params: Any, x: Any, y: Any, quantities: Collection[str], key: Any = None
+    ) -> dict[str, Any]:
+        """The quantities, each a pytree like `params` but for `gram`, `ntk` and `value`."""
+        names = _checked(quantities)
+        sampled = [n for n in names if n != VALUE and any(p.group == SAMPLED for p in QUANTITIES[n].parts)]
+        if sampled and key is None:
+            raise ValueError(
+                f"per_example: {sampled[0]!r} is an estimate by random signs; pass key=jax.random.key(…)."
+            )
+        require_values("per_example", {"params": params, "x": x, "y": y}, AUDIT)
+        batch_size(x, y)
+        check_parameters(params)
+        model, loss = programs(self.model, self.loss, params, x, y)
+        wanted = tuple(sorted(set(names)))
+        found = _quantities(model, loss, params, x, y, key, wanted, self.rules, self.limit)
+        return {asked: found[name] for asked, name in zip(quantities, names, strict=True)}
+
+    def audit(self, params: Any, x: Any, y: Any = None) -> Audit:
+        """By which way the gradients in each parameter are found, why, and what KFAC keeps of its block.
+
+        Nothing is computed; `jax.ShapeDtypeStruct`s are enough.
+        """
+        check_parameters(params)
+        study = Study.of(trace_example(self.model, types_of(params), example_of(x)), params, self.rules)
+        size, routes = batch_size(x, () if y is None else y), []
+        kept = study.kept(jax.tree.leaves(params), x, size)
+        for i, (path, _) in enumerate(jax.tree.leaves_with_path(params)):
+            found = [route(tap) for tap in study.taps if tap.view.leaf == i]
+            ways, reasons = zip(*found, strict=True) if found else ((), ())
+            routes.append(GradientRoute(jax.tree_util.keystr(path), ways, reasons, *kept[i]))
+        return Audit(routes)
+
+
+@functools.partial(jax.jit, static_argnames=("names", "rules", "limit"))
+def _quantities(
+    model: Program,
+    loss: Program,
+    params: Any,
+    x: Any,
+    y: Any,
+    key: Any,
+    names: tuple[str, ...],
+    rules: RuleSet | None,
+    limit: int,
+) -> dict[str, Any]:
+    parts = frozenset(p for n in names if n != VALUE for p in QUANTITIES[n].parts)
+    leaves, tree = jax.tree.flatten(params)
+    size = batch_size(x, y)
+    values, found = sweep(model, loss, params, parts, rules, limit)(leaves, x, y, key, size)
+    results: dict[str, Any] = {}
+    for name in names:
+        if name == VALUE:
+            results[name] = values.mean()
+            continue
+        each = [QUANTITIES[name](here, size) for here in found]
+        results[name] = sum(each) if QUANTITIES[name].whole else jax.tree.unflatten(tree, each)
+    return results
+
+
+def programs(model: Model, loss: Loss, params: Any, x: Any, y: Any) -> tuple[Program, Program]:
+    """The model and the loss of one example, as they are now."""
+    label = example_of(y)
+    with in_order(model, loss, params, example_of(x), label):
+        of_model = trace_example(model, types_of(params), example_of(x))
+        return of_model, trace_loss(loss, of_model.results, label)
+
+
+def sweep(
+    model: Program, loss: Program, params: Any, parts: Collection[Part], rules: RuleSet | None, limit: int
+) -> Sweep:
+    """The sweep for some contractions."""
+    root: LossRoot | None = None
+    if any(part.group in (SAMPLED, EXACT) for part in parts):
+        root = root_of(loss, *loss.arguments)
+    return Sweep(Study.of(model, params, rules), loss, root, frozenset(parts), limit)
+
+
+def per_example(
+    model: Model, loss: Loss, *, rules: RuleSet | None = None, max_bytes: int = LIMIT
+) -> PerExample:
+    """Quantities of the gradient of every example, in one forward and one backward sweep.
+
+    `per_example(model, loss)(params, x, y, quantities={...}, key=None)` returns `{quantity: pytree like
+    params}`. With `W[n]` the gradient of example n's loss in a leaf and N examples, all conventions fixed:
+
+    * `"value"`: the mean loss. `"gradient"`: `1/N Σ W`, of the mean loss.
+    * `"gradients"` (or `"batch_gradients"`): `W`, N × leaf. `"norm"`: `‖W[n]‖`, an array of length N for each
+      leaf, not squared; no gradient is made for it.
+    * `"second_moment"`: `1/N Σ W²`; `"variance"`: `1/N Σ (W − mean)²`; `"snr"`: `mean² / variance`, entry by
+      entry. (The variance is a difference of moments: where the mean is large beside it, digits are lost.)
+    * `"gram"`: `⟨W[n], W[m]⟩` over all leaves, N × N. `"ntk"`: the same of the C entries of the output, N × C
+      × N × C.
+    * `"diag_ggn"`: the diagonal of the Gauss-Newton matrix `1/N Σ_n Jᵀ (∇²ℓ) J` of the **mean** loss, without
+      a factor ½; `"trace_ggn"`: the trace of each leaf's block. `"diag_ggn_mc"`, `"trace_ggn_mc"`: unbiased
+      estimates, from one random combination of columns for each example; they need `key`.
+    * `"kfac"`, `"kfac_reduce"` (random columns; need `key`), `"kflr"`, `"kflr_reduce"` (all columns),
+      `"kfac_empirical"`, `"kfac_empirical_reduce"` (gradients): Kronecker factors `(A, G)` of each leaf; see
+      `fp.kfac`.
+
+    A parameter that enters through products, convolutions, tables, sums and scalings, also under a `scan`, as
+    layers that a scan stacks, or several times, is contracted from what met it and what came back; any other
+    has its gradients made one by one. `.audit(params, x)` says which way each goes, and why. All are exact.
+
+    Every call traces both functions, and so reads anew what they read besides their arguments; what was
+    compiled for equal ones is found again. Under `jit` nothing is traced again.
+
+    Args:
+        model: `model(params, x)`, for ONE example; returns floating-point arrays.
+        loss: `loss(output, y)`, for ONE example; a scalar. For Gauss-Newton quantities it must be convex in
+            the output: they are NaN where it is not.
+        rules: a rule set; the default rules if None.
+        max_bytes: what the stacked cotangents of several columns may take at a time; the batch is swept in
+            parts.
+
+    Raises:
+        ValueError: a quantity is unknown; the leading axes of `x` and `y` differ; an estimate has no key; or
+            the examples mix: the model reduces over a named axis, computes batch statistics, or returns what
+            the loss does not read.
+        TypeError: a parameter has no gradient, or the loss is no scalar.
+
+    References: Goodfellow, "Efficient per-example gradient computations", 2015 (norms); Dangel, Kunstner and
+    Hennig, "BackPACK: packing more into backprop", ICLR 2020 (moments, diagonals); the papers at `fp.kfac`.
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> model, loss = lambda w, x: jnp.vdot(w, x), lambda output, y: (output - y) ** 2 / 2
+        >>> x, y = jnp.array([[3.0, 4.0], [0.0, 1.0]]), jnp.array([1.0, 0.0])
+        >>> found = fp.per_example(model, loss)(jnp.zeros(2), x, y, {"norm", "diag_ggn"})
+        >>> print(found["norm"], found["diag_ggn"])
+        [5. 0.] [4.5 8.5]
+    """
+    return PerExample(model, loss, rules, max_bytes)
+
+
+def batch_size(x: Any, y: Any) -> int:
+    """The common length of the leading axes.
+
+    Raises:
+        ValueError: there is none.
+    """
+    sizes = {}
+    for name, tree in (("x", x), ("y", y)):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            where = name + jax.tree_util.keystr(path)
+            if not jnp.ndim(leaf):
+                raise ValueError(
+                    f"per_example: {where} is a scalar; the leading axis of x and y is the examples."
+                )
+            sizes[where] = jnp.shape(leaf)[0]
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        listed = ", ".join(f"{where} has {n}" for where, n in sizes.items())
+        raise ValueError(
+            f"per_example: the leading axis of x and y is the examples, but {listed or 'x is empty'}."
+        )
+    return next(iter(sizes.values()))
+
+
+def check_parameters(params: Any) -> None:
+    """Raise for a parameter that has no gradient.
+
+    Raises:
+        TypeError: with its path.
+    """
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"per_example: params{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}, which has no "
+                "gradient; pass floating-point leaves only and close over the rest "
+                "(`eqx.partition(model, eqx.is_inexact_array)`)."
+            )
+
+
+def _checked(quantities: Collection[str]) -> list[str]:
+    known = [*QUANTITIES, *ALIASES, VALUE]
+    if isinstance(quantities, str) or not quantities:
+        raise ValueError(
+            f"per_example: quantities={quantities!r}; pass a set of names among {', '.join(known)}."
+        )
+    for name in quantities:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            raise ValueError(
+                f"per_example: unknown quantity {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; "
+                f"there are {', '.join(known)}."
+            )
+    return [ALIASES.get(name, name) for name in quantities]

@@ -1,0 +1,1 @@
+"""The derivative of a function as equations, and their check by numbers."""

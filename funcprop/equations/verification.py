@@ -1,0 +1,172 @@
+"""Verifying equations: every printed form is evaluated and compared with autodiff.
+
+A form is evaluated from the function's own values and cotangents, so each line is checked by itself, and all
+lines together are the function and its gradient. Only cotangents that have a line are asked of autodiff.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from funcprop.equations.deviations import Deviation, deviation
+from funcprop.equations.oracle import Oracle, split_key
+from funcprop.equations.rounding import spread
+from funcprop.graph.tracing import Traced
+from funcprop.program.call import has_values
+from funcprop.progress import bar
+from funcprop.rules.expressions import Expression
+
+Progress: TypeAlias = "bool | Callable[[int, int], Any] | None"
+
+# A derivation with fewer lines is verified before a bar would be looked at.
+_MANY_LINES = 40
+
+
+class DerivationError(AssertionError):
+    """A printed equation does not hold; the message names the line and the form."""
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """One equation: `left = forms[0] = forms[1] …`.
+
+    `key` is what the line defines in the environment: `z` for a value, `∂J/∂z` for a cotangent, `∂s/∂W1` for
+    a partial derivative of one operator.
+    """
+
+    key: str
+    left: str
+    left_latex: str
+    forms: tuple[Expression, ...]
+    shape: tuple[int, ...]
+
+    def text(self) -> str:
+        """The equation as Unicode text, without its shape."""
+        return " = ".join([self.left, *(form.text() for form in self.forms)])
+
+    def latex(self) -> str:
+        """The equation as LaTeX, aligned at its first equals sign."""
+        return " = ".join([f"{self.left_latex} &", *(form.latex() for form in self.forms)]).replace(
+            "& = ", "&= ", 1
+        )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The largest relative deviation of each verified line, by what it defines.
+
+    `unchecked` are the lines in which no number could be compared, each with the reason.
+    """
+
+    errors: dict[str, float]
+    unchecked: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = {key: f"{error:.1e}" for key, error in self.errors.items()} | self.unchecked
+        width = max(map(len, rows), default=0)
+        return "\n".join(f"{key:{width}}  {found}" for key, found in rows.items())
+
+
+def verify(
+    lines: Sequence[Line], traced: Traced, tolerance: float | None = None, progress: Progress = None
+) -> Verification:
+    """Evaluate every form of every line and compare it with autodiff; see `Derivation.verify`."""
+    if not has_values(traced.leaves):
+        raise TypeError(
+            "verify: derive was given shapes (jax.ShapeDtypeStruct); give it arrays, so that its equations "
+            "can be evaluated."
+        )
+    oracle = Oracle(traced, {split_key(line.key)[1] for line in lines})
+    environment = oracle.environment()
+    errors: dict[str, float] = {}
+    unchecked: dict[str, str] = {}
+    with _shown(progress, len(lines)) as done:
+        for number, line in enumerate(lines, 1):
+            reason = oracle.not_run_again(line.key)
+            if reason is None:
+                found = [_check(line, i, oracle, environment, tolerance) for i in range(len(line.forms))]
+                if any(one.compared for one in found):
+                    errors[line.left] = max(one.error for one in found)
+                else:
+                    reason = "no entries" if 0 in line.shape else "no finite entry to compare"
+            if reason is not None:
+                unchecked[line.left] = reason
+            done(number)
+    _require_numbers(lines, oracle, unchecked)
+    return Verification(errors, unchecked)
+
+
+def _check(
+    line: Line, index: int, oracle: Oracle, environment: Mapping[str, Any], tolerance: float | None
+) -> Deviation:
+    """How far one form is from autodiff.
+
+    Raises:
+        DerivationError: further than allowed.
+    """
+    form = line.forms[index]
+
+    def rounding() -> np.ndarray:
+        """How far rounding can carry the form or the truth."""
+        fun, args = oracle.local(line.key)
+        of_form = spread(form.evaluate, {key: environment[key] for key in form.symbols()})
+        return np.maximum(spread(fun, *args), of_form)
+
+    found = deviation(form.evaluate(environment), oracle.truth(line.key), tolerance, rounding)
+    if found.is_allowed:
+        return found
+    if (op := oracle.not_linear(line.key)) is not None:
+        raise DerivationError(
+            f"verify: `{line.text()}` does not hold, because the backward function of {op.name} "
+            f"({op.op}) is not linear in its cotangent: it is not the derivative of any function. "
+            "Clip, scale or reverse gradients outside of the function that is derived."
+        )
+    raise DerivationError(
+        f"verify: form {index + 1} of `{line.text()}` deviates from autodiff by {found.error:.3g} relative "
+        f"to the largest entry or term (allowed {found.allowed:.3g})."
+    )
+
+
+def _require_numbers(lines: Sequence[Line], oracle: Oracle, unchecked: Mapping[str, str]) -> None:
+    """Raise if nothing was compared in one of the sweeps, or nothing is known of the gradient.
+
+    Raises:
+        ValueError: with the first line that could not be compared, and why.
+    """
+    remedy = (
+        "so nothing about it was verified. Derive at arguments where the function and its gradient are "
+        "finite; fp.backprop(fun)(…).first_nonfinite() says what is not."
+    )
+    for sweep, is_forward in (("forward propagation", True), ("backpropagation", False)):
+        telling = [
+            line
+            for line in lines
+            if (line.key in oracle.values) == is_forward and any(form.symbols() for form in line.forms)
+        ]
+        if telling and all(line.left in unchecked for line in telling):
+            raise ValueError(
+                f"verify: no line of {sweep} has a number that can be compared ({telling[0].left}: "
+                f"{unchecked[telling[0].left]}), {remedy}"
+            )
+    arguments = [oracle.cotangents[v.name] for v in oracle.graph.inputs if v.name in oracle.cotangents]
+    if arguments and all(np.isnan(np.asarray(ct, complex)).all() for ct in arguments):
+        what = "is NaN" if any(ct.size for ct in arguments) else "has no entries"
+        raise ValueError(f"verify: the gradient {what}, {remedy}")
+
+
+@contextlib.contextmanager
+def _shown(progress: Progress, total: int) -> Iterator[Callable[[int], None]]:
+    """What is called with the number of lines that are done."""
+    if callable(progress):
+        yield lambda number: progress(number, total)
+    elif progress or (progress is None and total >= _MANY_LINES and importlib.util.find_spec("rich")):
+        with bar("verifying", total) as update:
+            yield lambda number: update(completed=number)
+    else:
+        yield lambda number: None

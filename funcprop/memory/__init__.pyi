@@ -1,0 +1,11 @@
+from .accounting import footprint as footprint
+from .largest_batch import batch_limit as batch_limit
+from .ledger import Footprint as Footprint
+from .ledger import Ledger as Ledger
+from .ledger import Row as Row
+from .remat.plan import Compiled as Compiled
+from .remat.plan import Proof as Proof
+from .remat.plan import RematPlan as RematPlan
+from .remat.rematerialize import BudgetError as BudgetError
+from .remat.rematerialize import remat_plan as remat_plan
+from .remat.rematerialize import rematerialize as rematerialize

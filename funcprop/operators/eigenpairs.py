@@ -1,0 +1,174 @@
+"""Eigenpairs at the ends of the spectrum: Lanczos, LOBPCG, or all of them.
+
+Lanczos starts from one random vector and so finds one vector of an eigenvalue that occurs several times,
+until its space is exhausted. LOBPCG iterates on a block and finds the copies too. Neither is silent about
+what it did not find: the residual `‖A v − λ v‖` of every pair is computed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.sparse.linalg import lobpcg_standard
+from jaxtyping import Array, Float
+
+from funcprop.operators.convergence import is_traced, warn_unless
+from funcprop.operators.finite import require_finite
+from funcprop.operators.lanczos import tridiagonal
+from funcprop.operators.products import block, flat_map, mapped
+from funcprop.operators.symmetric_map import SymmetricMap
+
+ENDS = {"LA": "largest", "SA": "smallest", "BE": "half of each end", "LM": "largest in magnitude"}
+BASIS_BYTES = 2**32  # what the vectors of a Krylov space may take, unless their number is given
+METHODS = ("lanczos", "lobpcg", "dense")
+
+
+class Pairs(NamedTuple):
+    """Eigenvalues, ascending, their vectors as columns, the largest `‖A v − λ v‖`, and the norm of A."""
+
+    values: Float[Array, " k"]
+    vectors: Float[Array, "P k"]
+    residual: Array
+    norm: Array
+
+
+def eigenpairs(
+    operator: SymmetricMap,
+    k: int,
+    which: str,
+    method: str,
+    tolerance: float | None,
+    most: int | None,
+    key: Array,
+) -> Pairs:
+    """`LinearOperator.eigsh`, where the arguments are explained, on flat vectors."""
+    size = operator.parameters.size
+    if which not in ENDS:
+        said = ", ".join(f"{name} ({meaning})" for name, meaning in ENDS.items())
+        raise ValueError(f"which={which!r} is not known; choose one of {said}.")
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not known; choose one of {', '.join(METHODS)}.")
+    if not 0 < k <= size:
+        raise ValueError(f"k={k}, but the operator has {size} eigenvalues; take 1 ≤ k ≤ {size}.")
+    if tolerance is None:
+        tolerance = float(jnp.finfo(operator.dtype).eps) ** (2 / 3)
+    if method == "dense":
+        return require_finite(operator, _dense(operator, k, which), "eigsh()")
+    if method == "lobpcg":
+        return _by_lobpcg(operator, k, which, tolerance, most, key)
+    return _by_lanczos(operator, k, which, tolerance, most, key)
+
+
+def _by_lanczos(
+    operator: SymmetricMap, k: int, which: str, tolerance: float, most: int | None, key: Array
+) -> Pairs:
+    """In Krylov spaces that double until all pairs have converged, or have `most` dimensions."""
+    size = operator.parameters.size
+    if most is None:
+        room = BASIS_BYTES // (size * operator.dtype.itemsize)
+        most = max(k, min(max(10 * k, 320), room))
+    most = min(most, size)
+    if most < k:
+        raise ValueError(f"products={most} are fewer than k={k}; allow at least as many, better ten times.")
+    operator = operator.linearize()
+    dimension = most if is_traced((operator, key)) else min(most, max(2 * k + 2, 40))
+    while True:
+        pairs = _lanczos(operator, k, which, dimension, key)
+        # NaN compares as false, and then more products are of no use.
+        if dimension == most or not bool(pairs.residual > tolerance * pairs.norm):
+            break
+        dimension = min(most, 2 * dimension)
+    return _checked(operator, pairs, k, which, tolerance, f"{dimension} products", "method='lobpcg'")
+
+
+def _by_lobpcg(
+    operator: SymmetricMap, k: int, which: str, tolerance: float, most: int | None, key: Array
+) -> Pairs:
+    """By blocks of k vectors, from the largest down, of the operator or of its negative."""
+    size = operator.parameters.size
+    if 5 * k >= size:
+        raise ValueError(
+            f"k={k} is too many for LOBPCG on {size} parameters, which takes 5 k < P; use method='dense' or "
+            "'lanczos'."
+        )
+    iterations = 100 if most is None else most
+    pairs = _lobpcg(operator, k, which, tolerance, iterations, key)
+    return _checked(operator, pairs, k, which, tolerance, f"{iterations} iterations", "method='lanczos'")
+
+
+def _checked(
+    operator: SymmetricMap, pairs: Pairs, k: int, which: str, tolerance: float, after: str, instead: str
+) -> Pairs:
+    require_finite(operator, pairs, "eigsh()")
+    warn_unless(
+        pairs.residual <= tolerance * pairs.norm,
+        f"eigsh: the largest residual ‖A v − λ v‖ of k={k} pairs ({which}) is {{}} after {after}, above "
+        f"tolerance={tolerance:.1e} times ‖A‖={{}}; raise products=, or try {instead}.",
+        pairs.residual,
+        pairs.norm,
+    )
+    return pairs
+
+
+@functools.partial(jax.jit, static_argnames=("k", "which"))
+def _dense(operator: SymmetricMap, k: int, which: str) -> Pairs:
+    every = tuple(range(len(operator.parameters.paths)))
+    values, vectors = jnp.linalg.eigh(block(operator, every, every, None))
+    at = chosen(values, k, which)
+    return Pairs(values[at], vectors[:, at], jnp.zeros((), values.dtype), jnp.abs(values).max())
+
+
+@functools.partial(jax.jit, static_argnames=("k", "which", "dimension"))
+def _lanczos(operator: SymmetricMap, k: int, which: str, dimension: int, key: Array) -> Pairs:
+    names, apply = operator.parameters, flat_map(operator)
+    start = jax.random.normal(key, (names.size,), names.dtype)
+    found = tridiagonal(apply, start, dimension, key)
+    values, small = found.eigh()
+    at = chosen(values, k, which)
+    return _with_residuals(apply, values[at], found.basis.T @ small[:, at], jnp.abs(values).max())
+
+
+@functools.partial(jax.jit, static_argnames=("k", "which", "iterations"))
+def _lobpcg(
+    operator: SymmetricMap, k: int, which: str, tolerance: float, iterations: int, key: Array
+) -> Pairs:
+    names, apply = operator.parameters, flat_map(operator)
+    bounds, start = jax.random.split(key)
+    few = tridiagonal(apply, jax.random.normal(bounds, (names.size,), names.dtype), min(12, names.size), key)
+    shift = 1.1 * jnp.abs(few.eigh()[0]).max()
+
+    def end(sign: int, count: int) -> tuple[Array, Array]:
+        # LOBPCG finds the largest, and tests convergence relative to them: all are made positive.
+        def block(columns: Array) -> Array:
+            return shift * columns + sign * jax.vmap(apply, 1, 1)(columns)
+
+        vectors = jax.random.normal(start, (names.size, count), names.dtype)
+        values, vectors, _ = lobpcg_standard(block, vectors, iterations, tolerance / (40 * names.size))
+        return sign * (values - shift), vectors
+
+    counts = {"LA": (0, k), "SA": (k, 0), "BE": (k // 2, k - k // 2), "LM": (k, k)}[which]
+    ends = [end(sign, count) for sign, count in zip((-1, 1), counts, strict=True) if count]
+    values, vectors = (jnp.concatenate(parts, -1) for parts in zip(*ends, strict=True))
+    order = jnp.argsort(values)
+    at = order[chosen(values[order], k, which)]
+    return _with_residuals(apply, values[at], vectors[:, at], shift / 1.1)
+
+
+def chosen(values: Array, k: int, which: str) -> Array:
+    """The positions of k of the ascending values, ascending."""
+    m = len(values)
+    if which == "LM":
+        return jnp.sort(jnp.argsort(jnp.abs(values))[m - k :])
+    low = {"LA": 0, "SA": k, "BE": k // 2}[which]
+    return jnp.concatenate([jnp.arange(low), jnp.arange(m - k + low, m)])
+
+
+def _with_residuals(apply: Callable[[Array], Array], values: Array, vectors: Array, norm: Array) -> Pairs:
+    """The pairs with their residuals, by one product each."""
+    products = mapped(apply, vectors.T, None).T
+    residual = jnp.linalg.norm(products - vectors * values, axis=0).max()
+    return Pairs(values, vectors, residual, norm)

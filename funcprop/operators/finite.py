@@ -1,0 +1,51 @@
+"""A curvature with NaN or infinite entries is an error that names the parameter."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from funcprop.operators.products import flat_product
+from funcprop.operators.symmetric_map import SymmetricMap
+
+T = TypeVar("T")
+
+
+def require_finite(operator: SymmetricMap, result: T, doing: str) -> T:
+    """`result`, if all of it is finite, or if it is traced and nobody can tell.
+
+    Raises:
+        FloatingPointError: it is not; the message names the parameters whose rows of the operator are not.
+    """
+    leaves = jax.tree.leaves(result)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return result
+    if all(bool(jnp.isfinite(leaf).all()) for leaf in leaves):
+        return result
+    broken = nonfinite_rows(operator)
+    if not broken:
+        raise FloatingPointError(
+            f"{doing} is not finite, though the operator's products are; its numbers leave the range of "
+            f"{operator.dtype}."
+        )
+    raise FloatingPointError(
+        f"{doing}: the curvature is not finite in the rows of {', '.join(map(repr, broken))}; "
+        "fp.backprop(loss)(...).first_nonfinite() says where that begins, and where= leaves parameters out."
+    )
+
+
+def nonfinite_rows(operator: SymmetricMap) -> list[str]:
+    """The paths of the parameters whose rows have entries that are not finite.
+
+    Times zero, NaN and infinity are NaN: one product with zeros finds them, wherever they are in their row.
+    """
+    zeros = jnp.zeros(operator.parameters.size, operator.dtype)
+    rows = jax.tree.leaves(operator.parameters.unravel(flat_product(operator, zeros)))
+    ones = jax.tree.leaves(operator.parameters.unravel(flat_product(operator, zeros + 1)))
+    return [
+        path
+        for path, *found in zip(operator.parameters.paths, rows, ones, strict=True)
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in found)
+    ]

@@ -1,0 +1,91 @@
+"""The density of all eigenvalues, by stochastic Lanczos quadrature, and what follows from it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from funcprop.operators.estimate import Estimate
+from funcprop.operators.finite import require_finite
+from funcprop.operators.lanczos import tridiagonal
+from funcprop.operators.products import flat_map, mapped
+from funcprop.operators.stochastic_estimates import require_samples, signs
+from funcprop.operators.symmetric_map import SymmetricMap
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """For each random vector a quadrature of the spectrum: `tr f(A) / P ≈ Σ_j w_j f(λ_j)`.
+
+    The error bars are those of the random vectors. That each quadrature has only as many nodes as there were
+    products is not in them; it is exact for polynomials `f` up to degree `2 m − 1`, and for any if m = P.
+
+    Attributes:
+        nodes: `λ`, one row for each random vector, ascending.
+        weights: `w`, non-negative, each row sums to 1.
+        size: P, the number of eigenvalues.
+    """
+
+    nodes: Float[Array, "n m"]
+    weights: Float[Array, "n m"]
+    size: int = field(metadata={"static": True})
+
+    def mean(self, function: Callable[[Array], Array]) -> Estimate:
+        """`tr f(A) / P`, the mean of an elementwise function over the eigenvalues."""
+        return Estimate.of(jnp.sum(self.weights * function(self.nodes), axis=1))
+
+    def count(self, low: float, high: float) -> Estimate:
+        """How many eigenvalues are in `[low, high]`."""
+        found = self.mean(lambda values: (values >= low) & (values <= high))
+        return Estimate(self.size * found.value, self.size * found.error, found.samples)
+
+    def density(self, at: Float[Array | np.ndarray, " g"], width: float | Array | None = None) -> Estimate:
+        """The density at the points `at`, smoothed by a Gaussian of standard deviation `width`; its integral
+        is 1.
+
+        `width` is a hundredth of the spectrum's range if None.
+        """
+        low, high = self.range
+        width = (high - low) / 100 if width is None else width
+
+        def row(nodes: Array, weights: Array) -> Array:
+            return weights @ jax.scipy.stats.norm.pdf(at, nodes[:, None], width)
+
+        return Estimate.of(jax.vmap(row)(self.nodes, self.weights))
+
+    @property
+    def range(self) -> tuple[Array, Array]:
+        """The smallest and the largest node."""
+        return self.nodes.min(), self.nodes.max()
+
+
+def spectrum(operator: SymmetricMap, samples: int, products: int, key: Array | None) -> Spectrum:
+    """`LinearOperator.spectrum`, where the arguments are explained."""
+    require_samples(samples, key)
+    size = operator.parameters.size
+    if not 0 < products <= size:
+        raise ValueError(
+            f"products={products}, but the operator has {size} rows; take 1 ≤ products ≤ {size}."
+        )
+    nodes, weights = require_finite(operator, _quadratures(operator, samples, products, key), "spectrum()")
+    return Spectrum(nodes, weights, size)
+
+
+@functools.partial(jax.jit, static_argnames=("samples", "products"))
+def _quadratures(operator: SymmetricMap, samples: int, products: int, key: Array) -> tuple[Array, Array]:
+    apply = flat_map(operator)
+    random, restarts = jax.random.split(key)
+
+    def quadrature(start: Array) -> Array:
+        nodes, vectors = tridiagonal(apply, start, products, restarts).eigh()
+        return jnp.stack([nodes, vectors[0] ** 2])
+
+    found = mapped(quadrature, signs(operator, samples, random), None)
+    return found[:, 0], found[:, 1]

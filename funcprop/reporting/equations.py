@@ -1,0 +1,102 @@
+"""The equations on the page: typeset, of repeated blocks the first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from funcprop.equations.derivation import forward_lines
+from funcprop.equations.verification import Line
+from funcprop.reporting.mathml import mathml
+from funcprop.reporting.report_data import ReportData
+
+
+@dataclass(frozen=True)
+class Equation:
+    """A line: `key` is its id on the page, `name` what it defines, `forms` what stands after `=`."""
+
+    key: str
+    name: str
+    left: Markup
+    forms: tuple[Markup, ...]
+    shape: str
+
+
+@dataclass(frozen=True)
+class TypesetEquations:
+    """Both sweeps, and a step of the open loops.
+
+    `omitted` lines are those of repeated blocks and what is beyond the limit.
+    """
+
+    forward: tuple[Equation, ...]
+    backward: tuple[Equation, ...]
+    inside: tuple[Equation, ...]
+    omitted: int
+
+
+def equations(report: ReportData, most: int) -> TypesetEquations:
+    """The lines of what is drawn, of each sweep no more than `most`."""
+    derivation = report.derivation
+    chosen = _drawn(report)
+    forward = [line for line in derivation.forward if line.key in chosen]
+    backward = [line for line in derivation.backward if _about(line.key) in chosen]
+    steps = _steps(report)
+    inside = [line for line in steps if line.key in chosen]
+    omitted = len(derivation.forward) + len(derivation.backward) + len(steps)
+    forward, backward, inside = forward[:most], backward[:most], inside[:most]
+    return TypesetEquations(
+        tuple(_equation(f"f{i}", line) for i, line in enumerate(forward)),
+        tuple(_equation(f"b{i}", line) for i, line in enumerate(backward)),
+        tuple(_equation(f"f{i}", line) for i, line in enumerate(inside, len(forward))),
+        omitted - len(forward) - len(backward) - len(inside),
+    )
+
+
+def _steps(report: ReportData) -> list[Line]:
+    """One step of every open loop; what is in a loop is written without the name of the loop."""
+    shown, variables = report.opened.shown, report.opened.variables
+    inner = {v.name: v.name for found in variables.values() for v in found}
+    if not inner:
+        return []
+    written = {name: name.rpartition("]/")[2] for name in inner}
+    lines = forward_lines(shown.graph, report.graph.outputs[0], written, shown.places.values())
+    return [line for line in lines if line.key in inner]
+
+
+def _about(key: str) -> str:
+    """The variable whose cotangent, or partial derivative, a line is."""
+    return key.split("/∂", 1)[-1]
+
+
+def _drawn(report: ReportData) -> set[str]:
+    """Variables that are squares, or results of circles; of folded ones the first, in open scopes only."""
+    producer = {op.name: op for op in (*report.opened.shown.graph, *report.graph)}
+    found: set[str] = set()
+    for node in report.drawing.picture.nodes:
+        if node.kind == "variable":
+            found.update(node.members[:1])
+        else:
+            shown = node.members[:1] if node.kind == "operator" else node.members
+            found.update(v.name for name in shown for v in producer[name].outputs)
+    # An open loop is a line of its own, too.
+    return found | {v.name for loop in report.opened.operators for v in producer[loop].outputs}
+
+
+def _equation(key: str, line: Line) -> Equation:
+    return Equation(
+        key,
+        line.key,
+        Markup(mathml(line.left_latex, line.left)),
+        tuple(Markup(mathml(form.latex(), form.text())) for form in line.forms),
+        " × ".join(map(str, line.shape)) or "scalar",
+    )
+
+
+def by_variable(lines: tuple[Equation, ...], prefix: str) -> Iterator[tuple[str, str]]:
+    """The variable that each line is about, with the line's id; partial derivatives are about none."""
+    for line in lines:
+        if line.name.startswith(prefix):
+            yield line.name.removeprefix(prefix), line.key

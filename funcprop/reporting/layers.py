@@ -1,0 +1,156 @@
+"""The memory ledger as bars: bytes at the peak by layer and by what they are for."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from funcprop.memory.accounting import footprint
+from funcprop.memory.ledger import Footprint, Ledger, Row
+from funcprop.training.loop import Setup
+
+# The categories of a ledger that are told apart by a colour; the others are small.
+CATEGORIES = (
+    "parameters",
+    "optimizer state",
+    "inputs",
+    "saved",
+    "activations",
+    "cotangents",
+    "gradients",
+    "other",
+)
+# More layers than this are not told apart; what is beyond, or too small to be seen, is one bar.
+MOST_LAYERS = 16
+SMALLEST = 0.005
+
+
+@dataclass(frozen=True)
+class BarPart:
+    """A piece of a bar."""
+
+    category: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What one layer, or value, holds at the peak of one program."""
+
+    program: str
+    parts: tuple[BarPart, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The length of the bar."""
+        return sum(part.nbytes for part in self.parts)
+
+
+@dataclass(frozen=True)
+class LayerBars:
+    """The bars of one layer, or of one value where the function has no named scopes."""
+
+    name: str
+    bars: tuple[Bar, ...]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A footprint, what it is of, and its bars; `unit` says what they are of."""
+
+    subject: str
+    footprint: Footprint
+    unit: str
+    layers: tuple[LayerBars, ...]
+
+    @property
+    def largest(self) -> int:
+        """The length of the longest bar."""
+        return max((bar.nbytes for layer in self.layers for bar in layer.bars), default=0) or 1
+
+    @property
+    def categories(self) -> list[tuple[str, list[int]]]:
+        """Bytes by category in each program, without categories that are nowhere."""
+        found = [(c, [_by_category(x.rows)[c] for x in self.footprint.ledgers.values()]) for c in CATEGORIES]
+        return [(category, nbytes) for category, nbytes in found if any(nbytes)]
+
+
+def memory(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int],
+    args: Sequence[Any],
+    kwargs: Any,
+    setup: Setup | None,
+) -> Memory:
+    """The memory of a function and its gradient, or of a step of the training run on one minibatch."""
+    if setup is None:
+        return _bars("the function and its gradient", footprint(fun, argnums)(*args, **kwargs))
+    batches = setup.batches(jax.random.key(0)) if callable(setup.batches) else setup.batches
+    batch = next(iter(batches))
+    parts = batch if type(batch) in (tuple, list) else (batch,)
+    found = footprint(setup.loss, optimizer=setup.optimizer)(setup.params, *parts)
+    return _bars("the loss of one minibatch, and a whole training step", found)
+
+
+def _bars(subject: str, found: Footprint) -> Memory:
+    rows = [row for ledger in found.ledgers.values() for row in ledger.rows]
+    depth = _depth(rows)
+    unit = "layer" if depth else "value"
+
+    def group(row: Row) -> str:
+        if row.category == "unused":
+            return "gaps between buffers"
+        return "/".join(row.scope.split("/")[:depth]) or "outside of layers" if depth else row.name
+
+    totals: dict[str, int] = defaultdict(int)
+    for row in rows:
+        totals[group(row)] += row.nbytes
+    largest = sorted(totals, key=lambda name: -totals[name])[:MOST_LAYERS]
+    visible = SMALLEST * sum(totals.values())
+    kept = [name for name in totals if name in largest and totals[name] >= visible]
+    kept = sorted(kept, key=_natural) if depth else kept
+    outermost = {name.partition("/")[0] for name in kept if "/" in name}
+    # What all layers are in says nothing of any.
+    shared = outermost.pop() + "/" if depth and len(outermost) == 1 else ""
+    layers = [LayerBars(n.removeprefix(shared), _of(found.ledgers, {n}, group)) for n in kept]
+    if len(kept) < len(totals):
+        rest = _of(found.ledgers, totals.keys() - kept, group)
+        layers.append(LayerBars(f"{len(totals) - len(kept)} others", rest))
+    return Memory(subject, found, unit, tuple(layers))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts `Block_2` before `Block_10`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _of(ledgers: dict[str, Ledger], groups: Collection[str], group: Callable[[Row], str]) -> tuple[Bar, ...]:
+    bars = []
+    for program, ledger in ledgers.items():
+        sums = _by_category(row for row in ledger.rows if group(row) in groups)
+        bars.append(Bar(program, tuple(BarPart(c, n) for c, n in sums.items() if n)))
+    return tuple(bars)
+
+
+def _by_category(rows: Iterable[Row]) -> dict[str, int]:
+    sums = dict.fromkeys(CATEGORIES, 0)
+    for row in rows:
+        sums[row.category if row.category in sums else "other"] += row.nbytes
+    return sums
+
+
+def _depth(rows: Sequence[Row]) -> int:
+    """How many parts of a scope's name tell layers apart; 0 if there are no layers."""
+    paths = [row.scope.split("/") for row in rows if row.scope]
+    deepest = max(map(len, paths), default=0)
+    names = [len({tuple(path[:depth]) for path in paths}) for depth in range(deepest + 1)]
+    found = 0
+    for depth, count in enumerate(names):
+        if 1 < count <= MOST_LAYERS:
+            found = depth
+    return found

@@ -1,0 +1,70 @@
+"""A picture of any function at a size that can be read, and what had to be left out of it for that."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from funcprop.drawing.draw import Drawing, draw
+from funcprop.graph.graph import Graph, Operator, Variable
+from funcprop.graph.naming import joined
+from funcprop.reporting.loop_contents import Opened, opened
+
+# A picture with more nodes is drawn with loops closed, then with its innermost scopes collapsed.
+MOST_NODES = 400
+# What is still too large is drawn as so many runs of operators that follow each other.
+RUNS = 150
+
+
+class ScaledPicture(NamedTuple):
+    """A drawing, the loops that are open in it, and in words what is collapsed."""
+
+    drawing: Drawing
+    opened: Opened
+    notes: tuple[str, ...]
+
+
+def picture_of(graph: Graph, depth: int | None, fold: bool) -> ScaledPicture:
+    """The graph with as much of it open as fits into `MOST_NODES`; `depth` is the user's own choice."""
+    closed = "Loops are drawn closed."
+    for levels in (sys.maxsize, 1, 0):
+        drawing = draw(graph, depth=depth, loops=levels, fold=fold)
+        if len(drawing.picture.nodes) <= MOST_NODES:
+            has_closed = levels == 0 and any(op.bodies for op in graph)
+            return ScaledPicture(drawing, opened(graph, levels), (closed,) if has_closed else ())
+    inside = opened(graph, 0)
+    notes = (closed,) if any(op.bodies for op in graph) else ()
+    if depth is not None:
+        return ScaledPicture(drawing, inside, notes)
+    deepest = max(op.scope.count("/") for op in graph.operators)
+    for level in range(deepest, -1, -1):
+        drawing = draw(graph, depth=level, loops=0, fold=fold)
+        if len(drawing.picture.nodes) <= MOST_NODES:
+            which = "Scopes" if level == 0 else f"Scopes that are inside of {level} others"
+            return ScaledPicture(drawing, inside, (*notes, f"{which} are drawn as one node each."))
+    length = -(-len(graph) // RUNS)
+    said = f"Of {len(graph):,} operators, every {length} that follow each other are drawn as one node."
+    return ScaledPicture(draw(_in_runs(graph, length), depth=0, loops=0, fold=False), inside, (*notes, said))
+
+
+def _in_runs(graph: Graph, length: int) -> Graph:
+    """The same, in scopes of so many operators."""
+    count = len(graph)
+
+    def run(number: int) -> str:
+        first = number - number % length
+        return f"operators {first + 1} … {min(first + length, count)}"
+
+    of: dict[str, Variable] = {}
+
+    def moved(variables: Sequence[Variable]) -> tuple[Variable, ...]:
+        return tuple(of.get(v.name, v) if v.kind != "literal" else v for v in variables)
+
+    operators: list[Operator] = []
+    for i, op in enumerate(graph.operators):
+        of |= {v.name: replace(v, scope=joined(run(i), v.scope)) for v in op.outputs}
+        scope = joined(run(i), op.scope)
+        operators.append(replace(op, scope=scope, inputs=moved(op.inputs), outputs=moved(op.outputs)))
+    return Graph(graph.name, graph.inputs, graph.constants, tuple(operators), moved(graph.outputs))

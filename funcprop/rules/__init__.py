@@ -1,0 +1,10 @@
+"""Hand-written backward rules: the built-in sets, and how a function carries them.
+
+* `handwritten`: every rule of this library.
+* `default`: only the rules that were measured to win on the running backend, or that cannot lose.
+* `autodiff`: none; every operator is differentiated by JAX.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,3 @@
+from .sets import autodiff as autodiff
+from .sets import default as default
+from .sets import handwritten as handwritten

@@ -1,0 +1,352 @@
+"""Symbolic expressions that print as text and LaTeX, and evaluate to arrays.
+
+An equation of `fp.derive` is one of these, so what is verified is exactly what is printed. Rules write
+their equations with the ordinary operators: `g @ w.T`, `g * apply("tanh′", derivative, z)`, `g.sum(0)`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from funcprop.program.dtypes import common_dtype, is_weak
+
+Environment = Mapping[str, Any]
+
+
+class OperatorSymbols(NamedTuple):
+    """An operator as symbols, from which a rule writes its equations.
+
+    `args` has the structure of the operator's arguments, `output` that of its results; `cotangent` is
+    `∂J/∂output`, which may be the constant 1; `name` is how the operator is written; `static` are its
+    parameters.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    output: Any
+    cotangent: Any
+    static: Mapping[str, Any]
+
+
+class Equations(NamedTuple):
+    """`output = forward`, and for each argument its cotangent (None where it has none)."""
+
+    forward: Expression
+    backward: tuple[Any, ...]
+
+
+# How tightly an operator binds; an operand that binds less tightly is put in parentheses.
+_SUM, _TERM, _QUOTIENT, _PRODUCT, _POWER, _ATOM = range(6)
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(frozen=True, eq=False)
+class Expression:
+    """A function of operands, with a template for each notation (`{0}`, `{1}` are the operands).
+
+    `binding` is how tightly the whole binds, `inner` how tightly its operands must bind to need no
+    parentheses. Operands of different dtypes are promoted, to that of a wider one.
+    """
+
+    function: Callable[..., Any]
+    operands: tuple[Expression, ...]
+    template: str
+    latex_template: str
+    binding: int
+    inner: int
+    known_type: jax.ShapeDtypeStruct | None = None
+
+    @cached_property
+    def type(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the value; found by tracing where nobody knows them."""
+        if self.known_type is not None:
+            return self.known_type
+        return jax.eval_shape(self.function, *(operand.type for operand in self.operands))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the value."""
+        return tuple(self.type.shape)
+
+    def evaluate(self, environment: Environment) -> Any:
+        """The value of the expression, with the symbols' values in `environment`."""
+        return self.function(*(operand.evaluate(environment) for operand in self.operands))
+
+    def symbols(self) -> set[str]:
+        """The keys of the symbols in it."""
+        return set().union(*(operand.symbols() for operand in self.operands))
+
+    def text(self) -> str:
+        """Unicode text."""
+        return self.template.format(*(self._inside(o, o.text(), "({})") for o in self.operands))
+
+    def latex(self) -> str:
+        """LaTeX, without dollar signs."""
+        wrap = "\\left({}\\right)"
+        return self.latex_template.format(*(self._inside(o, o.latex(), wrap) for o in self.operands))
+
+    def _inside(self, operand: Expression, rendered: str, parentheses: str) -> str:
+        return parentheses.format(rendered) if operand.binding < self.inner else rendered
+
+    def __add__(self, other: Any) -> Expression:
+        other = as_expression(other)
+        return _entrywise(jnp.add, (self, other), "{0} + {1}", "{0} + {1}", _SUM, _SUM)
+
+    def __radd__(self, other: Any) -> Expression:
+        return as_expression(other) + self
+
+    def __sub__(self, other: Any) -> Expression:
+        other = as_expression(other)
+        # The right operand of a difference needs parentheses if it is a sum itself.
+        subtrahend = parenthesised(other) if other.binding == _SUM else other
+        return _entrywise(jnp.subtract, (self, subtrahend), "{0} − {1}", "{0} - {1}", _SUM, _SUM)
+
+    def __rsub__(self, other: Any) -> Expression:
+        return as_expression(other) - self
+
+    def __neg__(self) -> Expression:
+        return _entrywise(jnp.negative, (self,), "−{0}", "-{0}", _TERM, _PRODUCT)
+
+    def __mul__(self, other: Any) -> Expression:
+        other = as_expression(other)
+        if is_one(self):
+            return other
+        if is_one(other):
+            return self
+        if other.shape == () and self.shape != ():
+            return other * self
+        if other.binding == _QUOTIENT:
+            # `a (b / c)`; a fraction needs no parentheses in LaTeX.
+            other = _node(lambda x: x, (other,), "({0})", "{0}", _ATOM, _SUM, other.known_type)
+        if self.shape == ():
+            return _entrywise(jnp.multiply, (self, other), "{0} {1}", "{0}\\, {1}", _PRODUCT, _QUOTIENT)
+        return _entrywise(jnp.multiply, (self, other), "{0} ⊙ {1}", "{0} \\odot {1}", _PRODUCT, _QUOTIENT)
+
+    def __rmul__(self, other: Any) -> Expression:
+        return as_expression(other) * self
+
+    def __truediv__(self, other: Any) -> Expression:
+        other = as_expression(other)
+        if is_one(other):
+            return self
+        return _entrywise(jnp.divide, (self, other), "{0} / {1}", "\\frac{{{0}}}{{{1}}}", _QUOTIENT, _POWER)
+
+    def __rtruediv__(self, other: Any) -> Expression:
+        return as_expression(other) / self
+
+    def __matmul__(self, other: Any) -> Expression:
+        other = as_expression(other)
+        return _node(_of_one_dtype(jnp.matmul), (self, other), "{0} {1}", "{0}\\, {1}", _PRODUCT, _PRODUCT)
+
+    def __pow__(self, exponent: float) -> Expression:
+        text = (
+            "{0}" + str(exponent).translate(_SUPERSCRIPT)
+            if isinstance(exponent, int)
+            else f"{{0}}^{exponent}"
+        )
+        latex = "{0}^{{" + str(exponent) + "}}"
+        return _entrywise(lambda x: x**exponent, (self,), text, latex, _POWER, _ATOM)
+
+    @property
+    def T(self) -> Expression:  # noqa: N802
+        """The transpose of a matrix."""
+        return _node(jnp.transpose, (self,), "{0}ᵀ", "{0}^{{\\top}}", _POWER, _ATOM)
+
+    def sum(self, axes: int | Sequence[int] | None = None, keepdims: bool = False) -> Expression:
+        """The sum over axes, all of them by default."""
+        axes = (axes,) if isinstance(axes, int) else axes
+        if axes is not None and not len(axes):
+            return self
+        names = "" if axes is None else ", axes " + ", ".join(map(str, axes))
+        if axes is not None and len(axes) == 1:
+            names = f", axis {axes[0]}"
+        index = "" if axes is None else "_{{\\text{{" + names[2:] + "}}}}"
+        return _node(
+            lambda x: jnp.sum(x, axes, keepdims=keepdims),
+            (self,),
+            f"sum({{0}}{names})",
+            f"\\sum{index} {{0}}",
+            _ATOM,
+            _SUM,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Symbol(Expression):
+    """A named value; `key` finds it in the environment."""
+
+    key: str = ""
+
+    def evaluate(self, environment: Environment) -> Any:
+        """The symbol's value."""
+        return environment[self.key]
+
+    def symbols(self) -> set[str]:
+        """Its own key."""
+        return {self.key}
+
+
+def _node(
+    function: Callable[..., Any],
+    operands: tuple[Expression, ...],
+    template: str,
+    latex: str,
+    binding: int,
+    inner: int,
+    type_: Any = None,
+) -> Expression:
+    """A node of an expression; its type is found by tracing where it is not given."""
+    return Expression(function, operands, template, latex, binding, inner, type_)
+
+
+def _entrywise(
+    function: Callable[..., Any],
+    operands: tuple[Expression, ...],
+    template: str,
+    latex: str,
+    binding: int,
+    inner: int,
+) -> Expression:
+    """A function of the entries of operands that are broadcast to one shape, and have one dtype."""
+    types = [o.type for o in operands]
+    dtype = common_dtype(*types)
+    is_plain = jnp.issubdtype(dtype, jnp.inexact) and not all(map(is_weak, types))
+    shape = np.broadcast_shapes(*(t.shape for t in types))
+    known = jax.ShapeDtypeStruct(shape, dtype) if is_plain else None
+    return _node(_of_one_dtype(function), operands, template, latex, binding, inner, known)
+
+
+def _of_one_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with operands of different dtypes promoted to one."""
+
+    def promoted(*operands: Any) -> Any:
+        types = [jax.typeof(x) for x in operands]
+        if len({t.dtype for t in types}) == 1:
+            return function(*operands)
+        dtype = common_dtype(*types)
+        given = (x if is_weak(t) else x.astype(dtype) for x, t in zip(operands, types, strict=True))
+        return function(*given)
+
+    return promoted
+
+
+def _literally(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def symbol(key: str, text: str, latex: str, type_: jax.ShapeDtypeStruct) -> Symbol:
+    """A named value of a given type."""
+    return Symbol(lambda: None, (), _literally(text), _literally(latex), _ATOM, _ATOM, type_, key)
+
+
+def number(value: float, dtype: Any = None) -> Expression:
+    """A constant; a ratio of small integers is written as one. Without a dtype it takes that of others."""
+    ratio = Fraction(value).limit_denominator(10_000)
+    is_ratio = ratio.numerator / ratio.denominator == value and ratio.denominator != 1
+    text = latex = repr(value) if value != int(value) else str(int(value))
+    if is_ratio:
+        text, latex = str(ratio), f"\\frac{{{{{ratio.numerator}}}}}{{{{{ratio.denominator}}}}}"
+    binding = _TERM if value < 0 else _PRODUCT if is_ratio else _ATOM
+    constant = jnp.asarray(float(value), dtype)
+    known = jax.ShapeDtypeStruct((), constant.dtype, weak_type=dtype is None)
+    return Expression(lambda: constant, (), text.replace("-", "−"), latex, binding, _ATOM, known)
+
+
+def as_expression(value: Any) -> Expression:
+    """An expression, or a number as one."""
+    return value if isinstance(value, Expression) else number(value)
+
+
+def is_one(expression: Expression) -> bool:
+    """Whether the expression is the constant 1, which a product leaves out."""
+    return not expression.operands and expression.template == "1"
+
+
+def parenthesised(expression: Expression) -> Expression:
+    """The same expression in parentheses."""
+    return _node(
+        lambda x: x, (expression,), "({0})", "\\left({0}\\right)", _ATOM, _SUM, expression.known_type
+    )
+
+
+def promoted(expression: Expression, type_: Any) -> Expression:
+    """The same expression in the wider of its own dtype and that of `type_`; nothing is written of it."""
+    dtype = common_dtype(expression.type, type_)
+    if dtype == expression.type.dtype:
+        return expression
+    wider = jax.ShapeDtypeStruct(expression.shape, dtype)
+    template, binding = "{0}", expression.binding
+    return _node(lambda x: x.astype(dtype), (expression,), template, template, binding, binding, wider)
+
+
+def apply(
+    name: str, function: Callable[..., Any], *operands: Any, latex: str | None = None, type_: Any = None
+) -> Expression:
+    """A function by its name: `tanh(z)`, `φ′(z)`; `type_` is its result's, where that is known."""
+    arguments = ", ".join(f"{{{i}}}" for i in range(len(operands)))
+    written = latex if latex is not None else latex_name(name)
+    return _node(
+        function,
+        tuple(map(as_expression, operands)),
+        f"{_literally(name)}({arguments})",
+        f"{_literally(written)}\\!\\left({arguments}\\right)",
+        _ATOM,
+        _SUM,
+        type_,
+    )
+
+
+def outer(a: Expression, b: Expression) -> Expression:
+    """The outer product `a bᵀ` of two column vectors, with the axes of `a` before those of `b`."""
+    product = _of_one_dtype(lambda x, y: jnp.tensordot(x, y, axes=0))
+    return _node(product, (a, b), "{0} {1}ᵀ", "{0}\\, {1}^{{\\top}}", _PRODUCT, _POWER)
+
+
+def squared_norm(a: Expression) -> Expression:
+    """The squared Frobenius norm `‖a‖²_F`."""
+    return _node(lambda x: jnp.sum(x * x), (a,), "‖{0}‖²_F", "\\lVert {0} \\rVert_F^2", _ATOM, _SUM)
+
+
+def opaque(
+    function: Callable[..., Any],
+    operands: Sequence[Expression],
+    text: str,
+    latex: str,
+    type_: Any = None,
+) -> Expression:
+    """An expression that is written in its own way; `type_` is its result's, where that is known."""
+    return _node(function, tuple(operands), _literally(text), _literally(latex), _ATOM, _SUM, type_)
+
+
+_GREEK = {
+    "λ": "\\lambda", "φ": "\\phi", "η": "\\eta", "σ": "\\sigma", "α": "\\alpha", "β": "\\beta",
+    "γ": "\\gamma", "μ": "\\mu", "θ": "\\theta", "ε": "\\epsilon",
+}  # fmt: skip
+
+
+_ESCAPES = {c: f"\\{c}" for c in "_%&#${}"} | {"\\": "\\backslash ", "^": "\\wedge ", "~": "\\sim "}
+
+
+def latex_name(name: str) -> str:
+    """A variable's name in LaTeX: one letter with digits as a subscript, Greek letters, or upright text."""
+    primes = len(name) - len(name.rstrip("′"))
+    stem = name.rstrip("′")
+    if stem in _GREEK:
+        written = _GREEK[stem]
+    elif match := re.fullmatch(r"([A-Za-z])_?(\d*)", stem):
+        letter, digits = match.groups()
+        letter = f"\\mathbf{{{letter}}}" if letter.isupper() and digits else letter
+        written = f"{letter}_{{{digits}}}" if digits else letter
+    else:
+        written = f"\\mathrm{{{''.join(_ESCAPES.get(c, c) for c in stem)}}}"
+    return written + "'" * primes

@@ -1,0 +1,124 @@
+"""`matches(f)`: what the running engine decides about every operator, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from funcprop import _jax
+from funcprop.program.call import Call, is_array, traced
+from funcprop.program.layer_calls import layer_call
+from funcprop.program.linear_map import Arrays
+from funcprop.rules.patterns.recognition import Replacement
+from funcprop.rules.rewrite import CONTROL_FLOW, Match, Rewriter, matches_in
+from funcprop.rules.rule_set import RuleSet
+from funcprop.rules.running import RuleTrace
+from funcprop.rules.sets import default
+
+
+def matches(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[..., list[Match]]:
+    """Every operator for which the rule set has a rule, and whether it fires or why not.
+
+    `matches(fun, rules)(*args, **kwargs)`; arguments may be anything that `fun` takes, for arrays also
+    `jax.ShapeDtypeStruct`s. The function runs as under `fp.grad`, and the decisions are written down.
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> [m.operator for m in fp.matches(jnp.tanh, fp.rules.handwritten)(0.0)]
+        ['tanh']
+    """
+    rewriter = Rewriter(default if rules is None else rules)
+
+    def listed(*args: Any, **kwargs: Any) -> list[Match]:
+        call = Call.of(args, kwargs, is_array)
+        decisions: list[Decision] = []
+
+        def flat(*values: Any) -> Arrays:
+            call_args, call_kwargs = call.arguments(call.filled(values))
+            decisions.clear()
+            with _jax.under(lambda parent: RecordingTrace(parent, rewriter, decisions)):
+                results = jax.tree.leaves(fun(*call_args, **call_kwargs))
+            return [x for x in results if _jax.is_traced(x)]
+
+        traced(flat, call.values, fun)
+        return [match for decision in decisions for match in decision.matches]
+
+    return listed
+
+
+class Decision:
+    """What was decided about one operator, those in its bodies among it, and the results that it has."""
+
+    def __init__(self) -> None:
+        self.matches: list[Match] = []
+        self.results: tuple[Any, ...] = ()
+
+
+class RecordingTrace(RuleTrace):
+    """Attaches rules, and writes down what it decides."""
+
+    def __init__(
+        self, parent: Any, rewriter: Rewriter, decisions: list[Decision], mapped: bool = False
+    ) -> None:
+        super().__init__(parent, rewriter)
+        self.decisions, self.mapped = decisions, mapped
+        self.refused: Match | None = None
+
+    def inside(self, parent: Any) -> RuleTrace:
+        """The same for each device's part of a `shard_map`."""
+        return RecordingTrace(parent, self.rewriter, self.decisions, mapped=True)
+
+    def process_primitive(self, primitive: Any, operands: Any, params: Any, /) -> Any:
+        """Attach rules, and remember whose results these are."""
+        self.decisions.append(decision := Decision())
+        self.refused = None
+        results = super().process_primitive(primitive, operands, params)
+        decision.results = tuple(results) if primitive.multiple_results else (results,)
+        if self.refused is not None and not decision.matches:
+            decision.matches.append(self.refused)
+        return results
+
+    def process_custom_jvp_call(self, *call: Any, **options: Any) -> Any:
+        """As above; a derivative of the user's own is none of the rules' business."""
+        self.decisions.append(decision := Decision())
+        results = super().process_custom_jvp_call(*call, **options)
+        decision.results = tuple(results)
+        return results
+
+    def accepts(self, replacement: Replacement) -> bool:
+        """Write down a function's rule, or why it does not apply."""
+        found = self.rewriter.match(replacement.new[-1])
+        if found is not None and found.bound is None:
+            self.refused = self._here(found)
+        if found is None or not super().accepts(replacement):
+            return False
+        self.decisions[-1].matches = [self._here(found)]
+        return True
+
+    def replaces(self, values: tuple[Any, ...]) -> None:
+        """What computed these values is not asked for them any more."""
+        gone = set(map(id, values))
+        for decision in self.decisions:
+            if gone.intersection(map(id, decision.results)):
+                decision.matches = []
+
+    def operator(self, primitive: Any, operands: Any, params: Mapping[str, Any]) -> Arrays | None:
+        """Write down an operator's rule, and those of the operators in its bodies."""
+        eqn = _jax.equation_of(primitive, [_jax.Var(jax.typeof(x)) for x in operands], params)
+        found = self.rewriter.match(eqn)
+        matches = [] if found is None else [self._here(found)]
+        whole = found is not None and found.bound is not None and layer_call(eqn) is not None
+        if primitive.name in CONTROL_FLOW and not whole:
+            scope, source = _jax.here()
+            for _, body in _jax.sub_jaxprs(eqn):
+                inner = self.rewriter.inside(eqn)
+                matches += matches_in(inner, body, scope, source, self.mapped)
+        self.decisions[-1].matches = matches
+        return super().operator(primitive, operands, params)
+
+    def _here(self, match: Match) -> Match:
+        scope, source = _jax.here()
+        return replace(match, scope=scope, source=source, mapped=self.mapped)

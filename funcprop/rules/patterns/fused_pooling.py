@@ -1,0 +1,109 @@
+"""Max-pooling of a relu.
+
+    y[i] = max_k relu(x[i·s + k·d − p])
+    x̄[j] = Σ {ȳ[i] : j is the position of the maximum of window i, and x[j] > 0}
+
+What is saved is one byte for each output: the position, or that no cotangent passes.
+
+Source: Griewank and Walther, *Evaluating Derivatives*, chapter 14, for derivatives where there is a kink;
+that both share a byte is our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from funcprop.program.layer_calls import layer_call
+from funcprop.rules.layer import Layer, layer
+from funcprop.rules.patterns.activation import relu
+from funcprop.rules.patterns.recognition import Pattern, Producer, Replacement, equal_to, layer_equation
+from funcprop.rules.primitives import pooling
+
+
+@layer(rule=pooling.rule(relu=True))
+def relu_max_pool(
+    x: Float[Array, "..."],
+    *,
+    window_dimensions: tuple[int, ...],
+    window_strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    window_dilation: tuple[int, ...],
+) -> Float[Array, "..."]:
+    """Max-pooling of `relu(x)`, with one entry for each axis of `x` in every parameter.
+
+    `y[i] = max_k relu(x[i·s + k·d − p])`. Between relu and pool nothing is saved: neither the input, nor its
+    sign, nor the relu. Recognised in any function where `lax.reduce_window` with `lax.max` follows
+    `jax.nn.relu` (Flax, Equinox and Haiku pool in this way).
+
+    Raises:
+        TypeError: a parameter has not one entry for each axis (from `lax.reduce_window`).
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> x = jnp.array([1.0, 3.0, -1.0, -2.0])
+        >>> pairs = dict(window_dimensions=(2,), window_strides=(2,), padding=((0, 0),), window_dilation=(1,))
+        >>> print(fp.layers.relu_max_pool(x, **pairs))
+        [3. 0.]
+    """
+    return lax.reduce_window(
+        jax.nn.relu(x),
+        -jnp.inf,
+        lax.max,
+        window_dimensions,
+        window_strides,
+        padding,
+        window_dilation=window_dilation,
+    )
+
+
+# Operators that move entries and change none, so that a relu may as well follow them.
+_MOVES = frozenset({"reshape", "transpose", "squeeze", "broadcast_in_dim", "expand_dims", "rev", "copy"})
+
+
+@dataclass(frozen=True)
+class ReluBeforePool:
+    """A max-pool of a relu, with nothing between but operators that move entries."""
+
+    last: str = "reduce_window_max"
+    operators: tuple[str, ...] = ("reduce_window_max",)
+    layer: Layer = relu_max_pool
+
+    def find(self, eqn: Any, producer: Producer) -> Replacement | None:
+        """The relu, the moves and the pool, if the pool is `eqn`."""
+        between: list[Any] = []
+        made = producer(eqn.invars[0])
+        while made is not None and made.primitive.name in _MOVES and len(made.invars) == 1:
+            between.insert(0, made)
+            made = producer(made.invars[0])
+        if made is None or not _is_relu(made) or any(d != 1 for d in eqn.params["base_dilation"]):
+            return None
+        # The moves now act on the relu's argument.
+        moved: list[Any] = []
+        x = made.invars[0]
+        for move in between:
+            moved.append(move.replace(invars=[x], outvars=[type(move.outvars[0])(move.outvars[0].aval)]))
+            (x,) = moved[-1].outvars
+        keys = ("window_dimensions", "window_strides", "padding", "window_dilation")
+        call = layer_equation(relu_max_pool, {k: _hashable(eqn.params[k]) for k in keys}, [x], eqn)
+        return Replacement([made, *between, eqn], [*moved, call], requires=[eqn])
+
+
+def _is_relu(eqn: Any) -> bool:
+    call = layer_call(eqn)
+    if call is not None:
+        return call.layer is relu
+    return eqn.primitive.name == "custom_jvp_call" and equal_to(jax.nn.relu, eqn) is not None
+
+
+def _hashable(value: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(map(int, v)) if isinstance(v, Sequence) else int(v) for v in value)
+
+
+PATTERNS: list[Pattern] = [ReluBeforePool()]

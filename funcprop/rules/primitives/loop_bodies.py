@@ -1,0 +1,360 @@
+"""The body of a loop, cut and rewritten before it runs.
+
+A body is a jaxpr whose inputs are the loop's constants, its carry and one step's inputs, in this order. What
+an equation depends on is its *depth*: constants alone (0), scanned inputs (1), the carry (2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+
+from funcprop import _jax
+from funcprop.program.flops import PRODUCTS
+from funcprop.program.sizes import nbytes
+from funcprop.rules.primitives.row_products import Form, by_columns, fastest_form
+
+Arrays = list[Any]
+
+# Cheap operators that follow a hoisted product out of the loop.
+_FOLLOWERS = frozenset({"add", "sub", "reshape", "convert_element_type", "broadcast_in_dim"})
+
+
+# --- what can leave the loop ------------------------------------------------------------------
+
+
+def depths(jaxpr: Any, consts: int, carries: int) -> dict[Any, int]:
+    """The depth of every variable of a body."""
+    inputs = list(jaxpr.invars)
+    depth = {
+        **dict.fromkeys(inputs[:consts], 0),
+        **dict.fromkeys(inputs[consts + carries :], 1),
+        **dict.fromkeys(inputs[consts : consts + carries], 2),
+    }
+    for eqn in jaxpr.eqns:
+        deepest = 2 if _is_bound(eqn) else max((depth[v] for v in _jax.variables(eqn.invars)), default=0)
+        depth.update(dict.fromkeys(eqn.outvars, deepest))
+    return depth
+
+
+def _is_bound(eqn: Any) -> bool:
+    """Whether an equation stays in its loop in any case."""
+    # Random bits of a batch are not the batch of the random bits (`rng_bit_generator`).
+    return bool(eqn.effects) or eqn.primitive.name.startswith(("random_", "rng_"))
+
+
+def with_constant_operand(
+    jaxpr: Any, constants: Collection[Any], operators: frozenset[str]
+) -> Iterator[tuple[Any, int]]:
+    """Equations of these operators with one constant operand, and which that is; also in nested jits."""
+    known = {*jaxpr.constvars, *constants}
+
+    def is_known(atom: Any) -> bool:
+        return isinstance(atom, _jax.Literal) or atom in known
+
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("jit", "pjit"):
+            body = _jax.open_jaxpr(eqn.params["jaxpr"])
+            given = [v for v, outer in zip(body.invars, eqn.invars, strict=True) if is_known(outer)]
+            yield from with_constant_operand(body, given, operators)
+        if all(map(is_known, eqn.invars)) and not _is_bound(eqn):
+            known.update(eqn.outvars)
+        elif eqn.primitive.name in operators and _jax.is_differentiable(eqn.invars[0].aval):
+            constant = [k for k, v in enumerate(eqn.invars) if not isinstance(v, _jax.Literal) and v in known]
+            if len(constant) == 1:
+                yield eqn, constant[0]
+
+
+def _level(eqn: Any, depth: dict[Any, int]) -> int:
+    return max((depth[v] for v in eqn.outvars), default=2)
+
+
+@dataclass(frozen=True)
+class BodySplit:
+    """A loop's body in three: `once` (constants alone), `parallel` (scanned inputs), `rest` (the loop)."""
+
+    once: Any
+    parallel: Any
+    rest: Any
+    rest_constants: list[int]
+    rest_scanned: list[int]
+
+
+def split(
+    jaxpr: Any, consts: int, carries: int, hoists: Callable[[Any], bool], also: Sequence[Any] = ()
+) -> BodySplit:
+    """Cut a body by what its equations depend on.
+
+    `once` maps the constants to further constants; `parallel` maps all constants and one step's inputs to
+    further inputs; `rest` takes the constants and inputs at the given positions, and the carry. `hoists` says
+    which products of scanned inputs with constants run before the loop. `also` are variables that depend on
+    constants alone and are wanted outside: they are among the results of `once`.
+    """
+    const_vars = list(jaxpr.invars[:consts])
+    carry_vars = list(jaxpr.invars[consts : consts + carries])
+    x_vars = list(jaxpr.invars[consts + carries :])
+    depth = depths(jaxpr, consts, carries)
+    levels = [_level(eqn, depth) for eqn in jaxpr.eqns]
+    hoisted = _hoisted(jaxpr.eqns, levels, depth, hoists)
+    once = [e for e, level in zip(jaxpr.eqns, levels, strict=True) if level == 0]
+    parallel = [e for i, e in enumerate(jaxpr.eqns) if i in hoisted]
+    rest = [e for i, e in enumerate(jaxpr.eqns) if levels[i] > 0 and i not in hoisted]
+
+    read_by_rest = set(_jax.free_variables(rest)) | set(_jax.variables(jaxpr.outvars))
+    read_later = set(_jax.free_variables(parallel)) | read_by_rest | set(also)
+    once_out = [v for e in once for v in e.outvars if v in read_later]
+    parallel_out = [v for e in parallel for v in e.outvars if v in read_by_rest]
+    all_consts, all_xs = const_vars + once_out, x_vars + parallel_out
+    used_consts = [i for i, v in enumerate(all_consts) if v in read_by_rest]
+    used_xs = [i for i, v in enumerate(all_xs) if v in read_by_rest]
+    rest_in = [all_consts[i] for i in used_consts] + carry_vars + [all_xs[i] for i in used_xs]
+    return BodySplit(
+        _jax.jaxpr_of(once, const_vars, once_out, "once"),
+        _jax.jaxpr_of(parallel, [*all_consts, *x_vars], parallel_out, "parallel"),
+        _jax.jaxpr_of(rest, rest_in, jaxpr.outvars, "rest"),
+        used_consts,
+        used_xs,
+    )
+
+
+def _hoisted(
+    eqns: Sequence[Any], levels: Sequence[int], depth: dict[Any, int], hoists: Callable[[Any], bool]
+) -> set[int]:
+    """Products of scanned inputs with constants, what they need, and cheap operators on their results."""
+    maker = {v: i for i, e in enumerate(eqns) for v in e.outvars}
+    taken: set[int] = set()
+
+    def take(i: int) -> None:
+        if i in taken or levels[i] != 1:
+            return
+        taken.add(i)
+        for v in _jax.variables(eqns[i].invars):
+            if v in maker:
+                take(maker[v])
+
+    for i, eqn in enumerate(eqns):
+        if levels[i] != 1:
+            continue
+        operands = _jax.variables(eqn.invars)
+        projects = eqn.primitive.name in PRODUCTS and any(depth[v] == 0 for v in operands) and hoists(eqn)
+        made = [maker[v] for v in operands if v in maker and depth[v] > 0]
+        follows = eqn.primitive.name in _FOLLOWERS and made and all(j in taken for j in made)
+        if projects or follows:
+            take(i)
+    return taken
+
+
+# --- products ---------------------------------------------------------------------------------
+
+
+class Site(NamedTuple):
+    """An equation of the loop with one constant operand: its position, and which operand that is."""
+
+    position: int
+    operand: int
+    constant: int
+
+
+def sites(jaxpr: Any, consts: int) -> list[Site]:
+    """Products and sums of the loop with one constant operand that has a derivative."""
+    index = {v: i for i, v in enumerate(jaxpr.invars[:consts])}
+    found = []
+    for position, eqn in enumerate(jaxpr.eqns):
+        if eqn.primitive.name not in PRODUCTS | {"add", "sub"}:
+            continue
+        constant = [k for k, v in enumerate(eqn.invars) if not isinstance(v, _jax.Literal) and v in index]
+        if len(constant) == 1:
+            (operand,) = constant
+            var = eqn.invars[operand]
+            other = eqn.invars[1 - operand]
+            if _jax.is_differentiable(var.aval) and not isinstance(other, _jax.Literal):
+                found.append(Site(position, operand, index[var]))
+    return found
+
+
+def _is_plain_product(eqn: Any) -> bool:
+    """`a @ w`: the last axis of `a` with the first of a matrix `w`, no batch."""
+    if eqn.primitive.name != "dot_general":
+        return False
+    a, w = (v.aval for v in eqn.invars)
+    contracted, batch = eqn.params["dimension_numbers"]
+    axes = tuple(map(tuple, contracted))
+    return axes == ((a.ndim - 1,), (0,)) and w.ndim == 2 and not any(map(len, batch)) and a.dtype == w.dtype
+
+
+def widened(jaxpr: Any, consts: int, carries: int) -> tuple[Any, int]:
+    """Products of one carried value with several constants become one product with all of them side by side.
+
+    A loop of few large products is faster than one of many small ones, and what is stacked for them is one
+    array. Returns the new body, or None, and the bytes of the constants made so. To be called while tracing.
+    """
+    depth = depths(jaxpr, consts, carries)
+    groups: dict[Any, list[int]] = {}
+    for i, eqn in enumerate(jaxpr.eqns):
+        if _is_plain_product(eqn) and not isinstance(eqn.invars[0], _jax.Literal):
+            a, w = eqn.invars
+            if not isinstance(w, _jax.Literal) and depth[a] == 2 and depth[w] == 0:
+                params = tuple((k, v) for k, v in sorted(eqn.params.items()))
+                groups.setdefault((a, w.aval.dtype, params), []).append(i)
+    groups = {key: members for key, members in groups.items() if len(members) > 1}
+    if not groups:
+        return None, 0
+    copies = sum(nbytes(jaxpr.eqns[i].invars[1]) for members in groups.values() for i in members)
+    group_of = {i: members for members in groups.values() for i in members}
+    maker = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.outvars}
+
+    def run(*args: Any) -> Arrays:
+        values = dict(zip(jaxpr.invars, args, strict=True))
+
+        def read(atom: Any) -> Any:
+            if isinstance(atom, _jax.Literal):
+                return atom.val
+            if atom not in values:  # a constant that the body makes only later
+                evaluate(maker[atom])
+            return values[atom]
+
+        def evaluate(i: int) -> None:
+            eqn = jaxpr.eqns[i]
+            if eqn.outvars[0] in values:
+                return
+            if i not in group_of:
+                values.update(zip(eqn.outvars, _jax.one_equation(eqn)(*map(read, eqn.invars)), strict=True))
+                return
+            members = [jaxpr.eqns[j] for j in group_of[i]]
+            matrices = [read(e.invars[1]) for e in members]
+            params = {k: v for k, v in eqn.params.items() if k != "out_sharding"}
+            wide = lax.dot_general(read(eqn.invars[0]), lax.concatenate(matrices, 1), **params)
+            parts = lax.split(wide, [m.shape[1] for m in matrices], wide.ndim - 1)
+            values.update(zip([e.outvars[0] for e in members], parts, strict=True))
+
+        for i in range(len(jaxpr.eqns)):
+            evaluate(i)
+        return [read(v) for v in jaxpr.outvars]
+
+    return _jax.retrace(run, jaxpr), copies
+
+
+def with_arranged_products(jaxpr: Any, consts: int, carries: int, turn: bool) -> Any:
+    """Products `g wᵀ` with a constant matrix in their fastest form, as far as `turn` lets constants be made.
+
+    Constants `wᵀ` are made once, before the loop. The new body, or None. To be called while tracing.
+    """
+    depth = depths(jaxpr, consts, carries)
+
+    def form(eqn: Any) -> Form:
+        if eqn.primitive.name != "dot_general" or not _jax.variables(eqn.invars[1:]):
+            return "plain"
+        g, w = eqn.invars
+        contracted, batch = eqn.params["dimension_numbers"]
+        axes = tuple(map(tuple, contracted))
+        transposed = axes == ((g.aval.ndim - 1,), (1,)) and w.aval.ndim == 2 and not any(map(len, batch))
+        if not transposed or depth[w] > 0:
+            return "plain"
+        found = fastest_form(math.prod(g.aval.shape[:-1]), nbytes(w))
+        return "plain" if found == "turned" and not turn else found
+
+    forms = list(map(form, jaxpr.eqns))
+    if all(found == "plain" for found in forms):
+        return None
+
+    def run(*args: Any) -> Arrays:
+        values = dict(zip(jaxpr.invars, args, strict=True))
+        for eqn, found in zip(jaxpr.eqns, forms, strict=True):
+            operands = [v.val if isinstance(v, _jax.Literal) else values[v] for v in eqn.invars]
+            if found == "plain":
+                values.update(zip(eqn.outvars, _jax.one_equation(eqn)(*operands), strict=True))
+                continue
+            g, w = operands
+            params = {k: eqn.params[k] for k in ("precision", "preferred_element_type")}
+            if found == "columns":
+                values[eqn.outvars[0]] = by_columns(g, w, **params)
+            else:
+                axes = (((g.ndim - 1,), (0,)), ((), ()))
+                values[eqn.outvars[0]] = lax.dot_general(g, lax.transpose(w, (1, 0)), axes, **params)
+        return [v.val if isinstance(v, _jax.Literal) else values[v] for v in jaxpr.outvars]
+
+    return _jax.retrace(run, jaxpr)
+
+
+# --- perturbed products -----------------------------------------------------------------------
+
+
+@jax.custom_jvp
+def perturbed(z: Any, perturbation: Any) -> Any:
+    """`z`; the perturbation is zero and matters for derivatives alone."""
+    return z
+
+
+@perturbed.defjvp
+def _perturbed_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    return primals[0], tangents[0] + tangents[1]
+
+
+def run_perturbed(
+    jaxpr: Any, places: Sequence[Site], args: Arrays, frozen: Arrays, perturbations: Arrays
+) -> tuple[Arrays, Arrays]:
+    """Evaluate a body with perturbed sites; also the activation that each product's constant meets.
+
+    `frozen` are the constants as the sites see them: of equal value, but not differentiated with the others.
+    (Not `stop_gradient`: the pullback depends on them, and so does the second derivative.)
+    """
+    values = dict(zip(jaxpr.invars, args, strict=True))
+    at = {site.position: (site, delta) for site, delta in zip(places, perturbations, strict=True)}
+    activations = []
+    for position, eqn in enumerate(jaxpr.eqns):
+        operands = [v.val if isinstance(v, _jax.Literal) else values[v] for v in eqn.invars]
+        if position in at:
+            site, delta = at[position]
+            operands[site.operand] = frozen[site.constant]
+            (z,) = _jax.one_equation(eqn)(*operands)
+            values[eqn.outvars[0]] = perturbed(z, delta)
+            if eqn.primitive.name in PRODUCTS:
+                activations.append(operands[1 - site.operand])
+        else:
+            values.update(zip(eqn.outvars, _jax.one_equation(eqn)(*operands), strict=True))
+    outputs = [v.val if isinstance(v, _jax.Literal) else values[v] for v in jaxpr.outvars]
+    return outputs, activations
+
+
+# --- after the loop ---------------------------------------------------------------------------
+
+
+def contribution(eqn: Any, operand: int, activations: Any, g: Any, w: Any) -> Any:
+    """`Σ_t (∂z_t/∂w)ᵀ z̄_t` of a site over all steps; `activations` is None at a sum."""
+    if eqn.primitive.name in PRODUCTS:
+        return _contraction(eqn, operand, activations, g, w)
+    total = _sum_to(g, w.shape)
+    return -total if eqn.primitive.name == "sub" and operand == 1 else total
+
+
+def _contraction(eqn: Any, operand: int, activations: Any, g: Any, w: Any) -> Any:
+    if eqn.primitive.name == "dot_general" and operand == 1:
+        (lhs, rhs), batch = eqn.params["dimension_numbers"]
+        kept = [i for i in range(activations.ndim - 1) if i not in lhs]
+        if not any(map(len, batch)) and tuple(rhs) == tuple(range(len(rhs))) and list(lhs) == sorted(lhs):
+            over_a = (0, *(i + 1 for i in kept))
+            over_g = tuple(range(len(kept) + 1))
+            # Activations first: the other order makes XLA's CPU backend copy a transpose.
+            product = lax.dot_general(
+                activations, g, ((over_a, over_g), ((), ())), precision=eqn.params["precision"]
+            )
+            return product.astype(w.dtype)
+    call = _jax.one_equation(eqn)
+
+    def all_steps(w: Any) -> Any:
+        return jax.vmap(lambda a: call(*((a, w) if operand == 1 else (w, a)))[0])(activations)
+
+    return jax.linear_transpose(all_steps, w)(g)[0]
+
+
+def _sum_to(g: Any, shape: tuple[int, ...]) -> Any:
+    """The sum over time and over the axes along which an operand of this shape was broadcast."""
+    if shape == ():
+        return g.sum()
+    stretched = [i + 1 for i, (n, m) in enumerate(zip(shape, g.shape[1:], strict=True)) if n != m]
+    return g.sum((0, *stretched)).reshape(shape)

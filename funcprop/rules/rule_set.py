@@ -1,0 +1,130 @@
+"""A rule set: which rule belongs to which operator.
+
+It is immutable, hashable, and an argument of every transformation, so that no hidden state can make a cached
+program stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn, TypeAlias
+
+import jax
+
+from funcprop import _jax
+from funcprop.rules.layer import Layer
+from funcprop.rules.rule import Rule, RuleError
+
+OperatorKey: TypeAlias = "str | Layer"
+
+
+class RuleSet(Mapping[OperatorKey, Rule]):
+    """An immutable, hashable table from operators to rules.
+
+    Keys are names of JAX primitives (`"tanh"`, `"dot_general"`) and layers. `own` says whether a layer's
+    own rule is used where the table has no entry for it; `measured` restricts the table, and the own
+    rules, to those that win on the running platform. A rule put in by `replace` is always used.
+    """
+
+    name: str
+    _rules: dict[OperatorKey, Rule]
+    _own: bool
+    _measured: bool
+    _chosen: dict[OperatorKey, Rule | None]
+    _identity: tuple[Any, ...]
+
+    def __init__(
+        self,
+        name: str,
+        rules: Mapping[OperatorKey, Rule] | None = None,
+        *,
+        own: bool = False,
+        measured: bool = False,
+        chosen: Mapping[OperatorKey, Rule | None] | None = None,
+    ) -> None:
+        for key, rule in [*(rules or {}).items(), *(chosen or {}).items()]:
+            _check_entry(key, rule)
+        fields: dict[str, Any] = {
+            "name": name, "_rules": dict(rules or {}), "_chosen": dict(chosen or {}),
+            "_own": own, "_measured": measured,
+        }  # fmt: skip
+        identity = (name, own, measured, *(frozenset(fields[key].items()) for key in ("_rules", "_chosen")))
+        vars(self).update(fields, _identity=identity)
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise AttributeError(f"rule set {self.name!r} is immutable; `replace` makes another one.")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"rule set {self.name!r} is immutable; `replace` makes another one.")
+
+    def find(self, operator: OperatorKey, platform: str) -> Rule | None:
+        """The rule for an operator on a platform, or None where autodiff does it."""
+        if operator in self._chosen:
+            return self._chosen[operator]
+        rule = self._rules.get(operator)
+        if rule is None and self._own and isinstance(operator, Layer):
+            rule = operator.rule
+        if rule is not None and self._measured and not rule.wins_on(platform):
+            return None
+        return rule
+
+    def is_replaced(self, operator: OperatorKey) -> bool:
+        """Whether `replace` decided what rule the operator has."""
+        return operator in self._chosen
+
+    def replace(self, changes: Mapping[OperatorKey, Rule | None]) -> RuleSet:
+        """A new set with other rules for some operators; `None` leaves the operator to autodiff.
+
+        Raises:
+            RuleError: an operator is unknown, or a value is not a rule.
+        """
+        return RuleSet(
+            self.name, self._rules, own=self._own, measured=self._measured, chosen={**self._chosen, **changes}
+        )
+
+    def __getitem__(self, operator: OperatorKey) -> Rule:
+        rule = self.find(operator, jax.default_backend())
+        if rule is None:
+            raise KeyError(operator)
+        return rule
+
+    def __iter__(self) -> Iterator[OperatorKey]:
+        platform = jax.default_backend()
+        return (key for key in {**self._rules, **self._chosen} if self.find(key, platform) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, RuleSet) and self._identity == other._identity)
+
+    def __hash__(self) -> int:
+        # Not of all that is compared: it is asked at every eager call.
+        return hash((self.name, self._own, self._measured, len(self._rules), len(self._chosen)))
+
+    def __repr__(self) -> str:
+        rows = [f"RuleSet {self.name!r} on {jax.default_backend()}: {len(self)} rules"]
+        if self._own:
+            rows[0] += ", and each layer's own"
+        for key, rule in {**self._rules, **self._chosen}.items():
+            label = key if isinstance(key, str) else f"layer {key.name}"
+            active = self.find(key, jax.default_backend())
+            where = "any" if rule is None or rule.platforms is None else ",".join(sorted(rule.platforms))
+            rows.append(f"  {label:32} {'active' if active else 'autodiff':9} wins on: {where or '-'}")
+        return "\n".join(rows)
+
+
+def _check_entry(key: Any, rule: Any) -> None:
+    if isinstance(key, str):
+        if key not in _jax.known_primitives():
+            raise RuleError(
+                f"rule set: unknown operator {key!r}; use the name of a JAX primitive as "
+                "`jax.make_jaxpr` prints it, or the layer itself (an object made by `fp.layer`)."
+            )
+    elif not isinstance(key, Layer):
+        raise RuleError(
+            f"rule set: operator {key!r} is neither the name of a JAX primitive nor a layer; "
+            "decorate the function with `fp.layer`."
+        )
+    if rule is not None and not isinstance(rule, Rule):
+        raise RuleError(f"rule set: {key!r} maps to {rule!r}; give an `fp.Rule`, or None for autodiff.")
