@@ -14,6 +14,7 @@ from curvature_models import EXAMPLES, LOSSES, MODELS, batched, mean
 from quadratic import PARAMS, SIZE, entries, loss, operator, symmetric
 
 import funcprop as fp
+from funcprop.operators import products
 
 M = symmetric(1)
 V = np.random.default_rng(2).standard_normal((SIZE, 3))
@@ -85,7 +86,7 @@ def test_columns_are_chunked_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert lengths(9) in ([], [1])
     # A column computes the tangent of `M w`, and M is symmetrised: about 300 bytes.
-    monkeypatch.setattr(fp.curvature.products, "COLUMN_BYTES", 1000)
+    monkeypatch.setattr(products, "COLUMN_BYTES", 1000)
     (found,) = set(lengths(8))
     assert 3 <= found <= 8
 

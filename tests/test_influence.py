@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import funcprop as fp
-from funcprop.curvature import influence_functions as influence
+from funcprop.curvature import influence
 
 N, D, λ = 30, 3, 0.3
 X = jax.random.normal(jax.random.key(0), (N, D))
