@@ -161,6 +161,18 @@ def test_nothing_of_the_size_of_the_logits_is_held():
     assert largest_intermediate(pushed, *args) == block
 
 
+def test_derivatives_of_the_sweeps_hold_no_block_for_later():
+    """Reverse derivatives of the backward and of a tangent: each block is computed again."""
+    args = operands(256, 256, heads=1, d=2)
+    causal = partial(attention, causal=True)
+    pull = fp.vjp(causal, *args)[1]
+    backward = lambda g: sum(jnp.sum(x**2) for x in pull(g))  # noqa: E731
+    tangent = lambda *a: jnp.sum(jax.jvp(fp.with_rules(causal), a, a)[1] ** 2)  # noqa: E731
+    block = 128 * 128
+    assert largest_intermediate(jax.grad(backward), causal(*args)) == block
+    assert largest_intermediate(jax.grad(tangent, (0, 1, 2)), *args) == block
+
+
 def test_blocks_that_nobody_sees_are_not_visited():
     tiling = partial(Tiling, 64, 64, (8, 8))
     assert len(tiling((None, None), 0).pairs()[0]) == 64

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import compiled
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import funcprop as fp
@@ -51,17 +49,45 @@ def convolutions(draw):
     named = dict(zip(spatial, sizes, strict=True)) | {"N": batch, "C": inputs}
     named_kernel = dict(zip(spatial, kernel, strict=True)) | {"I": inputs, "O": outputs}
     x, w = tuple(named[c] for c in layout[0]), tuple(named_kernel[c] for c in layout[1])
+    return geometry(x, w, strides, padding, dilation, layout)
+
+
+def geometry(x, w, strides, padding, dilation, layout):
     return x, w, {
         "window_strides": strides, "padding": padding, "rhs_dilation": dilation, "dimension_numbers": layout,
     }  # fmt: skip
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(convolutions(), st.booleans())
-def test_equals_xla(case, chunked):
-    x_shape, w_shape, options = case
-    # So few bytes hold the patches of one or two examples, and a chunk remains that is smaller.
-    chunk_bytes = 512 if chunked else patches.CHUNK_BYTES
+@settings(max_examples=20, deadline=None)
+@given(convolutions())
+# Strides that leave entries unread, a kernel as wide as the padded input, padding on one side alone.
+@example(geometry((2, 6, 5, 2), (3, 2, 2, 3), [3, 2], [(0, 0), (0, 0)], [1, 1], LAYOUTS[2][0]))
+@example(geometry((1, 2, 3), (3, 3, 1), [1], [(1, 0)], [1], LAYOUTS[1][0]))
+@example(geometry((3, 1, 4, 4), (2, 1, 2, 3), [1, 1], [(0, 2), (1, 0)], [2, 1], LAYOUTS[2][1]))
+def test_equals_xla(case):
+    assert_equals_xla(*case)
+
+
+@pytest.mark.parametrize("batch", [4, 5])
+def test_chunks_of_two_examples(batch):
+    """Also where one example remains, which the last chunk shares with the one before."""
+    case = geometry(
+        (batch, 64, 64, 2), (3, 3, 2, 9), [1, 1], [(1, 1), (1, 1)], [1, 1], ("NHWC", "HWIO", "NHWC")
+    )
+    sizes = patches.Geometry(batch, (64, 64), (64, 64), (3, 3), 2, 9, (1, 1), True, 8)
+    assert patches.chunk(sizes) == 2
+    assert_equals_xla(*case)
+
+
+@pytest.mark.parametrize(("batch", "size"), [(5, 2), (7, 3), (5, 4), (6, 2), (4, 4), (3, 1)])
+def test_sums_and_maps_over_chunks_are_those_over_the_batch(batch, size):
+    a, b = np.random.default_rng(0).normal(size=(2, batch, 3))
+    total = patches.summed_over_chunks(lambda a, b: a.T @ b, size, a, b)
+    np.testing.assert_allclose(total, a.T @ b, rtol=1e-13)
+    np.testing.assert_allclose(patches.mapped_in_chunks(lambda a: 2 * a + 1, size, jnp.asarray(a)), 2 * a + 1)
+
+
+def assert_equals_xla(x_shape, w_shape, options):
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=x_shape), rng.normal(size=w_shape)
 
@@ -74,11 +100,9 @@ def test_equals_xla(case, chunked):
         actual, ours = fp.vjp(fun, x, w, rules=RULES)
         return [actual, *ours(g)], [expected, *pullback(g)]
 
-    g = rng.normal(size=jax.eval_shape(fun, x, w).shape)
-    with mock.patch.object(patches, "CHUNK_BYTES", chunk_bytes):
-        actual, expected = both(x, w, g)
+    actual, expected = both(x, w, rng.normal(size=jax.eval_shape(fun, x, w).shape))
     for a, e in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-12 * max(1, np.abs(e).max(initial=0)))
 
 
 @pytest.mark.parametrize(("padding", "row"), [("SAME", 2), ("VALID", 0)])
