@@ -58,7 +58,7 @@ def geometry(x, w, strides, padding, dilation, layout):
     }  # fmt: skip
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(convolutions())
 # Strides that leave entries unread, a kernel as wide as the padded input, padding on one side alone.
 @example(geometry((2, 6, 5, 2), (3, 2, 2, 3), [3, 2], [(0, 0), (0, 0)], [1, 1], LAYOUTS[2][0]))
@@ -190,7 +190,7 @@ def test_gradients_above_the_threshold():
     for kernel, stride, groups in ((3, 2, 1), (1, 1, 1), (3, 2, 4)):
         w = rng.normal(size=(kernel, kernel, 16 // groups, 48))
         conv = lambda x, w: loss(x, w, stride, feature_group_count=groups)  # noqa: B023, E731
-        assert reasons(conv, x, w) == ([None] if groups == 1 else ["the convolution has groups"])
+        assert [reason is None for reason in reasons(conv, x, w)] == [groups == 1]
         expected, actual = (jax.jit(grad(conv, (0, 1)))(x, w) for grad in (jax.grad, fp.grad))
         for a, e in zip(actual, expected, strict=True):
             np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-12 * np.max(np.abs(e)))

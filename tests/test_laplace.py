@@ -13,7 +13,6 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.stats import multivariate_normal
 from scipy.linalg import block_diag
 
-import funcprop as fp
 from funcprop.curvature import laplace
 
 N, D = 8, 3
@@ -68,7 +67,7 @@ def test_bayesian_linear_regression_in_closed_form(structure: str, x: Any, optio
 
 @pytest.mark.parametrize("structure", ["full", "kronecker"])
 def test_linear_regression_of_several_targets(structure: str) -> None:
-    """Every target has a regression of its own: the evidences multiply, the covariances stand side by side."""
+    """Every target has a regression of its own: the evidences multiply, no two are correlated."""
     targets = jnp.stack([Y, jnp.cos(3 * Y), Y**2 - 1], 1)
     precision = X.T @ X / NOISE**2 + PRIOR * jnp.eye(D)
     params = {"w": jnp.linalg.solve(precision, X.T @ targets / NOISE**2)}
