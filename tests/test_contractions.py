@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from holding import shapes
 
 from funcprop.curvature.example_gradients import contractions
 from funcprop.curvature.example_gradients.contractions import NORMS, SQUARES, SUM, Group, WeightedColumns
@@ -111,9 +113,41 @@ def test_gram_matrix_from_a_few_rows_at_a_time(positions: int, limit: int) -> No
     close(contractions.gram_blocks(a, jnp.asarray(g), limit), np.einsum("ncio,mdio->ncmd", w, w))
 
 
-@pytest.mark.parametrize(("size", "most"), [(7, 3), (7, 7), (6, 3), (5, 4), (8, 3), (3, 1), (2, 9), (7, 0)])
-def test_in_parts(size: int, most: int) -> None:
-    """Every example is in one part, and in one alone, however many fit."""
+def test_so_many_bytes_hold_the_gradients_of_a_gram_matrix() -> None:
+    a, g = jnp.ones((N, T, 64)), jnp.ones((C, N, T, O))
+    for rows in (4, 16):
+        gradients = rows * N * C * O
+        found = shapes(lambda a, g, r=gradients: contractions.gram_blocks(a, g, 8 * r), a, g)
+        assert max(map(math.prod, found - {(N, T, 64), (N, T, rows)})) == max(gradients, N * T * C * O)
+
+
+def test_low_precision_is_summed_in_single() -> None:
+    """300 examples of ones: bfloat16 counts to 256."""
+    a, g = jnp.ones((300, T, I), jnp.bfloat16), jnp.ones((1, 300, T, O), jnp.bfloat16)
+    one = Group((WeightedColumns(slice(0, 1)),), ALL)
+    found = contractions.by_example(lambda x: x[None], a, lambda x: x[None], g, {"": one})
+    assert {value.dtype for value in found.values()} == {jnp.dtype(jnp.float32)}
+    close(found["", SUM], np.full((1, I, O), 300 * T))
+    assert contractions.product(a[:, 0], g[0, :, 0]).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "part"),
+    [
+        (7, 3, 3),
+        (7, 7, 7),
+        (6, 3, 3),
+        (6, 4, 3),
+        (5, 4, 4),
+        (10, 4, 4),
+        (8, 3, 2),
+        (3, 1, 1),
+        (2, 9, 2),
+        (7, 0, 1),
+    ],
+)
+def test_in_parts(size: int, most: int, part: int) -> None:
+    """Every example is in one part, and in one alone, however many fit: a divisor if it is more than half."""
     counts = []
 
     def of_part(start: Any, count: int) -> contractions.Moments:
@@ -126,5 +160,4 @@ def test_in_parts(size: int, most: int) -> None:
     close(found["a", SUM], every.sum())
     close(found["b", SQUARES], (every**2).sum())
     close(found["b", NORMS], 10 * every)
-    assert max(counts) <= max(most, 1)
-    assert contractions.part_size(size, most) == max(counts)
+    assert max(counts) == part
