@@ -149,7 +149,7 @@ def test_a_backward_may_ignore_a_cotangent_and_a_value_that_it_closes_over():
 
     def loss(x, factor):
         def backward(residuals, cotangents, needs):
-            factor * cotangents[1]  # noqa: B018
+            factor * cotangents[1]
             return (3 * cotangents[0],)
 
         @fp.layer(rule=fp.Rule(lambda x: ((3 * x, jnp.floor(x)), ()), backward))
