@@ -118,7 +118,7 @@ EMPTY = {
     "extrema of none": (lambda x: (x.max(1), x.min(1)), E),
     "indices": (lambda x: (x[jnp.zeros(0, int)], lax.top_k(x, 2)[0], x[:, :2]), P),
     "added to none": (lambda x, u: x.at[jnp.zeros(0, int)].add(u), P, zeros(0, 6)),
-    "embedding": (lambda t: L.embedding(t, jnp.zeros((2, 0), int)), P),
+    "embedding": (lambda t: L.embedding(jnp.zeros((2, 0), int), t), P),
     "dropout": (lambda x: L.dropout(x, jax.random.key(0), rate=0.5, save="key"), E),
     "rotary": (lambda x: L.rotary(x, zeros(0, 2)), E),
     "gated": (lambda x, w, v: (L.swiglu(x, w, v), L.geglu(x, w, v)), E, P, P),
