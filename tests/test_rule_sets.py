@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 
 import jax
@@ -20,7 +19,7 @@ L = fp.layers
 HANDWRITTEN, AUTODIFF = fp.rules.handwritten, fp.rules.autodiff
 LAYERS = {
     name: layer
-    for name, layer in vars(importlib.import_module("funcprop.layers")).items()
+    for name, layer in ((name, getattr(L, name)) for name in dir(L))
     if isinstance(layer, fp.Layer) and layer.rule is not None
 }
 PRIMITIVES = [key for key in HANDWRITTEN if isinstance(key, str)]
