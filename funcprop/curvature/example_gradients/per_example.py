@@ -68,7 +68,7 @@ class Audit(tuple[GradientRoute, ...]):
 
 
 class PerExample:
-    """What `fp.per_example` returns: call it, or ask it by which way each parameter goes."""
+    """The function that `fp.per_example` returns; `audit` says by which way each parameter goes."""
 
     def __init__(
         self, model: Model, loss: Loss, where: Where | None, rules: RuleSet | None, limit: int
@@ -95,7 +95,7 @@ class PerExample:
         return {asked: found[name] for asked, name in zip(quantities, names, strict=True)}
 
     def audit(self, params: Any, x: Any, y: Any = None) -> Audit:
-        """By which way the gradients in each parameter are found, why, and what KFAC keeps of its block.
+        """List for each parameter how its gradients are found, why, and what KFAC keeps of its block.
 
         Nothing is computed; `jax.ShapeDtypeStruct`s are enough.
         """
