@@ -101,8 +101,8 @@ def test_in_parts(name, limit):
     x, y = (jnp.concatenate([a, a[::-1], a[1:2]]) for a in (model.x, y))
     names = ["norm", "gradients", "variance", "diag_ggn", "trace_ggn", "kflr"]
     whole, parts = (
-        fp.per_example(model.apply, loss.of_one, max_bytes=max_bytes)(model.params, x, y, names)
-        for max_bytes in (2**26, limit)
+        fp.per_example(model.apply, loss.of_one, budget=budget)(model.params, x, y, names)
+        for budget in (2**26, limit)
     )
     for a, e in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         close(a, e, name)

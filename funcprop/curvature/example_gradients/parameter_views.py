@@ -76,7 +76,7 @@ class View:
         return value
 
     def sliced(self) -> View:
-        """What one iteration of a loop over the leading axis sees."""
+        """Slice off one entry of the leading axis, which one iteration of a loop sees."""
         return replace(self, steps=(*self.steps, None), loops=(*self.loops, True), mark=None)
 
 
