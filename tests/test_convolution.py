@@ -155,6 +155,49 @@ def test_what_the_rule_leaves_alone():
     ]
 
 
+# Sizes, and which of margin, kernel's and input's cotangent are computed another way than XLA's.
+CHOICES = {
+    "images": ({"inputs": 3, "outputs": 64}, (False, True, True)),
+    "images with strides": ({"inputs": 3, "outputs": 64, "strides": (2, 2)}, (False, True, False)),
+    "many channels": ({"inputs": 32, "outputs": 64}, (False, True, False)),
+    "few channels": ({"inputs": 32, "outputs": 8}, (False, False, False)),
+    "few positions": ({"inputs": 32, "outputs": 64, "output": (8, 8)}, (False, False, False)),
+    "without padding": ({"inputs": 32, "outputs": 16, "padded": False}, (True, True, False)),
+    "short rows": ({"inputs": 32, "outputs": 16, "padded": False, "output": (64, 7)}, (False, True, False)),
+    "one chunk is too small": ({"inputs": 256, "outputs": 64}, (False, False, False)),
+    "pointwise": ({"kernel": (1, 1), "inputs": 16, "outputs": 64, "padded": False}, (False, True, True)),
+    "pointwise to few": ({"kernel": (1, 1), "inputs": 64, "outputs": 16}, (False, True, False)),
+    "pointwise, few rows": (
+        {"kernel": (1, 1), "inputs": 16, "outputs": 64, "output": (5, 5)}, (False, False, False),
+    ),
+    "pointwise, wider by strides": (
+        {"kernel": (1, 1), "inputs": 16, "outputs": 64, "strides": (2, 2)}, (False, True, False),
+    ),
+    "pointwise, narrower by strides": (
+        {"kernel": (1, 1), "inputs": 64, "outputs": 16, "strides": (2, 2)}, (False, True, True),
+    ),
+    "narrower by strides": (
+        {"inputs": 48, "outputs": 32, "strides": (2, 2), "output": (9, 9)}, (False, False, True),
+    ),
+    "narrower by strides, few rows": (
+        {"inputs": 48, "outputs": 32, "strides": (2, 2), "output": (7, 8)}, (False, False, False),
+    ),
+    "narrower by strides, small batch": (
+        {"batch": 16, "inputs": 48, "outputs": 32, "strides": (2, 2), "output": (16, 16)},
+        (False, False, False),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_what_is_computed_another_way(name):
+    """What `experiments/convolution_costs.py` measured; a choice that changes is to be measured again."""
+    sizes, expected = CHOICES[name]
+    usual = patches.Geometry(40, (32, 32), (32, 32), (3, 3), 1, 1, (1, 1), True, 4)
+    found = convolution.plan(usual._replace(**sizes))
+    assert (found.margin, found.weight, found.input) == expected
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_low_precision_is_no_worse_than_autodiffs(dtype):
     rng = np.random.default_rng(0)
