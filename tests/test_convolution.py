@@ -13,10 +13,15 @@ from hypothesis import strategies as st
 import funcprop as fp
 from funcprop.rules.primitives import convolution, patches
 
-EVERYWHERE = convolution.rule(
-    lambda geometry: convolution.ConvolutionPlan(margin=True, weight=True, input=True)
-)
-RULES = fp.rules.autodiff.replace({"conv_general_dilated": EVERYWHERE})
+PATCHES = convolution.ConvolutionPlan(margin=True, weight=True, input=True)
+TURNED = PATCHES._replace(input=False, turned=True)  # The input's cotangent as it is computed in loops.
+
+
+def everywhere(plan):
+    return fp.rules.autodiff.replace({"conv_general_dilated": convolution.rule(lambda geometry: plan)})
+
+
+RULES = everywhere(PATCHES)
 LAYOUTS = {
     1: [("NHC", "HIO", "NHC"), ("NCH", "OIH", "NCH")],
     2: [
@@ -59,13 +64,13 @@ def geometry(x, w, strides, padding, dilation, layout):
 
 
 @settings(max_examples=20)
-@given(convolutions())
+@given(convolutions(), st.sampled_from([PATCHES, TURNED]))
 # Strides that leave entries unread, a kernel as wide as the padded input, padding on one side alone.
-@example(geometry((2, 6, 5, 2), (3, 2, 2, 3), [3, 2], [(0, 0), (0, 0)], [1, 1], LAYOUTS[2][0]))
-@example(geometry((1, 2, 3), (3, 3, 1), [1], [(1, 0)], [1], LAYOUTS[1][0]))
-@example(geometry((3, 1, 4, 4), (2, 1, 2, 3), [1, 1], [(0, 2), (1, 0)], [2, 1], LAYOUTS[2][1]))
-def test_equals_xla(case):
-    assert_equals_xla(*case)
+@example(geometry((2, 6, 5, 2), (3, 2, 2, 3), [3, 2], [(0, 0), (0, 0)], [1, 1], LAYOUTS[2][0]), TURNED)
+@example(geometry((1, 2, 3), (3, 3, 1), [1], [(1, 0)], [1], LAYOUTS[1][0]), PATCHES)
+@example(geometry((3, 1, 4, 4), (2, 1, 2, 3), [1, 1], [(0, 2), (1, 0)], [2, 1], LAYOUTS[2][1]), TURNED)
+def test_equals_xla(case, plan):
+    assert_equals_xla(*case, everywhere(plan))
 
 
 @pytest.mark.parametrize("batch", [4, 5])
@@ -87,7 +92,7 @@ def test_sums_and_maps_over_chunks_are_those_over_the_batch(batch, size):
     np.testing.assert_allclose(patches.mapped_in_chunks(lambda a: 2 * a + 1, size, jnp.asarray(a)), 2 * a + 1)
 
 
-def assert_equals_xla(x_shape, w_shape, options):
+def assert_equals_xla(x_shape, w_shape, options, rules=RULES):
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=x_shape), rng.normal(size=w_shape)
 
@@ -97,7 +102,7 @@ def assert_equals_xla(x_shape, w_shape, options):
     @compiled
     def both(x, w, g):
         expected, pullback = jax.vjp(fun, x, w)
-        actual, ours = fp.vjp(fun, x, w, rules=RULES)
+        actual, ours = fp.vjp(fun, x, w, rules=rules)
         return [actual, *ours(g)], [expected, *pullback(g)]
 
     actual, expected = both(x, w, rng.normal(size=jax.eval_shape(fun, x, w).shape))
