@@ -32,7 +32,7 @@ ALGEBRA = ("equations::test_equations_of_primitives_hold",)
 TESTS = {
     "rules/primitives/arithmetic.py": ALGEBRA,
     "rules/primitives/average_pooling.py": ("average_pooling", "rules"),
-    "rules/primitives/convolution.py": ("convolution",),
+    "rules/primitives/convolution.py": ("convolution", "rules"),
     "rules/primitives/cumulative.py": ("primitives",),
     "rules/primitives/elementwise.py": ("elementwise_accuracy", *ALGEBRA, "rules"),
     "rules/primitives/indexing.py": ("primitives",),
