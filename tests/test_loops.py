@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,6 +181,13 @@ def test_products_of_scanned_inputs_with_constants_leave_the_loop_and_no_others(
     weights = {"U": normal(7, 7), "W": normal(5, 7)}
     ours = products_in_loops(fp.grad(loss, rules=RULES), weights, normal(T, 2, 5), normal(T, 5, 7))
     assert ours == [(2, 7)] * 3  # h U and x y; then the cotangent of h
+
+
+def test_a_small_matrix_is_transposed_once_before_the_loop():
+    """Backwards `g Uᵀ` is a product with a matrix as it lies."""
+    contracted = functools.partial(products_in_loops, of=lambda eqn: eqn.params["dimension_numbers"][0])
+    assert ((1,), (1,)) in contracted(jax.grad(recurrent), *ARGS)
+    assert contracted(fp.grad(recurrent, rules=RULES), *ARGS) == [((1,), (0,))] * 2
 
 
 def test_products_of_one_carry_are_one():
