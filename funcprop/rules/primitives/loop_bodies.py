@@ -84,6 +84,12 @@ class BodySplit:
     rest_constants: list[int]
     rest_scanned: list[int]
 
+    def made(self, consts: Arrays) -> tuple[dict[Any, Any], Arrays]:
+        """All constants, by their variables, and those that `rest` takes."""
+        everything = [*consts, *_jax.evaluate(self.once, (), consts)]
+        values = dict(zip([*self.once.invars, *self.once.outvars], everything, strict=True))
+        return values, [everything[i] for i in self.rest_constants]
+
 
 def split(
     jaxpr: Any, consts: int, carries: int, hoists: Callable[[Any], bool], also: Sequence[Any] = ()
