@@ -84,7 +84,7 @@ class OperatorRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the rules do for one function. `print` shows a table, `as_dict` is the same as plain data."""
+    """The effect of the rules on one function. `print` shows a table, `as_dict` is the same as plain data."""
 
     name: str
     rules: str
@@ -133,7 +133,7 @@ def compare(
     rules: RuleSet | None = None,
     repeats: int = 10,
 ) -> Callable[..., Comparison]:
-    """Which rules fire on this function, on which operators, and what each saves against autodiff.
+    """Compare rules and autodiff on this function: the rules that fire, their operators, and what each saves.
 
     `compare(fun, argnums, has_aux)(*args, **kwargs) -> Comparison`. Times are seconds of the fastest of
     `repeats` runs in turn, bytes the temporary bytes of the compiled programs. With shapes

@@ -38,7 +38,7 @@ class BatchStatistics(NamedTuple):
 
 
 class BatchNormalized(NamedTuple):
-    """What the normalisation keeps, with parameters laid along the channels' axis; given statistics."""
+    """The normalisation's residuals, with parameters laid along the channels' axis, and given statistics."""
 
     normalized: Normalized
     given: BatchStatistics | None
@@ -108,7 +108,7 @@ def batch_norm(
     statistics: BatchStatistics | None = None,
     *,
     axis: int = -1,
-    eps: float = 1e-5,
+    eps: float = 1e-6,
     use_fast_variance: bool = True,
     save: Save = "input",
 ) -> tuple[Float[Array, "*shape"], BatchStatistics]:

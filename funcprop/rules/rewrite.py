@@ -55,7 +55,7 @@ class Match:
 
 
 def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
-    """What the rule set has for one equation: a rule, a reason why its rule does not apply, or None."""
+    """Match one equation with a rule set: a rule, a reason why its rule does not apply, or None."""
     if (broken := broken_layer_call(eqn)) is not None:
         layer, why_cut = broken
         if rules.find(layer, platform) is None:
@@ -128,7 +128,7 @@ class Rewriter:
         self._equations: dict[int, tuple[Any, list[Any]]] = {}
 
     def match(self, eqn: Any) -> Match | None:
-        """What the rule set has for an equation: a rule, a reason why it does not fire, or None."""
+        """Match an equation: a rule, a reason why it does not fire, or None."""
         found = match(eqn, self.rules, self.platform)
         if found is None or id(eqn) not in self.claimed or self.rules.is_replaced(eqn.primitive.name):
             return found

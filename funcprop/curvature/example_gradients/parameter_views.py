@@ -85,7 +85,7 @@ class View:
         return value
 
     def sliced(self) -> View:
-        """What one iteration of a loop over the leading axis sees."""
+        """Slice off one entry of the leading axis, which one iteration of a loop sees."""
         return replace(self, steps=(*self.steps, None), marks=(*self.marks, None))
 
 
