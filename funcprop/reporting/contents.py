@@ -97,18 +97,18 @@ class _Numbers:
             numbers.update(dict.fromkeys(node.members, i))
 
     def loop_around(self, name: str) -> dict[str, int]:
-        """The entry `loop` of something inside of an open loop."""
+        """Make the entry `loop` of a value or operator inside of an open loop."""
         loop = self.opened.loop_of(name)
         return {} if loop is None else {"loop": self.operators[loop]}
 
     def node(self, node: Node) -> dict[str, Any]:
-        """What the page has of a node."""
+        """Describe a node."""
         of = self.values if node.kind == "variable" else self.operators
         members, saved = [of[m] for m in node.members], node.key.startswith("r:")
         return {"key": node.key, "kind": node.kind, "members": members, "saved": saved}
 
     def operator(self, op: Operator) -> dict[str, Any]:
-        """What the page has of an operator; of an open loop also the nodes of what is inside."""
+        """Describe an operator; an open loop also has the nodes inside of it."""
         own = self.circles.get(op.name, -1)
         circles = [self.circles[o.name] for o in self.opened.operators.get(op.name, ())]
         squares = [self.squares.get(v.name, -1) for v in self.opened.variables.get(op.name, ())]

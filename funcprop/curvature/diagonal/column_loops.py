@@ -70,7 +70,7 @@ class _Units(_Alike):
         return jnp.broadcast_to(number // runs, q.shape), q
 
     def tangent(self, place: Any, k: int) -> Any:
-        """What the Hessian is multiplied by: one in all slices."""
+        """Make the vector that the Hessian is multiplied by: one in all slices."""
         _, M, Q, _ = sizes = self.node.sizes()
         m, q = place
         unit = (jnp.arange(M) == m)[:, None] & (jnp.arange(Q) == q)
@@ -101,7 +101,7 @@ class _Directions(_Alike):
         return a.astype(self.node.variable.aval.dtype)
 
     def tangent(self, place: Any, k: int) -> Any:
-        """What the Hessian is multiplied by: `a[:, :, i]` at `q`."""
+        """Make the vector that the Hessian is multiplied by: `a[:, :, i]` at `q`."""
         i, q = place
         unit = (jnp.arange(self.node.sizes()[2]) == q).astype(self.node.variable.aval.dtype)
         return jnp.broadcast_to(self._along(i, k)[:, :, None, None] * unit[:, None], self.node.sizes())
@@ -141,7 +141,7 @@ def _by_products(program: ColumnLoop, activations: Sequence[Any]) -> tuple[Any, 
         c, k = jnp.asarray(kind_of)[which], jnp.asarray(number_in_kind)[which]
 
         def column(places: Sequence[Any]) -> list[Any]:
-            """The responses to a column of member `which`, of each kind as if it were this member's."""
+            """Compute the response to a column of `which`, of each kind as if it were this member's."""
             tangents = {
                 n: jnp.where(which == n, kind.tangent(place, j), 0)
                 for kind, place in zip(kinds, places, strict=True)

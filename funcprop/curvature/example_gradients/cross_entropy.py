@@ -38,19 +38,19 @@ class CrossEntropyForm:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """How many rows and classes."""
+        """The numbers of rows and classes."""
         *rows, classes = self.before.outvars[0].aval.shape
         return int(np.prod(rows, dtype=int)), classes
 
     def logits_and_weights(self, output: Any, y: Any) -> tuple[Any, Any]:
-        """`a[r, c]` and `w[r]`."""
+        """Compute `a[r, c]` and `w[r]`."""
         given = [*self.program.constants, *jax.tree.leaves((output, y))]
         a, *logarithms = _jax.evaluate(self.before, (), given)
         weights = jax.grad(lambda z: _jax.evaluate(self.after, (), [*given, *z])[0])(logarithms)
         return a.reshape(self.shape), sum(w.reshape(-1) for w in weights).astype(a.dtype)
 
     def picks_label(self) -> bool:
-        """Whether it is `log Σ_c exp(a_c) − o_y` for one row and an integer `y`; tried for every label."""
+        """Decide whether it is `log Σ_c exp(a_c) − o_y`, of one row and an integer `y`: try every label."""
         inputs, classes = self.after.invars, self.shape[1]
         label = self.program.jaxpr.invars[-1].aval
         single = not self.program.constants and len(self.program.jaxpr.invars) == 2 and not label.shape
@@ -72,7 +72,7 @@ class CrossEntropyForm:
 
 
 def cross_entropy_form(loss: Callable[[Any, Any], Any], output: Any, y: Any) -> CrossEntropyForm | None:
-    """The form of a loss whose output, a single array with classes last, and label have these types."""
+    """Find the form of a loss; its output is a single array with the classes last. None if it has another."""
     leaves, tree = jax.tree.flatten(output)
     if len(leaves) != 1 or not leaves[0].ndim or leaves[0].shape[-1] < 2:
         return None
@@ -92,7 +92,7 @@ def cross_entropy_form(loss: Callable[[Any, Any], Any], output: Any, y: Any) -> 
 
 
 def _exponents(eqn: Any, jaxpr: Any) -> Any:
-    """`a`, if an equation is `log Σ_c exp(a_rc)` with the sum over the last axis."""
+    """Find `a`, if an equation is `log Σ_c exp(a_rc)` with the sum over the last axis."""
     maker = {v: made for made in jaxpr.eqns for v in made.outvars}
 
     def behind(eqn: Any) -> Any:
@@ -114,13 +114,13 @@ def _keeps_size(eqn: Any) -> bool:
 
 
 def _part(jaxpr: Any, results: Sequence[Any], given: Sequence[Any] = ()) -> Any:
-    """Results of a jaxpr as one of its inputs, and of variables that are given."""
+    """Cut results out of a jaxpr, as a jaxpr of its inputs and of variables that are given."""
     eqns = _jax.needed_equations(jaxpr.eqns, results, given)
     return _jax.jaxpr_of(eqns, [*jaxpr.invars, *given], results, "part")
 
 
 def _tangent(jaxpr: Any, smooth: Sequence[int]) -> tuple[list[Any], set[int]]:
-    """The equations of the first result's tangent, and which of the values, and then tangents, they read."""
+    """Trace the first result's tangent: its equations, and the inputs they read, values and then tangents."""
     avals = [v.aval for v in jaxpr.invars]
 
     def tangent(values: Sequence[Any], tangents: Sequence[Any]) -> Any:
@@ -137,7 +137,7 @@ def _tangent(jaxpr: Any, smooth: Sequence[int]) -> tuple[list[Any], set[int]]:
 
 
 def _is_output(jaxpr: Any, o: int) -> bool:
-    """Whether a result is the input number `o` and constants added; axes before the last may be others."""
+    """Decide whether a result is input `o` and constants added; axes before the last may be others."""
     (a,), output = jaxpr.outvars, jaxpr.invars[o]
     if a.aval.shape[-1] != output.aval.shape[-1] or a.aval.size != output.aval.size:
         return False

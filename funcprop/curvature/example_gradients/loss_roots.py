@@ -35,7 +35,7 @@ class LossRoot(Protocol):
 
     @property
     def kind(self) -> str:
-        """What the loss is, for the audit."""
+        """The kind of loss, in words, for the audit."""
 
     @property
     def columns(self) -> int:
@@ -129,14 +129,14 @@ class Labelled:
         return self.form.shape[1] - 1
 
     def _circle(self, output: Any, y: Any) -> tuple[Any, Any, Any]:
-        """`√p` of `y` and of the classes that follow it in a circle, the norm `√(1 − p_y)` of these."""
+        """Compute `√p` of `y` and of the classes after it in a circle, and the norm `√(1 − p_y)` of these."""
         (logits,), _ = self.form.logits_and_weights(output, y)
         (label,) = jax.tree.leaves(y)
         root = jnp.sqrt(jax.nn.softmax(logits)[(label + jnp.arange(len(logits))) % len(logits)])
         return root[0], root[1:], jnp.linalg.norm(root[1:])
 
     def _placed(self, output: Any, y: Any, x: Any) -> Any:
-        """Entries of `y` and the classes that follow it, put where they belong."""
+        """Put the entries of `y` and of the classes after it where they belong."""
         (label,) = jax.tree.leaves(y)
         classes = x.shape[-1]
         return _like(output, x[..., (jnp.arange(classes) - label) % classes])
@@ -186,7 +186,7 @@ def _reflected(root: Any, x: Any) -> Any:
 
 
 def _like(output: Any, columns: Any) -> Any:
-    """Columns, whose last axis has all entries, in the structure of the output, which is a single array."""
+    """Give columns, whose last axis has all entries, the structure of the output, a single array."""
     (leaf,), tree = jax.tree.flatten(output)
     return jax.tree.unflatten(tree, [columns.reshape(*columns.shape[:-1], *leaf.shape).astype(leaf.dtype)])
 

@@ -56,7 +56,7 @@ class GradientRoute(NamedTuple):
 
 
 class Audit(tuple[GradientRoute, ...]):
-    """The routes of all parameters, as a table when printed; and as what the loss was recognised."""
+    """The routes of all parameters, as a table when printed; `loss` says as what the loss was recognised."""
 
     loss: str | None = None
 

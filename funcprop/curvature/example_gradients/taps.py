@@ -92,7 +92,7 @@ class TapPlan:
         return sorted(own.union(*(plan.numbers() for plan in self.inner.values())))
 
     def renumbered(self, number: Mapping[int, int]) -> TapPlan:
-        """The plan with taps that have a new number alone, and bodies that have such taps."""
+        """Keep the taps that have a new number, and bodies with such taps."""
         inner = {i: plan.renumbered(number) for i, plan in self.inner.items()}
         return TapPlan(
             self.jaxpr,
@@ -124,7 +124,7 @@ class _Walk:
         self.refused: dict[Any, str] = {}
 
     def is_refused(self, view: View) -> bool:
-        """Whether a view is of a loop's operand that is perturbed before this loop."""
+        """Decide whether a view is of a loop's operand that is perturbed before this loop."""
         return any(mark in self.refused for mark in view.marks)
 
     def add(self, view: View, lengths: Sequence[int], var: Any, **how: Any) -> int:

@@ -85,7 +85,7 @@ class BodySplit:
     rest_scanned: list[int]
 
     def made(self, consts: Arrays) -> tuple[dict[Any, Any], Arrays]:
-        """All constants, by their variables, and those that `rest` takes."""
+        """Compute all constants, by their variables, and list those that `rest` takes."""
         everything = [*consts, *_jax.evaluate(self.once, (), consts)]
         values = dict(zip([*self.once.invars, *self.once.outvars], everything, strict=True))
         return values, [everything[i] for i in self.rest_constants]
@@ -199,7 +199,7 @@ Read = Callable[[Any], Any]
 def _evaluated(
     jaxpr: Any, args: Sequence[Any], instead: Callable[[int, Read], dict[Any, Any] | None]
 ) -> Arrays:
-    """The results of a body, some of whose equations are computed in another way than they are written.
+    """Evaluate a body, some of whose equations are computed in another way than they are written.
 
     `instead(position, read)` are the values by their variables; None of an equation that stays.
     """

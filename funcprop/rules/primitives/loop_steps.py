@@ -76,7 +76,7 @@ class StepBody:
 
     @classmethod
     def of(cls, jaxpr: Any, consts: int, carries: int, sites: Sequence[Site]) -> StepBody:
-        """A body with these sites."""
+        """Find the inputs to differentiate of a body with these sites."""
         at = {(site.position, site.operand) for site in sites}
         read = set(_jax.variables(jaxpr.outvars))
         for position, eqn in enumerate(jaxpr.eqns):
@@ -85,12 +85,12 @@ class StepBody:
         return cls(jaxpr, consts, carries, sites, smooth)
 
     def by_kind(self, values: Sequence[Any]) -> Sequence[Sequence[Any]]:
-        """Values of the inputs to differentiate, apart: of constants, carries and scanned inputs."""
+        """Split values of the inputs to differentiate: of constants, carries and scanned inputs."""
         first, end = (sum(i < n for i in self.smooth) for n in (self.consts, self.consts + self.carries))
         return values[:first], values[first:end], values[end:]
 
     def differentiated(self) -> tuple[Any, Arrays, Any]:
-        """The body with the activations of its products and the leaves of its pullback as further results.
+        """Trace the body with activations of its products and leaves of its pullback as further results.
 
         A jaxpr, its constants, which are leading inputs, and the pullback's tree.
         """
@@ -145,7 +145,7 @@ class ForwardStep:
 
     @classmethod
     def of(cls, body: StepBody) -> ForwardStep:
-        """The step of a body, to be made while tracing: names of mapped axes must be bound."""
+        """Trace the step of a body; to be called while tracing: names of mapped axes must be bound."""
         jaxpr, extra, pull = body.differentiated()
         consts, carries, count = len(extra) + body.consts, body.carries, len(body.jaxpr.outvars)
         products = sum(body.jaxpr.eqns[s.position].primitive.name in PRODUCTS for s in body.sites)
@@ -215,7 +215,7 @@ class LoopStep:
 
     @classmethod
     def of(cls, body: StepBody, turn: bool) -> LoopStep:
-        """The step of a body; `turn` as for `with_arranged_products`."""
+        """Trace the step of a body and its pullback; `turn` as for `with_arranged_products`."""
         forward = ForwardStep.of(body)
         fixed, per_step = forward.fixed, forward.per_step
         leaves = list(dict.fromkeys(_jax.variables(forward.leaves)))
@@ -260,7 +260,7 @@ class LoopStep:
         return sum(map(nbytes, self.cut.once.outvars))
 
     def stacked_bytes(self, hoisted: int) -> tuple[int, int]:
-        """What one step stacks, if that many of the scanned inputs, the last ones, were made for the loop.
+        """Count what a step stacks, if so many of the scanned inputs, the last ones, were made for the loop.
 
         Residuals; and what the backward adds: cotangents of sites and of those inputs, and the transposed
         copies of activations that the contractions after the loop are made with.
@@ -274,7 +274,7 @@ class LoopStep:
         return sum(map(nbytes, self.forward.stacked)), sum(map(nbytes, [*returned, *copies]))
 
     def varies(self, atom: Any) -> bool:
-        """Whether a cotangent is not the same in all steps."""
+        """Decide whether a cotangent is not the same in all steps."""
         return not isinstance(atom, _jax.Literal) and atom not in self.constant
 
     def pull(self, saved: LoopSaved, cotangents: Arrays, params: dict[str, Any]) -> LoopCotangents:

@@ -189,7 +189,7 @@ class PoolLayout(NamedTuple):
 
 
 def _layout(shape: Sequence[int], window: dict[str, Any]) -> PoolLayout:
-    """The axes, with one last along which overlapping windows are quick, if there is one."""
+    """Put an axis last along which overlapping windows are quick, if there is one."""
     axes, dimensions, strides, dilation = tuple(range(len(shape))), *_window(window)
     if not any((w - 1) * d + 1 > s for w, s, d in zip(dimensions, strides, dilation, strict=True)):
         return PoolLayout(axes, False, None)
