@@ -281,7 +281,7 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def memory_fields(compiled: Any) -> dict[str, int]:
-    """Read the memory that a compiled program reports: `argument, output, temporary, alias` and `peak` bytes."""
+    """Read the bytes that a compiled program reports: `argument, output, temporary, alias` and `peak`."""
     names = {"argument": "argument_size", "output": "output_size", "temporary": "temp_size"}
     names |= {"alias": "alias_size", "peak": "peak_memory"}
     found = compiled.memory_analysis()
