@@ -14,7 +14,8 @@ from funcprop.drawing.relabelling import Relabelling, needed, objective_name, re
 from funcprop.drawing.request import Shown
 from funcprop.drawing.ruled_function import differentiated, marked, shape_of
 from funcprop.graph.graph import Graph, Variable
-from funcprop.graph.tracing import CHECKPOINTS, INLINED, trace_function
+from funcprop.graph.tracing import trace_function
+from funcprop.program.facts import CALLS, CHECKPOINTS
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.sets import default
 
@@ -90,7 +91,7 @@ def backward_graph(
             traces.append((tree, list(map(shape_of, saved)), list(map(jax.typeof, results))))
             return results, saved
 
-        inline = INLINED | CHECKPOINTS
+        inline = CALLS | CHECKPOINTS
         first = trace_function(forward, args, kwargs, inline).graph
         tree, saved_types, types = traces[-1]
         smooth = [_jax.is_differentiable(t) for t in types]

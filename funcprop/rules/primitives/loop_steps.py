@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from funcprop import _jax
-from funcprop.program.flops import PRODUCTS
+from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import nbytes
 from funcprop.rules.primitives.loop_bodies import Site, depths, run_perturbed, split, with_arranged_products
 from funcprop.rules.primitives.stacking import merged, to_stack
