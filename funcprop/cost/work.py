@@ -20,7 +20,7 @@ from typing import Any
 from funcprop import _jax
 from funcprop._jax.hlo import Instruction, instructions
 from funcprop.memory.rows import peak_bytes
-from funcprop.program.facts import PRODUCTS, facts_of
+from funcprop.program.facts import LOOPS, PRODUCTS, facts_of
 from funcprop.program.flops import flops
 from funcprop.program.linear_map import linear_body
 from funcprop.program.sizes import nbytes
@@ -88,7 +88,7 @@ def _leaves(jaxpr: Any, times: int, looped: bool) -> Iterator[tuple[Any, int, bo
         if not bodies:
             yield eqn, times, looped
         for body, repeats in bodies:
-            yield from _leaves(body, times * repeats, looped or eqn.primitive.name in ("scan", "while"))
+            yield from _leaves(body, times * repeats, looped or eqn.primitive.name in LOOPS)
 
 
 def _executed(eqn: Any) -> Iterator[tuple[Any, int]]:

@@ -20,7 +20,8 @@ from funcprop import _jax
 
 CALLS = frozenset({_jax.JIT, "closed_call"})
 CHECKPOINTS = frozenset({"remat2"})
-CONTROL_FLOW = CALLS | CHECKPOINTS | {"scan", "cond", "while"}
+LOOPS = frozenset({"scan", "while"})
+CONTROL_FLOW = CALLS | CHECKPOINTS | LOOPS | {"cond"}
 # A function of the user's own with a derivative of its own, in forward or in reverse mode.
 CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
@@ -137,18 +138,17 @@ _ELEMENTWISE = {
     **_row("div", linear_in=(FIRST,), elementwise=True),
     **_row("select_n", linear_in=(LATER,), elementwise=True, cheap=True, exact=True),
     **_row("max min abs", **_PIECEWISE, elementwise=True, cheap=True),
-    **_row("clamp", **_PIECEWISE, elementwise=True),
-    **_row("rem", piecewise_linear_in=(ALL,), elementwise=True),
+    **_row("clamp rem", **_PIECEWISE, elementwise=True),
     **_row("square integer_pow one_minus_square", elementwise=True, cheap=True),
     **_row("exp exp2 expm1 log log1p log2 logistic pow sqrt rsqrt cbrt", elementwise=True),
     **_row("sin cos tan asin acos atan atan2 sinh cosh tanh asinh acosh atanh", elementwise=True),
     **_row("erf erfc erf_inv lgamma digamma polygamma zeta bessel_i0e bessel_i1e", elementwise=True),
     **_row("igamma igammac igamma_grad_a regularized_incomplete_beta", elementwise=True),
-    **_row("polynomial", elementwise=True),
+    **_row("nextafter polynomial", elementwise=True),
     **_row("eq ne lt le gt ge and or xor not", **_FLAT, cheap=True),
     **_row("sign", **_FLAT, cheap=True, exact=True),
     **_row("floor ceil round", **_FLAT, exact=True),
-    **_row("nextafter is_finite eq_to le_to lt_to mulhi clz population_count", **_FLAT),
+    **_row("is_finite eq_to le_to lt_to mulhi clz population_count", **_FLAT),
     **_row("shift_left shift_right_logical shift_right_arithmetic", **_FLAT),
     **_row("stop_gradient", **_FLAT, exact=True, cost="free"),
 }
@@ -194,7 +194,7 @@ _COMBINING = {
     **_row("select_and_gather_add", linear_in=(FIRST,), cost="windows", exact=True, fuses=False),
     **_row("scatter-add scatter-sub", linear_in=(_UPDATED,), accumulates=True, **_WRITES),
     **_row("scatter-mul", linear_in=(FIRST,), **_WRITES),
-    **_row("scatter-min scatter-max", piecewise_linear_in=(_UPDATED,), **_WRITES),
+    **_row("scatter-min scatter-max", piecewise_linear_in=(_UPDATED,), exact=True, **_WRITES),
 }
 
 _ALGEBRA = {

@@ -18,12 +18,14 @@ from funcprop.program.facts import Cost, facts_of
 def flops(eqn: Any) -> int:
     """Floating-point operations of an equation, its bodies included."""
     facts, name = facts_of(eqn), eqn.primitive.name
-    bodies = [] if facts.combines else [of_jaxpr(body) for _, body in _jax.sub_jaxprs(eqn)]
+    bodies = [of_jaxpr(body) for _, body in _jax.sub_jaxprs(eqn)]
     if name == "scan":
         return eqn.params["length"] * bodies[0]
     if name == "cond":
         return max(bodies)
-    return sum(bodies) if bodies and facts.cost == "result" else _COUNTED[facts.cost](eqn)
+    if bodies and not facts.combines:
+        return sum(bodies)
+    return _COUNTED[facts.cost](eqn) * (sum(bodies) or 1)
 
 
 def of_jaxpr(jaxpr: Any) -> int:

@@ -17,15 +17,13 @@ import jax
 
 from funcprop import _jax
 from funcprop.program.custom_rules import (
-    FORWARD,
-    REVERSE,
     TANGENT,
     CustomRule,
     python_rule,
     tangent_map,
     traced_rule,
 )
-from funcprop.program.facts import CHECKPOINTS, CONTROL_FLOW
+from funcprop.program.facts import CHECKPOINTS, CONTROL_FLOW, CUSTOM_RULES
 from funcprop.program.linear_map import linear_body, linear_p
 from funcprop.program.structural_key import StructuralKey, structural_key
 
@@ -144,8 +142,8 @@ class _Closer:
         return any(_jax.constants(body) or self._hides(body) for _, body in _jax.sub_jaxprs(eqn))
 
     def _is_unknown(self, eqn: Any) -> bool:
-        custom = eqn.primitive.name in (FORWARD, REVERSE)
-        return custom and not any(id(value) in self._known for value in eqn.params.values())
+        is_custom = eqn.primitive.name in CUSTOM_RULES
+        return is_custom and not any(id(value) in self._known for value in eqn.params.values())
 
     def _inline(self, jaxpr: Any, inputs: Sequence[Any], scope: _Scope, outer: Any) -> list[Any]:
         """Add the equations of a jaxpr to a scope; its results."""

@@ -204,10 +204,12 @@ def _windowed(eqn: Any, where: Sequence[int], axis: int) -> int:
 
 
 def _convolved(eqn: Any, where: Sequence[int], axis: int) -> int:
-    """The batch."""
-    numbers = eqn.params["dimension_numbers"]
+    """The batch of what is convolved, or the results' features of the kernel."""
+    numbers, params = eqn.params["dimension_numbers"], eqn.params
+    if list(where) == [1]:
+        return _unless(axis != numbers.rhs_spec[0], numbers.out_spec[1])
     is_batch = list(where) == [0] and numbers.lhs_spec[0] == axis
-    return _unless(not is_batch or eqn.params["batch_group_count"] != 1, numbers.out_spec[0])
+    return _unless(not is_batch or params["batch_group_count"] != 1, numbers.out_spec[0])
 
 
 def _through_batched_product(eqn: Any, left: int, right: int) -> int:
