@@ -130,7 +130,7 @@ def train(
 
 def look(params: Any, x: jax.Array, y: jax.Array, classes: int, epoch: int) -> Seen:
     """The top of both spectra, their traces, and where the gradient is."""
-    H, G = fp.hessian(loss)(params, x, y), fp.ggn(model, cross_entropy)(params, x, y)
+    H, G = fp.hessian(loss)(params, x, y), fp.ggn(model, cross_entropy, batched=True)(params, x, y)
     traces: list[Any] = [H.trace(), G.trace()]  # exact, for no samples are asked for
     count = 2 * classes + 2
     values, vectors = H.eigsh(count, which="LA")

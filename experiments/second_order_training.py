@@ -94,7 +94,7 @@ class Optimizer(NamedTuple):
 
 def gauss_newton(problem: Problem) -> Callable[[Any, Any], Any]:
     def curvature(params: Any, batch: Any) -> Any:
-        return fp.ggn(model, lambda outputs, y: problem.loss(outputs, y).mean())(params, *batch)
+        return fp.ggn(model, lambda outputs, y: problem.loss(outputs, y).mean(), batched=True)(params, *batch)
 
     return curvature
 
@@ -124,7 +124,7 @@ OPTIMIZERS = {
     "Sophia": Optimizer(sophia, (0.0003, 0.001, 0.003, 0.01, 0.03)),
     "K-FAC": Optimizer(kfac, (0.01, 0.03, 0.1, 0.3, 1.0)),
     "Newton-CG": Optimizer(
-        lambda p, damping: fp.training.newton_cg(curvature=gauss_newton(p), damping=damping, max_steps=20),
+        lambda p, damping: fp.training.newton_cg(curvature=gauss_newton(p), damping=damping, products=20),
         (0.001, 0.01, 0.1, 1.0, 10.0),
     ),
     "Gauss-Newton diagonal": Optimizer(

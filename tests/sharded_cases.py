@@ -221,7 +221,7 @@ def of_layer(apply: Callable[..., Any], params: Any, *batch: Any, name: str, **o
 
 
 NORM = {"scale": numbers(6), "bias": numbers(6, seed=1)}
-HIDDEN = {"w1": numbers(6, 8), "w2": numbers(8, 6, seed=1)}
+HIDDEN = {"w_up": numbers(6, 8), "w_down": numbers(8, 6, seed=1)}
 ROWS, IMAGES, SEQUENCES = numbers(16, 6, seed=9), numbers(8, 8, 8, 6, seed=9), numbers(5, 8, 6, seed=9)
 CLASSES = labels(16, classes=6)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import funcprop as fp
-from funcprop.layers import attention_layer as attention
+from funcprop.layers import attention
 from funcprop.layers.tiling import Tiling, block_sizes
 
 

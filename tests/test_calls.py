@@ -64,7 +64,7 @@ def matrix_model(w, x):
             "params/w is a shape .* but ekfac needs values",
         ),
         (
-            lambda: fp.ggn(of_batch, network)(PARAMS, X, Y),
+            lambda: fp.ggn(of_batch, network, batched=True)(PARAMS, X, Y),
             r"model=of_batch and loss=network are in the wrong order: .*pass the model first",
         ),
         (

@@ -49,8 +49,8 @@ def outer_gradients(loss_of_one, labels) -> np.ndarray:
 
 @pytest.mark.parametrize("likelihood", LABELS)
 def test_exact_is_the_ggn_of_its_loss(likelihood: str) -> None:
-    F = fp.fisher(model, likelihood)(PARAMS, X)
-    G = fp.ggn(model, LOSSES[likelihood])(PARAMS, X, LABELS[likelihood])
+    F = fp.fisher(model, likelihood, batched=True)(PARAMS, X)
+    G = fp.ggn(model, LOSSES[likelihood], batched=True)(PARAMS, X, LABELS[likelihood])
     np.testing.assert_allclose(F.dense(), G.dense(), rtol=1e-12, atol=1e-14)
 
 
@@ -61,14 +61,14 @@ def test_exact_is_the_expectation_over_targets() -> None:
     for label in range(OUTPUTS):
         g = jnp.einsum("no,nop->np", p - jax.nn.one_hot(label, OUTPUTS), J)
         expected += jnp.einsum("n,ni,nj->ij", p[:, label], g, g) / N
-    F = fp.fisher(model, "categorical")(PARAMS, X)
+    F = fp.fisher(model, "categorical", batched=True)(PARAMS, X)
     np.testing.assert_allclose(F.dense(), expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("likelihood", LABELS)
 def test_empirical_is_the_second_moment_of_gradients(likelihood: str) -> None:
     of_one = fp.curvature.likelihood.LIKELIHOODS[likelihood].negative_log
-    F = fp.fisher(model, likelihood, "empirical")(PARAMS, X, LABELS[likelihood])
+    F = fp.fisher(model, likelihood, kind="empirical", batched=True)(PARAMS, X, LABELS[likelihood])
     expected = outer_gradients(of_one, LABELS[likelihood][None])
     np.testing.assert_allclose(F.dense(), expected, rtol=1e-12, atol=1e-14)
 
@@ -76,8 +76,8 @@ def test_empirical_is_the_second_moment_of_gradients(likelihood: str) -> None:
 @pytest.mark.parametrize("likelihood", LABELS)
 def test_mc_is_unbiased(likelihood: str) -> None:
     """The mean over many draws is the exact matrix within its own standard error, and draws differ."""
-    exact = fp.fisher(model, likelihood)(PARAMS, X).dense()
-    F = fp.fisher(model, likelihood, "mc", samples=5)
+    exact = fp.fisher(model, likelihood, batched=True)(PARAMS, X).dense()
+    F = fp.fisher(model, likelihood, kind="mc", samples=5, batched=True)
 
     draws = jax.jit(jax.vmap(lambda key: F(PARAMS, X, key=key).dense()))(
         jax.random.split(jax.random.key(1), 400)
@@ -89,7 +89,7 @@ def test_mc_is_unbiased(likelihood: str) -> None:
 
 
 def test_a_key_draws_the_same_targets_every_time() -> None:
-    F = fp.fisher(model, "categorical", "mc")(PARAMS, X, key=jax.random.key(3))
+    F = fp.fisher(model, "categorical", kind="mc", batched=True)(PARAMS, X, key=jax.random.key(3))
     v = jnp.arange(F.shape[0], dtype=float)
     np.testing.assert_allclose(F @ v, F.dense() @ v, rtol=1e-12)
     np.testing.assert_allclose(F.linearize() @ v, F @ v, rtol=1e-12)
@@ -99,11 +99,11 @@ def test_a_key_draws_the_same_targets_every_time() -> None:
 def test_positions_of_an_example_add_up() -> None:
     """With a time axis, the logarithms of an example's positions are summed, and examples averaged."""
     x = jnp.stack([X, 2 * X], 1)  # examples, positions, inputs
-    both = fp.fisher(model, "categorical")(PARAMS, x).dense()
-    each = [fp.fisher(model, "categorical")(PARAMS, x[:, t]).dense() for t in range(2)]
+    both = fp.fisher(model, "categorical", batched=True)(PARAMS, x).dense()
+    each = [fp.fisher(model, "categorical", batched=True)(PARAMS, x[:, t]).dense() for t in range(2)]
     np.testing.assert_allclose(both, each[0] + each[1], rtol=1e-12)
     y = jnp.stack([LABELS["categorical"]] * 2, 1)
-    empirical = fp.fisher(model, "categorical", "empirical")(PARAMS, x, y).dense()
+    empirical = fp.fisher(model, "categorical", kind="empirical", batched=True)(PARAMS, x, y).dense()
 
     def loss_of_one(w, x, y):
         return optax.softmax_cross_entropy_with_integer_labels(model(w, x), y).sum()
@@ -127,42 +127,56 @@ def test_scales_of_a_linear_model() -> None:
         np.testing.assert_allclose(operator.dense(), expected, rtol=1e-12, atol=1e-14)
 
     # A sum of squares has second derivative 2; a mean divides by all N × outputs entries.
-    close(fp.ggn(linear, total)(w, X, y), 2 * moment)
-    close(fp.ggn(linear, mean)(w, X, y), 2 * moment / (N * OUTPUTS))
+    close(fp.ggn(linear, total, batched=True)(w, X, y), 2 * moment)
+    close(fp.ggn(linear, mean, batched=True)(w, X, y), 2 * moment / (N * OUTPUTS))
     close(fp.hessian(lambda w: total(X @ w, y))(w), 2 * moment)
     close(fp.hessian(lambda w: mean(X @ w, y))(w), 2 * moment / (N * OUTPUTS))
     # Fisher matrices are means over examples, whatever the loss is; the Gaussian's has no factor.
-    close(fp.fisher(linear, "gaussian")(w, X), moment / N)
-    close(fp.fisher(linear, "bernoulli")(w, X), moment / N / 4)
+    close(fp.fisher(linear, "gaussian", batched=True)(w, X), moment / N)
+    close(fp.fisher(linear, "bernoulli", batched=True)(w, X), moment / N / 4)
     softmax = np.eye(OUTPUTS) / OUTPUTS - 1 / OUTPUTS**2
-    close(fp.fisher(linear, "categorical")(w, X), np.kron(X.T @ X, softmax) / N)
+    close(fp.fisher(linear, "categorical", batched=True)(w, X), np.kron(X.T @ X, softmax) / N)
     g = np.einsum("ni,no->nio", X, -y).reshape(N, -1)  # of ½ ‖x W − y‖² at W = 0
-    close(fp.fisher(linear, "gaussian", "empirical")(w, X, y), g.T @ g / N)
+    close(fp.fisher(linear, "gaussian", kind="empirical", batched=True)(w, X, y), g.T @ g / N)
     # One example is a batch too.
-    close(fp.fisher(linear, "gaussian")(w, X[:1]), np.kron(X[:1].T @ X[:1], np.eye(OUTPUTS)))
+    close(fp.fisher(linear, "gaussian", batched=True)(w, X[:1]), np.kron(X[:1].T @ X[:1], np.eye(OUTPUTS)))
 
 
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda: fp.fisher(model, "poisson"), "likelihood='poisson' is not known; choose one of categorical"),
         (
-            lambda: fp.fisher(model, "gaussian", "sampled"),
+            lambda: fp.fisher(model, "poisson", batched=True),
+            "likelihood='poisson' is not known; choose one of categorical",
+        ),
+        (
+            lambda: fp.fisher(model, "gaussian", kind="sampled", batched=True),
             "kind='sampled' is not known; choose one of",
         ),
-        (lambda: fp.fisher(model, "gaussian", "mc", samples=0), "samples=0, but at least one target"),
-        (lambda: fp.fisher(model, "gaussian", "mc")(PARAMS, X), "key=None: kind='mc' draws targets"),
-        (lambda: fp.fisher(model, "gaussian", "empirical")(PARAMS, X), "y=None: kind='empirical'"),
         (
-            lambda: fp.fisher(model, "gaussian", "empirical")(PARAMS, X, jnp.ones((3, OUTPUTS))),
+            lambda: fp.fisher(model, "gaussian", kind="mc", samples=0, batched=True),
+            "samples=0, but at least one target",
+        ),
+        (
+            lambda: fp.fisher(model, "gaussian", kind="mc", batched=True)(PARAMS, X),
+            "key=None: kind='mc' draws targets",
+        ),
+        (
+            lambda: fp.fisher(model, "gaussian", kind="empirical", batched=True)(PARAMS, X),
+            "y=None: kind='empirical'",
+        ),
+        (
+            lambda: fp.fisher(model, "gaussian", kind="empirical", batched=True)(
+                PARAMS, X, jnp.ones((3, OUTPUTS))
+            ),
             r"y has the shapes \(3, 3\), but the outputs are of 4 examples",
         ),
         (  # Broadcast, it would be a target for every output.
-            lambda: fp.fisher(model, "gaussian", "empirical")(PARAMS, X, jnp.ones(N)),
+            lambda: fp.fisher(model, "gaussian", kind="empirical", batched=True)(PARAMS, X, jnp.ones(N)),
             r"gaussian: the target of one example has shape \(\), .*give a target of shape \(3,\)",
         ),
         (
-            lambda: fp.fisher(lambda w, x: w.sum(), "gaussian")(jnp.ones(2), X),
+            lambda: fp.fisher(lambda w, x: w.sum(), "gaussian", batched=True)(jnp.ones(2), X),
             "leading axis has to be the examples",
         ),
     ],

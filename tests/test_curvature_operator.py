@@ -14,6 +14,7 @@ from curvature_models import EXAMPLES, LOSSES, MODELS, batched, mean
 from quadratic import PARAMS, SIZE, entries, loss, operator, symmetric
 
 import funcprop as fp
+from funcprop.operators import products
 
 M = symmetric(1)
 V = np.random.default_rng(2).standard_normal((SIZE, 3))
@@ -47,7 +48,7 @@ def test_products(A) -> None:
 def test_matrix_and_its_parts(A) -> None:
     assert (A.shape, A.dtype) == ((SIZE, SIZE), np.dtype(float))
     close(A.dense(), M)
-    close(A.dense(columns=3), M)
+    close(A.dense(at_once=3), M)
     close(entries(A.diagonal()), np.diag(M))
     close(A.trace(), np.trace(M))
     close(A.frobenius_norm(), np.linalg.norm(M))
@@ -85,7 +86,7 @@ def test_columns_are_chunked_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert lengths(9) in ([], [1])
     # A column computes the tangent of `M w`, and M is symmetrised: about 300 bytes.
-    monkeypatch.setattr(fp.curvature.products, "COLUMN_BYTES", 1000)
+    monkeypatch.setattr(products, "COLUMN_BYTES", 1000)
     (found,) = set(lengths(8))
     assert 3 <= found <= 8
 
@@ -130,7 +131,7 @@ def test_iterations_do_not_repeat_the_forward_pass(ask) -> None:
     def model(w, x):
         return jnp.tan(x @ w)
 
-    G = fp.ggn(model, lambda outputs, y: jnp.sum((outputs - y) ** 2))
+    G = fp.ggn(model, lambda outputs, y: jnp.sum((outputs - y) ** 2), batched=True)
     x = jnp.ones((2, SIZE)) / SIZE
     jaxpr = jax.make_jaxpr(lambda w, v: ask(G(w, x, jnp.zeros(2)), v))(jnp.ones(SIZE), jnp.ones(SIZE)).jaxpr
     assert "tan" in primitives(jaxpr)
@@ -143,7 +144,7 @@ def test_a_linearised_operator_keeps_no_constants() -> None:
     """The zeros of a relu's derivative are made again, not kept."""
     model = MODELS["mlp"]()
     outputs, y = mean(LOSSES["squared error"]), LOSSES["squared error"].targets(EXAMPLES, 3)
-    G = fp.ggn(batched(model), outputs)(model.params, model.x, y)
+    G = fp.ggn(batched(model), outputs, batched=True)(model.params, model.x, y)
     linearized = G.linearize()
     assert not any(r.size > 1 and not np.asarray(r).any() for r in linearized.multiply.constants)
     v = jnp.ones(G.parameters.size)
@@ -153,7 +154,7 @@ def test_a_linearised_operator_keeps_no_constants() -> None:
 
 def test_only_the_columns_of_a_block_are_computed() -> None:
     """The tangent of a parameter that has no column in the block is not propagated."""
-    G = fp.ggn(lambda p, x: x @ p["first"] @ p["last"], lambda o, y: jnp.sum((o - y) ** 2))
+    G = fp.ggn(lambda p, x: x @ p["first"] @ p["last"], lambda o, y: jnp.sum((o - y) ** 2), batched=True)
     p, x = {"first": jnp.ones((50, 40)), "last": jnp.ones((40, 2))}, jnp.ones((3, 50))
     jaxpr = jax.make_jaxpr(lambda p: G(p, x, jnp.zeros((3, 2))).block("last"))(p).jaxpr
     assert primitives(jaxpr, "scan").count("dot_general") == 2  # the tangent of the outputs, and back
@@ -219,8 +220,8 @@ def test_an_operator_shows_its_parameters_and_no_arrays() -> None:
         (lambda A: A @ jnp.ones((2, 10)), r"a vector of shape \(10,\), a matrix of shape \(10, m\)"),
         (lambda A: A.solve(jnp.ones(9)), r"b has shape \(9,\), but a flat b has shape \(10,\)"),
         (lambda A: A.block("a/x"), "path='a/x' is not a parameter; did you mean 'a/"),
-        (lambda A: A.dense(limit=100), "the matrix has 10 × 10 entries, 800 bytes, and limit=100"),
-        (lambda A: A.block("a", limit=100), "the block has 9 × 9 entries, 648 bytes"),
+        (lambda A: A.dense(budget=100), "the matrix has 10 × 10 entries, 800 bytes, and budget=100"),
+        (lambda A: A.block("a", budget=100), "the block has 9 × 9 entries, 648 bytes"),
         (lambda A: A @ A, r"operators have no product, .*; write A @ \(B @ v\)"),
         (lambda A: A + operator(M, where="a"), "operators of different parameters cannot be added"),
         (lambda A: operator(M, where="b"), "path='b' is not a parameter"),
@@ -236,7 +237,9 @@ def test_an_operator_shows_its_parameters_and_no_arrays() -> None:
             r"arrays, or ask fp.second_order_cost\(loss\)",
         ),
         (
-            lambda A: fp.ggn(jnp.dot, jnp.sum)(jnp.ones(3), jax.ShapeDtypeStruct((2, 3), "float32"), 0),
+            lambda A: fp.ggn(jnp.dot, jnp.sum, batched=True)(
+                jnp.ones(3), jax.ShapeDtypeStruct((2, 3), "float32"), 0
+            ),
             "argument 1 is a shape .* but curvature needs values",
         ),
         (lambda A: fp.hessian(jnp.sin)(jnp.ones(3)), "loss sin returns .*curvature is of one real scalar"),
@@ -244,7 +247,7 @@ def test_an_operator_shows_its_parameters_and_no_arrays() -> None:
             lambda A: fp.hessian(jnp.sum)(jnp.ones(3) * 1j),
             "params is complex128, which has no real derivative",
         ),
-        (lambda A: fp.ggn(jnp.argmax, jnp.sum)(jnp.ones(3), 0, 0), "model argmax returns"),
+        (lambda A: fp.ggn(jnp.argmax, jnp.sum, batched=True)(jnp.ones(3), 0, 0), "model argmax returns"),
         (lambda A: fp.hessian(loss, rules="none")(PARAMS, M), "rules='none' is not a rule set"),
     ],
 )

@@ -41,7 +41,7 @@ def matrices(request: pytest.FixtureRequest) -> dict[str, tuple[jax.Array, jax.A
         }
         # The losses one after the other, chosen by their weights, are one program.
         each = jnp.eye(len(LOSSES))
-        G = fp.ggn(of_batch, lambda outputs, chosen: chosen[1] @ of_outputs(outputs, chosen[0]))
+        G = fp.ggn(of_batch, lambda outputs, chosen: chosen[1] @ of_outputs(outputs, chosen[0]), batched=True)
         ours = {
             "hessian": jax.lax.map(lambda w: fp.hessian(of_params)(params, x, targets, w).dense(), each),
             "ggn": jax.lax.map(lambda w: G(params, x, (targets, w)).dense(), each),
@@ -56,7 +56,7 @@ def matrices(request: pytest.FixtureRequest) -> dict[str, tuple[jax.Array, jax.A
         name, y, of_one = names[number], targets[number], mean(LOSSES[names[number]])
         for operator, at in (
             ("hessian", fp.hessian(lambda p: of_one(of_batch(p, x), y))(params)),
-            ("ggn", fp.ggn(of_batch, of_one)(params, x, y)),
+            ("ggn", fp.ggn(of_batch, of_one, batched=True)(params, x, y)),
         ):
             diagonal = ravel_pytree(at.diagonal())[0]
             found[f"diagonal of {operator}"] = diagonal, jnp.diagonal(found[f"{operator}, {name}"][1])

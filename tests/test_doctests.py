@@ -22,8 +22,9 @@ EXAMPLES = doctest.DocTestParser()
 def public_names() -> Iterator[tuple[str, Any]]:
     """All public names, and the methods of public classes."""
     for module in PUBLIC:
-        for name, value in vars(module).items():
-            if name.startswith("_") or isinstance(value, ModuleType):
+        for name in dir(module):
+            value = getattr(module, name)
+            if isinstance(value, ModuleType):
                 continue
             full = f"{module.__name__}.{name}"
             yield full, value

@@ -54,7 +54,7 @@ def all_operators(graph: Any) -> int:
 @pytest.mark.parametrize("model", ["lstm", "flax"])
 def test_every_operator_in_a_loop_is_classified(model: str, order: str) -> None:
     fun, args = (lstm, (LSTM, X)) if model == "lstm" else flax_rnn()
-    graph: Any = fp.second_order_graph(fun)(*args, order=order)
+    graph: Any = fp.second_order_graph(fun, order=order)(*args)
     assert len(graph.classes) == all_operators(graph) == sum(graph.count().values())
     assert {op.name for op in graph.operators} < set(graph.classes)
     assert min(graph.count().values()) > 0

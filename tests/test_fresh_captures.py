@@ -134,9 +134,9 @@ def mean(outputs: Any, y: Any) -> Any:
 
 OPERATORS: dict[str, Callable[[Functions], Any]] = {
     "hessian": lambda f: fp.hessian(f.loss),
-    "ggn": lambda f: fp.ggn(f.batched, mean),
-    "fisher": lambda f: lambda w, x, y: fp.fisher(f.batched, "gaussian")(w, x),
-    "a sum": lambda f: lambda *a: (fp.hessian(f.loss)(*a) + fp.ggn(f.batched, mean)(*a)) / 2,
+    "ggn": lambda f: fp.ggn(f.batched, mean, batched=True),
+    "fisher": lambda f: lambda w, x, y: fp.fisher(f.batched, "gaussian", batched=True)(w, x),
+    "a sum": lambda f: lambda *a: (fp.hessian(f.loss)(*a) + fp.ggn(f.batched, mean, batched=True)(*a)) / 2,
     "a subset": lambda f: (
         lambda w, x, y: fp.hessian(lambda p, x, y: f.loss(p["w"], x, y) + p["name"][1] ** 2, where="w")(
             {"w": w, "name": ("n", 2.0)}, x, y
@@ -244,7 +244,12 @@ CALLED: dict[str, Callable[[Functions], Callable[[], Any]]] = {
     "hessian": lambda f: (lambda of: lambda: of(W, X, Y) @ V)(fp.hessian(f.loss)),
     "accumulate": lambda f: lambda: fp.curvature.accumulate(lambda x, y: f.loss(W, x, y), [(X, Y)]).mean,
     "over_batches": lambda f: (
-        lambda: fp.curvature.over_batches(fp.ggn(f.batched, mean), W, lambda: [(X, Y), (X[:2], Y[:2])]) @ V
+        lambda: (
+            fp.curvature.over_batches(
+                fp.ggn(f.batched, mean, batched=True), W, lambda: [(X, Y), (X[:2], Y[:2])]
+            )
+            @ V
+        )
     ),
     "training.kfac": lambda f: (lambda o: lambda: of_training(o))(
         fp.training.kfac(f.model, squared, 0.1, (X, Y), kind="exact")
@@ -340,8 +345,9 @@ ROUTES: dict[str, Callable[[Functions], Any]] = {
     },
     **{f"fisher {query}": lambda f, query=query: QUERIES[query][0](OPERATORS["fisher"](f)(W, X, Y))
        for query in ("@ v", "dense", "diagonal")},
-    "sampled Fisher": lambda f: fp.fisher(f.batched, "gaussian", "mc")(W, X, key=KEY) @ V,
-    "empirical Fisher": lambda f: fp.fisher(f.batched, "gaussian", "empirical")(W, X, Y) @ V,
+    "sampled Fisher": lambda f: fp.fisher(f.batched, "gaussian", kind="mc", batched=True)(W, X, key=KEY) @ V,
+    "empirical Fisher":
+        lambda f: fp.fisher(f.batched, "gaussian", kind="empirical", batched=True)(W, X, Y) @ V,
     **{name: lambda f, name=name: CALLED[name](f)() for name in CALLED},
 }  # fmt: skip
 # These jit, or enter a branch, whenever they are called; what they compile is their own.

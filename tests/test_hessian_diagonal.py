@@ -199,14 +199,14 @@ def test_layers_and_names_are_seen_through() -> None:
     assert (row.leaves, row.products) == (("w", "b"), 3)
 
 
-@pytest.mark.parametrize("block_size", [1, 3, 100])
-def test_incomplete_blocks(block_size: int) -> None:
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_incomplete_blocks(at_once: int) -> None:
     params = {"w": normal(4, 5, seed=1), "s": normal(5, seed=2), "v": normal(5, 7, seed=3), "b": normal(7)}
 
     def loss(p: Any, x: Any) -> Any:
         return jnp.mean(jax.nn.logsumexp(jax.nn.gelu(jnp.sin(x @ p["w"]) * p["s"] @ p["v"] + p["b"]), -1))
 
-    assert_exact(loss, params, normal(N, 4), block_size=block_size)
+    assert_exact(loss, params, normal(N, 4), at_once=at_once)
 
 
 def test_derivatives_that_are_not_those_of_the_body() -> None:
@@ -285,7 +285,7 @@ def test_plan_from_shapes_alone_and_under_jit() -> None:
 
 def test_predicted_bytes_bound_the_block() -> None:
     w, x = normal(6, 40), normal(N, 6)
-    options: dict[str, Any] = {"byte_limit": 12_000}
+    options: dict[str, Any] = {"budget": 12_000}
     loss = lambda w, x: jnp.mean(jnp.sum(jnp.tanh(x @ w), 1) ** 4)  # noqa: E731
     small = fp.curvature.hessian_diagonal(loss, **options).plan(w, x)
     large = fp.curvature.hessian_diagonal(loss).plan(w, x)
@@ -297,7 +297,7 @@ def test_progress_counts_to_the_end() -> None:
     seen: list[tuple[int, int]] = []
     diagonal = fp.curvature.hessian_diagonal(
         lambda w, x: jnp.sum(jnp.prod(jnp.tanh(x @ w), 1)),
-        block_size=2,
+        at_once=2,
         progress=lambda *s: seen.append(s),
     )
     compiled = jax.jit(diagonal)
@@ -316,7 +316,7 @@ def test_progress_never_counts_backwards(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     seen: list[tuple[int, int]] = []
     loss = lambda w, x: jnp.sum(jnp.prod(jnp.tanh(jnp.sin(x @ w[0]) @ w[1]), 1))  # noqa: E731
-    diagonal = fp.curvature.hessian_diagonal(loss, block_size=2, progress=lambda *s: seen.append(s))
+    diagonal = fp.curvature.hessian_diagonal(loss, at_once=2, progress=lambda *s: seen.append(s))
     diagonal((normal(3, 4), normal(4, 5)), normal(N, 3))
     jax.effects_barrier()
     assert not seen
@@ -360,10 +360,10 @@ def test_errors() -> None:
         diagonal({"w": jnp.ones(2)}, jnp.ones(2))
     with pytest.raises(TypeError, match=r"parameter .w/k. is .*no real"):
         diagonal({"w": {"k": jnp.arange(2)}}, jnp.ones(2))
-    with pytest.raises(ValueError, match="block_size=0; pass a positive"):
-        fp.curvature.hessian_diagonal(jnp.sum, block_size=0)
-    with pytest.raises(ValueError, match="byte_limit=-1"):
-        fp.curvature.hessian_diagonal(jnp.sum, byte_limit=-1)
+    with pytest.raises(ValueError, match="at_once=0; pass a positive"):
+        fp.curvature.hessian_diagonal(jnp.sum, at_once=0)
+    with pytest.raises(ValueError, match="budget=-1"):
+        fp.curvature.hessian_diagonal(jnp.sum, budget=-1)
     roots = fp.curvature.hessian_diagonal(lambda p: jnp.sum(p["v"] ** 3) + jnp.sum(jnp.sqrt(p["w"])))
     params = {"v": jnp.ones(2), "w": jnp.arange(2.0)}
     with pytest.raises(FloatingPointError, match="the diagonal is not finite at 'w'; "):

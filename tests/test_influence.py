@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import funcprop as fp
-from funcprop.curvature import influence_functions as influence
+from funcprop.curvature import influence
 
 N, D, λ = 30, 3, 0.3
 X = jax.random.normal(jax.random.key(0), (N, D))
@@ -82,7 +82,7 @@ def test_retraining_a_classifier_agrees_in_rank() -> None:
 
 def test_another_curvature_and_its_damping(found: Any) -> None:
     mean = lambda outputs, y: 0.5 * jnp.mean((outputs - y) ** 2)  # noqa: E731
-    gauss_newton = fp.ggn(lambda w, x: x @ w, mean)(W, X, Y)
+    gauss_newton = fp.ggn(lambda w, x: x @ w, mean, batched=True)(W, X, Y)
     other = influence(squared, curvature=gauss_newton, damping=λ, tolerance=1e-13)(W, X, Y)
     np.testing.assert_allclose(other.on_losses(*TEST), found.on_losses(*TEST), rtol=1e-9)
 

@@ -12,8 +12,7 @@ import pytest
 from digits_training import by_sgd, cross_entropy, digits, network, trained
 
 import funcprop as fp
-from funcprop.training import gauss_newton_diagonal
-from funcprop.training import kfac_optimizer as kfac
+from funcprop.training import gauss_newton_diagonal, kfac
 
 X = jax.random.normal(jax.random.key(0), (9, 3))
 Y = jax.random.normal(jax.random.key(1), (9, 2))

@@ -21,7 +21,9 @@ def normal(*shape):
 def ggn_blocks(model, loss, params, x, y):
     """Each parameter's own block of the Gauss-Newton matrix, in `ravel_pytree` order."""
     operator = fp.ggn(
-        lambda p, x: jax.vmap(model, (None, 0))(p, x), lambda o, y: jnp.mean(jax.vmap(loss)(o, y))
+        lambda p, x: jax.vmap(model, (None, 0))(p, x),
+        lambda o, y: jnp.mean(jax.vmap(loss)(o, y)),
+        batched=True,
     )(params, x, y)
     return {path: operator.block(path) for path in operator.parameters.paths}
 
@@ -75,7 +77,7 @@ def test_one_example(name):
     """One example whose weights are used once: the block is a Kronecker product. Biases are always exact."""
     model, loss = MODELS[name](), LOSSES["softmax cross-entropy"]
     x, y = model.x[:1], loss.targets(1, model.outputs)
-    operator = fp.ggn(batched(model), mean(loss))(model.params, x, y)
+    operator = fp.ggn(batched(model), mean(loss), batched=True)(model.params, x, y)
     kfac = fp.kfac(model.apply, loss.of_one, kind="exact")(model.params, x, y)
     paths = [p for p in operator.parameters.paths if name != "equinox" or not p.startswith("layers/0")]
     assert_blocks(kfac, {path: operator.block(path) for path in paths})
@@ -111,7 +113,9 @@ def test_a_large_leaf_that_is_used_twice(sharing):
         np.testing.assert_allclose(twice @ v, once @ v, rtol=1e-9)
     if sharing == "reduce":  # exact, for the loss is of the positions' sum
         v = jax.tree.map(jnp.sin, params)
-        operator = fp.ggn(jax.vmap(used_twice, (None, 0)), lambda o, y: jnp.mean(jax.vmap(SQUARED)(o, y)))
+        operator = fp.ggn(
+            jax.vmap(used_twice, (None, 0)), lambda o, y: jnp.mean(jax.vmap(SQUARED)(o, y)), batched=True
+        )
         kfac = fp.kfac(used_twice, SQUARED, kind="exact", sharing="reduce")(params, x, y)
         for path in ("w", "v"):
             only = {k: jnp.zeros_like(u) if k != path else u for k, u in v.items()}
@@ -161,7 +165,7 @@ def test_stacked_and_grouped_blocks():
     kfac = fp.kfac(stacked.apply, loss.of_one, kind="exact")(stacked.params, x, y)
     a, g = kfac.factors["layers/w"]
     assert a.shape == g.shape == (3, 4, 4)
-    block = fp.ggn(batched(stacked), mean(loss))(stacked.params, x, y).block("layers/w")
+    block = fp.ggn(batched(stacked), mean(loss), batched=True)(stacked.params, x, y).block("layers/w")
     for k in range(3):
         own = slice(16 * k, 16 * (k + 1))
         np.testing.assert_allclose(kfac.block("layers/w")[own, own], block[own, own], atol=1e-10)
@@ -222,7 +226,7 @@ def test_ekfac_has_the_best_eigenvalues():
     """In KFAC's eigenbasis the diagonal of the true block; nearer to it in the Frobenius norm than KFAC."""
     model, loss = MODELS["mlp"](), LOSSES["softmax cross-entropy"]
     arguments = model.params, model.x, loss.targets(EXAMPLES, model.outputs)
-    blocks = fp.ggn(batched(model), mean(loss))(*arguments)
+    blocks = fp.ggn(batched(model), mean(loss), batched=True)(*arguments)
     kfac, ekfac = (f(model.apply, loss.of_one, kind="exact")(*arguments) for f in (fp.kfac, fp.ekfac))
     for path in ("hidden/0/w", "hidden/1/w", "out/w"):
         a, g = kfac.factors[path]

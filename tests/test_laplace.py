@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.stats import multivariate_normal
 
 import funcprop as fp
-from funcprop.curvature import laplace_approximation as laplace
+from funcprop.curvature import laplace
 
 N, D = 8, 3
 X = jax.random.normal(jax.random.key(0), (N, D))

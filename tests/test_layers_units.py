@@ -102,7 +102,7 @@ def test_under_scan_what_is_kept_is_what_the_policy_says(layer, matrices, kept):
 
 @pytest.mark.parametrize("call", [
     lambda x: L.feed_forward(x, W1, W2, B1, activation="silu"), lambda x: L.swiglu(x, W1, W1 + 1, W2),
-    lambda x: L.geglu(x, W1, W1 + 1), lambda x: L.embedding(x, jnp.array([0, 2, 0])),
+    lambda x: L.geglu(x, W1, W1 + 1), lambda x: L.embedding(jnp.array([0, 2, 0]), x),
     lambda x: L.dropout(x, KEY, rate=0.3), lambda x: L.gelu(x, save="all"),
     lambda x: L.rotary(x, L.rotary_angles(jnp.arange(3), 4), pairing="interleaved"),
 ])  # fmt: skip
@@ -127,10 +127,10 @@ def test_embedding_is_indexing(data):
     drawn = st.integers(-8, 8)
     flat = data.draw(st.lists(drawn, min_size=int(np.prod(shape)), max_size=int(np.prod(shape))))
     indices = jnp.array(flat, int).reshape(shape)
-    assert_same_gradients(lambda t: L.embedding(t, indices), lambda t: t[indices], numbers(rows, 2))
-    clip = partial(L.embedding, indices=indices, mode="clip")
+    assert_same_gradients(lambda t: L.embedding(indices, t), lambda t: t[indices], numbers(rows, 2))
+    clip = partial(L.embedding, indices, mode="clip")
     assert_same_gradients(clip, lambda t: t.at[indices].get(mode="clip"), numbers(rows, 2))
-    fill = lambda t: jnp.nan_to_num(L.embedding(t, indices, mode="fill"))  # noqa: E731
+    fill = lambda t: jnp.nan_to_num(L.embedding(indices, t, mode="fill"))  # noqa: E731
     taken = lambda t: jnp.nan_to_num(jnp.take(t, indices, axis=0))  # noqa: E731
     assert_same_gradients(fill, taken, numbers(rows, 2))
 
@@ -139,7 +139,7 @@ def test_a_tied_embedding_receives_both_cotangents():
     indices = jnp.array([1, 3, 3])
 
     def ours(table):
-        return L.dense(jnp.tanh(L.embedding(table, indices)), table.T)
+        return L.dense(jnp.tanh(L.embedding(indices, table)), table.T)
 
     assert_same_gradients(ours, lambda table: jnp.tanh(table[indices]) @ table.T, numbers(5, 4))
 
@@ -239,8 +239,8 @@ def test_rotated_products_depend_on_the_distance_alone():
             ValueError,
             r"gelu: save='output' is not one of its saving",
         ),
-        (lambda: L.embedding(W1, X), TypeError, r"indices are float64; give integers"),
-        (lambda: L.embedding(W1, jnp.array(0), mode="wrap"), ValueError, r"mode='wrap' is unknown"),
+        (lambda: L.embedding(X, W1), TypeError, r"indices are float64; give integers"),
+        (lambda: L.embedding(jnp.array(0), W1, mode="wrap"), ValueError, r"mode='wrap' is unknown"),
         (lambda: L.dropout(X, rate=1.5), ValueError, r"rate=1.5 is not a probability"),
         (lambda: L.dropout(X, rate=0.5), ValueError, r"rate=0.5 needs a PRNG key"),
         (lambda: L.dropout(X, rate=0.0, save="x"), ValueError, r"save='x' is not a saving policy"),

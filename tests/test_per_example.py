@@ -101,7 +101,7 @@ def test_in_parts(name):
     x, y = (jnp.concatenate([a, a[::-1], a[:1]]) for a in (model.x, y))
     names = ["norm", "gradients", "variance", "diag_ggn", "trace_ggn", "kflr"]
     whole, parts = (
-        fp.per_example(model.apply, loss.of_one, max_bytes=limit)(model.params, x, y, names)
+        fp.per_example(model.apply, loss.of_one, budget=limit)(model.params, x, y, names)
         for limit in (2**26, 3000)
     )
     for a, e in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):

@@ -25,7 +25,7 @@ def memory(fun, *args):
     return jax.jit(fun).lower(*args).compile().memory_analysis()
 
 def quantity(name, bound):
-    quantities = fp.per_example(model, optax.softmax_cross_entropy_with_integer_labels, max_bytes=bound)
+    quantities = fp.per_example(model, optax.softmax_cross_entropy_with_integer_labels, budget=bound)
     return memory(lambda p, x, y: quantities(p, x, y, [name]), params, x, y)
 
 sizes = {}
@@ -40,7 +40,7 @@ def loss(p, x):
 
 few = {"a": shape(16, 64), "b": shape(64, 64)}, shape(512, 16)
 for bound in (2**30, COLUMNS):
-    diagonal = fp.curvature.hessian_diagonal(loss, byte_limit=bound)
+    diagonal = fp.curvature.hessian_diagonal(loss, budget=bound)
     found = [diagonal.plan(*few).nbytes, memory(diagonal, *few).temp_size_in_bytes]
     sizes[f"columns, {bound}"] = found
 print(json.dumps(sizes))

@@ -77,7 +77,8 @@ def run_command(line: str, directory: str) -> str:
 def rules_table() -> str:
     """Every registered rule, and the platforms on which `fp.rules.default` has it."""
     rows = ["| operator | | in `fp.rules.default` on |", "|---|---|---|"]
-    layers = {n: x for n, x in vars(fp.layers).items() if isinstance(x, fp.Layer) and x.rule is not None}
+    found = {name: getattr(fp.layers, name) for name in dir(fp.layers)}
+    layers = {n: x for n, x in found.items() if isinstance(x, fp.Layer) and x.rule is not None}
     rules = {f"`{name}`": ("primitive", rule) for name, rule in fp.rules.handwritten.items()}
     rules |= {f"`fp.layers.{name}`": ("layer", layer.rule) for name, layer in sorted(layers.items())}
     for name, (kind, rule) in rules.items():

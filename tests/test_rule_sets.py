@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 
 import jax
@@ -20,7 +19,7 @@ L = fp.layers
 HANDWRITTEN, AUTODIFF = fp.rules.handwritten, fp.rules.autodiff
 LAYERS = {
     name: layer
-    for name, layer in vars(importlib.import_module("funcprop.layers")).items()
+    for name, layer in ((name, getattr(L, name)) for name in dir(L))
     if isinstance(layer, fp.Layer) and layer.rule is not None
 }
 PRIMITIVES = [key for key in HANDWRITTEN if isinstance(key, str)]
@@ -118,7 +117,7 @@ EMPTY = {
     "extrema of none": (lambda x: (x.max(1), x.min(1)), E),
     "indices": (lambda x: (x[jnp.zeros(0, int)], lax.top_k(x, 2)[0], x[:, :2]), P),
     "added to none": (lambda x, u: x.at[jnp.zeros(0, int)].add(u), P, zeros(0, 6)),
-    "embedding": (lambda t: L.embedding(t, jnp.zeros((2, 0), int)), P),
+    "embedding": (lambda t: L.embedding(jnp.zeros((2, 0), int), t), P),
     "dropout": (lambda x: L.dropout(x, jax.random.key(0), rate=0.5, save="key"), E),
     "rotary": (lambda x: L.rotary(x, zeros(0, 2)), E),
     "gated": (lambda x, w, v: (L.swiglu(x, w, v), L.geglu(x, w, v)), E, P, P),

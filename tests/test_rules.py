@@ -1,6 +1,5 @@
 """Every registered rule passes every check; a rule without an example is an error."""
 
-import importlib
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from funcprop.testing import check_rule
 
 
 def layers_with_rules() -> dict[str, fp.Layer]:
-    found = vars(importlib.import_module("funcprop.layers"))
+    found = {name: getattr(fp.layers, name) for name in dir(fp.layers)}
     return {name: x for name, x in found.items() if isinstance(x, fp.Layer) and x.rule is not None}
 
 

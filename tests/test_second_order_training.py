@@ -169,9 +169,9 @@ def test_newton_beats_sgd_on_digits() -> None:
         return cross_entropy(outputs, y).mean()
 
     def curvature(params: Any, batch: Any) -> Any:
-        return fp.ggn(network, mean)(params, *batch)
+        return fp.ggn(network, mean, batched=True)(params, *batch)
 
-    optimizer = optax.chain(newton_cg(damping=0.03, curvature=curvature, max_steps=8))
+    optimizer = optax.chain(newton_cg(damping=0.03, curvature=curvature, products=8))
     # 15 steps of at most 8 products, each less than 2 gradients.
     assert trained(optimizer, 15) < by_sgd(250) / 2
 
@@ -184,8 +184,8 @@ def test_errors() -> None:
         newton_cg(damping=-1)
     with pytest.raises(ValueError, match=r"newton_cg: damping=nan is not finite"):
         newton_cg(damping=float("nan"))
-    with pytest.raises(ValueError, match="newton_cg: max_steps=0"):
-        newton_cg(max_steps=0)
+    with pytest.raises(ValueError, match="newton_cg: products=0"):
+        newton_cg(products=0)
     with pytest.raises(ValueError, match=r"newton_cg: factor=1; .* more than 1"):
         newton_cg(factor=1)
     optimizer = newton_cg()

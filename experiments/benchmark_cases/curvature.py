@@ -93,12 +93,14 @@ def _hessian_product(p: Problem) -> Program:
 
 
 def _ggn_product(p: Problem) -> Program:
-    ggn = fp.ggn(p.model, p.loss)
-    return Program(lambda params, v, x, y: ggn(params, x, y) @ v, (p.params, p.direction, p.x, p.y))
+    ggn = fp.ggn(p.model, p.loss, batched=True)
+    return Program(
+        lambda params, v, x, y: ggn(params, x, y, batched=True) @ v, (p.params, p.direction, p.x, p.y)
+    )
 
 
 def _next_ggn_product(p: Problem) -> Program:
-    linearized = fp.ggn(p.model, p.loss)(p.params, p.x, p.y).linearize()
+    linearized = fp.ggn(p.model, p.loss, batched=True)(p.params, p.x, p.y).linearize()
     return Program(lambda operator, v: operator @ v, (linearized, p.direction))
 
 

@@ -40,6 +40,9 @@ class PassingTrace(Trace):
         avals = tuple(map(jax.typeof, operands))
         return primitive.bind_with_trace(self.parent_trace, operands, avals, dict(params))
 
+    def ended(self) -> None:
+        """Forget values: JAX keeps the trace, as the one around a body that it has cached."""
+
     def stage_value(self, value: Any) -> Any:
         return self.parent_trace.stage_value(value)
 
@@ -64,10 +67,15 @@ class PassingTrace(Trace):
 
 
 @contextlib.contextmanager
-def under(trace_in: Callable[[Trace], Trace]) -> Iterator[None]:
+def under(trace_in: Callable[[Trace], PassingTrace]) -> Iterator[None]:
     """Run a block under `trace_in(the current trace)`."""
-    with jex.take_current_trace() as parent, jex.set_current_trace(trace_in(parent)):
-        yield
+    with jex.take_current_trace() as parent:
+        trace = trace_in(parent)
+        try:
+            with jex.set_current_trace(trace):
+                yield
+        finally:
+            trace.ended()
 
 
 def outside(trace: PassingTrace) -> contextlib.AbstractContextManager[Any]:

@@ -121,5 +121,5 @@ def _graph(target: Target, choices: Choices) -> fp.Graph:
         raise TargetError("--argnums all is not for `draw`; give positions, as 0 or 0,2.")
     if choices.sweeps == "backward":
         return fp.backward_graph(target.function, choices.argnums)(*args, **kwargs)
-    of_second: Any = fp.second_order_graph(target.function, choices.argnums)
-    return of_second(*args, order=choices.sweeps, **kwargs)
+    order: Any = choices.sweeps
+    return fp.second_order_graph(target.function, choices.argnums, order=order)(*args, **kwargs)

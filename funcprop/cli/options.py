@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import re
 from typing import Annotated, TypeAlias
 
 import typer
 
 from funcprop.cli.target import TargetError
+from funcprop.program.sizes import budget_bytes
 
 TargetName: TypeAlias = Annotated[str, typer.Argument(help="module:function, file.py:function or chapter")]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
@@ -35,15 +34,11 @@ def parse_argnums(text: str) -> tuple[int, ...] | None:
 
 def parse_bytes(option: str, text: str, *others: str) -> int:
     """`64MB`, `1.5 GiB` or `100000` as bytes."""
-    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) *([kKMGT]?)(i?)B?", text.strip())
     try:
-        number = float(found[1]) if found else 0.0
+        return budget_bytes(text, option)
     except ValueError:
-        number = 0.0
-    if found is None or not 0 < number < math.inf:
         ways = ", ".join(["100000", "64MB", *others])
-        raise TargetError(f"{option} {text!r}: write bytes, such as {ways} or 1.5GiB.")
-    return int(number * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+        raise TargetError(f"{option} {text!r}: write bytes, such as {ways} or 1.5GiB.") from None
 
 
 def parse_budget(option: str, text: str | None) -> int | float | None:

@@ -105,7 +105,7 @@ def load_function(target: str) -> tuple[Callable[..., Any], ModuleType]:
     try:
         found = reduce(getattr, path.split("."), module)
     except AttributeError:
-        near = difflib.get_close_matches(path, [name for name in vars(module) if name[0] != "_"])
+        near = difflib.get_close_matches(path, [name for name in dir(module) if name[0] != "_"])
         hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise TargetError(f"target {target!r}: module {module.__name__!r} has no {path!r}{hint}") from None
     if not callable(found):

@@ -24,6 +24,7 @@ from funcprop.graph.objective import Argnums, Objective, trace_objective
 from funcprop.graph.references import require_no_references
 from funcprop.program.call import has_values
 from funcprop.program.facts import CALLS
+from funcprop.program.sizes import budget_bytes
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.sets import default
 
@@ -161,7 +162,7 @@ def second_order_cost(
     output: str | None = None,
     rules: RuleSet | None = None,
     repeats: int = 10,
-    largest: int = 2**28,
+    budget: int | str = 2**28,
     patience: float = 10.0,
 ) -> Callable[..., SecondOrderCost]:
     """What gradient, Hessian-vector and Gauss-Newton products and the dense Hessian cost.
@@ -187,7 +188,7 @@ def second_order_cost(
         output: the name of the model's output.
         rules: a rule set; `fp.rules.default` if None.
         repeats: how often each program is run.
-        largest: the bytes of a dense Hessian beyond which it is only predicted.
+        budget: the bytes of a dense Hessian beyond which it is only predicted.
         patience: the predicted seconds of a dense Hessian beyond which it is only predicted.
 
     Raises:
@@ -211,13 +212,14 @@ def second_order_cost(
     if repeats < 1:
         raise ValueError(f"second_order_cost: repeats={repeats}; every program has to run at least once.")
     rule_set = default if rules is None else rules
+    most = budget_bytes(budget, "second_order_cost: budget")
 
     def costs(*args: Any, **kwargs: Any) -> SecondOrderCost:
         require_no_references("second_order_cost", fun, args, kwargs)
 
         def use(objective: Objective) -> tuple[SecondOrderCost, None]:
             run = has_values(objective.traced.leaves)
-            return _costs(objective, output, rule_set, repeats if run else 0, largest, patience), None
+            return _costs(objective, output, rule_set, repeats if run else 0, most, patience), None
 
         return trace_objective(use, fun, argnums, args, kwargs, has_aux, CALLS)
 
@@ -277,7 +279,7 @@ def _too_large(predicted: Cost, parameters: int, largest: int, patience: float) 
     if predicted.bytes > largest:
         return (
             f"it needs {bytes_text(predicted.bytes)} ({parameters:,}² numbers are its result), and the limit "
-            f"is {bytes_text(largest)} (`largest`)"
+            f"is {bytes_text(largest)} (`budget`)"
         )
     if predicted.seconds is not None and predicted.seconds > patience:
         return f"it would take {predicted.seconds:.3g} s, and the limit is {patience:g} s (`patience`)"

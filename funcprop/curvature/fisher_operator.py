@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from funcprop.curvature.binding import Bound
+from funcprop.curvature.examples import explained, model_of_all
 from funcprop.curvature.gauss_newton import GaussNewton, Map, traced_model
 from funcprop.curvature.likelihood import Likelihood, likelihood_of
 from funcprop.operators.parameters import Where
@@ -47,17 +48,18 @@ def _empirical(likelihood: Likelihood, outputs: PyTree, y: PyTree) -> Map:
 def fisher(
     model: Callable[..., Any],
     likelihood: str | Likelihood,
-    kind: str = "exact",
     *,
+    kind: str = "exact",
     samples: int = 1,
+    batched: bool = False,
     where: Where | None = None,
     rules: RuleSet | None = None,
 ) -> Callable[..., GaussNewton]:
     """The Fisher matrix `F = (1/N) Σ_n J_nᵀ F_o J_n` as a linear operator, the mean over the N examples.
 
-    `fisher(model, likelihood)(params, x)`: `outputs = model(params, x)` of a batch, whose leading axis are
-    the examples; `J_n` is the Jacobian of the outputs of example n by the parameters, and `F_o` is the Fisher
-    matrix of its outputs, by `kind`:
+    `fisher(model, likelihood)(params, x)`: `outputs = model(params, x)` of ONE example, or (`batched=True`)
+    of a whole batch; the leading axis of `x` is the examples either way. `J_n` is the Jacobian of the outputs
+    of example n by the parameters, and `F_o` is the Fisher matrix of its outputs, by `kind`:
 
     * "exact": `F_o = E_y[∇_o log p(y|o) (∇_o log p(y|o))ᵀ]`. With "categorical" F equals `fp.ggn` of the mean
       softmax cross-entropy, with "bernoulli" that of the mean over examples of the summed binary
@@ -73,6 +75,7 @@ def fisher(
             logarithms add up.
         kind: which of the three.
         samples: targets drawn for each example, with "mc".
+        batched: the model is a function of a whole batch.
         where, rules: as in `fp.hessian`.
 
     Raises:
@@ -91,7 +94,7 @@ def fisher(
         [[ 5.  7.]
          [ 7. 10.]]
         >>> y = jnp.array([1.0, 2.0])
-        >>> print(fp.fisher(model, "gaussian", "empirical")(jnp.zeros(2), x, y).trace())
+        >>> print(fp.fisher(model, "gaussian", kind="empirical")(jnp.zeros(2), x, y).trace())
         52.5
     """
     density = likelihood_of(likelihood)
@@ -102,8 +105,9 @@ def fisher(
 
     def at(params: PyTree, x: Any, y: Any = None, *, key: Array | None = None) -> GaussNewton:
         point = Point.of(params, where)
-        bound = Bound.of(model, (x,), {}, point)
-        written = traced_model(bound, point)
+        bound = Bound.of(model_of_all(model, batched), (x,), {}, point)
+        with explained("fisher", model, batched, params, x):
+            written = traced_model(bound, point)
         count = examples(written.results)
         more, curvature = None, lambda outputs, _: _exact(density, outputs)
         if kind == "mc":

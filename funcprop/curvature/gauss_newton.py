@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from funcprop.curvature.binding import Bound, ruled
 from funcprop.curvature.derived import Derived
 from funcprop.curvature.diagonal.exact_diagonal import hessian_diagonal
+from funcprop.curvature.examples import explained, loss_of_all, model_of_all
 from funcprop.curvature.hessian_operator import require_scalar
 from funcprop.operators.parameters import Where
 from funcprop.operators.subset import Point
@@ -71,9 +72,9 @@ class GaussNewton(Derived):
         """The model linearised, and transposed."""
         return _product(ruled(self.written, self.rules), self.bend, self.chosen, self.arrays, v)
 
-    def exact_diagonal(self, columns: int | None) -> PyTree:
+    def exact_diagonal(self, at_once: int | None) -> PyTree:
         """By `fp.curvature.hessian_diagonal`: for most parameters a sweep for each output of an example."""
-        return _diagonal(self, columns)
+        return _diagonal(self, at_once)
 
 
 def _product(model: Callable[..., Any], bend: Program, chosen: PyTree, arrays: Any, v: PyTree) -> PyTree:
@@ -82,8 +83,8 @@ def _product(model: Callable[..., Any], bend: Program, chosen: PyTree, arrays: A
     return gauss_newton_map(lambda p: model(p, of_model), curvature, chosen)(v)
 
 
-@functools.partial(jax.jit, static_argnames="columns")
-def _diagonal(operator: GaussNewton, columns: int | None) -> PyTree:
+@functools.partial(jax.jit, static_argnames="at_once")
+def _diagonal(operator: GaussNewton, at_once: int | None) -> PyTree:
     # `½ (J t)ᵀ B (J t)` has the Hessian `Jᵀ B J`.
     of_model, more = operator.arrays
     outputs, forward = jax.linearize(lambda p: operator.written(p, of_model), operator.chosen)
@@ -92,7 +93,7 @@ def _diagonal(operator: GaussNewton, columns: int | None) -> PyTree:
         moved = forward(t)
         return optax.tree.vdot(moved, operator.bend(outputs, more, moved)) / 2
 
-    exact = hessian_diagonal(half_square, rules=operator.rules, block_size=columns)
+    exact = hessian_diagonal(half_square, rules=operator.rules, at_once=at_once)
     return exact(operator.parameters.zeros())
 
 
@@ -100,25 +101,28 @@ def ggn(
     model: Callable[..., Any],
     loss: Callable[..., Any],
     *,
+    batched: bool = False,
     where: Where | None = None,
     rules: RuleSet | None = None,
 ) -> Callable[..., GaussNewton]:
     """The generalised Gauss-Newton matrix `G = Jᵀ (∇²_o loss) J` as a linear operator.
 
-    `ggn(model, loss)(params, x, y)`, with functions of a whole batch: `outputs = model(params, x)`, a pytree,
-    and `loss(outputs, y)`, one real scalar. `J` is the Jacobian of the outputs by the parameters. The scale
-    is the loss's own: of a mean over examples, `G = (1/N) Σ_n J_nᵀ (∇²_o loss_n) J_n`; squared error without
+    `ggn(model, loss)(params, x, y)`, with functions of ONE example: `outputs = model(params, x)`, a pytree,
+    and `loss(outputs, y)`, one real scalar; the leading axis of `x` and `y` is the examples. `G` is that of
+    the mean loss, `(1/N) Σ_n J_nᵀ (∇²_o loss_n) J_n`, `J_n` the outputs' Jacobian by the parameters. With
+    `batched=True` both are functions of a whole batch, and the scale is the loss's own. Squared error without
     a factor ½ has `∇²_o loss = 2 I`. `G` is positive semi-definite for a loss that is convex in the outputs,
     and is the Hessian where the model is linear in the parameters.
 
     Args:
         model: a function of parameters and inputs.
         loss: a function of the model's outputs and of targets.
+        batched: model and loss are functions of a whole batch.
         where, rules: as in `fp.hessian`.
 
     Raises:
         TypeError: the loss is not one real scalar, outputs are not real, or a parameter has no derivative.
-        ValueError: `where` chooses nothing.
+        ValueError: `where` chooses nothing, or a model of a batch is given without `batched=True`.
 
     Reference: Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", Neural
     Computation 2002.
@@ -126,7 +130,7 @@ def ggn(
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
         >>> model = lambda w, x: x @ w
-        >>> squared_error = lambda outputs, y: 0.5 * jnp.mean((outputs - y) ** 2)
+        >>> squared_error = lambda output, y: 0.5 * (output - y) ** 2
         >>> x, y = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.zeros(2)
         >>> G = fp.ggn(model, squared_error)(jnp.zeros(2), x, y)
         >>> print(G.dense())  # x.T @ x / 2
@@ -136,8 +140,9 @@ def ggn(
 
     def at(params: PyTree, x: Any, y: Any) -> GaussNewton:
         point = Point.of(params, where)
-        of_model, of_loss = Bound.of(model, (x,), {}, point), Bound.of(loss, (y,), {})
-        with in_order(model, loss, params, x, y):
+        model_, loss_ = model_of_all(model, batched), loss_of_all(loss, batched)
+        of_model, of_loss = Bound.of(model_, (x,), {}, point), Bound.of(loss_, (y,), {})
+        with explained("ggn", model, batched, params, x), in_order(model_, loss_, params, x, y):
             written = traced_model(of_model, point)
             value = jax.eval_shape(of_loss, written.results, of_loss.arrays)
             require_scalar(value, f"loss {getattr(loss, '__name__', loss)}")

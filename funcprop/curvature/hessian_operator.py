@@ -16,6 +16,7 @@ from funcprop.curvature.derived import Derived
 from funcprop.curvature.diagonal.exact_diagonal import hessian_diagonal
 from funcprop.operators.parameters import Where
 from funcprop.operators.subset import Point
+from funcprop.program.call import without_aux
 from funcprop.program.program import Program
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
@@ -30,13 +31,17 @@ class Hessian(Derived):
         """The gradient's derivative along `v`."""
         return _product(ruled(self.written, self.rules), self.chosen, self.arrays, v)
 
-    def exact_diagonal(self, columns: int | None) -> PyTree:
+    def exact_diagonal(self, at_once: int | None) -> PyTree:
         """By `fp.curvature.hessian_diagonal`: fewer than P products."""
-        return _diagonal(self, columns)
+        return _diagonal(self, at_once)
 
 
 def hessian(
-    loss: Callable[..., Any], *, where: Where | None = None, rules: RuleSet | None = None
+    loss: Callable[..., Any],
+    *,
+    where: Where | None = None,
+    has_aux: bool = False,
+    rules: RuleSet | None = None,
 ) -> Callable[..., Hessian]:
     """The Hessian `H = ∇²_p loss(p, …)` as a linear operator; `hessian(loss)(params, *args, **kwargs)`.
 
@@ -51,6 +56,7 @@ def hessian(
             arguments are traced, all else stays concrete.
         where: a subset of the parameters; the others are constants. A path as `"params/Dense_1"` (a leaf, or
             all below it), several paths, a predicate of path and leaf, or a pytree of bools.
+        has_aux: `loss` returns the scalar and auxiliary data, which are left out.
         rules: a rule set; `fp.rules.default` if None.
 
     Raises:
@@ -70,6 +76,7 @@ def hessian(
          [0. 2. 0.]
          [1. 0. 0.]]
     """
+    loss = without_aux(loss) if has_aux else loss
 
     def at(params: PyTree, *args: Any, **kwargs: Any) -> Hessian:
         point = Point.of(params, where)
@@ -90,11 +97,11 @@ def _product(loss: Callable[..., Any], chosen: PyTree, arrays: Any, v: PyTree) -
     return jax.jvp(lambda p: jax.grad(loss)(p, arrays), (chosen,), (v,))[1]
 
 
-@functools.partial(jax.jit, static_argnames="columns")
-def _diagonal(operator: Hessian, columns: int | None) -> PyTree:
+@functools.partial(jax.jit, static_argnames="at_once")
+def _diagonal(operator: Hessian, at_once: int | None) -> PyTree:
     # The function is taken apart as it was written; what is left of it carries the rules.
     exact = hessian_diagonal(
-        lambda p: operator.written(p, operator.arrays), rules=operator.rules, block_size=columns
+        lambda p: operator.written(p, operator.arrays), rules=operator.rules, at_once=at_once
     )
     return exact(operator.chosen)
 

@@ -13,10 +13,12 @@ from jaxtyping import Array, Float, PyTree
 
 from funcprop.curvature.binding import ruled
 from funcprop.curvature.example_gradients.mixed_examples import example_of
+from funcprop.curvature.examples import loss_of_one
 from funcprop.curvature.hessian_operator import hessian
 from funcprop.operators.linear_operator import LinearOperator
+from funcprop.operators.parameters import Where
 from funcprop.operators.solvers import require_damping, require_solver
-from funcprop.operators.subset import SHAPES
+from funcprop.operators.subset import SHAPES, restricted
 from funcprop.program.call import require_values
 from funcprop.program.program import Program
 from funcprop.rules.rule_set import RuleSet
@@ -103,6 +105,8 @@ def influence(
     regularizer: Callable[[PyTree], Any] | None = None,
     curvature: LinearOperator | None = None,
     damping: float = 0.0,
+    batched: bool = False,
+    where: Where | None = None,
     rules: RuleSet | None = None,
     **options: Any,
 ) -> Callable[..., Influence]:
@@ -119,6 +123,8 @@ def influence(
         curvature: a linear operator to be inverted instead of the Hessian, such as `fp.ggn(…)(…)` of the
             objective. Away from a minimum the Hessian can be indefinite: use this, or `damping`.
         damping: a number ≥ 0; `H + damping I` is inverted.
+        batched: the loss is a function of a whole batch, a mean; it is called with batches of one.
+        where: a subset of the parameters, as in `fp.hessian`; the others are constants, None in the result.
         rules: a rule set; `fp.rules.default` if None.
         options: of `LinearOperator.solve`: `method`, `preconditioner`, `tolerance`, `products`.
 
@@ -148,6 +154,7 @@ def influence(
     """
     require_damping(damping, "influence")
     _require_options(options)
+    loss = loss_of_one(loss, batched, first=1)
 
     def at(params: PyTree, *data: Any) -> Influence:
         require_values("influence", {"params": params, "data": data}, SHAPES)
@@ -159,14 +166,17 @@ def influence(
                 "arrays of the same length."
             )
         arrays = jax.tree.map(jnp.asarray, data)
-        program = Program.again(loss, params, *map(example_of, arrays))
+        of_chosen, chosen = restricted(loss, params, where)
+        penalty = None if regularizer is None else restricted(regularizer, params, where)[0]
+        params = chosen
+        program = Program.again(of_chosen, params, *map(example_of, arrays))
 
         def objective(params: PyTree, *data: Any) -> Any:
-            mean = jnp.mean(_losses(loss, params, data))
-            return mean if regularizer is None else mean + regularizer(params)
+            mean = jnp.mean(_losses(of_chosen, params, data))
+            return mean if penalty is None else mean + penalty(params)
 
         def along(params: PyTree, data: tuple[Any, ...], direction: PyTree) -> Array:
-            function = with_rules(loss, rules)
+            function = with_rules(of_chosen, rules)
             return jax.jvp(lambda p: _losses(function, p, data), (params,), (direction,))[1]
 
         slopes = Program.of(along, params, arrays, params, called=loss)

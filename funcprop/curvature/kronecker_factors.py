@@ -22,10 +22,13 @@ from funcprop.curvature.example_gradients.quantities import (
     SAMPLED,
     Part,
 )
+from funcprop.curvature.examples import loss_of_one, model_of_one
 from funcprop.curvature.kronecker import Eigen, Kronecker, KroneckerProduct
-from funcprop.operators.parameters import Parameters
+from funcprop.operators.parameters import Parameters, Where
+from funcprop.operators.subset import restricted
 from funcprop.program.call import require_values
 from funcprop.program.program import Program
+from funcprop.program.sizes import budget_bytes
 from funcprop.rules.rule_set import RuleSet
 
 _GROUPS = {"mc": SAMPLED, "exact": EXACT, "empirical": GRADIENT}
@@ -38,8 +41,10 @@ def kfac(
     *,
     kind: str = "mc",
     sharing: str = "expand",
+    batched: bool = False,
+    where: Where | None = None,
     rules: RuleSet | None = None,
-    max_bytes: int = LIMIT,
+    budget: int | str = LIMIT,
 ) -> Callable[..., Kronecker]:
     """Kronecker-factored curvature, `kfac(model, loss)(params, x, y, key=None) -> Kronecker`.
 
@@ -52,7 +57,7 @@ def kfac(
         kind: "mc", one random combination of the root's columns (needs `key`); "exact", all columns (KFLR);
             "empirical", the gradients themselves.
         sharing: "expand" or "reduce", for weights that are used at several positions.
-        rules, max_bytes: as in `fp.per_example`.
+        batched, where, rules, budget: as in `fp.per_example`.
 
     Returns:
         A `Kronecker`: a linear operator with `.factors[path] -> (A, G)`, `.inverse(damping)`, `.logdet()`,
@@ -74,10 +79,13 @@ def kfac(
          [0.  0.5]]
     """
     group, kind_of = _chosen(kind, sharing)
+    size = budget_bytes(budget, "budget")
+    model, loss = model_of_one(model, batched), loss_of_one(loss, batched)
 
     def at(params: Any, x: Any, y: Any, key: Any = None) -> Kronecker:
-        given = _checked("kfac", model, loss, params, x, y, _with_key(key, group))
-        return _kfac(*given, Part(group, kind_of), rules, max_bytes)
+        of_chosen, chosen = restricted(model, params, where)
+        given = _checked("kfac", of_chosen, loss, chosen, x, y, _with_key(key, group))
+        return _kfac(*given, Part(group, kind_of), rules, size)
 
     return at
 
@@ -88,8 +96,10 @@ def ekfac(
     *,
     kind: str = "mc",
     sharing: str = "expand",
+    batched: bool = False,
+    where: Where | None = None,
     rules: RuleSet | None = None,
-    max_bytes: int = LIMIT,
+    budget: int | str = LIMIT,
 ) -> Callable[..., Kronecker]:
     """KFAC's eigenvectors with the curvature's own second moments along them as eigenvalues.
 
@@ -109,10 +119,13 @@ def ekfac(
         1.0
     """
     group, kind_of = _chosen(kind, sharing)
+    size = budget_bytes(budget, "budget")
+    model, loss = model_of_one(model, batched), loss_of_one(loss, batched)
 
     def at(params: Any, x: Any, y: Any, key: Any = None) -> Kronecker:
-        given = _checked("ekfac", model, loss, params, x, y, _with_key(key, group))
-        return _ekfac(*given, Part(group, kind_of), rules, max_bytes)
+        of_chosen, chosen = restricted(model, params, where)
+        given = _checked("ekfac", of_chosen, loss, chosen, x, y, _with_key(key, group))
+        return _ekfac(*given, Part(group, kind_of), rules, size)
 
     return at
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 from funcprop.curvature.binding import ruled
 from funcprop.curvature.example_gradients.mixed_examples import example_of
 from funcprop.curvature.example_gradients.per_example import per_example
+from funcprop.curvature.examples import model_of_one
 from funcprop.curvature.gauss_newton import ggn
 from funcprop.curvature.kronecker_factors import kfac
 from funcprop.curvature.likelihood import likelihood_of
@@ -207,7 +208,7 @@ class _Fitted:
         def summed(outputs: Any, y: Any) -> Any:
             return jnp.sum(jax.vmap(self.negative_log)(outputs, y))
 
-        return ggn(batched, summed, rules=self.rules)(self.point.chosen, self.x, self.y)
+        return ggn(batched, summed, rules=self.rules, batched=True)(self.point.chosen, self.x, self.y)
 
     @property
     def examples(self) -> int:
@@ -252,6 +253,7 @@ def laplace(
     *,
     structure: str = "diagonal",
     rank: int | None = None,
+    batched: bool = False,
     where: Where | None = None,
     rules: RuleSet | None = None,
 ) -> Callable[..., Laplace]:
@@ -269,6 +271,7 @@ def laplace(
             "kronecker" (the factors of `fp.kfac` with kind="exact", for each leaf a block; the prior's
             precision is then one number for each leaf, the mean of what is given).
         rank: of "low-rank"; 10 if None.
+        batched: the model is a function of a whole batch; it is called with batches of one.
         where: which parameters are uncertain, the others being constants; the last layer's path makes a
             last-layer Laplace approximation.
         rules: a rule set; `fp.rules.default` if None.
@@ -306,6 +309,8 @@ def laplace(
         raise ValueError(f"laplace: structure={structure!r}; choose one of {', '.join(STRUCTURES)}.")
     if rank is not None and (structure != "low-rank" or rank < 1):
         raise ValueError(f"laplace: rank={rank} with structure={structure!r}; a rank ≥ 1 is for 'low-rank'.")
+
+    model = model_of_one(model, batched)
 
     def at(params: PyTree, x: Any, y: Any) -> Laplace:
         point = Point.of(params, where)

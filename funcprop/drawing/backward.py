@@ -15,6 +15,7 @@ from funcprop.drawing.request import Shown
 from funcprop.drawing.ruled_function import differentiated, marked, shape_of
 from funcprop.graph.graph import Graph, Variable
 from funcprop.graph.tracing import trace_function
+from funcprop.program.call import without_aux
 from funcprop.program.facts import CALLS, CHECKPOINTS
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.sets import default
@@ -54,7 +55,11 @@ class BackwardGraph(Graph):
 
 
 def backward_graph(
-    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, *, rules: RuleSet | None = None
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    rules: RuleSet | None = None,
 ) -> Callable[..., BackwardGraph]:
     """Forward propagation and backpropagation as one graph, with what is stored between them.
 
@@ -65,6 +70,7 @@ def backward_graph(
     Args:
         fun: any function; its results need not be scalars.
         argnums: the arguments whose gradients are computed.
+        has_aux: `fun` returns its result and auxiliary data, which are left out.
         rules: a rule set; `fp.rules.default` if None.
 
     Raises:
@@ -78,6 +84,8 @@ def backward_graph(
         >>> [(op.op, graph.sweeps[op.name]) for op in graph.operators]
         [('mul', 'forward'), ('reduce_sum', 'forward'), ('broadcast_in_dim', 'backward'), ('mul', 'backward')]
     """
+
+    fun = without_aux(fun) if has_aux else fun
 
     def built(*args: Any, **kwargs: Any) -> BackwardGraph:
         positions = [i for i, _ in differentiated(fun, argnums, args, kwargs)]

@@ -15,6 +15,7 @@ from funcprop.drawing.request import Shown
 from funcprop.drawing.ruled_function import differentiated, marked, shape_of
 from funcprop.graph.graph import Graph, Variable
 from funcprop.graph.tracing import trace_function
+from funcprop.program.call import without_aux
 from funcprop.program.facts import CALLS, CHECKPOINTS
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.sets import default
@@ -45,11 +46,16 @@ class SecondOrderGraph(Graph):
 
 
 def second_order_graph(
-    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, *, rules: RuleSet | None = None
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    order: Order = "forward-over-reverse",
+    rules: RuleSet | None = None,
 ) -> Callable[..., SecondOrderGraph]:
     """The graph of the Hessian-vector product of a scalar function.
 
-    `second_order_graph(fun, argnums)(*args, order="forward-over-reverse", **kwargs) -> SecondOrderGraph`.
+    `second_order_graph(fun, argnums)(*args, **kwargs) -> SecondOrderGraph`.
 
     With the direction `v` and the seed `∂J/∂J` as inputs, an operator is
 
@@ -65,6 +71,8 @@ def second_order_graph(
     Args:
         fun: returns a real scalar.
         argnums: the arguments with respect to which it is differentiated, twice.
+        order: "forward-over-reverse" or "reverse-over-reverse".
+        has_aux: `fun` returns its result and auxiliary data, which are left out.
         rules: a rule set; `fp.rules.default` if None.
 
     Raises:
@@ -80,9 +88,12 @@ def second_order_graph(
         [('sin', 'primal'), ('mul', 'tangent'), ('neg', 'tangent'), ('mul', 'tangent of cotangent')]
     """
 
-    def built(*args: Any, order: Order = "forward-over-reverse", **kwargs: Any) -> SecondOrderGraph:
-        if order not in get_args(Order):
-            raise ValueError(f"order={order!r} is not known; choose one of {', '.join(get_args(Order))}.")
+    fun = without_aux(fun) if has_aux else fun
+
+    if order not in get_args(Order):
+        raise ValueError(f"order={order!r} is not known; choose one of {', '.join(get_args(Order))}.")
+
+    def built(*args: Any, **kwargs: Any) -> SecondOrderGraph:
         rule_set = default if rules is None else rules
         primal = trace_function(fun, args, kwargs).graph
         (result,) = _scalar(primal)

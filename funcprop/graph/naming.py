@@ -15,12 +15,14 @@ import numpy as np
 def argument_names(fun: Callable[..., Any], paths: Sequence[Any]) -> list[str]:
     """The argument's own name for an array, the path inside it for a pytree (`layer/W`).
 
-    A path that two arguments share, or that is only numbers, is prefixed by the argument's name.
+    A function may say how an argument is shown: `fun.__symbols__ = {"decay": "λ"}`. A path that two arguments
+    share, or that is only numbers, is prefixed by the argument's name.
     """
     try:
         parameters = list(inspect.signature(fun).parameters.values())
     except (TypeError, ValueError):
         parameters = []
+    symbols = getattr(fun, "__symbols__", {})
     positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     pieces = []
     for path in paths:
@@ -29,7 +31,7 @@ def argument_names(fun: Callable[..., Any], paths: Sequence[Any]) -> list[str]:
             argument = str(which.key)
         else:
             argument = positional[which.idx] if which.idx < len(positional) else f"arg{which.idx}"
-        pieces.append((argument, [_key(k) for k in inner]))
+        pieces.append((symbols.get(argument, argument), [_key(k) for k in inner]))
     short = [("/".join(inner) if inner else argument) for argument, inner in pieces]
     clashes = Counter(short)
     return [

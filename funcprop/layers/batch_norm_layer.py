@@ -108,7 +108,7 @@ def batch_norm(
     statistics: BatchStatistics | None = None,
     *,
     axis: int = -1,
-    eps: float = 1e-5,
+    eps: float = 1e-6,
     use_fast_variance: bool = True,
     save: Save = "input",
 ) -> tuple[Float[Array, "*shape"], BatchStatistics]:

@@ -54,28 +54,28 @@ def _scattered(g: Any, indices: Any, table: Any, mode: Mode) -> Any:
     return jax.linear_transpose(partial(_rows, indices=indices, mode=mode), table)(g)[0]
 
 
-def _forward(table: Any, indices: Any, *, mode: Mode) -> tuple[Any, Indices]:
+def _forward(indices: Any, table: Any, *, mode: Mode) -> tuple[Any, Indices]:
     return _rows(table, indices, mode), Indices(indices, table)
 
 
-def _backward(residuals: Indices, g: Any, needs: Any, *, mode: Mode) -> tuple[Any, None]:
+def _backward(residuals: Indices, g: Any, needs: Any, *, mode: Mode) -> tuple[None, Any]:
     indices, table = residuals
-    return _scattered(g, indices, table, mode), None
+    return None, _scattered(g, indices, table, mode)
 
 
 def _equations(op: OperatorSymbols) -> Equations:
-    table, indices = op.args
+    indices, table = op.args
     mode = op.static["mode"]
     back = partial(_scattered, table=table.type, mode=mode)
     return Equations(
         apply("rows", partial(_rows, mode=mode), table, indices),
-        (apply("scatter_add", back, op.cotangent, indices), None),
+        (None, apply("scatter_add", back, op.cotangent, indices)),
     )
 
 
 @layer(rule=Rule(_forward, _backward, _equations, platforms=frozenset(), pure=True), init=init_embedding)
 def embedding(
-    table: Float[Array, "rows features"], indices: Int[Array, "*batch"], *, mode: Mode = "index"
+    indices: Int[Array, "*batch"], table: Float[Array, "rows features"], *, mode: Mode = "index"
 ) -> Float[Array, "*batch features"]:
     """The rows of a table at integer indices, `y = E[i]`; `Ē` is `ȳ` added up row by row.
 
@@ -94,7 +94,7 @@ def embedding(
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
-        >>> print(fp.layers.embedding(jnp.array([[1.0], [2.0]]), jnp.array([1, 0, -1, 5])).ravel())
+        >>> print(fp.layers.embedding(jnp.array([1, 0, -1, 5]), jnp.array([[1.0], [2.0]])).ravel())
         [2. 1. 2. 2.]
     """
     if not jnp.issubdtype(jnp.result_type(indices), jnp.integer):

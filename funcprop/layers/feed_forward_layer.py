@@ -36,10 +36,10 @@ class FeedForwardResiduals(NamedTuple):
     """The parameters and `x`; of `z`, `a` and `φ′(z)` those that `save` says."""
 
     x: Any
-    w1: Any
-    w2: Any
-    b1: Any
-    b2: Any
+    w_up: Any
+    w_down: Any
+    b_up: Any
+    b_down: Any
     z: Any
     a: Any
     slope: Any
@@ -54,65 +54,65 @@ def init_feed_forward(
     bias: bool = True,
     dtype: Any = None,
 ) -> dict[str, Any]:
-    """He-normal `w1` and `w2` and, with `bias`, zeros `b1` and `b2`; as many outputs as inputs by default.
+    """He-normal `w_up` and `w_down`, with `bias` zeros `b_up` and `b_down`; outputs are by default as inputs.
 
     Example:
         >>> import jax, funcprop as fp
         >>> sorted(fp.layers.feed_forward.init(jax.random.key(0), 2, 8))
-        ['b1', 'b2', 'w1', 'w2']
+        ['b_down', 'b_up', 'w_down', 'w_up']
     """
     first, second = jax.random.split(key)
-    layers = (
-        init_dense(first, inputs, hidden, bias=bias, dtype=dtype),
-        init_dense(second, hidden, inputs if outputs is None else outputs, bias=bias, dtype=dtype),
-    )
-    return {f"{name}{i}": value for i, params in enumerate(layers, 1) for name, value in params.items()}
+    layers = {
+        "up": init_dense(first, inputs, hidden, bias=bias, dtype=dtype),
+        "down": init_dense(second, hidden, inputs if outputs is None else outputs, bias=bias, dtype=dtype),
+    }
+    return {f"{name}_{end}": value for end, params in layers.items() for name, value in params.items()}
 
 
 def _forward(
-    x: Any, w1: Any, w2: Any, b1: Any, b2: Any, *, activation: str, save: Save
+    x: Any, w_up: Any, w_down: Any, b_up: Any, b_down: Any, *, activation: str, save: Save
 ) -> tuple[Any, FeedForwardResiduals]:
     phi = ACTIVATIONS[activation]
-    z = dense.function(x, w1, b1)
+    z = dense.function(x, w_up, b_up)
     a = phi.function(z)
     kept = {
         "input": (None, None, None),
         "preactivation": (z, None, None),
         "all": (None, a, phi.of_input(z) if save == "all" else None),
     }
-    return dense.function(a, w2, b2), FeedForwardResiduals(x, w1, w2, b1, b2, *kept[save])
+    return dense.function(a, w_down, b_down), FeedForwardResiduals(x, w_up, w_down, b_up, b_down, *kept[save])
 
 
 def _backward(
     residuals: FeedForwardResiduals, g: Any, needs: Any, *, activation: str, save: Save
 ) -> tuple[Any, ...]:
     phi = ACTIVATIONS[activation]
-    x, w1, w2, b1, b2, z, a, slope = residuals
-    need_x, need_w1, need_w2, need_b1, need_b2 = needs
+    x, w_up, w_down, b_up, b_down, z, a, slope = residuals
+    need_x, need_w_up, need_w_down, need_b_up, need_b_down = needs
     if save == "input":
-        z = dense.function(x, w1, b1)
+        z = dense.function(x, w_up, b_up)
     if save != "all":
         a, slope = phi.function(z), phi.of_input(z)
-    need_z = any((need_x, need_w1, need_b1))
+    need_z = any((need_x, need_w_up, need_b_up))
     pulled, w2_cotangent, b2_cotangent = dense.rule.backward(
-        LinearOperands(a, w2, b2), g, (need_z, need_w2, need_b2)
+        LinearOperands(a, w_down, b_down), g, (need_z, need_w_down, need_b_down)
     )
     if not need_z:
         return None, None, w2_cotangent, None, b2_cotangent
-    first = dense.rule.backward(LinearOperands(x, w1, b1), pulled * slope, (need_x, need_w1, need_b1))
+    first = dense.rule.backward(LinearOperands(x, w_up, b_up), pulled * slope, (need_x, need_w_up, need_b_up))
     x_cotangent, w1_cotangent, b1_cotangent = first
     return x_cotangent, w1_cotangent, w2_cotangent, b1_cotangent, b2_cotangent
 
 
 def _equations(op: OperatorSymbols) -> Equations:
-    x, w1, w2, b1, b2 = op.args
+    x, w_up, w_down, b_up, b_down = op.args
     name = op.static["activation"]
     phi = ACTIVATIONS[name]
-    z = x @ w1 if b1 is None else x @ w1 + b1
+    z = x @ w_up if b_up is None else x @ w_up + b_up
     write: Any = dense.rule.equations
-    second = write(op._replace(args=(apply(name, phi.function, z), w2, b2)))
+    second = write(op._replace(args=(apply(name, phi.function, z), w_down, b_down)))
     z_cotangent = second.backward[0] * apply(f"{name}′", phi.of_input, z)
-    first = write(op._replace(args=(x, w1, b1), cotangent=z_cotangent))
+    first = write(op._replace(args=(x, w_up, b_up), cotangent=z_cotangent))
     (x_cotangent, w1_cotangent, b1_cotangent), (_, w2_cotangent, b2_cotangent) = (
         first.backward,
         second.backward,
@@ -123,10 +123,10 @@ def _equations(op: OperatorSymbols) -> Equations:
 @layer(rule=Rule(_forward, _backward, _equations, pure=True), init=init_feed_forward)
 def feed_forward(
     x: Float[Array, "*batch inputs"],
-    w1: Float[Array, "inputs hidden"],
-    w2: Float[Array, "hidden outputs"],
-    b1: Float[Array, " hidden"] | None = None,
-    b2: Float[Array, " outputs"] | None = None,
+    w_up: Float[Array, "inputs hidden"],
+    w_down: Float[Array, "hidden outputs"],
+    b_up: Float[Array, " hidden"] | None = None,
+    b_down: Float[Array, " outputs"] | None = None,
     *,
     activation: str = "gelu",
     save: Save = "preactivation",
@@ -143,8 +143,8 @@ def feed_forward(
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
-        >>> x, w1, w2 = jnp.array([1.0, -2.0]), jnp.eye(2), jnp.ones((2, 1))
-        >>> print(fp.layers.feed_forward(x, w1, w2, activation="relu"))
+        >>> x, w_up, w_down = jnp.array([1.0, -2.0]), jnp.eye(2), jnp.ones((2, 1))
+        >>> print(fp.layers.feed_forward(x, w_up, w_down, activation="relu"))
         [1.]
     """
     if activation not in ACTIVATIONS:
@@ -153,4 +153,4 @@ def feed_forward(
         raise ValueError(
             f"feed_forward: save={save!r} is not a saving policy; use 'input', 'preactivation' or 'all'."
         )
-    return dense.function(ACTIVATIONS[activation].function(dense.function(x, w1, b1)), w2, b2)
+    return dense.function(ACTIVATIONS[activation].function(dense.function(x, w_up, b_up)), w_down, b_down)

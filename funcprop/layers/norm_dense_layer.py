@@ -44,18 +44,17 @@ def init_norm_dense(
     bias: bool = True,
     dtype: Any = None,
 ) -> dict[str, Any]:
-    """Parameters of both: `w` and `b` as of `dense`, `scale` of ones, and `shift` of zeros for a layer norm.
+    """Parameters of both: `w` and `b` as of `dense`, `scale` of ones, and `bias` of zeros for a layer norm.
 
     Example:
         >>> import jax, funcprop as fp
         >>> sorted(fp.layers.norm_dense.init(jax.random.key(0), 3, 2))
-        ['b', 'scale', 'shift', 'w']
+        ['b', 'bias', 'scale', 'w']
     """
-    params = {
+    return {
         **init_dense(key, inputs, outputs, bias=bias, dtype=dtype),
         **init_norm(inputs, bias=norm == "layer", dtype=dtype),
     }
-    return {"shift" if name == "bias" else name: value for name, value in params.items()}
 
 
 def _normalization(norm: Norm, eps: float) -> tuple[Any, dict[str, Any]]:
@@ -65,15 +64,15 @@ def _normalization(norm: Norm, eps: float) -> tuple[Any, dict[str, Any]]:
     return layer_norm, {"axes": (-1,), "eps": eps, "use_fast_variance": True, "save": "input"}
 
 
-def _parameters(norm: Norm, scale: Any, shift: Any) -> tuple[Any, ...]:
-    return (scale,) if norm == "rms" else (scale, shift)
+def _parameters(norm: Norm, scale: Any, bias: Any) -> tuple[Any, ...]:
+    return (scale,) if norm == "rms" else (scale, bias)
 
 
 def _forward(
-    x: Any, w: Any, b: Any, scale: Any, shift: Any, *, norm: Norm, eps: float, save: Save
+    x: Any, w: Any, b: Any, scale: Any, bias: Any, *, norm: Norm, eps: float, save: Save
 ) -> tuple[Any, NormalizedAndOperands]:
     normalization, static = _normalization(norm, eps)
-    y, residuals = normalization.rule.forward(x, *_parameters(norm, scale, shift), **static)
+    y, residuals = normalization.rule.forward(x, *_parameters(norm, scale, bias), **static)
     kept = y if save == "all" else None
     return dense.function(y, w, b), NormalizedAndOperands(residuals, w, b, kept)
 
@@ -81,26 +80,26 @@ def _forward(
 def _backward(
     residuals: NormalizedAndOperands, g: Any, needs: Any, *, norm: Norm, eps: float, save: Save
 ) -> tuple[Any, ...]:
-    need_x, need_w, need_b, need_scale, need_shift = needs
+    need_x, need_w, need_b, need_scale, need_bias = needs
     normalization, static = _normalization(norm, eps)
     kept = residuals.normalized
     y = value_again(kept, "input") if residuals.y is None else residuals.y
-    need_y = any((need_x, need_scale, need_shift))
+    need_y = any((need_x, need_scale, need_bias))
     pulled, w, b = dense.rule.backward(
         LinearOperands(y, residuals.w, residuals.b), g, (need_y, need_w, need_b)
     )
     if not need_y:
         return None, w, b, None, None
-    wanted = (need_x, *_parameters(norm, need_scale, need_shift))
+    wanted = (need_x, *_parameters(norm, need_scale, need_bias))
     x, *parameters = normalization.rule.backward(kept, pulled, wanted, **static)
     return (x, w, b, *parameters, *(None for _ in range(2 - len(parameters))))
 
 
 def _equations(op: OperatorSymbols) -> Equations:
-    x, w, b, scale, shift = op.args
+    x, w, b, scale, bias = op.args
     norm, eps = op.static["norm"], op.static["eps"]
     normalization, static = _normalization(norm, eps)
-    parameters = _parameters(norm, scale, shift)
+    parameters = _parameters(norm, scale, bias)
     given = [a for a in parameters if a is not None]
 
     def value(x: Any, *values: Any) -> Any:
@@ -126,7 +125,7 @@ def norm_dense(
     w: Float[Array, "inputs outputs"],
     b: Float[Array, " outputs"] | None = None,
     scale: Float[Array, " inputs"] | None = None,
-    shift: Float[Array, " inputs"] | None = None,
+    bias: Float[Array, " inputs"] | None = None,
     *,
     norm: Norm = "layer",
     eps: float = 1e-6,
@@ -142,13 +141,13 @@ def norm_dense(
         w: weights.
         b: bias of the affine map; none is 0.
         scale: `γ`; none is 1.
-        shift: `β` of a layer norm; none is 0.
+        bias: `β` of a layer norm; none is 0.
         norm: `"layer"` or `"rms"`.
         eps: `ε`.
         save: `"input"` keeps `x` and the statistics, `"all"` also the normalised rows.
 
     Raises:
-        ValueError: `norm` or `save` is wrong, or `norm="rms"` is given a `shift`.
+        ValueError: `norm` or `save` is wrong, or `norm="rms"` is given a `bias`.
 
     Reference: Ba et al., "Layer normalization", 2016; Chen et al., "Training deep nets with sublinear memory
     cost", 2016.
@@ -162,6 +161,6 @@ def norm_dense(
         raise ValueError(f"norm_dense: save={save!r} is not a saving policy; use 'input' or 'all'.")
     if norm not in ("layer", "rms"):
         raise ValueError(f"norm_dense: norm={norm!r} is not a normalisation; use 'layer' or 'rms'.")
-    if norm == "rms" and shift is not None:
-        raise ValueError("norm_dense: norm='rms' has no shift; leave it out or use norm='layer'.")
-    return _forward(jnp.asarray(x), jnp.asarray(w), b, scale, shift, norm=norm, eps=eps, save=save)[0]
+    if norm == "rms" and bias is not None:
+        raise ValueError("norm_dense: norm='rms' has no bias; leave it out or use norm='layer'.")
+    return _forward(jnp.asarray(x), jnp.asarray(w), b, scale, bias, norm=norm, eps=eps, save=save)[0]

@@ -17,6 +17,7 @@ from funcprop.memory.cases import Kind
 from funcprop.memory.ledger import Ledger
 from funcprop.memory.rows import largest
 from funcprop.program.call import Call, is_array
+from funcprop.program.sizes import budget_bytes
 from funcprop.rules.rule_set import RuleSet
 
 _LARGEST = 2**31 - 1  # what an axis can have
@@ -24,7 +25,7 @@ _LARGEST = 2**31 - 1  # what an axis can have
 
 def batch_limit(
     fun: Callable[..., Any],
-    budget: int,
+    budget: int | str,
     argnums: int | Sequence[int] | None = 0,
     has_aux: bool = False,
     *,
@@ -45,7 +46,7 @@ def batch_limit(
 
     Args:
         fun: a loss, a prediction or a train step, as for `footprint`; it must be traceable at any batch size.
-        budget: bytes.
+        budget: bytes, as a number or as text (`"8GB"`).
         argnums, has_aux, optimizer, donate, rules, kind: as in `footprint`.
         batch_axes: which axis of each argument is the batch: one entry for each positional argument, None
             for an argument without one, as `in_axes` of `jax.vmap`. By default the leading axis of all arrays
@@ -71,6 +72,8 @@ def batch_limit(
         raise ValueError(f"batch_limit: program={program!r} is not known; use 'training' or 'inference'.")
     if by not in ("predicted", "compiled"):
         raise ValueError(f"batch_limit: by={by!r} is not known; use 'predicted' or 'compiled'.")
+    if isinstance(budget, str):
+        budget = budget_bytes(budget, "batch_limit: budget")
     if isinstance(budget, bool) or not isinstance(budget, int | float | np.integer | np.floating):
         raise TypeError(f"batch_limit: budget={budget!r} is not a number; pass bytes, as 64 * 2**20.")
     if not budget > 0:

@@ -45,7 +45,7 @@ def l(o: Inexact[Array, " q"], y: Int[Array, ""]) -> Inexact[Array, ""]:  # noqa
 
 
 def chapter(
-    params: dict[str, Any], x: Inexact[Array, " d"], y: Int[Array, ""], λ: Inexact[Array, ""]
+    params: dict[str, Any], x: Inexact[Array, " d"], y: Int[Array, ""], decay: Inexact[Array, ""]
 ) -> Inexact[Array, ""]:
     """The objective `J = l(W2 φ(W1 x + b), y) + λ/2 (‖W1‖²_F + ‖W2‖²_F)` of one example.
 
@@ -54,7 +54,7 @@ def chapter(
             decayed.
         x: input, `d`.
         y: label, an integer below `q`.
-        λ: strength of the weight decay; an input, so that it is a node of the graph.
+        decay: `λ`, the strength of the weight decay; an input, so that it is a node of the graph.
 
     Example:
         >>> import jax, jax.numpy as jnp, funcprop as fp
@@ -67,8 +67,11 @@ def chapter(
     h = name(φ(z), "h")
     o = name(layers.linear(params["W2"], h), "o")
     L = name(l(o, y), "L")
-    s = name(layers.l2_penalty(λ, (params["W1"], params["W2"])), "s")
+    s = name(layers.l2_penalty(decay, (params["W1"], params["W2"])), "s")
     return name(L + s, "J")
+
+
+chapter.__symbols__ = {"decay": "λ"}  # type: ignore[attr-defined]
 
 
 def init_chapter(

@@ -97,13 +97,13 @@ class LinearOperator(Queries):
     def __neg__(self) -> LinearOperator:
         return Scaled.of(-1.0, self)
 
-    def sqrt(self, *, products: int | None = None, limit: int = DENSE_BYTES) -> LinearOperator:
+    def sqrt(self, *, products: int | None = None, budget: int | str = DENSE_BYTES) -> LinearOperator:
         """The symmetric square root: `S @ (S @ v)` is `A @ v`.
 
         Args:
             products: if given, each `S @ v` is approximated by so many products with A, by Lanczos, and warns
                 where the last one still changed the result. Otherwise the matrix is formed, once.
-            limit: the most bytes that the matrix may have.
+            budget: the most bytes that the matrix may have.
 
         Raises:
             ValueError: the operator has a negative eigenvalue. (Under `jit`, S is NaN.)
@@ -117,7 +117,7 @@ class LinearOperator(Queries):
         if products is not None:
             Root.require_positive(self.eigsh(2, which="BE")[0])
             return Root(self.linearize(), self.parameters, products)
-        values, vectors = jnp.linalg.eigh(self.dense(limit=limit))
+        values, vectors = jnp.linalg.eigh(self.dense(budget=budget))
         Root.require_positive(values)
         return Dense(vectors * Root.of_values(values) @ vectors.T, self.parameters)
 
@@ -176,9 +176,9 @@ class Sum(LinearOperator):
         """The sum of the terms' products."""
         return _added([term.product(v) for term in self.terms])
 
-    def exact_diagonal(self, columns: int | None) -> PyTree:
+    def exact_diagonal(self, at_once: int | None) -> PyTree:
         """The sum of the terms' diagonals."""
-        return _added([term.exact_diagonal(columns) for term in self.terms])
+        return _added([term.exact_diagonal(at_once) for term in self.terms])
 
     def block_map(self, rows: Sequence[int], columns: Sequence[int]) -> Callable[[Sequence[Any]], list[Any]]:
         """The sum of the terms' blocks."""
@@ -221,9 +221,9 @@ class Scaled(LinearOperator):
         """The operator's product, scaled."""
         return self._scaled(self.operator.product(v))
 
-    def exact_diagonal(self, columns: int | None) -> PyTree:
+    def exact_diagonal(self, at_once: int | None) -> PyTree:
         """The operator's diagonal, scaled."""
-        return self._scaled(self.operator.exact_diagonal(columns))
+        return self._scaled(self.operator.exact_diagonal(at_once))
 
     def block_map(self, rows: Sequence[int], columns: Sequence[int]) -> Callable[[Sequence[Any]], list[Any]]:
         """The operator's block, scaled."""

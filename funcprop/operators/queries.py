@@ -23,6 +23,7 @@ from funcprop.operators.solvers import require_damping, solve
 from funcprop.operators.spectral_density import Spectrum, spectrum
 from funcprop.operators.stochastic_estimates import estimate, squared_to_norm
 from funcprop.operators.symmetric_map import SymmetricMap
+from funcprop.program.sizes import budget_bytes
 
 DENSE_BYTES = 2**32  # a larger matrix is made only when asked for
 
@@ -32,23 +33,23 @@ class Queries(SymmetricMap):
 
     # --- entries ------------------------------------------------------------------------------
 
-    def dense(self, *, columns: int | None = None, limit: int = DENSE_BYTES) -> Float[Array, "P P"]:
+    def dense(self, *, at_once: int | None = None, budget: int | str = DENSE_BYTES) -> Float[Array, "P P"]:
         """The matrix, in `ravel_pytree` order.
 
         Args:
-            columns: how many columns are computed at once; chosen for their bytes if None.
-            limit: the most bytes that the matrix may have.
+            at_once: how many columns are computed at once; chosen for their bytes if None.
+            budget: the most bytes that the matrix may have.
 
         Raises:
-            ValueError: the matrix is larger than `limit`.
+            ValueError: the matrix is larger than `budget`.
             FloatingPointError: it is not finite; the message has the parameter's path.
         """
-        _require_room(self, self.shape, limit, "the matrix")
+        _require_room(self, self.shape, budget, "the matrix")
         every = tuple(range(len(self.parameters.paths)))
-        return require_finite(self, products.block(self, every, every, columns), "dense()")
+        return require_finite(self, products.block(self, every, every, at_once), "dense()")
 
     def block(
-        self, rows: Any, columns: Any = None, *, at_once: int | None = None, limit: int = DENSE_BYTES
+        self, rows: Any, columns: Any = None, *, at_once: int | None = None, budget: int | str = DENSE_BYTES
     ) -> Float[Array, "R C"]:
         """The rows of one parameter and the columns of another (the same if None), as a matrix.
 
@@ -58,21 +59,21 @@ class Queries(SymmetricMap):
         Args:
             rows, columns: paths.
             at_once: how many columns are computed at once; chosen for their bytes if None.
-            limit: the most bytes that the block may have.
+            budget: the most bytes that the block may have.
 
         Raises:
-            ValueError: there is no such parameter, or the block is larger than `limit`.
+            ValueError: there is no such parameter, or the block is larger than `budget`.
             FloatingPointError: it is not finite.
         """
         names = self.parameters
         r = names.select(rows)
         c = r if columns is None else names.select(columns)
         size = tuple(sum(names.sizes[i] for i in positions) for positions in (r, c))
-        _require_room(self, size, limit, "the block")
+        _require_room(self, size, budget, "the block")
         return require_finite(self, products.block(self, r, c, at_once), "block()")
 
     def diagonal(
-        self, *, samples: int | None = None, key: Array | None = None, columns: int | None = None
+        self, *, samples: int | None = None, key: Array | None = None, at_once: int | None = None
     ) -> PyTree | Estimate:
         """The diagonal as a pytree: exactly, by P products or fewer, or an `Estimate` from `samples`.
 
@@ -80,7 +81,7 @@ class Queries(SymmetricMap):
 
         Args:
             samples, key: how many random vectors, and their key; exact without them.
-            columns: how many products are computed at once; chosen for their bytes if None.
+            at_once: how many products are computed at once; chosen for their bytes if None.
 
         Raises:
             ValueError: `samples` is 1, or there is no key.
@@ -88,11 +89,11 @@ class Queries(SymmetricMap):
         """
         if samples is not None:
             return estimate(self, "diagonal", samples, key)
-        return require_finite(self, self.exact_diagonal(columns), "diagonal()")
+        return require_finite(self, self.exact_diagonal(at_once), "diagonal()")
 
-    def exact_diagonal(self, columns: int | None) -> PyTree:
-        """The diagonal by P products; operators that know a shorter way go it."""
-        return products.diagonal(self, columns)
+    def exact_diagonal(self, at_once: int | None) -> PyTree:
+        """The diagonal by P products; subclasses may override it with a cheaper method."""
+        return products.diagonal(self, at_once)
 
     # --- numbers ------------------------------------------------------------------------------
 
@@ -139,7 +140,7 @@ class Queries(SymmetricMap):
         samples: int | None = None,
         products: int = 64,
         key: Array | None = None,
-        limit: int = DENSE_BYTES,
+        budget: int | str = DENSE_BYTES,
     ) -> Scalar | Estimate:
         """`log det(A + damping I)`: exactly, of the matrix, or an `Estimate` by stochastic Lanczos
         quadrature.
@@ -148,7 +149,7 @@ class Queries(SymmetricMap):
             damping: a number ≥ 0.
             samples, key: how many random vectors, and their key; exact without them.
             products: Lanczos steps of each; see `spectrum`.
-            limit: the most bytes that the matrix may have.
+            budget: the most bytes that the matrix may have.
 
         Raises:
             ValueError: the operator with its damping is not positive definite: an eigenvalue, or a node of
@@ -165,7 +166,7 @@ class Queries(SymmetricMap):
         """
         require_damping(damping)
         if samples is None:
-            values = jnp.linalg.eigvalsh(self.dense(limit=limit)) + damping
+            values = jnp.linalg.eigvalsh(self.dense(budget=budget)) + damping
             return _positive(values, damping, "logdet") * jnp.sum(jnp.log(values))
         found = spectrum(self, samples, min(products, self.parameters.size), key)
         positive = _positive(found.nodes + damping, damping, "logdet")
@@ -315,12 +316,12 @@ class Queries(SymmetricMap):
         return to_scipy(self)
 
 
-def _require_room(operator: Any, shape: tuple[int, ...], limit: int, what: str) -> None:
+def _require_room(operator: Any, shape: tuple[int, ...], budget: int | str, what: str) -> None:
     needed = math.prod(shape) * operator.dtype.itemsize
-    if needed > limit:
+    if needed > budget_bytes(budget, "budget"):
         raise ValueError(
-            f"{what} has {shape[0]} × {shape[1]} entries, {needed:.3g} bytes, and limit={limit}; use "
-            "products, block(), diagonal() or where=, or raise limit=."
+            f"{what} has {shape[0]} × {shape[1]} entries, {needed:.3g} bytes, and budget={budget}; use "
+            "products, block(), diagonal() or where=, or raise budget=."
         )
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from funcprop.operators.parameters import Parameters, Where, path_name
-from funcprop.program.call import require_values
+from funcprop.program.call import name_of, require_values
 from funcprop.program.structural_key import SameObject
 
 # What is known of shapes alone, for messages.
@@ -57,6 +58,35 @@ def _marks(found: Any, tree: Any, paths: tuple[str, ...], where: Where | None) -
             "bools like the parameters."
         )
     return tuple(leaves)
+
+
+def restricted(
+    fun: Callable[..., Any], params: PyTree, where: Where | None
+) -> tuple[Callable[..., Any], PyTree]:
+    """The function of the chosen parameters, the others being constants, and these parameters.
+
+    The chosen ones are the whole pytree with None in place of the others. Errors are those of `chosen`.
+    """
+    if where is None:
+        return fun, params
+    leaves, tree = jax.tree.flatten(params)
+    marks = chosen(params, where)
+    # Of a parameter that is a type alone nothing but the type is read.
+    others = [np.broadcast_to(np.zeros((), x.dtype), x.shape) if _is_type(x) else x for x in leaves]
+
+    def of_chosen(inside: PyTree, *args: Any, **kwargs: Any) -> Any:
+        given = iter(jax.tree.leaves(inside))
+        whole = [next(given) if mark else x for mark, x in zip(marks, others, strict=True)]
+        return fun(jax.tree.unflatten(tree, whole), *args, **kwargs)
+
+    of_chosen.__name__ = name_of(fun)
+    return of_chosen, jax.tree.unflatten(
+        tree, [x if mark else None for x, mark in zip(leaves, marks, strict=True)]
+    )
+
+
+def _is_type(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 @jax.tree_util.register_dataclass

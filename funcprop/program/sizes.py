@@ -1,8 +1,9 @@
-"""How many bytes a value takes."""
+"""How many bytes a value takes, and how a number of bytes is written."""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 
@@ -16,3 +17,27 @@ def nbytes(value: Any) -> int:
     if dtype is None or hasattr(aval, "inner_aval"):
         return 0
     return math.prod(aval.shape) * int(dtype.itemsize)
+
+
+def budget_bytes(budget: int | str, what: str) -> int:
+    """A number of bytes: an int, or text as `"64MB"` (10⁶ each) or `"1.5GiB"` (2³⁰ each).
+
+    Raises:
+        TypeError: `budget` is neither; the message begins with `what`, the name of the argument.
+        ValueError: the text is no number of bytes, or the number is not positive.
+    """
+    if isinstance(budget, bool) or not (isinstance(budget, str) or hasattr(budget, "__index__")):
+        raise TypeError(f"{what}={budget!r} is not a number of bytes; pass an int, or text as '64MB'.")
+    if not isinstance(budget, str):
+        number = int(budget)
+    else:
+        found = re.fullmatch(r"(\d+\.?\d*(?:e\d+)?) *([kKMGT]?)(i?)B?", budget.strip())
+        if found is None:
+            raise ValueError(
+                f"{what}={budget!r} is not a number of bytes; write '100000', '64MB' or '1.5GiB'."
+            )
+        scale = (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
+        number = int(float(found[1]) * scale)
+    if number <= 0:
+        raise ValueError(f"{what}={budget!r} holds nothing; pass more than 0 bytes.")
+    return number

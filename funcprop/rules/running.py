@@ -76,6 +76,10 @@ class RuleTrace(_jax.PassingTrace):
         self.rewriter = rewriter
         self.past = Past(rewriter.patterns)
 
+    def ended(self) -> None:
+        """Forget the operators that were applied, with their values."""
+        self.past = Past(self.rewriter.patterns)
+
     def inside(self, parent: Any) -> RuleTrace:
         """The same for a function that an operator calls, under the operator's own trace."""
         return RuleTrace(parent, self.rewriter)

@@ -107,13 +107,18 @@ vjp.__signature__ = _with_rules_option(jax.vjp)  # type: ignore[attr-defined]  #
 
 
 def hvp(
-    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, *, rules: RuleSet | None = None
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    rules: RuleSet | None = None,
 ) -> Callable[..., Any]:
     """The Hessian-vector product `∇²f(x) v`, forward over reverse, without forming the Hessian.
 
     `hvp(fun, argnums)(primals, tangents, *rest)`: `primals` is the argument at `argnums` (a tuple of
     arguments if `argnums` is a sequence), `tangents` is `v` with the same structure, and `rest` are the
-    other positional arguments in their order. The result has the structure of `primals`.
+    other positional arguments in their order. The result has the structure of `primals`; with `has_aux` it is
+    the pair of it and the auxiliary data that `fun` returns.
 
     Raises:
         TypeError: `fun` does not return a scalar, or `primals` and `tangents` differ in structure.
@@ -126,7 +131,7 @@ def hvp(
         [ 6. 12.]
     """
     at = positions(argnums)
-    gradient = grad(fun, at, rules=rules)
+    gradient = grad(fun, at, has_aux, rules=rules)
 
     def product(primals: Any, tangents: Any, *rest: Any, **kwargs: Any) -> Any:
         several = (at,) if isinstance(at, int) else at
@@ -142,7 +147,8 @@ def hvp(
                 args[p] = value
             return gradient(*args, **kwargs)
 
-        return jax.jvp(of_primals, (primals,), (tangents,))[1]
+        _, *found = jax.jvp(of_primals, (primals,), (tangents,), has_aux=has_aux)
+        return tuple(found) if has_aux else found[0]
 
     return product
 

@@ -41,14 +41,14 @@ def newton_cg(
     *,
     damping: float = 1.0,
     curvature: Callable[..., Any] | None = None,
-    max_steps: int = 50,
+    products: int = 50,
     tolerance: float = 1e-5,
     factor: float = 1.5,
 ) -> optax.GradientTransformationExtraArgs:
     """Newton steps by conjugate gradients, damped after Levenberg and Marquardt.
 
     The update is `s ≈ −(A + λ I)⁻¹ u`, for the incoming updates `u` (the gradient, unless the chain changed
-    it). Conjugate gradients stop at `‖(A + λ I) s + u‖ ≤ tolerance ‖u‖`, after `max_steps`, or where they
+    it). Conjugate gradients stop at `‖(A + λ I) s + u‖ ≤ tolerance ‖u‖`, after `products`, or where they
     meet a direction of negative curvature (then what has been found so far is the step; `−u` if that is
     nothing). With
 
@@ -69,7 +69,7 @@ def newton_cg(
         damping: the first `λ`, 0 or more; 0 stays 0.
         curvature: `curvature(params, **extra)`, a linear operator on the parameters, such as
             `lambda params, batch: fp.ggn(model, loss)(params, *batch)`; the Hessian of `value_fn` if None.
-        max_steps: the most products of one update.
+        products: the most products of one update.
         tolerance: of the residual, relative to `u`.
         factor: by which the damping changes, more than 1.
 
@@ -89,8 +89,8 @@ def newton_cg(
         [3. 3.] 1.0
     """
     require_damping(damping, "newton_cg")
-    if max_steps < 1:
-        raise ValueError(f"newton_cg: max_steps={max_steps}; pass the most products of a step, 1 or more.")
+    if products < 1:
+        raise ValueError(f"newton_cg: products={products}; pass the most products of a step, 1 or more.")
     if factor <= 1:
         raise ValueError(f"newton_cg: factor={factor}; pass what the damping is multiplied by, more than 1.")
 
@@ -115,7 +115,7 @@ def newton_cg(
         product = operator.linear_map()
         λ = state.damping
         solved = _conjugate_gradients(
-            lambda v: optax.tree.add_scale(product(v), λ, v), updates, max_steps, tolerance
+            lambda v: optax.tree.add_scale(product(v), λ, v), updates, products, tolerance
         )
         s = solved.step
         # Of (A + λ I) s = −u − r, without another product.
@@ -155,7 +155,7 @@ class _Solved(NamedTuple):
 
 
 def _conjugate_gradients(
-    product: Callable[[PyTree], PyTree], updates: PyTree, max_steps: int, tolerance: float
+    product: Callable[[PyTree], PyTree], updates: PyTree, products: int, tolerance: float
 ) -> _Solved:
     """`B s = −u` until the residual is small or the curvature along a direction is not positive."""
     right = optax.tree.scale(-1, updates)
@@ -163,7 +163,7 @@ def _conjugate_gradients(
     enough = tolerance**2 * squared
 
     def goes_on(at: _Solved) -> Any:
-        return (at.squared > enough) & (at.steps < max_steps) & ~at.stopped
+        return (at.squared > enough) & (at.steps < products) & ~at.stopped
 
     def advance(at: _Solved) -> _Solved:
         turned = product(at.direction)

@@ -27,10 +27,13 @@ from funcprop.curvature.diagonal.loss_terms import terms
 from funcprop.curvature.diagonal.nodes import LossNode
 from funcprop.curvature.diagonal.piecewise import why_curved
 from funcprop.graph.graph import aligned
-from funcprop.program.call import Call, is_array, require_values
+from funcprop.operators.parameters import Where
+from funcprop.operators.subset import restricted
+from funcprop.program.call import Call, is_array, require_values, without_aux
 from funcprop.program.flops import of_jaxpr
 from funcprop.program.layer_calls import without_marks
 from funcprop.program.program import Program
+from funcprop.program.sizes import budget_bytes
 from funcprop.rules.rule_set import RuleSet
 
 Progress = Callable[[int, int], None]
@@ -139,12 +142,14 @@ class HessianDiagonal:
 
     loss: Callable[..., Any]
     options: ProductOptions
+    where: Where | None = None
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         """The diagonal, a pytree like `params`."""
         given = {"params": params, **{f"argument {i + 1}": value for i, value in enumerate(args)}, **kwargs}
         require_values("hessian_diagonal", given, "hessian_diagonal(loss).plan(…)")
-        paths, traced, values = _traced(self.loss, params, args, kwargs)
+        loss, params = restricted(self.loss, params, self.where)
+        paths, traced, values = _traced(loss, params, args, kwargs)
         # What is compiled would keep the function alive that is told of the progress.
         compiled = _diagonal if self.options.progress is None else jax.jit(_leaves, static_argnums=(2, 3))
         leaves = compiled(traced, values, len(paths), self.options)
@@ -159,7 +164,7 @@ class HessianDiagonal:
 
     def plan(self, params: Any, *args: Any, **kwargs: Any) -> Plan:
         """What it will cost; nothing is computed, and `jax.ShapeDtypeStruct`s are enough."""
-        paths, traced, values = _traced(self.loss, params, args, kwargs)
+        paths, traced, values = _traced(*restricted(self.loss, params, self.where), args, kwargs)
         problem = Problem.of(traced, len(paths))
         found: list[ColumnLoop] = []
 
@@ -296,9 +301,11 @@ class Problem:
 def hessian_diagonal(
     loss: Callable[..., Any],
     *,
+    where: Where | None = None,
+    has_aux: bool = False,
     rules: RuleSet | None = None,
-    block_size: int | None = None,
-    byte_limit: int = 256 << 20,
+    at_once: int | None = None,
+    budget: int | str = 256 << 20,
     progress: Progress | None = None,
 ) -> HessianDiagonal:
     """The exact diagonal of the Hessian: `hessian_diagonal(loss)(params, *args)`, a pytree like `params`.
@@ -324,15 +331,17 @@ def hessian_diagonal(
 
     Args:
         loss: `loss(params, *args)`, one real scalar, twice differentiable by JAX.
+        where: a subset of the parameters, as in `fp.hessian`; the others are constants, None in the result.
+        has_aux: `loss` returns the scalar and auxiliary data, which are left out.
         rules: a rule set; `fp.rules.default` if None.
-        block_size: how many products are made at once; chosen by bytes if None.
-        byte_limit: the most bytes that the tangents and cotangents of a block may take.
+        at_once: how many products are made at once; chosen by bytes if None.
+        budget: the most bytes that the tangents and cotangents of a block may take.
         progress: called as `progress(done, total)` with numbers of products, from within the computation;
             `done` grows up to `total`.
 
     Raises:
         TypeError: the loss is not one real scalar, or a leaf of `params` is not a floating-point array.
-        ValueError: `block_size` or `byte_limit` is not positive.
+        ValueError: `at_once` or `budget` is not positive.
         FloatingPointError: the diagonal is not finite, and not traced; the message has the parameters' paths.
 
     Reference: Dangel, Kunstner and Hennig, "BackPACK", ICLR 2020, for sequential networks; Powell and Toint,
@@ -347,7 +356,7 @@ def hessian_diagonal(
         >>> print(diagonal.plan(jnp.zeros(2), jnp.ones((2, 2))).products)
         1
     """
-    for name, value in (("block_size", block_size), ("byte_limit", byte_limit)):
-        if value is not None and value <= 0:
-            raise ValueError(f"hessian_diagonal: {name}={value}; pass a positive number, or leave it out.")
-    return HessianDiagonal(loss, ProductOptions(rules, block_size, byte_limit, progress))
+    if at_once is not None and at_once <= 0:
+        raise ValueError(f"hessian_diagonal: at_once={at_once}; pass a positive number, or leave it out.")
+    options = ProductOptions(rules, at_once, budget_bytes(budget, "hessian_diagonal: budget"), progress)
+    return HessianDiagonal(without_aux(loss) if has_aux else loss, options, where)

@@ -20,9 +20,13 @@ from funcprop.curvature.example_gradients.mixed_examples import (
     types_of,
 )
 from funcprop.curvature.example_gradients.quantities import ALIASES, EXACT, QUANTITIES, SAMPLED, VALUE, Part
+from funcprop.curvature.examples import loss_of_one, model_of_one
 from funcprop.graph.graph import aligned
+from funcprop.operators.parameters import Where
+from funcprop.operators.subset import restricted
 from funcprop.program.call import in_order, require_values
 from funcprop.program.program import Program
+from funcprop.program.sizes import budget_bytes
 from funcprop.rules.rule_set import RuleSet
 
 # The bytes that stacked cotangents, or gradients of single examples, may take at a time.
@@ -66,8 +70,10 @@ class Audit(tuple[GradientRoute, ...]):
 class PerExample:
     """What `fp.per_example` returns: call it, or ask it by which way each parameter goes."""
 
-    def __init__(self, model: Model, loss: Loss, rules: RuleSet | None, limit: int) -> None:
-        self.model, self.loss, self.rules, self.limit = model, loss, rules, limit
+    def __init__(
+        self, model: Model, loss: Loss, where: Where | None, rules: RuleSet | None, limit: int
+    ) -> None:
+        self.model, self.loss, self.where, self.rules, self.limit = model, loss, where, rules, limit
 
     def __call__(
         self, params: Any, x: Any, y: Any, quantities: Collection[str], key: Any = None
@@ -81,8 +87,9 @@ class PerExample:
             )
         require_values("per_example", {"params": params, "x": x, "y": y}, AUDIT)
         batch_size(x, y)
+        of_chosen, params = restricted(self.model, params, self.where)
         check_parameters(params)
-        model, loss = programs(self.model, self.loss, params, x, y)
+        model, loss = programs(of_chosen, self.loss, params, x, y)
         wanted = tuple(sorted(set(names)))
         found = _quantities(model, loss, params, x, y, key, wanted, self.rules, self.limit)
         return {asked: found[name] for asked, name in zip(quantities, names, strict=True)}
@@ -92,8 +99,9 @@ class PerExample:
 
         Nothing is computed; `jax.ShapeDtypeStruct`s are enough.
         """
+        model, params = restricted(self.model, params, self.where)
         check_parameters(params)
-        study = Study.of(trace_example(self.model, types_of(params), example_of(x)), params, self.rules)
+        study = Study.of(trace_example(model, types_of(params), example_of(x)), params, self.rules)
         size, routes = batch_size(x, () if y is None else y), []
         kept = study.kept(jax.tree.leaves(params), x, size)
         for i, (path, _) in enumerate(jax.tree.leaves_with_path(params)):
@@ -148,7 +156,13 @@ def sweep(
 
 
 def per_example(
-    model: Model, loss: Loss, *, rules: RuleSet | None = None, max_bytes: int = LIMIT
+    model: Model,
+    loss: Loss,
+    *,
+    batched: bool = False,
+    where: Where | None = None,
+    rules: RuleSet | None = None,
+    budget: int | str = LIMIT,
 ) -> PerExample:
     """Quantities of the gradient of every example, in one forward and one backward sweep.
 
@@ -180,8 +194,11 @@ def per_example(
         model: `model(params, x)`, for ONE example; returns floating-point arrays.
         loss: `loss(output, y)`, for ONE example; a scalar. For Gauss-Newton quantities it must be convex in
             the output: they are NaN where it is not.
+        batched: both are functions of a whole batch, of which the loss is a mean; they are called with
+            batches of one.
+        where: a subset of the parameters, as in `fp.hessian`; the others are constants, None in the result.
         rules: a rule set; the default rules if None.
-        max_bytes: what the stacked cotangents of several columns may take at a time; the batch is swept in
+        budget: bytes that the stacked cotangents of several columns may take at a time; the batch is swept in
             parts.
 
     Raises:
@@ -201,7 +218,9 @@ def per_example(
         >>> print(found["norm"], found["diag_ggn"])
         [5. 0.] [4.5 8.5]
     """
-    return PerExample(model, loss, rules, max_bytes)
+    return PerExample(
+        model_of_one(model, batched), loss_of_one(loss, batched), where, rules, budget_bytes(budget, "budget")
+    )
 
 
 def batch_size(x: Any, y: Any) -> int:

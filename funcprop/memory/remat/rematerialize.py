@@ -10,6 +10,7 @@ dynamic programming (`funcprop.memory.remat.schedule`).
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,8 +24,9 @@ from funcprop.memory.remat.plan import RematPlan
 from funcprop.memory.remat.saving import Residuals, residuals
 from funcprop.memory.remat.schedule import Schedule, cheapest, frontier, in_chunks
 from funcprop.program.call import Call, is_array, traced
+from funcprop.program.sizes import budget_bytes
 
-Budget = int | float | None
+Budget = int | float | str | None
 
 
 class BudgetError(ValueError):
@@ -194,6 +196,7 @@ class _Limits:
             )
         if chunks is not None and (isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1):
             raise ValueError(f"chunks={chunks!r} is not a number of pieces; pass an int of at least 1.")
+        budget, peak = (_written(name, limit) for name, limit in (("budget", budget), ("peak", peak)))
         for name, limit in (("budget", budget), ("peak", peak)):
             _check(name, limit)
         self.budget, self.peak, self.chunks, self.count_arguments = budget, peak, chunks, count_arguments
@@ -278,6 +281,14 @@ class _Limits:
         return best + given
 
 
+def _written(name: str, limit: Budget) -> int | float | None:
+    """A limit as a number: `"64MB"` is bytes, `"25%"` a share."""
+    if not isinstance(limit, str):
+        return limit
+    share = re.fullmatch(r"(\d+\.?\d*) *%", limit.strip())
+    return budget_bytes(limit, name) if share is None else float(share[1]) / 100
+
+
 def _check(name: str, limit: Any) -> None:
     if limit is None:
         return
@@ -297,7 +308,7 @@ def _check(name: str, limit: Any) -> None:
         )
 
 
-def _bytes(limit: Budget, whole: int) -> int | None:
+def _bytes(limit: float | None, whole: int) -> int | None:
     """A limit in bytes."""
     if limit is None:
         return None

@@ -57,7 +57,8 @@ def _rule(reduce: Callable[..., Any], name: str) -> Rule:
     def applies(x: Any, **_: Any) -> bool | str:
         return True if jnp.issubdtype(x.dtype, jnp.floating) else f"its operand is {x.dtype}"
 
-    return Rule(forward, backward, equations, platforms=frozenset(), applies=applies, pure=True)
+    # Not `pure`: XLA's product with a cast boolean is a selection, which hides the NaN that autodiff shows.
+    return Rule(forward, backward, equations, platforms=frozenset(), applies=applies)
 
 
 RULES: dict[OperatorKey, Rule] = {
