@@ -347,6 +347,15 @@ def test_views_of_a_weight_and_of_its_product_keep_it_one(name: str) -> None:
     assert [(row.form, row.products) for row in plan.rows] == [("units", products)]
 
 
+def test_a_sum_behind_a_barrier_is_not_taken_apart() -> None:
+    # The loss is linear in the first result of the barrier, and curved in the second.
+    def loss(w: Any, x: Any) -> Any:
+        first, second = jax.lax.optimization_barrier((jnp.sum(w**4), jnp.sum(w**2) + jnp.sum(w**3)))
+        return jnp.where(x > 0, first, jnp.sin(second))
+
+    assert_exact(loss, normal(1), jnp.array(-1.0))
+
+
 def test_the_absolute_value_of_complex_numbers_is_curved() -> None:
     assert_exact(lambda w: jnp.sum(jnp.abs(w + 1j * w[::-1])), normal(3))
 

@@ -110,7 +110,12 @@ OPERATORS: dict[str, list[Callable[[Any], Any]]] = {
         lambda z: lax.pad(z, 0.5, ((0, 0, 0), (1, 0, 0), (0, 0, 0)))[:, :3] * z,
         lambda z: lax.pad(z, 0.5, ((-1, 1, 0), (0, 0, 0), (1, 0, 1)))[:, :, :2] * z,
     ],
-    "reduce_window_sum": [windows("sum", 1, 2, 1), windows("sum", 3, 1, 1), windows("sum", 1, 1, 2)],
+    "reduce_window_sum": [
+        windows("sum", 1, 2, 1),
+        windows("sum", 3, 1, 1),
+        windows("sum", 1, 1, 2),
+        windows("sum", 2, 2, 1, padding="VALID"),
+    ],
     "reduce_window_max": [lambda z: windows("max", 1, 3, 1)(z) * z, lambda z: windows("max", 3, 1, 1)(z) * z],
     "reduce_window_min": [lambda z: windows("min", 1, 3, 1)(z) * z, lambda z: windows("min", 3, 1, 1)(z) * z],
     "reshape": [

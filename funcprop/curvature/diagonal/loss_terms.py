@@ -45,7 +45,7 @@ def _sums(jaxpr: Any, leaves: Sequence[int]) -> list[int]:
         given = [i for i, v in enumerate(eqn.invars) if _is_in(v, dependent)]
         if eqn.primitive.name in SUMS and len(given) == 2:
             found.append(k)
-        if is_linear(eqn, given):
+        if len(eqn.outvars) == 1 and is_linear(eqn, given):
             linear.update(eqn.invars[i] for i in given if uses[eqn.invars[i]] == 1)
     return found
 

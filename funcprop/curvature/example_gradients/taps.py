@@ -226,6 +226,6 @@ def _linear_in(eqn: Any, views: list[View | None]) -> list[int] | None:
     which = [k for k, view in enumerate(views) if view is not None]
     if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
         return None  # a real leaf times complex numbers: see `views`
-    # Other operators give the view away as it is: there is no other operand that would be worth keeping.
+    # A tap keeps the cotangent and one other operand: an operator that is not a sum multiplies by it.
     multiplies = len(eqn.invars) == 2 and ALL not in facts_of(eqn).linear_in
     return which if is_linear(eqn, which) and (multiplies or eqn.primitive.name in SUMS) else None
