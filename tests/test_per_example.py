@@ -228,6 +228,22 @@ def test_audit_says_what_kfac_keeps():
     assert kept["['grouped']['w']"][0] == "2 blocks A ⊗ G, expand over 4 positions"
 
 
+def test_weights_in_one_array():
+    """A piece of a leaf is a view of it: its use in a product is an outer product."""
+
+    def model(w, x):
+        first, second = jnp.unstack(w)
+        return jnp.tile(jnp.tanh(x @ first) @ second, 2)
+
+    w = jax.random.normal(jax.random.key(0), (2, 3, 3))
+    x, y = jnp.sin(jnp.arange(12.0)).reshape(4, 3), jnp.cos(jnp.arange(24.0)).reshape(4, 6)
+    loss = lambda output, y: jnp.sum((output - y) ** 2)  # noqa: E731
+    quantities = fp.per_example(model, loss)
+    expected = jax.vmap(jax.grad(lambda w, x, y: loss(model(w, x), y)), (None, 0, 0))(w, x, y)
+    close(quantities(w, x, y, ["gradients"])["gradients"], expected, "unstacked")
+    assert [row.ways for row in quantities.audit(w, x)] == [("outer product", "outer product")]
+
+
 def test_audit_takes_shapes():
     shape = jax.ShapeDtypeStruct
     audit = fp.per_example(lambda w, x: x @ w, jnp.subtract).audit(shape((3,), float), shape((4, 3), float))

@@ -11,11 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop import _jax
-
-# Operators that only move the entries of their operand, or leave some out.
-_MOVES = frozenset({"reshape", "transpose", "squeeze", "rev", "slice", "split", "broadcast_in_dim"})
-# Operators that change no entry.
-_IDENTITIES = frozenset({"convert_element_type", "copy", "copy_p", "name", "optimization_barrier"})
+from funcprop.program.facts import facts_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +88,12 @@ class View:
 def seen_through(eqn: Any, views: list[View | None]) -> list[View] | None:
     """The views that an operator's results are of its only operand that is one; None if they are no views."""
     name = eqn.primitive.name
-    if name in _IDENTITIES and len(eqn.invars) == 1 and views[0] is not None:
+    facts, is_single = facts_of(eqn), len(eqn.invars) == 1
+    if facts.identity and is_single and views[0] is not None:
         # A real leaf seen as complex has complex cotangents, of which its gradient is the real part alone.
         real = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
         return [views[0]] if real else None
-    if name in _MOVES and views[0] is not None and len(eqn.invars) == 1:
+    if facts.moves and is_single and views[0] is not None:
         steps = views[0].steps
         return [replace(views[0], steps=(*steps, ViewStep(eqn, i))) for i in range(len(eqn.outvars))]
     if name == "neg" and views[0] is not None:

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from funcprop import _jax
-from funcprop.curvature.example_gradients.taps import CHECKPOINTS, Tap, TapPlan
+from funcprop.curvature.example_gradients.taps import Tap, TapPlan
+from funcprop.program.facts import CHECKPOINTS
 from funcprop.program.layer_calls import boundary_p
 
 Arrays = list[Any]

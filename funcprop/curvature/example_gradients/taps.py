@@ -21,13 +21,8 @@ import jax.numpy as jnp
 
 from funcprop import _jax
 from funcprop.curvature.example_gradients.parameter_views import View, seen_through
+from funcprop.program.facts import ALL, CALLS, CHECKPOINTS, SUMS, facts_of, is_linear
 from funcprop.program.layer_calls import boundary_p
-
-CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
-CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
-# Linear in every operand by itself; sums are linear in both together.
-_PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "mul"})
-_SUMS = frozenset({"add", "sub", "add_any"})
 
 
 class LoopAroundTap(NamedTuple):
@@ -67,7 +62,7 @@ class Tap:
     @property
     def partner(self) -> int | None:
         """The operand that the parameter is multiplied by, if any."""
-        if self.eqn is None or self.eqn.primitive.name in _SUMS:
+        if self.eqn is None or self.eqn.primitive.name in SUMS:
             return None
         return 1 - self.operand
 
@@ -240,13 +235,8 @@ def _carried_unchanged(eqn: Any) -> dict[int, int]:
 def _linear_in(eqn: Any, views: list[View | None]) -> list[int] | None:
     """The operands in which an equation is linear, if all that are views are among them."""
     which = [k for k, view in enumerate(views) if view is not None]
-    name = eqn.primitive.name
     if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
         return None  # a real leaf times complex numbers: see `views`
-    if name in _SUMS:
-        return which
-    if len(which) > 1:
-        return None
-    if name in _PRODUCTS or (name in ("div", "gather") and which == [0]):
-        return which
-    return None
+    # A tap keeps the cotangent and one other operand: an operator that is not a sum multiplies by it.
+    multiplies = len(eqn.invars) == 2 and ALL not in facts_of(eqn).linear_in
+    return which if is_linear(eqn, which) and (multiplies or eqn.primitive.name in SUMS) else None

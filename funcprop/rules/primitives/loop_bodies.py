@@ -15,14 +15,11 @@ import jax
 from jax import lax
 
 from funcprop import _jax
-from funcprop.program.flops import PRODUCTS
+from funcprop.program.facts import PRODUCTS, SUMS, facts_of, is_view
 from funcprop.program.sizes import nbytes
 from funcprop.rules.primitives.row_products import Form, by_columns, fastest_form
 
 Arrays = list[Any]
-
-# Cheap operators that follow a hoisted product out of the loop.
-_FOLLOWERS = frozenset({"add", "sub", "reshape", "convert_element_type", "broadcast_in_dim"})
 
 
 # --- what can leave the loop ------------------------------------------------------------------
@@ -45,7 +42,7 @@ def depths(jaxpr: Any, consts: int, carries: int) -> dict[Any, int]:
 def _is_bound(eqn: Any) -> bool:
     """Whether an equation stays in its loop in any case."""
     # Random bits of a batch are not the batch of the random bits (`rng_bit_generator`).
-    return bool(eqn.effects) or eqn.primitive.name.startswith(("random_", "rng_"))
+    return bool(eqn.effects) or facts_of(eqn).random
 
 
 def with_constant_operand(
@@ -58,7 +55,7 @@ def with_constant_operand(
         return isinstance(atom, _jax.Literal) or atom in known
 
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("jit", "pjit"):
+        if eqn.primitive.name == _jax.JIT:
             body = _jax.open_jaxpr(eqn.params["jaxpr"])
             given = [v for v, outer in zip(body.invars, eqn.invars, strict=True) if is_known(outer)]
             yield from with_constant_operand(body, given, operators)
@@ -149,10 +146,16 @@ def _hoisted(
         operands = _jax.variables(eqn.invars)
         projects = eqn.primitive.name in PRODUCTS and any(depth[v] == 0 for v in operands) and hoists(eqn)
         made = [maker[v] for v in operands if v in maker and depth[v] > 0]
-        follows = eqn.primitive.name in _FOLLOWERS and made and all(j in taken for j in made)
+        follows = _follows(eqn) and made and all(j in taken for j in made)
         if projects or follows:
             take(i)
     return taken
+
+
+def _follows(eqn: Any) -> bool:
+    """Whether an operator is so cheap that it follows a hoisted product out of the loop."""
+    name = eqn.primitive.name
+    return name in SUMS or name == "broadcast_in_dim" or is_view(eqn)
 
 
 # --- products ---------------------------------------------------------------------------------
@@ -171,7 +174,7 @@ def sites(jaxpr: Any, consts: int) -> list[Site]:
     index = {v: i for i, v in enumerate(jaxpr.invars[:consts])}
     found = []
     for position, eqn in enumerate(jaxpr.eqns):
-        if eqn.primitive.name not in PRODUCTS | {"add", "sub"}:
+        if eqn.primitive.name not in PRODUCTS | SUMS:
             continue
         constant = [k for k, v in enumerate(eqn.invars) if not isinstance(v, _jax.Literal) and v in index]
         if len(constant) == 1:

@@ -44,7 +44,7 @@ import jax
 import jax.numpy as jnp
 
 from funcprop import _jax
-from funcprop.program.flops import PRODUCTS
+from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import nbytes
 from funcprop.rules.primitives.loop_bodies import BodySplit, Site, run_perturbed, sites, split, widened
 from funcprop.rules.primitives.loop_steps import ForwardStep, LoopStep, StepBody

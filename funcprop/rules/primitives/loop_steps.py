@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from funcprop import _jax
-from funcprop.program.flops import PRODUCTS
+from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import nbytes
 from funcprop.rules.primitives.loop_bodies import (
     BodySplit,

@@ -35,7 +35,7 @@ from typing import Any
 import jax
 
 from funcprop import _jax
-from funcprop.program.flops import PRODUCTS
+from funcprop.program.facts import PRODUCTS, SUMS
 from funcprop.rules.primitives.loop_bodies import Site, contribution, with_constant_operand
 from funcprop.rules.primitives.loop_plans import ALWAYS as ALWAYS
 from funcprop.rules.primitives.loop_plans import (
@@ -178,7 +178,7 @@ def _applies(costs: Costs, *operands: Any, **params: Any) -> bool | str:
     if any(e.primitive.name == "while" for e in _jax.equations(_jax.open_jaxpr(params["jaxpr"]))):
         return "the body holds a `while`, which has no reverse mode"
     # A sum is worth nothing by itself: what is stacked for it is as large as what a product needs.
-    products = _of_constants(params, PRODUCTS if costs.guards else PRODUCTS | {"add", "sub"})
+    products = _of_constants(params, PRODUCTS if costs.guards else PRODUCTS | SUMS)
     if not products:
         return "no product of the loop has a constant operand"
     if not any(
