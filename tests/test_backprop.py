@@ -301,6 +301,11 @@ def test_errors_name_the_remedy(chapter):
         p.contributions["y", "o"]
 
 
+def test_what_jax_cannot_differentiate_is_no_constant():
+    with pytest.raises(NotImplementedError, match="nextafter"):
+        fp.backprop(lambda x: x * jnp.nextafter(x, 2.0))(1.0).gradient("x")
+
+
 def test_table_lists_inputs_values_and_gradients(chapter):
     table = str(fp.backprop(fp.models.chapter)(*chapter)).splitlines()
     assert [row.split()[0] for row in table[1:]] == ["W1", "W2", "x", "y", "λ", *CHAPTER_VALUES]

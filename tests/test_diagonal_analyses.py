@@ -74,6 +74,7 @@ CURVED = {
     "through an index": (lambda w: 1 / w, "div"),
     "its own norm": (lambda w: w / jnp.linalg.norm(w), "mul"),
     "straight through": (straight_through, "straight_through"),
+    "absolute values of complex numbers": (lambda w: jnp.abs(w + 1j * w[::-1]), "abs is curved"),
     "in a loop": (lambda w: jax.lax.fori_loop(0, 3, lambda i, c: c * w, jnp.ones(3)), "mul"),
 }
 AFFINE = {
@@ -82,6 +83,10 @@ AFFINE = {
     "pooled, padded, indexed": lambda w: jnp.max(jnp.pad(w, 1)[jnp.array([0, 2])]),
     "sorted": lambda w: jnp.sort(w) - jnp.clip(w, -1, 1),
     "in a loop": lambda w: jax.lax.scan(lambda c, x: (c + x, c), jnp.array(0.0), w),
+    "added at places": lambda w: jax.nn.relu(jnp.zeros(4).at[jnp.array([0, 2, 2])].add(w)),
+    "split, stacked, tiled": lambda w: jnp.abs(jnp.tile(jnp.stack(jnp.split(w, 3)), (2, 2))),
+    "largest, remainders": lambda w: jax.lax.top_k(w, 2)[0] - jax.lax.rem(w[:2], 0.3),
+    "its Fourier transform": lambda w: jnp.abs(jnp.fft.fft(w).real),
     "stopped": lambda w: jnp.sum(jax.lax.stop_gradient(jnp.exp(w)) * w),
 }
 

@@ -186,6 +186,11 @@ COUNTED = {
     "mlp": (mlp, ([np.ones((6, 8)), np.ones((8, 4))], np.ones((32, 6)))),
     "elementwise": (lambda x: x * x + x, (np.ones((9, 9)),)),
     "reduction": (jnp.sum, (np.ones((64, 64)),)),
+    "reduction by a function": (
+        lambda x: jax.lax.reduce(x, 0.0, lambda a, b: a * b + a, (0, 1)),
+        (np.ones((64, 64)),),
+    ),
+    "stacked": (lambda x: jnp.stack([x, x]) * 2.0, (np.ones((9, 9)),)),
     "convolution": (
         lambda x, k: jax.lax.conv_general_dilated(
             x, k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -207,6 +212,13 @@ def test_flops_are_those_of_xla(case):
     counted = jax.jit(fun).lower(*args).compile().cost_analysis()["flops"]
     # XLA leaves out the first addition of a reduction.
     assert fp.trace(fun)(*args).flops == pytest.approx(counted, rel=2e-3)
+
+
+def test_what_is_added_at_places_is_one_addition_each():
+    # XLA's count has the arithmetic of its CPU backend's loop in it.
+    graph = fp.trace(lambda x: x.at[np.array([0, 2, 2])].add(np.ones((3, 5))))(np.ones((4, 5)))
+    assert graph.operators[-1].op == "scatter-add"
+    assert graph.operators[-1].flops == 3 * 5
 
 
 def test_loops_count_every_iteration_and_cond_its_dearest_branch():

@@ -334,6 +334,38 @@ def test_progress_never_counts_backwards(monkeypatch: pytest.MonkeyPatch) -> Non
     assert seen[-1] == (seen[-1][1],) * 2
 
 
+# --- operators between ------------------------------------------------------------------------
+
+
+# With the number of products: examples share them, and what moves features alone keeps examples apart.
+BETWEEN: dict[str, tuple[Callable[..., Any], int]] = {
+    "an axis more": (lambda w, x: jnp.einsum("ni,kij->knj", x, w[None]), 1),
+    "reversed": (lambda w, x: x @ w[::-1, ::-1], 1),
+    "tiled": (lambda w, x: jnp.tile(x @ w, (1, 2)), 4),
+    "split and stacked": (lambda w, x: jnp.stack(jnp.split(x @ w, 2, 1)), 4),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_views_of_a_weight_and_of_its_product_keep_it_one(name: str) -> None:
+    fun, products = BETWEEN[name]
+    plan = assert_exact(lambda w, x: jnp.sum(jnp.sin(fun(w, x))), normal(3, 4), normal(N, 3, seed=1))
+    assert [(row.form, row.products) for row in plan.rows] == [("units", products)]
+
+
+def test_a_sum_behind_a_barrier_is_not_taken_apart() -> None:
+    # The loss is linear in the first result of the barrier, and curved in the second.
+    def loss(w: Any, x: Any) -> Any:
+        first, second = jax.lax.optimization_barrier((jnp.sum(w**4), jnp.sum(w**2) + jnp.sum(w**3)))
+        return jnp.where(x > 0, first, jnp.sin(second))
+
+    assert_exact(loss, normal(1), jnp.array(-1.0))
+
+
+def test_the_absolute_value_of_complex_numbers_is_curved() -> None:
+    assert_exact(lambda w: jnp.sum(jnp.abs(w + 1j * w[::-1])), normal(3))
+
+
 # --- errors -----------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from loop_programs import B, H, T, close, normal, products_in_loops
 
 import funcprop as fp
-from funcprop.rules.primitives import loops
+from funcprop.rules.primitives import loop_bodies, loops
 
 RULES = fp.rules.autodiff.replace({"scan": loops.rule(loops.ALWAYS)})
 
@@ -353,3 +353,12 @@ def test_a_loop_in_shard_map_whose_arguments_vary_differently():
     expected = jax.grad(fun, (0, 1))(*args)
     for gradient in got:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), gradient(*args), expected)
+
+
+def test_what_only_moves_a_hoisted_product_follows_it():
+    def step(w, b, h, x):
+        return jnp.tanh(jnp.squeeze(x[None] @ w, 0) + b + h)
+
+    like = jax.make_jaxpr(step)(jnp.ones((3, 3)), jnp.ones(3), jnp.ones(3), jnp.ones(3)).jaxpr
+    cut = loop_bodies.split(like, 2, 1, lambda eqn: True)
+    assert [eqn.primitive.name for eqn in cut.rest.eqns] == ["add", "tanh"]

@@ -147,8 +147,9 @@ def test_who_reads_the_middle_still_gets_it(fun, name):
         in_a_scan(lambda x: pool(nn.relu(2 * x))),
         jax.jit(lambda x: jax.checkpoint(lambda x: pool(nn.relu(2 * x)))(x)),
         lambda x: pool(jnp.moveaxis(nn.relu(2 * x), 1, -1)[None][0]),
+        lambda x: pool(nn.relu(2 * x)[:, 1:]),
     ],
-    ids=["plain", "layer", "vmap", "scan", "jit and checkpoint", "moved"],
+    ids=["plain", "layer", "vmap", "scan", "jit and checkpoint", "moved", "cut"],
 )
 def test_a_relu_before_a_pool(fun):
     assert operators(fun, X, rules=fp.rules.default) == ["relu_max_pool"]

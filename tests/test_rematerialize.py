@@ -18,8 +18,7 @@ from zoo.entry import normal
 
 import funcprop as fp
 from funcprop import _jax
-from funcprop.memory import BudgetError, remat_plan
-from funcprop.memory.remat import rematerialize
+from funcprop.memory import BudgetError, remat_plan, rematerialize
 from funcprop.program import flops
 
 

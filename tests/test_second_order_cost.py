@@ -335,3 +335,18 @@ def test_the_users_own_lines_are_shown(module: Any) -> None:
     assert result.exit_code == 1
     assert "return x if x > 0" in result.stderr
     assert "/funcprop/cli/" not in result.stderr
+
+
+def test_bytes_are_moved_where_xla_does_not_fuse():
+    """A rounding is fused with what surrounds it; a sum into places reads and writes all of its operand."""
+    x = jax.ShapeDtypeStruct((4, 5), "float32")
+
+    def moved(fun):
+        return of_jaxpr(jax.make_jaxpr(fun)(x)).moved
+
+    assert moved(lambda x: jnp.sin(jax.lax.reduce_precision(jnp.cos(x), 8, 10))) == 2 * 80
+    rows = np.array([[0], [2]], "int32")
+    numbers = jax.lax.ScatterDimensionNumbers((1,), (0,), (0,))
+    added = moved(lambda x: jax.lax.scatter_add(jnp.sin(x), rows, x[:2], numbers))
+    # sin reads and writes; the slice writes; the sum reads both and the places, and writes.
+    assert added == (80 + 80) + 40 + (80 + 40 + 8) + 80

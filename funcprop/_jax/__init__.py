@@ -21,6 +21,7 @@ from jax.interpreters import partial_eval as pe
 
 from funcprop._jax.source_lines import here as here
 from funcprop._jax.source_lines import source_line as source_line
+from funcprop._jax.surrounding import JIT as JIT
 from funcprop._jax.surrounding import PassingTrace as PassingTrace
 from funcprop._jax.surrounding import equation_of as equation_of
 from funcprop._jax.surrounding import is_call_of as is_call_of
@@ -178,7 +179,7 @@ def inlined(closed: Any, keep: Callable[[Equation], bool] = lambda eqn: False) -
     names of an enclosing `shard_map` are unbound.
     """
     inner = open_jaxpr(closed)
-    if not any(eqn.primitive.name in ("jit", "pjit") for eqn in inner.eqns):
+    if not any(eqn.primitive.name == JIT for eqn in inner.eqns):
         return closed
     equations: list[Equation] = []
     constvars, consts = list(inner.constvars), constants(closed)
@@ -190,7 +191,7 @@ def inlined(closed: Any, keep: Callable[[Equation], bool] = lambda eqn: False) -
             operands = [v if isinstance(v, Literal) else atoms[v] for v in eqn.invars]
             stack = eqn.source_info.name_stack
             stack = stack if outer is None else outer + stack
-            if eqn.primitive.name in ("jit", "pjit") and not keep(eqn):
+            if eqn.primitive.name == JIT and not keep(eqn):
                 body = eqn.params["jaxpr"]
                 closed_over = [Var(v.aval) for v in open_jaxpr(body).constvars]
                 constvars.extend(closed_over)
@@ -281,7 +282,7 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def memory_fields(compiled: Any) -> dict[str, int]:
-    """Read the memory that a compiled program reports: `argument, output, temporary, alias` and `peak` bytes."""
+    """Read the bytes that a compiled program reports: `argument, output, temporary, alias` and `peak`."""
     names = {"argument": "argument_size", "output": "output_size", "temporary": "temp_size"}
     names |= {"alias": "alias_size", "peak": "peak_memory"}
     found = compiled.memory_analysis()

@@ -11,6 +11,9 @@ import jax.extend.core as jex
 from jax.core import Trace, Tracer
 from jax.extend import source_info_util
 
+# The name of the primitive of `jax.jit`.
+JIT = "jit"
+
 
 class PassingTrace(Trace):
     """Hands every primitive on to `parent_trace`; a subclass looks at what passes.
@@ -96,7 +99,7 @@ def is_traced(value: Any) -> bool:
 
 def is_inlined(primitive: Any, params: Mapping[str, Any]) -> bool:
     """Whether a primitive is a jit in whose place its body stands wherever it is traced."""
-    if primitive.name not in ("jit", "pjit"):
+    if primitive.name != JIT:
         return False
     inline = params.get("inline")
     return inline is True or getattr(inline, "name", None) == "JAX_EARLY"  # An enumeration since JAX 0.11.

@@ -22,8 +22,8 @@ from funcprop.cost.work import Work, of_compiled, of_jaxpr
 from funcprop.graph.graph import aligned, bytes_text
 from funcprop.graph.objective import Argnums, Objective, trace_objective
 from funcprop.graph.references import require_no_references
-from funcprop.graph.tracing import INLINED
 from funcprop.program.call import has_values
+from funcprop.program.facts import CALLS
 from funcprop.program.sizes import budget_bytes
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.sets import default
@@ -221,7 +221,7 @@ def second_order_cost(
             run = has_values(objective.traced.leaves)
             return _costs(objective, output, rule_set, repeats if run else 0, most, patience), None
 
-        return trace_objective(use, fun, argnums, args, kwargs, has_aux, INLINED)
+        return trace_objective(use, fun, argnums, args, kwargs, has_aux, CALLS)
 
     return costs
 

@@ -20,25 +20,10 @@ from typing import Any
 from funcprop import _jax
 from funcprop._jax.hlo import Instruction, instructions
 from funcprop.memory.rows import peak_bytes
-from funcprop.program.flops import PRODUCTS, flops
+from funcprop.program.facts import LOOPS, PRODUCTS, facts_of
+from funcprop.program.flops import flops
 from funcprop.program.linear_map import linear_body
 from funcprop.program.sizes import nbytes
-
-# What XLA gives a kernel of its own, apart from products and what has a body.
-_UNFUSED = frozenset(
-    {
-        "sort",
-        "top_k",
-        "gather",
-        "scatter",
-        "scatter-add",
-        "scatter_add",
-        "dynamic_update_slice",
-        "concatenate",
-    }
-    | {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "argmax", "argmin", "fft", "cholesky"}
-    | {"triangular_solve", "eigh", "lu", "qr", "svd", "random_bits", "threefry2x32", "optimization_barrier"}
-)
 
 
 @dataclass(frozen=True)
@@ -103,12 +88,12 @@ def _leaves(jaxpr: Any, times: int, looped: bool) -> Iterator[tuple[Any, int, bo
         if not bodies:
             yield eqn, times, looped
         for body, repeats in bodies:
-            yield from _leaves(body, times * repeats, looped or eqn.primitive.name in ("scan", "while"))
+            yield from _leaves(body, times * repeats, looped or eqn.primitive.name in LOOPS)
 
 
 def _executed(eqn: Any) -> Iterator[tuple[Any, int]]:
     """The bodies that an equation runs, and how often."""
-    bodies = [_jax.open_jaxpr(body) for _, body in _jax.sub_jaxprs(eqn)]
+    bodies = [] if facts_of(eqn).combines else [_jax.open_jaxpr(body) for _, body in _jax.sub_jaxprs(eqn)]
     if (tangent_map := linear_body(eqn)) is not None:
         body, _ = _jax.with_constants_as_inputs(tangent_map)
         bodies = [_jax.without_unread_inputs(body, [True] * len(body.invars))[0]]
@@ -121,13 +106,8 @@ def _executed(eqn: Any) -> Iterator[tuple[Any, int]]:
 
 
 def _is_unfused(eqn: Any) -> bool:
-    name = eqn.primitive.name
-    return (
-        name in PRODUCTS
-        or name in _UNFUSED
-        or name.startswith(("reduce_window", "select_and_"))
-        or next(_executed(eqn), None) is not None
-    )
+    """Whether XLA gives an operator a kernel of its own."""
+    return not facts_of(eqn).fuses or next(_executed(eqn), None) is not None
 
 
 def _in_memory(jaxpr: Any) -> set[Any]:
@@ -137,7 +117,7 @@ def _in_memory(jaxpr: Any) -> set[Any]:
         if _is_unfused(eqn):
             kept.update(_jax.variables(eqn.invars))
             kept.update(eqn.outvars)
-        elif eqn.primitive.name.startswith("reduce_"):
+        elif facts_of(eqn).reduces:
             kept.update(eqn.outvars)
     return kept
 

@@ -14,8 +14,9 @@ from funcprop.drawing.relabelling import Relabelling, needed, objective_name, re
 from funcprop.drawing.request import Shown
 from funcprop.drawing.ruled_function import differentiated, marked, shape_of
 from funcprop.graph.graph import Graph, Variable
-from funcprop.graph.tracing import CHECKPOINTS, INLINED, trace_function
+from funcprop.graph.tracing import trace_function
 from funcprop.program.call import without_aux
+from funcprop.program.facts import CALLS, CHECKPOINTS
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.sets import default
 
@@ -98,7 +99,7 @@ def backward_graph(
             traces.append((tree, list(map(shape_of, saved)), list(map(jax.typeof, results))))
             return results, saved
 
-        inline = INLINED | CHECKPOINTS
+        inline = CALLS | CHECKPOINTS
         first = trace_function(forward, args, kwargs, inline).graph
         tree, saved_types, types = traces[-1]
         smooth = [_jax.is_differentiable(t) for t in types]

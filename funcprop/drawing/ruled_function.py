@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from funcprop import _jax
-from funcprop.graph.tracing import INLINED
 from funcprop.program.call import Call, is_array, traced
+from funcprop.program.facts import CALLS
 from funcprop.program.layer_calls import layer_call
 from funcprop.rules.rewrite import Rewriter
 from funcprop.rules.rule_set import RuleSet
@@ -155,7 +155,7 @@ def _is_named(eqn: Any) -> bool:
 
 def _enters(eqn: Any) -> bool:
     """Whether an equation is a nested jit in which there is something to mark."""
-    if eqn.primitive.name not in INLINED or layer_call(eqn) is not None:
+    if eqn.primitive.name not in CALLS or layer_call(eqn) is not None:
         return False
     inner = [e for _, body in _jax.sub_jaxprs(eqn) for e in _jax.open_jaxpr(body).eqns]
     return any(layer_call(e) is not None or _is_named(e) or _enters(e) for e in inner)

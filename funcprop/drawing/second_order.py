@@ -14,8 +14,9 @@ from funcprop.drawing.relabelling import Relabelling, needed, objective_name, re
 from funcprop.drawing.request import Shown
 from funcprop.drawing.ruled_function import differentiated, marked, shape_of
 from funcprop.graph.graph import Graph, Variable
-from funcprop.graph.tracing import CHECKPOINTS, INLINED, trace_function
+from funcprop.graph.tracing import trace_function
 from funcprop.program.call import without_aux
+from funcprop.program.facts import CALLS, CHECKPOINTS
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.sets import default
 
@@ -111,7 +112,7 @@ def second_order_graph(
 
         directions = [shape_of(x) for _, x in chosen]
         given = (args, kwargs, directions, shape_of(result.aval))
-        graph = trace_function(both, given, {}, INLINED | CHECKPOINTS).graph
+        graph = trace_function(both, given, {}, CALLS | CHECKPOINTS).graph
         return _classified(graph, primal, positions, order)
 
     return built

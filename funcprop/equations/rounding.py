@@ -19,76 +19,9 @@ import numpy as np
 from jax import lax
 
 from funcprop import _jax
-from funcprop.graph.tracing import CHECKPOINTS, INLINED
+from funcprop.program.facts import CALLS, CHECKPOINTS, CUSTOM_RULES, facts_of
 
 RUNS = 8
-
-# Primitives that give back numbers as they are.
-_EXACT = frozenset(
-    {
-        "abs",
-        "addupdate",
-        "broadcast_in_dim",
-        "ceil",
-        "clamp",
-        "clone",
-        "complex",
-        "concatenate",
-        "conj",
-        "copy",
-        "copy_p",
-    }
-    | {
-        "cummax",
-        "cummin",
-        "device_put",
-        "dynamic_slice",
-        "dynamic_update_slice",
-        "expand_dims",
-        "floor",
-        "freeze",
-    }
-    | {
-        "gather",
-        "get",
-        "imag",
-        "max",
-        "min",
-        "name",
-        "neg",
-        "optimization_barrier",
-        "pad",
-        "real",
-        "reduce_max",
-    }
-    | {"reduce_min", "reduce_window_max", "reduce_window_min", "reshape", "rev", "round", "scatter"}
-    | {
-        "select_and_gather_add",
-        "select_n",
-        "sharding_constraint",
-        "sign",
-        "slice",
-        "sort",
-        "split",
-        "squeeze",
-    }
-    | {"stack", "stop_gradient", "swap", "tile", "top_k", "transpose", "unstack", "funcprop_layer"}
-)
-
-# Primitives that add up terms, some of which have results of the shape of their operands.
-_SUMS = frozenset(
-    {
-        "cholesky",
-        "conv_general_dilated",
-        "cumsum",
-        "cumlogsumexp",
-        "custom_linear_solve",
-        "dot_general",
-        "eigh",
-    }
-    | {"fft", "householder_product", "lu", "psum", "qr", "ragged_dot_general", "reduce_sum", "scatter-add"}
-    | {"scatter_add", "svd", "triangular_solve", "tridiagonal_solve"}
-)
 
 # What adds up where one of its operands is largest: a change of that one would move the place.
 _PICKED = frozenset({"select_and_scatter_add", "select_and_scatter"})
@@ -152,11 +85,12 @@ class _Rounded:
         if name == "cond":
             branches = [lambda *xs, body=body: self.body(body, xs) for body in bodies]
             return list(lax.switch(operands[0], branches, *operands[1:]))
-        if bodies and (name in INLINED | CHECKPOINTS or name.startswith(("custom_jvp", "custom_vjp"))):
+        if bodies and name in CALLS | CHECKPOINTS | CUSTOM_RULES:
             return self.body(bodies[0], operands)
-        if name in _EXACT or not any(_jax.is_differentiable(v.aval) for v in eqn.outvars):
+        facts = facts_of(eqn)
+        if facts.exact or not any(_jax.is_differentiable(v.aval) for v in eqn.outvars):
             return _jax.one_equation(eqn)(*operands)
-        if name in _SUMS or not (name in _PICKED or _is_entrywise(eqn)):
+        if facts.accumulates or not (name in _PICKED or _is_entrywise(eqn)):
             operands = [self.changed(x) for x in operands]
         results = _jax.one_equation(eqn)(*operands)
         if name == "convert_element_type" and not _narrows(operands[0], results[0]):

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from funcprop.graph.graph import Graph, Variable
-from funcprop.graph.tracing import CHECKPOINTS, INLINED, Arguments, Traced, trace_call
+from funcprop.graph.tracing import Arguments, Traced, trace_call
+from funcprop.program.facts import CALLS, CHECKPOINTS
 
 Argnums: TypeAlias = "int | Sequence[int] | None"
 
@@ -66,7 +67,7 @@ def trace_objective(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     has_aux: bool = False,
-    inline: frozenset[str] = INLINED | CHECKPOINTS,
+    inline: frozenset[str] = CALLS | CHECKPOINTS,
 ) -> Any:
     """Trace a scalar function and hand it to `use`, which returns as in `trace_call`.
 

@@ -19,12 +19,10 @@ from funcprop.graph.graph import Graph, Kind, Operator, Variable, name
 from funcprop.graph.naming import argument_names, joined, literal_name, unique_names, without_transformations
 from funcprop.graph.references import contents
 from funcprop.program.call import Call, is_array, pair, traced
+from funcprop.program.facts import CALLS
 from funcprop.program.flops import flops
 from funcprop.program.layer_calls import LayerCall, boundary_p, layer_call
 from funcprop.program.sizes import nbytes
-
-INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
-CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +133,7 @@ def trace_function(
     fun: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    inline: frozenset[str] = INLINED,
+    inline: frozenset[str] = CALLS,
     signature: Arguments | None = None,
     name_result: str | None = None,
     has_aux: bool = False,
@@ -182,7 +180,7 @@ def trace_function(
     )
 
 
-def graph_of(label: str, closed: Any, inline: frozenset[str] = INLINED) -> Graph:
+def graph_of(label: str, closed: Any, inline: frozenset[str] = CALLS) -> Graph:
     """The graph of a jaxpr, whose inputs are called `in0`, `in1` …"""
     names = [f"in{i}" for i in range(len(_jax.open_jaxpr(closed).invars))]
     return _Builder(inline).build(label, closed, names)[0]

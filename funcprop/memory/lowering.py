@@ -12,15 +12,15 @@ import jax
 import numpy as np
 
 from funcprop import _jax
-from funcprop.graph.tracing import CHECKPOINTS, INLINED
 from funcprop.memory import expansions
 from funcprop.memory.steps import Kind, Step, StepProgram, Value
+from funcprop.program.facts import CALLS, CHECKPOINTS
 from funcprop.program.layer_calls import boundary_p
 from funcprop.program.linear_map import linear_body
 from funcprop.program.sizes import nbytes
 
 CALLS = (
-    INLINED
+    CALLS
     | CHECKPOINTS
     | {"custom_jvp_call", "custom_vjp_call", "custom_lin", "custom_vjp_call_jaxpr", "shard_map"}
 )

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from funcprop import _jax
 from funcprop._jax import xla_options
 from funcprop._jax.hlo import constant_bytes
-from funcprop.graph.tracing import CHECKPOINTS
 from funcprop.memory.cases import AccountedProgram
 from funcprop.memory.rows import Predicted, predicted
-from funcprop.program.flops import PRODUCTS, of_jaxpr
+from funcprop.program.facts import CHECKPOINTS, PRODUCTS
+from funcprop.program.flops import of_jaxpr
 from funcprop.program.sizes import nbytes
 
 # With it, a chain of layers is no longer one kernel whose memory is not reported.

@@ -8,49 +8,24 @@ is known; a `while` counts one iteration, a `cond` its most expensive branch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from funcprop import _jax
-
-PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
-# Moves, makes or marks data without arithmetic.
-_FREE = frozenset(
-    {"reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "dynamic_slice"}
-    | {"dynamic_update_slice", "concatenate", "pad", "gather", "scatter", "rev", "split", "tile", "iota"}
-    | {"convert_element_type", "bitcast_convert_type", "copy", "copy_p", "name", "stop_gradient"}
-    | {"device_put", "optimization_barrier", "sharding_constraint", "pvary", "pcast", "funcprop_layer"}
-    | {"debug_callback", "debug_print", "pure_callback", "io_callback", "get", "swap", "new_ref", "freeze"}
-    | {"random_seed", "random_wrap", "random_unwrap", "random_bits", "random_split", "random_fold_in"}
-)
-_REDUCTIONS = frozenset(
-    {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor"}
-    | {"argmax", "argmin", "cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "reduce"}
-)
+from funcprop.program.facts import Cost, facts_of
 
 
 def flops(eqn: Any) -> int:
     """Floating-point operations of an equation, its bodies included."""
-    name = eqn.primitive.name
-    if name == "dot_general":
-        return _product(eqn)
-    if name == "conv_general_dilated":
-        return _convolution(eqn)
-    if name in _FREE:
-        return 0
+    facts, name = facts_of(eqn), eqn.primitive.name
     bodies = [of_jaxpr(body) for _, body in _jax.sub_jaxprs(eqn)]
     if name == "scan":
         return eqn.params["length"] * bodies[0]
     if name == "cond":
         return max(bodies)
-    if bodies:
+    if bodies and not facts.combines:
         return sum(bodies)
-    if name in _REDUCTIONS:
-        return _size(eqn.invars[0])
-    if name.startswith(("reduce_window", "select_and_scatter", "select_and_gather")):
-        return _size(eqn.outvars[0]) * math.prod(eqn.params.get("window_dimensions", (1,)))
-    if name.startswith("scatter"):
-        return _size(eqn.invars[-1])
-    return max((_size(v) for v in eqn.outvars), default=0)
+    return _COUNTED[facts.cost](eqn) * (sum(bodies) or 1)
 
 
 def of_jaxpr(jaxpr: Any) -> int:
@@ -73,3 +48,21 @@ def _convolution(eqn: Any) -> int:
     output_features = eqn.params["dimension_numbers"].rhs_spec[0]
     taps = math.prod(size for axis, size in enumerate(kernel) if axis != output_features)
     return 2 * _size(eqn.outvars[0]) * taps
+
+
+def _of_result(eqn: Any) -> int:
+    return max((_size(v) for v in eqn.outvars), default=0)
+
+
+def _of_windows(eqn: Any) -> int:
+    return _size(eqn.outvars[0]) * math.prod(eqn.params.get("window_dimensions", (1,)))
+
+
+_COUNTED: dict[Cost, Callable[[Any], int]] = {
+    "free": lambda eqn: 0,
+    "result": _of_result,
+    "operand": lambda eqn: _size(eqn.invars[0]),
+    "updates": lambda eqn: _size(eqn.invars[-1]),
+    "windows": _of_windows,
+    "product": lambda eqn: _product(eqn) if eqn.primitive.name == "dot_general" else _convolution(eqn),
+}

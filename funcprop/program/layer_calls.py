@@ -135,7 +135,7 @@ def ends_in_boundary(jaxpr: Any) -> bool:
 
 
 def _boundary(eqn: Any) -> Any | None:
-    if eqn.primitive.name not in ("jit", "pjit") or not ends_in_boundary(eqn.params["jaxpr"]):
+    if eqn.primitive.name != _jax.JIT or not ends_in_boundary(eqn.params["jaxpr"]):
         return None
     return _jax.open_jaxpr(eqn.params["jaxpr"]).eqns[-1]
 

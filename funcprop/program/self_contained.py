@@ -17,21 +17,16 @@ import jax
 
 from funcprop import _jax
 from funcprop.program.custom_rules import (
-    FORWARD,
-    REVERSE,
     TANGENT,
     CustomRule,
     python_rule,
     tangent_map,
     traced_rule,
 )
+from funcprop.program.facts import CHECKPOINTS, CONTROL_FLOW, CUSTOM_RULES
 from funcprop.program.linear_map import linear_body, linear_p
 from funcprop.program.structural_key import StructuralKey, structural_key
 
-_JITS = frozenset({"jit", "pjit"})
-_CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
-# The bodies of others are left as they are; inside of a `shard_map` are axes that are bound nowhere else.
-_OPENED = _JITS | _CHECKPOINTS | {"scan", "while", "cond", "closed_call", "core_call"}
 # A rule that calls its own function is followed until it has repeated itself so often: then it always does.
 _REPEATS = 2
 
@@ -141,13 +136,14 @@ class _Closer:
     def _hides_in(self, eqn: Any) -> bool:
         if eqn.primitive is linear_p or eqn.primitive.name == TANGENT or self._is_unknown(eqn):
             return True
-        if eqn.primitive.name not in _OPENED:
+        # Bodies of others stay as they are; inside of a `shard_map` are axes that are bound nowhere else.
+        if eqn.primitive.name not in CONTROL_FLOW:
             return False
         return any(_jax.constants(body) or self._hides(body) for _, body in _jax.sub_jaxprs(eqn))
 
     def _is_unknown(self, eqn: Any) -> bool:
-        custom = eqn.primitive.name in (FORWARD, REVERSE)
-        return custom and not any(id(value) in self._known for value in eqn.params.values())
+        is_custom = eqn.primitive.name in CUSTOM_RULES
+        return is_custom and not any(id(value) in self._known for value in eqn.params.values())
 
     def _inline(self, jaxpr: Any, inputs: Sequence[Any], scope: _Scope, outer: Any) -> list[Any]:
         """Add the equations of a jaxpr to a scope; its results."""
@@ -258,9 +254,9 @@ def _with_inputs(eqn: Any, bodies: Sequence[tuple[Any, int]]) -> Any | None:
     Each body comes with how many of its leading inputs are arrays. None if the equation cannot be given them.
     """
     kind = eqn.primitive.name
-    if kind in _JITS:
+    if kind == _jax.JIT:
         return bodies[0][0]
-    if kind in _CHECKPOINTS:
+    if kind in CHECKPOINTS:
         body, count = bodies[0]
         params = _jax.map_jaxprs(eqn.params, lambda _: body)
         invars = [*body.invars[:count], *eqn.invars]

@@ -20,7 +20,7 @@ import numpy as np
 from funcprop import _jax
 
 # Parameters that say nothing about what is computed.
-_UNSAID = frozenset({("jit", "name"), ("pjit", "name")})
+_UNSAID = frozenset({(_jax.JIT, "name")})
 _PLAIN = (bool, int, str, bytes, type(None))
 _JAX_DIRECTORY = os.path.dirname(jax.__file__) + os.sep
 

@@ -10,10 +10,11 @@ import jax
 
 from funcprop import _jax
 from funcprop.program.call import Call, is_array, traced
+from funcprop.program.facts import CONTROL_FLOW
 from funcprop.program.layer_calls import layer_call
 from funcprop.program.linear_map import Arrays
 from funcprop.rules.patterns.recognition import Replacement
-from funcprop.rules.rewrite import CONTROL_FLOW, Match, Rewriter, matches_in
+from funcprop.rules.rewrite import Match, Rewriter, matches_in
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import RuleTrace
 from funcprop.rules.sets import default

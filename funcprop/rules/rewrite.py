@@ -18,6 +18,7 @@ import jax
 
 from funcprop import _jax
 from funcprop._jax.layouts import bound_to_layouts, without_layouts
+from funcprop.program.facts import CHECKPOINTS, CONTROL_FLOW
 from funcprop.program.layer_calls import broken_layer_call, ends_in_boundary, layer_call
 from funcprop.program.linear_map import Arrays
 from funcprop.rules.attach import attach, why_not
@@ -26,14 +27,9 @@ from funcprop.rules.patterns import PATTERNS
 from funcprop.rules.patterns.recognition import Pattern, recognised
 from funcprop.rules.rule_set import RuleSet
 
-# Primitives whose bodies are rewritten in place. Whatever is not named here (custom derivatives above all:
-# the user's own rule wins) is emitted as it stands.
-CONTROL_FLOW = frozenset(
-    {"jit", "pjit", "scan", "cond", "while", "checkpoint", "remat", "remat2", "closed_call", "core_call"}
-)
-
-# Those among them whose body is stored without its constants.
-WITHOUT_CONSTANTS = frozenset({"checkpoint", "remat", "remat2", "core_call"})
+# Bodies of control flow are rewritten in place. All others (those of custom derivatives above all: the user's
+# own rule wins) are emitted as they stand.
+_ENTERED = CONTROL_FLOW | {"shard_map"}
 
 _REWRITTEN: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
@@ -65,9 +61,13 @@ def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
     rule = rules.find(call.layer if call is not None else eqn.primitive.name, platform)
     if rule is None:
         return None
+    arguments, results = ([v.aval for v in atoms] for atoms in (eqn.invars, eqn.outvars))
+    if not all(hasattr(a, "shape") and hasattr(a, "dtype") for a in (*arguments, *results)):
+        name = eqn.primitive.name if call is None else call.layer.name
+        return Match(
+            name, _jax.scope(eqn), _jax.source_line(eqn), None, "an operand or a result is no array", eqn
+        )
     bound = BoundRule.of_primitive(rule, eqn) if call is None else BoundRule.of_layer(rule, call, eqn)
-    arguments = [operand.aval for operand in eqn.invars]
-    results = [result.aval for result in eqn.outvars]
     reason = _cannot_attach(eqn, arguments, results)
     if reason is None and call is None and eqn.primitive.name in CONTROL_FLOW:
         reason = _cannot_align(arguments) or _cannot_forget_layouts(eqn)
@@ -136,7 +136,7 @@ class Rewriter:
 
     def may_match(self, primitive: Any, params: Mapping[str, Any]) -> bool:
         """Whether `match` may find something at an operator; much cheaper than to ask it."""
-        if primitive.name in ("jit", "pjit"):
+        if primitive.name == _jax.JIT:
             return ends_in_boundary(params["jaxpr"])
         return self.rules.find(primitive.name, self.platform) is not None
 
@@ -173,7 +173,7 @@ class Rewriter:
 
     def enters(self, eqn: Any) -> bool:
         """Whether the equation has a body in which a rule fires."""
-        if eqn.primitive.name not in CONTROL_FLOW and eqn.primitive.name != "shard_map":
+        if eqn.primitive.name not in _ENTERED:
             return False
         return any(self.has_rule(body) for _, body in _jax.sub_jaxprs(eqn))
 
@@ -260,10 +260,10 @@ class Rewriter:
 
     def with_new_bodies(self, primitive: Any, params: Mapping[str, Any]) -> tuple[Mapping[str, Any], Arrays]:
         """The parameters with rewritten bodies, and constants of the bodies that have become operands."""
-        if primitive.name in ("jit", "pjit"):  # The many small ones of jax.numpy have no rule inside.
+        if primitive.name == _jax.JIT:  # The many small ones of jax.numpy have no rule inside.
             body = self.body(params["jaxpr"])
             return params if body is params["jaxpr"] else {**params, "jaxpr": body}, []
-        if primitive.name not in WITHOUT_CONSTANTS:
+        if primitive.name not in CHECKPOINTS:  # Their bodies are stored without constants.
             return _jax.map_jaxprs(params, self.body), []
         extra: list[Any] = []
 
@@ -331,7 +331,7 @@ def matches_in(
         if found is not None:
             yield replace(found, scope=inner_scope, source=inner_source, mapped=mapped)
         whole = found is not None and found.bound is not None and layer_call(eqn) is not None
-        if not whole and eqn.primitive.name in CONTROL_FLOW | {"shard_map"}:
+        if not whole and eqn.primitive.name in _ENTERED:
             inside = mapped or eqn.primitive.name == "shard_map"
             for _, body in _jax.sub_jaxprs(eqn):
                 yield from matches_in(rewriter.inside(eqn), body, inner_scope, inner_source, inside)

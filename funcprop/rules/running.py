@@ -20,12 +20,13 @@ import jax
 
 from funcprop import _jax
 from funcprop.program.call import name_of, require_callable
+from funcprop.program.facts import CONTROL_FLOW
 from funcprop.program.linear_map import Arrays
 from funcprop.rules.bound_rule import BoundRule
 from funcprop.rules.looking_back import Past
 from funcprop.rules.patterns import FUNCTIONS
 from funcprop.rules.patterns.recognition import Replacement
-from funcprop.rules.rewrite import CONTROL_FLOW, Rewriter
+from funcprop.rules.rewrite import Rewriter
 from funcprop.rules.rule import RuleError
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.sets import default

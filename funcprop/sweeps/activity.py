@@ -11,10 +11,8 @@ from jax.custom_derivatives import SymbolicZero
 from funcprop import _jax
 from funcprop.graph.graph import Graph, Operator
 from funcprop.graph.references import Run, has_references, with_new_references
+from funcprop.program.facts import facts_of
 from funcprop.rules.rewrite import Rewriter
-
-# Primitives with floating-point results whose derivative is zero everywhere.
-_LOCALLY_CONSTANT = frozenset({"stop_gradient", "floor", "ceil", "round", "sign", "nextafter"})
 
 
 def active_variables(graph: Graph, inputs: Collection[str], rewriter: Rewriter | None = None) -> set[str]:
@@ -43,7 +41,7 @@ def _perturbed_results(op: Operator, perturbed: Sequence[bool], rewriter: Rewrit
     else:
         has_rule = op.equation is not None and rewriter.find(op.equation) is not None
     is_plain = op.equation is not None and op.call is None and not op.bodies and not has_references(op)
-    if has_rule or (is_plain and op.op not in _LOCALLY_CONSTANT):
+    if has_rule or (is_plain and not facts_of(op.equation).flat):
         return everything
     if is_plain:
         return [False] * len(op.outputs)

@@ -353,7 +353,7 @@ def make_case(
 def _primitive_parameters(plain: Callable[..., Any], primitive: str, leaves: Sequence[Any]) -> dict[str, Any]:
     """The parameters of the one equation that the plain function is."""
     body = _jax.open_jaxpr(jax.make_jaxpr(plain)(*leaves))
-    while len(body.eqns) == 1 and body.eqns[0].primitive.name in ("jit", "pjit"):
+    while len(body.eqns) == 1 and body.eqns[0].primitive.name == _jax.JIT:
         body = _jax.open_jaxpr(body.eqns[0].params["jaxpr"])
     eqn = body.eqns[0] if len(body.eqns) == 1 else None
     if eqn is None or eqn.primitive.name != primitive or list(eqn.invars) != list(body.invars):

@@ -27,7 +27,8 @@ from funcprop.curvature.diagonal.columns import (
     program_of,
 )
 from funcprop.curvature.diagonal.nodes import LossNode
-from funcprop.program.flops import PRODUCTS, flops
+from funcprop.program.facts import PRODUCTS
+from funcprop.program.flops import flops
 from funcprop.rules.rule_set import RuleSet
 
 # The eigenvectors of larger matrices, one for every example, cost more than they save.

@@ -14,16 +14,9 @@ import jax
 import numpy as np
 
 from funcprop import _jax
+from funcprop.program.facts import CALLS, CHECKPOINTS, CUSTOM_RULES, facts_of
 
 State = Any
-
-_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"})
-_CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
-# Their derivative is zero, whatever they are given.
-_FLAT = frozenset(
-    {"stop_gradient", "sign", "floor", "ceil", "round", "is_finite", "eq", "ne", "lt", "le", "gt", "ge"}
-    | {"argmax", "argmin", "not", "and", "or", "xor", "iota", "shift_left", "shift_right_logical"}
-)
 
 
 class Analysis(Protocol):
@@ -75,13 +68,14 @@ def propagate(
 def _results(analysis: Analysis, eqn: Any, states: list[State], trusted: frozenset[Any]) -> list[State]:
     name, bodies = eqn.primitive.name, [body for _, body in _jax.sub_jaxprs(eqn)]
     count = len(eqn.outvars)
-    if name in _FLAT:
+    facts = facts_of(eqn)
+    if facts.flat:
         return [None] * count
     if name == "funcprop_layer":  # the identity on a layer's results, which stand last
         return states[len(states) - count :]
-    if name in _CALLS and len(bodies) == 1:
+    if name in CALLS | CHECKPOINTS and len(bodies) == 1:
         return propagate(analysis, bodies[0], states, trusted)
-    if name in _CUSTOM and bodies:
+    if name in CUSTOM_RULES and bodies:
         return _custom(analysis, eqn, bodies[0], states, trusted)
     if name == "scan":
         return _scan(analysis, eqn, bodies[0], states, trusted)
@@ -90,7 +84,7 @@ def _results(analysis: Analysis, eqn: Any, states: list[State], trusted: frozens
         if states[0] is not None:
             return [analysis.opaque(eqn)] * count
         return [_join(analysis, column) for column in zip(*branches, strict=True)]
-    if bodies or eqn.effects:
+    if eqn.effects or (bodies and not facts.combines):
         return [analysis.opaque(eqn)] * count
     return [analysis.operator(eqn, states)] * count
 

@@ -16,8 +16,7 @@ from funcprop import _jax
 from funcprop.curvature.diagonal.dependence import propagate
 from funcprop.curvature.diagonal.nodes import LossNode
 from funcprop.curvature.diagonal.separability import Separability, is_separable
-
-_VIEWS = frozenset({"reshape", "transpose", "squeeze", "expand_dims", "convert_element_type"})
+from funcprop.program.facts import SUMS, is_view
 
 
 def find_nodes(jaxpr: Any, leaves: Sequence[int]) -> list[LossNode]:
@@ -66,20 +65,9 @@ def _itself(jaxpr: Any, leaf: int) -> LossNode:
     variable = jaxpr.invars[leaf]
     axes = tuple(range(len(variable.aval.shape)))
     return LossNode(
-        (leaf,),
-        variable,
-        None,
-        (),
-        None,
-        (),
-        (),
-        axes,
-        (),
-        1,
-        None,
-        None,
-        lambda diagonal: {leaf: diagonal[0]},
-    )
+        leaves=(leaf,), variable=variable, positions=(), features=axes, inputs=1,
+        assign=lambda diagonal: {leaf: diagonal[0]},
+    )  # fmt: skip
 
 
 def _product(jaxpr: Any, leaf: int, uses: Counter[Any]) -> LossNode | None:
@@ -89,7 +77,7 @@ def _product(jaxpr: Any, leaf: int, uses: Counter[Any]) -> LossNode | None:
         if uses[variable] != 1 or variable in jaxpr.outvars:
             return None
         (eqn,) = [e for e in jaxpr.eqns if variable in e.invars]
-        if eqn.primitive.name not in _VIEWS:
+        if not is_view(eqn):
             break
         views.append(eqn)
         (variable,) = eqn.outvars
@@ -144,8 +132,8 @@ def _dot(eqn: Any, leaf: int, side: int, view: Any) -> LossNode | None:
         return back(jnp.transpose(split, order))
 
     return LossNode(
-        (leaf,), eqn.outvars[0], None, (), None, (), tuple(positions), tuple(features), (), inputs,
-        eqn.invars[1 - side], activations, assign,
+        leaves=(leaf,), variable=eqn.outvars[0], positions=tuple(positions), features=tuple(features),
+        inputs=inputs, data=eqn.invars[1 - side], activations=activations, assign=assign,
     )  # fmt: skip
 
 
@@ -173,20 +161,9 @@ def _convolution(eqn: Any, leaf: int, view: Any) -> LossNode | None:
         return back(jnp.transpose(split, order))
 
     return LossNode(
-        (leaf,),
-        eqn.outvars[0],
-        None,
-        (),
-        None,
-        (),
-        positions,
-        (out[1],),
-        (),
-        inputs,
-        eqn.invars[0],
-        activations,
-        assign,
-    )
+        leaves=(leaf,), variable=eqn.outvars[0], positions=positions, features=(out[1],),
+        inputs=inputs, data=eqn.invars[0], activations=activations, assign=assign,
+    )  # fmt: skip
 
 
 def _bias(jaxpr: Any, node: LossNode, candidates: Sequence[int], uses: Counter[Any]) -> Any:
@@ -195,7 +172,7 @@ def _bias(jaxpr: Any, node: LossNode, candidates: Sequence[int], uses: Counter[A
     if uses[z] != 1 or z in jaxpr.outvars:
         return None
     (eqn,) = [e for e in jaxpr.eqns if z in e.invars]
-    if eqn.primitive.name not in ("add", "add_any") or eqn.outvars[0].aval.shape != z.aval.shape:
+    if eqn.primitive.name not in SUMS - {"sub"} or eqn.outvars[0].aval.shape != z.aval.shape:
         return None
     other = eqn.invars[1 - list(eqn.invars).index(z)]
     sizes = [z.aval.shape[d] for d in node.features]
@@ -224,7 +201,7 @@ def _chain(jaxpr: Any, start: Any, end: Any, uses: Counter[Any]) -> list[Any] | 
         if uses[variable] != 1 or variable in jaxpr.outvars:
             return None
         (eqn,) = [e for e in jaxpr.eqns if variable in e.invars]
-        if eqn.primitive.name not in (*_VIEWS, "broadcast_in_dim"):
+        if eqn.primitive.name != "broadcast_in_dim" and not is_view(eqn):
             return None
         chain.append(eqn)
         (variable,) = eqn.outvars

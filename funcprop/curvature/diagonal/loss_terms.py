@@ -12,9 +12,7 @@ from typing import Any
 
 from funcprop import _jax
 from funcprop.curvature.diagonal.separability import is_separable
-
-_SUMS = frozenset({"add", "add_any", "sub"})
-_SCALED = frozenset({"div", "neg", "convert_element_type", "name", "copy", "copy_p"})
+from funcprop.program.facts import SUMS, is_linear
 
 
 def terms(jaxpr: Any, leaves: Sequence[int]) -> list[Any]:
@@ -44,13 +42,11 @@ def _sums(jaxpr: Any, leaves: Sequence[int]) -> list[int]:
         eqn = jaxpr.eqns[k]
         if eqn.outvars[0] not in linear or eqn.outvars[0].aval.shape != ():
             continue
-        given = [v for v in eqn.invars if _is_in(v, dependent)]
-        name = eqn.primitive.name
-        if name in _SUMS and len(given) == 2:
+        given = [i for i, v in enumerate(eqn.invars) if _is_in(v, dependent)]
+        if eqn.primitive.name in SUMS and len(given) == 2:
             found.append(k)
-        scaled = len(given) == 1 and (name == "mul" or (name in _SCALED and given[0] is eqn.invars[0]))
-        if name in _SUMS or scaled:
-            linear.update(v for v in given if uses[v] == 1)
+        if len(eqn.outvars) == 1 and is_linear(eqn, given):
+            linear.update(eqn.invars[i] for i in given if uses[eqn.invars[i]] == 1)
     return found
 
 

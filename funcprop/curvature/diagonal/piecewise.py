@@ -13,24 +13,9 @@ from typing import Any
 
 from funcprop import _jax
 from funcprop.curvature.diagonal.dependence import propagate
+from funcprop.program.facts import is_piecewise_linear
 
 AFFINE = "affine"
-
-_LINEAR = frozenset(
-    {"add", "add_any", "sub", "neg", "reduce_sum", "cumsum", "reshape", "transpose", "broadcast_in_dim"}
-    | {"squeeze", "expand_dims", "slice", "concatenate", "pad", "rev", "convert_element_type", "copy"}
-    | {"copy_p", "name", "real", "imag", "reduce_window_sum", "split", "tile", "reduce_precision"}
-    | {"optimization_barrier", "psum", "pvary", "pcast", "sharding_constraint", "all_gather"}
-)
-_PIECEWISE = frozenset(
-    {"max", "min", "abs", "reduce_max", "reduce_min", "reduce_window_max", "reduce_window_min", "cummax"}
-    | {"cummin", "sort", "clamp"}
-)
-_BILINEAR = frozenset({"mul", "dot_general", "conv_general_dilated"})
-# Linear in their first operand, or in all that follow it.
-_IN_FIRST = frozenset({"div", "gather", "dynamic_slice"})
-_IN_OTHERS = frozenset({"select_n"})
-_EITHER = frozenset({"scatter-add", "scatter", "dynamic_update_slice"})
 
 
 class Piecewise:
@@ -41,17 +26,8 @@ class Piecewise:
         curved = [s for s in states if s is not None and s != AFFINE]
         if curved:
             return curved[0]
-        name, where = eqn.primitive.name, [i for i, s in enumerate(states) if s is not None]
-        affine = (
-            name in _LINEAR
-            or name in _PIECEWISE
-            or (name in _BILINEAR and len(where) == 1)
-            or (name in _IN_FIRST and where == [0])
-            or (name in _IN_OTHERS and 0 not in where)
-            or (name in _EITHER and not any(_is_index(eqn.invars[i]) for i in where))
-            or (name == "integer_pow" and eqn.params["y"] == 1)
-        )
-        return AFFINE if affine else self.opaque(eqn)
+        where = [i for i, s in enumerate(states) if s is not None]
+        return AFFINE if is_piecewise_linear(eqn, where) else self.opaque(eqn)
 
     def opaque(self, eqn: Any) -> str:
         """The operator, and where it is."""
@@ -73,10 +49,6 @@ class Piecewise:
     def out_of_loop(self, state: Any) -> Any:
         """Stacking is linear."""
         return state
-
-
-def _is_index(atom: Any) -> bool:
-    return not _jax.is_differentiable(atom.aval)
 
 
 def why_curved(jaxpr: Any, position: int) -> str | None:

@@ -11,29 +11,15 @@ Reference: Powell and Toint, "On the estimation of sparse Hessian matrices", SIA
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from funcprop import _jax
 from funcprop.curvature.diagonal.dependence import propagate
+from funcprop.program.facts import facts_of, is_linear
 
 SUMMED = -1  # a sum over slices, in which only linear operators may follow
 MIXED = -2
-
-_LINEAR = frozenset(
-    {"add", "add_any", "sub", "neg", "convert_element_type", "copy", "copy_p", "name", "reduce_precision"}
-)
-_ELEMENTWISE = _LINEAR | frozenset(
-    {"mul", "div", "max", "min", "abs", "exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic", "sqrt"}
-    | {"rsqrt", "cbrt", "square", "integer_pow", "pow", "sin", "cos", "tan", "asin", "acos", "atan", "atan2"}
-    | {"sinh", "cosh", "asinh", "acosh", "atanh", "erf", "erfc", "erf_inv", "lgamma", "digamma", "select_n"}
-    | {"clamp", "rem", "nextafter", "real", "imag"}
-)
-_SHAPING = frozenset({"reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "reduce_sum"})
-_REDUCTIONS = frozenset(
-    {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin", "reduce_and", "reduce_or"}
-)
-_ALONG_AXIS = frozenset({"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"})
 
 
 class Separability:
@@ -48,8 +34,8 @@ class Separability:
             return MIXED
         (axis,) = found
         if axis == SUMMED:
-            return SUMMED if _linear(eqn, states) else MIXED
-        return MIXED if axis == MIXED else _moved(eqn, states, axis)
+            return SUMMED if is_linear(eqn, _dependent(states)) else MIXED
+        return MIXED if axis == MIXED else _moved(eqn, _dependent(states), axis)
 
     def opaque(self, eqn: Any) -> int:
         """Nothing is known."""
@@ -89,14 +75,13 @@ class Entries(Separability):
         """The input of the results."""
         found = {s for s in states if s is not None}
         if found == {SUMMED}:
-            return SUMMED if _linear(eqn, states) else MIXED
+            return SUMMED if is_linear(eqn, _dependent(states)) else MIXED
         if len(found) != 1 or MIXED in found:
             return MIXED
-        name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
-        if name == "reduce_sum":
+        if eqn.primitive.name == "reduce_sum":
             return SUMMED
-        moved = [v for v, s in zip(eqn.invars, states, strict=True) if s is not None]
-        return found.pop() if name in _ELEMENTWISE and all(v.aval.shape == shape for v in moved) else MIXED
+        shapes = {v.aval.shape for v in (*(eqn.invars[i] for i in _dependent(states)), *eqn.outvars)}
+        return found.pop() if facts_of(eqn).elementwise and len(shapes) == 1 else MIXED
 
     def into_loop(self, state: Any) -> int:
         """A slice has other places."""
@@ -112,78 +97,119 @@ def adds_up_entries(jaxpr: Any, count: int) -> bool:
     return state != MIXED
 
 
-def _linear(eqn: Any, states: Sequence[Any]) -> bool:
-    """Whether an operator is linear in the operands that depend on the input."""
-    name, where = eqn.primitive.name, [i for i, s in enumerate(states) if s is not None]
-    return (
-        name in _LINEAR
-        or name in _SHAPING
-        or name in ("slice", "concatenate", "pad", "rev", "cumsum")
-        or (name in ("mul", "dot_general") and len(where) == 1)
-        or (name == "div" and where == [0])
-        or (name == "select_n" and 0 not in where)
-        or (name == "integer_pow" and eqn.params["y"] == 1)
-    )
+def _dependent(states: Sequence[Any]) -> list[int]:
+    """The operands that depend on the input."""
+    return [i for i, s in enumerate(states) if s is not None]
 
 
-def _moved(eqn: Any, states: Sequence[Any], axis: int) -> int:
-    """Where the axis is in the result of an operator."""
-    name, params = eqn.primitive.name, eqn.params
-    where = [i for i, s in enumerate(states) if s is not None]
-    shape, result = eqn.invars[where[0]].aval.shape, eqn.outvars[0].aval.shape
-    if name in _ELEMENTWISE:
-        shapes = [eqn.invars[i].aval.shape for i in where]
-        kept = all(len(s) == len(result) and s[axis] == result[axis] for s in shapes)
-        return axis if kept else MIXED
-    if name in _REDUCTIONS:
-        if axis in params["axes"]:
-            return SUMMED if name == "reduce_sum" else MIXED
-        return axis - sum(a < axis for a in params["axes"])
-    if name in _ALONG_AXIS:
-        return MIXED if params["axis"] == axis else axis
-    if name == "transpose":
-        return list(params["permutation"]).index(axis)
-    if name == "broadcast_in_dim":
-        to = params["broadcast_dimensions"][axis]
-        return to if result[to] == shape[axis] else MIXED
-    if name == "squeeze":
-        return axis - sum(d < axis for d in params["dimensions"])
-    if name == "expand_dims":
-        return _reshaped(shape, result, axis)
-    if name == "reshape":
-        return _reshaped(shape, result, axis) if params["dimensions"] is None else MIXED
-    if name == "concatenate":
-        return MIXED if params["dimension"] == axis else axis
-    if name in ("slice", "dynamic_slice", "dynamic_update_slice"):
-        kept = all(eqn.invars[i].aval.shape[axis] == result[axis] for i in where)
-        return axis if kept and not any(i > 1 for i in where) else MIXED
-    if name == "pad":
-        return axis if where == [0] and tuple(params["padding_config"][axis]) == (0, 0, 0) else MIXED
-    if name == "rev":
-        return MIXED if axis in params["dimensions"] else axis
-    if name == "sort":
-        return MIXED if params["dimension"] == axis else axis
-    if name == "dot_general":
-        return _through_product(eqn, where, axis)
-    if name == "conv_general_dilated":
-        numbers = params["dimension_numbers"]
-        kept = where == [0] and numbers.lhs_spec[0] == axis and params["batch_group_count"] == 1
-        return numbers.out_spec[0] if kept else MIXED
-    if name.startswith("reduce_window_"):
-        single = params["window_dimensions"][axis] == 1 and params["window_strides"][axis] == 1
-        return axis if single and tuple(params["padding"][axis]) == (0, 0) else MIXED
-    if name == "gather":
-        return _through_gather(eqn, where, axis)
-    return MIXED
+def _moved(eqn: Any, where: Sequence[int], axis: int) -> int:
+    """The axis of an operator's results, if it is `axis` of its operands `where`."""
+    facts, keeps = facts_of(eqn), _KEEPS.get(eqn.primitive.name)
+    if facts.elementwise:
+        return _elementwise(eqn, where, axis)
+    if facts.reduces:
+        return _reduced(eqn, where, axis)
+    if facts.cumulative:
+        return _along_axis(eqn, where, axis)
+    return MIXED if keeps is None else keeps(eqn, where, axis)
 
 
-def _reshaped(shape: Sequence[int], result: Sequence[int], axis: int) -> int:
+# --- one operator each ------------------------------------------------------------------------
+
+
+def _unless(mixes: bool, axis: int) -> int:
+    return MIXED if mixes else axis
+
+
+def _lengths(eqn: Any, where: Sequence[int], axis: int) -> set[int | None]:
+    """The lengths along an axis, which operands and results have in common; None for one of other axes."""
+    shapes = [v.aval.shape for v in (*(eqn.invars[i] for i in where), *eqn.outvars)]
+    return {shape[axis] if len(shape) == len(shapes[0]) else None for shape in shapes}
+
+
+def _elementwise(eqn: Any, where: Sequence[int], axis: int) -> int:
+    return _unless(len(_lengths(eqn, where, axis)) != 1, axis)
+
+
+def _reduced(eqn: Any, where: Sequence[int], axis: int) -> int:
+    axes = eqn.params["axes"]
+    if axis in axes:
+        return SUMMED if eqn.primitive.name == "reduce_sum" else MIXED
+    return axis - sum(a < axis for a in axes)
+
+
+def _transposed(eqn: Any, where: Sequence[int], axis: int) -> int:
+    return list(eqn.params["permutation"]).index(axis)
+
+
+def _broadcast(eqn: Any, where: Sequence[int], axis: int) -> int:
+    to = eqn.params["broadcast_dimensions"][axis]
+    return _unless(eqn.outvars[0].aval.shape[to] != eqn.invars[0].aval.shape[axis], to)
+
+
+def _squeezed(eqn: Any, where: Sequence[int], axis: int) -> int:
+    return axis - sum(d < axis for d in eqn.params["dimensions"])
+
+
+def _reshaped(eqn: Any, where: Sequence[int], axis: int) -> int:
     """The axis of the same length with as many entries before it."""
+    shape, result = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     before = math.prod(shape[:axis])
-    for i, size in enumerate(result):
-        if size == shape[axis] and math.prod(result[:i]) == before:
-            return i
-    return MIXED
+    found = (i for i, n in enumerate(result) if n == shape[axis] and math.prod(result[:i]) == before)
+    return MIXED if eqn.params["dimensions"] is not None else next(found, MIXED)
+
+
+def _tiled(eqn: Any, where: Sequence[int], axis: int) -> int:
+    return _unless(eqn.params["reps"][axis] != 1, axis)
+
+
+def _along_axis(eqn: Any, where: Sequence[int], axis: int) -> int:
+    return _unless(axis == eqn.params["axis"], axis)
+
+
+def _along_dimension(eqn: Any, where: Sequence[int], axis: int) -> int:
+    return _unless(axis == eqn.params["dimension"], axis)
+
+
+def _stacked(eqn: Any, where: Sequence[int], axis: int) -> int:
+    return axis + (eqn.params["axis"] <= axis)
+
+
+def _unstacked(eqn: Any, where: Sequence[int], axis: int) -> int:
+    return _unless(axis == eqn.params["axis"], axis - (eqn.params["axis"] < axis))
+
+
+def _cut(eqn: Any, where: Sequence[int], axis: int) -> int:
+    """Of a slice, or of what is written into another array: an axis that is taken whole."""
+    return _unless(any(i > 1 for i in where) or len(_lengths(eqn, where, axis)) != 1, axis)
+
+
+def _padded(eqn: Any, where: Sequence[int], axis: int) -> int:
+    return _unless(list(where) != [0] or tuple(eqn.params["padding_config"][axis]) != (0, 0, 0), axis)
+
+
+def _reversed(eqn: Any, where: Sequence[int], axis: int) -> int:
+    return _unless(axis in eqn.params["dimensions"], axis)
+
+
+def _fourier(eqn: Any, where: Sequence[int], axis: int) -> int:
+    """The last axes are transformed."""
+    return _unless(axis >= len(eqn.invars[0].aval.shape) - len(eqn.params["fft_lengths"]), axis)
+
+
+def _windowed(eqn: Any, where: Sequence[int], axis: int) -> int:
+    """An axis along which every window is one entry."""
+    single = eqn.params["window_dimensions"][axis] == 1 and eqn.params["window_strides"][axis] == 1
+    return _unless(not single or tuple(eqn.params["padding"][axis]) != (0, 0), axis)
+
+
+def _convolved(eqn: Any, where: Sequence[int], axis: int) -> int:
+    """The batch of what is convolved, or the results' features of the kernel."""
+    numbers, params = eqn.params["dimension_numbers"], eqn.params
+    if list(where) == [1]:
+        return _unless(axis != numbers.rhs_spec[0], numbers.out_spec[1])
+    is_batch = list(where) == [0] and numbers.lhs_spec[0] == axis
+    return _unless(not is_batch or params["batch_group_count"] != 1, numbers.out_spec[0])
 
 
 def _through_batched_product(eqn: Any, left: int, right: int) -> int:
@@ -192,7 +218,7 @@ def _through_batched_product(eqn: Any, left: int, right: int) -> int:
     return pairs.index((left, right)) if (left, right) in pairs else MIXED
 
 
-def _through_product(eqn: Any, where: Sequence[int], axis: int) -> int:
+def _multiplied(eqn: Any, where: Sequence[int], axis: int) -> int:
     contracted, batched = eqn.params["dimension_numbers"]
     (side,) = where
     if axis in contracted[side]:
@@ -208,7 +234,7 @@ def _through_product(eqn: Any, where: Sequence[int], axis: int) -> int:
     return before + own.index(axis)
 
 
-def _through_gather(eqn: Any, where: Sequence[int], axis: int) -> int:
+def _gathered(eqn: Any, where: Sequence[int], axis: int) -> int:
     """A batched axis stays one; an axis that is taken whole is an offset of the result."""
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     shape, rank = eqn.invars[0].aval.shape, len(eqn.outvars[0].aval.shape)
@@ -222,3 +248,31 @@ def _through_gather(eqn: Any, where: Sequence[int], axis: int) -> int:
     if axis in dropped or axis in numbers.start_index_map or sizes[axis] != shape[axis]:
         return MIXED
     return numbers.offset_dims[[d for d in range(len(shape)) if d not in dropped].index(axis)]
+
+
+# Where an operator has an axis of its operands that it keeps apart; all others mix.
+_KEEPS: dict[str, Callable[[Any, Sequence[int], int], int]] = {
+    "broadcast_in_dim": _broadcast,
+    "concatenate": _along_dimension,
+    "conv_general_dilated": _convolved,
+    "dot_general": _multiplied,
+    "dynamic_slice": _cut,
+    "dynamic_update_slice": _cut,
+    "fft": _fourier,
+    "gather": _gathered,
+    "pad": _padded,
+    "reduce_window_max": _windowed,
+    "reduce_window_min": _windowed,
+    "reduce_window_sum": _windowed,
+    "reshape": _reshaped,
+    "rev": _reversed,
+    "slice": _cut,
+    "sort": _along_dimension,
+    "split": _along_axis,
+    "squeeze": _squeezed,
+    "stack": _stacked,
+    "tile": _tiled,
+    "top_k": _along_axis,
+    "transpose": _transposed,
+    "unstack": _unstacked,
+}

@@ -56,7 +56,7 @@ class Study:
         return self.model.results
 
     def bytes_of_example(self, columns: int) -> int:
-        """Count the bytes of one example's stacked cotangents, without a gradient's own; of a fallback, all."""
+        """Count the bytes of one example's stacked cotangents without a gradient's; of a fallback, all."""
         return sum(
             tap.perturbation.size * tap.perturbation.dtype.itemsize * (columns - (tap.reason is None))
             for tap in self.taps

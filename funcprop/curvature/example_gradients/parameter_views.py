@@ -11,11 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop import _jax
-
-# Operators that only move the entries of their operand, or leave some out.
-_MOVES = frozenset({"reshape", "transpose", "squeeze", "rev", "slice", "split", "broadcast_in_dim"})
-# Operators that change no entry.
-_IDENTITIES = frozenset({"convert_element_type", "copy", "copy_p", "name", "optimization_barrier"})
+from funcprop.program.facts import facts_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,15 +40,24 @@ class ViewStep:
 class View:
     """`scale` times the entries of a leaf, moved by `steps`.
 
-    A step that is None is a loop over the leading axis: what follows sees one slice. `loops` says of each
-    loop around whether it slices the leaf; `mark` is the identity of what the innermost of them closes over.
+    A step that is None is a loop over the leading axis: what follows sees one slice. `marks` has for each
+    loop around an object that stands for the operand that it closes over, None if it slices the leaf.
     """
 
     leaf: int
     steps: tuple[ViewStep | None, ...] = ()
     scale: float = 1.0
-    loops: tuple[bool, ...] = ()
-    mark: Any = None
+    marks: tuple[Any, ...] = ()
+
+    @property
+    def loops(self) -> tuple[bool, ...]:
+        """Whether each loop around slices the leaf."""
+        return tuple(mark is None for mark in self.marks)
+
+    @property
+    def mark(self) -> Any:
+        """The operand that the innermost loop closes over, if it does."""
+        return self.marks[-1] if self.marks else None
 
     @property
     def distinct(self) -> bool:
@@ -77,17 +82,18 @@ class View:
 
     def sliced(self) -> View:
         """Slice off one entry of the leading axis, which one iteration of a loop sees."""
-        return replace(self, steps=(*self.steps, None), loops=(*self.loops, True), mark=None)
+        return replace(self, steps=(*self.steps, None), marks=(*self.marks, None))
 
 
 def seen_through(eqn: Any, views: list[View | None]) -> list[View] | None:
     """The views that an operator's results are of its only operand that is one; None if they are no views."""
     name = eqn.primitive.name
-    if name in _IDENTITIES and len(eqn.invars) == 1 and views[0] is not None:
+    facts, is_single = facts_of(eqn), len(eqn.invars) == 1
+    if facts.identity and is_single and views[0] is not None:
         # A real leaf seen as complex has complex cotangents, of which its gradient is the real part alone.
         real = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
         return [views[0]] if real else None
-    if name in _MOVES and views[0] is not None and len(eqn.invars) == 1:
+    if facts.moves and is_single and views[0] is not None:
         steps = views[0].steps
         return [replace(views[0], steps=(*steps, ViewStep(eqn, i))) for i in range(len(eqn.outvars))]
     if name == "neg" and views[0] is not None:

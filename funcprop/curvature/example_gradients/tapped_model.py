@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from funcprop import _jax
-from funcprop.curvature.example_gradients.taps import CHECKPOINTS, Tap, TapPlan
+from funcprop.curvature.example_gradients.taps import Tap, TapPlan
+from funcprop.program.facts import CHECKPOINTS
 from funcprop.program.layer_calls import boundary_p
 
 Arrays = list[Any]
@@ -30,10 +31,11 @@ def run(
     def read(position: int, k: int, atom: Any) -> Any:
         if isinstance(atom, _jax.Literal):
             return atom.val
-        if (position, k) not in plan.perturbed:
+        number = plan.perturbed.get((position, k))
+        if number is None:
             return values[atom]
         if atom not in perturbed:
-            perturbed[atom] = values[atom] + deltas[plan.direct[atom]]
+            perturbed[atom] = values[atom] + deltas[number]
         return perturbed[atom]
 
     for i, eqn in enumerate(jaxpr.eqns):

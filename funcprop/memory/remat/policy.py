@@ -12,6 +12,7 @@ from funcprop import _jax
 from funcprop.memory.remat.chain import StepChain
 from funcprop.memory.remat.saving import Residuals, residuals
 from funcprop.memory.remat.schedule import Segment
+from funcprop.program.facts import CALLS
 from funcprop.program.flops import flops
 from funcprop.program.sizes import nbytes
 
@@ -75,7 +76,7 @@ def _run_again(program: StepChain) -> Iterator[tuple[Any, int]]:
 
 def _equations(equations: Sequence[Any], times: int) -> Iterator[tuple[Any, int]]:
     for eqn in equations:
-        if eqn.primitive.name in ("jit", "pjit", "scan"):
+        if eqn.primitive.name in CALLS | {"scan"}:
             for _, body in _jax.sub_jaxprs(eqn):
                 yield from _equations(_jax.open_jaxpr(body).eqns, times * eqn.params.get("length", 1))
         elif not eqn.effects:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from funcprop.program.facts import is_move
 from funcprop.program.layer_calls import layer_call
 from funcprop.rules.layer import Layer, layer
 from funcprop.rules.patterns.activation import relu
@@ -63,10 +64,6 @@ def relu_max_pool(
     )
 
 
-# Operators that move entries and change none, so that a relu may as well follow them.
-_MOVES = frozenset({"reshape", "transpose", "squeeze", "broadcast_in_dim", "expand_dims", "rev", "copy"})
-
-
 @dataclass(frozen=True)
 class ReluBeforePool:
     """A max-pool of a relu, with nothing between but operators that move entries."""
@@ -79,7 +76,7 @@ class ReluBeforePool:
         """The relu, the moves and the pool, if the pool is `eqn`."""
         between: list[Any] = []
         made = producer(eqn.invars[0])
-        while made is not None and made.primitive.name in _MOVES and len(made.invars) == 1:
+        while made is not None and is_move(made):  # A relu may as well follow it.
             between.insert(0, made)
             made = producer(made.invars[0])
         if made is None or not _is_relu(made) or any(d != 1 for d in eqn.params["base_dilation"]):

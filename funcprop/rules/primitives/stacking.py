@@ -11,16 +11,8 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from funcprop import _jax
+from funcprop.program.facts import facts_of
 from funcprop.program.sizes import nbytes
-
-# Operators that cost less than reading their result from memory. Not `exp`, `tanh` and their like: they are
-# computed once and stacked, which measured faster than stacking what they are made from.
-_CHEAP = frozenset(
-    {"add", "sub", "mul", "neg", "abs", "sign", "max", "min", "square", "one_minus_square", "select_n"}
-    | {"and", "or", "xor", "not"}
-    | {"eq", "ne", "lt", "le", "gt", "ge", "convert_element_type", "reshape", "broadcast_in_dim", "squeeze"}
-    | {"expand_dims", "copy", "integer_pow", "transpose", "add_any"}
-)
 
 
 def to_stack(jaxpr: Any, wanted: Sequence[Any], pinned: Sequence[Any], free: Collection[Any]) -> list[Any]:
@@ -38,7 +30,9 @@ def to_stack(jaxpr: Any, wanted: Sequence[Any], pinned: Sequence[Any], free: Col
         changed = False
         for v in reversed(list(stacked)):
             eqn = maker.get(v)
-            if v in fixed or eqn is None or eqn.primitive.name not in _CHEAP or eqn.effects:
+            # Cheap are not `exp`, `tanh` and their like: they are computed once and stacked, which measured
+            # faster than stacking what they are made from.
+            if v in fixed or eqn is None or not facts_of(eqn).cheap or eqn.effects:
                 continue
             missing = list(dict.fromkeys(a for a in _jax.variables(eqn.invars) if a not in known))
             grows = sum(map(nbytes, missing)) - nbytes(v)
