@@ -184,10 +184,12 @@ def test_products_of_scanned_inputs_with_constants_leave_the_loop_and_no_others(
 
 
 def test_a_small_matrix_is_transposed_once_before_the_loop():
-    """Backwards `g Uᵀ` is a product with a matrix as it lies."""
+    """Backwards `g Uᵀ` is a product of rows with a matrix as it lies."""
     contracted = functools.partial(products_in_loops, of=lambda eqn: eqn.params["dimension_numbers"][0])
     assert ((1,), (1,)) in contracted(jax.grad(recurrent), *ARGS)
-    assert contracted(fp.grad(recurrent, rules=RULES), *ARGS) == [((1,), (0,))] * 2
+    ours = fp.grad(recurrent, rules=RULES)
+    assert contracted(ours, *ARGS) == [((1,), (0,))] * 2
+    assert products_in_loops(ours, *ARGS) == [(B, H)] * 2
 
 
 def test_products_of_one_carry_are_one():
