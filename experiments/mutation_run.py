@@ -199,7 +199,6 @@ def main() -> None:
         options.sample, options.seed, options.only = 1, 0, "contractions"
     everything = [fault for file in TESTS if options.only in file for fault in faults(file)]
     chosen = random.Random(options.seed).sample(everything, min(options.sample, len(everything)))
-    chosen.sort(key=lambda fault: (fault.file, fault.line))
     print(f"{len(chosen)} of {len(everything)} faults, --seed {options.seed}", flush=True)
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
