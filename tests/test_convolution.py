@@ -265,3 +265,12 @@ def test_holds_no_more_than_autodiff():
         for grad in (jax.grad, fp.grad)
     )
     assert ours <= 1.02 * theirs
+
+
+def test_equations_are_true():
+    def loss(x, w):
+        y = jax.lax.conv_general_dilated(x, w, (2, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.sum(y**2)
+
+    rng = np.random.default_rng(0)
+    fp.derive(loss, (0, 1))(rng.normal(size=(2, 5, 4, 2)), rng.normal(size=(3, 2, 2, 3))).verify()
