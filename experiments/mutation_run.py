@@ -33,10 +33,7 @@ ALGEBRA = ("equations::test_equations_of_primitives_hold",)
 TESTS = {
     "rules/primitives/arithmetic.py": ALGEBRA,
     "rules/primitives/average_pooling.py": ("average_pooling", "rules"),
-    "rules/primitives/convolution.py": (
-        "convolution",
-        "rules::test_every_rule[primitive conv_general_dilated-0]",
-    ),
+    "rules/primitives/convolution.py": ("convolution",),
     "rules/primitives/cumulative.py": ("primitives",),
     "rules/primitives/elementwise.py": ("elementwise_accuracy", *ALGEBRA, "rules"),
     "rules/primitives/indexing.py": ("primitives",),
@@ -161,8 +158,6 @@ class Copy:
             )
         except subprocess.TimeoutExpired:
             return None, []
-        if run.returncode > 2:
-            raise RuntimeError(f"pytest ended with {run.returncode}:\n{run.stdout}{run.stderr}")
         return run.returncode, re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", run.stdout, re.MULTILINE)
 
     def fate(self, fault: Fault, limit: float) -> str:
@@ -182,6 +177,8 @@ class Copy:
             if code == 0:
                 return ""
             if code != 1 or not failed:
+                if self.test(limit, "--collect-only", *files)[0]:
+                    raise RuntimeError(f"without a fault, too, pytest cannot run {' '.join(files)}")
                 return "no test can be run"
             # Does it fail without the fault, too?
             if failed[0] in self.passing or not self.test(limit, failed[0])[0]:
