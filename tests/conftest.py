@@ -18,5 +18,11 @@ if version("jaxlib").startswith("0.10."):
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import jax  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# The same cases in every run; with FUNCPROP_RANDOM set new ones, and a failure says how to draw it again.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("random", print_blob=True, deadline=None, database=None)
+settings.load_profile("random" if os.environ.get("FUNCPROP_RANDOM") else "fixed")
 
 jax.config.update("jax_enable_x64", True)

@@ -144,6 +144,27 @@ def test_only_what_is_needed_is_computed_and_saved(argnums, needs, saved):
     jax.tree.map(np.testing.assert_allclose, actual, expected)
 
 
+def test_a_backward_may_ignore_a_cotangent_and_a_value_that_it_closes_over():
+    """Two results, of which the rule says that one is constant; and a traced number that is read in vain."""
+
+    def loss(x, factor):
+        def backward(residuals, cotangents, needs):
+            factor * cotangents[1]
+            return (3 * cotangents[0],)
+
+        @fp.layer(rule=fp.Rule(lambda x: ((3 * x, jnp.floor(x)), ()), backward))
+        def split(x):
+            return 3 * x, jnp.floor(x)
+
+        whole, rest = split(x)
+        return jnp.sum(whole**2) + factor * jnp.sum(rest)
+
+    gradient = fp.grad(loss, (0, 1), rules=fp.rules.handwritten)
+    for found in (gradient(X, 2.0), jax.jit(gradient)(X, 2.0)):
+        np.testing.assert_allclose(found[0], 18 * X)
+        np.testing.assert_allclose(found[1], jnp.sum(X))
+
+
 def test_rule_that_does_not_apply_is_left_to_autodiff():
     def fails(*_, **__):
         raise AssertionError("must not be called")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from compiling import compiled
 from holding import largest_intermediate
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
@@ -74,8 +74,13 @@ def cases(draw):
     return args, mask, static
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@settings(max_examples=8)
 @given(cases())
+# A block larger than both lengths; one query; a window of a query's own key; all keys to its right.
+@example((operands(3, 2), None, {"blocks": (9, 9), "causal": True}))
+@example((operands(1, 7), None, {"blocks": (1, 2), "causal": True, "offset": 6}))
+@example((operands(5, 5), None, {"blocks": (2, 3), "window": 0}))
+@example((operands(2, 3), None, {"blocks": (1, 1), "causal": True, "offset": -2}))
 def test_gradients_are_autodiff_s(case):
     args, mask, static = case
     assert_same(by_rule(args, mask, **static), by_autodiff(args, mask, **static))
@@ -159,6 +164,18 @@ def test_nothing_of_the_size_of_the_logits_is_held():
     assert largest_intermediate(lambda *a: fp.hvp(loss, (0, 1, 2))(a, a), *args) == block
     pushed = lambda *a: jax.jvp(fp.with_rules(loss), a, a)  # noqa: E731
     assert largest_intermediate(pushed, *args) == block
+
+
+def test_derivatives_of_the_sweeps_hold_no_block_for_later():
+    """Reverse derivatives of the backward and of a tangent: each block is computed again."""
+    args = operands(256, 256, heads=1, d=2)
+    causal = partial(attention, causal=True)
+    pull = fp.vjp(causal, *args)[1]
+    backward = lambda g: sum(jnp.sum(x**2) for x in pull(g))  # noqa: E731
+    tangent = lambda *a: jnp.sum(jax.jvp(fp.with_rules(causal), a, a)[1] ** 2)  # noqa: E731
+    block = 128 * 128
+    assert largest_intermediate(jax.grad(backward), causal(*args)) == block
+    assert largest_intermediate(jax.grad(tangent, (0, 1, 2)), *args) == block
 
 
 def test_blocks_that_nobody_sees_are_not_visited():

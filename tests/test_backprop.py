@@ -84,6 +84,27 @@ def test_contributions_pass_through_what_has_no_name():
         p.contributions["w", "a"]
 
 
+def test_contributions_of_an_operator_with_several_results():
+    """What reaches a named result stops there; what reaches its neighbour goes on to the operator's input."""
+
+    def by_split(w):
+        first, second = jax.lax.split(w, (2, 1))
+        return fp.name(jnp.sum(fp.name(first, "a") ** 2) + 3 * jnp.sum(second), "J")
+
+    c = fp.backprop(by_split)(np.array([1.0, 4.0, 2.0])).contributions
+    close(c["J", "w"], [0.0, 0.0, 3.0])
+    close(c["a", "w"], [2.0, 8.0, 0.0])
+
+    def by_loop(w, xs):
+        last, ys = jax.lax.scan(lambda power, x: (power * w, power * x), 1.0, xs)
+        return fp.name(fp.name(last, "last") ** 2 + jnp.sum(ys), "J")
+
+    # last = w³ and Σ y = x₀ + w x₁ + w² x₂.
+    c = fp.backprop(by_loop)(2.0, np.array([1.0, 2.0, 3.0])).contributions
+    close(c["J", "w"], 2.0 + 2 * 2 * 3)
+    close(c["last", "w"], 2 * 8 * 3 * 4)
+
+
 def test_gradients_of_what_was_not_asked_for_are_computed_on_demand(chapter):
     p = fp.backprop(fp.models.chapter)(*chapter)
     expected = jax.grad(fp.models.chapter, (1, 3))(*chapter)

@@ -27,7 +27,7 @@ def loss(w: Any, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.mean((predict(w, x) - y) ** 2)
 
 
-@settings(derandomize=True, max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.integers(8, 40), st.integers(2, 30), st.integers(1, 7), st.integers(30_000, 3_000_000))
 def test_prediction_by_its_formula(d: int, h: int, q: int, budget: int) -> None:
     """`4 (P + Bd + Bh + Bq) ≤ budget`, up to the alignment of `Bh` to 64 bytes."""

@@ -31,10 +31,8 @@ def test_rows_count_what_fires_and_say_why_the_rest_does_not():
         ("reduce_window_max", 2),
         ("reduce_window_max", 1),
     ]
-    assert [(row.operator, row.reason) for row in found.left] == [
-        ("dot_general", "XLA finds the best order of this product itself")
-    ]
-    assert all(row.measured.time > 0 and row.measured.bytes < 0.5 for row in found.fired)
+    assert [row.operator for row in found.left] == ["dot_general"]
+    assert all(row.measured.bytes < 0.5 for row in found.fired)
     assert found.left[0].where.startswith("test_comparison.py:")
     assert found.left[0].measured is None
     assert found.whole.bytes < 0.5
@@ -79,7 +77,22 @@ def test_inside_of_shard_map_an_operator_is_not_run_by_itself():
     )
     found = fp.compare(lambda x: jnp.sum(mapped(x)), rules=fp.rules.handwritten, repeats=1)(jnp.ones(4))
     assert [(row.operator, row.reason, row.measured) for row in found.rows] == [("tanh", None, None)]
-    assert found.whole.time > 0
+    assert found.whole.time is not None
+
+
+def test_time_is_that_of_the_rules_over_that_of_autodiff():
+    """The rule's backward takes 100,000 sines on its way: a few milliseconds, of a few microseconds."""
+
+    def slow(residuals, g, needs, **_):
+        wasted = jax.lax.fori_loop(0, 100_000, lambda _, h: jnp.sin(h), g)
+        return (jnp.cos(residuals[0]) * g + 1e-300 * wasted,)
+
+    rules = fp.rules.autodiff.replace({"sin": fp.Rule(lambda x, **_: (jnp.sin(x), (x,)), slow)})
+    found = fp.compare(lambda x: jnp.sum(jnp.sin(x)), rules=rules, repeats=2)(jnp.ones(2))
+    (row,) = found.fired
+    for measured in (found.whole, row.measured):
+        assert measured.time == measured.rules_seconds / measured.autodiff_seconds > 5
+        assert measured.rules_seconds > 2e-4
 
 
 def test_models_as_they_are():
@@ -98,7 +111,9 @@ def test_models_as_they_are():
     mlp = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))
     tagged = {"model": mlp, "tag": "a string", "count": 3}
     loss = lambda tree, x: (jnp.sum(tree["model"](x) ** 2), tree["tag"])  # noqa: E731
-    assert fp.compare(loss, has_aux=True, repeats=1)(tagged, jnp.ones(4)).whole.time > 0
+    found = fp.compare(loss, has_aux=True, repeats=1)(tagged, jnp.ones(4))
+    assert not found.fired
+    assert found.whole.bytes == 1
 
 
 def test_no_rule_fires():

@@ -69,3 +69,15 @@ def test_an_exception_in_a_body_ends_the_trace():
     with pytest.raises(BrokenError):
         fp.grad(lambda x: jax.lax.scan(broken, x, None, length=2)[0])(1.0)
     assert float(fp.grad(jnp.sin)(0.0)) == 1.0
+
+
+def test_a_jit_that_counts_its_calls_in_a_scalar_reference():
+    @jax.jit
+    def counted(x, count):
+        count[...] += 1
+        return x * x
+
+    for kind in (0, 0.0):
+        count = jax.new_ref(jnp.asarray(kind))
+        assert fp.grad(counted)(2.0, count) == 4.0
+        assert count[...] == 1

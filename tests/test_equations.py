@@ -131,6 +131,8 @@ PRIMITIVES = {
     "scalars": lambda x, y: jnp.sum(jnp.sum(x) * y) + jnp.sum(y / jnp.sum(y)),
     "moving": lambda x, y: jnp.sum(x.reshape(4, 1) * y.reshape(1, 4)) + jnp.squeeze(x[:1, :1]) ** 2,
     "shapes": lambda x, y: jnp.sum(jnp.sum(x, axis=0)[None, :] * y) + jnp.sum(x.T @ y),
+    "powers": lambda x, y: jnp.sum(jnp.square(x) * y + jax.lax.integer_pow(x, 4) / y),
+    "three axes": lambda x, y: jnp.sum(x.reshape(1, 2, 2).transpose(2, 0, 1) * y.reshape(2, 1, 2)),
     "precision": lambda x, y: jnp.sum((x * y.astype(jnp.float32)).astype(jnp.float64)),
     "several results": lambda x, y: sum(jnp.sum(part * k) for k, part in enumerate(jnp.split(x * y, 2))),
     "control flow": lambda x, y: jax.lax.scan(lambda c, r: (c + jnp.sum(r * y), None), 0.0, x)[0],
@@ -149,6 +151,14 @@ def test_equations_of_primitives_hold(case):
     x, y = jnp.array([[0.3, -1.2], [0.7, 2.0]]), jnp.array([[1.5, 0.4], [2.2, 0.9]])
     tolerance = 1e-6 if case == "precision" else None
     fp.derive(PRIMITIVES[case], argnums=(0, 1))(x, y).verify(tolerance)
+
+
+def test_a_conversion_says_the_type_and_takes_real_parts_of_complex_numbers_alone():
+    derivation = fp.derive(lambda x: jnp.sum(x.astype(jnp.float32)))(jnp.ones(2))
+    assert "float32(x)" in derivation.text()
+    assert "real" not in derivation.text()
+    derivation = fp.derive(lambda x: jnp.real(jnp.vdot(x.astype(complex), jnp.ones(2))))(jnp.ones(2))
+    assert "float64(real(∂J" in derivation.text()
 
 
 def test_a_result_that_is_not_computed_is_named():

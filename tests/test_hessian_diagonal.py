@@ -251,17 +251,23 @@ def test_equal_blocks_share_a_program() -> None:
     assert sum(eqn.primitive.name == "scan" for eqn in call.params["jaxpr"].eqns) == len(programs)
 
 
-def test_programs_are_not_shared_where_running_costs_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = {"a": normal(4, 5, seed=1), "b": normal(5, 4, seed=2), "c": normal(4, 3, seed=3)}
+def test_programs_are_not_shared_where_running_costs_more() -> None:
+    """Wide layers: each has a program of its own, and pays for what comes after it."""
 
     def loss(p: Any, x: Any, y: Any) -> Any:
         return cross_entropy(jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"], y)
 
-    monkeypatch.setattr("funcprop.curvature.diagonal.column_programs._RUNS", 10**9)
-    plan = assert_exact(loss, params, normal(N, 4), Y)
-    assert len({row.program for row in plan.rows}) == 3
-    flops = [row.flops / row.products for row in sorted(plan.rows, key=lambda row: row.leaves)]
-    assert flops == sorted(flops, reverse=True)  # each pays for what comes after it
+    def planned(width: int) -> Any:
+        shapes = {"a": (4, 5 * width), "b": (5 * width, 4 * width), "c": (4 * width, 3)}
+        params = {name: jax.ShapeDtypeStruct(shape, float) for name, shape in shapes.items()}
+        x = jax.ShapeDtypeStruct((N, 4), float)
+        return fp.curvature.hessian_diagonal(loss).plan(params, x, Y).rows
+
+    assert len({row.program for row in planned(1)}) == 1
+    rows = planned(100)
+    assert len({row.program for row in rows}) > 1
+    flops = [row.flops / row.products for row in sorted(rows, key=lambda row: row.leaves)]
+    assert flops == sorted(flops, reverse=True)
 
 
 # --- plan and progress ------------------------------------------------------------------------

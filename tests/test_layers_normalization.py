@@ -113,7 +113,7 @@ def assert_as_autodiff(layer, g, *args, rtol=1e-12):
         np.testing.assert_allclose(a, e, rtol=rtol, atol=rtol * largest)
 
 
-@settings(derandomize=True, max_examples=12, deadline=None, database=None)
+@settings(max_examples=12)
 @given(st.data())
 def test_random_shapes_axes_and_policies(data):
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))

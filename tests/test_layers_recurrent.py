@@ -85,7 +85,7 @@ def test_the_same_network_as_in_flax(cell):
     assert_same(*both(params, x))
 
 
-@settings(derandomize=True, max_examples=7, deadline=None, database=None)
+@settings(max_examples=7)
 @given(st.data())
 def test_every_option_against_autodiff(data):
     cell = data.draw(st.sampled_from(sorted(GATES)))

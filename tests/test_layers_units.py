@@ -120,7 +120,7 @@ def test_equations(call):
 # --- embedding --------------------------------------------------------------------------------
 
 
-@settings(derandomize=True, max_examples=8, deadline=None, database=None)
+@settings(max_examples=8)
 @given(st.data())
 def test_embedding_is_indexing(data):
     rows, shape = data.draw(st.integers(1, 5)), data.draw(st.lists(st.integers(0, 3), max_size=2))

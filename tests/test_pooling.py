@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from compiling import compiled
 from flax import linen as nn
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import funcprop as fp
@@ -62,26 +62,44 @@ def assert_equals_jax(pool, shape, kind):
     np.testing.assert_allclose(cotangent, expected_cotangent, rtol=1e-13, atol=1e-14)
 
 
+# One entry; a window as wide as the padded input; entries between windows; nothing but −∞ and NaN beside 0.
+CORNERS = [
+    ((1,), [1], [1], [(0, 0)], "distinct"),
+    ((2, 2), [3, 4], [2, 1], [(1, 0), (0, 2)], "ties"),
+    ((7, 1), [1, 1], [3, 2], [(0, 0), (0, 0)], "-inf"),
+    ((1, 5, 4, 1), [1, 2, 3, 1], [1, 2, 1, 1], [(0, 0), (1, 1), (2, 2), (0, 0)], "nan"),
+]
+
+
+def with_corners(test):
+    for corner in CORNERS:
+        test = example(corner)(test)
+    return test
+
+
 def max_pool(window, strides, padding, before=lambda x: x):
     return lambda x: jax.lax.reduce_window(before(x), -jnp.inf, jax.lax.max, window, strides, padding)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(windows())
+@with_corners
 def test_equals_jax(case):
     shape, window, strides, padding, kind = case
     assert_equals_jax(max_pool(window, strides, padding), shape, kind)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 @given(windows())
+@with_corners
 def test_of_a_relu_equals_jax(case):
     shape, window, strides, padding, kind = case
     assert_equals_jax(max_pool(window, strides, padding, jax.nn.relu), shape, kind)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10)
 @given(windows())
+@with_corners
 def test_minimum_equals_jax(case):
     shape, window, strides, padding, kind = case
     pool = lambda x: jax.lax.reduce_window(x, jnp.inf, jax.lax.min, window, strides, padding)  # noqa: E731

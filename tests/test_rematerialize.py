@@ -112,7 +112,7 @@ def brute_force(steps, x, budget):
     return best
 
 
-@settings(derandomize=True, max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(programs(), st.floats(0, 1))
 def test_random_programs(steps, share):
     x = normal(0, 3, 3, scale=0.3)

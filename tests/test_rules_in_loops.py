@@ -88,6 +88,23 @@ def test_a_jitted_function_in_new_loops_is_rewritten_once():
     assert counts[0] > counts[1] == counts[2]
 
 
+def test_a_function_used_in_a_loop_and_beside_it_has_the_rules_of_its_place():
+    """In the loop a jitted function's product is left to the loop's rule; beside it, it has its own."""
+    cell = jax.jit(lambda h, u: jnp.tanh(h @ u))
+
+    def loss(p, xs):
+        def step(h, x):
+            h = cell(h, p["U"]) + x[:, None] @ p["V"]
+            return h, h
+
+        return jnp.sum(jax.lax.scan(step, cell(jnp.ones((B, 1, 9)), p["U"]), xs)[1] ** 2)
+
+    ours = fp.grad(loss, rules=fp.rules.handwritten)
+    assert (9, 9) in products_in_loops(jax.grad(loss), *WIDE)
+    assert (9, 9) not in products_in_loops(ours, *WIDE)
+    close(*compiled(lambda *args: (ours(*args), jax.grad(loss)(*args)))(*WIDE))
+
+
 def test_a_rule_that_the_user_put_in_stays_in_loops():
     """Here one that says of itself that it ran."""
     product = fp.rules.handwritten["dot_general"]

@@ -61,7 +61,7 @@ def by_integer_program(chain, budget):
     return round(found.fun) if found.success else None
 
 
-@settings(derandomize=True, max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_fewest_flops_as_the_integer_program(data):
     count = data.draw(st.integers(2, 9))
@@ -75,7 +75,7 @@ def test_fewest_flops_as_the_integer_program(data):
     assert found == chain.schedule(found.segments)
 
 
-@settings(derandomize=True, max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.data())
 def test_frontier_and_peak_as_of_all_paths(data):
     count = data.draw(st.integers(2, 5))

@@ -249,9 +249,20 @@ def test_products_in_libraries_and_convolutions_are_counted() -> None:
 
 def test_times_are_measured_and_models_are_taken_as_they_are() -> None:
     net = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-    found = fp.second_order_cost(lambda net, x: jnp.sum(net(x) ** 2), repeats=1)(net, jnp.ones((4, 3)))
+
+    def costs(sines: int) -> Any:
+        def loss(net: Any, x: Any) -> Any:
+            return jnp.sum(jax.lax.fori_loop(0, sines, lambda _, y: jnp.sin(y), net(x)) ** 2)
+
+        return fp.second_order_cost(loss, repeats=1)(net, jnp.ones((4, 3)))
+
+    found = costs(1)
     assert found.parameters == 8
-    assert all(row.time > 0 for row in found.rows)
+    for quick, slow in zip(found.rows, costs(100_000).rows, strict=True):
+        # A row stands for its own program: the one with so many sines takes milliseconds.
+        assert quick.measured.seconds < slow.measured.seconds / 5
+        assert quick.predicted.seconds < slow.predicted.seconds / 5
+        assert slow.time == slow.measured.seconds / slow.predicted.seconds
     assert found.worst >= 1
     assert "µs a call" in str(found)
     json.dumps(found.as_dict(), allow_nan=False)

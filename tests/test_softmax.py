@@ -90,7 +90,7 @@ def test_several_results_of_an_inlined_jit(fun):
     np.testing.assert_allclose(actual, jax.grad(loss(fun))(X), rtol=1e-12)
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@settings(max_examples=8)
 @given(st.data())
 def test_random_shapes_and_axes(data):
     fun = FUNCTIONS[data.draw(st.sampled_from(sorted(FUNCTIONS)))]

@@ -139,19 +139,19 @@ def one_equation(eqn: Equation) -> Callable[..., list[Any]]:
 
 
 def variables(atoms: Sequence[Any]) -> list[Any]:
-    """Those that are no literals."""
+    """The atoms that are variables, not literals."""
     return [v for v in atoms if not isinstance(v, Literal)]
 
 
 def free_variables(eqns: Sequence[Any]) -> list[Var]:
-    """What a run of equations reads and does not itself define, in order of first reading."""
+    """Find the variables that equations read and do not define, in order of first reading."""
     defined = {v for eqn in eqns for v in eqn.outvars}
     read = [v for eqn in eqns for v in eqn.invars if not isinstance(v, Literal)]
     return list(dict.fromkeys(v for v in read if v not in defined))
 
 
 def needed_equations(eqns: Sequence[Any], results: Sequence[Any], given: Collection[Any] = ()) -> list[Any]:
-    """Those equations that some results depend on, in order; what is `given` need not be computed."""
+    """Find the equations that some results depend on, in order; `given` variables need not be computed."""
     needed, kept = {v for v in variables(results) if v not in given}, []
     for eqn in reversed(eqns):
         if any(v in needed for v in eqn.outvars):
@@ -282,7 +282,7 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def memory_fields(compiled: Any) -> dict[str, int]:
-    """What a compiled program says of its memory: `argument, output, temporary, alias` and `peak` bytes."""
+    """Read the bytes that a compiled program reports: `argument, output, temporary, alias` and `peak`."""
     names = {"argument": "argument_size", "output": "output_size", "temporary": "temp_size"}
     names |= {"alias": "alias_size", "peak": "peak_memory"}
     found = compiled.memory_analysis()
@@ -305,7 +305,7 @@ def program_text(compiled: Any) -> str:
 
 
 def counted_flops(compiled: Any) -> float | None:
-    """What XLA's own cost analysis counts; None where it does not."""
+    """Read the operations that XLA's own cost analysis counts; None where it does not."""
     found = compiled.cost_analysis()
     return None if not found else found.get("flops")
 
@@ -319,7 +319,7 @@ def scope(eqn: Equation) -> str:
 
 
 def function_name(eqn: Equation) -> str:
-    """What the user calls an equation: the function that has a derivative of its own, else the primitive."""
+    """Name an equation: by its function, if that has a derivative of its own, else by the primitive."""
     body = eqn.params.get("call_jaxpr")
     if not eqn.primitive.name.startswith("custom_") or body is None:
         return eqn.primitive.name
@@ -373,7 +373,7 @@ def explicitly_sharded(aval: Aval) -> bool:
 
 
 def with_weak_type(x: Any, weak_type: bool) -> Any:
-    """The same value, weakly typed or not."""
+    """Make a value weakly typed, or not."""
     if bool(getattr(jax.typeof(x), "weak_type", False)) == weak_type:
         return x
     primitive = jex_primitives.convert_element_type_p

@@ -73,7 +73,7 @@ def call(run: Callable[..., Any], fun: Callable[..., Any], args: Any, kwargs: An
 def describe(
     args: Any, kwargs: Any, arguments: tuple[Any, ...]
 ) -> tuple[list[Any], list[bool], Callable[[Sequence[Any]], list[Any]]]:
-    """What the leaves of `arguments`, those of the pure function in `call`, are in the models' own terms.
+    """Describe the leaves of `arguments`, which the pure function in `call` takes, in the models' own terms.
 
     For each leaf its path from `(args, kwargs)`, where a variable of a model ends the path, and whether it is
     a parameter; and the function that puts leaves together as positional arguments, in which a model is the

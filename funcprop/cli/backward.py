@@ -44,7 +44,7 @@ class Gradient(NamedTuple):
 
 
 class Term(NamedTuple):
-    """What arrives at a variable by way of `source`."""
+    """The contribution to a variable's cotangent that comes from `source`."""
 
     source: str
     text: str

@@ -24,7 +24,7 @@ def compare(
     has_aux: HasAux = False,
     as_json: AsJson = False,
 ) -> None:
-    """Which rules fire, on which operators, and what each saves in time and bytes against autodiff."""
+    """List the rules that fire, their operators, and the time and bytes that each saves against autodiff."""
     emit(lambda: report(load(target, has_aux), parse_argnums(argnums), rules, repeats), as_json)
 
 

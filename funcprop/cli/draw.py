@@ -19,7 +19,7 @@ FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
 
 
 class Choices(NamedTuple):
-    """What is drawn, and how."""
+    """The options of the picture."""
 
     sweeps: str | None
     argnums: Sequence[int] | None

@@ -39,7 +39,7 @@ def memory(
     has_aux: HasAux = False,
     as_json: AsJson = False,
 ) -> None:
-    """What is held at the peak, buffer by buffer: inference and training, predicted and compiled."""
+    """Show the buffers held at the peak: of inference and training, predicted and compiled."""
 
     def compute() -> Output:
         limit = None if budget is None else parse_bytes("--budget", budget)

@@ -23,7 +23,7 @@ WIDEST = 110  # characters in a cell of a table
 
 
 class Output(NamedTuple):
-    """The same result for people and for programs.
+    """A result in two forms: text for people, data for programs.
 
     `content` is what the file of `--out` gets, and `text` then what is said of it, after its name.
     """

@@ -21,7 +21,7 @@ from funcprop.training.loop import Epoch, Setup
 
 
 class TrainOptions(NamedTuple):
-    """What was given on the command line; None where it was not."""
+    """The options given on the command line; None where one was not given."""
 
     epochs: int | None
     seed: int | None
@@ -102,7 +102,7 @@ def chapter_setup(options: TrainOptions) -> Setup:
 
 
 def users_setup(target: str, options: TrainOptions) -> Setup:
-    """What the user's `setup()` returns, a `Setup` or a dict with its fields."""
+    """Call the user's `setup()`, which returns a `Setup` or a dict with its fields."""
     for name in ("batch", "lr", "hidden", "decay", "data"):
         if getattr(options, name) is not None:
             raise TargetError(
@@ -116,7 +116,7 @@ def users_setup(target: str, options: TrainOptions) -> Setup:
 
 
 def as_setup(target: str, given: Any) -> Setup:
-    """What a `setup()` returned, a `Setup` or a dict with its fields."""
+    """Make a `Setup` of the result of `setup()`, which may be a dict with its fields."""
     fields = ", ".join(
         f"{name} (optional)" if name in Setup._field_defaults else name for name in Setup._fields
     )

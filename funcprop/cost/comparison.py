@@ -25,6 +25,7 @@ from funcprop.graph.objective import Argnums, differentiable, positions
 from funcprop.graph.references import require_no_references
 from funcprop.graph.tracing import Arguments
 from funcprop.program.call import Call, has_values, is_array, without_aux
+from funcprop.program.structural_key import structural_key
 from funcprop.rules.matching import matches
 from funcprop.rules.rewrite import Match, Rewriter
 from funcprop.rules.rule_set import RuleSet
@@ -83,7 +84,7 @@ class OperatorRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the rules do for one function. `print` shows a table, `as_dict` is the same as plain data."""
+    """The effect of the rules on one function. `print` shows a table, `as_dict` is the same as plain data."""
 
     name: str
     rules: str
@@ -132,7 +133,7 @@ def compare(
     rules: RuleSet | None = None,
     repeats: int = 10,
 ) -> Callable[..., Comparison]:
-    """Which rules fire on this function, on which operators, and what each saves against autodiff.
+    """Compare rules and autodiff on this function: the rules that fire, their operators, and what each saves.
 
     `compare(fun, argnums, has_aux)(*args, **kwargs) -> Comparison`. Times are seconds of the fastest of
     `repeats` runs in turn, bytes the temporary bytes of the compiled programs. With shapes
@@ -195,7 +196,7 @@ def compare(
 
 def _rows(found: Sequence[Match], rules: RuleSet, repeats: int) -> list[OperatorRow]:
     """One row for equal operators with the same outcome, in the order in which they are met."""
-    keys = [(match.operator, match.reason, str(_jax.one_equation_jaxpr(match.equation))) for match in found]
+    keys = [(m.operator, m.reason, structural_key(_jax.one_equation_jaxpr(m.equation))) for m in found]
     counts = Counter(keys)
     rows: dict[Any, OperatorRow] = {}
     for key, match in zip(keys, found, strict=True):

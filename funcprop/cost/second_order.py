@@ -34,7 +34,7 @@ _KIND_REPEATS = 5
 
 @dataclass(frozen=True)
 class Cost:
-    """What a computation takes. `operators` are equations, or instructions of the compiled program.
+    """The cost of a computation. `operators` are equations, or instructions of the compiled program.
 
     `bytes` are those of arguments, results and temporaries together. `seconds` is None where nothing is run.
     """
@@ -65,7 +65,7 @@ class CostRow:
 
 @dataclass(frozen=True)
 class SecondOrderCost:
-    """What the derivatives of one function cost. `print` shows a table, `as_dict` is plain data.
+    """The costs of the derivatives of one function. `print` shows a table, `as_dict` is plain data.
 
     `left` says of a computation that is not there why. `parameters` is how many numbers are differentiated.
     """
@@ -165,7 +165,7 @@ def second_order_cost(
     budget: int | str = 2**28,
     patience: float = 10.0,
 ) -> Callable[..., SecondOrderCost]:
-    """What gradient, Hessian-vector and Gauss-Newton products and the dense Hessian cost.
+    """Predict and measure the cost of gradient, Hessian-vector and Gauss-Newton products and dense Hessian.
 
     `second_order_cost(fun, argnums)(*args, **kwargs) -> SecondOrderCost`. Matrix products, operators,
     operations, bytes and time are predicted from the jaxpr; then every program is compiled and run, and what

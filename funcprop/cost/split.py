@@ -26,7 +26,7 @@ _LOSSES = (layers.softmax_cross_entropy, layers.mean_squared_error, layers.focal
 
 
 class SplitError(ValueError):
-    """There is no model and loss to be told apart; the message says why, and how to tell."""
+    """The function cannot be split into model and loss; the message says why, and how it can."""
 
 
 def model_output(objective: Objective, name: str | None) -> Variable:

@@ -82,7 +82,7 @@ class Rates:
         return self.call_seconds + self.scale * (products + work.moved / self.bytes_per_second)
 
     def calibrated(self, work: Work, seconds: float) -> Rates:
-        """The same rates, scaled so that a program of some work takes the seconds that it was measured to.
+        """Scale the rates so that a program of some work takes the seconds that were measured.
 
         What is short beside a call may as well be a longer start, of threads for example, as slower
         operators: the scale is drawn to 1 as if a few calls' time were predicted and measured besides, and

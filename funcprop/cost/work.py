@@ -47,7 +47,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Work:
-    """What a program does, from its arguments to its results.
+    """The work of a program, from its arguments to its results.
 
     `operators` are equations of the jaxpr, or instructions of the compiled program, of which one may be many
     fused operators. `bytes` are those of arguments, results and temporaries at their most, `moved` those that

@@ -110,7 +110,7 @@ def accumulate(
 
 
 def merge(a: Accumulated, b: Accumulated) -> Accumulated:
-    """What was accumulated over two parts of the data, of both together, in any order.
+    """Merge what was accumulated over two parts of the data, in any order.
 
     A pass can only be continued from what one pass has accumulated, not from what was merged.
 

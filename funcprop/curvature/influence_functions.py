@@ -29,7 +29,7 @@ Loss = Callable[..., Any]
 
 @dataclass(frozen=True, eq=False)
 class Influence:
-    """What `influence` returns: the effects of leaving out single training examples, to first order.
+    """The effects of leaving out single training examples, to first order.
 
     `objective(θ) = 1/N Σ_n loss(θ, x_n, y_n) + regularizer(θ)` has the curvature `H` (with its damping) at
     `params`, which minimise it. Leaving out example n, at the same `1/N`, moves them by `1/N H⁻¹ ∇loss_n`.

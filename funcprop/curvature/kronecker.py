@@ -63,7 +63,7 @@ class KroneckerProduct:
         return self.layout.to_leaf(multiply(self.g, multiply(self.a, blocks, 1), 2))
 
     def eigen(self) -> Eigen:
-        """The same by its eigenvectors."""
+        """Decompose the block: the same matrix by its eigenvectors."""
         (a, ua), (g, ug) = _eigh(self.a), _eigh(self.g)
         values = jnp.broadcast_to(a[..., :, None] * g[..., None, :], self.layout.matrix)
         return Eigen(ua, ug, values, self.layout)
@@ -96,7 +96,7 @@ class Eigen:
         return self
 
     def map(self, fun: Callable[[Any], Any]) -> Eigen:
-        """The same eigenvectors with other eigenvalues."""
+        """Change the eigenvalues and keep the eigenvectors."""
         return replace(self, values=fun(self.values))
 
     def diagonal_in(self, ua: Any, ug: Any) -> Any:

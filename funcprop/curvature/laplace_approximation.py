@@ -42,7 +42,7 @@ class Predictive(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Laplace:
-    """What `laplace` returns: `θ ~ N(θ*, (c H + diag(δ))⁻¹)`.
+    """The Laplace posterior `θ ~ N(θ*, (c H + diag(δ))⁻¹)`.
 
     `H = Σ_n J_nᵀ Λ_n J_n` is the Gauss-Newton matrix of the negative log-likelihood, summed over the
     examples; `c = 1/noise²` for the Gaussian likelihood and 1 for others. `δ` is `prior_precision`: a number,
@@ -185,7 +185,7 @@ def _require_positive(name: str, value: Any) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Fitted:
-    """What a structure is made of: a model, the negative log-likelihood of its outputs, and the data."""
+    """The ingredients of a structure: a model, the negative log-likelihood of its outputs, and the data."""
 
     model: Callable[..., Any]
     negative_log: Callable[..., Any]

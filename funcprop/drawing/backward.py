@@ -37,7 +37,7 @@ class BackwardGraph(Graph):
 
     @property
     def residual_bytes(self) -> int:
-        """What is held between the sweeps."""
+        """The bytes held between the sweeps."""
         return sum(v.nbytes or 0 for v in self.residuals)
 
     def shown(self) -> Shown:

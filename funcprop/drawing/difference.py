@@ -42,12 +42,12 @@ class End(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str, bool]:
-        """Which arrow it is, in its graph."""
+        """The key of the arrow in its graph: its ends, and its direction."""
         return self.variable.name, self.operator.name, self.into
 
     @property
     def arrow(self) -> Arrow:
-        """What is told of it."""
+        """The names of its ends, and its type."""
         v, op = self.variable, self.operator
         name = op.outputs[0].name if isinstance(op, Passage) else op.name
         return Arrow(v.name, name, v.type) if self.into else Arrow(name, v.name, v.type)
@@ -68,7 +68,7 @@ class Difference(Pictured):
 
     @property
     def matching(self) -> Matching:
-        """What is the same in both, by name."""
+        """The operators and variables that both graphs share, by name."""
         return self.comparison.matching
 
     @cached_property

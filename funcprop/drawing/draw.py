@@ -99,7 +99,7 @@ _GLANCE = 300
 
 
 def notebook_svg(graph: Graph | Difference) -> str | None:
-    """What a notebook shows of a graph: its picture, with scopes collapsed until it can be taken in.
+    """Draw a graph for a notebook, with scopes collapsed until it can be taken in.
 
     None, for which a notebook shows the table, if there is no layout engine, or too much even then.
     """

@@ -54,7 +54,7 @@ class Layout:
     is_mirrored: bool = False
 
     def mirrored(self) -> Layout:
-        """The same, upside down."""
+        """The picture from below."""
         return Layout(
             self.width,
             self.height,

@@ -26,7 +26,7 @@ def has_loops(graph: Graph) -> bool:
 
 
 def open_loops(shown: Shown, levels: int, only: Collection[str] | None = None) -> Shown:
-    """The same with its loops open, and the loops in them, to so many levels; `only` those of these names."""
+    """Open the loops of a drawing, and the loops in them, to so many levels; `only` loops of these names."""
     if levels < 1 or not has_loops(shown.graph):
         return shown
     opening = _Opening(shown, only)
@@ -47,7 +47,7 @@ def open_loops(shown: Shown, levels: int, only: Collection[str] | None = None) -
 
 
 class _Opening:
-    """What is gathered while loops are opened."""
+    """The variables, operators and places gathered while loops are opened."""
 
     def __init__(self, shown: Shown, only: Collection[str] | None) -> None:
         self.only = only
@@ -97,7 +97,7 @@ class _Opening:
         return inner
 
     def entering(self, op: Operator, body: OpenedBody, scope: str) -> dict[int, Variable]:
-        """What stands in the loop for each operand, by its number: itself, or a square of its own."""
+        """Map each operand's number to what stands for it in the loop: itself, or a square of its own."""
         last = {i: body.graph.outputs[j] for j, i in body.carried.items()}
         values = {}
         for i, (operand, v) in enumerate(zip(body.operands, body.graph.inputs, strict=True)):
@@ -118,7 +118,7 @@ class _Opening:
     def moved(
         self, op: Operator, body: OpenedBody, scope: str, values: Mapping[int, Variable]
     ) -> Callable[[Variable], Variable]:
-        """What a body's variables are in the graph around."""
+        """Map a body's variables to those of the graph around."""
         of = {id(v): values[i] for v, i in zip(body.graph.inputs, body.operands, strict=True)}
         for v in (*body.graph.constants, *(v for inner in body.graph for v in inner.outputs)):
             of[id(v)] = replace(v, name=joined(scope, v.name), scope=joined(scope, v.scope))
@@ -172,7 +172,7 @@ class _Opening:
 
 
 def title(op: Operator) -> str:
-    """What a loop is called: with the number of its iterations, and its direction."""
+    """Title a loop: its name, the number of its iterations, and its direction."""
     if op.op != "scan":
         return op.op
     return f"scan × {op.static['length']}" + ", backwards" * bool(op.static.get("reverse"))

@@ -16,7 +16,7 @@ from funcprop.graph.graph import Graph, Operator, Variable
 
 
 def kind(op: Operator) -> Hashable:
-    """What an operator is: primitive or layer, parameters, literal operands, result types, bodies."""
+    """The kind of an operator: primitive or layer, parameters, literal operands, result types, bodies."""
     static = tuple(sorted((name, _text(value)) for name, value in op.static.items()))
     bodies = tuple((name, _body(body)) for name, body in sorted(op.bodies.items()))
     literals = tuple((i, v.name) for i, v in enumerate(op.inputs) if v.kind == "literal")
@@ -154,7 +154,7 @@ class Matching:
         return self.operators.get(made[0]) == other[0] and made[1] == other[1]
 
     def _pair_in_order(self) -> None:
-        """Pair what is left as a comparison of two texts does."""
+        """Pair the remaining operators as a comparison of two texts does."""
         a, b = self.unmatched()
         keys_a, keys_b = [self.a.kinds[op.name] for op in a], [self.b.kinds[op.name] for op in b]
         for i, j, n in SequenceMatcher(None, keys_a, keys_b, autojunk=False).get_matching_blocks():

@@ -23,7 +23,7 @@ def merged(difference: Difference) -> Shown:
 
 
 class _Merging:
-    """What things of the first graph are in the merged one, by their name."""
+    """The merged graph, and in it the things of the first graph by their names."""
 
     def __init__(self, difference: Difference) -> None:
         self.difference = difference
@@ -72,12 +72,12 @@ class _Merging:
         return replace(op, name=name, scope=self.moved_scope(op.scope), inputs=inputs, outputs=outputs)
 
     def drawn(self, op: Operator) -> Operator:
-        """What an operator of the first graph is in the merged one."""
+        """Translate an operator of the first graph into the merged one."""
         same = self.matching.operators.get(op.name)
         return self.removed[op.name] if same is None else self.second_operators[same]
 
     def operators(self) -> list[Operator]:
-        """Those of the second graph, and those that were removed where they were in the first."""
+        """List the operators of the second graph, with the removed ones in their places."""
         second = list(self.second.graph.operators)
         place = {op.name: i for i, op in enumerate(second)}
         before = [(scope_path(self.drawn(op).scope), self.drawn(op)) for op in self.first.graph]

@@ -21,7 +21,7 @@ from funcprop.graph.graph import Graph, Operator, Variable
 
 
 class Passage(Operator):
-    """By which a value becomes another in an opened loop: carried, one step of it, or the loop's result.
+    """A step by which a value becomes another in an opened loop: carried, iterated, or the loop's result.
 
     It stands for the arrows (`Link`) that lead to a value, and is no operator of anybody's.
     """
@@ -70,7 +70,7 @@ def loops_around(scope: str, shown: Shown) -> list[tuple[str, ...]]:
 
 
 def _keys(shown: Shown, role: Callable[[str], str]) -> Callable[[Operator], Hashable]:
-    """What operators have in common besides their kind, if they are the same: their role, and the loops."""
+    """Key operators by their role and the loops around them, which equal ones share."""
 
     def key(op: Operator) -> Hashable:
         path = scope_path(op.scope)

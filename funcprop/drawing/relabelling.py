@@ -59,7 +59,7 @@ class Relabelling:
 
 
 def objective_name(results: Sequence[Variable]) -> str:
-    """What cotangents are called after: the name of the one result, or J."""
+    """Name the objective after which cotangents are called: the one result, or J."""
     if len(results) == 1 and results[0].named:
         return _clean(results[0].name, results[0].scope)
     return "J"

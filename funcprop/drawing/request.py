@@ -22,7 +22,7 @@ class Link(NamedTuple):
 
     @property
     def end(self) -> str:
-        """What stands in the place of an operator, among the arrows' ends: none is called that."""
+        """The name that stands for an operator among the arrows' ends; no operator has it."""
         return f"→ {self.target.name}"
 
 

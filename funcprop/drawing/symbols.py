@@ -26,7 +26,7 @@ PRIMITIVES = {
 
 
 def symbol(op: Operator) -> str:
-    """What is written into the operator's circle; for a custom derivative, the function that has it."""
+    """Choose the text in an operator's circle; for a custom derivative, the name of its function."""
     if op.call is not None:
         return op.call.symbol()
     if op.op in ("custom_jvp_call", "custom_vjp_call") and op.equation is not None:

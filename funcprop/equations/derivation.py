@@ -176,7 +176,7 @@ class _LineWriter:
         return opaque(lambda: literal, (), variable.name, variable.name, jax.typeof(literal))
 
     def equations(self, op: Operator) -> Equations | None:
-        """What the operator's rule says of it, if it says anything."""
+        """Ask the operator's rule for its equations, if it has any."""
         if len(op.outputs) != 1 or op.equation is None:
             return None
         name = op.outputs[0].name

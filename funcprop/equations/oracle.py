@@ -80,11 +80,11 @@ class Oracle:
             self.values.update(zip([v.name for v in op.outputs], results, strict=True))
 
     def cotangent_key(self, name: str) -> str:
-        """What a line calls the cotangent of a variable."""
+        """Name the cotangent of a variable as a line does."""
         return f"∂{self.result}/∂{name}"
 
     def environment(self) -> dict[str, Any]:
-        """What the equations are evaluated from: all values, and the cotangents by their keys."""
+        """Collect all values, and the cotangents by their keys, from which equations are evaluated."""
         return self.values | {self.cotangent_key(name): ct for name, ct in self.cotangents.items()}
 
     def truth(self, key: str) -> Any:

@@ -162,7 +162,7 @@ def _require_numbers(lines: Sequence[Line], oracle: Oracle, unchecked: Mapping[s
 
 @contextlib.contextmanager
 def _shown(progress: Progress, total: int) -> Iterator[Callable[[int], None]]:
-    """What is called with the number of lines that are done."""
+    """Make the callback that is told the number of lines done."""
     if callable(progress):
         yield lambda number: progress(number, total)
     elif progress or (progress is None and total >= _MANY_LINES and importlib.util.find_spec("rich")):

@@ -80,7 +80,7 @@ class Arguments:
 
     @classmethod
     def of(cls, call: Call) -> Arguments:
-        """Those of a call as it is written."""
+        """Describe the arguments of a call as it is written."""
         paths = [path for path, _ in jax.tree.leaves_with_path(call.arguments(call.leaves))]
         return cls(paths, [True] * len(paths), lambda leaves: call.arguments(leaves)[0])
 
@@ -138,12 +138,11 @@ def trace_function(
     name_result: str | None = None,
     has_aux: bool = False,
 ) -> Traced:
-    """Trace and keep what the sweeps need besides the graph.
+    """Trace a function into a graph, and keep the data that the sweeps need with it.
 
     With a `signature`, `fun` returns a pair, of which the second part is the state of models. With `has_aux`,
-    its own result is a pair too, of the result and auxiliary data. `name_result` is for a first
-    result that no operator computes (an argument, a constant): it becomes that of an operator which gives it
-    the name.
+    its own result is a pair too, of the result and auxiliary data. `name_result` names a first
+    result that no operator computes (an argument, a constant): an operator is added that gives it the name.
     """
     call = Call.of(args, kwargs, is_array)
     has_state = signature is not None
@@ -327,7 +326,7 @@ def _groups(eqns: Sequence[Any]) -> Iterator[list[Any]]:
 
 
 def _read_outside(eqns: Sequence[Any], jaxpr: Any) -> list[Any]:
-    """What a group of equations computes for the rest of its jaxpr."""
+    """Find the results of a group of equations that the rest of its jaxpr reads."""
     inside = set(map(id, eqns))
     read = {v for e in jaxpr.eqns if id(e) not in inside for v in _jax.free_variables([e])}
     read |= {v for v in jaxpr.outvars if not isinstance(v, _jax.Literal)}

@@ -38,7 +38,7 @@ class BatchStatistics(NamedTuple):
 
 
 class BatchNormalized(NamedTuple):
-    """What the normalisation keeps, with parameters laid along the channels' axis; given statistics."""
+    """The normalisation's residuals, with parameters laid along the channels' axis, and given statistics."""
 
     normalized: Normalized
     given: BatchStatistics | None

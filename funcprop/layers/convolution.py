@@ -57,7 +57,7 @@ def init_conv(
 
 
 def each(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    """The same number for every spatial axis, or one for each."""
+    """Repeat one number for every spatial axis, or check that there is one for each."""
     return (value,) * rank if isinstance(value, int) else tuple(value)
 
 

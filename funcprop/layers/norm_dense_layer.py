@@ -27,7 +27,7 @@ Save: TypeAlias = Literal["input", "all"]
 
 
 class NormalizedAndOperands(NamedTuple):
-    """What the normalisation keeps, `w`, `b` for its type, and with `save="all"` the normalised rows."""
+    """The normalisation's residuals, `w`, `b` for its type, and with `save="all"` the normalised rows."""
 
     normalized: Normalized
     w: Any

@@ -106,7 +106,7 @@ class Tiling:
         return lax.dynamic_update_slice(x, after, [zero] * (x.ndim - 2) + starts)
 
     def visible(self, i: Any, j: Any) -> Any:
-        """Which entries of block `i, j` count, or None if all do."""
+        """Mask the entries of block `i, j` that count; None if all do."""
         starts = self._starts(i, j)
         row, col = (at + jnp.arange(n, dtype=jnp.int32) for at, n in zip(starts, self.block, strict=True))
         row, col = row[:, None], col[None]

@@ -55,7 +55,7 @@ def _weight_of(labels: Any, weights: Any, o: TokenLossOptions) -> Any:
 
 
 def denominator(labels: Any, weights: Any, o: TokenLossOptions, dtype: Any) -> Any:
-    """What the sum of the losses is divided by, which for `"mean"` is the weight of all tokens that count."""
+    """Compute the divisor of the sum of losses: for `"mean"` the weight of all tokens that count."""
     if o.reduction != "mean":
         return jnp.ones((), dtype)
     return jnp.where(labels != o.ignore_index, _weight_of(labels, weights, o), 0).sum(dtype=dtype)

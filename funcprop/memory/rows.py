@@ -40,7 +40,7 @@ def predicted(case: AccountedProgram, library: bool, barriers: bool = False) -> 
 
 
 def peak_bytes(closed: Any) -> int:
-    """What a jaxpr as a program of its own holds at its peak, besides the constants that it captures."""
+    """Estimate the peak bytes of a jaxpr as a program of its own, without captured constants."""
     count = len(_jax.open_jaxpr(closed).invars)
     found = predicted(AccountedProgram(closed, [""] * count, ["inputs"] * count), library=True)
     return found.total - found.captured

@@ -159,7 +159,7 @@ def _lobpcg(
 
 
 def chosen(values: Array, k: int, which: str) -> Array:
-    """The positions of k of the ascending values, ascending."""
+    """Choose k of the ascending values: their positions, ascending."""
     m = len(values)
     if which == "LM":
         return jnp.sort(jnp.argsort(jnp.abs(values))[m - k :])

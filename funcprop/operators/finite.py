@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def require_finite(operator: SymmetricMap, result: T, doing: str) -> T:
-    """`result`, if all of it is finite, or if it is traced and nobody can tell.
+    """Return `result` if all of it is finite, or if it is traced and cannot be looked at.
 
     Raises:
         FloatingPointError: it is not; the message names the parameters whose rows of the operator are not.
@@ -39,7 +39,7 @@ def require_finite(operator: SymmetricMap, result: T, doing: str) -> T:
 def nonfinite_rows(operator: SymmetricMap) -> list[str]:
     """The paths of the parameters whose rows have entries that are not finite.
 
-    Times zero, NaN and infinity are NaN: one product with zeros finds them, wherever they are in their row.
+    NaN and infinity times zero are NaN: one product with zeros finds them, wherever they are in a row.
     """
     zeros = jnp.zeros(operator.parameters.size, operator.dtype)
     rows = jax.tree.leaves(operator.parameters.unravel(flat_product(operator, zeros)))

@@ -25,7 +25,7 @@ class Tridiagonal(NamedTuple):
     off_diagonal: Float[Array, " l"]
 
     def without_last(self) -> Tridiagonal:
-        """The same, one step earlier."""
+        """Drop the last step."""
         return Tridiagonal(self.basis[:-1], self.diagonal[:-1], self.off_diagonal[:-1])
 
     def eigh(self) -> tuple[Float[Array, " m"], Float[Array, "m m"]]:

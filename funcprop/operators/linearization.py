@@ -50,7 +50,7 @@ def split(
 
 
 def _needed(equations: Sequence[Any], again: dict[Any, Any]) -> list[Any]:
-    """Those equations of `again` that `equations` read, and those that these read, in their order."""
+    """Select from `again` the equations that `equations` depend on, in their order."""
     needed: dict[int, Any] = {}
     pending = [v for v in _jax.free_variables(equations) if v in again]
     while pending:

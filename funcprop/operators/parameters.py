@@ -30,7 +30,7 @@ class Parameters:
 
     @classmethod
     def of(cls, params: PyTree) -> Parameters:
-        """Those of a pytree of real floating-point arrays.
+        """Describe a pytree of real floating-point arrays.
 
         Raises:
             TypeError: a leaf has no real derivative.

@@ -29,7 +29,7 @@ DENSE_BYTES = 2**32  # a larger matrix is made only when asked for
 
 
 class Queries(SymmetricMap):
-    """The questions; `LinearOperator` is what they are asked of."""
+    """The methods of `LinearOperator` that ask about its matrix."""
 
     # --- entries ------------------------------------------------------------------------------
 

@@ -54,5 +54,5 @@ class SymmetricMap(abc.ABC):
 
     @property
     def dtype(self) -> Any:
-        """That of the flat vectors."""
+        """The dtype of the flat vectors."""
         return self.parameters.dtype

@@ -57,7 +57,7 @@ def name_of(fun: Any, unnamed: str | None = None) -> str:
 
 
 def pair(returned: Any, fun: Callable[..., Any]) -> tuple[Any, Any]:
-    """What a function with auxiliary data returned.
+    """Check the result of a function with auxiliary data: a pair.
 
     Raises:
         TypeError: it is no pair.
@@ -94,7 +94,7 @@ def succeeds(fun: Callable[..., Any], *args: Any) -> bool:
 def in_order(
     model: Callable[..., Any], loss: Callable[..., Any], params: Any, x: Any, y: Any
 ) -> Iterator[None]:
-    """Where `loss(model(params, x), y)` cannot be called: whether the functions are in the wrong order.
+    """Turn a failure that swapped `model` and `loss` cause into a clear TypeError; a context manager.
 
     Raises:
         TypeError: they are; whatever was raised otherwise.
@@ -114,7 +114,7 @@ def in_order(
 
 
 def require_callable(fun: Any) -> None:
-    """Refuse what is no function.
+    """Raise unless `fun` is callable.
 
     Raises:
         TypeError: with the value.
@@ -132,7 +132,7 @@ def has_values(tree: Any) -> bool:
 
 
 def require_values(what: str, tree: Any, instead: str) -> None:
-    """Refuse shapes where values are needed: `what` needs them, `instead` takes shapes.
+    """Raise if a leaf is only a shape: `what` needs values, `instead` takes shapes.
 
     Raises:
         TypeError: with the path of the first shape.

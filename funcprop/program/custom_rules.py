@@ -97,7 +97,7 @@ def _traced(fun: Callable[..., Any], *avals: Any) -> Any:
 
 
 def python_rule(eqn: Any) -> Any | None:
-    """What tells the python rule of a `custom_jvp` call from others at this moment; None where nothing does.
+    """Identify the python rule of a `custom_jvp` call at this moment; None where nothing does.
 
     The rule, and its arguments that are not arrays: two calls of which they are the same, at the same types,
     have the same derivative, until python runs again.

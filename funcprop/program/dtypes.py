@@ -16,7 +16,7 @@ from jax import lax
 
 
 def common_dtype(*arrays: Any) -> Any:
-    """What JAX promotes arrays (or their types) to; floats of 8 bits count as bfloat16 beside others.
+    """Promote the dtypes of arrays (or types) as JAX does; floats of 8 bits count as bfloat16 beside others.
 
     Arguments that are None do not count.
     """

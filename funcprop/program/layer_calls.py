@@ -28,7 +28,7 @@ class MappedAxis:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a call of a layer (an `fp.Layer`) is, apart from its arrays: kept in the jaxpr at the boundary."""
+    """A call of a layer (an `fp.Layer`) without its arrays; the jaxpr keeps it at the layer's boundary."""
 
     layer: Any
     static: tuple[tuple[str, Any], ...]
@@ -66,7 +66,7 @@ class LayerCall:
         return self.layer.function(*self.unflatten(leaves), **dict(self.static))
 
     def symbol(self) -> str:
-        """What is written into the layer's circle: its symbol, or its name."""
+        """The text in the layer's circle: its symbol, or its name."""
         symbol = self.layer.symbol
         if callable(symbol):
             arguments = self.unflatten(range(self.tree.num_leaves))
@@ -121,7 +121,7 @@ def layer_call(eqn: Any) -> LayerCall | None:
 
 
 def broken_layer_call(eqn: Any) -> tuple[Any, str] | None:
-    """The layer of which an equation is a call, if it is not treated as one, and the reason."""
+    """The layer whose call an equation was before it was changed, and why it is not treated as its call."""
     boundary = _boundary(eqn)
     if boundary is None or (reason := _why_not_whole(eqn, boundary)) is None:
         return None

@@ -148,7 +148,7 @@ linear_p = _jax.define_primitive(
 
 
 def linear_body(eqn: Any) -> Any | None:
-    """What an equation computes that is the tangent map of a rule, as a jaxpr; None for another equation."""
+    """Trace what the tangent map of a rule computes, as a jaxpr; None for another equation."""
     if eqn.primitive is not linear_p:
         return None
     body = jax.make_jaxpr(partial(_linear_call, **eqn.params))(*[v.aval for v in eqn.invars])

@@ -142,7 +142,7 @@ class Program:
 
     @property
     def jaxpr(self) -> Any:
-        """What is computed: an open jaxpr of the constants and the leaves of the arguments."""
+        """The computation: an open jaxpr of the constants and the leaves of the arguments."""
         return self.structure.jaxpr
 
     @property
@@ -182,7 +182,7 @@ class CompiledByTypes:
         self._programs: dict[Any, Program] = {}
 
     def __call__(self, *args: Any) -> Any:
-        """The results; what the function reads besides its arguments is what it was when it was traced."""
+        """Evaluate; what the function reads besides its arguments is as it was when it was traced."""
         leaves, tree = jax.tree.flatten(args)
         types = tree, tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
         if types not in self._programs:

@@ -45,7 +45,7 @@ class SelfContained(NamedTuple):
 
 
 def self_contained(closed: Any) -> SelfContained:
-    """The same computation, with nothing hidden inside."""
+    """Make a computation self-contained, with nothing hidden inside."""
     closer = _Closer()
     jaxpr, constants = closer.body(closed)
     return SelfContained(jaxpr, constants, closer.rules(), tuple(closer.refused))

@@ -49,7 +49,7 @@ class StructuralKey:
 
 
 class SameObject:
-    """What is equal to itself only."""
+    """A wrapper that is equal only if it holds the same object."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -129,11 +129,11 @@ class _KeyWriter:
         return (*kind, *((k, self.value(v)) for k, v in said))
 
     def key(self, key: StructuralKey) -> Any:
-        """What another key contributes."""
+        """Write another key."""
         return key.digest, tuple(map(self.object, key.objects))
 
     def value(self, value: Any) -> Any:
-        """What a parameter of an equation contributes."""
+        """Write a parameter of an equation."""
         if _jax.is_jaxpr(value):
             return "jaxpr", self.jaxpr(value)
         kind = type(value)
@@ -161,7 +161,7 @@ class _KeyWriter:
 
 
 def _closed_over(function: Any) -> list[Any] | None:
-    """What a function that is written in JAX itself closes over, which is all it reads; None for others."""
+    """List what a function written in JAX itself closes over, which is all it reads; None for others."""
     code = getattr(function, "__code__", None)
     if code is None or not code.co_filename.startswith(_JAX_DIRECTORY):
         return None

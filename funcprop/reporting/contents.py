@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from funcprop.drawing.picture import Node
 from funcprop.drawing.symbols import symbol
 from funcprop.graph.graph import Operator
 from funcprop.reporting.equations import TypesetEquations, by_variable
@@ -42,82 +43,90 @@ DETAILS = (
 
 def contents(report: ReportData, equations: TypesetEquations, detail: Detail = DETAILS[0]) -> dict[str, Any]:
     """Nodes, operators and values with their numbers; the order of both sweeps."""
-    graph, inspection, opened = report.graph, report.inspection, report.opened
-    nodes = report.drawing.picture.nodes
-    quantities = {name: i for i, name in enumerate(inspection.quantities)}
-    listed = [*graph.operators, *(op for inner in opened.operators.values() for op in inner)]
-    operators = {op.name: i for i, op in enumerate(listed)}
-    node_of_variable = {name: i for i, n in enumerate(nodes) if n.kind == "variable" for name in n.members}
-    node_of_operator = {name: i for i, n in enumerate(nodes) if n.kind != "variable" for name in n.members}
-    value_lines = dict(by_variable((*equations.forward, *equations.inside), ""))
-    gradient_lines = dict(by_variable(equations.backward, f"∂{graph.outputs[0].name}/∂"))
+    graph, of, nodes = report.graph, _Numbers(report), report.drawing.picture.nodes
+    lines = (
+        dict(by_variable((*equations.forward, *equations.inside), "")),
+        dict(by_variable(equations.backward, f"∂{graph.outputs[0].name}/∂")),
+    )
+    named = {v.name for v in graph.variables if v.named}
+    return {
+        "nodes": [of.node(node) for node in nodes],
+        "origin": next((i for i, n in enumerate(nodes) if n.key == report.drawing.picture.origin), 0),
+        "operators": [of.operator(op) for op in of.listed],
+        "sources": list(of.sources),
+        "forward": len(graph),
+        "isRun": report.value is not None,
+        "links": [
+            [of.values[link.source.name], of.values[link.target.name], link.is_next]
+            for link in report.opened.shown.links
+            if link.source.kind != "literal"
+        ],
+        "variables": [
+            {
+                **_described(q, DETAILS[0] if name in named else detail),
+                "node": of.squares.get(name, -1),
+                **(of.loop_around(name) if q.kind == "inside" else {}),
+                "equations": [found for each in lines if (found := each.get(name))],
+            }
+            for name, q in report.inspection.quantities.items()
+        ],
+        "result": of.values[graph.outputs[0].name],
+        "backward": [
+            [of.operators[s.operator], [of.values[n] for n in s.adds], [of.values[n] for n in s.completes]]
+            for s in report.inspection.backward
+        ],
+    }
 
-    named = {v.name for v in report.graph.variables if v.named}
-    sources = {source: i for i, source in enumerate(dict.fromkeys(op.source for op in listed))}
 
-    def nodes_of(op: Operator) -> list[int]:
-        """Its own node; if it is an open loop, those of what is inside."""
-        own = [node_of_operator[op.name]] if op.name in node_of_operator else []
-        inner = [node_of_operator[o.name] for o in opened.operators.get(op.name, ())]
-        squares = [node_of_variable.get(v.name) for v in opened.variables.get(op.name, ())]
-        return list(dict.fromkeys([*own, *inner, *(n for n in squares if n is not None)]))
+class _Numbers:
+    """The numbers by which the page's data refer to values, operators, source lines and nodes.
 
-    def operator(op: Operator) -> dict[str, Any]:
-        loop = opened.loop_of(op.name)
-        found = {
+    The node of a value is a square, that of an operator a circle.
+    """
+
+    def __init__(self, report: ReportData) -> None:
+        self.opened, self.inside = report.opened, report.inspection.inside
+        self.listed = [*report.graph.operators, *(op for ops in self.opened.operators.values() for op in ops)]
+        self.values = {name: i for i, name in enumerate(report.inspection.quantities)}
+        self.operators = {op.name: i for i, op in enumerate(self.listed)}
+        self.sources = {source: i for i, source in enumerate(dict.fromkeys(op.source for op in self.listed))}
+        self.squares: dict[str, int] = {}
+        self.circles: dict[str, int] = {}
+        for i, node in enumerate(report.drawing.picture.nodes):
+            numbers = self.squares if node.kind == "variable" else self.circles
+            numbers.update(dict.fromkeys(node.members, i))
+
+    def loop_around(self, name: str) -> dict[str, int]:
+        """Make the entry `loop` of a value or operator inside of an open loop."""
+        loop = self.opened.loop_of(name)
+        return {} if loop is None else {"loop": self.operators[loop]}
+
+    def node(self, node: Node) -> dict[str, Any]:
+        """Describe a node."""
+        of = self.values if node.kind == "variable" else self.operators
+        members, saved = [of[m] for m in node.members], node.key.startswith("r:")
+        return {"key": node.key, "kind": node.kind, "members": members, "saved": saved}
+
+    def operator(self, op: Operator) -> dict[str, Any]:
+        """Describe an operator; an open loop also has the nodes inside of it."""
+        own = self.circles.get(op.name, -1)
+        circles = [self.circles[o.name] for o in self.opened.operators.get(op.name, ())]
+        squares = [self.squares.get(v.name, -1) for v in self.opened.variables.get(op.name, ())]
+        nodes = list(dict.fromkeys(i for i in (own, *circles, *squares) if i >= 0))
+        return {
             "name": op.name,
             "op": op.op,
             "symbol": symbol(op),
             "scope": op.scope,
-            "source": sources[op.source],
+            "source": self.sources[op.source],
             "flops": op.flops,
-            "in": [quantities[v.name] for v in op.inputs if v.kind != "literal"],
-            "out": [quantities[v.name] for v in op.outputs],
-            "inside": [quantities[name] for name in inspection.inside.get(op.name, ())],
-            "node": node_of_operator.get(op.name, -1),
+            "in": [self.values[v.name] for v in op.inputs if v.kind != "literal"],
+            "out": [self.values[v.name] for v in op.outputs],
+            "inside": [self.values[name] for name in self.inside.get(op.name, ())],
+            "node": own,
+            **self.loop_around(op.name),
+            **({} if nodes == [own] else {"nodes": nodes}),
         }
-        if loop is not None:
-            found["loop"] = operators[loop]
-        if nodes_of(op) != [found["node"]]:
-            found["nodes"] = nodes_of(op)
-        return found
-
-    def variable(name: str, q: InspectedValue) -> dict[str, Any]:
-        found = _described(q, DETAILS[0] if name in named else detail)
-        loop = opened.loop_of(name) if q.kind == "inside" else None
-        found["node"] = node_of_variable.get(name, -1)
-        if loop is not None:
-            found["loop"] = operators[loop]
-        found["equations"] = [x for lines in (value_lines, gradient_lines) if (x := lines.get(name))]
-        return found
-
-    return {
-        "nodes": [
-            {
-                "key": node.key,
-                "kind": node.kind,
-                "members": [(quantities if node.kind == "variable" else operators)[m] for m in node.members],
-                "saved": node.key.startswith("r:"),
-            }
-            for node in nodes
-        ],
-        "origin": next((i for i, n in enumerate(nodes) if n.key == report.drawing.picture.origin), 0),
-        "operators": [operator(op) for op in listed],
-        "sources": list(sources),
-        "forward": len(graph),
-        "isRun": report.value is not None,
-        "links": [
-            [quantities[link.source.name], quantities[link.target.name], link.is_next]
-            for link in opened.shown.links
-            if link.source.kind != "literal"
-        ],
-        "variables": [variable(name, q) for name, q in inspection.quantities.items()],
-        "result": quantities[graph.outputs[0].name],
-        "backward": [
-            [operators[s.operator], [quantities[n] for n in s.adds], [quantities[n] for n in s.completes]]
-            for s in inspection.backward
-        ],
-    }
 
 
 def _described(q: InspectedValue, detail: Detail) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class BarPart:
 
 @dataclass(frozen=True)
 class Bar:
-    """What one layer, or value, holds at the peak of one program."""
+    """The bytes of one layer, or value, at the peak of one program."""
 
     program: str
     parts: tuple[BarPart, ...]

@@ -122,7 +122,7 @@ class _Formula:
         return f"<mo>{'−' if token == '-' else escape(token)}</mo>"
 
     def command(self, name: str) -> str:
-        """What a command stands for."""
+        """Translate a command."""
         if name == "frac":
             return f"<mfrac>{self.argument()}{self.argument()}</mfrac>"
         if name == "left":

@@ -73,7 +73,7 @@ class Report(ReportData):
 
 
 def renderer() -> Callable[[ReportData], str]:
-    """What writes the page.
+    """Import the function that writes the page.
 
     Raises:
         ReportError: jinja2 is not installed.

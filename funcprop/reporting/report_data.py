@@ -39,7 +39,7 @@ class ReportData:
 
     @property
     def graph(self) -> Graph:
-        """What the page is about."""
+        """The graph that the page is about."""
         return self.derivation.traced.graph
 
     @property
@@ -60,7 +60,7 @@ class ReportData:
 
     @property
     def rows(self) -> list[InspectedValue]:
-        """What was given and what has a name, or everything if that is little."""
+        """The given and the named values, or all of them if they are few."""
         quantities = self.inspection.quantities
         if len(quantities) <= FEW:
             return list(quantities.values())

@@ -50,7 +50,7 @@ def picture_of(graph: Graph, depth: int | None, fold: bool) -> ScaledPicture:
 
 
 def _in_runs(graph: Graph, length: int) -> Graph:
-    """The same, in scopes of so many operators."""
+    """Put operators into scopes of so many each."""
     count = len(graph)
 
     def run(number: int) -> str:

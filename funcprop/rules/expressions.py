@@ -68,7 +68,7 @@ class Expression:
 
     @cached_property
     def type(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of the value; found by tracing where nobody knows them."""
+        """Shape and dtype of the value; found by tracing where they are not known."""
         if self.known_type is not None:
             return self.known_type
         return jax.eval_shape(self.function, *(operand.type for operand in self.operands))
@@ -273,14 +273,14 @@ def is_one(expression: Expression) -> bool:
 
 
 def parenthesised(expression: Expression) -> Expression:
-    """The same expression in parentheses."""
+    """Parenthesise the expression."""
     return _node(
         lambda x: x, (expression,), "({0})", "\\left({0}\\right)", _ATOM, _SUM, expression.known_type
     )
 
 
 def promoted(expression: Expression, type_: Any) -> Expression:
-    """The same expression in the wider of its own dtype and that of `type_`; nothing is written of it."""
+    """Promote the expression to the wider of its own dtype and that of `type_`, which is not written."""
     dtype = common_dtype(expression.type, type_)
     if dtype == expression.type.dtype:
         return expression

@@ -124,7 +124,7 @@ def layer(
     Positional arguments are arrays or pytrees of arrays, keyword-only arguments are static. `rule` is the
     hand-written backward rule that `fp.rules.handwritten` uses for it (and `fp.rules.default`, where
     `Rule.platforms` says that it wins), `init` its initialiser. `symbol` is what `fp.draw` writes into its
-    circle instead of its name; it may be a function of the layer's arguments, of which it can tell only which
+    circle instead of its name; it may be a function of the layer's arguments, which sees only which of them
     are None.
 
     Raises:

@@ -169,6 +169,7 @@ class _View:
             aval = jax.typeof(value)
             is_number = not _jax.is_traced(value) and getattr(aval, "shape", None) == ()
             is_number = is_number and isinstance(getattr(aval, "dtype", None), np.dtype)
+            is_number = is_number and not _jax.is_reference(aval)
             atom = _jax.Literal(np.asarray(value, aval.dtype), aval) if is_number else _jax.Var(aval)
             self._atoms[id(value)] = atom
             if not is_number:

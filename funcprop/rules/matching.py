@@ -51,7 +51,7 @@ def matches(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[.
 
 
 class Decision:
-    """What was decided about one operator, those in its bodies among it, and the results that it has."""
+    """The decisions about one operator and the operators in its bodies, and its results."""
 
     def __init__(self) -> None:
         self.matches: list[Match] = []
@@ -69,7 +69,7 @@ class RecordingTrace(RuleTrace):
         self.refused: Match | None = None
 
     def inside(self, parent: Any) -> RuleTrace:
-        """The same for each device's part of a `shard_map`."""
+        """Make the trace for each device's part of a `shard_map`."""
         return RecordingTrace(parent, self.rewriter, self.decisions, mapped=True)
 
     def process_primitive(self, primitive: Any, operands: Any, params: Any, /) -> Any:
@@ -83,7 +83,7 @@ class RecordingTrace(RuleTrace):
         return results
 
     def process_custom_jvp_call(self, *call: Any, **options: Any) -> Any:
-        """As above; a derivative of the user's own is none of the rules' business."""
+        """Remember the results; rules leave a derivative of the user's own alone."""
         self.decisions.append(decision := Decision())
         results = super().process_custom_jvp_call(*call, **options)
         decision.results = tuple(results)
@@ -100,7 +100,7 @@ class RecordingTrace(RuleTrace):
         return True
 
     def replaces(self, values: tuple[Any, ...]) -> None:
-        """What computed these values is not asked for them any more."""
+        """Forget the decisions about operators whose results a pattern has replaced."""
         gone = set(map(id, values))
         for decision in self.decisions:
             if gone.intersection(map(id, decision.results)):

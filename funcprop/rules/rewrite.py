@@ -51,7 +51,7 @@ class Match:
 
 
 def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
-    """What the rule set has for one equation: a rule, a reason why its rule does not apply, or None."""
+    """Match one equation with a rule set: a rule, a reason why its rule does not apply, or None."""
     if (broken := broken_layer_call(eqn)) is not None:
         layer, why_cut = broken
         if rules.find(layer, platform) is None:
@@ -61,9 +61,13 @@ def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
     rule = rules.find(call.layer if call is not None else eqn.primitive.name, platform)
     if rule is None:
         return None
+    arguments, results = ([v.aval for v in atoms] for atoms in (eqn.invars, eqn.outvars))
+    if not all(hasattr(a, "shape") and hasattr(a, "dtype") for a in (*arguments, *results)):
+        name = eqn.primitive.name if call is None else call.layer.name
+        return Match(
+            name, _jax.scope(eqn), _jax.source_line(eqn), None, "an operand or a result is no array", eqn
+        )
     bound = BoundRule.of_primitive(rule, eqn) if call is None else BoundRule.of_layer(rule, call, eqn)
-    arguments = [operand.aval for operand in eqn.invars]
-    results = [result.aval for result in eqn.outvars]
     reason = _cannot_attach(eqn, arguments, results)
     if reason is None and call is None and eqn.primitive.name in CONTROL_FLOW:
         reason = _cannot_align(arguments) or _cannot_forget_layouts(eqn)
@@ -124,7 +128,7 @@ class Rewriter:
         self._equations: dict[int, tuple[Any, list[Any]]] = {}
 
     def match(self, eqn: Any) -> Match | None:
-        """What the rule set has for an equation: a rule, a reason why it does not fire, or None."""
+        """Match an equation: a rule, a reason why it does not fire, or None."""
         found = match(eqn, self.rules, self.platform)
         if found is None or id(eqn) not in self.claimed or self.rules.is_replaced(eqn.primitive.name):
             return found

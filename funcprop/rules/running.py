@@ -33,7 +33,7 @@ from funcprop.rules.sets import default
 
 
 def with_rules(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[..., Any]:
-    """The same function, whose derivatives use the hand-written rules.
+    """Carry hand-written rules into a function: the same function, whose derivatives use them.
 
     For every operator `y = f(x)` that has a rule in `rules`, reverse mode computes `x̄ = (∂y/∂x)ᵀ ȳ` by
     the rule; all other operators are differentiated by JAX. The result composes with `jit`, `vmap`,
@@ -81,7 +81,7 @@ class RuleTrace(_jax.PassingTrace):
         self.past = Past(self.rewriter.patterns)
 
     def inside(self, parent: Any) -> RuleTrace:
-        """The same for a function that an operator calls, under the operator's own trace."""
+        """Make the trace for a function that an operator calls, under the operator's own trace."""
         return RuleTrace(parent, self.rewriter)
 
     def process_primitive(self, primitive: Any, operands: Any, params: Any, /) -> Any:
@@ -148,7 +148,7 @@ class RuleTrace(_jax.PassingTrace):
         )
 
     def replaces(self, values: tuple[Any, ...]) -> None:
-        """What was computed on the way to a function's results, for a subclass to look at."""
+        """Called with the values computed on the way to a function's results, for a subclass to look at."""
 
     def operator(self, primitive: Any, operands: Any, params: Mapping[str, Any]) -> Arrays | None:
         """The results of an operator that has a rule, or whose bodies may have; None for others."""

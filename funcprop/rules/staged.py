@@ -35,7 +35,7 @@ def is_staged(bound: BoundRule, operands: Sequence[Any]) -> bool:
 
 
 def compiled(bound: BoundRule) -> BoundRule:
-    """The same rule with a compiled forward."""
+    """Compile the forward of a rule."""
 
     def forward(*args: Any, **_: Any) -> Any:
         return _forward(bound, *jax.tree.leaves(args))

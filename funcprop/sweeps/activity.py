@@ -62,7 +62,7 @@ def _perturbed_results(op: Operator, perturbed: Sequence[bool], rewriter: Rewrit
 
 
 def _tangents(op: Operator, perturbed: Sequence[bool], evaluate: Run) -> list[bool]:
-    """The same by tracing JAX's forward mode, in which a tangent that is zero is a symbol."""
+    """Find the active values by tracing JAX's forward mode, in which a tangent that is zero is a symbol."""
     found = [False] * len(op.outputs)
     smooth = [p and _jax.is_differentiable(v.aval) for p, v in zip(perturbed, op.inputs, strict=True)]
 

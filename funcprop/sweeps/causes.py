@@ -36,7 +36,7 @@ class Causes:
 
     @classmethod
     def of(cls, graph: Graph, tape: Tape) -> Causes:
-        """Those of a tape; none is found yet."""
+        """Collect the entries of a tape; no cause is found yet."""
         stacked = _Stacked.of(tape)
         return cls._at(graph, stacked.values, stacked.bodies, ())
 
@@ -105,7 +105,7 @@ class Causes:
 
 @dataclass(frozen=True)
 class _Stacked:
-    """Which entries of a tape are not finite; those of a loop have leading axes for its iterations."""
+    """The entries of a tape that are not finite; those of a loop have leading axes for its iterations."""
 
     values: dict[str, np.ndarray]
     bodies: dict[str, _Stacked]
@@ -123,12 +123,12 @@ class _Stacked:
 
 
 def iterations(op: Operator) -> list[int]:
-    """Those of a loop in the order in which it runs, counted along the scanned axis."""
+    """The iterations of a loop in the order in which it runs, counted along the scanned axis."""
     return list(range(op.static["length"]))[:: -1 if op.static["reverse"] else 1]
 
 
 def bad_entries(value: Any) -> np.ndarray | None:
-    """Which entries are not finite; None for values that cannot be."""
+    """Mark the entries that are not finite; None for values that are always finite."""
     if not _jax.is_differentiable(jax.typeof(value)):
         return None
     return ~np.isfinite(np.asarray(value, dtype=np.result_type(value.dtype, np.float32)))

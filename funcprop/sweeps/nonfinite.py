@@ -110,7 +110,7 @@ class Moment:
             )
 
     def _outside(self, loop: Loop, i: int, t: int) -> Place | None:
-        """What input `i` of a loop's body is outside of iteration `t`.
+        """Find what input `i` of a loop's body is outside of iteration `t`.
 
         A constant or a scanned value of the loop, or what an earlier iteration computed.
         """
@@ -131,7 +131,7 @@ class Moment:
 
 
 def first_nonfinite(whole: Moment, outcome: Any) -> NonFinite | None:
-    """What made a result or a gradient (the leaves of `outcome`) not finite; None if nothing did.
+    """Find what made a result or a gradient (the leaves of `outcome`) not finite; None if all is finite.
 
     That is the first value of the forward sweep from which values that are not finite lead to the objective,
     or to the operator that sends back the first bad cotangent; or else that cotangent.

@@ -140,11 +140,11 @@ class Propagation:
 
     @property
     def contributions(self) -> Contributions:
-        """What each variable contributes to the gradient of another; see `Contributions`."""
+        """The contribution of each variable to the gradient of another; see `Contributions`."""
         return Contributions(self)
 
     def first_nonfinite(self) -> NonFinite | None:
-        """What made the value or the gradient not finite; None if all of both is finite.
+        """Find what made the value or the gradient not finite; None if every entry of both is finite.
 
         It is the first value of the forward sweep that is not finite and from which such values lead to the
         result, or to the operator that sends back the first bad cotangent; or else that cotangent. (The −∞ of

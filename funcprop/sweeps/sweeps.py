@@ -32,7 +32,7 @@ Values = dict[str, Any]
 @partial(jax.tree_util.register_dataclass, data_fields=["residuals"], meta_fields=["result_tree"])
 @dataclass(frozen=True)
 class Saved:
-    """What a hand-written rule keeps for its backward, and the structure of the operator's results."""
+    """A hand-written rule's residuals, and the structure of the operator's results."""
 
     residuals: Any
     result_tree: Any
@@ -43,7 +43,7 @@ class Saved:
 )
 @dataclass(frozen=True)
 class Tape:
-    """What the forward sweep stores, by name: every value, each rule's residuals, each loop's own tape.
+    """The forward sweep's storage, by name: every value, each rule's residuals, each loop's own tape.
 
     Everything on a loop's tape has a leading axis for the iterations. Of references among the inputs,
     `values` are what they hold at first, `written` what they hold in the end.
@@ -58,7 +58,7 @@ class Tape:
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "bodies"], meta_fields=[])
 @dataclass(frozen=True)
 class Cotangents:
-    """What the backward sweep computes, by name: `∂J/∂v` for every variable it reaches, and in each loop."""
+    """The backward sweep's results, by name: `∂J/∂v` for every variable it reaches, and in each loop."""
 
     values: Values = field(default_factory=dict)
     bodies: dict[str, Cotangents] = field(default_factory=dict)
@@ -125,7 +125,7 @@ def contributions(
     rules: RuleSet,
     stop: Collection[str] = (),
 ) -> list[Any]:
-    """What an operator sends back to each of its inputs, None where that is nothing.
+    """Compute what an operator sends back to each of its inputs; None for nothing.
 
     A loop also leaves the cotangents inside of it in `cotangents.bodies`.
     """
@@ -226,7 +226,7 @@ class Loop:
         return jax.lax.scan(step, init, xs, length=params["length"], reverse=params["reverse"] ^ reverse)
 
     def values(self, consts: Sequence[Any], carry: Sequence[Any], xs: Sequence[Any]) -> Values:
-        """What an iteration starts from."""
+        """Collect the values that an iteration starts from."""
         names = [v.name for v in self.body.inputs]
         return dict(zip(names, [*consts, *carry, *xs], strict=True)) | constants_of(self.body, self.op)
 

@@ -19,7 +19,7 @@ from funcprop.testing.compare import Claim, Limit
 
 
 def batches(case: RuleCase) -> list[tuple[int, ...]]:
-    """Which arguments are mapped: every subset of a few; else each alone, all but each, and all."""
+    """Choose arguments to map: every subset of a few; else each alone, all but each, and all."""
     every = range(len(case.leaves))
     if len(every) <= 3:
         return subsets(every, every_up_to=3)
@@ -36,7 +36,7 @@ def stacked(case: RuleCase, mapped: Sequence[int]) -> Arrays:
 def batch_claims(
     case: RuleCase, where: str, mapped: Sequence[int], actual: tuple[Arrays, Arrays]
 ) -> Iterator[Claim]:
-    """That results are those of each example, and the cotangents of shared arguments are summed."""
+    """Claim that results are those of each example, and cotangents of shared arguments are summed."""
     cts = case.batch_cotangents
     if len(mapped) == len(case.leaves):
         each = case.expected_examples

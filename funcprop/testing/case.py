@@ -210,7 +210,7 @@ class RuleCase:
     # --- claims
 
     def result_claims(self, where: str, actual: Sequence[Any], expected: Sequence[Any]) -> Iterator[Claim]:
-        """That all results are right."""
+        """Claim that all results are right."""
         several = len(expected) > 1
         for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
             what = f"result {i}" if several else "result"
@@ -219,7 +219,7 @@ class RuleCase:
     def cotangent_claims(
         self, where: str, actual: Mapping[int, Any], expected: Mapping[int, Any]
     ) -> Iterator[Claim]:
-        """That the cotangents are right, and have the dtypes of their arguments."""
+        """Claim that the cotangents are right, and have the dtypes of their arguments."""
         labels = {i: f"cotangent of argument {self.names[i]!r}" for i in expected}
         others = {labels[i]: value for i, value in expected.items()}
         for i, value in actual.items():

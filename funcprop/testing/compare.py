@@ -130,7 +130,7 @@ class Limit:
 
     @property
     def note(self) -> str:
-        """What the report says of it."""
+        """The note about it in the report."""
         limit = (
             "" if self.factor == 1 else ", no limit" if self.factor is None else f", limit {self.factor} ×"
         )
@@ -246,7 +246,7 @@ HYPOTHESES: tuple[Callable[[Claim, Array, Array], str | None], ...] = (
 
 
 def diagnose(claim: Claim) -> str | None:
-    """What a wrong value looks like, as the end of a sentence that begins with "it"."""
+    """Describe a wrong value, as the end of a sentence that begins with "it"."""
     actual, expected = as_numpy(claim.actual), as_numpy(claim.expected)
     with np.errstate(all="ignore"):
         found = (hypothesis(claim, actual, expected) for hypothesis in HYPOTHESES)
@@ -268,7 +268,7 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What a check compared and how far it was off; `print(report)` is an aligned table."""
+    """The comparisons of a check and their deviations; `print(report)` is an aligned table."""
 
     subject: str
     rows: tuple[CheckRow, ...]

@@ -107,7 +107,7 @@ def stale_residual(case: RuleCase) -> Claims:
 
 
 def needs(case: RuleCase) -> Claims:
-    """Whatever else is wanted, a wanted cotangent is the same; by the backward alone, and attached."""
+    """Check that a wanted cotangent is the same whichever others are wanted; alone, and attached."""
     choices = subsets(case.smooth, every_up_to=6)
 
     @jax.jit  # One program, here and below: it compiles several times faster than one for each choice.
@@ -220,7 +220,7 @@ def _coarser(a: Tolerances, b: Tolerances) -> Tolerances:
 
 
 def residual_bytes(case: RuleCase, factor: float | None) -> Iterator[Limit]:
-    """What the attached rule saves between the sweeps, against what autodiff of the plain function saves.
+    """Compare the bytes that the attached rule saves between the sweeps with those of autodiff.
 
     An argument that is kept costs nothing if its owner holds it anyway (a parameter), and its bytes if nobody
     else does (an activation). A rule is at fault only if it saves more by both counts; the report has the

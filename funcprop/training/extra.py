@@ -20,7 +20,7 @@ def chosen_arguments(function: Callable[..., Any], extra: Mapping[str, Any]) -> 
 
 
 def require_arguments(optimizer: str, given: Mapping[str, Any], *names: str) -> list[Any]:
-    """The arguments with these names, and `params` besides.
+    """Require the arguments with these names, and `params`.
 
     Raises:
         ValueError: one is missing, or None.

@@ -58,7 +58,7 @@ class Setup(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """What `fit` yields after every epoch.
+    """The result of one epoch, which `fit` yields.
 
     `metrics["loss"]` is the mean over the minibatches, each at the parameters before its update; the other
     metrics are those of `evaluate`. `params` and `state` (the optimizer's) stay valid.

@@ -74,7 +74,7 @@ def find_cut(node: LossNode) -> Cut | None:
 
 
 def _read_after(tail: Any, k: int) -> list[Any]:
-    """What the k-th equation computes for later ones."""
+    """Find the results of the k-th equation that later ones read."""
     later = set(_jax.free_variables(tail.eqns[k + 1 :])) | set(tail.outvars)
     return [v for v in tail.eqns[k].outvars if v in later]
 

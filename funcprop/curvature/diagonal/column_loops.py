@@ -47,11 +47,13 @@ def _empty(columns: ColumnForm) -> Any:
 class _Alike:
     """Members that differ in their node's values alone, so that their entries are made by the same code.
 
-    `a[k, s, m, i]` are the activations of member `k`. A place is where a column has its 1.
+    `a[k, s, m, i]` are the activations of member `k`, whose number in the program is `numbers[k]`. A place is
+    where a column has its 1.
     """
 
-    def __init__(self, members: Sequence[ColumnForm], activations: Sequence[Any], block: int) -> None:
-        self.node, self.members, self.a, self.block = members[0].node, members, jnp.stack(activations), block
+    def __init__(self, program: ColumnLoop, activations: Sequence[Any], numbers: Sequence[int]) -> None:
+        self.node, self.block = program.members[numbers[0]].node, program.block
+        self.numbers, self.a = numbers, jnp.stack([activations[n] for n in numbers])
 
     def chosen(self, k: Any) -> Any:
         """The activations of member `k`."""
@@ -68,7 +70,7 @@ class _Units(_Alike):
         return jnp.broadcast_to(number // runs, q.shape), q
 
     def tangent(self, place: Any, k: int) -> Any:
-        """What the Hessian is multiplied by: one in all slices; zeros where the place is −1."""
+        """Make the vector that the Hessian is multiplied by: one in all slices."""
         _, M, Q, _ = sizes = self.node.sizes()
         m, q = place
         unit = (jnp.arange(M) == m)[:, None] & (jnp.arange(Q) == q)
@@ -99,7 +101,7 @@ class _Directions(_Alike):
         return a.astype(self.node.variable.aval.dtype)
 
     def tangent(self, place: Any, k: int) -> Any:
-        """What the Hessian is multiplied by: `a[:, :, i]` at `q`; zeros where the place is −1."""
+        """Make the vector that the Hessian is multiplied by: `a[:, :, i]` at `q`."""
         i, q = place
         unit = (jnp.arange(self.node.sizes()[2]) == q).astype(self.node.variable.aval.dtype)
         return jnp.broadcast_to(self._along(i, k)[:, :, None, None] * unit[:, None], self.node.sizes())
@@ -117,41 +119,17 @@ class _Directions(_Alike):
 
 
 def _by_products(program: ColumnLoop, activations: Sequence[Any]) -> tuple[Any, Any, Any]:
-    members = program.members
     alike: dict[Any, list[int]] = {}
-    for n, m in enumerate(members):
-        kind = m.form, m.node.sizes(), m.node.inputs, m.node.variable.aval.dtype, activations[n].dtype
-        alike.setdefault(kind, []).append(n)
+    for n, (m, a) in enumerate(zip(program.members, activations, strict=True)):
+        key = m.form, m.node.sizes(), m.node.inputs, m.node.variable.aval.dtype, a.dtype
+        alike.setdefault(key, []).append(n)
     kinds = [
-        (_Units if form == UNITS else _Directions)(
-            [members[n] for n in which], [activations[n] for n in which], program.block
-        )
-        for (form, *_), which in alike.items()
+        (_Units if form == UNITS else _Directions)(program, activations, numbers)
+        for (form, *_), numbers in alike.items()
     ]
-    # Of each member: its kind, and its number among those.
-    of_kind, among = np.zeros((2, len(members)), int)
-    for c, which in enumerate(alike.values()):
-        of_kind[which], among[which] = c, np.arange(len(which))
-    order = [n for which in alike.values() for n in which]
-
-    def column(places: Sequence[Any]) -> list[Any]:
-        flat = [(kind, k) for kind in kinds for k in range(len(kind.members))]
-        tangents = [kind.tangent(place, k) for (kind, k), place in zip(flat, places, strict=True)]
-        at = [tangents[order.index(n)] for n in range(len(members))]
-        products = program.linear(at)
-        found = [
-            kind.response(place, products[n], k)
-            for (kind, k), place, n in zip(flat, places, order, strict=True)
-        ]
-        responses = []
-        for kind in kinds:
-            mine, mine_at = found[: len(kind.members)], places[: len(kind.members)]
-            found, places = found[len(kind.members) :], places[len(kind.members) :]
-            response = mine[0]
-            for other, place in zip(mine[1:], mine_at[1:], strict=True):
-                response = jnp.where(place[0] >= 0, other, response)
-            responses.append(response)
-        return responses
+    # The kind of each member, and its number among those of this kind.
+    found = {n: (c, k) for c, kind in enumerate(kinds) for k, n in enumerate(kind.numbers)}
+    kind_of, number_in_kind = np.array([found[n] for n in range(len(found))], np.int32).T
 
     def added(c: int, k: Any, number: Any, totals: Any, responses: Any) -> Any:
         at, found = kinds[c].entries(k, number, responses[c])
@@ -160,21 +138,32 @@ def _by_products(program: ColumnLoop, activations: Sequence[Any]) -> tuple[Any, 
         return [*totals[:c], total, *totals[c + 1 :]]
 
     def advance(totals: Any, which: Any, number: Any) -> Any:
-        c, k = jnp.asarray(of_kind)[which], jnp.asarray(among)[which]
-        places = []
-        for of, kind in enumerate(kinds):
-            block = kind.places(number)
-            for other in range(len(kind.members)):
-                active = (c == of) & (k == other)
-                places.append(jax.tree.map(lambda at, active=active: jnp.where(active, at, -1), block))
-        responses = jax.vmap(column)(places)
+        c, k = jnp.asarray(kind_of)[which], jnp.asarray(number_in_kind)[which]
+
+        def column(places: Sequence[Any]) -> list[Any]:
+            """Compute the response to a column of `which`, of each kind as if it were this member's."""
+            tangents = {
+                n: jnp.where(which == n, kind.tangent(place, j), 0)
+                for kind, place in zip(kinds, places, strict=True)
+                for j, n in enumerate(kind.numbers)
+            }
+            products = program.linear([tangents[n] for n in range(len(tangents))])
+            return [
+                jax.lax.select_n(
+                    jnp.minimum(k, len(kind.numbers) - 1),
+                    *(kind.response(place, products[n], j) for j, n in enumerate(kind.numbers)),
+                )
+                for kind, place in zip(kinds, places, strict=True)
+            ]
+
+        responses = jax.vmap(column)([kind.places(number) for kind in kinds])
         branches = [functools.partial(added, of) for of in range(len(kinds))]
         return jax.lax.switch(c, branches, k, number, totals, responses)
 
     def finish(totals: Any) -> Diagonals:
-        return [totals[of_kind[n]][among[n]] for n in range(len(members))]
+        return [totals[c][k] for c, k in zip(kind_of, number_in_kind, strict=True)]
 
-    empty = [jnp.stack([_empty(m) for m in kind.members]) for kind in kinds]
+    empty = [jnp.stack([_empty(program.members[n]) for n in kind.numbers]) for kind in kinds]
     return empty, advance, finish
 
 

@@ -59,7 +59,7 @@ class ColumnForm:
     cut: Cut | None = None
 
     def own_flops(self) -> int:
-        """Operations of one column besides the product or the sweep."""
+        """Count the operations of one column, without the product or the sweep."""
         S, M, Q, R = self.node.sizes()
         pairs, inputs = S * M * R, self.node.inputs
         if self.form == UNITS:
@@ -70,7 +70,7 @@ class ColumnForm:
         return 3 * pairs * Q + (2 * terms * (M + 1) if M > 1 else 2 * terms // self.count)
 
     def own_bytes(self) -> int:
-        """Bytes of one column besides those of the product or the sweep."""
+        """Count the bytes of one column, without those of the product or the sweep."""
         S, M, Q, R = self.node.sizes()
         itemsize = self.node.variable.aval.dtype.itemsize
         if self.form == UNITS:
@@ -102,12 +102,12 @@ class ColumnLoop:
 
     @property
     def form(self) -> str:
-        """That of the first; only outputs never stand beside others."""
+        """The form of the first member; members by outputs have no others beside them."""
         return self.members[0].form
 
     @property
     def _rows(self) -> tuple[ColumnForm, ...]:
-        """Those that have columns of their own: a sweep from outputs is everyone's."""
+        """The members with columns of their own: all members share a sweep from outputs."""
         return self.members[:1] if self.form == OUTPUTS else self.members
 
     @property

@@ -65,20 +65,9 @@ def _itself(jaxpr: Any, leaf: int) -> LossNode:
     variable = jaxpr.invars[leaf]
     axes = tuple(range(len(variable.aval.shape)))
     return LossNode(
-        (leaf,),
-        variable,
-        None,
-        (),
-        None,
-        (),
-        (),
-        axes,
-        (),
-        1,
-        None,
-        None,
-        lambda diagonal: {leaf: diagonal[0]},
-    )
+        leaves=(leaf,), variable=variable, positions=(), features=axes, inputs=1,
+        assign=lambda diagonal: {leaf: diagonal[0]},
+    )  # fmt: skip
 
 
 def _product(jaxpr: Any, leaf: int, uses: Counter[Any]) -> LossNode | None:
@@ -143,8 +132,8 @@ def _dot(eqn: Any, leaf: int, side: int, view: Any) -> LossNode | None:
         return back(jnp.transpose(split, order))
 
     return LossNode(
-        (leaf,), eqn.outvars[0], None, (), None, (), tuple(positions), tuple(features), (), inputs,
-        eqn.invars[1 - side], activations, assign,
+        leaves=(leaf,), variable=eqn.outvars[0], positions=tuple(positions), features=tuple(features),
+        inputs=inputs, data=eqn.invars[1 - side], activations=activations, assign=assign,
     )  # fmt: skip
 
 
@@ -172,20 +161,9 @@ def _convolution(eqn: Any, leaf: int, view: Any) -> LossNode | None:
         return back(jnp.transpose(split, order))
 
     return LossNode(
-        (leaf,),
-        eqn.outvars[0],
-        None,
-        (),
-        None,
-        (),
-        positions,
-        (out[1],),
-        (),
-        inputs,
-        eqn.invars[0],
-        activations,
-        assign,
-    )
+        leaves=(leaf,), variable=eqn.outvars[0], positions=positions, features=(out[1],),
+        inputs=inputs, data=eqn.invars[0], activations=activations, assign=assign,
+    )  # fmt: skip
 
 
 def _bias(jaxpr: Any, node: LossNode, candidates: Sequence[int], uses: Counter[Any]) -> Any:

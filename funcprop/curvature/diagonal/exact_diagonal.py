@@ -62,7 +62,7 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an exact diagonal will cost. `print` shows a table."""
+    """The predicted cost of an exact diagonal. `print` shows a table."""
 
     rows: tuple[PlanRow, ...]
     parameters: int
@@ -163,7 +163,7 @@ class HessianDiagonal:
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
     def plan(self, params: Any, *args: Any, **kwargs: Any) -> Plan:
-        """What it will cost; nothing is computed, and `jax.ShapeDtypeStruct`s are enough."""
+        """Predict the cost; nothing is computed, and `jax.ShapeDtypeStruct`s are enough."""
         paths, traced, values = _traced(*restricted(self.loss, params, self.where), args, kwargs)
         problem = Problem.of(traced, len(paths))
         found: list[ColumnLoop] = []
@@ -221,7 +221,7 @@ class _Counter:
         self.lock = threading.Lock()
 
     def of(self, program: ColumnLoop) -> Callable[[Any], None]:
-        """What counts an iteration of this program, by its number, when it has been computed."""
+        """Make the callback that counts an iteration of this program when it has been computed."""
         products = program.products_of_steps()
 
         def count(number: Any) -> None:

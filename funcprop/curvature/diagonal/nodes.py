@@ -21,31 +21,32 @@ import numpy as np
 from funcprop import _jax
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class LossNode:
     """Where one or two leaves act, and the rest of the loss.
 
+    `positions` and `features` are the axes of the variable. `data` is the other operand of the product and
+    `activations` makes `a[*positions, i]` of it; without a product both are None and `a` is 1. `assign` takes
+    the diagonal `[i, *features]` apart: `{leaf: its diagonal}`.
+
     `term` is the jaxpr whose equations `after` depend on `variable`; `tail` are these, a jaxpr from
-    `variable` and then `free` to the loss. `positions` and `features` are the axes of the variable, `apart`
-    says of each axis whether the loss is a sum over its slices. `data` is the other
-    operand of the product and `activations` makes `a[*positions, i]` of it; without a product both are None
-    and `a` is 1.
-    `assign` takes the diagonal `[i, *features]` apart: `{leaf: its diagonal}`.
+    `variable` and then `free` to the loss. `apart` says of each axis whether the loss is a sum over its
+    slices. These five are added when the entry is known.
     """
 
     leaves: tuple[int, ...]
     variable: Any
-    term: Any
-    after: tuple[int, ...]
-    tail: Any
-    free: tuple[Any, ...]
     positions: tuple[int, ...]
     features: tuple[int, ...]
-    apart: tuple[bool, ...]
     inputs: int
-    data: Any
-    activations: Callable[[Any], Any] | None
     assign: Callable[[Any], dict[int, Any]]
+    data: Any = None
+    activations: Callable[[Any], Any] | None = None
+    term: Any = None
+    after: tuple[int, ...] = ()
+    tail: Any = None
+    free: tuple[Any, ...] = ()
+    apart: tuple[bool, ...] = ()
 
     def sizes(self) -> tuple[int, int, int, int]:
         """`S, M, Q, R`."""

@@ -56,7 +56,7 @@ class Study:
         return self.model.results
 
     def bytes_of_example(self, columns: int) -> int:
-        """What stacked cotangents of one example take besides a gradient's own; all of a fallback's."""
+        """Count the bytes of one example's stacked cotangents without a gradient's; of a fallback, all."""
         return sum(
             tap.perturbation.size * tap.perturbation.dtype.itemsize * (columns - (tap.reason is None))
             for tap in self.taps
@@ -76,7 +76,7 @@ class Study:
         return jax.vjp(lambda deltas: batched(x, deltas), dict(enumerate(zeros)), has_aux=True)
 
     def forms(self, activations: Numbered, cotangents: Numbered, size: int, limit: int) -> list[GradientForm]:
-        """What is known of the gradients in each leaf; cotangents are `[c, n, …]` for each tap."""
+        """Make the form of the gradients in each leaf; cotangents are `[c, n, …]` for each tap."""
         columns = next(iter(cotangents.values())).shape[0] if cotangents else 1
         forms: list[GradientForm] = []
         for i, leaf in enumerate(self.leaves):
@@ -91,7 +91,7 @@ class Study:
         return forms
 
     def kept(self, leaves: Sequence[Any], x: Any, size: int) -> list[tuple[str, str]]:
-        """What the Kronecker factors of each leaf are, expanded and reduced; from types alone."""
+        """Describe the Kronecker factors of each leaf, expanded and reduced; from types alone."""
         found: list[tuple[str, str]] = []
 
         def forms(leaves: Sequence[Any], x: Any) -> int:
@@ -159,7 +159,7 @@ def _rules() -> RuleSet:
 
 
 def form_of(tap: Tap, leaf: Any, activation: Any, g: Any, limit: int) -> GradientForm:
-    """What one tap knows of the gradients: activations are `[n, …]`, cotangents `[c, n, …]`.
+    """Make the form of the gradients at one tap: activations are `[n, …]`, cotangents `[c, n, …]`.
 
     Where a model computes in fewer bits than its parameters have, gradients and all that is made of them have
     the parameters' precision.

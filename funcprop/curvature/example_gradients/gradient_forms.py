@@ -56,11 +56,11 @@ class GradientForm(Protocol):
         """`Σ (U_aᵀ W U_g)²` in the factors' bases, as `[k, i, o]`; the basis of a diagonal is a vector."""
 
     def kept(self, reduce: bool) -> str:
-        """What the factors are, for the audit."""
+        """Describe the factors, for the audit."""
 
 
 def rows_of(x: Any, start: Any, count: int, axis: int) -> Any:
-    """Those of some examples, along an axis."""
+    """Take the rows of some examples, along an axis."""
     return lax.dynamic_slice_in_dim(x, start, count, axis)
 
 
@@ -137,7 +137,7 @@ class AtHand:
 
 
 def block_or_diagonal(entries: int, over: str = "", why: str = "") -> str:
-    """What is kept of a leaf whose block is no Kronecker product, in words."""
+    """Say what is kept of a leaf whose block is no Kronecker product."""
     if entries <= DENSE:
         return f"exact block{over}"
     return f"diagonal{over}: {entries} entries are more than {DENSE}{why}"
@@ -230,7 +230,7 @@ class OuterProducts:
         return self.turned(basis).moments(wanted)["", SQUARES]
 
     def turned(self, basis: Factors) -> OuterProducts:
-        """The same in the factors' bases, as `[k, i, o]`."""
+        """Turn the gradients into the factors' bases, as `[k, i, o]`."""
         a, g = self.form.activations, self.form.cotangents
         assert a is not None
         turned = OuterForm(
@@ -266,7 +266,7 @@ def kronecker(forms: Sequence[OuterProducts], group: Group, reduce: bool) -> Fac
 
 
 def both(forms: Sequence[OuterProducts], reduce: bool) -> str:
-    """What the factors of taps whose blocks are alike are, in words."""
+    """Describe the factors of taps whose blocks are alike."""
     positions = sum(form.form.positions for form in forms)
     blocks = jax.eval_shape(forms[0].folded_activations).shape[0]
     of = "A ⊗ G" if blocks == 1 else f"{blocks} blocks A ⊗ G"

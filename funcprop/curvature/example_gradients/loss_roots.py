@@ -3,8 +3,8 @@
 A Gauss-Newton matrix is `Σ_c (Jᵀ s_c)(Jᵀ s_c)ᵀ`, and with random signs `ε`, `Jᵀ Σ_c ε_c s_c` is one column
 whose outer product is the Gauss-Newton matrix in expectation. Three ways to a root:
 
-* softmax cross-entropy, `diag(p) − p pᵀ` with rank `C − 1`: the rows of `√p` times a reflection without its
-  first column, which is `√p` itself. One sweep less than the output has entries.
+* softmax cross-entropy (`cross_entropy`), `diag(p) − p pᵀ` with rank `C − 1`: the rows of `√p` times a
+  reflection without its first column, which is `√p` itself. One sweep less than the output has entries.
 * a sum of functions of single entries (squared error, binary cross-entropy): the root of a diagonal.
 * any other: a Cholesky decomposition with pivots of the dense Hessian of one example.
 
@@ -16,25 +16,26 @@ loss).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.flatten_util import ravel_pytree
 
 from funcprop.curvature.diagonal.separability import adds_up_entries
-from funcprop.layers.loss import softmax_cross_entropy
-from funcprop.program.program import Program
+from funcprop.curvature.example_gradients.cross_entropy import CrossEntropyForm, cross_entropy_form
 
 Loss = Callable[[Any, Any], Any]
 
 
 class LossRoot(Protocol):
     """The root for one example: all its columns, or their random combination."""
+
+    @property
+    def kind(self) -> str:
+        """The kind of loss, in words, for the audit."""
 
     @property
     def columns(self) -> int:
@@ -65,15 +66,9 @@ class SharesGradient(Protocol):
 
 def root_of(loss: Loss, output: Any, y: Any) -> LossRoot:
     """The root of a loss whose output and label have these types."""
-    leaves = jax.tree.leaves(output)
-    if len(leaves) == 1 and leaves[0].ndim and leaves[0].shape[-1] > 1:
-        tree = jax.tree.structure(output)
-        program = Program.of(lambda o, y: loss(jax.tree.unflatten(tree, [o]), y), leaves[0], y)
-        for reference, mean in _cross_entropies(leaves[0], y):
-            if program.structure == Program.of(reference, leaves[0], y).structure:
-                if leaves[0].ndim == 1 and jnp.issubdtype(y.dtype, jnp.integer):
-                    return Labelled(leaves[0].shape[0])
-                return Softmax(leaves[0].shape, mean)
+    form = cross_entropy_form(loss, output, y)
+    if form is not None:
+        return Labelled(form) if form.picks_label() else Softmax(form)
     if is_sum_of_entries(loss, output, y):
         return DiagonalRoot(loss, output)
     return DenseRoot(loss, output)
@@ -82,71 +77,41 @@ def root_of(loss: Loss, output: Any, y: Any) -> LossRoot:
 # --- softmax cross-entropy --------------------------------------------------------------------
 
 
-def _cross_entropies(output: Any, y: Any) -> Iterator[tuple[Loss, bool]]:
-    """The usual ways to write the cross-entropy of labels like `y`, and whether it is a mean over rows."""
-    if not isinstance(y, jax.ShapeDtypeStruct | jax.Array):
-        return
-    rows: list[Loss] = []
-    if jnp.issubdtype(y.dtype, jnp.integer) and y.shape == output.shape[:-1]:
-        rows = [optax.softmax_cross_entropy_with_integer_labels, softmax_cross_entropy]
-        if not y.shape:
-            rows.append(lambda o, y: -jax.nn.log_softmax(o)[y])
-    elif jnp.issubdtype(y.dtype, jnp.floating) and y.shape == output.shape:
-        rows = [optax.softmax_cross_entropy, softmax_cross_entropy]
-    for row in rows:
-        if output.ndim == 1:
-            yield row, False
-        yield partial(_reduced, row, jnp.mean), True
-        yield partial(_reduced, row, jnp.sum), False
-
-
-def _reduced(row: Loss, reduction: Callable[[Any], Any], output: Any, y: Any) -> Any:
-    return reduction(row(output, y))
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Softmax:
-    """`Σ_rows w (diag(p) − p pᵀ)`: `w` is a row's sum of labels, over the rows if they are averaged."""
+    """`Σ_r w_r (diag(p_r) − p_r p_rᵀ)`."""
 
-    shape: tuple[int, ...]
-    mean: bool
-
-    @property
-    def rows(self) -> int:
-        """How many rows there are."""
-        return math.prod(self.shape[:-1])
+    form: CrossEntropyForm
+    kind = "softmax cross-entropy"
 
     @property
     def columns(self) -> int:
         """How many columns there are."""
-        return self.rows * (self.shape[-1] - 1)
+        rows, classes = self.form.shape
+        return rows * (classes - 1)
 
     def _scaled(self, output: Any, y: Any) -> tuple[Any, Any]:
         """`√p` of every row, and `√w`."""
-        logits = output.reshape(self.rows, -1)
-        root = jnp.sqrt(jax.nn.softmax(logits))
-        weight = jnp.ones(self.rows, root.dtype)
-        if jnp.issubdtype(y.dtype, jnp.floating):
-            weight = y.reshape(self.rows, -1).sum(-1).astype(root.dtype)
-        return root, jnp.sqrt(weight / self.rows if self.mean else weight)
+        logits, weights = self.form.logits_and_weights(output, y)
+        return jnp.sqrt(jax.nn.softmax(logits)), jnp.sqrt(weights)
 
     def all(self, output: Any, y: Any) -> Any:
         """All columns."""
-        root, weight = self._scaled(jax.tree.leaves(output)[0], y)
-        classes = self.shape[-1]
-        axes = jnp.broadcast_to(jnp.eye(classes - 1, dtype=root.dtype), (self.rows, classes - 1, classes - 1))
+        root, weight = self._scaled(output, y)
+        rows, classes = self.form.shape
+        axes = jnp.broadcast_to(jnp.eye(classes - 1, dtype=root.dtype), (rows, classes - 1, classes - 1))
         columns = root[:, None] * _reflected(root[:, None], axes) * weight[:, None, None]
-        placed = jnp.einsum("rs,rck->rcsk", jnp.eye(self.rows, dtype=root.dtype), columns)
-        return _like(output, placed.reshape(self.columns, *self.shape))
+        placed = jnp.einsum("rs,rck->rcsk", jnp.eye(rows, dtype=root.dtype), columns)
+        return _like(output, placed.reshape(self.columns, -1))
 
     def sampled(self, output: Any, y: Any, key: Any) -> Any:
         """Their random combination."""
-        root, weight = self._scaled(jax.tree.leaves(output)[0], y)
-        x = signs(self, key, root.dtype).reshape(self.rows, -1)
-        return _like(output, (root * _reflected(root, x) * weight[:, None]).reshape(self.shape))
+        root, weight = self._scaled(output, y)
+        x = signs(self, key, root.dtype).reshape(len(root), -1)
+        return _like(output, (root * _reflected(root, x) * weight[:, None]).reshape(-1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Labelled:
     """One row with the class `y`, so that one column is along the gradient `g = p − e_y`:
 
@@ -155,62 +120,61 @@ class Labelled:
     where `π` are the probabilities of the other classes among themselves.
     """
 
-    columns_and_one: int
+    form: CrossEntropyForm
+    kind = "cross-entropy of a label"
 
     @property
     def columns(self) -> int:
         """How many columns there are."""
-        return self.columns_and_one - 1
+        return self.form.shape[1] - 1
 
-    def _others(self, output: Any, y: Any) -> tuple[Any, Any]:
-        """`√p` of the classes that follow `y` in a circle, and their norm `√(1 − p_y)`."""
-        logits = jax.tree.leaves(output)[0]
-        following = (y + 1 + jnp.arange(self.columns)) % self.columns_and_one
-        root = jnp.sqrt(jax.nn.softmax(logits)[following])
-        return root, jnp.linalg.norm(root)
+    def _circle(self, output: Any, y: Any) -> tuple[Any, Any, Any]:
+        """Compute `√p` of `y` and of the classes after it in a circle, and the norm `√(1 − p_y)` of these."""
+        (logits,), _ = self.form.logits_and_weights(output, y)
+        (label,) = jax.tree.leaves(y)
+        root = jnp.sqrt(jax.nn.softmax(logits)[(label + jnp.arange(len(logits))) % len(logits)])
+        return root[0], root[1:], jnp.linalg.norm(root[1:])
 
     def _placed(self, output: Any, y: Any, x: Any) -> Any:
-        """Entries of the classes that follow `y`, put where they belong."""
-        place = (jnp.arange(self.columns_and_one) - y - 1) % self.columns_and_one
-        return _like(output, jnp.concatenate([x, jnp.zeros((*x.shape[:-1], 1), x.dtype)], -1)[..., place])
+        """Put the entries of `y` and of the classes after it where they belong."""
+        (label,) = jax.tree.leaves(y)
+        classes = x.shape[-1]
+        return _like(output, x[..., (jnp.arange(classes) - label) % classes])
 
     def first_weight(self, output: Any, y: Any) -> Any:
         """The square of the multiple of the gradient."""
-        norm = self._others(output, y)[1]
+        label, _, norm = self._circle(output, y)
         # Where the label is certain the gradient vanishes, and so does the column.
-        return jnp.where(norm > 0, jax.nn.softmax(jax.tree.leaves(output)[0])[y] / norm**2, 0)
+        return jnp.where(norm > 0, label**2 / norm**2, 0)
 
     def others(self, output: Any, y: Any) -> Any:
         """All columns but the first."""
-        axes = jnp.eye(self.columns - 1, dtype=jax.tree.leaves(output)[0].dtype)
-        return self._along_others(output, y, axes)
+        circle = self._circle(output, y)
+        axes = jnp.eye(self.columns - 1, dtype=circle[0].dtype)
+        return self._placed(output, y, self._along_others(circle, axes))
 
-    def _along_others(self, output: Any, y: Any, x: Any) -> Any:
-        root, norm = self._others(output, y)
+    def _along_others(self, circle: tuple[Any, Any, Any], x: Any) -> Any:
+        _, root, norm = circle
         unit = jnp.where(norm > 0, root / norm, jnp.ones_like(root) / math.sqrt(self.columns))
-        return self._placed(output, y, root * _reflected(unit, x))
+        return jnp.concatenate([jnp.zeros((*x.shape[:-1], 1), x.dtype), root * _reflected(unit, x)], -1)
 
-    def _first(self, output: Any, y: Any) -> Any:
-        root, norm = self._others(output, y)
-        logits = jax.tree.leaves(output)[0]
-        label = jnp.sqrt(jax.nn.softmax(logits)[y])
+    def _first(self, circle: tuple[Any, Any, Any]) -> Any:
+        label, root, norm = circle
         along = jnp.where(norm > 0, label / norm, 0)
-        here = jnp.where(jnp.arange(self.columns_and_one) == y, -label * norm, 0)
-        return jax.tree.map(lambda g: g * along + here, self._placed(output, y, root**2))
+        return jnp.concatenate([-label[None] * norm, root**2 * along])
 
     def all(self, output: Any, y: Any) -> Any:
         """All columns."""
-        return jax.tree.map(
-            lambda first, others: jnp.concatenate([first[None], others]),
-            self._first(output, y),
-            self.others(output, y),
-        )
+        circle = self._circle(output, y)
+        others = self._along_others(circle, jnp.eye(self.columns - 1, dtype=circle[0].dtype))
+        return self._placed(output, y, jnp.concatenate([self._first(circle)[None], others]))
 
     def sampled(self, output: Any, y: Any, key: Any) -> Any:
         """Their random combination."""
-        x = signs(self, key, jax.tree.leaves(output)[0].dtype)
-        others = self._along_others(output, y, x[1:])
-        return jax.tree.map(lambda first, rest: x[0] * first + rest, self._first(output, y), others)
+        circle = self._circle(output, y)
+        x = signs(self, key, circle[0].dtype)
+        column = x[0] * self._first(circle) + self._along_others(circle, x[1:])
+        return self._placed(output, y, column)
 
 
 def _reflected(root: Any, x: Any) -> Any:
@@ -222,8 +186,9 @@ def _reflected(root: Any, x: Any) -> Any:
 
 
 def _like(output: Any, columns: Any) -> Any:
-    """Columns in the structure of the output, which is a single array."""
-    return jax.tree.unflatten(jax.tree.structure(output), [columns])
+    """Give columns, whose last axis has all entries, the structure of the output, a single array."""
+    (leaf,), tree = jax.tree.flatten(output)
+    return jax.tree.unflatten(tree, [columns.reshape(*columns.shape[:-1], *leaf.shape).astype(leaf.dtype)])
 
 
 # --- sums over entries ------------------------------------------------------------------------
@@ -251,6 +216,8 @@ class _OfLoss:
 class DiagonalRoot(_OfLoss):
     """The Hessian is diagonal: its product with ones is its diagonal."""
 
+    kind = "a sum over entries of the output"
+
     def _root(self, output: Any, y: Any) -> Any:
         ones = jax.tree.map(jnp.ones_like, output)
         gradient = jax.grad(lambda o: self.loss(o, y))
@@ -274,6 +241,8 @@ class DiagonalRoot(_OfLoss):
 @dataclass(frozen=True, eq=False)
 class DenseRoot(_OfLoss):
     """The Hessian of one example as a matrix, and its Cholesky decomposition; NaN where it is indefinite."""
+
+    kind = "any, by the Hessian of one example as a matrix"
 
     def _root(self, output: Any, y: Any) -> Any:
         flat, unravel = ravel_pytree(output)

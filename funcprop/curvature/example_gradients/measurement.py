@@ -211,7 +211,7 @@ def _entries(output: Any, count: int) -> Any:
 
 
 def _split(found: list[dict[Part, Any]]) -> tuple[list[Any], list[Any]]:
-    """What is summed over examples, and what has a row for each, examples first."""
+    """Split results into sums over examples, and arrays with a row for each example."""
     sums = [{k: v for k, v in leaf.items() if k.kind not in ROWS} for leaf in found]
     rows = [{k: v for k, v in leaf.items() if k.kind in ROWS} for leaf in found]
     return sums, [

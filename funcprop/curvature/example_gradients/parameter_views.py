@@ -40,15 +40,24 @@ class ViewStep:
 class View:
     """`scale` times the entries of a leaf, moved by `steps`.
 
-    A step that is None is a loop over the leading axis: what follows sees one slice. `loops` says of each
-    loop around whether it slices the leaf; `mark` is the identity of what the innermost of them closes over.
+    A step that is None is a loop over the leading axis: what follows sees one slice. `marks` has for each
+    loop around an object that stands for the operand that it closes over, None if it slices the leaf.
     """
 
     leaf: int
     steps: tuple[ViewStep | None, ...] = ()
     scale: float = 1.0
-    loops: tuple[bool, ...] = ()
-    mark: Any = None
+    marks: tuple[Any, ...] = ()
+
+    @property
+    def loops(self) -> tuple[bool, ...]:
+        """Whether each loop around slices the leaf."""
+        return tuple(mark is None for mark in self.marks)
+
+    @property
+    def mark(self) -> Any:
+        """The operand that the innermost loop closes over, if it does."""
+        return self.marks[-1] if self.marks else None
 
     @property
     def distinct(self) -> bool:
@@ -72,8 +81,8 @@ class View:
         return value
 
     def sliced(self) -> View:
-        """What one iteration of a loop over the leading axis sees."""
-        return replace(self, steps=(*self.steps, None), loops=(*self.loops, True), mark=None)
+        """Slice off one entry of the leading axis, which one iteration of a loop sees."""
+        return replace(self, steps=(*self.steps, None), marks=(*self.marks, None))
 
 
 def seen_through(eqn: Any, views: list[View | None]) -> list[View] | None:

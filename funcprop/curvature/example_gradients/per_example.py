@@ -56,7 +56,9 @@ class GradientRoute(NamedTuple):
 
 
 class Audit(tuple[GradientRoute, ...]):
-    """The routes of all parameters, as a table when printed."""
+    """The routes of all parameters, as a table when printed; `loss` says as what the loss was recognised."""
+
+    loss: str | None = None
 
     def __str__(self) -> str:
         rows = [("parameter", "gradients", "through", "KFAC", "with sharing='reduce'")]
@@ -64,11 +66,11 @@ class Audit(tuple[GradientRoute, ...]):
             ways = list(zip(r.ways or ("unused",), r.reasons or ("",), strict=True))
             rows.append((r.path, *ways[0], r.expand, "the same" if r.reduce == r.expand else r.reduce))
             rows += [("", *way, "", "") for way in ways[1:]]
-        return aligned(rows, set(), 80)
+        return aligned(rows, set(), 80) + (f"\n\nThe loss: {self.loss}" if self.loss else "")
 
 
 class PerExample:
-    """What `fp.per_example` returns: call it, or ask it by which way each parameter goes."""
+    """The function that `fp.per_example` returns; `audit` says by which way each parameter goes."""
 
     def __init__(
         self, model: Model, loss: Loss, where: Where | None, rules: RuleSet | None, limit: int
@@ -95,9 +97,10 @@ class PerExample:
         return {asked: found[name] for asked, name in zip(quantities, names, strict=True)}
 
     def audit(self, params: Any, x: Any, y: Any = None) -> Audit:
-        """By which way the gradients in each parameter are found, why, and what KFAC keeps of its block.
+        """List for each parameter how its gradients are found, why, and what KFAC keeps of its block.
 
-        Nothing is computed; `jax.ShapeDtypeStruct`s are enough.
+        Nothing is computed; `jax.ShapeDtypeStruct`s are enough. With `y`, also what the loss was recognised
+        as, and how many columns Gauss-Newton quantities sweep.
         """
         model, params = restricted(self.model, params, self.where)
         check_parameters(params)
@@ -108,7 +111,11 @@ class PerExample:
             found = [route(tap) for tap in study.taps if tap.view.leaf == i]
             ways, reasons = zip(*found, strict=True) if found else ((), ())
             routes.append(GradientRoute(jax.tree_util.keystr(path), ways, reasons, *kept[i]))
-        return Audit(routes)
+        audit = Audit(routes)
+        if y is not None:
+            root = root_of(self.loss, study.output, example_of(y))
+            audit.loss = f"{root.kind}; {root.columns} columns for each example"
+        return audit
 
 
 @functools.partial(jax.jit, static_argnames=("names", "rules", "limit"))

@@ -31,10 +31,11 @@ def run(
     def read(position: int, k: int, atom: Any) -> Any:
         if isinstance(atom, _jax.Literal):
             return atom.val
-        if (position, k) not in plan.perturbed:
+        number = plan.perturbed.get((position, k))
+        if number is None:
             return values[atom]
         if atom not in perturbed:
-            perturbed[atom] = values[atom] + deltas[plan.direct[atom]]
+            perturbed[atom] = values[atom] + deltas[number]
         return perturbed[atom]
 
     for i, eqn in enumerate(jaxpr.eqns):

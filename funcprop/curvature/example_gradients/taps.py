@@ -12,7 +12,7 @@ the perturbation stands before the loop. So it does before branches, `while` and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -71,22 +71,30 @@ class Tap:
 class TapPlan:
     """What to do with each equation of a jaxpr; taps are given by their numbers.
 
-    `taps` are those of an equation's result, `direct` those of variables; `perturbed` are the equations and
-    operands that read the perturbed variable (a jaxpr's results count as operands of one equation more).
-    `inner` are the plans of bodies; `results` the views among the results.
+    `taps` are those of an equation's result; `perturbed` has the direct taps of operands, by the positions of
+    equation and operand (a jaxpr's results count as operands of one equation more). `inner` are the plans of
+    bodies.
     """
 
     jaxpr: Any
     taps: dict[int, list[int]] = field(default_factory=dict)
-    direct: dict[Any, int] = field(default_factory=dict)
-    perturbed: set[tuple[int, int]] = field(default_factory=set)
+    perturbed: dict[tuple[int, int], int] = field(default_factory=dict)
     inner: dict[int, TapPlan] = field(default_factory=dict)
-    results: list[View | None] = field(default_factory=list)
 
     def numbers(self) -> list[int]:
         """All taps in this jaxpr and in its bodies."""
-        own = [n for found in self.taps.values() for n in found] + list(self.direct.values())
-        return sorted(own + [n for plan in self.inner.values() for n in plan.numbers()])
+        own = {n for found in self.taps.values() for n in found} | {*self.perturbed.values()}
+        return sorted(own.union(*(plan.numbers() for plan in self.inner.values())))
+
+    def renumbered(self, number: Mapping[int, int]) -> TapPlan:
+        """Keep the taps that have a new number, and bodies with such taps."""
+        inner = {i: plan.renumbered(number) for i, plan in self.inner.items()}
+        return TapPlan(
+            self.jaxpr,
+            {i: [number[n] for n in found if n in number] for i, found in self.taps.items()},
+            {at: number[n] for at, n in self.perturbed.items() if n in number},
+            {i: plan for i, plan in inner.items() if plan.numbers()},
+        )
 
 
 def find(jaxpr: Any, parameters: range) -> tuple[TapPlan, list[Tap]]:
@@ -94,19 +102,25 @@ def find(jaxpr: Any, parameters: range) -> tuple[TapPlan, list[Tap]]:
     walk = _Walk()
     positions = range(len(jaxpr.invars))
     views = [View(i - parameters.start) if i in parameters else None for i in positions]
-    return walk.plan(jaxpr, views, (), views_leave=()), walk.taps
-
-
-class _RefusedError(Exception):
-    """A view that a loop closes over meets an operator that is not linear in it."""
-
-    def __init__(self, view: View, reason: str) -> None:
-        self.mark, self.reason = view.mark, reason
+    plan, _ = walk.plan(jaxpr, views, (), views_leave=())
+    kept = [n for n, tap in enumerate(walk.taps) if not walk.is_refused(tap.view)]
+    return plan.renumbered({n: i for i, n in enumerate(kept)}), [walk.taps[n] for n in kept]
 
 
 class _Walk:
+    """The taps found so far, and the operands of loops that are perturbed before the loop, with reasons.
+
+    An operand is refused where a view of it meets an operator that is not linear in it. From then on nothing
+    is a view of it, and the taps that it had before do not count.
+    """
+
     def __init__(self) -> None:
         self.taps: list[Tap] = []
+        self.refused: dict[Any, str] = {}
+
+    def is_refused(self, view: View) -> bool:
+        """Decide whether a view is of a loop's operand that is perturbed before this loop."""
+        return any(mark in self.refused for mark in view.marks)
 
     def add(self, view: View, lengths: Sequence[int], var: Any, **how: Any) -> int:
         """A new tap, whose perturbation is that of `var`; its number."""
@@ -120,43 +134,46 @@ class _Walk:
         views: Sequence[View | None],
         lengths: tuple[int, ...],
         views_leave: Sequence[int] | None = None,
-    ) -> TapPlan:
+    ) -> tuple[TapPlan, list[View | None]]:
         """The plan of a jaxpr whose inputs are these views, inside of loops of these lengths.
 
-        `views_leave` are the results that may be views, all if None.
+        Also the views among its results: those at `views_leave` may be views, all if None.
         """
         jaxpr = _jax.open_jaxpr(closed)
         plan = TapPlan(jaxpr)
         env: dict[Any, View | None] = dict(zip(jaxpr.invars, views, strict=True))
+        direct: dict[Any, int] = {}
 
         def seen(atom: Any) -> View | None:
-            return None if isinstance(atom, _jax.Literal) else env.get(atom)
+            view = None if isinstance(atom, _jax.Literal) else env.get(atom)
+            return None if view is None or self.is_refused(view) else view
 
         def perturb(position: int, operand: int, var: Any, reason: str) -> None:
             view = seen(var)
-            assert view is not None
+            if view is None:
+                return
             if view.mark is not None:
-                raise _RefusedError(view, reason)
-            if var not in plan.direct:
-                plan.direct[var] = self.add(view, lengths, var, reason=reason)
-            plan.perturbed.add((position, operand))
+                self.refused[view.mark] = reason
+                return
+            if var not in direct:
+                direct[var] = self.add(view, lengths, var, reason=reason)
+            plan.perturbed[position, operand] = direct[var]
 
-        for i, eqn in enumerate(jaxpr.eqns):
+        def visit(i: int, eqn: Any) -> None:
             found = [seen(v) for v in eqn.invars]
-            count = sum(view is not None for view in found)
-            if not count:
-                continue
+            which = [k for k, view in enumerate(found) if view is not None]
             name = eqn.primitive.name
-            moved = seen_through(eqn, found) if count == 1 else None
+            moved = seen_through(eqn, found) if len(which) == 1 else None
+            if not which:
+                return
             if moved is not None:
                 env.update(zip(eqn.outvars, moved, strict=True))
             elif eqn.primitive is boundary_p:
                 env.update(zip(eqn.outvars, found[eqn.params["call"].tree.num_leaves :], strict=True))
             elif name in CALLS or name in CHECKPOINTS:
                 ((_, body),) = _jax.sub_jaxprs(eqn)
-                leave = None if name in CALLS else ()
-                inner = plan.inner[i] = self.plan(body, found, lengths, leave)
-                env.update(zip(eqn.outvars, inner.results, strict=True))
+                plan.inner[i], results = self.plan(body, found, lengths, None if name in CALLS else ())
+                env.update(zip(eqn.outvars, results, strict=True))
             elif name == "scan":
                 plan.inner[i], refused = self._loop(eqn, found, lengths)
                 for k, reason in refused.items():
@@ -171,15 +188,20 @@ class _Walk:
                     if k in operands and view is not None
                 ]
             else:
-                for k, view in enumerate(found):
-                    if view is not None:
-                        perturb(i, k, eqn.invars[k], f"it enters `{_jax.function_name(eqn)}`")
-        plan.results = [seen(v) for v in jaxpr.outvars]
+                # Without an operand that is refused, the operator may be linear in the others.
+                marked = [k for k, view in enumerate(found) if view is not None and view.mark is not None][:1]
+                for k in marked or which:
+                    perturb(i, k, eqn.invars[k], f"it enters `{_jax.function_name(eqn)}`")
+                if marked:
+                    visit(i, eqn)
+
+        for i, eqn in enumerate(jaxpr.eqns):
+            visit(i, eqn)
         for k, var in enumerate(jaxpr.outvars):
-            if plan.results[k] is not None and views_leave is not None and k not in views_leave:
+            if views_leave is not None and k not in views_leave:
                 perturb(len(jaxpr.eqns), k, var, "it is a result")
-                plan.results[k] = None
-        return plan
+        leaving = range(len(jaxpr.outvars)) if views_leave is None else views_leave
+        return plan, [seen(v) if k in leaving else None for k, v in enumerate(jaxpr.outvars)]
 
     def _loop(
         self, eqn: Any, found: list[View | None], lengths: tuple[int, ...]
@@ -187,31 +209,20 @@ class _Walk:
         """The plan of a loop's body, and the operands to be perturbed before the loop, with reasons."""
         consts, carries = _jax.scan_counts(eqn.params)
         unchanged = _carried_unchanged(eqn)
-        marks = [object() for _ in found]
-        refused: dict[int, str] = {}
-        for k in range(consts, consts + carries):
-            if found[k] is not None and k not in unchanged:
-                refused[k] = "a loop carries it on, changed"
-        while True:
-            before = len(self.taps)
-            views: list[View | None] = []
-            for k, view in enumerate(found):
-                if view is None or k in refused:
-                    views.append(None)
-                elif k < consts + carries:
-                    views.append(replace(view, loops=(*view.loops, False), mark=marks[k]))
-                else:
-                    views.append(view.sliced())
-            try:
-                body = eqn.params["jaxpr"]
-                leave = list(unchanged.values())
-                return self.plan(body, views, (*lengths, eqn.params["length"]), leave), refused
-            except _RefusedError as refusal:
-                if refusal.mark not in marks:
-                    raise
-                # The walk begins anew without this operand; its taps are taken back.
-                del self.taps[before:]
-                refused[marks.index(refusal.mark)] = f"{refusal.reason}, in a loop"
+        marks = {object(): k for k in range(consts + carries)}
+        changed = [k for k in range(consts, consts + carries) if found[k] is not None and k not in unchanged]
+        views = [
+            None if view is None or k in changed else view.sliced() if k >= consts + carries else view
+            for k, view in enumerate(found)
+        ]
+        for mark, k in marks.items():
+            if (view := views[k]) is not None:
+                views[k] = replace(view, marks=(*view.marks, mark))
+        lengths = (*lengths, eqn.params["length"])
+        plan, _ = self.plan(eqn.params["jaxpr"], views, lengths, list(unchanged.values()))
+        refused = dict.fromkeys(changed, "a loop carries it on, changed")
+        refused |= {marks[m]: f"{why}, in a loop" for m, why in self.refused.items() if m in marks}
+        return plan, refused
 
 
 def _carried_unchanged(eqn: Any) -> dict[int, int]:

@@ -122,7 +122,7 @@ class StepChain:
 
 
 class _Sweep:
-    """What a recomputed segment needs, collected from its last step to its first."""
+    """The needs of a recomputed segment, collected from its last step to its first."""
 
     def __init__(self, chain: CutChain) -> None:
         self.chain = chain
@@ -337,7 +337,7 @@ def _points(live: Sequence[int], has_forms: Sequence[bool]) -> list[int]:
 def _segments(
     whole: CutChain, steps: Sequence[ChainStep], points: Sequence[int], before: Sequence[int], slim: set[int]
 ) -> Iterator[Segment]:
-    """What can be done between two cut points."""
+    """List the ways through the segments between two cut points."""
     for i, (start, stop) in enumerate(itertools.pairwise(points)):
         inside = steps[start:stop]
         for variant in range(max((len(step.forms) for step in inside), default=1)):

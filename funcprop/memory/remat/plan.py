@@ -40,14 +40,14 @@ class Compiled(NamedTuple):
 
     @classmethod
     def of(cls, compiled: Any) -> Compiled:
-        """What XLA says about a compiled program."""
+        """Read bytes and operations of a compiled program from XLA."""
         m = compiled.memory_analysis()
         sizes = m.temp_size_in_bytes, m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes
         return cls(*sizes, flops=compiled.cost_analysis().get("flops", float("nan")))
 
 
 class Proof(NamedTuple):
-    """The same gradient compiled plain and rematerialised, the latter also without the compiler options."""
+    """A gradient compiled plain and rematerialised, the latter also without the compiler options."""
 
     plain: Compiled
     rematerialized: Compiled
@@ -75,7 +75,7 @@ class Proof(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RematPlan:
-    """What `fp.memory.rematerialize` does to a function at given arguments. `print(plan)` is a report.
+    """The plan of `fp.memory.rematerialize` for a function at given arguments. `print(plan)` is a report.
 
     `residual_bytes` is what the pullback holds besides arguments and constants of the function, which exist
     anyway; of these it holds `argument_bytes`. The two add up to the leaves of `jax.vjp(f, *x)[1]`.
@@ -98,7 +98,7 @@ class RematPlan:
 
     @functools.cached_property
     def saved(self) -> tuple[Variable, ...]:
-        """What is held between the sweeps, besides arguments; in a loop the values of all its steps.
+        """The values held between the sweeps, without arguments; in a loop those of all its steps.
 
         What a derivative makes for itself (a mask, a cosine) is called after its operator.
         """
@@ -133,7 +133,7 @@ class RematPlan:
 
     @property
     def advice(self) -> str | None:
-        """What there is to do, or to know, about the compiler."""
+        """Advise about the compiler and its options."""
         if not any(s.recomputed for s in self.schedule.segments):
             return None
         if xla_options.barrier_options(jax.default_backend()) is None:
@@ -165,7 +165,7 @@ class RematPlan:
 
     @property
     def policy_residual_bytes(self) -> int:
-        """What `jax.checkpoint(fun, policy=plan.policy)` holds besides arguments."""
+        """The bytes that `jax.checkpoint(fun, policy=plan.policy)` holds, without arguments."""
         return self._policy[1].computed
 
     def prove(self) -> Proof:

@@ -45,7 +45,7 @@ def rematerialize(
     chunks: int | None = None,
     count_arguments: bool = False,
 ) -> Callable[..., Any]:
-    """The same function, whose reverse mode holds at most `budget` bytes between its sweeps.
+    """Bound the bytes that a function's reverse mode holds between its sweeps by `budget`.
 
     With `S` the values held and `R` the operators run again, it solves
 
@@ -145,7 +145,7 @@ def remat_plan(
     chunks: int | None = None,
     count_arguments: bool = False,
 ) -> Callable[..., RematPlan]:
-    """What `rematerialize` of the same options does: `remat_plan(fun, budget)(*args, **kwargs) -> RematPlan`.
+    """Plan what `rematerialize` does: `remat_plan(fun, budget)(*args, **kwargs) -> RematPlan`.
 
     Nothing is computed; arrays may be `jax.ShapeDtypeStruct`s. `print(plan)` is a report, `plan.prove()`
     compiles the gradient both ways, `plan.compiler_options` belong to the outermost `jit`, and `plan.policy`
@@ -186,7 +186,7 @@ def remat_plan(
 
 
 class _Limits:
-    """What is asked for, checked before anything is traced."""
+    """The limits asked for, checked before anything is traced."""
 
     def __init__(self, budget: Budget, peak: Budget, chunks: int | None, count_arguments: bool) -> None:
         if (budget is None and peak is None) == (chunks is None):

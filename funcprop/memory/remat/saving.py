@@ -30,7 +30,7 @@ class Residuals(NamedTuple):
 
 
 def residuals(fun: Callable[..., Sequence[Any]], avals: Sequence[Any]) -> Residuals:
-    """What `jax.vjp` of a function of flat arrays holds, differentiated in all that can be.
+    """Measure what `jax.vjp` of a function of flat arrays holds, differentiated in all that can be.
 
     A value that is held twice counts twice, as the leaves do.
     """
@@ -80,7 +80,7 @@ class Reads(NamedTuple):
 
 
 def reads(eqn: Any, perturbed: Sequence[bool]) -> Reads:
-    """What reverse mode keeps of one equation; `perturbed` are the operands that it is differentiated in."""
+    """Find what reverse mode keeps of one equation; `perturbed` are the differentiated operands."""
     differentiable = [_jax.is_differentiable(v.aval) for v in eqn.outvars]
     if not any(perturbed) or not any(differentiable):
         return Reads(active=(False,) * len(eqn.outvars))

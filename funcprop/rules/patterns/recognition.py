@@ -39,7 +39,7 @@ class Replacement(NamedTuple):
 
 
 class Pattern(Protocol):
-    """What to look for, by the last of its equations."""
+    """Equations to look for, by the last of them."""
 
     @property
     def last(self) -> str:
@@ -47,7 +47,7 @@ class Pattern(Protocol):
 
     @property
     def layer(self) -> Layer:
-        """What the equations are replaced by; a rule set without a rule for it has no use for the pattern."""
+        """The layer that replaces the equations; without a rule for it the pattern has no use."""
 
     @property
     def operators(self) -> Collection[str]:

@@ -182,7 +182,7 @@ class AlongAxes:
 
     @property
     def operators(self) -> Collection[str]:
-        """Those that `find` begins with."""
+        """The primitives that `find` begins with."""
         return ("sub", "exp", "reduce_sum", self.last)
 
     def find(self, eqn: Any, producer: Producer) -> Replacement | None:

@@ -58,7 +58,7 @@ def _window_sum(x: Any, **window: Any) -> Any:
 
 
 def _sliced_sum(x: Any, **window: Any) -> Any:
-    """The same for windows that lie side by side inside of `x`: strided slices, one for each tap."""
+    """Sum windows that lie side by side inside of `x`: strided slices, one for each tap."""
     dimensions, strides, dilation = _window(window)
     axes = list(zip(x.shape, dimensions, strides, dilation, strict=True))
     extent = [(n - (w - 1) * d - 1) // s * s + 1 for n, w, s, d in axes]

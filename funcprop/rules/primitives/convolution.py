@@ -75,18 +75,34 @@ class ConvolutionPlan(NamedTuple):
 Chooser = Callable[[Geometry], ConvolutionPlan]
 
 
-def plan(g: Geometry) -> ConvolutionPlan:
-    """The cost model, read off `experiments/convolution_costs.py` on two x86 cores.
+# Where a part took less time by another way than XLA's: the part, its least sizes and its greatest.
+_REGIONS: tuple[tuple[str, dict[str, int], dict[str, int]], ...] = (
+    ("margin", {"taps": 2, "width": 8, "inputs": 32}, {"padded": 0}),
+    ("margin", {"taps": 2, "width": 8, "outputs": 32, "columns": 128}, {"padded": 0}),
+    ("weight", {"rows": 1024}, {"taps": 1}),
+    ("weight", {"taps": 2, "rows": 6144, "outputs": 64}, {"chunks": 1}),
+    ("weight", {"taps": 2, "rows": 8192, "outputs": 48}, {"chunks": 1}),
+    ("weight", {"taps": 2, "rows": 8192, "outputs": 16}, {"chunks": 1, "padded": 0}),
+    ("input", {"rows": 1024, "outputs": 32}, {"taps": 1, "stride": 1}),
+    ("input", {"rows": 1024, "stride": 2, "narrowing": 0}, {"taps": 1}),
+    ("input", {"taps": 2}, {"stride": 1, "chunks": 1, "inputs": 3}),
+    ("input", {"batch": 32, "rows": 2500, "stride": 2, "inputs": 48},
+     {"taps": 9, "chunks": 1, "outputs": 48}),
+    ("input", {"taps": 2, "batch": 32, "stride": 2, "inputs": 32, "narrowing": 0},
+     {"taps": 9, "chunks": 1, "padded": 0}),
+)  # fmt: skip
 
-    * The margin pays without padding, from 8 positions on and for sums of many terms. (Pointwise, XLA is as
-      good; where the sums are short, writing the result takes longer than computing it.)
-    * The kernel's cotangent by patches: XLA's is slow where the sum is long, and slowest without padding. The
-      product is slow where it has few columns (output channels) for many rows (`columns`).
-    * The input's cotangent by patches pays for images (1 to 3 channels), where XLA convolves many channels to
-      few, and for strides that lead to fewer channels, where XLA multiplies with the zeros in between. (Other
-      padded strides took 0.80 to 0.99 of XLA's time, which is not worth a chunk of memory.)
-    * An example whose patches are larger than a chunk is left to XLA. By patches the kernel's cotangent took
-      0.35 to 0.64 of the time there (3 to 6 MB), but networks of 128 and 256 channels held 1.04 of the bytes.
+
+def plan(g: Geometry) -> ConvolutionPlan:
+    """The cost model, a table read off `experiments/convolution_costs.py` on two x86 cores.
+
+    * The margin: pointwise, XLA is as good; where sums are short, writing takes longer than computing.
+    * The kernel's cotangent: XLA's is slow where the sum is long, and slowest without padding. The product is
+      slow where it has few columns (output channels) for many rows (`columns`).
+    * The input's: XLA convolves many channels to few slowly, and with strides multiplies with the zeros in
+      between. (Other padded strides took 0.80 to 0.99 of its time, which is not worth a chunk of memory.)
+    * An example larger than a chunk is left to XLA. By patches the kernel's cotangent took 0.35 to 0.64 of
+      the time there (3 to 6 MB), but networks of 128 and 256 channels held 1.04 of the bytes.
 
     Seed 101, drawn when all this had been read off: chosen in 12 of 42 parts and never slower than XLA's way;
     values, kernels' and inputs' cotangents took 0.55, 0.75 and 0.53 of its time, the best choices 0.49, 0.53
@@ -96,20 +112,17 @@ def plan(g: Geometry) -> ConvolutionPlan:
     32: XLA's schedule then has one 4 MB array more alive at its peak, though the program has fewer copies.
     Leaving some of the convolutions to XLA gave 1.02 to 1.06 there, without any order.
     """
-    rows, pointwise, strided = g.batch * g.rows, math.prod(g.kernel) == 1, max(g.strides) > 1
-    many = g.inputs >= 32 or (g.outputs >= 32 and g.columns >= 128)
-    margin = not g.padded and not pointwise and many and g.output[-1] >= 8
-    if g.bytes_of_example > CHUNK_BYTES and not pointwise:
-        return ConvolutionPlan(margin, weight=False, input=False)
-    if pointwise:
-        small = g.inputs < g.outputs if strided else g.outputs < 32
-        return ConvolutionPlan(margin, weight=rows >= 1024, input=rows >= 1024 and not small)
-    wide = g.outputs >= (48 if g.padded else 16)
-    long = rows >= (8192 if g.outputs < 64 else 6144)
-    narrowing = g.inputs >= 48 >= g.outputs and rows >= 2500
-    narrowing = narrowing or (not g.padded and g.inputs >= max(32, g.outputs))
-    narrowing = narrowing and g.batch >= 32 and math.prod(g.kernel) <= 9
-    return ConvolutionPlan(margin, weight=long and wide, input=narrowing if strided else g.inputs <= 3)
+    sizes = {
+        "batch": g.batch, "rows": g.batch * g.rows, "columns": g.columns, "taps": math.prod(g.kernel),
+        "width": g.output[-1], "inputs": g.inputs, "outputs": g.outputs, "narrowing": g.inputs - g.outputs,
+        "stride": max(g.strides), "padded": g.padded, "chunks": g.bytes_of_example / CHUNK_BYTES,
+    }  # fmt: skip
+
+    def inside(least: dict[str, int], most: dict[str, int]) -> bool:
+        return all(sizes[k] >= n for k, n in least.items()) and all(sizes[k] <= n for k, n in most.items())
+
+    chosen = {part for part, *bounds in _REGIONS if inside(*bounds)}
+    return ConvolutionPlan("margin" in chosen, "weight" in chosen, "input" in chosen)
 
 
 def plan_in_loops(g: Geometry) -> ConvolutionPlan:

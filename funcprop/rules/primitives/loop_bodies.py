@@ -81,6 +81,12 @@ class BodySplit:
     rest_constants: list[int]
     rest_scanned: list[int]
 
+    def made(self, consts: Arrays) -> tuple[dict[Any, Any], Arrays]:
+        """Compute all constants, by their variables, and list those that `rest` takes."""
+        everything = [*consts, *_jax.evaluate(self.once, (), consts)]
+        values = dict(zip([*self.once.invars, *self.once.outvars], everything, strict=True))
+        return values, [everything[i] for i in self.rest_constants]
+
 
 def split(
     jaxpr: Any, consts: int, carries: int, hoists: Callable[[Any], bool], also: Sequence[Any] = ()
@@ -190,6 +196,29 @@ def _is_plain_product(eqn: Any) -> bool:
     return axes == ((a.ndim - 1,), (0,)) and w.ndim == 2 and not any(map(len, batch)) and a.dtype == w.dtype
 
 
+Read = Callable[[Any], Any]
+
+
+def _evaluated(
+    jaxpr: Any, args: Sequence[Any], instead: Callable[[int, Read], dict[Any, Any] | None]
+) -> Arrays:
+    """Evaluate a body, some of whose equations are computed in another way than they are written.
+
+    `instead(position, read)` are the values by their variables; None of an equation that stays.
+    """
+    values = dict(zip(jaxpr.invars, args, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, _jax.Literal) else values[atom]
+
+    for i, eqn in enumerate(jaxpr.eqns):
+        found = instead(i, read)
+        if found is None:
+            found = dict(zip(eqn.outvars, _jax.one_equation(eqn)(*map(read, eqn.invars)), strict=True))
+        values.update(found)
+    return [read(v) for v in jaxpr.outvars]
+
+
 def widened(jaxpr: Any, consts: int, carries: int) -> tuple[Any, int]:
     """Products of one carried value with several constants become one product with all of them side by side.
 
@@ -197,49 +226,30 @@ def widened(jaxpr: Any, consts: int, carries: int) -> tuple[Any, int]:
     array. Returns the new body, or None, and the bytes of the constants made so. To be called while tracing.
     """
     depth = depths(jaxpr, consts, carries)
-    groups: dict[Any, list[int]] = {}
+    # Constants that the body makes come first: a product reads all of its group's where the first one stood.
+    jaxpr = jaxpr.replace(eqns=sorted(jaxpr.eqns, key=lambda eqn: _level(eqn, depth) > 0))
+    alike: dict[Any, list[int]] = {}
     for i, eqn in enumerate(jaxpr.eqns):
-        if _is_plain_product(eqn) and not isinstance(eqn.invars[0], _jax.Literal):
+        if _is_plain_product(eqn) and len(_jax.variables(eqn.invars)) == 2:
             a, w = eqn.invars
-            if not isinstance(w, _jax.Literal) and depth[a] == 2 and depth[w] == 0:
-                params = tuple((k, v) for k, v in sorted(eqn.params.items()))
-                groups.setdefault((a, w.aval.dtype, params), []).append(i)
-    groups = {key: members for key, members in groups.items() if len(members) > 1}
-    if not groups:
+            if depth[a] == 2 and depth[w] == 0:
+                alike.setdefault((a, w.aval.dtype, *sorted(eqn.params.items())), []).append(i)
+    group_of = {i: group for group in alike.values() if len(group) > 1 for i in group}
+    if not group_of:
         return None, 0
-    copies = sum(nbytes(jaxpr.eqns[i].invars[1]) for members in groups.values() for i in members)
-    group_of = {i: members for members in groups.values() for i in members}
-    maker = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.outvars}
 
-    def run(*args: Any) -> Arrays:
-        values = dict(zip(jaxpr.invars, args, strict=True))
+    def side_by_side(i: int, read: Read) -> dict[Any, Any] | None:
+        if i not in group_of or i != group_of[i][0]:
+            return {} if i in group_of else None
+        a, group = jaxpr.eqns[i].invars[0], [jaxpr.eqns[j] for j in group_of[i]]
+        matrices = [read(eqn.invars[1]) for eqn in group]
+        params = {k: v for k, v in group[0].params.items() if k != "out_sharding"}
+        wide = lax.dot_general(read(a), lax.concatenate(matrices, 1), **params)
+        parts = lax.split(wide, [m.shape[1] for m in matrices], wide.ndim - 1)
+        return dict(zip([eqn.outvars[0] for eqn in group], parts, strict=True))
 
-        def read(atom: Any) -> Any:
-            if isinstance(atom, _jax.Literal):
-                return atom.val
-            if atom not in values:  # a constant that the body makes only later
-                evaluate(maker[atom])
-            return values[atom]
-
-        def evaluate(i: int) -> None:
-            eqn = jaxpr.eqns[i]
-            if eqn.outvars[0] in values:
-                return
-            if i not in group_of:
-                values.update(zip(eqn.outvars, _jax.one_equation(eqn)(*map(read, eqn.invars)), strict=True))
-                return
-            members = [jaxpr.eqns[j] for j in group_of[i]]
-            matrices = [read(e.invars[1]) for e in members]
-            params = {k: v for k, v in eqn.params.items() if k != "out_sharding"}
-            wide = lax.dot_general(read(eqn.invars[0]), lax.concatenate(matrices, 1), **params)
-            parts = lax.split(wide, [m.shape[1] for m in matrices], wide.ndim - 1)
-            values.update(zip([e.outvars[0] for e in members], parts, strict=True))
-
-        for i in range(len(jaxpr.eqns)):
-            evaluate(i)
-        return [read(v) for v in jaxpr.outvars]
-
-    return _jax.retrace(run, jaxpr), copies
+    copies = sum(nbytes(jaxpr.eqns[i].invars[1]) for i in group_of)
+    return _jax.retrace(lambda *args: _evaluated(jaxpr, args, side_by_side), jaxpr), copies
 
 
 def with_arranged_products(jaxpr: Any, consts: int, carries: int, turn: bool) -> Any:
@@ -265,23 +275,18 @@ def with_arranged_products(jaxpr: Any, consts: int, carries: int, turn: bool) ->
     if all(found == "plain" for found in forms):
         return None
 
-    def run(*args: Any) -> Arrays:
-        values = dict(zip(jaxpr.invars, args, strict=True))
-        for eqn, found in zip(jaxpr.eqns, forms, strict=True):
-            operands = [v.val if isinstance(v, _jax.Literal) else values[v] for v in eqn.invars]
-            if found == "plain":
-                values.update(zip(eqn.outvars, _jax.one_equation(eqn)(*operands), strict=True))
-                continue
-            g, w = operands
-            params = {k: eqn.params[k] for k in ("precision", "preferred_element_type")}
-            if found == "columns":
-                values[eqn.outvars[0]] = by_columns(g, w, **params)
-            else:
-                axes = (((g.ndim - 1,), (0,)), ((), ()))
-                values[eqn.outvars[0]] = lax.dot_general(g, lax.transpose(w, (1, 0)), axes, **params)
-        return [v.val if isinstance(v, _jax.Literal) else values[v] for v in jaxpr.outvars]
+    def arranged(i: int, read: Read) -> dict[Any, Any] | None:
+        if forms[i] == "plain":
+            return None
+        eqn = jaxpr.eqns[i]
+        g, w = map(read, eqn.invars)
+        params = {k: eqn.params[k] for k in ("precision", "preferred_element_type")}
+        if forms[i] == "columns":
+            return {eqn.outvars[0]: by_columns(g, w, **params)}
+        axes = (((g.ndim - 1,), (0,)), ((), ()))
+        return {eqn.outvars[0]: lax.dot_general(g, lax.transpose(w, (1, 0)), axes, **params)}
 
-    return _jax.retrace(run, jaxpr)
+    return _jax.retrace(lambda *args: _evaluated(jaxpr, args, arranged), jaxpr)
 
 
 # --- perturbed products -----------------------------------------------------------------------
@@ -306,22 +311,20 @@ def run_perturbed(
     `frozen` are the constants as the sites see them: of equal value, but not differentiated with the others.
     (Not `stop_gradient`: the pullback depends on them, and so does the second derivative.)
     """
-    values = dict(zip(jaxpr.invars, args, strict=True))
     at = {site.position: (site, delta) for site, delta in zip(places, perturbations, strict=True)}
     activations = []
-    for position, eqn in enumerate(jaxpr.eqns):
-        operands = [v.val if isinstance(v, _jax.Literal) else values[v] for v in eqn.invars]
-        if position in at:
-            site, delta = at[position]
-            operands[site.operand] = frozen[site.constant]
-            (z,) = _jax.one_equation(eqn)(*operands)
-            values[eqn.outvars[0]] = perturbed(z, delta)
-            if eqn.primitive.name in PRODUCTS:
-                activations.append(operands[1 - site.operand])
-        else:
-            values.update(zip(eqn.outvars, _jax.one_equation(eqn)(*operands), strict=True))
-    outputs = [v.val if isinstance(v, _jax.Literal) else values[v] for v in jaxpr.outvars]
-    return outputs, activations
+
+    def shifted(i: int, read: Read) -> dict[Any, Any] | None:
+        if i not in at:
+            return None
+        (site, delta), eqn = at[i], jaxpr.eqns[i]
+        operands = list(map(read, eqn.invars))
+        operands[site.operand] = frozen[site.constant]
+        if eqn.primitive.name in PRODUCTS:
+            activations.append(operands[1 - site.operand])
+        return {eqn.outvars[0]: perturbed(*_jax.one_equation(eqn)(*operands), delta)}
+
+    return _evaluated(jaxpr, args, shifted), activations
 
 
 # --- after the loop ---------------------------------------------------------------------------

@@ -47,7 +47,7 @@ from funcprop import _jax
 from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import nbytes
 from funcprop.rules.primitives.loop_bodies import BodySplit, Site, run_perturbed, sites, split, widened
-from funcprop.rules.primitives.loop_steps import LoopStep
+from funcprop.rules.primitives.loop_steps import ForwardStep, LoopStep, StepBody
 
 Arrays = list[Any]
 
@@ -194,8 +194,9 @@ def _side_by_side(body: LoopBody) -> LoopBody | None:
 def _autodiff_bytes(body: LoopBody, length: int) -> int:
     """About what autodiff holds for a loop: what it stacks, and each constant's cotangent of one step."""
     cut = split(body.jaxpr, body.consts, body.carries, hoists=lambda eqn: False)
-    step = LoopStep(cut.rest, len(cut.rest_constants), body.carries, [], turn=False)
-    constants = set(step.const_vars)
+    consts = len(cut.rest_constants)
+    step = ForwardStep.of(StepBody.of(cut.rest, consts, body.carries, ()))
+    constants = set(cut.rest.invars[:consts])
     cotangents = [
         nbytes(v)
         for eqn in cut.rest.eqns
@@ -228,10 +229,10 @@ def _planned(
     deferred = [s for s in candidates if _is_product(rest, s) and _defers(rest, s, costs)]
     deferred = sorted(deferred, key=partial(_gain, rest))[plan.kept :]
     places = [s for s in candidates if s in deferred or not _is_product(rest, s)]
-    step = LoopStep(rest, loop_consts, body.carries, places, plan.turns)
+    step = LoopStep.of(StepBody.of(rest, loop_consts, body.carries, places), plan.turns)
     earning = [s for s in places if _earns(step, s)] if costs.guards else places
     if len(earning) < len(places):
-        step = LoopStep(rest, loop_consts, body.carries, earning, plan.turns)
+        step = LoopStep.of(StepBody.of(rest, loop_consts, body.carries, earning), plan.turns)
     made = [v for eqn in cut.parallel.eqns if eqn.primitive.name in PRODUCTS for v in eqn.outvars]
     held, added = step.stacked_bytes(sum(i >= xs for i in cut.rest_scanned))
     held += max(sum(map(nbytes, made)), sum(map(nbytes, cut.parallel.outvars)))
@@ -250,8 +251,9 @@ def _is_product(jaxpr: Any, site: Site) -> bool:
 
 def _earns(step: LoopStep, site: Site) -> bool:
     """A product, or a sum whose cotangent is stacked for another reason."""
-    if _is_product(step.rest, site):
+    body = step.forward.body
+    if _is_product(body.jaxpr, site):
         return True
-    cotangent = dict(zip(step.sites, step.back_sites, strict=True))
-    elsewhere = {cotangent[s] for s in step.sites if _is_product(step.rest, s)} | set(step.back_inputs)
+    cotangent = dict(zip(body.sites, step.sites, strict=True))
+    elsewhere = {cotangent[s] for s in body.sites if _is_product(body.jaxpr, s)} | set(step.scanned)
     return not step.varies(cotangent[site]) or cotangent[site] in elsewhere

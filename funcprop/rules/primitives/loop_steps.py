@@ -8,6 +8,7 @@ inputs, of the constants that it must add up, and of the sites. Equal results ar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,14 @@ from jax import lax
 from funcprop import _jax
 from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import nbytes
-from funcprop.rules.primitives.loop_bodies import Site, depths, run_perturbed, split, with_arranged_products
+from funcprop.rules.primitives.loop_bodies import (
+    BodySplit,
+    Site,
+    depths,
+    run_perturbed,
+    split,
+    with_arranged_products,
+)
 from funcprop.rules.primitives.stacking import merged, to_stack
 
 Arrays = list[Any]
@@ -53,275 +61,261 @@ def _traced(fun: Any, avals: Sequence[Any]) -> tuple[Any, Arrays]:
     return merged(opened), constants
 
 
-class LoopStep:
-    """The body `rest` of a loop with `consts` constants and `carries` carries, and its pullback.
+@dataclass(frozen=True, eq=False)
+class StepBody:
+    """The body `jaxpr` of a loop with `consts` constants and `carries` carries, and its sites.
 
-    To be made while tracing: names of mapped axes must be bound.
+    `smooth` are its inputs to differentiate: not constants that sites alone read.
     """
 
-    def __init__(self, rest: Any, consts: int, carries: int, sites: Sequence[Site], turn: bool) -> None:
-        self.rest, self.consts, self.carries, self.sites = rest, consts, carries, list(sites)
-        inputs = list(rest.invars)
-        self.const_vars = inputs[:consts]
-        self.carry_vars, self.x_vars = inputs[consts : consts + carries], inputs[consts + carries :]
-        self.loose = self._loose()
-        self.smooth_carry, self.smooth_x = _smooth(self.carry_vars), _smooth(self.x_vars)
-        self.smooth_out = _smooth(rest.outvars)
-        self.smooth_y = [i - carries for i in self.smooth_out if i >= carries]
-        self._trace_forward()
-        self._trace_backward(turn)
+    jaxpr: Any
+    consts: int
+    carries: int
+    sites: Sequence[Site]
+    smooth: list[int]
 
-    def _loose(self) -> list[int]:
-        """Constants with a derivative that are read elsewhere than at sites."""
-        at = {(site.position, site.operand) for site in self.sites}
-        read = {
-            v
-            for position, eqn in enumerate(self.rest.eqns)
-            for k, v in enumerate(eqn.invars)
-            if (position, k) not in at and not isinstance(v, _jax.Literal)
-        } | set(_jax.variables(self.rest.outvars))
-        return [i for i in _smooth(self.const_vars) if self.const_vars[i] in read]
+    @classmethod
+    def of(cls, jaxpr: Any, consts: int, carries: int, sites: Sequence[Site]) -> StepBody:
+        """Find the inputs to differentiate of a body with these sites."""
+        at = {(site.position, site.operand) for site in sites}
+        read = set(_jax.variables(jaxpr.outvars))
+        for position, eqn in enumerate(jaxpr.eqns):
+            read.update(_jax.variables([v for k, v in enumerate(eqn.invars) if (position, k) not in at]))
+        smooth = [i for i in _smooth(jaxpr.invars) if i >= consts or jaxpr.invars[i] in read]
+        return cls(jaxpr, consts, carries, sites, smooth)
 
-    def stacked_bytes(self, hoisted: int) -> tuple[int, int]:
-        """What one step stacks, if that many of the scanned inputs, the last ones, were made for the loop.
+    def by_kind(self, values: Sequence[Any]) -> Sequence[Sequence[Any]]:
+        """Split values of the inputs to differentiate: of constants, carries and scanned inputs."""
+        first, end = (sum(i < n for i in self.smooth) for n in (self.consts, self.consts + self.carries))
+        return values[:first], values[first:end], values[end:]
 
-        Residuals; and what the backward adds: cotangents of sites and of those inputs, and the transposed
-        copies of activations that the contractions after the loop are made with.
+    def differentiated(self) -> tuple[Any, Arrays, Any]:
+        """Trace the body with activations of its products and leaves of its pullback as further results.
+
+        A jaxpr, its constants, which are leading inputs, and the pullback's tree.
         """
-        first = len(self.x_vars) - hoisted
-        made = [v for i, v in zip(self.smooth_x, self.back_x, strict=True) if i >= first]
-        returned = [v for v in dict.fromkeys([*self.back_sites, *made]) if v in set(self.back_stacked)]
-        copies = dict.fromkeys(_jax.variables(self.activations))
-        return sum(map(nbytes, self.to_stack)), sum(map(nbytes, [*returned, *copies]))
+        trees: list[Any] = []
 
-    # --- forwards -----------------------------------------------------------------------------
+        def forward(*given: Any) -> Arrays:
+            args = list(given)
 
-    def _trace_forward(self) -> None:
-        pulls: list[Any] = []
-        results = [self.rest.eqns[site.position].outvars[0].aval for site in self.sites]
+            def of_smooth(smooth: Arrays, deltas: Arrays) -> Any:
+                full = _replaced(args, self.smooth, smooth)
+                outputs, activations = run_perturbed(self.jaxpr, self.sites, full, args, deltas)
+                outputs = [_full(y, v.aval) for y, v in zip(outputs, self.jaxpr.outvars, strict=True)]
+                return [outputs[i] for i in _smooth(self.jaxpr.outvars)], [*outputs, *activations]
 
-        def forward(*args: Any) -> Arrays:
-            consts, rest = list(args[: self.consts]), list(args[self.consts :])
-            carry, xs = rest[: self.carries], rest[self.carries :]
-
-            def differentiated(loose: Arrays, smooth_carry: Arrays, smooth_x: Arrays, deltas: Arrays) -> Any:
-                full = [
-                    *_replaced(consts, self.loose, loose),
-                    *_replaced(carry, self.smooth_carry, smooth_carry),
-                    *_replaced(xs, self.smooth_x, smooth_x),
-                ]
-                outputs, activations = run_perturbed(self.rest, self.sites, full, consts, deltas)
-                outputs = [_full(y, v.aval) for y, v in zip(outputs, self.rest.outvars, strict=True)]
-                return [outputs[i] for i in self.smooth_out], (outputs, activations)
-
-            _, pull, (outputs, activations) = jax.vjp(
-                differentiated,
-                [consts[i] for i in self.loose],
-                [carry[i] for i in self.smooth_carry],
-                [xs[i] for i in self.smooth_x],
-                [_jax.zeros_like_aval(aval) for aval in results],
-                has_aux=True,
-            )
+            deltas = [_jax.zeros_like_aval(self.jaxpr.eqns[s.position].outvars[0].aval) for s in self.sites]
+            _, pull, results = jax.vjp(of_smooth, [args[i] for i in self.smooth], deltas, has_aux=True)
             leaves, tree = jax.tree.flatten(pull)
-            pulls.append(tree)
-            return [*outputs, *activations, *leaves]
+            trees.append(tree)
+            return [*results, *leaves]
 
-        jaxpr, self.extra = _traced(forward, [v.aval for v in self.rest.invars])
-        self.pull_tree = pulls[-1]
-        count = len(self.rest.outvars)
-        products = [s for s in self.sites if self.rest.eqns[s.position].primitive.name in PRODUCTS]
-        outs = list(jaxpr.outvars[:count])
-        self.activations = list(jaxpr.outvars[count : count + len(products)])
-        self.leaves = list(jaxpr.outvars[count + len(products) :])
+        return *_traced(forward, [v.aval for v in self.jaxpr.invars]), trees[-1]
 
-        consts = len(self.extra) + self.consts
-        depth = depths(jaxpr, consts, self.carries)
-        self.x_inputs = list(jaxpr.invars[consts + self.carries :])
-        self.y_position = {
-            v: i for i, v in reversed(list(enumerate(variables_or_none(outs[self.carries :]))))
-        }
-        self.y_position.pop(None, None)
-        constant = {v for v, level in depth.items() if level == 0}
-        carry_in = jaxpr.invars[consts : consts + self.carries]
+
+def _cut(jaxpr: Any, results: Sequence[Any], consts: int, carries: int, also: Sequence[Any]) -> BodySplit:
+    return split(_jax.with_results(jaxpr, results), consts, carries, hoists=lambda eqn: False, also=also)
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardStep:
+    """A step that stacks what the backward needs; `extra` are its first constants.
+
+    After the loop these are known, besides what is `stacked`: scanned inputs, results (`result_of`, by their
+    places), and carries that are results one step later (`carry_of`, with the places of both). The equations
+    `again` make the `leaves` of the pullback, whose tree is `pull`, of variables that are the same in all
+    steps (`fixed`) and others (`per_step`). Autodiff would stack `autodiff_bytes`.
+    """
+
+    body: StepBody
+    cut: BodySplit
+    extra: Arrays
+    scanned: list[Any]
+    result_of: dict[Any, int]
+    carry_of: dict[Any, tuple[int, int]]
+    activations: list[Any]
+    stacked: list[Any]
+    pull: Any
+    leaves: list[Any]
+    again: list[Any]
+    fixed: list[Any]
+    per_step: list[Any]
+    autodiff_bytes: int
+
+    @classmethod
+    def of(cls, body: StepBody) -> ForwardStep:
+        """Trace the step of a body; to be called while tracing: names of mapped axes must be bound."""
+        jaxpr, extra, pull = body.differentiated()
+        consts, carries, count = len(extra) + body.consts, body.carries, len(body.jaxpr.outvars)
+        products = sum(body.jaxpr.eqns[s.position].primitive.name in PRODUCTS for s in body.sites)
+        outs, leaves = jaxpr.outvars[:count], jaxpr.outvars[count + products :]
+        activations = jaxpr.outvars[count : count + products]
+        carry_in, scanned = jaxpr.invars[consts : consts + carries], jaxpr.invars[consts + carries :]
+        depth = depths(jaxpr, consts, carries)
+        first = reversed(list(enumerate(outs[carries:])))
+        result_of = {v: i for i, v in first if not isinstance(v, _jax.Literal)}
         # A carry that is also stacked as a result is known one step later: h_{t−1} is the last step's h_t.
-        self.shifted = {
-            v: (i, self.y_position[out])
-            for i, (v, out) in enumerate(zip(carry_in, variables_or_none(outs[: self.carries]), strict=True))
-            if out in self.y_position
-        }
-        free = constant | set(self.x_inputs) | set(self.y_position) | set(self.shifted)
-        wanted = list(dict.fromkeys([*_jax.variables(self.leaves), *_jax.variables(self.activations)]))
-        self.to_stack = to_stack(jaxpr, wanted, _jax.variables(self.activations), free)
-        given = free | set(self.to_stack)
-        self.again = _jax.needed_equations(jaxpr.eqns, self.leaves, given)
-        read = [
-            *_jax.free_variables(self.again),
-            *_jax.variables(self.leaves),
-            *_jax.variables(self.activations),
-        ]
-        made_again = {v for eqn in self.again for v in eqn.outvars}
-        read = list(dict.fromkeys(v for v in read if v not in made_again))
-        self.fixed = [v for v in read if depth[v] == 0]
-        self.per_step = [v for v in read if depth[v] > 0]
-        # What autodiff would stack for the same body.
-        self.autodiff_bytes = sum(nbytes(v) for v in wanted if depth[v] > 0 and v not in self.x_inputs)
-        cut = split(
-            _jax.with_results(jaxpr, [*outs, *self.to_stack]),
-            consts,
-            self.carries,
-            hoists=lambda eqn: False,
-            also=self.fixed,
-        )
-        self.forward_split = cut
-        self.forward_inputs = list(jaxpr.invars[:consts])
+        both = [i for i, v in enumerate(outs[:carries]) if not isinstance(v, _jax.Literal) and v in result_of]
+        carry_of = {carry_in[i]: (i, result_of[outs[i]]) for i in both}
+        free = {v for v, level in depth.items() if level == 0} | {*scanned, *result_of, *carry_of}
+        pinned = _jax.variables(activations)
+        wanted = list(dict.fromkeys([*_jax.variables(leaves), *pinned]))
+        stacked = to_stack(jaxpr, wanted, pinned, free)
+        again = _jax.needed_equations(jaxpr.eqns, leaves, free | set(stacked))
+        made_again = {v for eqn in again for v in eqn.outvars}
+        read = dict.fromkeys(v for v in [*_jax.free_variables(again), *wanted] if v not in made_again)
+        fixed, per_step = [v for v in read if depth[v] == 0], [v for v in read if depth[v] > 0]
+        return cls(
+            body, _cut(jaxpr, [*outs, *stacked], consts, carries, fixed), extra, scanned, result_of, carry_of,
+            activations, stacked, pull, leaves, again, fixed, per_step,
+            autodiff_bytes=sum(nbytes(v) for v in wanted if depth[v] > 0 and v not in scanned),
+        )  # fmt: skip
 
     def run(
         self, consts: Arrays, init: Arrays, xs: Arrays, params: dict[str, Any]
     ) -> tuple[Arrays, LoopSaved, Arrays]:
         """The loop: its results, what the backward loop reads, and the activations of product sites."""
-        cut = self.forward_split
-        consts = [*self.extra, *consts]
-        made = _jax.evaluate(cut.once, (), consts)
-        everything = [*consts, *made]
-        loop_consts = [everything[i] for i in cut.rest_constants]
-        loop_xs = [xs[i] for i in cut.rest_scanned]
-        count = len(self.rest.outvars)
+        constants, loop_consts = self.cut.made([*self.extra, *consts])
+        carries, count = self.body.carries, len(self.body.jaxpr.outvars)
 
         def step(carry: Arrays, x: Arrays) -> tuple[Arrays, tuple[Arrays, Arrays]]:
-            results = _jax.evaluate(cut.rest, (), [*loop_consts, *carry, *x])
-            return results[: self.carries], (results[self.carries : count], results[count:])
+            results = _jax.evaluate(self.cut.rest, (), [*loop_consts, *carry, *x])
+            return results[:carries], (results[carries:count], results[count:])
 
         final, (ys, stacked) = lax.scan(
-            step, init, loop_xs, length=params["length"], reverse=params["reverse"], unroll=params["unroll"]
-        )
-        constants = dict(zip([*self.forward_inputs, *cut.once.outvars], everything, strict=True))
-        arrays = dict(zip(self.to_stack, stacked, strict=True))
-        arrays.update((v, ys[i]) for v, i in self.y_position.items())
-        arrays.update((v, _shifted(init[i], ys[j], params["reverse"])) for v, (i, j) in self.shifted.items())
-        arrays.update(zip(self.x_inputs, xs, strict=True))
+            step, init, [xs[i] for i in self.cut.rest_scanned],
+            length=params["length"], reverse=params["reverse"], unroll=params["unroll"],
+        )  # fmt: skip
+        arrays = dict(zip(self.stacked, stacked, strict=True))
+        arrays.update((v, ys[i]) for v, i in self.result_of.items())
+        arrays.update((v, _shifted(init[i], ys[j], params["reverse"])) for v, (i, j) in self.carry_of.items())
+        arrays.update(zip(self.scanned, xs, strict=True))
         saved = LoopSaved([constants[v] for v in self.fixed], [arrays[v] for v in self.per_step])
         return [*final, *ys], saved, [arrays[v] for v in self.activations]
 
-    # --- backwards ----------------------------------------------------------------------------
 
-    def _trace_backward(self, turn: bool) -> None:
-        fixed, per_step = len(self.fixed), len(self.per_step)
-        carry_avals = [self.carry_vars[i].aval.to_tangent_aval() for i in self.smooth_carry]
-        y_avals = [self.rest.outvars[self.carries + i].aval.to_tangent_aval() for i in self.smooth_y]
-        again = _jax.jaxpr_of(
-            self.again,
-            [*self.fixed, *self.per_step],
-            list(dict.fromkeys(_jax.variables(self.leaves))),
-            "again",
+@dataclass(frozen=True, eq=False)
+class LoopStep:
+    """A step and its pullback, which is a step of the reversed loop; `extra` are that one's first constants.
+
+    Of the cotangents of `inputs` and `sites`, `added` are carried as sums and `stacked` are results. What is
+    in `constant` is the same in all steps, as literals are.
+    """
+
+    forward: ForwardStep
+    cut: BodySplit
+    extra: Arrays
+    scanned: list[Any]
+    inputs: list[Any]
+    sites: list[Any]
+    added: list[Any]
+    stacked: list[Any]
+    constant: frozenset[Any]
+
+    @classmethod
+    def of(cls, body: StepBody, turn: bool) -> LoopStep:
+        """Trace the step of a body and its pullback; `turn` as for `with_arranged_products`."""
+        forward = ForwardStep.of(body)
+        fixed, per_step = forward.fixed, forward.per_step
+        leaves = list(dict.fromkeys(_jax.variables(forward.leaves)))
+        again = _jax.jaxpr_of(forward.again, [*fixed, *per_step], leaves, "again")
+
+        def backward(fixed: Arrays, carry: Arrays, per_step: Arrays, ys: Arrays) -> Arrays:
+            found = dict(zip(leaves, _jax.evaluate(again, (), [*fixed, *per_step]), strict=True))
+            values = [v.val if isinstance(v, _jax.Literal) else found[v] for v in forward.leaves]
+            cotangents, sites = jax.tree.unflatten(forward.pull, values)([*carry, *ys])
+            return [*cotangents, *sites]
+
+        _, carry, _ = body.by_kind([body.jaxpr.invars[i] for i in body.smooth])
+        results = [body.jaxpr.outvars[i] for i in _smooth(body.jaxpr.outvars)]
+        cotangents = [v.aval.to_tangent_aval() for v in (*carry, *results[len(carry) :])]
+        carries, saved = len(carry), [v.aval for v in (*fixed, *per_step)]
+        given, stepped = saved[: len(fixed)], saved[len(fixed) :]
+        jaxpr, extra = _traced(backward, [given, cotangents[:carries], stepped, cotangents[carries:]])
+        turned = with_arranged_products(jaxpr, len(extra) + len(fixed), carries, turn)
+        if turned is not None:
+            opened, more = _jax.with_constants_as_inputs(turned)
+            jaxpr, extra = merged(opened), [*more, *extra]
+        consts, outs = len(extra) + len(fixed), list(jaxpr.outvars)
+        constant = frozenset(v for v, level in depths(jaxpr, consts, carries).items() if level == 0)
+        inputs, sites, scanned = (
+            outs[: len(body.smooth)],
+            outs[len(body.smooth) :],
+            jaxpr.invars[consts + carries :],
         )
+        loose, init, xs = body.by_kind(inputs)
 
-        def backward(*args: Any) -> Arrays:
-            given, rest = list(args[:fixed]), list(args[fixed:])
-            carry_cts, rest = rest[: len(carry_avals)], rest[len(carry_avals) :]
-            given += rest[:per_step]
-            found = dict(zip(again.outvars, _jax.evaluate(again, (), given), strict=True))
-            leaves = [v.val if isinstance(v, _jax.Literal) else found[v] for v in self.leaves]
-            loose, init, xs, sites = jax.tree.unflatten(self.pull_tree, leaves)(
-                [*carry_cts, *rest[per_step:]]
-            )
-            return [*init, *loose, *xs, *sites]
+        def varying(atoms: Sequence[Any], known: Sequence[Any] = ()) -> list[Any]:
+            return [v for v in dict.fromkeys(_jax.variables(atoms)) if v not in constant and v not in known]
 
-        avals = [
-            *(v.aval for v in self.fixed),
-            *carry_avals,
-            *(v.aval for v in self.per_step),
-            *y_avals,
-        ]
-        jaxpr, self.back_extra = _traced(backward, avals)
-        consts = len(self.back_extra) + fixed
-        arranged = with_arranged_products(jaxpr, consts, len(carry_avals), turn)
-        if arranged is not None:
-            opened, more = _jax.with_constants_as_inputs(arranged)
-            jaxpr, self.back_extra = merged(opened), [*more, *self.back_extra]
-        consts, carries = len(self.back_extra) + fixed, len(carry_avals)
-        depth = depths(jaxpr, consts, carries)
-        outs = list(jaxpr.outvars)
-        self.back_init = outs[:carries]
-        self.back_loose = outs[carries : carries + len(self.loose)]
-        self.back_x = outs[carries + len(self.loose) :][: len(self.smooth_x)]
-        self.back_sites = outs[carries + len(self.loose) + len(self.smooth_x) :]
-        self.back_inputs = list(jaxpr.invars[consts + carries :])
+        added, stacked = varying(loose), varying([*xs, *sites], known=scanned)
+        also = [v for v in _jax.variables(outs) if v in constant]
+        cut = _cut(jaxpr, [*init, *added, *stacked], consts, carries, also)
+        return cls(forward, cut, extra, scanned, inputs, sites, added, stacked, constant)
 
-        def varies(atom: Any) -> bool:
-            return not isinstance(atom, _jax.Literal) and depth[atom] > 0
+    @property
+    def turned_bytes(self) -> int:
+        """Bytes of the constants that are made for the reversed loop."""
+        return sum(map(nbytes, self.cut.once.outvars))
 
-        given = set(self.back_inputs)
-        self.added = list(dict.fromkeys(v for v in self.back_loose if varies(v)))
-        results = [*self.back_x, *self.back_sites]
-        self.back_stacked = list(dict.fromkeys(v for v in results if varies(v) and v not in given))
-        self.varies = varies
-        self.back_split = split(
-            _jax.with_results(jaxpr, [*self.back_init, *self.added, *self.back_stacked]),
-            consts,
-            carries,
-            hoists=lambda eqn: False,
-            also=[v for v in outs if not isinstance(v, _jax.Literal) and depth[v] == 0],
-        )
-        self.back_constants = list(jaxpr.invars[:consts])
-        self.turned_bytes = sum(nbytes(v) for v in self.back_split.once.outvars)
+    def stacked_bytes(self, hoisted: int) -> tuple[int, int]:
+        """Count what a step stacks, if so many of the scanned inputs, the last ones, were made for the loop.
+
+        Residuals; and what the backward adds: cotangents of sites and of those inputs, and the transposed
+        copies of activations that the contractions after the loop are made with.
+        """
+        body = self.forward.body
+        first = len(body.jaxpr.invars) - hoisted
+        positions, xs = (body.by_kind(of)[2] for of in (body.smooth, self.inputs))
+        made = [v for i, v in zip(positions, xs, strict=True) if i >= first]
+        returned = [v for v in self.stacked if v in {*_jax.variables([*self.sites, *made])}]
+        copies = dict.fromkeys(_jax.variables(self.forward.activations))
+        return sum(map(nbytes, self.forward.stacked)), sum(map(nbytes, [*returned, *copies]))
+
+    def varies(self, atom: Any) -> bool:
+        """Decide whether a cotangent is not the same in all steps."""
+        return not isinstance(atom, _jax.Literal) and atom not in self.constant
 
     def pull(self, saved: LoopSaved, cotangents: Arrays, params: dict[str, Any]) -> LoopCotangents:
         """The reversed loop: cotangents of everything from those of the results."""
-        cut, length = self.back_split, params["length"]
-        consts = [*self.back_extra, *saved.fixed]
-        everything = [*consts, *_jax.evaluate(cut.once, (), consts)]
-        loop_consts = [everything[i] for i in cut.rest_constants]
-        scanned = [*saved.stacked, *(cotangents[self.carries + i] for i in self.smooth_y)]
-        loop_xs = [scanned[i] for i in cut.rest_scanned]
-        carries = len(self.smooth_carry)
-        init_cts = [cotangents[i] for i in self.smooth_carry]
-        zeros = [_jax.zeros_like_aval(v.aval) for v in self.added]
+        body, length = self.forward.body, params["length"]
+        loose, init, xs = body.by_kind(self.inputs)
+        carries, added = len(init), len(self.added)
+        smooth = [cotangents[i] for i in _smooth(body.jaxpr.outvars)]
+        values, loop_consts = self.cut.made([*self.extra, *saved.fixed])
+        scanned = [*saved.stacked, *smooth[carries:]]
 
         def step(carry: tuple[Arrays, Arrays], x: Arrays) -> tuple[tuple[Arrays, Arrays], Arrays]:
             cts, total = carry
-            results = _jax.evaluate(cut.rest, (), [*loop_consts, *cts, *x])
-            moved = [_full(y, v.aval) for y, v in zip(results[:carries], self.back_init, strict=True)]
-            terms = results[carries : carries + len(total)]
-            added = [a + b for a, b in zip(total, terms, strict=True)]
-            return (moved, added), results[carries + len(total) :]
+            results = _jax.evaluate(self.cut.rest, (), [*loop_consts, *cts, *x])
+            moved = [_full(y, v.aval) for y, v in zip(results[:carries], init, strict=True)]
+            terms = results[carries : carries + added]
+            return (moved, [a + b for a, b in zip(total, terms, strict=True)]), results[carries + added :]
 
-        (init, totals), stacked = lax.scan(
-            step,
-            (init_cts, zeros),
-            loop_xs,
-            length=length,
-            reverse=not params["reverse"],
-            unroll=params["unroll"],
-        )
-        values = dict(zip([*self.back_constants, *cut.once.outvars], everything, strict=True))
-        values.update(zip(self.back_inputs, scanned, strict=True))
-        values.update(zip(self.back_stacked, stacked, strict=True))
+        zeros = [_jax.zeros_like_aval(v.aval) for v in self.added]
+        (init_cts, totals), stacked = lax.scan(
+            step, (smooth[:carries], zeros), [scanned[i] for i in self.cut.rest_scanned],
+            length=length, reverse=not params["reverse"], unroll=params["unroll"],
+        )  # fmt: skip
+        values.update(zip(self.scanned, scanned, strict=True))
+        values.update(zip(self.stacked, stacked, strict=True))
         sums = dict(zip(self.added, totals, strict=True))
 
+        def same(atom: Any) -> Any:
+            return atom.val if isinstance(atom, _jax.Literal) else values[atom]
+
+        def spread(value: Any, aval: Any, *axes: int) -> Any:
+            return jnp.broadcast_to(jnp.asarray(value, aval.dtype), (*axes, *aval.shape))
+
         def over_time(atom: Any) -> Any:
-            """A result for all steps; one that is the same at each of them was not stacked."""
-            if self.varies(atom):
-                return values[atom]
-            value = atom.val if isinstance(atom, _jax.Literal) else values[atom]
-            return jnp.broadcast_to(jnp.asarray(value, atom.aval.dtype), (length, *atom.aval.shape))
+            return values[atom] if self.varies(atom) else spread(same(atom), atom.aval, length)
 
-        def summed(atom: Any) -> Any:
-            if self.varies(atom):
-                return sums[atom]
-            value = atom.val if isinstance(atom, _jax.Literal) else values[atom]
-            return jnp.broadcast_to(jnp.asarray(value * length, atom.aval.dtype), atom.aval.shape)
-
-        return LoopCotangents(
-            _placed(init, self.smooth_carry, self.carries),
-            _placed([summed(v) for v in self.back_loose], self.loose, self.consts),
-            _placed([over_time(v) for v in self.back_x], self.smooth_x, len(self.x_vars)),
-            [over_time(v) for v in self.back_sites],
-        )
-
-
-def variables_or_none(atoms: Sequence[Any]) -> list[Any]:
-    """The atoms, None in place of a literal."""
-    return [None if isinstance(v, _jax.Literal) else v for v in atoms]
+        of_loose = [sums[v] if self.varies(v) else spread(same(v) * length, v.aval) for v in loose]
+        found, end = [*of_loose, *init_cts, *map(over_time, xs)], body.consts + body.carries
+        full = _replaced([None] * len(body.jaxpr.invars), body.smooth, found)
+        sites = [over_time(v) for v in self.sites]
+        return LoopCotangents(full[body.consts : end], full[: body.consts], full[end:], sites)
 
 
 def _shifted(first: Any, later: Any, reverse: bool) -> Any:
@@ -335,10 +329,6 @@ def _replaced(values: Arrays, which: Sequence[int], by: Sequence[Any]) -> Arrays
     for i, value in zip(which, by, strict=True):
         full[i] = value
     return full
-
-
-def _placed(values: Sequence[Any], which: Sequence[int], count: int) -> Arrays:
-    return _replaced([None] * count, which, values)
 
 
 def _full(value: Any, aval: Any) -> Any:

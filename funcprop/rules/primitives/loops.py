@@ -100,8 +100,8 @@ def _forward(costs: Costs, *operands: Any, **params: Any) -> tuple[Arrays, LoopR
     xs = [*xs, *hoisted]
     loop_consts = [consts[i] for i in loop.split.rest_constants]
     loop_xs = [xs[i] for i in loop.split.rest_scanned]
-    results, saved, activations = loop.step.run(loop_consts, init, loop_xs, params)
-    read = {loop.split.rest_constants[s.constant] for s in loop.step.sites}
+    results, saved, activations = loop.step.forward.run(loop_consts, init, loop_xs, params)
+    read = {loop.split.rest_constants[s.constant] for s in loop.step.forward.body.sites}
     read |= {s.constant for s in loop.hoisted_sites}
     constants = [c if i in read else None for i, c in enumerate(consts)]
     residuals = LoopResiduals(
@@ -112,9 +112,10 @@ def _forward(costs: Costs, *operands: Any, **params: Any) -> tuple[Arrays, LoopR
 
 def _backward(residuals: LoopResiduals, cotangents: Arrays, needs: Any, **params: Any) -> Arrays:
     loop, step, cut = residuals.loop, residuals.loop.step, residuals.loop.split
+    body = step.forward.body
     found = step.pull(residuals.saved, list(cotangents), params)
     loop_constants = [residuals.constants[i] for i in cut.rest_constants]
-    deferred = _contributions(step.rest, step.sites, found.sites, residuals.activations, loop_constants)
+    deferred = _contributions(body.jaxpr, body.sites, found.sites, residuals.activations, loop_constants)
     x_count = len(cut.parallel.invars) - len(residuals.constants)
     xs = [*cut.parallel.invars[len(residuals.constants) :], *cut.parallel.outvars]
     x_cts = [_zero(v.aval, params["length"]) for v in xs]

@@ -60,8 +60,7 @@ def _forward(x: Any, *, relu: bool = False, minimum: bool = False, **window: Any
     if minimum:
         negated, positions = _forward(lax.neg(x), **window)
         return lax.neg(negated), positions._replace(x=x)
-    order = _order(x.shape, window)
-    moved = _moves(x.shape, window)
+    order, moved, _ = _layout(x.shape, window)
     y, tap = _pooled(lax.transpose(x, order), relu, moved, _reordered(window, order))
     return lax.transpose(y, _inverse(order)), Positions(tap, x)
 
@@ -112,7 +111,7 @@ def _made_once(tap: Any) -> Any:
 def _jvp(residuals: Positions, tangents: Any, **window: Any) -> Any:
     """The tangent at the position of each maximum."""
     (x_dot,) = tangents
-    order = _order(x_dot.shape, window)
+    order = _layout(x_dot.shape, window).order
     y_dot = _taken(residuals.tap, lax.transpose(x_dot, order), _reordered(window, order))
     return lax.transpose(y_dot, _inverse(order))
 
@@ -136,7 +135,7 @@ def _taken(tap: Any, x: Any, window: dict[str, Any]) -> Any:
 
 def _backward(residuals: Positions, g: Any, needs: Any, **window: Any) -> tuple[Any]:
     shape = residuals.x.shape
-    order = _order(shape, window)
+    order = _layout(shape, window).order
     own_shape = [shape[a] for a in order]
     x_bar = _unpooled(residuals.tap, lax.transpose(g, order), own_shape, _reordered(window, order))
     return (lax.transpose(x_bar, _inverse(order)),)
@@ -181,39 +180,31 @@ def _unpooled(tap: Any, g: Any, shape: Sequence[int], window: dict[str, Any]) ->
 _VECTOR = 16
 
 
-def _order(shape: Sequence[int], window: dict[str, Any]) -> tuple[int, ...]:
-    """The axes, with one last along which overlapping windows are quick, if there is one."""
-    axes, quick = range(len(shape)), _quick_axes(shape, window)
-    if not _overlaps(window) or not quick:
-        return tuple(axes)
-    return (*(a for a in axes if a != quick[-1]), quick[-1])
+class PoolLayout(NamedTuple):
+    """The order of a pool's axes, whether that moves any, and why autodiff was measured to be faster."""
+
+    order: tuple[int, ...]
+    moved: bool
+    slow: str | None
 
 
-def _quick_axes(shape: Sequence[int], window: dict[str, Any]) -> list[int]:
-    dimensions, strides, _ = _window(window)
-    whole = [d == s == 1 for d, s in zip(dimensions, strides, strict=True)]
-    unpadded = [lo == hi == 0 for lo, hi in window["padding"]]
-    return [a for a, n in enumerate(shape) if n >= _VECTOR and whole[a] and unpadded[a]]
-
-
-def _moves(shape: Sequence[int], window: dict[str, Any]) -> bool:
-    return _order(shape, window) != tuple(range(len(shape)))
-
-
-def _least_size(shape: Sequence[int], window: dict[str, Any]) -> int:
-    """Entries from which overlapping windows gain; moved axes cost what stands beside the pool, too."""
-    return 1 << (18 if _moves(shape, window) else 15)
-
-
-def _moves_odd_axes(shape: Sequence[int], window: dict[str, Any]) -> bool:
-    """Whether XLA moves the axes anew for every tap: measured, 2 times autodiff's time."""
-    return _moves(shape, window) and any(
-        n % 2 and (lo or hi) for n, (lo, hi) in zip(shape, window["padding"], strict=True)
-    )
-
-
-def _overlaps(window: dict[str, Any]) -> bool:
-    return any((w - 1) * d + 1 > s for w, s, d in zip(*_window(window), strict=True))
+def _layout(shape: Sequence[int], window: dict[str, Any]) -> PoolLayout:
+    """Put an axis last along which overlapping windows are quick, if there is one."""
+    axes, dimensions, strides, dilation = tuple(range(len(shape))), *_window(window)
+    if not any((w - 1) * d + 1 > s for w, s, d in zip(dimensions, strides, dilation, strict=True)):
+        return PoolLayout(axes, False, None)
+    padded = [any(padding) for padding in window["padding"]]
+    quick = [a for a in axes if shape[a] >= _VECTOR and dimensions[a] == strides[a] == 1 and not padded[a]]
+    order = (*(a for a in axes if a not in quick[-1:]), *quick[-1:])
+    moved, slow = order != axes, None
+    if not quick:
+        slow = f"no axis beside them has {_VECTOR} entries"
+    elif moved and any(shape[a] % 2 and padded[a] for a in axes):
+        # XLA then moves the axes anew for every tap: measured, 2 times autodiff's time.
+        slow = "its axes would have to be moved while padded ones are odd"
+    elif math.prod(shape) < 1 << (18 if moved else 15):  # Moved axes cost what stands beside the pool, too.
+        slow = "it is too small to gain"
+    return PoolLayout(order, moved, slow and f"its windows overlap, and {slow}")
 
 
 def _reordered(window: dict[str, Any], order: Sequence[int]) -> dict[str, Any]:
@@ -271,12 +262,8 @@ def _applies(x: Any, *, relu: bool = False, everywhere: bool = False, **window: 
     padded = [n + lo + hi for n, (lo, hi) in zip(x.shape, window["padding"], strict=True)]
     if 0 in x.shape or any(r > n for r, n in zip(reach, padded, strict=True)):
         return "the input or the result is empty"
-    if not everywhere and _overlaps(window) and not _quick_axes(x.shape, window):
-        return f"its windows overlap, and no axis beside them has {_VECTOR} entries"
-    if not everywhere and _moves_odd_axes(x.shape, window):
-        return "its windows overlap, and its axes would have to be moved while padded ones are odd"
-    if not everywhere and _overlaps(window) and math.prod(x.shape) < _least_size(x.shape, window):
-        return "its windows overlap, and it is too small to gain"
+    if not everywhere and (slow := _layout(x.shape, window).slow) is not None:
+        return slow
     if relu and not all(
         _meets_input(*axis) for axis in zip(x.shape, *_window(window), window["padding"], strict=True)
     ):
