@@ -17,14 +17,14 @@ def close(actual, expected):
     jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-11, atol=1e-12), actual, expected)
 
 
-def products_in_loops(fun, *args):
-    """The shapes of the results of all products inside of loops."""
+def products_in_loops(fun, *args, of=lambda eqn: eqn.outvars[0].aval.shape):
+    """The shapes of the results of all products inside of loops, or another property of their equations."""
     found = []
 
     def walk(jaxpr, inside):
         for eqn in jaxpr.eqns:
             if inside and eqn.primitive.name == "dot_general":
-                found.append(eqn.outvars[0].aval.shape)
+                found.append(of(eqn))
             for value in eqn.params.values():
                 body = getattr(value, "jaxpr", value)
                 if hasattr(body, "eqns"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +97,19 @@ def batched_product(p, xs):
     return jnp.sum(jax.lax.scan(step, jnp.ones((2, B, H)), xs)[0] ** 2)
 
 
+def products_of_one_carry(p, xs):
+    """Two of each kind: plain, with a transposed matrix, with a matrix of three axes."""
+    u, v = p["U"], p["V"]
+
+    def step(h, x):
+        plain = (h @ u) * (h @ v)
+        transposed = jnp.einsum("bi,ji->bj", h, u) - jnp.einsum("bi,ji->bj", h, v)
+        heads = jnp.einsum("bi,igj->bgj", h, u[:, None]) * jnp.einsum("bi,igj->bgj", h, v[:, None])
+        return jnp.tanh(plain + transposed + heads[:, 0] + x), None
+
+    return jnp.sum(jax.lax.scan(step, jnp.ones((B, H)), xs)[0] ** 2)
+
+
 LOOPS = {
     f.__name__: f
     for f in (
@@ -106,6 +121,7 @@ LOOPS = {
         convolution,
         stacked_layers,
         batched_product,
+        products_of_one_carry,
     )
 }
 ARGS = ({"U": normal(H, H), "V": normal(H, H, seed=1), "b": normal(H, seed=2)}, normal(T, B, H, seed=3))
@@ -151,6 +167,36 @@ def test_recurrent_networks_of_flax(cell):
 def test_weight_gradients_leave_the_loop():
     assert (H, H) in products_in_loops(jax.grad(recurrent), *ARGS)
     assert (H, H) not in products_in_loops(fp.grad(recurrent, rules=RULES), *ARGS)
+
+
+def test_products_of_scanned_inputs_with_constants_leave_the_loop_and_no_others():
+    def loss(p, xs, ys):
+        def step(h, inputs):
+            x, y = inputs
+            h = jnp.tanh(h @ p["U"] + x @ y + x @ p["W"])
+            return h, h
+
+        return jnp.sum(jax.lax.scan(step, jnp.ones((2, 7)), (xs, ys))[1] ** 2)
+
+    weights = {"U": normal(7, 7), "W": normal(5, 7)}
+    ours = products_in_loops(fp.grad(loss, rules=RULES), weights, normal(T, 2, 5), normal(T, 5, 7))
+    assert ours == [(2, 7)] * 3  # h U and x y; then the cotangent of h
+
+
+def test_a_small_matrix_is_transposed_once_before_the_loop():
+    """Backwards `g Uᵀ` is a product with a matrix as it lies."""
+    contracted = functools.partial(products_in_loops, of=lambda eqn: eqn.params["dimension_numbers"][0])
+    assert ((1,), (1,)) in contracted(jax.grad(recurrent), *ARGS)
+    assert contracted(fp.grad(recurrent, rules=RULES), *ARGS) == [((1,), (0,))] * 2
+
+
+def test_products_of_one_carry_are_one():
+    def loss(p, xs):
+        step = lambda h, x: (jnp.tanh(h @ p["U"]) * (h @ p["V"]) + x, None)  # noqa: E731
+        return jnp.sum(jax.lax.scan(step, jnp.ones((B, H)), xs)[0] ** 2)
+
+    assert products_in_loops(jax.grad(loss), *ARGS)[:2] == [(B, H)] * 2
+    assert products_in_loops(fp.grad(loss, rules=RULES), *ARGS) == [(B, 2 * H), (B, H)]
 
 
 @pytest.mark.parametrize("rows", [(2,), (3, 1), (1,)])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from compiling import compiled
 from flax import linen as nn
+from holding import largest_intermediate
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -131,6 +132,13 @@ def test_saves_one_byte_for_each_output():
 
     saved = jax.tree.leaves(jax.eval_shape(lambda x: fp.vjp(pool, x, rules=RULES)[1], jnp.ones((4, 8, 8, 3))))
     assert [(s.shape, s.dtype) for s in saved] == [((4, 4, 4, 3), jnp.int8)]
+
+
+@pytest.mark.parametrize(("window", "stride"), [(2, 2), (3, 2), (3, 3)])
+def test_nothing_larger_than_the_input_is_made(window, stride):
+    pool = max_pool((1, window, window, 1), (1, stride, stride, 1), "VALID")
+    x = jnp.ones((3, 12, 12, 16))
+    assert largest_intermediate(fp.grad(lambda x: jnp.sum(pool(x) ** 2), rules=RULES), x) == x.size
 
 
 def test_a_relu_before_it_saves_nothing():

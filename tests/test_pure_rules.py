@@ -1,4 +1,4 @@
-"""`Rule(pure=True)`: outside of `jit` a rule is compiled once for its operands' types; others run each time."""
+"""`Rule(pure=True)`: outside of `jit` a rule is compiled once for its operands' types; others run anew."""
 
 from __future__ import annotations
 

@@ -38,7 +38,11 @@ def documentation(operator):
 @pytest.mark.parametrize("operator", [*PRIMITIVES, *LAYERS])
 def test_every_rule_names_its_source(operator):
     found = documentation(LAYERS.get(operator, operator))
-    assert any(f"{word}: " in found for word in ("Source", "Sources", "Reference", "References"))
+    words = "Source", "Sources", "Reference", "References"
+    assert any(f"{word}: " in found for word in words), (
+        f"{operator}: the docstring of its module or layer names no source; add `Reference: …`, or "
+        "`Source: our own.`"
+    )
 
 
 # --- where nothing was measured, rules that save less -----------------------------------------
