@@ -81,3 +81,16 @@ def test_a_jit_that_counts_its_calls_in_a_scalar_reference():
         count = jax.new_ref(jnp.asarray(kind))
         assert fp.grad(counted)(2.0, count) == 4.0
         assert count[...] == 1
+
+
+def test_a_number_that_was_given_away_before_a_function_with_a_rule_ends():
+    increment = jax.jit(lambda step: step + 1, donate_argnums=0)
+
+    def loss(x):
+        step = jnp.ones(()) + 0
+        y = x + step
+        increment(step)
+        return jax.nn.softmax(y)[0]
+
+    x = jnp.array([0.1, 0.5, 2.0])
+    assert jnp.allclose(fp.grad(loss)(x), jax.grad(loss)(x), rtol=1e-12)

@@ -15,13 +15,14 @@ from funcprop.drawing.request import DrawnPlace, Link, Shown
 from funcprop.drawing.scopes import scope_path
 from funcprop.graph.graph import Graph, Operator, Variable
 from funcprop.graph.naming import joined
+from funcprop.program.facts import LOOPS
 
-LOOPS = frozenset({"scan", "while", "cond"})
+OPENABLE = LOOPS | {"cond"}
 
 
 def has_loops(graph: Graph) -> bool:
     """Whether there is something to open."""
-    return any(op.op in LOOPS for op in graph.operators)
+    return any(op.op in OPENABLE for op in graph.operators)
 
 
 def open_loops(shown: Shown, levels: int, only: Collection[str] | None = None) -> Shown:
@@ -62,7 +63,7 @@ class _Opening:
         """The operators, with those inside of loops in their place."""
         found: list[Operator] = []
         for op in operators:
-            is_opened = op.op in LOOPS and levels and (self.only is None or op.name in self.only)
+            is_opened = op.op in OPENABLE and levels and (self.only is None or op.name in self.only)
             found.extend(self.inside(op, levels) if is_opened else [op])
         return found
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Hashable
 from typing import NamedTuple
 
 from funcprop.drawing.bodies import bodies
-from funcprop.drawing.loops import LOOPS, open_loops, title
+from funcprop.drawing.loops import OPENABLE, open_loops, title
 from funcprop.drawing.matching import Matching
 from funcprop.drawing.request import DrawnPlace, Link, Shown
 from funcprop.drawing.scopes import scope_path, scopes_around
@@ -59,7 +59,7 @@ def _closed(operators: Collection[Operator], opened: Collection[str]) -> dict[Ha
     """The loops that could still be opened, by their title and how they are run."""
     found: dict[Hashable, list[str]] = defaultdict(list)
     for op in operators:
-        if op.op in LOOPS and op.name not in opened and any(body.graph.operators for body in bodies(op)):
+        if op.op in OPENABLE and op.name not in opened and any(body.graph.operators for body in bodies(op)):
             found[title(op), op.static.get("unroll")].append(op.name)
     return found
 

@@ -137,7 +137,7 @@ def batch_norm(
         >>> import jax.numpy as jnp, funcprop as fp
         >>> y, statistics = fp.layers.batch_norm(jnp.array([[1.0], [5.0]]))
         >>> print(y.ravel(), statistics.mean, statistics.var)
-        [-0.99999875  0.99999875] [3.] [4.]
+        [-0.9999999  0.9999999] [3.] [4.]
     """
     if statistics is not None:
         statistics = BatchStatistics(*statistics)

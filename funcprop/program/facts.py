@@ -83,14 +83,14 @@ def facts_of(eqn: Any) -> Facts:
 
 
 def is_linear(eqn: Any, operands: Collection[int]) -> bool:
-    """Whether an operator is linear in some operands together, all others fixed."""
+    """Whether an operator is linear in some operands together, up to a constant that the others make."""
     if eqn.primitive.name == "integer_pow":
         return bool(eqn.params["y"] == 1)
     return _has_group(facts_of(eqn).linear_in, operands)
 
 
 def is_piecewise_linear(eqn: Any, operands: Collection[int]) -> bool:
-    """Whether an operator is linear in some operands together, almost everywhere, all others fixed."""
+    """Whether an operator is linear in them almost everywhere: it has no second derivative there."""
     if is_linear(eqn, operands):
         return True
     # The absolute value of a complex number is curved.

@@ -166,15 +166,23 @@ class _View:
 
     def _atom(self, value: Any) -> Any:
         if id(value) not in self._atoms:
-            aval = jax.typeof(value)
-            is_number = not _jax.is_traced(value) and getattr(aval, "shape", None) == ()
-            is_number = is_number and isinstance(getattr(aval, "dtype", None), np.dtype)
-            is_number = is_number and not _jax.is_reference(aval)
+            aval, is_number = jax.typeof(value), _is_number(value)
             atom = _jax.Literal(np.asarray(value, aval.dtype), aval) if is_number else _jax.Var(aval)
             self._atoms[id(value)] = atom
             if not is_number:
                 self.values[atom] = value
         return self._atoms[id(value)]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is one number that can be read here and now."""
+    if isinstance(value, jax.Array):
+        if _jax.is_traced(value) or value.is_deleted() or not value.is_fully_addressable:
+            return False
+    elif not isinstance(value, bool | int | float | complex | np.generic | np.ndarray):
+        return False  # A reference, or an object of the user's.
+    aval = jax.typeof(value)
+    return getattr(aval, "shape", None) == () and isinstance(getattr(aval, "dtype", None), np.dtype)
 
 
 def _ends_with_its_results(primitive: Any, params: Mapping[str, Any]) -> bool:
