@@ -153,6 +153,12 @@ def test_equations_of_primitives_hold(case):
     fp.derive(PRIMITIVES[case], argnums=(0, 1))(x, y).verify(tolerance)
 
 
+def test_products_of_matrices_and_vectors_have_equations():
+    matrix, vector = jnp.eye(2), jnp.ones(2)
+    for a, b in [(matrix, matrix), (matrix, vector), (vector, matrix), (vector, vector)]:
+        assert "prod" not in fp.derive(lambda a, b: jnp.sum(a @ b), (0, 1))(a, b).text()
+
+
 def test_a_conversion_says_the_type_and_takes_real_parts_of_complex_numbers_alone():
     derivation = fp.derive(lambda x: jnp.sum(x.astype(jnp.float32)))(jnp.ones(2))
     assert "float32(x)" in derivation.text()
