@@ -156,7 +156,12 @@ def test_equations_of_primitives_hold(case):
 def test_products_of_matrices_and_vectors_have_equations():
     matrix, vector = jnp.eye(2), jnp.ones(2)
     for a, b in [(matrix, matrix), (matrix, vector), (vector, matrix), (vector, vector)]:
-        assert "prod" not in fp.derive(lambda a, b: jnp.sum(a @ b), (0, 1))(a, b).text()
+        derivation = fp.derive(lambda a, b: jnp.sum(fp.name(a @ b, "y")), (0, 1))(a, b)
+        assert texts(derivation.forward)[0] == "y = a b"
+        assert [line.count(" = ") for line in texts(derivation.backward)[-2:]] == [
+            2,
+            2,
+        ]  # by prod, and written out
 
 
 def test_a_conversion_says_the_type_and_takes_real_parts_of_complex_numbers_alone():
