@@ -111,7 +111,8 @@ def patches_of(x: Any, static: Any, geometry: Geometry) -> Any:
         span = (geometry.output[i] - 1) * stride + 1
         starts = [k * dilation for k in range(geometry.kernel[i])]
         slices = [lax.slice_in_dim(x, a, a + span, stride, axis=1 + i) for a in starts]
-        x = jnp.stack(slices, axis=1 + spatial)
+        x = jnp.stack(slices, 1 + spatial)
+        x = x.reshape(*x.shape[: 1 + spatial], -1)
     return x.reshape(-1, geometry.columns)
 
 
