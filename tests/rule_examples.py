@@ -195,7 +195,7 @@ LAYERS: dict[str, list[Example]] = {
         Example((X, W, W.T, B, numbers(3))),
         Example((X[0], W, W.T), {"activation": "tanh", "save": "input"}),
     ],
-    "embedding": [Example((W, jnp.array([[0, 2], [2, -1]])))],
+    "embedding": [Example((jnp.array([[0, 2], [2, -1]]), W))],
     "dropout": [Example((X, jax.random.key(0)), {"rate": 0.5, "save": "key"})],
     "rotary": [
         Example((numbers(3, 2, 4), numbers(3, 1, 2))),

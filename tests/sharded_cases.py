@@ -281,7 +281,9 @@ CASES |= {
         CLASSES,
         name="softmax_cross_entropy",
     ),
-    "embedding": lambda: of_layer(fp.layers.embedding, numbers(6, 4), CLASSES, name="embedding"),
+    "embedding": lambda: of_layer(
+        lambda w, x: fp.layers.embedding(x, w), numbers(6, 4), CLASSES, name="embedding"
+    ),
     "conv": lambda: of_layer(lambda w, x: fp.layers.conv(x, w), numbers(3, 3, 6, 4), IMAGES, name="conv"),
     "max_pool": lambda: of_layer(
         lambda w, x: fp.layers.max_pool(x * w, window=(2, 2)), numbers(6), IMAGES, name="max_pool"

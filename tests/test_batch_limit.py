@@ -85,7 +85,7 @@ def test_errors() -> None:
         fp.memory.batch_limit(loss, 10**6, batch_axes=(None, 0))(w, f32(3, 8), f32(3, 2))
     with pytest.raises(ValueError, match="the memory does not depend on batch_axes"):
         fp.memory.batch_limit(lambda w, x: jnp.sum(w), 10**6, program="inference")(f32(3), f32(2))
-    with pytest.raises(TypeError, match="batch_limit: budget='x' is not a number; pass bytes"):
+    with pytest.raises(ValueError, match="batch_limit: budget='x' is not a number of bytes; write '100000'"):
         fp.memory.batch_limit(loss, "x")  # type: ignore[arg-type]
     for nothing in (0, -1, float("nan")):
         with pytest.raises(ValueError, match=f"budget={nothing} holds nothing; pass bytes, more than 0"):

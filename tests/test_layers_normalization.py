@@ -82,7 +82,7 @@ def test_batch_norm_is_that_of_flax(training):
 
     def of_ours(x, params, stats):
         given = None if training else L.BatchStatistics(**stats)
-        y, found = L.batch_norm(x, **params, statistics=given)
+        y, found = L.batch_norm(x, **params, statistics=given, eps=module.epsilon)
         return y, found._asdict()
 
     args = X, PARAMS["params"], stats
@@ -231,7 +231,7 @@ def test_initialisers():
         (lambda: L.group_norm(X, groups=2, axes=(2,)), r"has the channels in it"),
         (lambda: L.norm_dense(X, SCALE[:, None], norm="batch"), r"norm='batch' is not a normalisation"),
         (lambda: L.norm_dense(X, SCALE[:, None], save="y"), r"save='y' is not a saving policy"),
-        (lambda: L.norm_dense(X, SCALE[:, None], None, SCALE, BIAS, norm="rms"), r"norm='rms' has no shift"),
+        (lambda: L.norm_dense(X, SCALE[:, None], None, SCALE, BIAS, norm="rms"), r"norm='rms' has no bias"),
     ],
 )
 def test_errors(call, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from typing import Any
 
 
@@ -37,7 +38,9 @@ def budget_bytes(budget: int | str, what: str) -> int:
                 f"{what}={budget!r} is not a number of bytes; write '100000', '64MB' or '1.5GiB'."
             )
         scale = (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
-        number = int(float(found[1]) * scale)
+        number = int(min(float(found[1]) * scale, sys.maxsize + 1))
+    if number > sys.maxsize:
+        raise ValueError(f"{what}={budget!r} is more than any machine has; write '64MB' or '1.5GiB'.")
     if number <= 0:
         raise ValueError(f"{what}={budget!r} holds nothing; pass more than 0 bytes.")
     return number

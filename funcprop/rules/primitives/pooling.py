@@ -273,8 +273,10 @@ def _applies(x: Any, *, relu: bool = False, everywhere: bool = False, **window: 
 
 def _meets_input(size: int, taps: int, stride: int, dilation: int, padding: tuple[int, int]) -> bool:
     """Whether every window along an axis has a tap inside of the input."""
+    if not any(padding):
+        return True
     windows = (size + sum(padding) - (taps - 1) * dilation - 1) // stride + 1
-    places = np.arange(windows)[:, None] * stride + np.arange(taps) * dilation - padding[0]
+    places = np.arange(int(windows))[:, None] * stride + np.arange(taps) * dilation - padding[0]
     return bool(np.all(np.any((places >= 0) & (places < size), axis=1)))
 
 
