@@ -302,8 +302,14 @@ def test_errors_name_the_remedy(chapter):
 
 
 def test_what_jax_cannot_differentiate_is_no_constant():
-    with pytest.raises(NotImplementedError, match="nextafter"):
-        fp.backprop(lambda x: x * jnp.nextafter(x, 2.0))(1.0).gradient("x")
+    fun = lambda x: x * jnp.nextafter(x, 2.0)  # noqa: E731
+    try:
+        expected = jax.grad(fun)(1.0)
+    except NotImplementedError:
+        with pytest.raises(NotImplementedError, match="nextafter"):
+            fp.backprop(fun)(1.0)
+    else:  # JAX can since 0.12.
+        assert fp.backprop(fun)(1.0).gradients["x"] == expected
 
 
 def test_table_lists_inputs_values_and_gradients(chapter):

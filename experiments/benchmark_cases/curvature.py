@@ -94,9 +94,7 @@ def _hessian_product(p: Problem) -> Program:
 
 def _ggn_product(p: Problem) -> Program:
     ggn = fp.ggn(p.model, p.loss, batched=True)
-    return Program(
-        lambda params, v, x, y: ggn(params, x, y, batched=True) @ v, (p.params, p.direction, p.x, p.y)
-    )
+    return Program(lambda params, v, x, y: ggn(params, x, y) @ v, (p.params, p.direction, p.x, p.y))
 
 
 def _next_ggn_product(p: Problem) -> Program:

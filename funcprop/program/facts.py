@@ -144,7 +144,7 @@ _ELEMENTWISE = {
     **_row("sin cos tan asin acos atan atan2 sinh cosh tanh asinh acosh atanh", elementwise=True),
     **_row("erf erfc erf_inv lgamma digamma polygamma zeta bessel_i0e bessel_i1e", elementwise=True),
     **_row("igamma igammac igamma_grad_a regularized_incomplete_beta", elementwise=True),
-    **_row("nextafter polynomial", elementwise=True),
+    **_row("nextafter", elementwise=True),
     **_row("eq ne lt le gt ge and or xor not", **_FLAT, cheap=True),
     **_row("sign", **_FLAT, cheap=True, exact=True),
     **_row("floor ceil round", **_FLAT, exact=True),
@@ -244,6 +244,7 @@ OPAQUE = (
     | {"call", "call_hi_primitive", "composite", "custom_lin", "custom_vmap_call", "eval_jaxpr"}
     | {"linear_call", "remat_opt", "run_state", "shard_map", "stage", "xla_metadata_call"}
     # Computed elsewhere, or by an algorithm in which operands enter in no simple way.
+    | {"polynomial"}
     | {"approx_top_k", "eig", "ffi_call", "hessenberg", "schur", "tridiagonal"}
     # About the devices around them, or about where values are kept.
     | {"axis_index", "inspect_sharding", "ragged_all_to_all", "with_memory_space_constraint"}
