@@ -73,6 +73,12 @@ class Past:
                 if self._maker.get(id(x)) is oldest:
                     del self._maker[id(x)]
 
+    def forget(self) -> None:
+        """Forget all operators, with their values."""
+        self._steps.clear()
+        self._maker.clear()
+        self._seen.clear()
+
     def find(
         self,
         primitive: Any,

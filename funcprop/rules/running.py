@@ -78,7 +78,7 @@ class RuleTrace(_jax.PassingTrace):
 
     def ended(self) -> None:
         """Forget the operators that were applied, with their values."""
-        self.past = Past(self.rewriter.patterns)
+        self.past.forget()
 
     def inside(self, parent: Any) -> RuleTrace:
         """Make the trace for a function that an operator calls, under the operator's own trace."""
