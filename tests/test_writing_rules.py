@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from rule_examples import positive
 
 import funcprop as fp
 from funcprop.rules.primitives.elementwise import elementwise_rule
@@ -19,10 +20,6 @@ from funcprop.testing import check_rule
 
 GUIDE = (Path(fp.__file__).parent / "rules" / "WRITING_RULES.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE)
-
-
-def numbers(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).uniform(0.2, 2, shape))
 
 
 @pytest.fixture
@@ -38,14 +35,14 @@ def layer():
 def test_the_rule_of_a_primitive():
     (line,) = (block for block in BLOCKS if block.lstrip().startswith('"log1p": elementwise_rule'))
     table = eval("{" + line + "}", {"elementwise_rule": elementwise_rule, "lax": lax})
-    check_rule(table["log1p"], numbers(3, 4), function=lax.log1p, primitive="log1p")
+    check_rule(table["log1p"], positive(3, 4), function=lax.log1p, primitive="log1p")
     rules = fp.rules.autodiff.replace(table)
-    found = fp.grad(lambda x: jnp.sum(jnp.log1p(x)), rules=rules)(numbers(3))
-    np.testing.assert_allclose(found, 1 / (1 + numbers(3)))
+    found = fp.grad(lambda x: jnp.sum(jnp.log1p(x)), rules=rules)(positive(3))
+    np.testing.assert_allclose(found, 1 / (1 + positive(3)))
 
 
 def test_the_rule_of_a_layer(layer):
-    x, factor = numbers(3, 4), numbers(4, seed=1)
+    x, factor = positive(3, 4), positive(4, seed=1)
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         check_rule(layer, x, factor)
     derivation = fp.derive(lambda x, factor: jnp.sum(layer(x, factor)), argnums=(0, 1))(x, factor)

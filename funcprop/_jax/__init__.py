@@ -1,4 +1,4 @@
-"""All contact with the semi-public parts of JAX, so that a new JAX version is one file's work.
+"""All contact with the semi-public parts of JAX, so that a new JAX version is the work of one room.
 
 Everything here is plain plumbing around jaxprs and primitives; no other module of funcprop imports
 `jax.extend`, `jax.interpreters` or reads the fields of an equation that JAX does not document.
@@ -19,6 +19,22 @@ from jax.core import eval_jaxpr as _eval_jaxpr
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
+from funcprop._jax.array_types import Aval as Aval
+from funcprop._jax.array_types import align_varying_axes as align_varying_axes
+from funcprop._jax.array_types import as_array as as_array
+from funcprop._jax.array_types import explicitly_sharded as explicitly_sharded
+from funcprop._jax.array_types import has_symbolic_size as has_symbolic_size
+from funcprop._jax.array_types import inner_type as inner_type
+from funcprop._jax.array_types import is_differentiable as is_differentiable
+from funcprop._jax.array_types import is_reference as is_reference
+from funcprop._jax.array_types import varying_axes as varying_axes
+from funcprop._jax.array_types import with_weak_type as with_weak_type
+from funcprop._jax.array_types import zero_tangent as zero_tangent
+from funcprop._jax.compiled_programs import counted_flops as counted_flops
+from funcprop._jax.compiled_programs import held_bytes as held_bytes
+from funcprop._jax.compiled_programs import memory_fields as memory_fields
+from funcprop._jax.compiled_programs import program_text as program_text
+from funcprop._jax.compiled_programs import temporary_bytes as temporary_bytes
 from funcprop._jax.source_lines import here as here
 from funcprop._jax.source_lines import source_line as source_line
 from funcprop._jax.surrounding import JIT as JIT
@@ -31,7 +47,6 @@ from funcprop._jax.surrounding import note_origin as note_origin
 from funcprop._jax.surrounding import outside as outside
 from funcprop._jax.surrounding import under as under
 
-Aval = Any
 Equation = jex.JaxprEqn
 InconclusiveDimensionOperation = jex.InconclusiveDimensionOperation
 Literal = jex.Literal
@@ -95,16 +110,6 @@ def jaxpr_of(equations: Sequence[Equation], invars: Sequence[Var], outvars: Sequ
 
 def _is_input_effect(effect: Any) -> bool:
     return hasattr(effect, "input_index")
-
-
-def is_reference(aval: Aval) -> bool:
-    """Whether values of this type are mutable references (`jax.Ref`)."""
-    return hasattr(aval, "inner_aval")
-
-
-def inner_type(aval: Aval) -> Aval:
-    """The type of what a reference holds; of a value that is none, its own."""
-    return getattr(aval, "inner_aval", aval)
 
 
 def closes_over_references(jaxpr: Any) -> bool:
@@ -278,38 +283,6 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-# --- compiled programs ------------------------------------------------------------------------
-
-
-def memory_fields(compiled: Any) -> dict[str, int]:
-    """Read the bytes that a compiled program reports: `argument, output, temporary, alias` and `peak`."""
-    names = {"argument": "argument_size", "output": "output_size", "temporary": "temp_size"}
-    names |= {"alias": "alias_size", "peak": "peak_memory"}
-    found = compiled.memory_analysis()
-    return {ours: int(getattr(found, f"{theirs}_in_bytes", 0)) for ours, theirs in names.items()}
-
-
-def held_bytes(fields: Mapping[str, int]) -> int:
-    """Bytes that a program needs at all, by its `memory_fields`: what results and arguments share, once."""
-    return fields["argument"] + fields["output"] + fields["temporary"] - fields["alias"]
-
-
-def temporary_bytes(compiled: Any) -> int:
-    """Bytes that a compiled program needs besides its arguments and results."""
-    return memory_fields(compiled)["temporary"]
-
-
-def program_text(compiled: Any) -> str:
-    """A compiled program as XLA writes it, `funcprop._jax.hlo` reads it."""
-    return str(compiled.as_text())
-
-
-def counted_flops(compiled: Any) -> float | None:
-    """Read the operations that XLA's own cost analysis counts; None where it does not."""
-    found = compiled.cost_analysis()
-    return None if not found else found.get("flops")
-
-
 # --- where an equation comes from -------------------------------------------------------------
 
 
@@ -344,72 +317,13 @@ def context_of(eqn: Equation) -> Iterator[None]:
         yield
 
 
-# --- types ------------------------------------------------------------------------------------
-
-
-def varying_axes(aval: Aval) -> frozenset[str]:
-    """The manual mesh axes over which a value inside `shard_map` varies."""
-    manual = getattr(aval, "mat", None)
-    if manual is not None:
-        return frozenset(manual.varying)
-    return frozenset(getattr(aval, "vma", frozenset()))
-
-
-def align_varying_axes(args: Sequence[Any]) -> list[Any]:
-    """Make all arguments vary over the same manual axes; the transpose of this is a `psum`."""
-    axes = [varying_axes(jax.typeof(x)) for x in args]
-    union = frozenset().union(*axes)
-    return [
-        jax.lax.pcast(x, tuple(sorted(union - have)), to="varying") if union - have else x
-        for x, have in zip(args, axes, strict=True)
-    ]
-
-
-def explicitly_sharded(aval: Aval) -> bool:
-    """Whether the type itself says how the value is laid out over a mesh (explicit axes)."""
-    sharding = getattr(aval, "sharding", None)
-    spec = getattr(sharding, "spec", None)
-    return spec is not None and any(part is not None for part in spec)
-
-
-def with_weak_type(x: Any, weak_type: bool) -> Any:
-    """Make a value weakly typed, or not."""
-    if bool(getattr(jax.typeof(x), "weak_type", False)) == weak_type:
-        return x
-    primitive = jex_primitives.convert_element_type_p
-    return primitive.bind(x, new_dtype=jax.typeof(x).dtype, weak_type=weak_type, sharding=None)
-
-
-def has_symbolic_size(aval: Aval) -> bool:
-    """Whether a size is an expression that stands for many, as in `jax.export`."""
-    return not all(isinstance(size, int | np.integer) for size in getattr(aval, "shape", ()))
-
-
-def as_array(x: Any, aval: Aval) -> Any:
-    """The value as an array of a type; a constant result of a jaxpr is a plain number."""
-    if isinstance(x, jax.Array):
-        return x
-    return with_weak_type(jnp.asarray(x, aval.dtype), bool(getattr(aval, "weak_type", False)))
-
-
-def is_differentiable(aval: Aval) -> bool:
-    """Whether values of this type have a non-trivial tangent."""
-    dtype = None if is_reference(aval) else getattr(aval, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
-
-
-def zero_tangent(aval: Aval) -> np.ndarray:
-    """The only tangent of a value without derivatives: zeros of dtype `float0`."""
-    return np.zeros(aval.shape, jax.dtypes.float0)
+# --- primitives -------------------------------------------------------------------------------
 
 
 def known_primitives() -> frozenset[str]:
     """The names of the primitives that this JAX can differentiate."""
     named = {p.name for table in (ad.primitive_jvps, ad.primitive_transposes) for p in table}
     return frozenset(named | {p.name for p in vars(jex_primitives).values() if isinstance(p, Primitive)})
-
-
-# --- primitives -------------------------------------------------------------------------------
 
 
 def define_primitive(

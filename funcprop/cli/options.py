@@ -7,7 +7,7 @@ from typing import Annotated, TypeAlias
 import typer
 
 from funcprop.cli.target import TargetError
-from funcprop.program.sizes import budget_bytes
+from funcprop.program.sizes import budget_bytes, budget_or_share
 
 TargetName: TypeAlias = Annotated[str, typer.Argument(help="module:function, file.py:function or chapter")]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
@@ -46,6 +46,6 @@ def parse_budget(option: str, text: str | None) -> int | float | None:
     if text is None or not text.strip().endswith("%"):
         return None if text is None else parse_bytes(option, text, "25%")
     try:
-        return float(text.strip()[:-1]) / 100
+        return budget_or_share(text, option)
     except ValueError:
         raise TargetError(f"{option} {text!r}: write a share as 25%, or bytes as 64MB.") from None

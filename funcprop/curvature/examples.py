@@ -23,56 +23,38 @@ def _alone(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[None], tree)
 
 
+def _called_as(fun: Function, changed: Function) -> Function:
+    functools.update_wrapper(changed, fun)
+    changed.__name__ = name_of(fun)
+    return changed
+
+
 def model_of_one(model: Function, batched: bool) -> Function:
     """`model(params, x)` of one example, from one of a whole batch, which is called with a batch of one."""
     if not batched:
         return model
-
-    @functools.wraps(model)
-    def of_one(params: Any, x: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf[0], model(params, _alone(x)))
-
-    of_one.__name__ = name_of(model)
-    return of_one
+    return _called_as(model, lambda params, x: jax.tree.map(lambda leaf: leaf[0], model(params, _alone(x))))
 
 
 def loss_of_one(loss: Function, batched: bool, first: int = 0) -> Function:
     """A loss of one example, from one of a whole batch; the leading `first` arguments have no examples."""
     if not batched:
         return loss
-
-    @functools.wraps(loss)
-    def of_one(*args: Any) -> Any:
-        return loss(*args[:first], *map(_alone, args[first:]))
-
-    of_one.__name__ = name_of(loss)
-    return of_one
+    return _called_as(loss, lambda *args: loss(*args[:first], *map(_alone, args[first:])))
 
 
 def model_of_all(model: Function, batched: bool) -> Function:
     """`model(params, x)` of a whole batch, from one of one example."""
     if batched:
         return model
-
-    @functools.wraps(model)
-    def of_all(params: Any, x: Any) -> Any:
-        return jax.vmap(model, (None, 0))(params, x)
-
-    of_all.__name__ = name_of(model)
-    return of_all
+    return _called_as(model, lambda params, x: jax.vmap(model, (None, 0))(params, x))
 
 
 def loss_of_all(loss: Function, batched: bool) -> Function:
     """`loss(outputs, y)` of a whole batch: the mean of a loss of one example."""
     if batched:
         return loss
-
-    @functools.wraps(loss)
-    def of_all(outputs: Any, y: Any) -> Any:
-        return jnp.mean(jax.vmap(loss)(outputs, y))
-
-    of_all.__name__ = name_of(loss)
-    return of_all
+    return _called_as(loss, lambda outputs, y: jnp.mean(jax.vmap(loss)(outputs, y)))
 
 
 @contextlib.contextmanager

@@ -78,16 +78,9 @@ def kfac(
         [[0.5 0. ]
          [0.  0.5]]
     """
-    group, kind_of = _chosen(kind, sharing)
-    size = budget_bytes(budget, "budget")
-    model, loss = model_of_one(model, batched), loss_of_one(loss, batched)
-
-    def at(params: Any, x: Any, y: Any, key: Any = None) -> Kronecker:
-        of_chosen, chosen = restricted(model, params, where)
-        given = _checked("kfac", of_chosen, loss, chosen, x, y, _with_key(key, group))
-        return _kfac(*given, Part(group, kind_of), rules, size)
-
-    return at
+    part, limit = _chosen(kind, sharing), budget_bytes(budget, "budget")
+    functions = model_of_one(model, batched), loss_of_one(loss, batched)
+    return _of_call("kfac", _kfac, functions, part, where, rules, limit)
 
 
 def ekfac(
@@ -118,14 +111,27 @@ def ekfac(
         >>> print(E.trace())
         1.0
     """
-    group, kind_of = _chosen(kind, sharing)
-    size = budget_bytes(budget, "budget")
-    model, loss = model_of_one(model, batched), loss_of_one(loss, batched)
+    part, limit = _chosen(kind, sharing), budget_bytes(budget, "budget")
+    functions = model_of_one(model, batched), loss_of_one(loss, batched)
+    return _of_call("ekfac", _ekfac, functions, part, where, rules, limit)
+
+
+def _of_call(
+    what: str,
+    factored: Callable[..., Kronecker],
+    functions: tuple[Model, Loss],
+    part: Part,
+    where: Where | None,
+    rules: RuleSet | None,
+    limit: int,
+) -> Callable[..., Kronecker]:
+    """The function `(params, x, y, key=None) -> Kronecker`, which traces model and loss of one example."""
+    model, loss = functions
 
     def at(params: Any, x: Any, y: Any, key: Any = None) -> Kronecker:
         of_chosen, chosen = restricted(model, params, where)
-        given = _checked("ekfac", of_chosen, loss, chosen, x, y, _with_key(key, group))
-        return _ekfac(*given, Part(group, kind_of), rules, size)
+        given = _checked(what, of_chosen, loss, chosen, x, y, _with_key(key, part.group))
+        return factored(*given, part, rules, limit)
 
     return at
 
@@ -178,12 +184,12 @@ def _ekfac(
     return replace(plain, blocks=tuple(blocks))
 
 
-def _chosen(kind: str, sharing: str) -> tuple[str, str]:
+def _chosen(kind: str, sharing: str) -> Part:
     if kind not in _GROUPS:
         raise ValueError(f"kfac: kind={kind!r} is not known; it is one of {', '.join(map(repr, _GROUPS))}.")
     if sharing not in _SHARING:
         raise ValueError(f"kfac: sharing={sharing!r} is not known; it is 'expand' or 'reduce'.")
-    return _GROUPS[kind], _SHARING[sharing]
+    return Part(_GROUPS[kind], _SHARING[sharing])
 
 
 def _checked(

@@ -80,9 +80,12 @@ def restricted(
         return fun(jax.tree.unflatten(tree, whole), *args, **kwargs)
 
     of_chosen.__name__ = name_of(fun)
-    return of_chosen, jax.tree.unflatten(
-        tree, [x if mark else None for x, mark in zip(leaves, marks, strict=True)]
-    )
+    return of_chosen, _inside(tree, leaves, marks)
+
+
+def _inside(tree: Any, leaves: Sequence[Any], marks: Sequence[bool]) -> PyTree:
+    """The whole pytree with None in place of the leaves that are not chosen."""
+    return jax.tree.unflatten(tree, [x if mark else None for x, mark in zip(leaves, marks, strict=True)])
 
 
 def _is_type(leaf: Any) -> bool:
@@ -115,9 +118,7 @@ class Point:
             raise ValueError(f"params={params!r} has no leaves; there is nothing to differentiate.")
         require_values("curvature", {"params": params}, SHAPES)
         marks = chosen(params, where)
-        inside = jax.tree.unflatten(
-            tree, [x if mark else None for x, mark in zip(leaves, marks, strict=True)]
-        )
+        inside = _inside(tree, leaves, marks)
         outside = [x for x, mark in zip(leaves, marks, strict=True) if not mark]
         parameters = Parameters.of(inside)
         kept = [None if mark or _is_data(x) else SameObject(x) for x, mark in zip(leaves, marks, strict=True)]

@@ -26,6 +26,7 @@ CONTROL_FLOW = CALLS | CHECKPOINTS | LOOPS | {"cond"}
 CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 SUMS = frozenset({"add", "add_any", "sub"})
+_REORDERS = frozenset({"transpose", "rev"})
 
 _MANY = sys.maxsize
 ALL, FIRST, SECOND, LATER = range(_MANY), range(1), range(1, 2), range(1, _MANY)
@@ -113,6 +114,11 @@ def is_view(eqn: Any) -> bool:
     if not (facts.moves or facts.identity) or not len(eqn.invars) == len(eqn.outvars) == 1:
         return False
     return bool(eqn.outvars[0].aval.size == eqn.invars[0].aval.size)
+
+
+def keeps_order(eqn: Any) -> bool:
+    """Whether the one result holds the entries of the one operand in their order."""
+    return is_view(eqn) and eqn.primitive.name not in _REORDERS
 
 
 _NOTHING = Facts()

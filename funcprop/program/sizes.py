@@ -20,6 +20,16 @@ def nbytes(value: Any) -> int:
     return math.prod(aval.shape) * int(dtype.itemsize)
 
 
+def budget_or_share(text: str, what: str) -> int | float:
+    """`"25%"` as a share, a float; other text as a number of bytes, an int. Errors as of `budget_bytes`."""
+    if not text.strip().endswith("%"):
+        return budget_bytes(text, what)
+    try:
+        return float(text.strip()[:-1]) / 100
+    except ValueError:
+        raise ValueError(f"{what}={text!r} is not a share; write '25%', or bytes as '64MB'.") from None
+
+
 def budget_bytes(budget: int | str, what: str) -> int:
     """A number of bytes: an int, or text as `"64MB"` (10⁶ each) or `"1.5GiB"` (2³⁰ each).
 

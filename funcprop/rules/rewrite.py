@@ -61,12 +61,11 @@ def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
     rule = rules.find(call.layer if call is not None else eqn.primitive.name, platform)
     if rule is None:
         return None
+    operator = eqn.primitive.name if call is None else call.layer.name
+    matched = functools.partial(Match, operator, _jax.scope(eqn), _jax.source_line(eqn), equation=eqn)
     arguments, results = ([v.aval for v in atoms] for atoms in (eqn.invars, eqn.outvars))
     if not all(hasattr(a, "shape") and hasattr(a, "dtype") for a in (*arguments, *results)):
-        name = eqn.primitive.name if call is None else call.layer.name
-        return Match(
-            name, _jax.scope(eqn), _jax.source_line(eqn), None, "an operand or a result is no array", eqn
-        )
+        return matched(None, "an operand or a result is no array")
     bound = BoundRule.of_primitive(rule, eqn) if call is None else BoundRule.of_layer(rule, call, eqn)
     reason = _cannot_attach(eqn, arguments, results)
     if reason is None and call is None and eqn.primitive.name in CONTROL_FLOW:
@@ -75,8 +74,7 @@ def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
         reason = reason or "under vmap, a result is the same for all examples and others are not"
     if reason is None:
         reason = why_not(bound, arguments if call is None else call.unbatched(arguments))
-    found = bound if reason is None else None
-    return Match(bound.operator, _jax.scope(eqn), _jax.source_line(eqn), found, reason, eqn)
+    return matched(bound if reason is None else None, reason)
 
 
 def _cannot_attach(eqn: Any, arguments: Sequence[Any], results: Sequence[Any]) -> str | None:

@@ -68,10 +68,6 @@ class LossNode:
         order, shape = self.order(), self.variable.aval.shape
         return jnp.transpose(Z.reshape([shape[d] for d in order]), np.argsort(order).tolist())
 
-    def from_variable(self, z: Any) -> Any:
-        """From the variable's own axes to `Z[s, m, q, r]`."""
-        return jnp.transpose(z, self.order()).reshape(self.sizes())
-
     def canonical_activations(self, data: Any) -> Any:
         """`a[s, m, i]`."""
         S, M, _, _ = self.sizes()

@@ -18,12 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop import _jax
+from funcprop.program.facts import keeps_order
 from funcprop.program.layer_calls import without_marks
 from funcprop.program.program import Program
 from funcprop.rules.primitives.stacking import merged
 
-# Operators that keep the entries and their order, if there are as many afterwards.
-_VIEWS = frozenset({"reshape", "squeeze", "broadcast_in_dim", "convert_element_type", "copy"})
 # With more classes, one sweep less is no gain.
 _MOST_LABELS = 1024
 
@@ -99,7 +98,7 @@ def _exponents(eqn: Any, jaxpr: Any) -> Any:
         return None if isinstance(eqn.invars[0], _jax.Literal) else maker.get(eqn.invars[0])
 
     total = behind(eqn) if eqn.primitive.name == "log" else None
-    while total is not None and total.primitive.name in _VIEWS | {"abs"} and _keeps_size(total):
+    while total is not None and (total.primitive.name == "abs" or keeps_order(total)):
         total = behind(total)
     if total is None or total.primitive.name != "reduce_sum":
         return None
@@ -107,10 +106,6 @@ def _exponents(eqn: Any, jaxpr: Any) -> Any:
     if exp is None or exp.primitive.name != "exp" or total.params["axes"] != (exp.outvars[0].aval.ndim - 1,):
         return None
     return exp.invars[0]
-
-
-def _keeps_size(eqn: Any) -> bool:
-    return bool(eqn.invars[0].aval.size == eqn.outvars[0].aval.size)
 
 
 def _part(jaxpr: Any, results: Sequence[Any], given: Sequence[Any] = ()) -> Any:
@@ -142,4 +137,4 @@ def _is_output(jaxpr: Any, o: int) -> bool:
     if a.aval.shape[-1] != output.aval.shape[-1] or a.aval.size != output.aval.size:
         return False
     eqns, read = _tangent(jaxpr, [o])
-    return read == {len(jaxpr.invars)} and all(e.primitive.name in _VIEWS and _keeps_size(e) for e in eqns)
+    return read == {len(jaxpr.invars)} and all(map(keeps_order, eqns))

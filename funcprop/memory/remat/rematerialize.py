@@ -10,7 +10,6 @@ dynamic programming (`funcprop.memory.remat.schedule`).
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from funcprop.memory.remat.plan import RematPlan
 from funcprop.memory.remat.saving import Residuals, residuals
 from funcprop.memory.remat.schedule import Schedule, cheapest, frontier, in_chunks
 from funcprop.program.call import Call, is_array, traced
-from funcprop.program.sizes import budget_bytes
+from funcprop.program.sizes import budget_or_share
 
 Budget = int | float | str | None
 
@@ -283,10 +282,7 @@ class _Limits:
 
 def _written(name: str, limit: Budget) -> int | float | None:
     """A limit as a number: `"64MB"` is bytes, `"25%"` a share."""
-    if not isinstance(limit, str):
-        return limit
-    share = re.fullmatch(r"(\d+\.?\d*) *%", limit.strip())
-    return budget_bytes(limit, name) if share is None else float(share[1]) / 100
+    return budget_or_share(limit, name) if isinstance(limit, str) else limit
 
 
 def _check(name: str, limit: Any) -> None:
