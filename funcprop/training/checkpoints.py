@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -300,17 +301,25 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep orbax from logging what is said in one line by us."""
+    """Keep orbax from logging, and its threads from printing, what we say in one line."""
 
     def by_another(record: logging.LogRecord) -> bool:
         return "orbax" not in record.pathname
 
-    logger = logging.getLogger("absl")
+    def hook(unraisable: Any) -> None:
+        # When several files fail at once, the second failure finds nobody who waits for it.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    logger, before = logging.getLogger("absl"), sys.unraisablehook
     logger.addFilter(by_another)
+    sys.unraisablehook = hook
     try:
         yield
     finally:
         logger.removeFilter(by_another)
+        if sys.unraisablehook is hook:
+            sys.unraisablehook = before
 
 
 def _cause(error: BaseException) -> str:

@@ -47,11 +47,10 @@ def json_lines(path: str | os.PathLike[str], *, every: int = 1) -> Recorder:
         OSError: the file cannot be written.
 
     Example:
-        >>> import tempfile, funcprop as fp
-        >>> file = tempfile.NamedTemporaryFile(suffix=".jsonl")
-        >>> write = fp.training.json_lines(file.name)
-        >>> write({"event": "step", "step": 1, "loss": 0.5})
-        >>> print(open(file.name).read(), end="")
+        >>> import pathlib, tempfile, funcprop as fp
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "run.jsonl"
+        >>> fp.training.json_lines(path)({"event": "step", "step": 1, "loss": 0.5})
+        >>> print(path.read_text(), end="")
         {"event": "step", "step": 1, "loss": 0.5}
     """
     path = Path(path)
