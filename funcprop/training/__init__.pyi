@@ -24,6 +24,7 @@ from .mixed_precision import MixedPrecision as MixedPrecision
 from .newton import NewtonCGState as NewtonCGState
 from .newton import newton_cg as newton_cg
 from .nonfinite_step import NonFiniteStepError as NonFiniteStepError
+from .peers import join_processes as join_processes
 from .run_records import json_lines as json_lines
 from .run_records import tensorboard as tensorboard
 from .stopping import early_stop as early_stop

@@ -8,6 +8,7 @@ is to go on from is always read from the directory itself.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -30,6 +31,7 @@ from funcprop.training.manifest import (
     leaf_facts,
     versions,
 )
+from funcprop.training.peers import Peers
 
 DAMAGED, REPLACED = ".damaged", ".removed"
 MARK = ".funcprop"  # Where it is, unfinished steps are ours; a run holds a lock on it.
@@ -76,6 +78,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self.every, self.keep = every, keep
         self._writer: Any = None
+        self._peers: Any = None
         self._thread: threading.Thread | None = None
         self._finished: int | None = None
         self._error: BaseException | None = None
@@ -87,8 +90,11 @@ class Checkpoints:
         return sorted(step for step in found if (self._path(step) / MANIFEST).exists())
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[Checkpoints]:
+    def opened(self, peers: Peers | None = None) -> Iterator[Checkpoints]:
         """Open the directory for this run alone, and finish what is being written at the end.
+
+        Args:
+            peers: the processes of this run, if there are several.
 
         Raises:
             CheckpointError: it cannot be written to, or another run does.
@@ -101,6 +107,7 @@ class Checkpoints:
                 f"Checkpoints: {error.name!r} is not installed; pip install 'funcprop[train]'",
                 name=error.name,
             ) from error
+        self._peers = Peers() if peers is None else peers
         with self._owned(), _quiet():
             handler = ocp.PyTreeCheckpointHandler()
             self._writer = ocp.AsyncCheckpointer(handler, timeout_secs=600)
@@ -116,7 +123,7 @@ class Checkpoints:
     def _owned(self) -> Iterator[None]:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            if jax.process_index():
+            if self._peers.mine:
                 yield
                 return
             import fcntl  # Not on every system.
@@ -176,6 +183,9 @@ class Checkpoints:
             "processes": jax.process_count(),
             "mesh": None if mesh is None else dict(mesh.shape),
         }
+        for other in map(json.loads, self._peers.gathered("leaves", json.dumps(leaves))[1:]):
+            for name, leaf in other.items():
+                leaves[name]["shards"] += leaf["shards"] if self._peers.mine == 0 else []
         begun = Manifest(step, note, versions(), devices, leaves, {})
         with self._told(step):
             self._set_aside(step, REPLACED)
@@ -188,7 +198,7 @@ class Checkpoints:
         try:
             with self._told(begun.step):
                 self._writer.wait_until_finished()
-                if jax.process_index() == 0:
+                if self._peers.mine == 0:
                     path = self._path(begun.step)
                     begun._replace(files=file_checksums(path)).write(path)
                     for step in self.steps()[: -self.keep]:
@@ -244,13 +254,19 @@ class Checkpoints:
             CheckpointError: every step is damaged, or was saved by another model or optimizer.
         """
         problem = None
-        for step in reversed(self.steps()):
+        steps = json.loads(self._peers.gathered("steps", json.dumps(self.steps()))[0])
+        for step in reversed(steps):
             path = self._path(step)
             try:
-                return self._read(path, like)
+                found, mine = self._read(path, like), ""
             except DamagedError as error:
-                problem = str(error)
-            earlier = [s for s in self.steps() if s < step]
+                found, mine = None, str(error)
+            # What one process cannot read, none shall use.
+            problems = [text for text in self._peers.gathered("problem", mine) if text]
+            if found is not None and not problems:
+                return found
+            problem = problems[0]
+            earlier = [s for s in steps if s < step]
             if warn is not None:
                 used = f"step {earlier[-1]} is used instead" if earlier else "there is no step before it"
                 warn(f"checkpoints: {problem}; {used}.")
@@ -292,7 +308,7 @@ class Checkpoints:
         """Rename a step, which is one act; what is replaced is then removed."""
         path = self._path(step)
         aside = path.with_name(path.name + suffix)
-        if jax.process_index() == 0 and path.exists():
+        if self._peers.mine == 0 and path.exists():
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             if suffix == REPLACED:

@@ -23,16 +23,16 @@ class CompiledStep:
     def __init__(self, step: Callable[..., Any]) -> None:
         self._step = step
         self._jitted: Any = None
+        self._lowered: tuple[Any, Any] | None = None
         self._compiled: dict[Any, Any] = {}
         self.nbytes: int | None = None
 
     def compile(self, *arguments: Any) -> Any:
         """Compile the step for arguments like these, and return the compiled program."""
-        leaves, tree = jax.tree.flatten(arguments)
-        signature = tree, tuple((jnp.shape(x), jnp.result_type(x), _placed(x)) for x in leaves)
+        signature = _signature(arguments)
         if signature not in self._compiled:
-            compiled = self._jit(*arguments[:2]).lower(*arguments).compile()
-            self._compiled[signature] = compiled
+            compiled = self.lowered(*arguments).compile()
+            self._compiled[signature], self._lowered = compiled, None
             self.nbytes = max(self.nbytes or 0, held_bytes(memory_fields(compiled)))
         return self._compiled[signature]
 
@@ -40,9 +40,16 @@ class CompiledStep:
         """Take a step, compiled if it is the first for arguments like these."""
         return self.compile(*arguments)(*arguments)
 
+    def text(self, *arguments: Any) -> str:
+        """Return the step's program for arguments like these, before it is compiled."""
+        return str(self.lowered(*arguments).as_text())
+
     def lowered(self, *arguments: Any) -> Any:
         """Lower the step for arguments like these, without compiling it."""
-        return self._jit(*arguments[:2]).lower(*arguments)
+        signature = _signature(arguments)
+        if self._lowered is None or self._lowered[0] != signature:
+            self._lowered = signature, self._jit(*arguments[:2]).lower(*arguments)
+        return self._lowered[1]
 
     def _jit(self, params: Any, carried: Carried) -> Any:
         if self._jitted is None:
@@ -68,6 +75,10 @@ class PlannedStep:
 
     def compile(self, *arguments: Any) -> None:
         """Do nothing: a plan compiles its programs itself."""
+
+    def text(self, *arguments: Any) -> str:
+        """Return nothing: a plan's programs are its own."""
+        return ""
 
     def __call__(self, params: Any, carried: Carried, batch: Any, key: Any, number: Any) -> Any:
         """Take a step as the plan does."""
@@ -104,5 +115,7 @@ def copied(tree: Any) -> Any:
     return jax.tree.map(jnp.array, tree)
 
 
-def _placed(leaf: Any) -> Any:
-    return getattr(leaf, "sharding", None) if isinstance(leaf, jax.Array) else None
+def _signature(arguments: Any) -> Any:
+    leaves, tree = jax.tree.flatten(arguments)
+    places = [x.sharding if isinstance(x, jax.Array) else None for x in leaves]
+    return tree, tuple(places), tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)

@@ -25,7 +25,9 @@ from funcprop.training.checkpoints import CheckpointError, Checkpoints
 from funcprop.training.compiled_step import CompiledStep, PlannedStep, copied, mesh_of, placed_like
 from funcprop.training.interruption import Terminated, until_terminated
 from funcprop.training.loop import Epoch, Evaluate
+from funcprop.training.manifest import versions
 from funcprop.training.nonfinite_step import nonfinite_step
+from funcprop.training.peers import Peers, fingerprint
 from funcprop.training.position import Batches, Position, remaining_batches, with_last
 from funcprop.training.run_records import Recorder
 from funcprop.training.stopping import Stop
@@ -76,6 +78,7 @@ class TrainingRun:
     checkpoints: Checkpoints | None
     recorders: Sequence[Recorder]
     progress: bool
+    peers: Peers = field(init=False)
     program: CompiledStep | PlannedStep = field(init=False)
     params: Any = field(init=False)
     carried: Carried = field(init=False)
@@ -92,9 +95,21 @@ class TrainingRun:
     def epochs(self, params: Any, state: TrainingState, count: int) -> Iterator[Epoch]:
         """Train so many epochs more than `state` has behind it, and yield each."""
         end = state.position.epoch + count
+        self.peers = Peers()
+        if self.peers.mine:
+            self.recorders, self.progress = (), False  # One of them is enough.
         with contextlib.ExitStack() as around:
+            around.enter_context(self.peers.watched(self._gone))
+            self.peers.require_same(
+                {
+                    "versions": versions(),
+                    "epochs": count,
+                    "seed": key_numbers(self.key),
+                    "parameters": fingerprint((params, state)),
+                }
+            )
             if self.checkpoints is not None:
-                around.enter_context(self.checkpoints.opened())
+                around.enter_context(self.checkpoints.opened(self.peers))
             if self.progress:
                 self._show = around.enter_context(bar("training", counted=False))
             self._begin(params, state)
@@ -103,7 +118,7 @@ class TrainingRun:
             while self.position.epoch < end and not self._stops():
                 # The steps give their buffers away. With copies, what was received or is yielded stays valid.
                 self.params, self.carried = copied((self.params, self.carried))
-                with until_terminated(self.checkpoints is not None) as asked:
+                with until_terminated(self.checkpoints is not None and not self.peers.together) as asked:
                     self._epoch(asked)
                 yield self._yielded()
             self._finish()
@@ -129,6 +144,11 @@ class TrainingRun:
         carried = Carried(optimizer, state.model, scale, jnp.bool_(True))
         self.params, self.carried = placed_like(mesh_of(params), copied((params, carried)))
         self.position = state.position
+        if self.peers.together and all(leaf.is_fully_addressable for leaf in jax.tree.leaves(self.params)):
+            raise ValueError(
+                f"fit: {self.peers.count} processes, but the parameters lie on this process's devices alone; "
+                "pass plan=, or put them on a mesh of all devices."
+            )
 
     # --- steps --------------------------------------------------------------------------------
 
@@ -144,7 +164,7 @@ class TrainingRun:
             self._pending.append(_Pending(self.position, batch, outcome))
             self.position = self.position.after_step()
             self._account(AHEAD)
-            if asked():
+            if asked() or (self.checkpoints is not None and self.peers.asked_to_leave(self.position.step)):
                 self._leave()
             if every is not None and self.position.step % every == 0 and not last:
                 self._save()
@@ -166,7 +186,12 @@ class TrainingRun:
 
     def _prepare(self, arguments: tuple[Any, ...]) -> None:
         self.objective.require_mean(arguments[0], arguments[2])
+        if self.peers.together:
+            text = self.program.text(*arguments)
+            self.peers.require_same({"code": fingerprint(text), "data": fingerprint(arguments[2])})
+        # A collective gives up after 30 s; so nobody begins before everybody has compiled.
         self.program.compile(*arguments)
+        self.peers.arrive("compiled")
         self._recent.append((time.perf_counter(), 0))
         self._prepared = True
 
@@ -261,6 +286,7 @@ class TrainingRun:
             warnings.warn(str(error), RuntimeWarning, stacklevel=2)
         finished = self.checkpoints.finished()
         if finished is not None:
+            self.peers.told(f"; step {finished} is the last in {self.checkpoints.directory}")
             self._record("saved", self.position._replace(step=finished), {})
         return self._problem is None
 
@@ -287,8 +313,12 @@ class TrainingRun:
         self.position = Position(**note["position"])
         self.means, self.history = Means(**note["means"]), note["history"]
         self._saved = restored.manifest.step
+        self.peers.told(f"; step {self._saved} is the last in {self.checkpoints.directory}")
         self._record("resumed", self.position, {"directory": str(self.checkpoints.directory)})
         return True
+
+    def _gone(self, line: str) -> None:
+        self._record("problem", self.position, {"message": line})
 
     def _leave(self) -> None:
         assert self.checkpoints is not None
@@ -297,7 +327,9 @@ class TrainingRun:
         last = self.checkpoints.steps()
         saved = f"step {last[-1]} is saved in {self.checkpoints.directory}" if last else "no step is saved"
         problem = "" if self._problem is None else f" ({self._problem})"
-        print(f"fit: SIGTERM after step {self.position.step}; {saved}{problem}.", file=sys.stderr, flush=True)
+        if not self.peers.mine:
+            line = f"fit: SIGTERM after step {self.position.step}; {saved}{problem}."
+            print(line, file=sys.stderr, flush=True)
         self._record("terminated", self.position, {})
         raise Terminated
 
