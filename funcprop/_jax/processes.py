@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 from jax._src import distributed  # Its client has no public name.
+
+
+def initialize(lost: Callable[[Any], None], **options: Any) -> None:
+    """Do what `jax.distributed.initialize` does; `lost` is called where JAX would abort this process.
+
+    JAX gives its own client no such function, and ends a process with the stack of its C++ code as soon as
+    process 0 is gone.
+    """
+    made = distributed._jax.get_distributed_runtime_client
+    distributed._jax.get_distributed_runtime_client = partial(made, missed_heartbeat_callback=lost)
+    try:
+        jax.distributed.initialize(**options)
+    finally:
+        distributed._jax.get_distributed_runtime_client = made
 
 
 def joined() -> bool:

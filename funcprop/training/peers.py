@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from funcprop._jax import processes
+from funcprop._jax import processes as _processes
 
 EXIT = 75  # EX_TEMPFAIL of sysexits.h: the same start may succeed later
 HEARTBEAT = 30  # seconds, after which JAX itself aborts a process that has lost another
@@ -32,6 +32,7 @@ DEAD = 3.0  # seconds without a sign, after which it is named as the one that br
 ARRIVAL = 3600  # seconds that processes wait for each other, such as for compilations
 
 _leaving = threading.Lock()
+_at_the_end: dict[str, Callable[..., Any]] = {}  # what a run has to say when this process must leave
 _numbers = itertools.count(1)  # All processes do the same, so that they count the same.
 
 _PEER = re.compile(
@@ -74,7 +75,13 @@ def join_processes(
             f"{(processes or 1) - 1}."
         )
     try:
-        jax.distributed.initialize(coordinator, processes, process_id, heartbeat_timeout_seconds=HEARTBEAT)
+        _processes.initialize(
+            _lost,
+            coordinator_address=coordinator,
+            num_processes=processes,
+            process_id=process_id,
+            heartbeat_timeout_seconds=HEARTBEAT,
+        )
     except ValueError as error:
         raise ValueError(
             f"join_processes: {error} Pass coordinator, processes and process_id (--coordinator, "
@@ -86,27 +93,26 @@ class Peers:
     """The processes of one run, this one among them; with one process alone there is nothing to do."""
 
     def __init__(self) -> None:
-        self.together = processes.joined()
+        self.together = _processes.joined()
         self.mine, self.count = jax.process_index(), jax.process_count()
         self._run = next(_numbers)
-        self._last = ""
 
-    def told(self, last: str) -> None:
+    def told(self, last: Callable[[], str]) -> None:
         """Say what a message shall end with: where the last good step is."""
-        self._last = last
+        _at_the_end.update(last=last)
 
     def arrive(self, where: str) -> None:
         """Wait until all processes are here."""
         if self.together:
-            processes.wait_for_all(f"funcprop/{self._run}/{where}", ARRIVAL)
+            _processes.wait_for_all(f"funcprop/{self._run}/{where}", ARRIVAL)
 
     def gathered(self, what: str, text: str) -> list[str]:
         """Return the texts of all processes, by their numbers."""
         if not self.together:
             return [text]
         name = f"funcprop/{self._run}/{what}/{next(_numbers)}"
-        processes.publish(f"{name}/{self.mine}", text)
-        return [processes.published(f"{name}/{i}", ARRIVAL) for i in range(self.count)]
+        _processes.publish(f"{name}/{self.mine}", text)
+        return [_processes.published(f"{name}/{i}", ARRIVAL) for i in range(self.count)]
 
     def asked_to_leave(self, step: int) -> bool:
         """Return whether one of the processes got SIGTERM; JAX tells all of them at the same step."""
@@ -137,7 +143,8 @@ class Peers:
             yield
             return
         self.arrive("begun")
-        watch = Watch(self, gone)
+        _at_the_end.update(gone=gone)
+        watch = Watch(self)
         try:
             yield
         except GeneratorExit:
@@ -150,15 +157,23 @@ class Peers:
         finally:
             watch.stop("done")
 
-    def leave(self, what: str, gone: Callable[[str], None]) -> NoReturn:
-        """Say what happened, and end this process without waiting for the others."""
-        _leaving.acquire()  # Never released: who comes second has nothing to add.
-        line = f"fit: {what}{self._last}; start all processes again to go on."
-        with contextlib.suppress(Exception):  # The line is what matters now.
-            gone(line)
-        print(line, file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(EXIT)
+
+def leave(what: str) -> NoReturn:
+    """Say what happened, and end this process without waiting for the others."""
+    _leaving.acquire()  # Never released: who comes second has nothing to add.
+    with contextlib.suppress(Exception):  # That it is said is what matters now.
+        what += _at_the_end["last"]()
+    line = f"fit: {what}; start all processes again to go on."
+    with contextlib.suppress(Exception):
+        _at_the_end["gone"](line)
+    print(line, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(EXIT)
+
+
+def _lost(status: Any) -> None:
+    """What JAX calls in a thread of its own where it has lost process 0, or is told that another is lost."""
+    leave(f"a process is gone ({str(status).splitlines()[0][:200]})")
 
 
 class Watch:
@@ -167,8 +182,8 @@ class Watch:
     The first may itself wait for process 0 for ever; so there are two.
     """
 
-    def __init__(self, peers: Peers, gone: Callable[[str], None]) -> None:
-        self._peers, self._gone = peers, gone
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
         self._name = f"funcprop/{peers._run}/pulse"
         self._others = [i for i in range(peers.count) if i != peers.mine]
         now = time.monotonic()
@@ -183,7 +198,7 @@ class Watch:
         if not self._stopped.is_set():
             self._stopped.set()
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                processes.publish(f"{self._name}/{self._peers.mine}", state)
+                _processes.publish(f"{self._name}/{self._peers.mine}", state)
 
     def explain(self, error: BaseException) -> None:
         """Find out which process a collective failed for, and leave; return if all of them are there."""
@@ -199,9 +214,9 @@ class Watch:
             if self._stopped.wait(PULSE):
                 return
             try:
-                processes.publish(f"{self._name}/{self._peers.mine}", str(count))
+                _processes.publish(f"{self._name}/{self._peers.mine}", str(count))
                 for i in self._others:
-                    found = processes.published_now(f"{self._name}/{i}")
+                    found = _processes.published_now(f"{self._name}/{i}")
                     if found != self._seen.get(i):
                         self._seen[i], self._changed[i] = found, time.monotonic()
                 self._answered = time.monotonic()
@@ -224,7 +239,7 @@ class Watch:
                     self._leave(i, f"no sign for {SILENCE:.0f} s")
 
     def _leave(self, number: int, why: str) -> NoReturn:
-        self._peers.leave(f"process {number} of {self._peers.count} is gone ({why})", self._gone)
+        leave(f"process {number} of {self._peers.count} is gone ({why})")
 
 
 def fingerprint(tree: Any) -> str:

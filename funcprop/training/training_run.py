@@ -109,6 +109,7 @@ class TrainingRun:
                 }
             )
             if self.checkpoints is not None:
+                self.peers.told(self._last)
                 around.enter_context(self.checkpoints.opened(self.peers))
             if self.progress:
                 self._show = around.enter_context(bar("training", counted=False))
@@ -286,7 +287,6 @@ class TrainingRun:
             warnings.warn(str(error), RuntimeWarning, stacklevel=2)
         finished = self.checkpoints.finished()
         if finished is not None:
-            self.peers.told(f"; step {finished} is the last in {self.checkpoints.directory}")
             self._record("saved", self.position._replace(step=finished), {})
         return self._problem is None
 
@@ -313,9 +313,13 @@ class TrainingRun:
         self.position = Position(**note["position"])
         self.means, self.history = Means(**note["means"]), note["history"]
         self._saved = restored.manifest.step
-        self.peers.told(f"; step {self._saved} is the last in {self.checkpoints.directory}")
         self._record("resumed", self.position, {"directory": str(self.checkpoints.directory)})
         return True
+
+    def _last(self) -> str:
+        assert self.checkpoints is not None
+        steps = self.checkpoints.steps()
+        return f"; step {steps[-1]} is the last in {self.checkpoints.directory}" if steps else ""
 
     def _gone(self, line: str) -> None:
         self._record("problem", self.position, {"message": line})
