@@ -136,14 +136,16 @@ class TrainingRun:
     def _begin(self, params: Any, state: TrainingState) -> None:
         precision = self.objective.precision
         scale = state.scale if state.scale is not None or precision is None else precision.first_scale()
-        optimizer = state.optimizer
+        optimizer, shapes = state.optimizer, jax.eval_shape(lambda: params)
         if self.plan is None:
             self.program = CompiledStep(update_step(self.objective, self.optimizer, self.rules))
         else:
             params, optimizer = self.plan.place(*copied((params, optimizer)))
-            self.program = PlannedStep(self.plan.step(self.optimizer))
+            self.program = PlannedStep(self.plan.step(self.optimizer), self.objective.loss, shapes)
         carried = Carried(optimizer, state.model, scale, jnp.bool_(True))
-        self.params, self.carried = placed_like(mesh_of(params), copied((params, carried)))
+        # A plan has put its arrays where it wants them, and they are copies.
+        mesh = mesh_of(params) if self.plan is None else None
+        self.params, self.carried = placed_like(mesh, copied((params, carried)))
         self.position = state.position
         if self.peers.together and all(leaf.is_fully_addressable for leaf in jax.tree.leaves(self.params)):
             raise ValueError(
