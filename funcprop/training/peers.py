@@ -173,7 +173,12 @@ def leave(what: str) -> NoReturn:
 
 def _lost(status: Any) -> None:
     """What JAX calls in a thread of its own where it has lost process 0, or is told that another is lost."""
-    leave(f"a process is gone ({str(status).splitlines()[0][:200]})")
+    text = str(status)
+    named = [int(number) for number in re.findall(r"task:(\d+)", text)]
+    others = [number for number in named if number != jax.process_index()]
+    gone = others[0] if others else 0
+    who = f"process {gone} of {jax.process_count()}" if gone != jax.process_index() else "another process"
+    leave(f"{who} is gone ({text.splitlines()[0][:200]})")
 
 
 class Watch:
