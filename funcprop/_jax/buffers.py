@@ -8,6 +8,7 @@ are read, so they are read here by hand.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,13 +29,16 @@ _DTYPES = dict(
 # Instructions through which a value passes on to others without being read.
 _PASSES = frozenset({"tuple", "get-tuple-element", "bitcast", "while", "opt-barrier", "optimization-barrier"})
 
+# What a library computes inside of a fused kernel and keeps in memory of its own.
+_COMPUTED = frozenset({"dot", "convolution", "reduce-window"})
+
 
 class NoBuffersError(NotImplementedError):
     """The compiler of a platform does not say which buffers a program has."""
 
 
 @dataclass(frozen=True)
-class Instruction:
+class HeapInstruction:
     """One instruction of a compiled program; `parameter` is set for those of the entry computation."""
 
     name: str
@@ -72,10 +76,15 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Assignment:
-    """The buffers that exist when a program holds most, and the bytes that lie unused between them."""
+    """The buffers that exist when a program holds most, and the bytes that lie unused between them.
+
+    Numbers that are written in the program are left out. `hides` says that a kernel computes several products
+    or windows one from the other: what a library holds for that is no buffer of XLA's.
+    """
 
     buffers: tuple[Buffer, ...]
     unused: int
+    hides: bool
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +105,7 @@ def buffers(compiled: Any) -> Assignment:
         raise NoBuffersError(
             f"the compiler for {platform!r} does not say which buffers a program has; its totals are known."
         )
-    program = _Program.of(compiled.runtime_executable().hlo_modules())
+    program = _Module.of(compiled.runtime_executable().hlo_modules())
     logical = {_one(value, 1): _one(value, 3, b"") for value in _many(proto, 1)}
     found, unused = [], 0
     for allocation in _many(proto, 3):
@@ -123,13 +132,14 @@ def buffers(compiled: Any) -> Assignment:
             if is_argument:
                 live = [(_parameter_value(values, logical, program), 0, size)]
         for number, offset, nbytes in live:
-            found.append(
-                program.buffer(kind, nbytes, offset, index, logical[number], [logical[v] for v, *_ in values])
-            )
-    return Assignment(tuple(found), unused)
+            every = [logical[v] for v, *_ in values]
+            buffer = program.buffer(kind, nbytes, offset, index, logical[number], every)
+            if kind != "constant" or buffer.shape:
+                found.append(buffer)
+    return Assignment((*found, *program.embedded), unused, program.hides)
 
 
-def _parameter_value(values: Sequence[tuple[int, int, int]], logical: Any, program: _Program) -> int:
+def _parameter_value(values: Sequence[tuple[int, int, int]], logical: Any, program: _Module) -> int:
     """Which of the values in an argument's place is the argument."""
     for number, *_ in values:
         made = program.instructions.get(_one(logical[number], 4))
@@ -139,27 +149,33 @@ def _parameter_value(values: Sequence[tuple[int, int, int]], logical: Any, progr
 
 
 @dataclass(frozen=True, eq=False)
-class _Program:
+class _Module:
     """The instructions of a module by number, who reads each, and the entry computation's root."""
 
-    instructions: dict[int, Instruction]
+    instructions: dict[int, HeapInstruction]
     users: dict[int, list[int]]
     root: int
+    hides: bool
+    embedded: tuple[Buffer, ...]
 
     @classmethod
-    def of(cls, modules: Sequence[Any]) -> _Program:
-        instructions: dict[int, Instruction] = {}
-        root = 0
+    def of(cls, modules: Sequence[Any]) -> _Module:
+        instructions: dict[int, HeapInstruction] = {}
+        root, hides, embedded = 0, False, []
         for module in modules:
             proto = module.as_serialized_hlo_module_proto()
             entry = _one(proto, 6)
             for computation in _many(proto, 3):
                 is_entry = _one(computation, 5) == entry
                 root = _one(computation, 6) if is_entry else root
+                if _one(computation, 7):  # The computation of a fused kernel.
+                    inside = _many(computation, 2)
+                    hides = hides or sum(_text(i, 2) in _COMPUTED for i in inside) > 1
+                    embedded += [_constant(i) for i in inside if _text(i, 2) == "constant"]
                 for i in _many(computation, 2):
                     opcode = _text(i, 2)
                     parameter = _one(i, 9) if is_entry and opcode == "parameter" else None
-                    instructions[_one(i, 35)] = Instruction(
+                    instructions[_one(i, 35)] = HeapInstruction(
                         _text(i, 1),
                         opcode,
                         _text(_one(i, 7, b""), 2),
@@ -172,7 +188,7 @@ class _Program:
         for number, instruction in instructions.items():
             for operand in instruction.operands:
                 users[operand].append(number)
-        return cls(instructions, users, root)
+        return cls(instructions, users, root, hides, tuple(b for b in embedded if b.shape))
 
     def buffer(
         self, kind: Kind, nbytes: int, offset: int, allocation: int, value: bytes, others: Sequence[bytes]
@@ -253,6 +269,14 @@ class _Program:
                 return None
             number = max(origins, key=lambda o: math.prod(_type(self.instructions[o].shape, ())[0] or (1,)))
         return None
+
+
+def _constant(instruction: bytes) -> Buffer:
+    """An array that is written inside of a fused kernel: it is part of the program."""
+    shape, dtype = _type(_one(instruction, 3, b""), ())
+    bits = re.sub(r"_.*|\D", "", dtype)
+    size = math.prod(shape) * max(int(bits or 8) // 8, 1)
+    return Buffer("constant", size, 0, -1, _text(instruction, 1), "constant", "", shape, dtype)
 
 
 def _type(shape: bytes, path: Sequence[int]) -> tuple[tuple[int, ...], str]:

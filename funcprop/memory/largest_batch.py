@@ -123,7 +123,7 @@ def batch_limit(
 
         def needs(batch: int) -> int:
             found = ledger(batch)
-            return found.predicted if found.compiled is None else found.compiled
+            return found.held
 
         return _search(needs, budget, max(1, *sizes), lambda: largest(ledger(1).rows))
 
