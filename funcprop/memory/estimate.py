@@ -11,6 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from funcprop import _jax
@@ -30,8 +31,9 @@ _RENAMED = frozenset(
 _RESHAPES = frozenset({"reshape", "squeeze", "expand_dims"})
 _MOVES = frozenset({"slice", "rev", "split", "dynamic_slice", "iota", "pad", "concatenate"})
 _UPDATES = frozenset({"dynamic_update_slice", "scatter", "scatter-add", "scatter_add"})
-# They need as much again as their results while they run.
-_TWICE = frozenset({"sort", "cumsum", "cumlogsumexp", "cummax", "cummin", "cumprod", "fft"})
+# How often they need their results' bytes besides, while they run.
+_AGAIN = dict.fromkeys(("sort", "cumsum", "cumlogsumexp", "cummax", "cummin", "cumprod", "fft"), 1)
+_AGAIN |= dict.fromkeys(("random_bits", "threefry2x32"), 3)
 # What a library computes together with a sum.
 _IN_LIBRARY = frozenset(
     {"abs", "add", "add_any", "broadcast_in_dim", "ceil", "convert_element_type", "cos", "div", "erf", "exp"}
@@ -137,10 +139,10 @@ class _StepsOf:
         if eqn.primitive is boundary_p:
             return operands[eqn.params["call"].tree.num_leaves :]
         if bodies and name in _INLINED:
-            if name in CHECKPOINTS and self.barriers and eqn.params.get("differentiated"):
-                self.salt += 1
-            taken = len(_jax.open_jaxpr(bodies[0]).invars)
-            return self.walk(bodies[0], operands[len(operands) - taken :], scope)
+            given = operands[len(operands) - len(_jax.open_jaxpr(bodies[0]).invars) :]
+            if name in CHECKPOINTS and self.barriers and eqn.params["prevent_cse"]:
+                return self._behind_barrier(bodies[0], given, scope)
+            return self.walk(bodies[0], given, scope)
         if name == "scan":
             return self._scan(eqn, operands, bodies[0], scope)
         if name == "select_and_scatter_add":
@@ -170,10 +172,24 @@ class _StepsOf:
             in_library=name in _IN_LIBRARY,
             effects=bool(eqn.effects),
             in_place={0: 0} if name in _UPDATES and operands[0] is not None else {},
-            inside=inside + (sum(map(nbytes, eqn.outvars)) if name in _TWICE else 0),
+            inside=inside + _AGAIN.get(name, 0) * sum(map(nbytes, eqn.outvars)),
         )
         if key is not None:
             self.known[key] = results
+        return results
+
+    def _behind_barrier(
+        self, body: Any, given: list[Value | None], scope: str
+    ) -> Sequence[Value | None]:
+        """A checkpoint that is kept: nothing in it is shared, and it starts when all that goes in is there."""
+        barrier = self.add("optimization_barrier", scope, given, [jax.core.ShapedArray((), bool)])
+        self.salt += 1
+        start = len(self.steps)
+        results = self.walk(body, given, scope)
+        inside = set(map(id, self.steps[start:]))
+        for step in self.steps[start:]:
+            if not any(id(v.step) in inside for v in step.operands):
+                step.operands += barrier
         return results
 
     def _product(self, eqn: Any, operands: list[Value | None], scope: str) -> Value:

@@ -208,15 +208,24 @@ class Liveness:
         return found
 
     def _in_results(self, donated: dict[int, Value], last: dict[int, int]) -> set[int]:
-        """Find the values that a result is written over: they lie in its memory before."""
-        found = self.results - donated.keys()
-        for t in range(len(self.kernels) - 1, -1, -1):
-            kernel = self.kernels[t]
-            for v in kernel.step.results:
-                ending = (u for key, u in kernel.reads.items() if last[key] == t and u.step is not None)
-                over = (u for u in ending if u.nbytes == v.nbytes and kernel.step.writes_over(u, v))
-                if id(v) in found and (first := next(over, None)) is not None:
-                    found.add(id(first))
+        """Find the values that lie in the memory of a result before it is written: the largest first."""
+        made = {id(v): (t, v) for t, kernel in enumerate(self.kernels) for v in kernel.step.results}
+        slots = [made[key] for key in self.results - donated.keys() if key in made]
+        values = [(t, v) for key, (t, v) in made.items() if key not in self.results and v.size > 1]
+        values.sort(key=lambda pair: -pair[1].nbytes)
+        found: set[int] = set()
+        for written, result in sorted(slots, key=lambda pair: -pair[1].nbytes):
+            writer, free = self.kernels[written].step, [(-1, written)]
+            for start, v in values:
+                end = last.get(id(v), start)
+                if id(v) in found or v.nbytes > result.nbytes:
+                    continue
+                over = end == written and v.nbytes == result.nbytes and writer.writes_over(v, result)
+                gap = next((g for g in free if g[0] < start and (end < g[1] or (over and g[1] == written))), None)
+                if gap is not None:
+                    free.remove(gap)
+                    free += [(gap[0], start), (end, gap[1])]
+                    found.add(id(v))
         return found
 
     def peak(
