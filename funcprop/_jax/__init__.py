@@ -27,6 +27,7 @@ from funcprop._jax.array_types import has_symbolic_size as has_symbolic_size
 from funcprop._jax.array_types import inner_type as inner_type
 from funcprop._jax.array_types import is_differentiable as is_differentiable
 from funcprop._jax.array_types import is_reference as is_reference
+from funcprop._jax.array_types import sharding_of as sharding_of
 from funcprop._jax.array_types import varying_axes as varying_axes
 from funcprop._jax.array_types import with_weak_type as with_weak_type
 from funcprop._jax.array_types import zero_tangent as zero_tangent
