@@ -137,7 +137,8 @@ def compare(
 
     `compare(fun, argnums, has_aux)(*args, **kwargs) -> Comparison`. Times are seconds of the fastest of
     `repeats` runs in turn, bytes the temporary bytes of the compiled programs. With shapes
-    (`jax.ShapeDtypeStruct`) for arguments nothing is run and only bytes are compared.
+    (`jax.ShapeDtypeStruct`) for arguments nothing is run and only bytes are compared. It is compiled for the
+    devices of the arguments, or of their shardings: a topology's TPU as well.
 
     Args:
         fun: as for `fp.value_and_grad`.
@@ -186,31 +187,36 @@ def compare(
 
             return program
 
-        measured = _measured([whole(autodiff), whole(rules)], call.values, repeats if run else 0)
-        found = matches(fun, rules)(*args, **kwargs)
-        rows = _rows(found, rules, repeats if run else 0)
-        return Comparison(label, rules.name, jax.default_backend(), measured, tuple(rows))
+        own = rules.for_arguments(call.values)
+        measured = _measured([whole(autodiff), whole(own)], call.values, repeats if run else 0)
+        found = matches(fun, own)(*args, **kwargs)
+        device = next((d for v in call.values if (d := _jax.device_of(v)) is not None), None)
+        rows = _rows(found, own, repeats if run else 0, device)
+        return Comparison(label, own.name, own.platform, measured, tuple(rows))
 
     return compared
 
 
-def _rows(found: Sequence[Match], rules: RuleSet, repeats: int) -> list[OperatorRow]:
+def _rows(found: Sequence[Match], rules: RuleSet, repeats: int, device: Any) -> list[OperatorRow]:
     """One row for equal operators with the same outcome, in the order in which they are met."""
     keys = [(m.operator, m.reason, structural_key(_jax.one_equation_jaxpr(m.equation))) for m in found]
     counts = Counter(keys)
     rows: dict[Any, OperatorRow] = {}
     for key, match in zip(keys, found, strict=True):
         if key not in rows:
-            measured = None if match.reason is not None or match.mapped else _alone(match, rules, repeats)
+            measured = (
+                None if match.reason is not None or match.mapped else _alone(match, rules, repeats, device)
+            )
             scope = without_transformations(match.scope, ("vmap",))
             rows[key] = OperatorRow(match.operator, scope, match.source, counts[key], match.reason, measured)
     return list(rows.values())
 
 
-def _alone(match: Match, rules: RuleSet, repeats: int) -> Measured:
-    """One operator by itself: value and cotangents, for random operands."""
+def _alone(match: Match, rules: RuleSet, repeats: int, device: Any) -> Measured:
+    """One operator by itself: value and cotangents, for random operands; on a device, or on JAX's own."""
     jaxpr = _jax.one_equation_jaxpr(match.equation)
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars]
+    sharding = None if device is None else jax.sharding.SingleDeviceSharding(device)
+    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=sharding) for v in jaxpr.invars]
     smooth = [i for i, aval in enumerate(avals) if _jax.is_differentiable(aval)]
 
     def program(own: RuleSet) -> Callable[..., Any]:
