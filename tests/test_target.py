@@ -62,7 +62,7 @@ def test_a_pool_that_is_exported_for_another_platform_is_autodiffs(loss):
     ours, theirs = fp.grad(loss), jax.grad(loss)
     assert scatters(exported(ours, "cpu")) == 0
     assert scatters(exported(ours, "tpu")) == scatters(exported(theirs, "tpu")) == 1
-    assert scatters(exported(ours, "cuda")) == 1
+    assert scatters(exported(ours, "cuda")) == 0, "a GPU has the rule, too"
     several = exported(ours, "cpu", "tpu")
     assert scatters(several) == scatters(exported(theirs, "cpu", "tpu")) > 0
     assert "stablehlo.case" in several.mlir_module(), "one form for each platform"

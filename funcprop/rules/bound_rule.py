@@ -37,12 +37,13 @@ class BoundRule:
     elsewhere: Callable[..., Arrays] | None = field(default=None, compare=False)
 
     @property
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the rule's functions: static parameters; the machine if it is sized."""
         return {**self.static, "machine": self.machine or host()} if self.rule.sized else self.static
 
     def claims(self) -> Collection[Any]:
         """The equations in the operator's body that the rule differentiates itself."""
-        return () if self.rule.claims is None else self.rule.claims(**self._options)
+        return () if self.rule.claims is None else self.rule.claims(**self.options)
 
     @classmethod
     def of_layer(cls, rule: Rule, call: LayerCall, eqn: Any) -> BoundRule:
@@ -66,7 +67,7 @@ class BoundRule:
     def returned(self, leaves: Sequence[Any]) -> Any:
         """What the rule's forward returns."""
         with self._named():
-            return self.rule.forward(*jax.tree.unflatten(self.tree, leaves), **self._options)
+            return self.rule.forward(*jax.tree.unflatten(self.tree, leaves), **self.options)
 
     def forward(self, leaves: Sequence[Any]) -> tuple[Arrays, Any, Arrays, Any]:
         """Results and residuals, flat, each followed by its structure."""
@@ -97,7 +98,7 @@ class BoundRule:
         if self.rule.value is None:
             return self.forward(leaves)[0]
         with self._named():
-            return jax.tree.leaves(self.rule.value(*jax.tree.unflatten(self.tree, leaves), **self._options))
+            return jax.tree.leaves(self.rule.value(*jax.tree.unflatten(self.tree, leaves), **self.options))
 
     def backward(
         self, residuals: Any, cotangents: Any, needs: Sequence[bool], arguments: Sequence[Any]
@@ -105,7 +106,7 @@ class BoundRule:
         """The wanted cotangents, flat and checked against the types of the arguments."""
         wanted = jax.tree.unflatten(self.tree, needs)
         with self._named():
-            returned = self.rule.backward(residuals, cotangents, wanted, **self._options)
+            returned = self.rule.backward(residuals, cotangents, wanted, **self.options)
         where = f"rule for {self.operator}: backward returned"
         count = len(wanted)
         if not (isinstance(returned, tuple | list) and len(returned) == count):
@@ -151,7 +152,7 @@ class BoundRule:
         assert self.rule.jvp is not None
         with self._named():
             return jax.tree.leaves(
-                self.rule.jvp(residuals, jax.tree.unflatten(self.tree, tangents), **self._options)
+                self.rule.jvp(residuals, jax.tree.unflatten(self.tree, tangents), **self.options)
             )
 
     def applies(self, arguments: Sequence[Any]) -> bool | str:
@@ -159,7 +160,7 @@ class BoundRule:
         if self.rule.applies is None:
             return True
         with self._named():
-            answer = self.rule.applies(*jax.tree.unflatten(self.tree, arguments), **self._options)
+            answer = self.rule.applies(*jax.tree.unflatten(self.tree, arguments), **self.options)
         if answer is True or isinstance(answer, str):
             return answer
         raise RuleError(

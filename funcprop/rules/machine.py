@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from funcprop import _jax
+from funcprop.program.dtypes import product_dtype, single_at_least
 from funcprop.rules.rule import PLATFORMS, RuleError, platform_named
 
 _KIB, _MIB = 2**10, 2**20
@@ -181,32 +182,118 @@ def _read(path: Path) -> str:
         return ""
 
 
-# --- sizes of a CPU ---------------------------------------------------------------------------
-
-
-def _cpu(machine: Machine) -> Machine:
-    return machine if machine.platform == "cpu" else host()
+# --- sizes ------------------------------------------------------------------------------------
 
 
 def _power_of_two(x: float) -> int:
     """The largest power of two that is not above `x`."""
-    return 2 ** int(math.log2(max(x, 1)))
+    return int(2 ** int(math.log2(max(x, 1))))
 
 
 def near_cache(machine: Machine) -> int:
-    """Bytes of the cache beside a core, L2 or 64 × L1 if that is more: what a chunk of patches takes.
+    """Bytes of what is near one core: L2, or 64 × L1 if that is more; of an accelerator 1/64 of its chip's.
 
-    2 MiB on CPUs with 32 or 48 KiB of L1 and 1 or 2 MiB of L2, on which `patches` was measured.
+    2 MiB on CPUs with 32 or 48 KiB of L1 and 1 or 2 MiB of L2, for which the factors below were measured; 2
+    MiB of a TPU's 128 and 512 KiB of an H100's 50.
     """
-    l1, l2 = (*_cpu(machine).caches, *_TYPICAL["cpu"][1:])[:2]
+    if machine.platform != "cpu":
+        return _power_of_two(machine.caches[-1] / 64)
+    l1, l2 = (*machine.caches, *_TYPICAL["cpu"][1:])[:2]
     return _power_of_two(max(l2, 64 * l1))
 
 
+def lanes(machine: Machine, itemsize: int = 4) -> int:
+    """Entries of a vector register: 16 numbers of 4 bytes with AVX-512."""
+    return max(1, machine.vector // itemsize)
+
+
 def cached_entries(machine: Machine, itemsize: int = 4) -> int:
-    """Entries of an array that the caches of a core's neighbourhood do not hold: 8 × the near one."""
+    """Entries that stay in the caches between two passes (`log_softmax`): 8 × the near cache, 2²²."""
     return 8 * near_cache(machine) // itemsize
 
 
-def lanes(machine: Machine, itemsize: int = 4) -> int:
-    """Entries of a vector register."""
-    return max(1, _cpu(machine).vector // itemsize)
+def least_pooled(machine: Machine, moved: bool) -> int:
+    """Entries from which a pool with overlapping windows gains: 2¹⁵, 2¹⁸ where its axes are moved."""
+    return near_cache(machine) // (8 if moved else 64)
+
+
+def least_summed(machine: Machine) -> int:
+    """Results from which a sum over overlapping windows gains (`average_pooling`): 4096."""
+    return near_cache(machine) // 512
+
+
+def dtype_of_factors(machine: Machine, *arrays: Any) -> Any:
+    """The dtype of what is multiplied: 16 bits stay so where matrix units take them, with sums of 32 bits.
+
+    A CPU would widen them in any case, and what is made in between (softmax weights) is then not rounded.
+    """
+    return single_at_least(*arrays) if machine.platform == "cpu" else product_dtype(*arrays)
+
+
+def attention_blocks(queries: int, keys: int, machine: Machine) -> tuple[int, int]:
+    """The default block of queries × keys of attention's logits.
+
+    On a CPU an eighth of each length, in multiples of 8, but not more than half of the near cache holds (512)
+    and not less than a quarter of that: below, the loop costs more than the products. Above an eighth, a
+    block is felt in the bytes. On an accelerator every step of the loop costs some microseconds whatever it
+    does: the near memory is filled with a block of twice as many keys as queries (512 × 1024 on a TPU v5e:
+    0.80 of autodiff's cycles, where 256 × 256 took 1.67).
+    """
+    if machine.platform == "cpu":
+        most = _power_of_two(math.sqrt(near_cache(machine) / 8))
+        rows, cols = (min(max(_power_of_two(n / 8 + 1e-9), most // 4), most) for n in (queries, keys))
+    else:
+        rows = _power_of_two(math.sqrt(near_cache(machine) / 8))
+        rows, cols = rows, 2 * rows
+
+    def equal(length: int, wanted: int) -> int:
+        """A length is cut into equal blocks, so that little of the last is computed twice."""
+        count = max(-(-length // wanted), 1)
+        return max(min((-(-length // count) + 7) // 8 * 8, length), 1)
+
+    return equal(queries, rows if queries else 1), equal(keys, cols if keys else 1)
+
+
+def least_logits(machine: Machine) -> int:
+    """Logits of a head from which attention goes block by block: 2¹⁶."""
+    return near_cache(machine) // 32
+
+
+def least_loss_logits(machine: Machine) -> int:
+    """Logits from which a cross-entropy goes by chunks of tokens: 2²⁵; fewer stay in the cache."""
+    return 64 * near_cache(machine) // 4
+
+
+def token_chunk(tokens: int, vocabulary: int, machine: Machine) -> int:
+    """The default number of tokens in a chunk: a sixteenth, at most 2²³ logits, but at least 256 tokens.
+
+    With every chunk the cotangent of the matrix is read and written, and it takes the products of 16 vectors
+    of tokens to hide that: 1024 tokens, d 512, vocabulary 50257 took 1.5 of autodiff's time by chunks of 64
+    tokens, 1.12 by 128, 0.97 by 256 (0.09, 0.15, 0.28 of its bytes).
+    """
+    most = min(-(-tokens // 16), 16 * near_cache(machine) // (4 * max(vocabulary, 1)))
+    count = -(-tokens // max(most, 16 * lanes(machine)))
+    return -(-tokens // max(count, 1))
+
+
+def vocabulary_piece(width: int, vocabulary: int, machine: Machine) -> int:
+    """Columns of a `width × vocabulary` cotangent that are added up at a time, to stay in the cache.
+
+    2048 of width 256. An accelerator adds all of them: every piece would be a step of a loop.
+    """
+    if machine.platform != "cpu":
+        return max(vocabulary, 1)
+    return max(_power_of_two(near_cache(machine) / (4 * max(width, 1))), 8 * lanes(machine))
+
+
+def row_form(rows: int, matrix_bytes: int, machine: Machine) -> str:
+    """How to multiply so many rows with the transpose of a matrix in a loop, as `row_products` names it.
+
+    An accelerator reads a matrix in either order.
+    """
+    if machine.platform != "cpu":
+        return "plain"
+    near = near_cache(machine)
+    if rows == 1:
+        return "plain" if near // 2 < matrix_bytes <= 2 * near else "turned"
+    return "columns" if rows <= lanes(machine) and matrix_bytes >= 3 * near // 2 else "turned"

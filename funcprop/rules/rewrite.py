@@ -26,6 +26,7 @@ from funcprop.rules.bound_rule import BoundRule
 from funcprop.rules.machine import CompileTarget
 from funcprop.rules.patterns import PATTERNS
 from funcprop.rules.patterns.recognition import Pattern, recognised
+from funcprop.rules.rule import PLATFORMS
 from funcprop.rules.rule_set import RuleSet
 
 # Bodies of control flow are rewritten in place. All others (those of custom derivatives above all: the user's
@@ -86,7 +87,8 @@ def _elsewhere(eqn: Any, call: Any, rules: RuleSet, target: CompileTarget) -> Ca
     A loop is not one of these: its body may hold values of the trace around it.
     """
     operator = eqn.primitive.name if call is None else call.layer
-    if target.certain or rules.platforms_of(operator) is None or operator in CONTROL_FLOW:
+    platforms = rules.platforms_of(operator)
+    if target.certain or platforms is None or platforms.issuperset(PLATFORMS) or operator in CONTROL_FLOW:
         return None
     if call is None:
         return _jax.one_equation(eqn)
