@@ -29,7 +29,7 @@ from funcprop.layers.tiling import Tiling, all_of, reach_of, seen, sum_to
 from funcprop.program.dtypes import common_dtype, product_dtype, single_at_least
 from funcprop.rules.expressions import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import layer
-from funcprop.rules.machine import Machine, dtype_of_factors, host, least_logits
+from funcprop.rules.machine import Machine, costs_traffic, dtype_of_factors, host, least_logits
 from funcprop.rules.rule import Rule
 
 # --- layout -----------------------------------------------------------------------------------
@@ -257,8 +257,13 @@ def _applies(
     queries, keys = q.shape[-3], k.shape[-3]
     if blocks is not None:
         return True
-    if queries * keys < least_logits(machine or host()) or queries * keys <= q.shape[-1] * (queries + keys):
+    machine = machine or host()
+    if queries * keys < least_logits(machine) or queries * keys <= q.shape[-1] * (queries + keys):
         return f"the logits of a head are only {queries} × {keys}; blocks would save little and cost time"
+    if costs_traffic(math.prod(q.shape[:-1]) * keys, machine):
+        return (
+            "on a GPU, blocks of so few logits cost more traffic than they save; pass blocks for less memory"
+        )
     return True
 
 

@@ -35,6 +35,7 @@ from funcprop.rules.expressions import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import layer
 from funcprop.rules.machine import (
     Machine,
+    costs_traffic,
     dtype_of_factors,
     host,
     least_loss_logits,
@@ -175,7 +176,12 @@ def _applies(
     if tokens == 0:
         return "there are no tokens"
     # Measured: small logits stay in the cache, and chunks of them cost time (1.3 × for 1024 × 8192).
-    if chunk is None and save is None and tokens * vocabulary < least_loss_logits(machine or host()):
+    if chunk is not None or save is not None:
+        return True
+    machine = machine or host()
+    if dtype_of_factors(machine, h, w).itemsize < 4 and costs_traffic(tokens * vocabulary, machine):
+        return "on a GPU, chunks of so few logits of 16 bits cost traffic; pass `chunk` or `save`"
+    if tokens * vocabulary < least_loss_logits(machine):
         return f"{tokens} × {vocabulary} logits are few; pass `chunk` or `save` for less memory"
     return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,8 @@ class Tiling:
     ) -> Tiling:
         """The tiling of queries and keys laid out as the layer's arguments, by default for a machine."""
         queries, keys = q.shape[-3], k.shape[-3]
-        sizes = attention_blocks(queries, keys, machine) if blocks is None else blocks
+        heads = math.prod(q.shape[:-3]) * q.shape[-2]
+        sizes = attention_blocks(queries, keys, machine, heads) if blocks is None else blocks
         rows, cols = (max(min(size, n), 1) for size, n in zip(sizes, (queries, keys), strict=True))
         return cls(queries, keys, (rows, cols), reach, offset)
 

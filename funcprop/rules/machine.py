@@ -230,21 +230,25 @@ def dtype_of_factors(machine: Machine, *arrays: Any) -> Any:
     return single_at_least(*arrays) if machine.platform == "cpu" else product_dtype(*arrays)
 
 
-def attention_blocks(queries: int, keys: int, machine: Machine) -> tuple[int, int]:
+def attention_blocks(queries: int, keys: int, machine: Machine, heads: int = 1) -> tuple[int, int]:
     """The default block of queries × keys of attention's logits.
 
     On a CPU an eighth of each length, in multiples of 8, but not more than half of the near cache holds (512)
     and not less than a quarter of that: below, the loop costs more than the products. Above an eighth, a
-    block is felt in the bytes. On an accelerator every step of the loop costs some microseconds whatever it
-    does: the near memory is filled with a block of twice as many keys as queries (512 × 1024 on a TPU v5e:
-    0.80 of autodiff's cycles, where 256 × 256 took 1.67).
+    block is felt in the bytes.
+
+    On a TPU a step of the loop costs some thousand cycles whatever it does, so a block is as large as a
+    quarter of the vector memory holds of all `heads` (and examples): v5e, T 2048, 4 heads of 64: 0.70 of
+    autodiff's cycles by 1024 × 1024, 0.88 by 512 × 512, 1.68 by 256 × 256; 32 heads of 128, 16 bits: 0.98,
+    0.67, 0.84. On a GPU 512 × 512, a block of one head in the near memory.
     """
     if machine.platform == "cpu":
         most = _power_of_two(math.sqrt(near_cache(machine) / 8))
         rows, cols = (min(max(_power_of_two(n / 8 + 1e-9), most // 4), most) for n in (queries, keys))
+    elif machine.platform == "tpu":
+        rows = cols = max(_power_of_two(math.sqrt(machine.caches[-1] / 16 / max(heads, 1))), 128)
     else:
-        rows = _power_of_two(math.sqrt(near_cache(machine) / 8))
-        rows, cols = rows, 2 * rows
+        rows = cols = _power_of_two(math.sqrt(near_cache(machine) / 2))
 
     def equal(length: int, wanted: int) -> int:
         """A length is cut into equal blocks, so that little of the last is computed twice."""
@@ -264,15 +268,33 @@ def least_loss_logits(machine: Machine) -> int:
     return 64 * near_cache(machine) // 4
 
 
-def token_chunk(tokens: int, vocabulary: int, machine: Machine) -> int:
-    """The default number of tokens in a chunk: a sixteenth, at most 2²³ logits, but at least 256 tokens.
+def costs_traffic(logits: int, machine: Machine) -> bool:
+    """Whether so many logits are few on a GPU, where chunks of them buy bytes with traffic.
 
-    With every chunk the cotangent of the matrix is read and written, and it takes the products of 16 vectors
-    of tokens to hide that: 1024 tokens, d 512, vocabulary 50257 took 1.5 of autodiff's time by chunks of 64
-    tokens, 1.12 by 128, 0.97 by 256 (0.09, 0.15, 0.28 of its bytes).
+    By the compiler's figures for an H100, attention by blocks moves 1.1 to 2.3 of autodiff's bytes and
+    linear + cross-entropy of 16 bits 1.3 to 2.7. Below 24 × L2 (1.2 GiB) memory is not what is missing.
     """
-    most = min(-(-tokens // 16), 16 * near_cache(machine) // (4 * max(vocabulary, 1)))
-    count = -(-tokens // max(most, 16 * lanes(machine)))
+    return machine.platform == "gpu" and 4 * logits < 24 * machine.caches[-1]
+
+
+def token_chunk(tokens: int, vocabulary: int, machine: Machine) -> int:
+    """The default number of tokens in a chunk of linear + cross-entropy.
+
+    With every chunk the cotangent of the matrix is read and written, and the products of its tokens have to
+    hide that. On a CPU a sixteenth of the tokens, at most 2²³ logits, but at least 16 vectors (256): 1024
+    tokens, d 512, vocabulary 50257 took 1.5 of autodiff's time by chunks of 64 tokens, 1.12 by 128, 0.97 by
+    256 (0.09, 0.15, 0.28 of its bytes). On a GPU at least 32 warps (1024): on an H100, 4096 × 256 × 32k moves
+    1.33 of autodiff's bytes by 256, 1.12 by 512, 1.02 by 1024 (0.07, 0.14, 0.26 of the temporary bytes). On a
+    TPU as many as half of the vector memory holds (v5e, the same: 512, 0.71 of the cycles; 1.03 by 1024).
+    """
+    of_logits = 4 * max(vocabulary, 1)
+    if machine.platform == "tpu":
+        most = max(machine.caches[-1] // 2 // of_logits, 128)
+    elif machine.platform == "gpu":
+        most = max(-(-tokens // 16), 32 * lanes(machine))
+    else:
+        most = max(min(-(-tokens // 16), 16 * near_cache(machine) // of_logits), 16 * lanes(machine))
+    count = -(-tokens // most)
     return -(-tokens // max(count, 1))
 
 
