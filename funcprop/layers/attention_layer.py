@@ -15,6 +15,7 @@ Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax", 20
 
 from __future__ import annotations
 
+import functools
 import math
 from functools import partial
 from typing import Any, NamedTuple
@@ -364,7 +365,16 @@ def _check(q: Any, k: Any, v: Any, bias: Any, mask: Any, blocks: Any) -> None:
         raise ValueError(f"attention: blocks={blocks}; block sizes are at least 1.")
 
 
-@layer(rule=Rule(_forward, _backward, _equations, platforms=None, applies=_applies, pure=True, sized=True))
+@functools.cache
+def _ways() -> dict[str, Rule]:
+    sizes = [(rows, cols) for rows in (128, 256, 512, 1024) for cols in (rows, 2 * rows)]
+    return {f"blocks of {rows} × {cols}": _RULE.with_static(blocks=(rows, cols)) for rows, cols in sizes}
+
+
+_RULE = Rule(_forward, _backward, _equations, applies=_applies, pure=True, sized=True, ways=_ways)
+
+
+@layer(rule=_RULE)
 def attention(
     q: Inexact[Array, "*batch queries heads d"],
     k: Inexact[Array, "*batch keys kv_heads d"],

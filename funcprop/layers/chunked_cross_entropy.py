@@ -20,6 +20,7 @@ Sources: Wijmans et al., "Cut your losses in large-vocabulary language models", 
 
 from __future__ import annotations
 
+import functools
 import math
 from functools import partial
 from typing import Any, NamedTuple
@@ -228,7 +229,15 @@ def _equations(op: OperatorSymbols) -> Equations:
 # --- the layer --------------------------------------------------------------------------------
 
 
-@layer(rule=Rule(_forward, _backward, _equations, platforms=None, applies=_applies, pure=True, sized=True))
+@functools.cache
+def _ways() -> dict[str, Rule]:
+    return {f"chunks of {n} tokens": _RULE.with_static(chunk=n) for n in (128, 256, 512, 1024, 2048)}
+
+
+_RULE = Rule(_forward, _backward, _equations, applies=_applies, pure=True, sized=True, ways=_ways)
+
+
+@layer(rule=_RULE)
 def linear_cross_entropy(
     h: Inexact[Array, "*batch d"],
     w: Inexact[Array, "d vocabulary"],

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -56,6 +56,7 @@ class Rule:
       the rule set's own rules are not attached to these.
     * `sized`: forward, backward, jvp, value, applies and claims take `machine=`, the `fp.Machine` that is
       compiled for, from which they compute the sizes of chunks and blocks.
+    * `ways`: the same rule done otherwise, by name, for `fp.rules.measured` to choose from.
     * `pure`: forward, backward and jvp read nothing but their arguments, so that outside of `jit` they are
       compiled once for arguments of the same types.
 
@@ -88,9 +89,10 @@ class Rule:
     claims: Callable[..., Collection[Any]] | None = None
     pure: bool = False
     sized: bool = False
+    ways: Callable[[], Mapping[str, Rule]] | None = None
 
     def __post_init__(self) -> None:
-        for field in ("forward", "backward", "equations", "jvp", "applies", "value", "claims"):
+        for field in ("forward", "backward", "equations", "jvp", "applies", "value", "claims", "ways"):
             value = getattr(self, field)
             optional = field not in ("forward", "backward")
             if not (callable(value) or (optional and value is None)):
@@ -100,6 +102,26 @@ class Rule:
             named = frozenset(platform_named(p, "Rule: a name in platforms") for p in given)
             object.__setattr__(self, "platforms", named)
 
+    def with_static(self, **chosen: Any) -> Rule:
+        """The same rule with other values for some of the operator's static parameters."""
+        names = ("forward", "backward", "jvp", "value", "applies")
+        given = {name: getattr(self, name) for name in names}
+        changed: dict[str, Any] = {
+            name: _WithStatic(fun, tuple(chosen.items())) for name, fun in given.items() if fun is not None
+        }
+        return replace(self, ways=None, **changed)
+
     def wins_on(self, platform: str) -> bool:
         """Whether the rule was measured to win on this backend, or cannot lose."""
         return self.platforms is None or platform in self.platforms
+
+
+@dataclass(frozen=True)
+class _WithStatic:
+    """A function of a rule with some of its static parameters chosen."""
+
+    function: Callable[..., Any]
+    chosen: tuple[tuple[str, Any], ...]
+
+    def __call__(self, *args: Any, **static: Any) -> Any:
+        return self.function(*args, **{**static, **dict(self.chosen)})

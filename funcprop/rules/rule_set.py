@@ -36,6 +36,7 @@ class RuleSet(Mapping[OperatorKey, Rule]):
     _measured: bool
     _chosen: dict[OperatorKey, Rule | None]
     target: Machine | None
+    notes: tuple[str, ...]
     _identity: tuple[Any, ...]
 
     def __init__(
@@ -47,12 +48,14 @@ class RuleSet(Mapping[OperatorKey, Rule]):
         measured: bool = False,
         chosen: Mapping[OperatorKey, Rule | None] | None = None,
         target: Machine | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         for key, rule in [*(rules or {}).items(), *(chosen or {}).items()]:
             _check_entry(key, rule)
         fields: dict[str, Any] = {
             "name": name, "_rules": dict(rules or {}), "_chosen": dict(chosen or {}),
             "_own": own, "_measured": measured, "target": target,
+            "notes": tuple(notes),
         }  # fmt: skip
         identity = (
             name,
@@ -120,8 +123,12 @@ class RuleSet(Mapping[OperatorKey, Rule]):
         return None if rule is None else rule.platforms
 
     def _with(self, **changes: Any) -> RuleSet:
-        fields = {"chosen": self._chosen, "target": self.target, **changes}
-        return RuleSet(self.name, self._rules, own=self._own, measured=self._measured, **fields)
+        fields = {"name": self.name, "chosen": self._chosen, "target": self.target, "notes": self.notes}
+        return RuleSet(rules=self._rules, own=self._own, measured=self._measured, **{**fields, **changes})
+
+    def noted(self, name: str, notes: Sequence[str]) -> RuleSet:
+        """The same set under another name, with lines that `print` shows: why it is as it is."""
+        return self._with(name=name, notes=notes)
 
     @property
     def platform(self) -> str:
@@ -160,7 +167,7 @@ class RuleSet(Mapping[OperatorKey, Rule]):
             active = self.find(key, self.platform)
             where = "any" if rule is None or rule.platforms is None else ",".join(sorted(rule.platforms))
             rows.append(f"  {label:32} {'active' if active else 'autodiff':9} wins on: {where or '-'}")
-        return "\n".join(rows)
+        return "\n".join([*rows, *(f"  # {note}" for note in self.notes)])
 
 
 def _check_entry(key: Any, rule: Any) -> None:

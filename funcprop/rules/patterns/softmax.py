@@ -27,6 +27,7 @@ Source: Bridle, "Probabilistic interpretation of feedforward classification netw
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -152,7 +153,13 @@ def log_rule(*, everywhere: bool = False) -> Rule:
         applies=partial(_log_applies, everywhere),
         pure=True,
         sized=True,
+        ways=None if everywhere else _ways,
     )
+
+
+@functools.cache
+def _ways() -> dict[str, Rule]:
+    return {"also for few entries": log_rule(everywhere=True)}
 
 
 @layer(rule=log_rule())

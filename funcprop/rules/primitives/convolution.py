@@ -22,8 +22,11 @@ for the products of patches; the margin is our own.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -280,7 +283,31 @@ def rule(choose: Chooser = plan) -> Rule:
         jvp=partial(_jvp, choose),
         pure=True,
         sized=True,
+        ways=_ways,
     )
+
+
+@functools.cache
+def _ways() -> dict[str, Rule]:
+    """Each choice between XLA's and the other way to the value and to both cotangents."""
+    found = {}
+    for parts in itertools.product((False, True), repeat=3):
+        if any(parts):
+            names = [name for name, is_in in zip(ConvolutionPlan._fields, parts, strict=False) if is_in]
+            found[f"another way to {', '.join(names)}"] = replace(rule(_Always(*parts)), ways=None)
+    return found
+
+
+@dataclass(frozen=True)
+class _Always:
+    """The chooser of one plan for all sizes."""
+
+    margin: bool
+    weight: bool
+    input: bool
+
+    def __call__(self, geometry: Geometry) -> ConvolutionPlan:
+        return ConvolutionPlan(self.margin, self.weight, self.input)
 
 
 RULES: dict[OperatorKey, Rule] = {"conv_general_dilated": rule()}

@@ -27,6 +27,8 @@ projections and weight gradients of an LSTM; here for any loop.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -220,7 +222,17 @@ def rule(costs: Costs = MEASURED) -> Rule:
         claims=partial(_claims, costs),
         value=_value,
         sized=True,
+        ways=_ways if costs is MEASURED else None,
     )
+
+
+@functools.cache
+def _ways() -> dict[str, Rule]:
+    return {
+        "nothing before the loop": rule(MEASURED._replace(hoists=math.inf)),
+        "all products before the loop": rule(MEASURED._replace(hoists=0)),
+        "all products out of the loop": rule(ALWAYS),
+    }
 
 
 RULES: dict[OperatorKey, Rule] = {"scan": rule()}

@@ -30,6 +30,7 @@ gather is our own.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -317,7 +318,15 @@ def rule(*, relu: bool = False, minimum: bool = False, everywhere: bool = False)
         jvp=_jvp,
         pure=True,
         sized=True,
+        ways=None
+        if everywhere
+        else lambda: {"also where autodiff is usually faster": _everywhere(relu, minimum)},
     )
+
+
+@functools.cache
+def _everywhere(relu: bool, minimum: bool) -> Rule:
+    return rule(relu=relu, minimum=minimum, everywhere=True)
 
 
 RULES: dict[OperatorKey, Rule] = {"reduce_window_max": rule(), "reduce_window_min": rule(minimum=True)}
