@@ -37,6 +37,7 @@ from .reporting.report import ReportError as ReportError
 from .reporting.report import report as report
 from .rules.layer import Layer as Layer
 from .rules.layer import layer as layer
+from .rules.machine import Machine as Machine
 from .rules.matching import matches as matches
 from .rules.rule import Rule as Rule
 from .rules.rule import RuleError as RuleError
