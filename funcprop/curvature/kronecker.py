@@ -33,7 +33,7 @@ from jaxtyping import Array, PyTree, Scalar
 from funcprop.curvature.example_gradients.matrix_layout import MatrixLayout
 from funcprop.operators.finite import nonfinite_rows, require_finite
 from funcprop.operators.linear_operator import LinearOperator
-from funcprop.operators.parameters import Parameters
+from funcprop.operators.parameters import Parameters, shown
 from funcprop.operators.solvers import require_damping
 
 METHODS = ("pi", "eigenvalue")
@@ -219,7 +219,7 @@ class Kronecker(LinearOperator):
         broken = nonfinite_rows(inverse) if concrete else []
         if broken:
             raise ValueError(
-                f"inverse: with damping={damping}, the blocks of {', '.join(map(repr, broken))} are "
+                f"inverse: with damping={damping}, the blocks of {shown(*broken)} are "
                 "singular; add damping."
             )
         return inverse

@@ -55,7 +55,7 @@ def eigenpairs(
     if not 0 < k <= size:
         raise ValueError(f"k={k}, but the operator has {size} eigenvalues; take 1 ≤ k ≤ {size}.")
     if tolerance is None:
-        tolerance = float(jnp.finfo(operator.dtype).eps) ** (2 / 3)
+        tolerance = operator.parameters.rounding ** (2 / 3)
     if method == "dense":
         return require_finite(operator, _dense(operator, k, which), "eigsh()")
     if method == "lobpcg":

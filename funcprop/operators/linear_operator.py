@@ -283,7 +283,7 @@ class Root(LinearOperator):
     def linear_map(self) -> Callable[[PyTree], PyTree]:
         """Linear up to the error of the approximation."""
         names, apply = self.parameters, products.flat_map(self.operator)
-        tolerance = float(jnp.finfo(names.dtype).eps) ** 0.5
+        tolerance = names.rounding**0.5
 
         def root(v: PyTree) -> PyTree:
             start = names.ravel(v)

@@ -67,7 +67,7 @@ def diagonal(operator: SymmetricMap, at_once: int | None) -> PyTree:
     def entry(index: Array) -> Array:
         return apply(jnp.zeros(names.size, names.dtype).at[index].set(1))[index]
 
-    return names.unravel(mapped(entry, jnp.arange(names.size), at_once))
+    return names.unravel_results(mapped(entry, jnp.arange(names.size), at_once))
 
 
 @functools.partial(jax.jit, static_argnames="at_once")

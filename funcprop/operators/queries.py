@@ -195,7 +195,7 @@ class Queries(SymmetricMap):
             method: "lanczos", with full reorthogonalisation, in spaces that double until all pairs have
                 converged; finds one vector of an eigenvalue that occurs several times. "lobpcg", on a block,
                 finds all; takes 5 k < P. "dense", exact, forms the matrix.
-            tolerance: on `‖A v − λ v‖ / ‖A‖`; `ε^(2/3)` of the dtype if None.
+            tolerance: on `‖A v − λ v‖ / ‖A‖`; `ε^(2/3)` of the parameters' dtype if None.
             products: at most so many products (Lanczos; 320 or 10 k if None, or as many vectors as fit 4 GiB)
                 or iterations (LOBPCG; 100).
             key: of the starting vectors; `jax.random.key(0)` if None.
@@ -272,7 +272,8 @@ class Queries(SymmetricMap):
             method: "minres" (if None), for operators of any signs: of all solutions in its Krylov space the
                 one of smallest residual; "cg", conjugate gradients, for a positive definite operator alone.
             preconditioner: an approximate inverse, positive definite: an operator, or a function of pytrees.
-            tolerance: on `‖(A + damping I) x − b‖ / ‖b‖`; `ε^(2/3)` of the dtype if None.
+            tolerance: on `‖(A + damping I) x − b‖ / ‖b‖`; `ε^(2/3)` of the
+                parameters' dtype if None.
             products: at most so many; 10 P if None.
 
         Raises:

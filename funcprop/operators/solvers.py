@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from funcprop.operators.convergence import is_traced, warn_unless
 from funcprop.operators.finite import nonfinite_rows, require_finite
+from funcprop.operators.parameters import shown
 from funcprop.operators.products import flat_map
 from funcprop.operators.symmetric_map import SymmetricMap
 from funcprop.program.program import Program
@@ -34,7 +35,7 @@ def solve(
     method = method or DEFAULT
     require_damping(damping)
     if tolerance is None:
-        tolerance = float(jnp.finfo(operator.dtype).eps) ** (2 / 3)
+        tolerance = operator.parameters.rounding ** (2 / 3)
     most = 10 * operator.parameters.size if most is None else most
     inverse = preconditioner
     if inverse is not None and not hasattr(inverse, "linear_map"):
@@ -42,7 +43,7 @@ def solve(
     x, residual, length = _solve(operator, b, damping, inverse, method, tolerance, most)
     if not isinstance(length, jax.core.Tracer) and not jnp.isfinite(length):
         paths = zip(operator.parameters.paths, jax.tree.leaves(operator.parameters.unravel(b)), strict=True)
-        broken = ", ".join(repr(path) for path, leaf in paths if not jnp.isfinite(leaf).all())
+        broken = shown(*(path for path, leaf in paths if not jnp.isfinite(leaf).all()))
         raise FloatingPointError(f"solve: b is not finite in the entries of {broken or 'its norm'}.")
     broke = method == "cg" and not is_traced((x, residual)) and not jnp.isfinite(residual)
     if broke and not nonfinite_rows(operator):

@@ -50,15 +50,25 @@ class Spectrum:
         """The density at the points `at`, smoothed by a Gaussian of standard deviation `width`; its integral
         is 1.
 
-        `width` is a hundredth of the spectrum's range if None.
+        `width` is a hundredth of the spectrum's range if None; where all eigenvalues are one number, a
+        hundredth of its magnitude, or of 1 if it is zero.
         """
-        low, high = self.range
-        width = (high - low) / 100 if width is None else width
+        width = self.width if width is None else width
 
         def row(nodes: Array, weights: Array) -> Array:
             return weights @ jax.scipy.stats.norm.pdf(at, nodes[:, None], width)
 
         return Estimate.of(jax.vmap(row)(self.nodes, self.weights))
+
+    @property
+    def width(self) -> Array:
+        """The standard deviation that `density` smooths by."""
+        low, high = self.range
+        largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
+        # Rounding makes a narrow range of one point, and no width can be drawn.
+        rounding = 100 * jnp.finfo(self.nodes.dtype).eps * largest
+        alone = jnp.where(largest > 0, largest, 1)
+        return jnp.where(high - low > rounding, high - low, alone) / 100
 
     @property
     def range(self) -> tuple[Array, Array]:

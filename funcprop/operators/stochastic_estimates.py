@@ -39,7 +39,7 @@ def estimate(operator: SymmetricMap, quantity: str, samples: int, key: Array | N
     if quantity not in ("diagonal", "traces"):
         return found
     names = operator.parameters
-    shaped = names.unravel if quantity == "diagonal" else names.unflatten
+    shaped = names.unravel_results if quantity == "diagonal" else names.unflatten
     return Estimate(shaped(found.value), shaped(found.error), samples)
 
 

@@ -22,7 +22,7 @@ from funcprop.curvature.example_gradients.mixed_examples import (
 from funcprop.curvature.example_gradients.quantities import ALIASES, EXACT, QUANTITIES, SAMPLED, VALUE, Part
 from funcprop.curvature.examples import loss_of_one, model_of_one
 from funcprop.graph.graph import aligned
-from funcprop.operators.parameters import Where
+from funcprop.operators.parameters import Parameters, Where, single_at_least
 from funcprop.operators.subset import restricted
 from funcprop.program.call import in_order, require_values
 from funcprop.program.program import Program
@@ -137,7 +137,7 @@ def _quantities(
     results: dict[str, Any] = {}
     for name in names:
         if name == VALUE:
-            results[name] = values.mean()
+            results[name] = values.mean(dtype=single_at_least(values.dtype))
             continue
         each = [QUANTITIES[name](here, size) for here in found]
         results[name] = sum(each) if QUANTITIES[name].whole else jax.tree.unflatten(tree, each)
