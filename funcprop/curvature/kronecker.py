@@ -3,8 +3,12 @@
 A parameter that enters as `W[n] = Σ_t a[n, t] ⊗ g[n, t]` has the Gauss-Newton block
 `1/N Σ_n Σ_c vec(W) vec(W)ᵀ`. KFAC approximates it by `A ⊗ G`. With R positions `t` that share the weights:
 
-    expand:  A = 1/(N R) Σ_{n,t} a aᵀ,                 G = 1/N Σ_{n,t,c} g gᵀ
+    expand:  A = 1/N Σ_n 1/R Σ_t a aᵀ,                 G = 1/N Σ_{n,t,c} g gᵀ
     reduce:  A = 1/N Σ_n (1/R Σ_t a)(1/R Σ_t a)ᵀ,      G = 1/N Σ_{n,c} (Σ_t g)(Σ_t g)ᵀ
+
+Only positions count that the loss sees: R is the number of those of example n that have a cotangent other
+than zero, and `Σ_t a` is over them (over all, if none has). So nothing depends on how far sequences are
+padded.
 
 `g` are cotangents of the *unaveraged* loss of one example for the columns `c` of its root, so that `A ⊗ G` is
 of the loss's **mean** over the batch, without a factor ½. A parameter without an outer product (a bias, a

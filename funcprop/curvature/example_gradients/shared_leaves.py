@@ -89,7 +89,7 @@ class Several:
         """Kronecker factors, summed over examples."""
         if self.expands:
             return kronecker(self.forms, group, reduce)
-        one = jnp.full((1, 1), self.size, single_at_least(self.leaf.dtype))
+        one = group.counted(self.size, single_at_least(self.leaf.dtype)).reshape(1, 1)
         if self.leaf.size > DENSE:
             squares = self.moments({"": group._replace(what=frozenset({SQUARES}))})
             return Factors(one, squares["", SQUARES].reshape(-1))
