@@ -73,7 +73,13 @@ class KroneckerProduct:
         return Eigen(ua, ug, values, self.layout)
 
     def inverse(self, damping: Any) -> KroneckerProduct:
-        """`(A + π√λ I)⁻¹ ⊗ (G + √λ/π I)⁻¹` with `π² = (tr A / dim A) / (tr G / dim G)`."""
+        """`(A + π√λ I)⁻¹ ⊗ (G + √λ/π I)⁻¹` with `π² = (tr A / dim A) / (tr G / dim G)`.
+
+        Where a factor is one number for each block the block is the other, and is damped exactly.
+        """
+        if self.a.shape[-1] == 1:
+            g = self.g * (self.a if self.g.ndim == 1 else self.a.reshape(*self.a.shape[:-1], 1)[..., :1])
+            return KroneckerProduct(jnp.ones_like(self.a), _inverse(g, damping), self.layout)
         mean_a, mean_g = _mean_eigenvalue(self.a), _mean_eigenvalue(self.g)
         ratio = jnp.where((mean_a > 0) & (mean_g > 0), mean_a / jnp.where(mean_g > 0, mean_g, 1), 1)
         pi, root = jnp.sqrt(ratio), jnp.sqrt(damping)
@@ -202,7 +208,8 @@ class Kronecker(LinearOperator):
         Args:
             damping: a number ≥ 0.
             method: "pi", `(A + π√λ I)⁻¹ ⊗ (G + √λ/π I)⁻¹` with `π` the root of the ratio of mean eigenvalues
-                (Martens and Grosse 2015, section 6.3); "eigenvalue", exactly `(A ⊗ G + λ I)⁻¹`, the only one
+                (Martens and Grosse 2015, section 6.3), and exactly where `A` is a number (a bias, a norm's
+                scale, a block that is kept whole); "eigenvalue", exactly `(A ⊗ G + λ I)⁻¹`, the only one
                 for an operator in its eigenbasis.
 
         Raises:
@@ -223,8 +230,7 @@ class Kronecker(LinearOperator):
         broken = nonfinite_rows(inverse) if concrete else []
         if broken:
             raise ValueError(
-                f"inverse: with damping={damping}, the blocks of {shown(*broken)} are "
-                "singular; add damping."
+                f"inverse: with damping={damping}, the blocks of {shown(*broken)} are singular; add damping."
             )
         return inverse
 

@@ -208,7 +208,8 @@ class Parameters:
         for (_, leaf), shape, dtype, path in zip(found, shapes, self.dtypes, self.paths, strict=True):
             if jnp.shape(leaf) != shape:
                 raise ValueError(
-                    f"{name} has shape {jnp.shape(leaf)} at {shown(path)}, but the parameter has shape {shape}."
+                    f"{name} has shape {jnp.shape(leaf)} at {shown(path)}, but the parameter has shape "
+                    f"{shape}."
                 )
             arrays.append(self.real(leaf, name).astype(dtype))
         return arrays

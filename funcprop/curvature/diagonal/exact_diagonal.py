@@ -243,7 +243,8 @@ def _traced(
         if not is_array(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
                 f"hessian_diagonal: the parameter {shown(path)} is {leaf!r}, which has no real "
-                "derivative; pass floating-point arrays, leave it out by where=, or give it as a further argument."
+                "derivative; pass floating-point arrays, leave it out by where=, or give it as a further "
+                "argument."
             )
     call = Call.of((params, *args), kwargs, is_array)
 
@@ -254,9 +255,9 @@ def _traced(
     traced = Program.of(flat, *call.values, called=loss)
     results = traced.results
     if [r.shape for r in results] != [()] or not jnp.issubdtype(results[0].dtype, jnp.floating):
-        shown = ", ".join(jax.typeof(r).str_short() for r in results)
+        types = ", ".join(jax.typeof(r).str_short() for r in results)
         raise TypeError(
-            f"hessian_diagonal: the loss returns ({shown}), but a Hessian is that of one real scalar; "
+            f"hessian_diagonal: the loss returns ({types}), but a Hessian is that of one real scalar; "
             "return the mean or the sum over the examples, alone."
         )
     return paths, traced, call.values

@@ -75,9 +75,9 @@ class Rows:
         if group.examples is not None:
             share = share * jnp.sqrt(group.examples)[:, None].astype(g.dtype)
         if reduce:
-            taken = jax.vmap(lambda ids, share: jnp.zeros(self.rows, g.dtype).at[ids].add(share))
+            means = jax.vmap(lambda ids, share: jnp.zeros(self.rows, g.dtype).at[ids].add(share))
             summed = g.sum(2).reshape(-1, g.shape[-1])
-            return Factors((taken(self.ids, share) ** 2).sum(0), contractions.product(summed, summed))
+            return Factors((means(self.ids, share) ** 2).sum(0), contractions.product(summed, summed))
         taken = jnp.zeros(self.rows, g.dtype).at[self.ids.reshape(-1)].add((share**2).reshape(-1))
         flat = g.reshape(-1, g.shape[-1])
         return Factors(taken, contractions.product(flat, flat))
