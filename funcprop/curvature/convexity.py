@@ -35,8 +35,8 @@ def require_convex(what: str, rootless: Any, remedy: str) -> None:
             listed = ", ".join(map(str, broken[:_SHOWN])) + (", …" if broken.size > _SHOWN else "")
             raise ValueError(
                 f"{what}: the loss is not convex in the model's output at {broken.size} of "
-                f"{np.size(rootless)} examples ({listed}), so its Gauss-Newton matrix is indefinite and has no "
-                f"root; {remedy}."
+                f"{np.size(rootless)} examples ({listed}), so its Gauss-Newton matrix is indefinite and has "
+                f"no root; {remedy}."
             )
 
     if rootless is None:

@@ -160,6 +160,21 @@ class Kronecker(LinearOperator):
     blocks: tuple[KroneckerProduct | Eigen, ...]
     parameters: Parameters = field(metadata={"static": True})
 
+    has_mean = True
+
+    def merged(self, other: Any, share: Any) -> Kronecker:
+        """The operator of the factors' means, which is that of all data.
+
+        Raises:
+            ValueError: an operator is in its eigenbasis, which is another for other data.
+        """
+        if any(isinstance(block, Eigen) for block in self.blocks):
+            raise ValueError(
+                "accumulate: a Kronecker operator in its eigenbasis (ekfac, sqrt) has no mean with others; "
+                "use fp.curvature.over(batches)(fp.ekfac(…))(params), which takes two passes."
+            )
+        return self.update(other, 1 - share)
+
     def linear_map(self) -> Callable[[PyTree], PyTree]:
         """Each block by itself."""
         names = self.parameters

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from funcprop.curvature.convexity import REMEDY, require_convex
+from funcprop.curvature.data_set import DataSet
 from funcprop.curvature.example_gradients.entering_parameters import Model
 from funcprop.curvature.example_gradients.gradient_forms import Factors
 from funcprop.curvature.example_gradients.loss_roots import Loss, Losses
@@ -21,8 +23,6 @@ from funcprop.curvature.example_gradients.per_example import (
     programs,
     require_drawn,
     sweep,
-    total_of,
-    weights_of,
 )
 from funcprop.curvature.example_gradients.quantities import (
     EXACT,
@@ -33,7 +33,7 @@ from funcprop.curvature.example_gradients.quantities import (
     SAMPLED,
     Part,
 )
-from funcprop.curvature.examples import loss_of_one, model_of_one
+from funcprop.curvature.examples import loss_of_one, model_of_one, total_of, weights_of
 from funcprop.curvature.kronecker import Eigen, Kronecker, KroneckerProduct
 from funcprop.curvature.likelihood import Likelihood
 from funcprop.operators.parameters import Parameters, Where
@@ -153,6 +153,31 @@ class KroneckerFactors:
         require_convex("kfac", rootless, REMEDY)
         return found
 
+    def over_data(self, data: DataSet, params: Any, *, key: Any = None) -> Kronecker:
+        """The factors of a data set, by one pass."""
+        return self._mean(data, params, key, None, lambda found: found)
+
+    def _mean(
+        self,
+        data: DataSet,
+        params: Any,
+        key: Any,
+        bases: Sequence[Eigen] | None,
+        part: Callable[[Kronecker], Any],
+    ) -> Any:
+        def quantity(x: Any, y: Any = None, weights: Any = None, key: Any = None) -> Any:
+            found, rootless = self.with_rootless(params, x, y, key, weights, bases)
+            broken = jnp.zeros(()) if rootless is None else rootless.any().astype(float)
+            # Where a loss has no root factors are NaN, and that is named below.
+            return broken, jax.tree.map(lambda leaf: jnp.where(broken > 0, 0, leaf), part(found))
+
+        broken, found = data.mean(quantity, key=key).mean
+        if broken > 0:
+            raise ValueError(
+                f"kfac: the loss is not convex in the model's output at some examples; {REMEDY}."
+            )
+        return found
+
     def with_rootless(
         self, params: Any, x: Any, y: Any, key: Any, weights: Any, bases: Sequence[Eigen] | None = None
     ) -> tuple[Kronecker, Any]:
@@ -183,6 +208,19 @@ class EigenFactors(KroneckerFactors):
         plain, rootless = self.with_rootless(params, x, y, key, weights)
         require_convex("ekfac", rootless, REMEDY)
         return self.with_rootless(params, x, y, key, weights, eigenbases(plain))[0]
+
+    def over_data(self, data: DataSet, params: Any, *, key: Any = None) -> Kronecker:
+        """The factors of a data set in their eigenbasis: a pass for it, and one for the eigenvalues."""
+        plain = self._mean(data, params, key, None, lambda found: found)
+        bases = eigenbases(plain)
+        values = self._mean(data, params, key, bases, _values)
+        blocks = [replace(block, values=found) for block, found in zip(bases, values, strict=True)]
+        return replace(plain, blocks=tuple(blocks))
+
+
+def _values(found: Kronecker) -> list[Any]:
+    """The eigenvalues of all blocks."""
+    return [block.values for block in found.blocks if isinstance(block, Eigen)]
 
 
 def eigenbases(factored: Kronecker) -> tuple[Eigen, ...]:

@@ -178,6 +178,18 @@ class Parameters:
         """
         return self.unflatten(self._matching(v, name, self.shapes))
 
+    def flat(self, v: PyTree, name: str) -> Float[Array, " P"]:
+        """`v`, flat or a pytree like the parameters, as a flat vector.
+
+        Raises:
+            ValueError: it has other leaves or shapes.
+        """
+        if not self.is_flat(v):
+            return self.ravel(self.vector(v, name))
+        if jnp.shape(v) != (self.size,):
+            raise ValueError(f"{name} has shape {jnp.shape(v)}, but a flat {name} has shape ({self.size},).")
+        return self.real(v, name).astype(self.dtype)
+
     def columns(self, v: PyTree) -> PyTree | None:
         """`v` as a pytree of columns, or None if it is not one: each leaf with the same extra last axis."""
         leaves, tree = jax.tree.flatten(v)

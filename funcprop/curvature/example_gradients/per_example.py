@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from funcprop.curvature.data_set import DataSet
 from funcprop.curvature.example_gradients.entering_parameters import Model, Study, route
 from funcprop.curvature.example_gradients.loss_roots import Loss, Losses, LossRoot, root_of
 from funcprop.curvature.example_gradients.measurement import Sweep
@@ -23,15 +24,17 @@ from funcprop.curvature.example_gradients.quantities import (
     ALIASES,
     EXACT,
     GRADIENT,
+    MEANS_OF,
+    OF_MEANS,
     QUANTITIES,
+    ROWS,
     SAMPLED,
     VALUE,
     Part,
 )
-from funcprop.curvature.examples import loss_of_one, model_of_one
+from funcprop.curvature.examples import loss_of_one, model_of_one, total_of, weights_of
 from funcprop.curvature.likelihood import Likelihood, likelihood_of
 from funcprop.graph.graph import aligned
-from funcprop.operators.convergence import is_traced
 from funcprop.operators.parameters import Parameters, Where, single_at_least
 from funcprop.operators.subset import restricted
 from funcprop.program.call import in_order, require_values
@@ -106,6 +109,34 @@ class PerExample:
     ) -> dict[str, Any]:
         """The quantities, each a pytree like `params` but for `gram`, `ntk` and `value`."""
         return self.with_rootless(params, x, y, quantities, key, weights)[0]
+
+    def over_data(
+        self, data: DataSet, params: Any, quantities: Collection[str], key: Any = None
+    ) -> dict[str, Any]:
+        """The quantities of a data set: a pass for all means, and one for what has a row for each example."""
+        names = _checked(quantities)
+        pairs = [name for name in names if QUANTITIES.get(name) and QUANTITIES[name].whole]
+        if pairs:
+            raise ValueError(
+                f"per_example: {pairs[0]!r} is of all pairs of examples, which are in different minibatches; "
+                "ask for it of one batch."
+            )
+        rows = {name for name in names if name in ROWS}
+        means = {part for name in names if name not in ROWS for part in MEANS_OF.get(name, (name,))}
+
+        def asked(wanted: Collection[str]) -> Any:
+            def quantity(x: Any, y: Any = None, weights: Any = None, key: Any = None) -> Any:
+                found = self(params, x, y, sorted(wanted), key, weights=weights)
+                return {name: found[name] for name in sorted(wanted)}
+
+            return quantity
+
+        found = data.mean(asked(means), key=key).mean if means else {}
+        found |= data.rows(asked(rows), key=key) if rows else {}
+        for name in names:
+            if name in MEANS_OF:
+                found[name] = jax.tree.map(OF_MEANS[name], *(found[part] for part in MEANS_OF[name]))
+        return {asked: found[name] for asked, name in zip(quantities, names, strict=True)}
 
     def with_rootless(
         self, params: Any, x: Any, y: Any, quantities: Collection[str], key: Any, weights: Any
@@ -343,34 +374,6 @@ def batch_size(x: Any, y: Any) -> int:
             f"per_example: the leading axis of x and y is the examples, but {listed or 'x is empty'}."
         )
     return next(iter(sizes.values()))
-
-
-def weights_of(weights: Any, size: int, of: str) -> Any:
-    """The weights of examples as an array, or None.
-
-    Raises:
-        ValueError: there is not one number ≥ 0 for each example.
-    """
-    if weights is None:
-        return None
-    weights = jnp.asarray(weights)
-    if weights.shape != (size,):
-        raise ValueError(
-            f"{of}: weights have shape {weights.shape}, but there are {size} examples; give one number for "
-            "each, 0 for padding."
-        )
-    weights = weights.astype(single_at_least(jnp.result_type(weights, float)))
-    if not is_traced(weights) and not bool((weights >= 0).all()):
-        raise ValueError(f"{of}: weights={weights}; they must be numbers ≥ 0.")
-    return weights
-
-
-def total_of(weights: Any, size: int) -> Any:
-    """What a sum over examples is divided by; 1 where nothing counts, so that their mean is 0."""
-    if weights is None:
-        return size
-    total = weights.sum()
-    return jnp.where(total > 0, total, 1)
 
 
 def require_drawn(samples: int) -> int:
