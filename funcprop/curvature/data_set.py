@@ -46,9 +46,10 @@ class DataSet:
     progress: Progress
     state: Accumulated | None
 
-    def first(self) -> tuple[Any, ...]:
-        """The arguments of the first minibatch."""
-        return next(iter(self.loader.visit("the first minibatch"))).arguments
+    @functools.cached_property
+    def first(self) -> Minibatch:
+        """The first minibatch, whose types say what is made of all."""
+        return next(iter(self.loader.visit("the first minibatch")))
 
     def mean(self, quantity: Callable[..., PyTree], *, key: Any = None) -> Total:
         """The mean of `quantity(*batch)`, by one pass; with `weights=` and `key=` if there are any."""
@@ -83,8 +84,7 @@ class DataSet:
                 "over: state= continues a mean over the data, but every product of an operator is a pass of "
                 "its own; leave it out, and give solve() the last solution as start=."
             )
-        first = next(iter(self.loader.visit("the first minibatch")))
-        made = jax.eval_shape(lambda: applied(factory, first.data, **_options(key, 1)))
+        made = jax.eval_shape(lambda: applied(factory, self.first.data, **_options(key, 1)))
         return DataOperator(OperatorOfMinibatch(self, factory, key), made.parameters)
 
     def of(self, factory: Callable[..., Any], params: PyTree, more: Any, options: dict[str, Any]) -> Any:
@@ -94,8 +94,7 @@ class DataSet:
         def at(*arguments: Any, **given: Any) -> Any:
             return factory(params, *arguments, *more, **options, **given)
 
-        first = next(iter(self.loader.visit("the first minibatch")))
-        made = jax.eval_shape(lambda: applied(at, first.data, **_options(key, 1)))
+        made = jax.eval_shape(lambda: applied(at, self.first.data, **_options(key, 1)))
         if isinstance(made, LinearOperator) and not made.has_mean:
             return self.operator(at, key=key)
         return self.mean(at, key=key).mean

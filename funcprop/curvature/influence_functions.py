@@ -301,7 +301,7 @@ class InfluenceOf:
         operator = self.curvature
         if operator is None:
             operator = data.operator(self._hessian(loss, penalty, chosen))
-        return self._found(loss, chosen, data.first(), training, operator)
+        return self._found(loss, chosen, data.first.arguments, training, operator)
 
     def _of_chosen(self, params: PyTree) -> tuple[Loss, Loss | None, PyTree]:
         """Loss and regularizer as functions of the chosen parameters, and these."""

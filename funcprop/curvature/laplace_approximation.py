@@ -73,7 +73,7 @@ class LaplaceApproximation:
         def operator(x: Any, y: Any, weights: Any = None) -> LinearOperator:
             return self._operator(point, x, weights)
 
-        total, x = data.mean(fit), data.first()[0]
+        total, x = data.mean(fit), data.first.arguments[0]
         return self._posterior(point, total.mean, total.weight, x, lambda: data.operator(operator))
 
     def _point(self, params: PyTree) -> Point:

@@ -119,8 +119,8 @@ def _solve(
     scaled = b / unit
     length = jnp.linalg.norm(scaled)
     right = scaled if start is None else scaled - apply(start / unit)
-    problem = Problem(apply, precondition, tolerance * jax.lax.stop_gradient(length), most, loop)
-    x = SOLVERS[method](problem, right)
+    system = LinearSystem(apply, precondition, tolerance * jax.lax.stop_gradient(length), most, loop)
+    x = SOLVERS[method](system, right)
     x = x if start is None else x + start / unit
     residual = jnp.linalg.norm(apply(x) - scaled)
     return unit * x, unit * residual, unit * length
@@ -151,7 +151,7 @@ def _while(unfinished: Callable[[Any], Any], step: Callable[[Any], Any], state: 
     return state
 
 
-class Problem(NamedTuple):
+class LinearSystem(NamedTuple):
     """A linear system but for its right side; `enough` is the residual to end at, `loop` iterates."""
 
     apply: Apply
@@ -160,7 +160,7 @@ class Problem(NamedTuple):
     most: int
     loop: Loop
 
-    def solution(self, b: Array, iterate: Callable[[Problem, Array], Array]) -> Array:
+    def solution(self, b: Array, iterate: Callable[[LinearSystem, Array], Array]) -> Array:
         """The solution for `b`; where all is traced, it is differentiated as a solution is, not as a loop."""
         if self.loop is _while:
             return iterate(self, b)
@@ -171,34 +171,34 @@ class Problem(NamedTuple):
         return jax.lax.custom_linear_solve(self.apply, b, solved, symmetric=True)
 
 
-def conjugate_gradients(problem: Problem, b: Array) -> Array:
+def conjugate_gradients(system: LinearSystem, b: Array) -> Array:
     """The x in the Krylov space of smallest error in the norm of `A`, which is positive definite.
 
     Reference: Hestenes and Stiefel, "Methods of conjugate gradients for solving linear systems", Journal of
     Research of the National Bureau of Standards 1952.
     """
-    return problem.solution(b, _conjugate_gradients)
+    return system.solution(b, _conjugate_gradients)
 
 
-def _conjugate_gradients(problem: Problem, b: Array) -> Array:
+def _conjugate_gradients(system: LinearSystem, b: Array) -> Array:
     def unfinished(state: Any) -> Any:
         _, residual, _, _, k = state
-        return (jnp.linalg.norm(residual) > problem.enough) & (k < problem.most)
+        return (jnp.linalg.norm(residual) > system.enough) & (k < system.most)
 
     def step(state: Any) -> Any:
         x, residual, direction, squared, k = state
-        turned = problem.apply(direction)
+        turned = system.apply(direction)
         length = squared / (direction @ turned)
         residual = residual - length * turned
-        inner = problem.precondition(residual)
+        inner = system.precondition(residual)
         following = residual @ inner
         return x + length * direction, residual, inner + following / squared * direction, following, k + 1
 
-    first = problem.precondition(b)
-    return problem.loop(unfinished, step, (jnp.zeros_like(b), b, first, b @ first, 0))[0]
+    first = system.precondition(b)
+    return system.loop(unfinished, step, (jnp.zeros_like(b), b, first, b @ first, 0))[0]
 
 
-def minres(problem: Problem, b: Array) -> Array:
+def minres(system: LinearSystem, b: Array) -> Array:
     """The x in the Krylov space of smallest residual; for symmetric operators of any signs.
 
     It ends at a small residual in the norm that conjugate gradients end at, not in the preconditioner's; or
@@ -208,11 +208,11 @@ def minres(problem: Problem, b: Array) -> Array:
     Reference: Paige and Saunders, "Solution of sparse indefinite systems of linear equations", SIAM Journal
     on Numerical Analysis 1975; the recurrences and their names are theirs.
     """
-    return problem.solution(b, _minres)
+    return system.solution(b, _minres)
 
 
-def _minres(problem: Problem, b: Array) -> Array:
-    apply, precondition = problem.apply, problem.precondition
+def _minres(system: LinearSystem, b: Array) -> Array:
+    apply, precondition = system.apply, system.precondition
     y = precondition(b)
     size = jnp.linalg.norm(b)
     first = jnp.sqrt(b @ y)
@@ -221,7 +221,7 @@ def _minres(problem: Problem, b: Array) -> Array:
 
     def unfinished(state: Any) -> Any:
         left = jnp.linalg.norm(state["residual"])
-        return (left > problem.enough) & (state["beta"] > 0) & (state["k"] < problem.most) & ~state["lost"]
+        return (left > system.enough) & (state["beta"] > 0) & (state["k"] < system.most) & ~state["lost"]
 
     def step(s: Any) -> Any:
         v = s["y"] / s["beta"]
@@ -258,7 +258,7 @@ def _minres(problem: Problem, b: Array) -> Array:
     numbers = {"previous": first, "beta": first, "epsilon": zero, "delta": zero, "c": zero - 1, "s": zero}
     others = {"phibar": first, "norm": zero, "k": 0, "lost": jnp.asarray(False)}
     start: dict[str, Any] = vectors | numbers | others
-    return problem.loop(unfinished, step, start)["x"]
+    return system.loop(unfinished, step, start)["x"]
 
 
 # The residual of conjugate gradients is never smaller, and their steps mean nothing where A is indefinite.

@@ -39,7 +39,7 @@ def require_arguments(optimizer: str, given: Mapping[str, Any], *names: str) -> 
     return [given[name] for name in names]
 
 
-class Part:
+class MovedPart:
     """The part of the parameters that an optimizer moves; the others stay as they are."""
 
     def __init__(self, params: Any, where: Where | None) -> None:

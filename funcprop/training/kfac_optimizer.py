@@ -18,7 +18,7 @@ from funcprop.operators.parameters import Where
 from funcprop.operators.solvers import require_damping
 from funcprop.rules.rule_set import RuleSet
 from funcprop.training.diagonal import scale_by_diagonal
-from funcprop.training.extra import Part, require_arguments, require_whole
+from funcprop.training.extra import MovedPart, require_arguments, require_whole
 
 
 class KFACState(NamedTuple):
@@ -125,7 +125,7 @@ def kfac(
 
         due = state.updates % every == 0
         average, inverse = jax.lax.cond(due, renewed, lambda _: (state.average, state.inverse), None)
-        part = Part(params, where)
+        part = MovedPart(params, where)
         moved = part.with_zeros(inverse.linear_map()(part.of(updates)), updates)
         return moved, KFACState(state.updates + 1, key, average, inverse)
 
@@ -196,14 +196,14 @@ def gauss_newton_diagonal(
         found, rootless = quantities.with_rootless(params, x, y, {names[kind]}, key, None)
         require_convex("gauss_newton_diagonal", rootless, REMEDY)
         # Of what does not move nothing is divided.
-        return Part(params, where).with_zeros(found[names[kind]], params)
+        return MovedPart(params, where).with_zeros(found[names[kind]], params)
 
     scaling = scale_by_diagonal(diagonal, damping=damping, decay=decay, every=every)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, Any]:
         require_arguments("gauss_newton_diagonal", {"params": params, **extra}, "batch")
         require_whole("gauss_newton_diagonal", params)
-        part = Part(params, where)
+        part = MovedPart(params, where)
         scaled, state = scaling.update(updates, state, params, **extra, updates_so_far=state.updates)
         return part.with_zeros(part.of(scaled), updates), state
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from funcprop.curvature.hessian_operator import hessian
 from funcprop.operators.parameters import Where, single_at_least
 from funcprop.operators.solvers import require_damping
-from funcprop.training.extra import Part, chosen_arguments, require_arguments, require_whole
+from funcprop.training.extra import MovedPart, chosen_arguments, require_arguments, require_whole
 
 # Martens, section 4.1: beyond these ratios the damping changes.
 _POOR, _GOOD = 0.25, 0.75
@@ -116,7 +116,7 @@ def newton_cg(
             operator = hessian(value_fn, where=where)(params, **chosen_arguments(value_fn, extra))
         else:
             operator = curvature(params, **chosen_arguments(curvature, extra))
-        part, like, apply = Part(params, where), updates, operator.linear_map()
+        part, like, apply = MovedPart(params, where), updates, operator.linear_map()
         updates, grad = _wide(part.of(updates)), _wide(part.of(grad))
         narrow = part.of(params)
 
