@@ -261,7 +261,7 @@ def test_errors() -> None:
         over(batches())(fp.kfac(model, bent, kind="exact"))(PARAMS)
     with pytest.raises(ValueError, match=r"ggn: weights have shape \(3,\), but there are 21 examples"):
         factory(PARAMS, X, Y, weights=jnp.ones(3))
-    with pytest.raises(ValueError, match=r"ggn: weights=.* they must be numbers ≥ 0"):
+    with pytest.raises(ValueError, match=r"ggn: a weight is -0\.97.*, but weights are numbers ≥ 0"):
         factory(PARAMS, X, Y, weights=-WEIGHTS)
     with pytest.raises(ValueError, match="with batched=True the loss is of a whole batch; weigh"):
         fp.ggn(jax.vmap(model, (None, 0)), squared, batched=True)(PARAMS, X, Y, weights=WEIGHTS)

@@ -84,7 +84,8 @@ class DataSet:
                 "over: state= continues a mean over the data, but every product of an operator is a pass of "
                 "its own; leave it out, and give solve() the last solution as start=."
             )
-        made = jax.eval_shape(lambda: applied(factory, self.first.data, **_options(key, 1)))
+        data = self.first.data
+        made = jax.eval_shape(lambda: applied(factory, data, **_options(key, 1)))
         return DataOperator(OperatorOfMinibatch(self, factory, key), made.parameters)
 
     def of(self, factory: Callable[..., Any], params: PyTree, more: Any, options: dict[str, Any]) -> Any:
@@ -94,7 +95,8 @@ class DataSet:
         def at(*arguments: Any, **given: Any) -> Any:
             return factory(params, *arguments, *more, **options, **given)
 
-        made = jax.eval_shape(lambda: applied(at, self.first.data, **_options(key, 1)))
+        data = self.first.data
+        made = jax.eval_shape(lambda: applied(at, data, **_options(key, 1)))
         if isinstance(made, LinearOperator) and not made.has_mean:
             return self.operator(at, key=key)
         return self.mean(at, key=key).mean

@@ -80,7 +80,9 @@ def weights_of(weights: Any, size: int, of: str) -> Any:
         )
     weights = weights.astype(single_at_least(jnp.result_type(weights, float)))
     if not is_traced(weights) and not bool((weights >= 0).all()):
-        raise ValueError(f"{of}: weights={weights}; they must be numbers ≥ 0.")
+        raise ValueError(
+            f"{of}: a weight is {weights.min()}, but weights are numbers ≥ 0; give 0 for padding."
+        )
     return weights
 
 
