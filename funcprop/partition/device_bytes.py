@@ -60,6 +60,7 @@ def peak_of(
     reduced: Mapping[Any, tuple[str, ...]] | None = None,
     donated: Sequence[bool] = (),
     forward_until: Any = None,
+    handed_on: bool = False,
 ) -> DeviceBytes:
     """Estimate the peak of a flat program.
 
@@ -70,12 +71,14 @@ def peak_of(
         reduced: the variables that are all-reduced when they are made, with the axes of the mesh.
         donated: which inputs may be overwritten by results of their size.
         forward_until: the variable with which the forward sweep ends.
+        handed_on: whether the results are read by more of the same program, and not handed back.
     """
     lowered = Lowered(jaxpr, size_of, reduced or {})
     jaxpr, size_of = lowered.jaxpr, lowered.bytes_of
     buffers = _Buffers(jaxpr, size_of, lowered.reduced)
     order = _ordered(buffers.nodes())
-    return _sweep(jaxpr, buffers, order, purposes, donated or [False] * len(jaxpr.invars), forward_until)
+    donated = donated or [False] * len(jaxpr.invars)
+    return _sweep(jaxpr, buffers, order, purposes, donated, forward_until, handed_on)
 
 
 class Lowered:
@@ -220,8 +223,14 @@ class _Buffers:
             else:
                 for v in {self.root(v): None for v in _jax.variables(eqn.invars)}:
                     self.readers[v].append(eqn)
+        self.behind = {
+            result: v
+            for eqn in jaxpr.eqns
+            if eqn.primitive.name == "optimization_barrier"
+            for v, result in zip(eqn.invars, eqn.outvars, strict=True)
+        }
         self.read_whole = self._read_whole()
-        self.results = {self.root(v) for v in _jax.variables(jaxpr.outvars)}
+        self.results = {self._origin(v) for v in _jax.variables(jaxpr.outvars)}
         self.sources: dict[Any, frozenset[Any]] = {}
 
         self._within = self._initial_values_of_results()
@@ -237,13 +246,20 @@ class _Buffers:
                         found |= {v} if v in self.made and len(self.readers[self.root(v)]) == 1 else set()
         return found
 
+    def _origin(self, v: Any) -> Any:
+        """The variable whose buffer a result is, before views and barriers."""
+        v = self.root(v)
+        while v in self.behind and not isinstance(self.behind[v], _jax.Literal):
+            v = self.root(self.behind[v])
+        return v
+
     def root(self, v: Any) -> Any:
         """The variable whose buffer a view looks at."""
         return self.alias.get(v, v)
 
     def bytes_of(self, v: Any) -> int:
         """Bytes of a variable's own buffer."""
-        return 0 if v in self._within else self.size_of(v)
+        return 0 if v in self._within or v in self.behind else self.size_of(v)
 
     def _is_view(self, eqn: Any) -> bool:
         name = eqn.primitive.name
@@ -291,6 +307,16 @@ class _Buffers:
                         found.add(v)
         return found
 
+    def _looked_at(self, eqn: Any) -> list[Any]:
+        """The variables that an equation reads; what is behind a barrier is where it was before, too."""
+        found: list[Any] = []
+        for v in map(self.root, _jax.variables(eqn.invars)):
+            found.append(v)
+            while v in self.behind and not isinstance(self.behind[v], _jax.Literal):
+                v = self.root(self.behind[v])
+                found.append(v)
+        return found
+
     def nodes(self) -> list[_Node]:
         """The nodes in the order of the jaxpr; what is fused is a part of those that read it."""
         found: list[_Node] = []
@@ -301,7 +327,7 @@ class _Buffers:
                 continue
             reads: set[Any] = set()
             exact: set[Any] = set()
-            for v in map(self.root, _jax.variables(eqn.invars)):
+            for v in self._looked_at(eqn):
                 if v in fused:
                     reads |= fused[v][0]
                     exact |= fused[v][1] if facts_of(eqn).elementwise else set()
@@ -418,6 +444,7 @@ def _sweep(
     purposes: Sequence[str],
     donated: Sequence[bool],
     forward_until: Any,
+    handed_on: bool,
 ) -> DeviceBytes:
     """Walk through the nodes, and keep the largest number of bytes with its purposes."""
     size = lambda v: buffers.bytes_of(v.whole if isinstance(v, _Partial) else v)  # noqa: E731
@@ -426,6 +453,9 @@ def _sweep(
         for v in node.reads:
             last[v] = t
     results = buffers.results
+    if handed_on:
+        last.update(dict.fromkeys(results, len(order)))
+        results = set()
     given: dict[str, int] = dict.fromkeys(PURPOSES, 0)
     inputs = set(jaxpr.invars)
     for v, purpose in zip(jaxpr.invars, purposes, strict=True):

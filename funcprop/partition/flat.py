@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from funcprop import _jax
@@ -54,6 +55,8 @@ def _renewed(jaxpr: Any, opens: Callable[[Any], bool]) -> tuple[Any, list[Any]]:
                 closed_over = [_jax.Var(v.aval) for v in opened.constvars]
                 captured.extend(closed_over)
                 consts.extend(_jax.constants(called))
+                if eqn.params.get("differentiated") and eqn.params.get("prevent_cse"):
+                    operands = _behind_barrier(equations, eqn, operands, stack)
                 results = body(opened, [*closed_over, *operands[: len(opened.invars)]], stack)
             else:
                 results = [_jax.Var(v.aval) for v in eqn.outvars]
@@ -68,6 +71,19 @@ def _renewed(jaxpr: Any, opens: Callable[[Any], bool]) -> tuple[Any, list[Any]]:
     results = body(jaxpr, inputs, None)
     variables = [*inputs[:count], *captured, *inputs[count:]]
     return _jax.jaxpr_of(equations, variables, results, "flat"), consts
+
+
+def _behind_barrier(equations: list[Any], eqn: Any, operands: list[Any], stack: Any) -> list[Any]:
+    """What a checkpoint that is computed again reads: the same values, which the compiler takes for others."""
+    places = [i for i, v in enumerate(operands) if not isinstance(v, _jax.Literal)]
+    types = [jax.ShapeDtypeStruct(operands[i].aval.shape, operands[i].aval.dtype) for i in places]
+    (barrier,) = _jax.open_jaxpr(jax.make_jaxpr(jax.lax.optimization_barrier)(types)).eqns
+    results = [_jax.Var(operands[i].aval) for i in places]
+    where = eqn.source_info.replace(name_stack=stack)
+    invars = [operands[i] for i in places]
+    equations.append(barrier.replace(invars=invars, outvars=results, source_info=where))
+    renamed = dict(zip(places, results, strict=True))
+    return [renamed.get(i, v) for i, v in enumerate(operands)]
 
 
 def _renewed_body(nested: Any, opens: Callable[[Any], bool]) -> Any:

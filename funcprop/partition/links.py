@@ -94,6 +94,10 @@ _MAKERS = frozenset(
 
 
 def _elementwise(eqn: Any, found: Links) -> None:
+    if len(eqn.outvars) > 1:
+        for v, result in zip(eqn.invars, eqn.outvars, strict=True):  # A barrier: each is its own.
+            found.together(v, result)
+        return
     for result in eqn.outvars:
         for v in eqn.invars:
             if rank(v):

@@ -89,10 +89,12 @@ class ShardedProgram:
     def gradient(self, mesh: Mesh) -> Callable[..., Any]:
         """Value and gradient of split parameters and batch; the gradient is split as they are."""
         specs = self._specs(self.problem.shapes[0])
-        loss = jax.shard_map(
-            self.local_loss, mesh=mesh, in_specs=(specs, self._batch_specs), out_specs=PartitionSpec()
+        return jax.shard_map(
+            jax.value_and_grad(self.local_loss),
+            mesh=mesh,
+            in_specs=(specs, self._batch_specs),
+            out_specs=(PartitionSpec(), specs),
         )
-        return jax.value_and_grad(loss)
 
     def jitted(self, devices: Sequence[Any], optimizer: Any, gradient_only: bool = False) -> tuple[Any, tuple[Any, ...]]:
         """The program as a jitted function, and the layouts of its arguments."""
@@ -123,3 +125,46 @@ class ShardedProgram:
         shapes = (params, batch) if optimizer is None else (params, self.problem.state_shapes(optimizer), batch)
         placed = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, ins)
         return fun.lower(*placed).compile()
+
+    @cached_property
+    def _local(self) -> Any:
+        """The flat program of loss and gradient on one device."""
+        mesh = jax.sharding.AbstractMesh((self.parts,), (DATA,), axis_types=(jax.sharding.AxisType.Auto,))
+        closed = jax.make_jaxpr(self.gradient(mesh))(*self.problem.shapes)
+        (eqn,) = [e for e in _jax.open_jaxpr(closed).eqns if e.primitive.name == "shard_map"]
+        (_, body), *_ = _jax.sub_jaxprs(eqn)
+        return flat_jaxpr(body)
+
+    @cached_property
+    def predicted_bytes(self) -> DeviceBytes:
+        """The peak of one device."""
+        jaxpr, count = self._local, len(self.places)
+        purposes = ["parameters"] * count + ["batch"] * (len(jaxpr.invars) - count)
+        has_optimizer = self.problem.optimizer is not None
+        found = peak_of(jaxpr, purposes, forward_until=jaxpr.outvars[0], handed_on=has_optimizer)
+        state = self._state_bytes
+        return DeviceBytes({**found.by_purpose, **({"optimizer state": state} if state else {})})
+
+    @property
+    def _state_bytes(self) -> int:
+        if self.problem.optimizer is None:
+            return 0
+        leaves = jax.tree.leaves(self.problem.state_shapes(self.problem.optimizer))
+        return sum(nbytes(x) // (1 if self._place(x) is None else self.parts) for x in leaves)
+
+    @cached_property
+    def predicted_traffic(self) -> list[Collective]:
+        """The collectives of one step: what is gathered twice, and scattered once."""
+        kinds = {"all_gather": "all-gather", "reduce_scatter": "reduce-scatter"}
+        kinds |= dict.fromkeys(("psum", "psum_invariant", "pmax", "pmin"), "all-reduce")
+        return [
+            Collective(kinds[eqn.primitive.name], nbytes(v), f"{_jax.scope(eqn)}/{eqn.primitive.name}")
+            for eqn in self._local.eqns
+            if eqn.primitive.name in kinds
+            for v in eqn.outvars
+        ]
+
+    @cached_property
+    def flops(self) -> int:
+        """Operations of one device in one step, with those that are done again."""
+        return of_jaxpr(self._local)
