@@ -8,7 +8,7 @@ and the copies are made anew from what the owner's optimizer has updated.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -70,8 +70,7 @@ class PipelinedProgram:
     def stages(self) -> list[StageProgram]:
         """The programs."""
         return [
-            StageProgram(segment, s == self.count - 1, self.problem.rules, self.recompute)
-            for s, segment in enumerate(self.segments)
+            StageProgram(segment, self.problem.rules, self.recompute) for segment in self.segments
         ]
 
     @cached_property
@@ -105,10 +104,22 @@ class PipelinedProgram:
         return jax.tree.leaves(self.problem.shapes[0]), jax.tree.leaves(self.microbatch)
 
     @cached_property
+    def _one_replica(self) -> PipelinedProgram:
+        """The same pipeline of one device's examples."""
+        if self.replicas == 1:
+            return self
+        return replace(self, microbatches=self.microbatches * self.replicas, replicas=1)
+
+    @cached_property
     def stage_bytes(self) -> list[DeviceBytes]:
         """The peak of the devices of each place."""
-        saved = [stage.saved_bytes(*self._leaves) // self.replicas for stage in self.stages]
-        extra = [stage.extra_bytes(*self._leaves) // self.replicas for stage in self.stages]
+        one = self._one_replica
+        leaves = one._leaves
+        saved = [stage.saved_bytes(*leaves) for stage in one.stages]
+        extra = [stage.extra_bytes(*leaves) for stage in one.stages]
+        if self.replicas > 1:  # The sums of gradients before and after the all-reduce.
+            weights = [sum(nbytes(leaves[0][i]) for i in segment.params) for segment in one.segments]
+            extra = [n + w for n, w in zip(extra, weights, strict=True)]
         return self.bytes_with(saved, extra)
 
     def bytes_with(self, saved: Sequence[int], extra: Sequence[int]) -> list[DeviceBytes]:
@@ -231,21 +242,23 @@ class RunningPipeline:
             if task.sweep == "F":
                 examples = [self._example(s, parts[m][i], places[i]) for i in segment.batch]
                 inputs = [self._to(s, x) for x in handed.pop(("F", s - 1, m), [])]
-                outputs, saved[s, m] = stage.forward(held[s], examples, inputs)
+                outputs, kept = stage.forward(held[s], examples, inputs)
+                saved[s, m] = kept, examples, inputs
                 if s == last:
                     weight = jax.device_put(jnp.asarray(weights[m], outputs[0].dtype), replicated(self._mesh[s]))
                     losses.append(weight * outputs[0])
                     handed["B", s, m] = [weight]
                 else:
                     handed["F", s, m] = outputs
-                del inputs, outputs, examples
+                del inputs, outputs, examples, kept
             else:
                 sent = handed.pop(("B", s, m))
                 sent = sent if s == last else self._cotangents(s, sent)
-                total[s], sent = stage.backward(total[s], saved.pop((s, m)), sent, held[s])
+                kept, examples, inputs = saved.pop((s, m))
+                total[s], sent = stage.backward(total[s], kept, sent, held[s], examples, inputs)
                 if s:
                     handed["B", s - 1, m] = sent
-                del sent
+                del sent, kept, examples, inputs
             if watch is not None:
                 watch(task)
         return sum(losses[1:], losses[0]), self._added(leaves, total)
@@ -318,10 +331,10 @@ class RunningPipeline:
             forward = lowered.compile()
             outputs, pull = jax.tree.map(lambda x, sharding: at(x, sharding), lowered.out_info, forward.output_shardings)
             shapes = [(x, x.sharding.spec) for x in outputs]
-            backward = stage.backward.lower(params, pull, outputs, params).compile()
+            backward = stage.backward.lower(params, pull, outputs, params, examples, inputs).compile()
             fields = _jax.memory_fields(forward), _jax.memory_fields(backward)
             handed = sum(nbytes(x) for x in outputs) // program.replicas
-            received = sum(nbytes(x) for x in inputs) // program.replicas
+            received = sum(nbytes(x) for x in [*examples, *inputs]) // program.replicas
             saved.append(fields[0]["output"] - handed + received)
             new = fields[1]["output"] - fields[1]["alias"]
             extra.append(max(fields[0]["temporary"] + handed, fields[1]["temporary"] + new))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import Partial
 
 from funcprop import _jax
 from funcprop.partition.device_bytes import flat_jaxpr, peak_of
@@ -27,13 +28,12 @@ from funcprop.rules.running import with_rules
 class StageProgram:
     """A segment of a loss on the devices of one stage.
 
-    `forward(params, batch, inputs) -> outputs, saved` and
-    `backward(total, saved, cotangents, params) -> total, cotangents of inputs`, in which the gradients are
-    added to `total`. With `recompute` only the inputs are saved, and the segment is run again.
+    `forward(params, batch, inputs) -> outputs, saved` and `backward(total, saved, cotangents, params, batch,
+    inputs) -> total, cotangents of inputs`, in which the gradients are added to `total`. `saved` is the pullback
+    without what it was given; with `recompute` it is empty, and the segment is run again.
     """
 
     segment: Segment
-    is_last: bool
     rules: RuleSet | None
     recompute: bool
 
@@ -41,14 +41,22 @@ class StageProgram:
     def _run(self) -> Callable[..., Any]:
         return with_rules(self.segment.run, rules=self.rules)
 
+    def _pullback(self, params: Any, batch: Any, inputs: Any) -> Any:
+        return jax.vjp(lambda params, inputs: self._run(params, batch, inputs), params, inputs)
+
     @cached_property
     def forward(self) -> Any:
         """The forward sweep, jitted."""
 
         def forward(params: Any, batch: Any, inputs: Any) -> Any:
             if self.recompute:
-                return self._run(params, batch, inputs), (batch, inputs)
-            return jax.vjp(lambda params, inputs: self._run(params, batch, inputs), params, inputs)
+                return self._run(params, batch, inputs), Partial(_again)
+            outputs, pull = self._pullback(params, batch, inputs)
+            given = [*params, *batch, *inputs]
+            leaves, tree = jax.tree.flatten(pull)
+            places = tuple(next((i for i, x in enumerate(given) if x is leaf), None) for leaf in leaves)
+            kept = [leaf for leaf, place in zip(leaves, places, strict=True) if place is None]
+            return outputs, Partial(partial(_rebuilt, tree, places), kept)
 
         return jax.jit(forward)
 
@@ -56,13 +64,13 @@ class StageProgram:
     def backward(self) -> Any:
         """The backward sweep, jitted; it overwrites the sum of gradients."""
 
-        def backward(total: Any, saved: Any, cotangents: Any, params: Any) -> Any:
-            pull = saved
+        def backward(total: Any, saved: Any, cotangents: Any, params: Any, batch: Any, inputs: Any) -> Any:
             if self.recompute:
-                batch, inputs = saved
-                _, pull = jax.vjp(lambda params, inputs: self._run(params, batch, inputs), params, inputs)
+                _, pull = self._pullback(params, batch, inputs)
+            else:
+                pull = saved([*params, *batch, *inputs])
             grads, sent = pull(cotangents)
-            return jax.tree.map(jnp.add, total, grads), [x for x in sent if _is_number(x)]
+            return jax.tree.map(jnp.add, total, grads), [x for x in sent if x.dtype != jax.dtypes.float0]
 
         return jax.jit(backward, donate_argnums=0)
 
@@ -72,39 +80,37 @@ class StageProgram:
         return *own, list(self.segment.inputs)
 
     def saved_bytes(self, params: Sequence[Any], batch: Sequence[Any]) -> int:
-        """Bytes of one microbatch between its two sweeps, besides parameters."""
+        """Bytes of one microbatch between its two sweeps: what the stage read, and what it made for later."""
         given = self.types(params, batch)
-        jaxpr = _jax.open_jaxpr(jax.make_jaxpr(self.forward)(*given))
-        (eqn,) = [e for e in jaxpr.eqns if e.primitive.name == _jax.JIT]
-        names = dict(zip(eqn.outvars, _jax.open_jaxpr(next(b for _, b in _jax.sub_jaxprs(eqn))).outvars, strict=True))
-        weights = set(jaxpr.invars[: len(given[0])])
-        count = len(self.segment.outputs)
-        held = {v for v in _jax.variables(jaxpr.outvars[count:]) if v not in weights}
-        return sum(nbytes(v) for v in held) if names else 0
+        _, saved = jax.eval_shape(self.forward, *given)
+        return sum(map(nbytes, jax.tree.leaves((saved, given[1:]))))
 
     def extra_bytes(self, params: Sequence[Any], batch: Sequence[Any]) -> int:
         """Bytes that a sweep needs besides what it reads, is saved, and is added up: the larger of the two."""
         given = self.types(params, batch)
         _, saved = jax.eval_shape(self.forward, *given)
         cotangents = list(self.segment.outputs)
-        programs = (
-            (self.forward, given, ()),
-            (self.backward, (given[0], saved, cotangents, given[0]), range(len(given[0]))),
-        )
-        most = 0
-        for fun, arguments, donated in programs:
-            jaxpr = flat_jaxpr(jax.make_jaxpr(fun)(*arguments))
-            count = len(jaxpr.invars)
-            found = peak_of(jaxpr, ["batch"] * count, donated=[i in donated for i in range(count)])
-            extra = found.total - sum(map(nbytes, jaxpr.invars))
-            if fun is self.forward:
-                extra -= sum(nbytes(v) for v in {*_jax.variables(jaxpr.outvars[len(cotangents) :])} - {*jaxpr.invars})
-            most = max(most, extra)
-        return most
+        made = sum(map(nbytes, jax.tree.leaves(saved)))
+        forward = _extra(self.forward, given, 0) - made
+        return max(forward, _extra(self.backward, (given[0], saved, cotangents, *given), len(given[0])))
 
 
-def _is_number(x: Any) -> bool:
-    return x.dtype != jax.dtypes.float0
+def _again(given: Any) -> Any:
+    raise AssertionError("a stage that is run again has no pullback")
+
+
+def _rebuilt(tree: Any, places: Sequence[int | None], kept: Sequence[Any], given: Sequence[Any]) -> Any:
+    """A pullback from what was kept of it and what it had been given."""
+    rest = iter(kept)
+    return jax.tree.unflatten(tree, [next(rest) if place is None else given[place] for place in places])
+
+
+def _extra(fun: Any, arguments: Any, donated: int) -> int:
+    """The peak of a program without its arguments, of which the first may be overwritten."""
+    jaxpr = flat_jaxpr(jax.make_jaxpr(fun)(*arguments))
+    count = len(jaxpr.invars)
+    found = peak_of(jaxpr, ["batch"] * count, donated=[i < donated for i in range(count)])
+    return found.total - sum(map(nbytes, jaxpr.invars))
 
 
 class Coupled(ValueError):
