@@ -2,6 +2,7 @@ from . import curvature as curvature
 from . import layers as layers
 from . import memory as memory
 from . import models as models
+from . import partition as partition
 from . import rules as rules
 from . import testing as testing
 from . import training as training
