@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Literal
 
+from funcprop.drawing.crossing import Crossing, words
 from funcprop.drawing.labels import merged, operator_tooltip, origin
 from funcprop.drawing.picture import Box, Edge, EdgeKind, Node, Picture, value_text
+from funcprop.drawing.repetition import folded as repeated
 from funcprop.drawing.request import DrawnPlace, Shown
-from funcprop.drawing.scopes import Folding, Scope, fold, scope_path, scope_tree
+from funcprop.drawing.scopes import Folding, Scope, scope_path, scope_tree
 from funcprop.drawing.symbols import symbol
 from funcprop.graph.graph import Operator, Variable, bytes_text
 
@@ -17,19 +20,26 @@ from funcprop.graph.graph import Operator, Variable, bytes_text
 FEW = 40
 
 
-def assemble(shown: Shown, depth: int | None, folded: bool, unnamed: bool | None) -> Picture:
+# Whether repeated blocks are folded, and whether also those that differ in sizes.
+Fold = Literal[False, True, "sizes"]
+
+
+def assemble(shown: Shown, depth: int | None, fold: Fold, unnamed: bool | None) -> Picture:
     """The picture of a graph; the arguments are those of `fp.draw`."""
-    return _Assembly(shown, depth, folded, unnamed).picture()
+    return _Assembly(shown, depth, fold, unnamed).picture()
 
 
 class _Assembly:
-    def __init__(self, shown: Shown, depth: int | None, folded: bool, unnamed: bool | None) -> None:
+    def __init__(self, shown: Shown, depth: int | None, fold: Fold, unnamed: bool | None) -> None:
         self.shown = shown
         self.graph = shown.graph
         self.depth = depth
-        self.root = scope_tree(self.graph.operators, lambda op: shown.sections.get(op.name, ""))
         # What an operator is in is asked of the operators themselves, also of those that are folded away.
-        self.folding = fold(self.root, shown.roles, len(self.graph) > FEW) if folded else Folding()
+        self.root, self.folding = (
+            repeated(shown, len(self.graph) > FEW, types=fold != "sizes")
+            if fold
+            else (scope_tree(self.graph.operators, lambda op: shown.sections.get(op.name, "")), Folding())
+        )
         self.scope_of = {op.name: scope for scope, op in self.root.placed()}
         self.keys = {id(scope): f"s{i}" for i, scope in enumerate([self.root, *self.root.scopes()])}
         self.operators = {op.name: op for op in self.graph.operators}
@@ -51,10 +61,13 @@ class _Assembly:
         self.unnamed = len(self.scope_of) <= FEW if unnamed is None else unnamed
         self.alias = self._aliases()
         self.variables = {v.name: v for v in (*self.graph.variables, *shown.places.values())}
+        self.alike: dict[str, list[str]] = defaultdict(list)
+        for name, v in self.variables.items():
+            self.alike[self.drawn(v).name].append(name)
         for v in shown.residuals:
             self.saved_bytes[self.drawn(v).name] += v.nbytes or 0
         self.nodes: dict[str, Node] = {}
-        self.edges: dict[tuple[str, str, EdgeKind, str], list[Edge]] = {}
+        self.edges: dict[tuple[str, str, EdgeKind, str], dict[str, tuple[Edge, list[Crossing]]]] = {}
 
     # --- what stands for what -----------------------------------------------------------------
 
@@ -77,7 +90,9 @@ class _Assembly:
         """The variable that is drawn for this one."""
         if variable.name in self.producer:
             op, index = self.producer[variable.name]
-            return self.folding.of(op).outputs[index]
+            value = self.folding.of(op).outputs[index]
+            # A result of the last repetition alone is not what the others compute.
+            return variable if variable.name in self.results and value.name not in self.results else value
         place = self.place_of.get(variable.name)
         if place is not None:
             first = self.folding.of(self.operators[place.operator])
@@ -102,10 +117,11 @@ class _Assembly:
             box = loop.parent if place.outside else loop
             return None if box is self.root else box
         if variable.name in self.producer:
-            op = self.producer[variable.name][0]
+            op = self.folding.of(self.producer[variable.name][0])
             path = scope_path(variable.scope) if variable.named else scope_path(op.scope)
             for scope in self.scope_of[op.name].ancestors():
-                if scope.section or scope.path == path[: len(scope.path)]:
+                # A value of every repetition stands in the box of the repetitions.
+                if scope.section or scope.count > 1 or scope.path == path[: len(scope.path)]:
                     return scope
             return None
         inside_pytree = "/" in variable.name or variable.kind == "constant"
@@ -248,9 +264,19 @@ class _Assembly:
 
     # --- edges --------------------------------------------------------------------------------
 
-    def connect(self, source: str, target: str, variable: Variable, kind: EdgeKind, role: str) -> None:
-        """Draw an arrow; two values between the same nodes share one."""
-        if source == target:
+    def connect(
+        self,
+        source: str,
+        target: str,
+        variable: Variable,
+        kind: EdgeKind,
+        role: str,
+        made: Mapping[int, int] | None = None,
+        reader: Mapping[int, int] | None = None,
+    ) -> None:
+        """Draw an arrow; `made` and `reader` are the repetitions that it comes from and leads to."""
+        # A node of several operators is not drawn to feed itself; one that is read by its own repetition is.
+        if source == target and (kind != "repeat" or not source.startswith("o:")):
             return
         edge = Edge(
             source,
@@ -262,9 +288,40 @@ class _Assembly:
             kind,
             role,
         )
-        present = self.edges.setdefault((source, target, kind, role), [])
-        if all(e.variable != variable.name for e in present):
-            present.append(edge)
+        present = self.edges.setdefault((source, target, kind, role), {})
+        present.setdefault(variable.name, (edge, []))[1].append(Crossing(made or {}, reader or {}))
+
+    def levels(self, op: Operator) -> dict[int, int]:
+        """The repetitions in which an operator is, of those whose box, or node, is in the picture."""
+        groups = self.folding.groups
+        place = self.folding.coordinates(op).items()
+        return {g: i for g, i in place if self.collapsed(groups[g].box) in (None, groups[g].box)}
+
+    def levels_of(self, variable: Variable) -> dict[int, int]:
+        """The repetitions in which the start of a variable's arrows is."""
+        made = self.maker(variable)
+        if made is None:
+            # A parameter is of the repetitions that have one of their own.
+            if len(self.alike[self.drawn(variable).name]) == 1:
+                return {}
+            found = [self.levels(op).items() for op in self.consumers[variable.name]]
+            return dict(item for item in found[0] if all(item in others for others in found)) if found else {}
+        drawn = self.drawn(variable)
+        if not self.has_square(drawn):
+            return self.levels(made)
+        box = self.box_of_variable(drawn)
+        around = [] if box is None else list(box.ancestors())
+        return {g: i for g, i in self.levels(made).items() if self.folding.groups[g].box in around}
+
+    def arrows(self) -> Iterator[list[Edge]]:
+        """The values that go from one node to another, by the arrow that they share."""
+        counts = [len(group.blocks) for group in self.folding.groups]
+        for values in self.edges.values():
+            shared: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Edge]] = defaultdict(list)
+            for edge, crossings in values.values():
+                leaves, enters = words(crossings, counts)
+                shared[leaves, enters].append(replace(edge, leaves=leaves, enters=enters))
+            yield from shared.values()
 
     def source(self, variable: Variable) -> str | None:
         """The node from which a variable's arrows start: its square, or what makes or hides it."""
@@ -294,18 +351,19 @@ class _Assembly:
 
     def flow(self, v: Variable, reader: Operator, target: str, role: str, is_next: bool = False) -> None:
         """The arrow by which a value gets to an operator, or to a value inside of its loop."""
-        variable = self.drawn(v)
-        start = self.source(variable)
+        variable, made = self.drawn(v), self.maker(v)
+        start, levels, into = self.source(variable), self.levels_of(v), self.levels(reader)
         kind: EdgeKind = "flow"
         if self.reads_saved(reader) and v.name in self.saved:
             saved = self.saved_node(variable)
-            start, kind = (start, "residual") if saved is None else (saved, "flow")
-        else:
-            made = self.maker(v)
-            if is_next or (made is not None and self.folding.apart(made, reader)):
-                kind = "repeat"
+            start, kind, levels = (start, "residual", levels) if saved is None else (saved, "flow", into)
+        elif is_next or (made is not None and self.folding.apart(made, reader)):
+            kind = "repeat"
+            if made is not None and variable.name in self.results and not is_next:
+                # The square of a result is outside of the repetitions.
+                start, levels = self.operator_node(made), self.levels(made)
         if start is not None:
-            self.connect(start, target, variable, kind, role)
+            self.connect(start, target, variable, kind, role, levels, into)
 
     def maker(self, v: Variable) -> Operator | None:
         """The operator that computes a value; for a loop's result, one inside of it."""
@@ -320,18 +378,18 @@ class _Assembly:
             if self.drawn(v) is v and self.has_square(v):
                 self.variable_node(v)
         for op in self.graph.operators:
-            drawn_op = self.folding.of(op)
             target = self.operator_node(op)
             for v in op.inputs:
                 if v.kind == "literal":
                     continue
                 role = roles.get((v.name, op.name, True), "")
                 self.flow(v, op, target, role)
-            if drawn_op is op:
-                for v in op.outputs:
-                    if self.has_square(v):
-                        role = roles.get((v.name, op.name, False), "")
-                        self.connect(target, self.variable_node(v), v, "flow", role)
+            for v in op.outputs:
+                drawn = self.drawn(v)
+                if self.has_square(drawn) and (drawn is v or drawn.name in self.results):
+                    role = roles.get((v.name, op.name, False), "")
+                    result, into = self.variable_node(drawn), self.levels_of(v)
+                    self.connect(target, result, drawn, "flow", role, self.levels(op), into)
         for link in self.links:
             end = self.source(self.drawn(link.target))
             reader = self.operators[self.place_of[link.target.name].operator]
@@ -355,7 +413,7 @@ class _Assembly:
     def picture(self) -> Picture:
         """Everything together."""
         self.draw_edges()
-        edges = tuple(merged(self.edges.values(), self.nodes, few=len(self.scope_of) <= FEW))
+        edges = tuple(merged(self.arrows(), self.nodes, few=len(self.scope_of) <= FEW))
         boxes = tuple(
             Box(
                 self.keys[id(s)],
