@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+from collections import Counter
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import pytest
 from drawn_models import MODELS, shape
 
 import funcprop as fp
+from funcprop.drawing.dot import box_label
 from funcprop.drawing.picture import Edge, Node, Picture
 
 # What is at both ends: its kind and its name.
@@ -109,7 +111,7 @@ def expected(graph: fp.Graph) -> set[Arrow]:
 
 
 def assert_true(graph: fp.Graph, **options: Any) -> Picture:
-    picture = fp.draw(graph, **{"depth": 99, "loops": 0, "unnamed": False, **options}).picture
+    picture = fp.draw(graph, **{"depth": 99, "loops": 0, "unnamed": False, "dead": True, **options}).picture
     assert Unfolding(picture).between_operators({v.name for v in graph.outputs}) == expected(graph)
     return picture
 
@@ -117,6 +119,31 @@ def assert_true(graph: fp.Graph, **options: Any) -> Picture:
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_folded_unfolds_to_the_same_function(name: str) -> None:
     assert_true(MODELS[name]())
+
+
+@pytest.mark.parametrize("name", ["graphnet", "resnet", "unet", "haiku_resnet"])
+def test_blocks_of_other_sizes_unfold_to_the_same_function(name: str) -> None:
+    picture = assert_true(MODELS[name](), fold="sizes")
+    assert any(box.sizes_differ and "sizes differ" in box_label(box) for box in picture.boxes)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_picture_and_all_that_open_in_it_have_few_nodes(name: str) -> None:
+    """Every operator of the first repetition is a circle in just one of the pictures."""
+    graph = MODELS[name]()
+    waiting, drawn = [fp.draw(graph)], Counter[str]()
+    while waiting:
+        drawing = waiting.pop()
+        nodes = drawing.picture.nodes
+        assert len(nodes) <= 60
+        assert {n.key for n in nodes if n.kind == "scope"} == drawing.inside.keys()
+        drawn.update(n.name for n in nodes if n.kind == "operator")
+        waiting += drawing.inside.values()
+    assert set(drawn.values()) == {1}
+    live = {op.name for op in fp.draw(graph, fold=False, depth=99).shown.graph}
+    assert set(drawn) <= live
+    folded = {n.name for n in fp.draw(graph, fold="sizes", depth=99).picture.nodes if n.kind == "operator"}
+    assert len(drawn) >= len(folded)
 
 
 def random_program(seed: int) -> fp.Graph:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -13,12 +14,20 @@ class Crossing(NamedTuple):
     target: Mapping[int, int]
 
 
+def alike(crossings: Iterable[Crossing]) -> Iterator[list[Crossing]]:
+    """Those that leave and enter the same groups: one arrow can stand for them."""
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Crossing]] = defaultdict(list)
+    for crossing in crossings:
+        left, entered = beyond_common(crossing)
+        found[tuple(left), tuple(entered)].append(crossing)
+    yield from found.values()
+
+
 def words(crossings: Sequence[Crossing], counts: Sequence[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Choose `Edge.leaves` and `Edge.enters` of an arrow that is all of these; `counts` are of the groups."""
-    ends = [_beyond_common(crossing) for crossing in crossings]
+    ends = [beyond_common(crossing) for crossing in crossings]
     left, entered = [source for source, _ in ends], [target for _, target in ends]
-    # Of an arrow back to the beginning, which may leave inner groups, the one that leaves the most.
-    sources, targets = max(left, key=len, default={}), max(entered, key=len, default={})
+    sources, targets = ends[0]
     leaves = [_word(g, left, counts, counts[g] - 1, "last") for g in sources]
     enters = [_word(g, entered, counts, 0, "first") for g in targets]
     for i, g in enumerate(sources):
@@ -32,7 +41,7 @@ def words(crossings: Sequence[Crossing], counts: Sequence[int]) -> tuple[tuple[s
     return tuple(leaves), tuple(enters)
 
 
-def _beyond_common(crossing: Crossing) -> tuple[dict[int, int], dict[int, int]]:
+def beyond_common(crossing: Crossing) -> tuple[dict[int, int], dict[int, int]]:
     """The groups that are left and those that are entered: not those in which the value stays, or goes on."""
     source, target = list(crossing.source.items()), list(crossing.target.items())
     shared = 0

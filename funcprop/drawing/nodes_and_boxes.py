@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from funcprop.drawing.crossing import Crossing, words
+from funcprop.drawing.crossing import Crossing, alike, words
 from funcprop.drawing.labels import merged, operator_tooltip, origin
 from funcprop.drawing.picture import Box, Edge, EdgeKind, Node, Picture, value_text
 from funcprop.drawing.repetition import folded as repeated
@@ -24,13 +25,21 @@ FEW = 40
 Fold = Literal[False, True, "sizes"]
 
 
-def assemble(shown: Shown, depth: int | None, fold: Fold, unnamed: bool | None) -> Picture:
-    """The picture of a graph; the arguments are those of `fp.draw`."""
-    return _Assembly(shown, depth, fold, unnamed).picture()
+def assemble(
+    shown: Shown, depth: int | None, fold: Fold, unnamed: bool | None, closed: bool = False
+) -> Picture:
+    """The picture of a graph; the arguments are those of `fp.draw`.
+
+    `closed` also makes one node of repeated blocks that nobody named, at the depth at which scopes are.
+    """
+    return _Assembly(shown, depth, fold, unnamed, closed).picture()
 
 
 class _Assembly:
-    def __init__(self, shown: Shown, depth: int | None, fold: Fold, unnamed: bool | None) -> None:
+    def __init__(
+        self, shown: Shown, depth: int | None, fold: Fold, unnamed: bool | None, closed: bool
+    ) -> None:
+        self.closed = closed
         self.shown = shown
         self.graph = shown.graph
         self.depth = depth
@@ -103,7 +112,9 @@ class _Assembly:
         """The outermost scope around, itself included, that is drawn as one node."""
         found = None
         for around in scope.ancestors():
-            if self.depth is not None and around.path and not around.section and around.depth >= self.depth:
+            is_block = bool(around.path) or (self.closed and around.count > 1)
+            level = around.depth + (not around.path)
+            if self.depth is not None and is_block and not around.section and level >= self.depth:
                 found = around
         return found
 
@@ -191,32 +202,58 @@ class _Assembly:
         """The key of the node of a collapsed scope."""
         key = self.keys[id(scope)]
         if key not in self.nodes:
-            ops = list(scope.operators())
-            inside = {op.name for op in ops}
-            given = {
-                v.name: v.nbytes or 0
-                for op in ops
-                for v in op.inputs
+            ops = self.inside(scope)
+            inside = {self.folding.of(op).name for op in ops}
+            own = {v.name for op in ops for v in op.outputs}
+            read = {v.name: v for op in ops for v in op.inputs if v.kind != "literal" and v.name not in own}
+            given = [
+                v
+                for v in read.values()
                 if v.name not in self.producer
                 and v.name not in self.place_of
-                and v.kind != "literal"
                 and not self.has_square(self.drawn(v))
                 and all(self.folding.of(c).name in inside for c in self.consumers[v.name])
-            }
-            brief = details = f"{len(ops)} operator{'s' * (len(ops) != 1)}"
-            if sum(given.values()):
-                details += f", {bytes_text(sum(given.values()))} of parameters"
+            ]
+            coming = [v for v in read.values() if all(v is not other for other in given)]
+            first = {op.name for op in ops}
+            leaving = [
+                v
+                for op in ops
+                for v in op.outputs
+                if v.name in self.results or any(c.name not in first for c in self.consumers[v.name])
+            ]
+            brief = f"{_shapes(coming)} → {_shapes(leaving)}"
+            numbers = sum(math.prod(v.shape or ()) for v in given)
+            if numbers:
+                nbytes = bytes_text(sum(v.nbytes or 0 for v in given))
+                brief += f"\n{numbers:,} parameters, {nbytes}"
             roles = Counter(self.shown.roles.get(op.name, "") for op in ops)
             label = self.title(scope)
-            tooltip = "/".join(scope.path) + "\n" + ", ".join(op.op for op in ops[:12])
-            tooltip += ", …" * (len(ops) > 12)
+            tooltip = "/".join(scope.path) + f"\n{len(ops)} operator{'s' * (len(ops) != 1)}: "
+            tooltip += ", ".join(op.op for op in ops[:12]) + ", …" * (len(ops) > 12)
+            if scope.sizes_differ:
+                brief += "\nsizes differ"
             parent = scope.parent if scope.parent is not self.root else None
+            path = next(s.path for s in scope.ancestors() if s.path or s.parent is None)
             box = None if parent is None else self.box_key(parent)
             role = roles.most_common(1)[0][0]
             self.nodes[key] = Node(
-                key, "scope", label, brief, details, tooltip, "/".join(scope.path), box, role, scope.count
+                key, "scope", label, brief, brief, tooltip, "/".join(path), box, role, scope.count
             )
+            self.nodes[key] = replace(self.nodes[key], inside=tuple(op.name for op in ops))
         return key
+
+    def inside(self, scope: Scope) -> list[Operator]:
+        """The operators of a scope, of repeated ones those of the first."""
+        around = list(scope.ancestors())
+        outer = [g for g, group in enumerate(self.folding.groups) if group.box in around]
+        found = []
+        for op in self.graph.operators:
+            place = self.folding.coordinates(op)
+            is_first = all(place.get(g, 0) == 0 for g in outer)
+            if is_first and scope in self.scope_of[self.folding.of(op).name].ancestors():
+                found.append(op)
+        return found
 
     def variable_node(self, variable: Variable) -> str:
         """The key of a variable's square."""
@@ -237,6 +274,9 @@ class _Assembly:
         elif box is not None and box.path and not box.section:
             own = [part for part in scope_path(label) if part not in box.path and part != "params"]
             label = "/".join(own) or label
+        if variable.kind == "input" and not variable.named:
+            # What comes into a scope that is drawn by itself.
+            label = label.rpartition("/")[2]
         # A square that nobody named shows its shape alone: its name would be that of its operator.
         if not variable.named and variable.kind == "intermediate":
             label = ""
@@ -319,8 +359,9 @@ class _Assembly:
         for values in self.edges.values():
             shared: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Edge]] = defaultdict(list)
             for edge, crossings in values.values():
-                leaves, enters = words(crossings, counts)
-                shared[leaves, enters].append(replace(edge, leaves=leaves, enters=enters))
+                for same in alike(crossings):
+                    leaves, enters = words(same, counts)
+                    shared[leaves, enters].append(replace(edge, leaves=leaves, enters=enters))
             yield from shared.values()
 
     def source(self, variable: Variable) -> str | None:
@@ -421,6 +462,7 @@ class _Assembly:
                 "/".join(s.path),
                 self.box_key(s.parent or self.root),
                 s.count,
+                s.sizes_differ,
             )
             for s in self.root.scopes()
             if self.collapsed(s) is None
@@ -430,13 +472,24 @@ class _Assembly:
         members = self.members()
         return Picture(
             self.graph.name,
-            tuple(replace(node, members=tuple(members[key])) for key, node in self.nodes.items()),
+            tuple(self.with_members(node, members[key]) for key, node in self.nodes.items()),
             edges,
             boxes,
             self.shown.legend,
             None if first is None else f"v:{first}",
             goal,
         )
+
+    def with_members(self, node: Node, members: list[str]) -> Node:
+        """A node with what it stands for; where sizes differ, a square has them all."""
+        if node.kind == "variable":
+            shapes = [self.variables[name].shape for name in members]
+            if any(found != shapes[0] for found in shapes):
+                text = _shapes_of_all([found or () for found in shapes])
+                node = replace(
+                    node, brief=text, details=text, tooltip=f"{node.tooltip}\nsizes differ: {text}"
+                )
+        return replace(node, members=tuple(members))
 
     def members(self) -> dict[str, list[str]]:
         """The names that each node stands for, by its key."""
@@ -448,3 +501,21 @@ class _Assembly:
                 if key in self.nodes:
                     found[key].append(v.name)
         return found
+
+
+def _shapes(values: Iterable[Variable], most: int = 2) -> str:
+    """The shapes of what comes into a scope, or leaves it."""
+    texts = list(dict.fromkeys(_shape(v.shape) for v in values))
+    return ", ".join(texts[:most]) + ", …" * (len(texts) > most) or "nothing"
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return " × ".join(map(str, shape or ())) or "scalar"
+
+
+def _shapes_of_all(shapes: Sequence[tuple[int, ...]]) -> str:
+    """`3 × 3 × 8…32 × 16…64`: the least and the largest length of every axis."""
+    if len({len(shape) for shape in shapes}) > 1:
+        return " or ".join(dict.fromkeys(map(_shape, shapes)))
+    axes = [(min(axis), max(axis)) for axis in zip(*shapes, strict=True)]
+    return " × ".join(str(low) if low == high else f"{low}…{high}" for low, high in axes)

@@ -22,7 +22,8 @@ class Node:
     `label` is written into it, and beneath that `brief` or, where types are asked for, `details`; `tooltip`
     is the full story. `role` is what it is coloured by. `count` says for how many it stands, where repeated
     blocks are folded. `members` are the names of the operators that it stands for, or of the variables if it
-    is a square, in the order in which they are computed.
+    is a square, in the order in which they are computed. Of a collapsed scope, `inside` are the operators of
+    its first repetition.
     """
 
     key: str
@@ -36,6 +37,7 @@ class Node:
     role: str = ""
     count: int = 1
     members: tuple[str, ...] = ()
+    inside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Box:
     tooltip: str
     parent: str | None
     count: int = 1
+    sizes_differ: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from funcprop.drawing.request import Shown
@@ -156,6 +157,12 @@ class _Repetition:
         self.blocks, self.reads, self.folding, self.count = blocks, reads, folding, len(blocks)
         self.where = {op.name: (i, m) for i, ops in enumerate(blocks) for m, op in enumerate(ops)}
 
+    @cached_property
+    def is_chain(self) -> bool:
+        """Whether each block reads what the one before has computed; results of others are each its own."""
+        read = (read.variable for op in self.blocks[1] for read in self.reads.of[op.name])
+        return any((found := self.source(1, v)) is not None and found[0] == "before" for v in read)
+
     def faults(self) -> Iterator[int]:
         """The numbers of the blocks with which the repetition cannot go on."""
         for m in range(len(self.blocks[0])):
@@ -247,7 +254,7 @@ class _Repetition:
                     role = "any" if read.operator.op in _SYMMETRIC else read.role
                     readers[self.folding.of(read.operator).name, role].append((i, read))
         results = [i for i, name in enumerate(names) if name in self.reads.results]
-        if len(results) < self.count:
+        if len(results) < self.count or not self.is_chain:
             yield from (i + 1 for i in results if i + 1 < self.count)
         for found in readers.values():
             early = dict.fromkeys(i for i, _ in found if i + 1 < self.count)

@@ -47,8 +47,19 @@ class Scope:
     @property
     def label(self) -> str:
         """Its own name, a range of names for repeated blocks."""
-        own = self.path[-1] if self.path else ""
-        return own if self.last in ("", own) else f"{own} … {self.last}"
+        if not self.path:
+            return self.contents_label if self.count > 1 else ""
+        own = _own_name(self.path)
+        last = _own_name((*self.path[:-1], self.last or self.path[-1]))
+        return own if last == own else f"{own} … {last}"
+
+    @property
+    def contents_label(self) -> str:
+        """What is in a group that nobody named: its first and last scope, or the number of operators."""
+        names = [child.label for child in self.children if isinstance(child, Scope)]
+        if not names:
+            return f"{sum(1 for _ in self.operators())} operators"
+        return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
 
     def ancestors(self) -> Iterator[Scope]:
         """This scope and those around it, from the inside."""
@@ -79,6 +90,12 @@ class Scope:
             if isinstance(child, Scope):
                 yield child
                 yield from child.scopes()
+
+
+def _own_name(path: tuple[str, ...]) -> str:
+    """The last part of a path, with those before it that number it needs: `layers/4`."""
+    named = next((n for n in range(len(path) - 1, 0, -1) if not path[n].isdigit()), 0)
+    return "/".join(path[named:])
 
 
 def scope_path(scope: str) -> tuple[str, ...]:
@@ -155,7 +172,7 @@ class Folding:
 
     def apart(self, a: Operator, b: Operator) -> bool:
         """Whether two operators are in different repetitions of one block."""
-        first, second = dict(self.instance.get(a.name, ())), dict(self.instance.get(b.name, ()))
+        first, second = self.coordinates(a), self.coordinates(b)
         return any(group in second and second[group] != index for group, index in first.items())
 
 
@@ -329,7 +346,6 @@ class _Signatures:
         """The number of a subtree, or of several that follow each other."""
         ops = [op for child in block for op in _operators(child)]
         inside = {op.name: i for i, op in enumerate(ops)}
-        outside: dict[str, int] = {}
 
         def source(v: Variable) -> Any:
             if v.kind == "literal":
@@ -337,7 +353,7 @@ class _Signatures:
             made = self.producer.get(v.name)
             if made is not None and made[0].name in inside:
                 return inside[made[0].name], made[1]
-            return "outside", outside.setdefault(v.name, len(outside))
+            return "outside"
 
         def type_(v: Variable) -> str:
             return v.type if self.equality.types else str(v.dtype)
