@@ -172,7 +172,7 @@ def test_missing_packages(monkeypatch: pytest.MonkeyPatch, missing: str) -> None
 
 COMMANDS = (
     *("forward", "backward", "derive", "draw", "compare", "report"),
-    *("memory", "rematerialize", "second", "curvature"),
+    *("memory", "rematerialize", "second", "curvature", "tune"),
 )
 BROKEN = """
     number = 3

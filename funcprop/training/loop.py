@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import optax
 
+from funcprop.program.call import without_aux
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
 from funcprop.rules.transforms import value_and_grad
@@ -87,9 +88,18 @@ def apply_loss(loss: Loss, params: Any, batch: Any) -> Any:
 
 
 def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, *, rules: RuleSet | None = None
-) -> Callable[[Any, Any, Any], tuple[Any, Any, Any]]:
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    rules: RuleSet | None = None,
+) -> Callable[..., tuple[Any, ...]]:
     """One jitted step of gradient descent: `step(params, state, batch) -> (params, state, loss)`.
+
+    With `has_aux=True` the loss returns the scalar and auxiliary data, and `step(params, state, batch) ->
+    (params, state, loss, aux)`. A model with a state of its own, such as the running averages of batch norm,
+    is stepped by `step(params, state, batch, carried) -> (params, state, loss, carried)`: the loss is then
+    `loss(params, carried, *batch)`, and returns the scalar and the new state.
 
     With `g = ∂J/∂θ` on the minibatch and the optimizer's update `u(g)`: `θ ← θ + u(g)`. The buffers of
     `params` and `state` are donated: do not use those arrays again, but the ones that are returned. As under
@@ -99,10 +109,12 @@ def make_step(
         loss: `loss(params, *batch)`, a real scalar; see `Setup` for how a batch is passed.
         optimizer: an optax gradient transformation. One with extra arguments is given `value`, `grad`,
             `value_fn` (the loss of the minibatch, as a function of the parameters) and `batch`.
+        has_aux: the loss returns the scalar and auxiliary data.
         rules: a rule set; `fp.rules.default` if None.
 
     Raises:
-        TypeError: `loss` does not return a scalar.
+        TypeError: `loss` does not return a scalar, or with `has_aux` no pair; or a state is carried without
+            `has_aux`.
 
     Example:
         >>> import jax.numpy as jnp, optax, funcprop as fp
@@ -118,15 +130,23 @@ def make_step(
         optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
     transformation = optax.with_extra_args_support(optimizer)
 
-    def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, Any]:
+    def step(params: Any, state: Any, batch: Any, *carried: Any) -> tuple[Any, ...]:
+        if len(carried) > 1 or (carried and not has_aux):
+            raise TypeError(
+                f"make_step: step() takes params, state, batch and, with has_aux=True, one carried state; "
+                f"has_aux={has_aux}, and {len(carried)} are given."
+            )
+
         def of_params(params: Any) -> Any:
-            return apply_loss(loss, params, batch)
+            of_batch = (lambda params, *batch: loss(params, *carried, *batch)) if carried else loss
+            return apply_loss(of_batch, params, batch)
 
         of_params.__name__ = getattr(loss, "__name__", type(loss).__name__)
-        value, gradient = value_and_grad(of_params, rules=rules)(params)
-        value_fn = with_rules(of_params, rules)
+        found, gradient = value_and_grad(of_params, has_aux=has_aux, rules=rules)(params)
+        value, *aux = found if has_aux else (found,)
+        value_fn = with_rules(without_aux(of_params) if has_aux else of_params, rules)
         extra = {"value": value, "grad": gradient, "value_fn": value_fn, "batch": batch}
         updates, state = transformation.update(gradient, state, params, **extra)
-        return optax.apply_updates(params, updates), state, value
+        return optax.apply_updates(params, updates), state, value, *aux
 
     return jax.jit(step, donate_argnums=(0, 1))
