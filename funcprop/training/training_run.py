@@ -21,15 +21,15 @@ import optax
 
 from funcprop.progress import bar
 from funcprop.rules.rule_set import RuleSet
-from funcprop.training.checkpoints import CheckpointError, Checkpoints
+from funcprop.training.checkpoints import Checkpoints
 from funcprop.training.compiled_step import CompiledStep, PlannedStep, copied, mesh_of, placed_like
 from funcprop.training.interruption import Terminated, until_terminated
 from funcprop.training.loop import Epoch, Evaluate
-from funcprop.training.manifest import versions
+from funcprop.training.manifest import CheckpointError, versions
 from funcprop.training.nonfinite_step import nonfinite_step
 from funcprop.training.peers import Peers, fingerprint
-from funcprop.training.position import Batches, Position, remaining_batches, with_last
-from funcprop.training.run_records import Recorder
+from funcprop.training.position import Batches, Position, key_numbers, remaining_batches, with_last
+from funcprop.training.run_records import Means, Recorder
 from funcprop.training.stopping import Stop
 from funcprop.training.training_loss import TrainingLoss, examples
 from funcprop.training.training_state import TrainingState
@@ -43,24 +43,6 @@ class _Pending(NamedTuple):
     before: Position
     batch: Any
     outcome: Outcome
-
-
-@dataclass
-class Means:
-    """Sums of the numbers of an epoch's steps so far, in their order."""
-
-    count: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-
-    def add(self, numbers: dict[str, float]) -> None:
-        """Add the numbers of one step."""
-        self.count += 1
-        for name, value in numbers.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def means(self) -> dict[str, float]:
-        """Return the means, in the order in which the names came."""
-        return {name: total / self.count for name, total in self.sums.items()}
 
 
 @dataclass(eq=False)
@@ -348,9 +330,3 @@ class TrainingRun:
 
 def _silent(**_: Any) -> None:
     pass
-
-
-def key_numbers(key: Any) -> list[int]:
-    """Return the numbers of a PRNG key, whether it is typed or not."""
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return [int(x) for x in np.ravel(jax.random.key_data(key) if typed else key)]
