@@ -93,6 +93,20 @@ def test_names_are_public() -> None:
     assert modules == {"curvature", "layers", "memory", "models", "rules", "testing", "training"}
 
 
+@pytest.mark.parametrize(
+    ("room", "name", "hint"),
+    [
+        (funcprop, "hesian", "did you mean 'hessian'"),
+        (funcprop.rules, "handwriten", "funcprop.rules has no 'handwriten'; did you mean 'handwritten'"),
+        (funcprop.memory, "xyz", r"dir\(funcprop.memory\) lists its names"),
+    ],
+)
+def test_a_misspelled_name_is_said(room, name, hint) -> None:
+    with pytest.raises(AttributeError, match=hint):
+        getattr(room, name)
+    assert not hasattr(room, "__wrapped__")
+
+
 def test_importing_loads_nothing_else() -> None:
     heavy = "jax", "scipy", "matplotlib", "optax"
     program = f"import sys, funcprop; print([name for name in {heavy} if name in sys.modules])"

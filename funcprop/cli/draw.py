@@ -32,7 +32,8 @@ class Choices(NamedTuple):
 def draw(
     target: TargetName,
     out: Annotated[
-        Path | None, typer.Option(help="file to write, by its suffix: .svg .dot .gv .mmd .json")
+        Path | None,
+        typer.Option("--out", "-o", help="file to write, by its suffix: .svg .dot .gv .mmd .json"),
     ] = None,
     written_as: Annotated[
         str | None, typer.Option("--format", help="svg (the default), dot, mermaid or json")
