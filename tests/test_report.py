@@ -136,7 +136,7 @@ def test_a_cotangent_is_complete_though_others_read_the_value_before() -> None:
         largest = jax.lax.stop_gradient(jnp.max(z))
         return jnp.sum(z * largest)
 
-    derivation = fp.derive(fun)(jnp.ones(3))
+    derivation = fp.derive(fun, detail="operators")(jnp.ones(3))
     steps = inspect(derivation, None, opened(derivation.traced.graph, 0), examples=False).backward
     completed = [name for step in steps for name in step.completes]
     assert completed == list(fp.backprop(fun)(jnp.ones(3)).gradients)
@@ -170,7 +170,7 @@ def test_a_training_run_that_blows_up_is_shown() -> None:
     page = fp.report(jnp.square, setup=diverging)(3.0)
     assert page.curves is not None
     assert page.curves.epochs == 1
-    assert "the mean loss of epoch 2 is" in str(page.curves.stopped)
+    assert "of step 2 (epoch 2, batch 1) is not finite" in str(page.curves.stopped)
     assert "the mean loss of epoch 2 is" in page.html
 
 
