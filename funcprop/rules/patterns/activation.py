@@ -63,7 +63,7 @@ class Activation(NamedTuple):
     of_input: Callable[..., Any]
     of_output: Callable[..., Any] | None = None
 
-    def rule(self, *, platforms: frozenset[str] | None = frozenset(), applies: Any = None) -> Rule:
+    def rule(self, *, platforms: frozenset[str] | None = frozenset()) -> Rule:
         """The rule with all saving policies; `save` is a static argument."""
         rules = {
             "input": elementwise_rule(self.function, self.of_input, saves="input"),
@@ -86,7 +86,7 @@ class Activation(NamedTuple):
             write: Any = rules[static.pop("save", default)].equations
             return write(op._replace(static=static))
 
-        return Rule(forward, backward, equations, platforms=platforms, applies=applies, pure=True)
+        return Rule(forward, backward, equations, platforms=platforms, pure=True)
 
     def __call__(self, name: str, x: Any, save: Save, **static: Any) -> Any:
         """`φ(x)`.
@@ -198,14 +198,7 @@ def softplus(x: Inexact[Array, "*shape"], *, save: Save = "output") -> Inexact[A
     return ACTIVATIONS["softplus"]("softplus", x, save)
 
 
-def _not_between_convolutions(x: Any, *, save: Save = "input", **_: Any) -> bool | str:
-    # Residual networks held 1.04 to 1.09 of autodiff's bytes by the rule: XLA keeps one array more.
-    if x.ndim > 3 and save == "input":
-        return "it is an image's, whose network holds more by the rule; pass save='all' to have it"
-    return True
-
-
-@layer(rule=ACTIVATIONS["silu"].rule(platforms=None, applies=_not_between_convolutions))
+@layer(rule=ACTIVATIONS["silu"].rule(platforms=None))
 def silu(x: Inexact[Array, "*shape"], *, save: Save = "input") -> Inexact[Array, "*shape"]:
     """Sigmoid linear unit, `x σ(x)` ("swish").
 
