@@ -161,12 +161,14 @@ def test_influence(weighted: bool) -> None:
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 def test_per_example(weighted: bool) -> None:
-    names = {"gradient", "variance", "norm", "gradients", "diag_ggn", "value", "kflr", "trace_ggn", "snr"}
+    names = {"gradient", "variance", "norm", "gradients", "diag_ggn", "value", "trace_ggn", "snr"}
     factory = fp.per_example(model, squared)
     found = over(batches(weighted), weighted=weighted)(factory)(PARAMS, names)
     assert_same(found, of_all(factory, weighted, names))
     with pytest.raises(ValueError, match=r"'gram' is of all pairs of examples.* one batch"):
         over(batches())(factory)(PARAMS, {"gram"})
+    with pytest.raises(ValueError, match=r"'kflr' of a data set is fp\.curvature\.over\(batches\)\(fp\.kfac"):
+        over(batches())(factory)(PARAMS, {"kflr"})
 
 
 def test_any_mean() -> None:

@@ -248,7 +248,11 @@ def _factors(
     for i, here in enumerate(factors):
         both = here[part]
         layout = found.study.layout(i, both)
-        blocks.append(KroneckerProduct(both.activations / total, both.cotangents / total, layout))
+        mean, g = both.activations / total, both.cotangents / total
+        if both.seen is None:
+            blocks.append(KroneckerProduct.of(mean, g, layout))
+        else:
+            blocks.append(KroneckerProduct(mean, g, both.seen / total, layout))
     return Kronecker(tuple(blocks), names), rootless
 
 

@@ -121,6 +121,12 @@ class PerExample:
                 f"per_example: {pairs[0]!r} is of all pairs of examples, which are in different minibatches; "
                 "ask for it of one batch."
             )
+        factors = [name for name in names if name.startswith(("kfac", "kflr"))]
+        if factors:
+            raise ValueError(
+                f"per_example: {factors[0]!r} of a data set is "
+                "fp.curvature.over(batches)(fp.kfac(…))(params).factors."
+            )
         rows = {name for name in names if name in ROWS}
         means = {part for name in names if name not in ROWS for part in MEANS_OF.get(name, (name,))}
 
