@@ -116,7 +116,7 @@ def test_matplotlib_is_an_extra(operator: Any, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("samples", [2, 4, 30])
 @pytest.mark.parametrize("quantity", ["trace", "spectrum"])
 def test_the_coverage_of_intervals(samples: int, quantity: str) -> None:
-    """Student's quantiles, also for two samples; over 1000 seeds, 93 to 97 of 100 intervals hold the truth."""
+    """Of 1000 intervals by Student's quantiles, also for two samples, 93 to 97 in 100 hold the truth."""
     root = jax.random.normal(jax.random.key(5), (40, 40))
     matrix = root @ root.T / 40
     A = fp.hessian(lambda w: w @ matrix @ w / 2)(jnp.zeros(40)).linearize()
