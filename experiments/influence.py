@@ -11,7 +11,9 @@ L-BFGS, and again without the example from where it was; its curvature is the Ga
 come from `fp.curvature.over(minibatches)(fp.curvature.influence(loss))(params)`: no more than one minibatch
 is in memory. The examples that are left out are those of largest predicted effect, and as many at random.
 
-Found: see FOUND below, which the program prints beside its own numbers.
+Found (300 digits, 40 left out): correlation 0.984 for the regression, 0.900 for the MLP. Both underestimate
+the largest effects, by 1.4 and 1.8 (the slopes), as leaving out an example of large leverage h has an effect
+that is 1 / (1 − h) times the one to first order.
 
     python experiments/influence.py [--smoke]
 """

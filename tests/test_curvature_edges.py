@@ -460,6 +460,9 @@ def test_texts() -> None:
         broken.eigsh(2)
     with pytest.raises(ValueError, match=r"y\[0\] is a scalar; make it an array"):
         fp.per_example(linear, squared)(jnp.ones(2), jnp.ones((3, 2)), [1.0, 2.0, 3.0], {"norm"})
+    for of in (fp.kfac, fp.ggn, lambda m, _: laplace(m, "gaussian")):
+        with pytest.raises(ValueError, match=r"(kfac|ggn|laplace): y\[0\] is a scalar; make it an array"):
+            of(linear, squared)(jnp.ones(2), jnp.ones((3, 2)), [1.0, 2.0, 3.0])
     with pytest.raises(FloatingPointError, match="minibatch 1 is not finite; what was accumulated"):
         accumulate(lambda x: jnp.log(-jnp.sum(x)), [X])
     of_one = lambda w, x, y: squared(x @ w["head"] + w["rest"], y)  # noqa: E731

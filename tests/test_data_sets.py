@@ -269,6 +269,12 @@ def test_errors() -> None:
         fp.ggn(jax.vmap(model, (None, 0)), squared, batched=True)(PARAMS, X, Y, weights=WEIGHTS)
 
 
+def test_a_loss_that_takes_no_weights() -> None:
+    plain = fp.hessian(lambda p, x, y: mean_loss(p, x, y))
+    with pytest.raises(TypeError, match=r"over: with weighted=True .* let it take weights=None and return"):
+        over(batches(True), weighted=True)(plain)(PARAMS)
+
+
 def test_a_mesh_is_a_set_of_devices() -> None:
     mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
     factory = fp.ggn(model, squared)

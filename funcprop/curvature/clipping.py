@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from funcprop.curvature.example_gradients.per_example import LIMIT, batch_size, per_example
-from funcprop.curvature.examples import weights_of
+from funcprop.curvature.example_gradients.per_example import LIMIT, per_example
+from funcprop.curvature.examples import batch_size, weights_of
 from funcprop.operators.parameters import Where, single_at_least
 from funcprop.operators.subset import restricted
 from funcprop.program.program import Program
@@ -71,7 +71,7 @@ def clipped_sum(
     quantities = per_example(model, loss, where=where, rules=rules, budget=budget)
 
     def at(params: PyTree, x: Any, y: Any, *, weights: Any = None) -> ClippedSum:
-        size = batch_size(x, y)
+        size = batch_size(x, y, "clipped_sum")
         weights = weights_of(weights, size, "clipped_sum")
         weights = jnp.ones(size) if weights is None else weights
         of_chosen, chosen = restricted(model, params, where)

@@ -15,7 +15,7 @@ from funcprop.curvature.convexity import require_convex
 from funcprop.curvature.data_set import DataSet
 from funcprop.curvature.example_gradients.mixed_examples import example_of
 from funcprop.curvature.example_gradients.per_example import per_example
-from funcprop.curvature.examples import model_of_one, total_of, weights_of
+from funcprop.curvature.examples import batch_size, model_of_one, total_of, weights_of
 from funcprop.curvature.fisher_operator import fisher
 from funcprop.curvature.kronecker_factors import kfac
 from funcprop.curvature.laplace_posterior import Laplace
@@ -57,7 +57,7 @@ class LaplaceApproximation:
 
     def __call__(self, params: PyTree, x: Any, y: Any, *, weights: Any = None) -> Laplace:
         """The posterior of one batch of data."""
-        point, size = self._point(params), len(jax.tree.leaves(x)[0])
+        point, size = self._point(params), batch_size(x, y, "laplace")
         weights = weights_of(weights, size, "laplace")
         fit = self._fit(point, x, y, weights)
         count = total_of(weights, size)
