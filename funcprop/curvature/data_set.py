@@ -346,13 +346,14 @@ def over(
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
-        >>> batches = [(jnp.array([[1.0, 0.0]]),), (jnp.array([[0.0, 2.0], [0.0, 2.0]]),)]
+        >>> batches = [(jnp.array([[1.0, 0.0]]),), (jnp.array([[0.0, 2.0]] * 3),)]
         >>> H = fp.curvature.over(batches)(fp.hessian(lambda w, x: jnp.mean((x @ w) ** 2)))(jnp.zeros(2))
-        >>> print(H.dense().round(3))
-        [[0.667 0.   ]
-         [0.    5.333]]
-        >>> print(H.solve(jnp.array([2.0, 16.0]), damping=0.0).round(3))
-        [3. 3.]
+        >>> print(H.dense())
+        [[0.5 0. ]
+         [0.  6. ]]
+        >>> x = H.solve(jnp.array([1.5, 18.5]), damping=0.5)
+        >>> print(f"{x[0]:.3f} {x[1]:.3f}")
+        1.500 2.846
     """
     loader = Loader("over", batches, weighted, progress is True)
 

@@ -29,6 +29,7 @@ from funcprop.operators.subset import Point
 from funcprop.program.program import Program
 from funcprop.rules.rule_set import RuleSet
 
+RANK = 10  # of "low-rank", unless it is given
 STRUCTURES = ("full", "diagonal", "low-rank", "kronecker")
 
 
@@ -51,7 +52,7 @@ class LaplaceApproximation:
     name: str | None
     noise: Any
     structure: str
-    rank: int
+    rank: int | None
     where: Where | None
     rules: RuleSet | None
 
@@ -78,7 +79,7 @@ class LaplaceApproximation:
 
     def _point(self, params: PyTree) -> Point:
         point = Point.of(params, self.where)
-        if self.rank > point.parameters.size and self.structure == "low-rank":
+        if self.rank is not None and self.rank > point.parameters.size:
             raise ValueError(f"laplace: rank={self.rank}, but there are {point.parameters.size} parameters.")
         return point
 
@@ -153,7 +154,7 @@ class LaplaceApproximation:
             return DiagonalPrecision(tuple(count * leaf for leaf in jax.tree.leaves(mean)), names)
         if self.structure == "kronecker":
             return KroneckerPrecision.of(mean, count)
-        values, vectors = operator().eigsh(min(self.rank, names.size))
+        values, vectors = operator().eigsh(min(self.rank or RANK, names.size))
         return LowRank(count * values, names.ravel_columns(vectors), names)
 
 
@@ -233,4 +234,4 @@ def laplace(
             )
         density = gaussian(noise)
     one = model_of_one(model, batched)
-    return LaplaceApproximation(one, density, name, noise, structure, rank or 10, where, rules)
+    return LaplaceApproximation(one, density, name, noise, structure, rank, where, rules)
