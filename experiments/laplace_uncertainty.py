@@ -13,6 +13,13 @@ set: negative log-likelihood, expected calibration error (15 bins), accuracy; an
 probability tells test digits from two other kinds, the digits with shuffled pixels and noise of the same mean
 and variance (area under the ROC curve).
 
+Found (500 digits): the largest probability of the Kronecker posterior of all layers tells digits from the
+other two kinds better (areas of 0.988 and 0.986, the network 0.941 and 0.931); those of the last layer alone
+do not (0.93, 0.92). The accuracy is the same. But the network, trained with its prior, is well calibrated
+already (error 0.045), and all posteriors are too careful (0.17 to 0.43): with few data the evidence finds a
+prior that leaves the outputs uncertain. The claim about calibration is not confirmed here, that about other
+data is.
+
     python experiments/laplace_uncertainty.py [--smoke]
 """
 

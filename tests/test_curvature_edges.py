@@ -88,6 +88,9 @@ def test_what_has_no_mean_is_refused() -> None:
         for parts in (PARTS, PARTS[:1]):
             with pytest.raises(ValueError, match=message):
                 accumulate(quantity, parts)
+    influence = fp.curvature.influence(lambda w, x, y: squared(x @ w, y), damping=1.0)
+    with pytest.raises(TypeError, match=r"the quantity has a Influence, .* fp\.curvature\.over\(batches\)"):
+        accumulate(lambda x, y: influence(W, x, y), PARTS)
     fitted = laplace(linear, "gaussian")
     a, b = (accumulate(lambda x, y, w=w: fitted(w, x, y), PARTS[:1]) for w in (W, 2 * W))
     with pytest.raises(ValueError, match="merge: the posteriors are at different values of the parameters"):
