@@ -13,6 +13,12 @@ project's own README. All sequences of it, in minibatches whose last is padded a
 error bars, its largest eigenvalues, the trace of every block with error bars, and KFAC's trace of every
 block.
 
+Found (1,056 sequences, 32,448 parameters, a loss of 1.12): the bulk at zero is there, but no clear gap: 1,614
+± 30 eigenvalues are above a hundredth of the largest, 31.7, and the density falls over three decades. The
+blocks' traces go from 2.7 (the last normalisation's scale) to 774 (the first feed-forward's second matrix), a
+factor of 90 for each parameter; all of the first block's are larger than the second's. KFAC's traces are 0.75
+to 1.18 of the estimated ones, median 1.01; it is the values and what follows them that differ.
+
     python experiments/language_model_curvature.py [--smoke]
 """
 

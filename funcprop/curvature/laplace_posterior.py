@@ -190,7 +190,7 @@ class Laplace:
         noise: Any = 1.0,
         *,
         key: PRNGKeyArray | None = None,
-        samples: int = 200,
+        samples: int = 1000,
         axes: Any = None,
     ) -> Any:
         """Draw predictive intervals at inputs `x`, or without `x` the posterior; returns matplotlib's axes.

@@ -67,14 +67,15 @@ def plot_entries(paths: Sequence[str], leaves: Sequence[Any], what: str, axes: A
     """How the entries of each parameter are distributed: a box with median and quartiles, whiskers to the
     ends.
 
-    Where all are positive the scale is logarithmic.
+    Where all are positive and span more than a decade the scale is logarithmic.
     """
     axes = axes_or_new(axes, len(paths))
     entries = [np.ravel(np.asarray(leaf, float)) for leaf in leaves]
     axes.boxplot(entries, orientation="horizontal", whis=(0, 100), widths=0.6)
     axes.set_yticks(np.arange(1, len(paths) + 1), [path or "params" for path in paths])
     axes.invert_yaxis()
-    if min(e.min() for e in entries) > 0:
+    least, most = min(e.min() for e in entries), max(e.max() for e in entries)
+    if most > 10 * least > 0:
         axes.set_xscale("log")
     axes.set(xlabel=what)
     return axes
