@@ -81,7 +81,7 @@ def test_a_summary(operator: Any) -> None:
     for exact in (0, 1000):
         density, traces = fp.curvature.summary(operator, exact=exact, samples=3, products=10).plot()
         assert density.get_xlabel() == "eigenvalue"
-        assert bool(traces.containers[0].errorbar) == (exact == 0)
+        assert bool(traces.containers[-1].errorbar) == (exact == 0)
 
 
 def test_posteriors_and_predictive_intervals() -> None:
