@@ -94,10 +94,11 @@ class LaplaceApproximation:
 
     def _fit(self, point: Point, x: Any, y: Any, weights: Any) -> Fit:
         model = self._of_chosen(point)
-        outputs = jax.eval_shape(model, point.chosen, example_of(x))
+        program = Program.of(model, point.chosen, example_of(x))
+        outputs = program.results
         require_array("laplace", outputs)
         size = len(jax.tree.leaves(x)[0])
-        found = jax.vmap(model, (None, 0))(point.chosen, x)
+        found = jax.vmap(program, (None, 0))(point.chosen, x)
         wide = found.astype(single_at_least(found.dtype))
         misfits = jax.vmap(self.likelihood.negative_log)(wide, y)
         misfits = misfits if weights is None else weights * misfits
