@@ -32,7 +32,9 @@ def memory(
     optimizer: Annotated[
         str, typer.Option(help="sgd, momentum, adam or adamw: account a train step, not the gradient alone")
     ] = "none",
-    measure: Annotated[bool, typer.Option(help="compile: rows are XLA's buffers; without, an estimate")] = True,
+    measure: Annotated[
+        bool, typer.Option(help="compile: rows are XLA's buffers; without, an estimate")
+    ] = True,
     budget: Annotated[
         str | None, typer.Option(help="bytes, as 64MB: also the largest batch that fits, by leading axes")
     ] = None,

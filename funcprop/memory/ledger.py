@@ -104,7 +104,9 @@ class Ledger:
         """
         known = [f.name for f in fields(Row) if f.name != "nbytes"]
         if attribute not in known:
-            raise ValueError(f"by({attribute!r}): rows have no such attribute; use one of {', '.join(known)}.")
+            raise ValueError(
+                f"by({attribute!r}): rows have no such attribute; use one of {', '.join(known)}."
+            )
         total = Counter[str]()
         for row in self.rows:
             total[str(getattr(row, attribute))] += row.nbytes

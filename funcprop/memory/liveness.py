@@ -221,16 +221,16 @@ class Liveness:
                 if id(v) in found or v.nbytes > result.nbytes:
                     continue
                 over = end == written and v.nbytes == result.nbytes and writer.writes_over(v, result)
-                gap = next((g for g in free if g[0] < start and (end < g[1] or (over and g[1] == written))), None)
+                gap = next(
+                    (g for g in free if g[0] < start and (end < g[1] or (over and g[1] == written))), None
+                )
                 if gap is not None:
                     free.remove(gap)
                     free += [(gap[0], start), (end, gap[1])]
                     found.add(id(v))
         return found
 
-    def peak(
-        self, donated: dict[int, Value], outside: Collection[Value] = (), in_loop: bool = False
-    ) -> Peak:
+    def peak(self, donated: dict[int, Value], outside: Collection[Value] = (), in_loop: bool = False) -> Peak:
         """Find when most bytes are live, of what is neither argument nor result.
 
         `donated` says over which argument a result is written; `outside` is not counted. In a loop, results

@@ -100,9 +100,7 @@ class GradientProgram:
             return found, pullback(cotangents)
 
         types = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in avals]
-        seeds = [
-            jax.ShapeDtypeStruct(t.shape, t.dtype) for t, s in zip(results, smooth, strict=True) if s
-        ]
+        seeds = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t, s in zip(results, smooth, strict=True) if s]
         return both_sweeps, [types, seeds]
 
     def compiled(self, schedule: Schedule | None, options: dict[str, str]) -> CompiledGradient:
