@@ -1,8 +1,9 @@
 """What the memory room says, against XLA: rows and their peak, the estimate, and rematerialisation.
 
-Forty models are drawn by a seed (`memory_cases/nets.py`): the loss, and its gradient or a step of Adam, with
-the default rules and by autodiff in turn. For each program the rows' sum is compared with
-`argument + output + temp − alias`, the rows without gaps with `temp`, and the estimate with the compiled bytes.
+Forty models are drawn by a seed (`memory_cases/models.py`): the loss, and its gradient or a step of Adam,
+with the default rules and by autodiff in turn. For each program the rows' sum is compared with
+`argument + output + temp − alias`, the rows without gaps with `temp`, and the estimate with all
+compiled bytes.
 Then six models are rematerialised at a half and at a quarter of what they hold, and the temporary bytes of
 their compiled gradients are compared with the plain ones. Nothing is run, everything is compiled.
 """
@@ -16,7 +17,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from memory_cases.nets import Loss, drawn, to_rematerialise
+from memory_cases import Loss, drawn, to_rematerialise
 from running import command_line, write
 
 import funcprop as fp
@@ -90,8 +91,8 @@ def main() -> None:
             footprints.append(line)
             same = "=" if line["rows"] == line["xla"] else "≠"
             print(
-                f"{line['model']:36} {line['program']:9} {line['rules']:8} rows {line['rows']:>12,} {same} XLA "
-                f"{line['xla']:>12,}  gaps {line['gaps']:>9,}  estimate ÷ compiled {line['ratio']:.3f}",
+                f"{line['model']:36} {line['program']:9} {line['rules']:8} rows {line['rows']:>12,} {same} "
+                f"XLA {line['xla']:>12,}  gaps {line['gaps']:>9,}  estimate ÷ compiled {line['ratio']:.3f}",
                 flush=True,
             )
     near = sum(abs(line["ratio"] - 1) <= WITHIN for line in footprints)

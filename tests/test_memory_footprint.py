@@ -337,7 +337,7 @@ def test_products_of_16_bits_are_computed_in_32(compiled: dict[str, Any]) -> Non
     "model", ["one inner step", "unrolled inner steps", "associative scan", "batch norm"]
 )
 def test_programs_that_the_compiler_changes_most(compiled: dict[str, Any], model: str) -> None:
-    """Loops of one step and unrolled ones, pairs in a tree, a normalisation whose input is read three times."""
+    """Loops of one step and unrolled ones, pairs in a tree, a norm whose input is read three times."""
     found = compiled[model]["training"]
     assert sum(row["nbytes"] for row in found["rows"]) == found["compiled"]
     assert found["estimate"] == pytest.approx(found["compiled"], rel=0.17)

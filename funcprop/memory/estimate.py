@@ -179,7 +179,7 @@ class _StepsOf:
         return results
 
     def _behind_barrier(self, body: Any, given: list[Value | None], scope: str) -> Sequence[Value | None]:
-        """A checkpoint that is kept: nothing in it is shared, and it starts when all that goes in is there."""
+        """A checkpoint that is kept: nothing in it is shared, and it starts when its inputs are there."""
         barrier = self.add("optimization_barrier", scope, given, [jax.core.ShapedArray((), bool)])
         self.salt += 1
         start = len(self.steps)
@@ -191,7 +191,7 @@ class _StepsOf:
         return results
 
     def _product(self, eqn: Any, operands: list[Value | None], scope: str) -> Value:
-        """A product, behind copies of operands whose axes are in another order, or, on the CPU, of 16 bits."""
+        """A product, behind copies of operands whose axes are in another order, or, on a CPU, of 16 bits."""
         result, wide, arranged = eqn.outvars[0].aval, jnp.dtype("float32"), []
         orders = _orders(eqn)
         for value, order, atom in zip(operands, orders, eqn.invars, strict=False):

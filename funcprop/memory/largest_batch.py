@@ -205,8 +205,8 @@ def _searched(needs: Callable[[int], float], budget: int, start: int) -> int | f
             equal = equal + 1 if known[high] == known[low] else 0
             if equal == 3:
                 raise ValueError(
-                    f"batch_limit: {known[high]:,.0f} bytes at a batch of {low:,} and of {high:,}; the memory "
-                    "does not depend on batch_axes."
+                    f"batch_limit: {known[high]:,.0f} bytes at a batch of {low:,} and of {high:,}; the "
+                    "memory does not depend on batch_axes."
                 )
             if high >= _LARGEST:
                 return math.inf

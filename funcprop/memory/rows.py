@@ -53,7 +53,8 @@ def compiled_rows(
 
 
 def _row(case: AccountedProgram, buffer: Buffer, ours: MemoryEstimate, trains: bool) -> Row:
-    name, category = buffer.op_name.split("/")[-1] or buffer.opcode, "workspace"
+    name = buffer.op_name.split("/")[-1] or buffer.opcode
+    category: Category = "workspace"
     sweep, scope = sweep_of(buffer.op_name), scope_of(buffer.op_name)
     path = "" if buffer.source is None else _owner(case, case.read[buffer.source])
     operator = name
@@ -71,9 +72,7 @@ def _row(case: AccountedProgram, buffer: Buffer, ours: MemoryEstimate, trains: b
             name, scope, path, sweep = "pointers", "", "", ""
     elif buffer.op_name and buffer.opcode != "tuple":
         category = _purpose(sweep, buffer.readers, trains)
-    return Row(
-        *(name, scope, category, buffer.nbytes, buffer.shape, buffer.dtype, operator), sweep=sweep, path=path
-    )
+    return Row(name, scope, category, buffer.nbytes, buffer.shape, buffer.dtype, operator, sweep, path)
 
 
 def _owner(case: AccountedProgram, i: int) -> str:

@@ -55,7 +55,7 @@ def rematerialize(
         minimise Σ_{o ∈ R} flops(o)   subject to   Σ_{v ∈ S} bytes(v) ≤ budget,
 
     where `R` makes everything that the backward sweep reads from `S`, in segments between cut points. What is
-    held is not all: a program's peak has cotangents, scratch, and what a segment needs while it is recomputed.
+    held is not all: a program's peak has cotangents, scratch, and what a segment needs while it is run again.
     So schedules of lower peaks and equal chunks are compared with this one by the temporary bytes of their
     compiled gradients. Of those that reach the budget's share of the plain program's bytes the one of fewest
     FLOPs is taken, or else the one of fewest bytes. If none holds less than the plain program, or the budget
@@ -255,14 +255,14 @@ class _Limits:
         else:
             schedule, held = self._within(found, plain, budget, peak, name)
             if self._measures(closed, plain, gradient):
-                limits = (np.inf if limit is None else limit for limit in (budget, peak))
-                target = (peak if budget is None else budget) or 0
-                choice = self._chosen(gradient, schedule, *limits, target / max(counted, 1))
+                target = ((peak if budget is None else budget) or 0) / max(counted, 1)
+                most, highest = (np.inf if limit is None else limit for limit in (budget, peak))
+                choice = self._chosen(gradient, schedule, most, highest, target)
                 if choice.schedule is None:
                     schedule, held = as_it_is, plain
                 elif choice.schedule is not schedule:
                     schedule, held = choice.schedule, self._held(found, choice.schedule)
-                reason = _reason(choice, name, target / max(counted, 1))
+                reason = _reason(choice, name, target)
         return RematPlan(
             name,
             counted if budget is None else budget,
@@ -369,8 +369,8 @@ def _reason(choice: Choice, name: str, target: float) -> str | None:
     way = f" In the way are, at the peak: {largest} bytes." if largest else ""
     if choice.schedule is None:
         return (
-            f"no schedule within the budget lowers the peak of {name}, {plain:,} temporary bytes, so it is left "
-            f"as it is.{way} A smaller batch, or rules that hold less (fp.with_rules), may help."
+            f"no schedule within the budget lowers the peak of {name}, {plain:,} temporary bytes, so it is "
+            f"left as it is.{way} A smaller batch, or rules that hold less (fp.with_rules), may help."
         )
     return f"the program's peak falls to {temp / plain:.0%} of {plain:,} temporary bytes.{way}"
 
