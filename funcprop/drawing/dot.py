@@ -49,7 +49,9 @@ def dot(picture: Picture, with_types: bool, without: Collection[int] = ()) -> st
 
 def box_label(box: Box) -> str:
     """The name of a box, with the number of its repetitions."""
-    return f"{box.label} × {box.count}".strip() if box.count > 1 else box.label
+    if box.count == 1:
+        return box.label
+    return f"{box.label} × {box.count}".strip() + ", sizes differ" * box.sizes_differ
 
 
 def _node(node: Node, with_types: bool) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,15 +13,18 @@ from funcprop.drawing.distant_arrows import far_edges
 from funcprop.drawing.dot import dot
 from funcprop.drawing.geometry import size_of
 from funcprop.drawing.layout import MANY, Direct, DrawingError, Engine, Layout, lay_out, require_known
+from funcprop.drawing.levels import fitted, inside
 from funcprop.drawing.loops import open_loops
 from funcprop.drawing.markup import as_json, mermaid
 from funcprop.drawing.merging import merged
-from funcprop.drawing.nodes_and_boxes import FEW, assemble
+from funcprop.drawing.nodes_and_boxes import FEW, Fold, assemble
 from funcprop.drawing.picture import Picture, node_ids
+from funcprop.drawing.relabelling import needed
 from funcprop.drawing.request import Shown
 from funcprop.drawing.second_order import SecondOrderGraph
 from funcprop.drawing.svg import svg
 from funcprop.graph.graph import Graph
+from funcprop.graph.module_scopes import with_module_scopes
 
 # What writes a file of each suffix.
 SUFFIXES = {".svg": "svg", ".dot": "dot", ".gv": "dot", ".mmd": "mermaid", ".json": "json"}
@@ -38,6 +41,24 @@ class Drawing:
     types: bool = field(repr=False)
     engine: Engine | None = None
     timeout: float = 60.0
+    shown: Shown | None = field(default=None, repr=False)
+    fold: Fold = field(default=True, repr=False)
+
+    @cached_property
+    def inside(self) -> dict[str, Drawing]:
+        """What is inside of the modules that are drawn as one node each, by the keys of these nodes."""
+        if self.shown is None:
+            return {}
+        found = {}
+        for node in self.picture.nodes:
+            if node.inside:
+                shown = _with_loops(inside(node, self.shown), None)
+                opened = fitted(shown, self.fold, None)
+                types = len(shown.graph) <= _FEW_WITH_TYPES
+                found[node.key] = Drawing(
+                    opened.picture, types, self.engine, self.timeout, opened.shown, self.fold
+                )
+        return found
 
     @cached_property
     def layout(self) -> Layout:
@@ -103,7 +124,8 @@ def notebook_svg(graph: Graph | Difference) -> str | None:
 
     None, for which a notebook shows the table, if there is no layout engine, or too much even then.
     """
-    for depth in (None, 3, 2, 1, 0):
+    depths = (None, 3, 2, 1, 0) if type(graph) is not Graph else (None,)
+    for depth in depths:
         drawing = draw(graph, depth=depth, timeout=10.0)
         if len(drawing.picture.nodes) <= _GLANCE:
             try:
@@ -133,7 +155,8 @@ def draw(
     *,
     depth: int | None = None,
     loops: int | None = None,
-    fold: bool = True,
+    fold: Fold = True,
+    dead: bool = False,
     unnamed: bool | None = None,
     types: bool | None = None,
     engine: Engine | None = None,
@@ -148,11 +171,17 @@ def draw(
     Args:
         graph: what `fp.trace`, `fp.backward_graph`, `fp.second_order_graph` or `fp.diff` returns.
         path: a file to write, by its suffix `.svg`, `.dot`, `.gv`, `.mmd` (Mermaid) or `.json`.
-        depth: collapse the scopes that have this many around them: 0 for all, None for none.
+        depth: collapse the scopes that have this many around them: 0 for all. By default all are open, but a
+            function of more than 60 nodes is drawn as its modules, each with shapes, parameters and bytes,
+            unless `loops`, `unnamed` or `fold=False` ask for more; `.inside` has a drawing of what is in each
+            module, and `.save("x.html")` writes a page on which they open.
         loops: open `scan`, `while` and `cond` to this many levels: a box with the body, a dotted arrow in it
             leads back to what is carried. By default one level, if the picture then has up to 40 operators
             (100 in graphs of derivatives). In a difference, those that differ are open.
-        fold: draw repeated blocks once; in graphs of more than 40 operators also those that have no scope.
+        fold: draw repeated blocks once, where the picture stays the same function; in graphs of more than 40
+            operators also those that have no scope. `"sizes"` folds those that differ in their sizes as well,
+            and says so; so does a picture that would have more than 60 nodes.
+        dead: draw also what no result depends on, and arguments that nobody reads.
         unnamed: draw a square also for a value that nobody named; by default in graphs of up to 40 operators.
             Without it, an arrow goes from operator to operator.
         types: write dtype and bytes into the squares, not only the shape; by default in graphs of up to 12
@@ -181,7 +210,7 @@ def draw(
     elif isinstance(graph, BackwardGraph | SecondOrderGraph):
         shown = graph.shown()
     elif isinstance(graph, Graph):
-        shown = Shown(graph)
+        shown = Shown(graph if dead else _live(graph))
     else:
         raise TypeError(
             f"fp.draw: graph={graph!r} is not a graph; pass what fp.trace(fun)(*args), fp.backward_graph, "
@@ -189,13 +218,28 @@ def draw(
         )
     if not isinstance(graph, Difference):
         shown = _with_loops(shown, loops)
-    picture = assemble(shown, depth, fold, unnamed)
     if types is None:
         types = len(shown.graph) <= _FEW_WITH_TYPES
-    drawing = Drawing(picture, types, engine, timeout)
+    is_asked_for = loops is not None or unnamed or not fold or depth is not None
+    is_function = isinstance(graph, Graph) and not shown.roles
+    if is_function and not shown.links:
+        shown = replace(shown, graph=with_module_scopes(shown.graph))
+    if is_function and not is_asked_for:
+        picture, shown = fitted(shown, fold, unnamed)
+    else:
+        picture = assemble(shown, depth, fold, unnamed)
+    drawing = Drawing(picture, types, engine, timeout, shown, fold)
     if path is not None:
         drawing.save(path)
     return drawing
+
+
+def _live(graph: Graph) -> Graph:
+    """The graph without what no result depends on, and without what nobody reads."""
+    operators = needed(graph.operators, graph.outputs)
+    read = {id(v) for op in operators for v in op.inputs} | set(map(id, graph.outputs))
+    inputs, constants = (tuple(v for v in vs if id(v) in read) for vs in (graph.inputs, graph.constants))
+    return replace(graph, inputs=inputs, constants=constants, operators=tuple(operators))
 
 
 def _with_loops(shown: Shown, levels: int | None) -> Shown:

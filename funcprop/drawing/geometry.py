@@ -9,7 +9,7 @@ from funcprop.drawing.picture import Node
 
 LABEL, DETAIL, EDGE_LABEL = 14.0, 9.0, 9.0
 _LEAST = 34.0
-_LONGEST_LABEL = 28
+_LONGEST_LABEL = 36
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def lines_of(node: Node, with_types: bool) -> list[str]:
 
 
 def details_of(node: Node, with_types: bool) -> tuple[str, ...]:
-    """The small line of a node, if it has one."""
-    line = node.details if with_types else node.brief
-    return (clipped(line),) if line else ()
+    """The small lines of a node."""
+    lines = node.details if with_types else node.brief
+    return tuple(map(clipped, lines.split("\n"))) if lines else ()
 
 
 def size_of(node: Node, with_types: bool) -> Size:

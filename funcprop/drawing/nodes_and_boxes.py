@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
+from funcprop.drawing.crossing import Crossing, alike, words
 from funcprop.drawing.labels import merged, operator_tooltip, origin
 from funcprop.drawing.picture import Box, Edge, EdgeKind, Node, Picture, value_text
+from funcprop.drawing.repetition import folded as repeated
 from funcprop.drawing.request import DrawnPlace, Shown
-from funcprop.drawing.scopes import Folding, Scope, fold, scope_path, scope_tree
+from funcprop.drawing.scopes import Folding, Scope, scope_path, scope_tree
 from funcprop.drawing.symbols import symbol
 from funcprop.graph.graph import Operator, Variable, bytes_text
 
@@ -17,19 +21,34 @@ from funcprop.graph.graph import Operator, Variable, bytes_text
 FEW = 40
 
 
-def assemble(shown: Shown, depth: int | None, folded: bool, unnamed: bool | None) -> Picture:
-    """The picture of a graph; the arguments are those of `fp.draw`."""
-    return _Assembly(shown, depth, folded, unnamed).picture()
+# Whether repeated blocks are folded, and whether also those that differ in sizes.
+Fold = Literal[False, True, "sizes"]
+
+
+def assemble(
+    shown: Shown, depth: int | None, fold: Fold, unnamed: bool | None, closed: bool = False
+) -> Picture:
+    """The picture of a graph; the arguments are those of `fp.draw`.
+
+    `closed` also makes one node of repeated blocks that nobody named, at the depth at which scopes are.
+    """
+    return _Assembly(shown, depth, fold, unnamed, closed).picture()
 
 
 class _Assembly:
-    def __init__(self, shown: Shown, depth: int | None, folded: bool, unnamed: bool | None) -> None:
+    def __init__(
+        self, shown: Shown, depth: int | None, fold: Fold, unnamed: bool | None, closed: bool
+    ) -> None:
+        self.closed = closed
         self.shown = shown
         self.graph = shown.graph
         self.depth = depth
-        self.root = scope_tree(self.graph.operators, lambda op: shown.sections.get(op.name, ""))
         # What an operator is in is asked of the operators themselves, also of those that are folded away.
-        self.folding = fold(self.root, shown.roles, len(self.graph) > FEW) if folded else Folding()
+        self.root, self.folding = (
+            repeated(shown, len(self.graph) > FEW, types=fold != "sizes")
+            if fold
+            else (scope_tree(self.graph.operators, lambda op: shown.sections.get(op.name, "")), Folding())
+        )
         self.scope_of = {op.name: scope for scope, op in self.root.placed()}
         self.keys = {id(scope): f"s{i}" for i, scope in enumerate([self.root, *self.root.scopes()])}
         self.operators = {op.name: op for op in self.graph.operators}
@@ -51,10 +70,13 @@ class _Assembly:
         self.unnamed = len(self.scope_of) <= FEW if unnamed is None else unnamed
         self.alias = self._aliases()
         self.variables = {v.name: v for v in (*self.graph.variables, *shown.places.values())}
+        self.alike: dict[str, list[str]] = defaultdict(list)
+        for name, v in self.variables.items():
+            self.alike[self.drawn(v).name].append(name)
         for v in shown.residuals:
             self.saved_bytes[self.drawn(v).name] += v.nbytes or 0
         self.nodes: dict[str, Node] = {}
-        self.edges: dict[tuple[str, str, EdgeKind, str], list[Edge]] = {}
+        self.edges: dict[tuple[str, str, EdgeKind, str], dict[str, tuple[Edge, list[Crossing]]]] = {}
 
     # --- what stands for what -----------------------------------------------------------------
 
@@ -77,7 +99,9 @@ class _Assembly:
         """The variable that is drawn for this one."""
         if variable.name in self.producer:
             op, index = self.producer[variable.name]
-            return self.folding.of(op).outputs[index]
+            value = self.folding.of(op).outputs[index]
+            # A result of the last repetition alone is not what the others compute.
+            return variable if variable.name in self.results and value.name not in self.results else value
         place = self.place_of.get(variable.name)
         if place is not None:
             first = self.folding.of(self.operators[place.operator])
@@ -88,7 +112,9 @@ class _Assembly:
         """The outermost scope around, itself included, that is drawn as one node."""
         found = None
         for around in scope.ancestors():
-            if self.depth is not None and around.path and not around.section and around.depth >= self.depth:
+            is_block = bool(around.path) or (self.closed and around.count > 1)
+            level = around.depth + (not around.path)
+            if self.depth is not None and is_block and not around.section and level >= self.depth:
                 found = around
         return found
 
@@ -102,10 +128,11 @@ class _Assembly:
             box = loop.parent if place.outside else loop
             return None if box is self.root else box
         if variable.name in self.producer:
-            op = self.producer[variable.name][0]
+            op = self.folding.of(self.producer[variable.name][0])
             path = scope_path(variable.scope) if variable.named else scope_path(op.scope)
             for scope in self.scope_of[op.name].ancestors():
-                if scope.section or scope.path == path[: len(scope.path)]:
+                # A value of every repetition stands in the box of the repetitions.
+                if scope.section or scope.count > 1 or scope.path == path[: len(scope.path)]:
                     return scope
             return None
         inside_pytree = "/" in variable.name or variable.kind == "constant"
@@ -175,32 +202,58 @@ class _Assembly:
         """The key of the node of a collapsed scope."""
         key = self.keys[id(scope)]
         if key not in self.nodes:
-            ops = list(scope.operators())
-            inside = {op.name for op in ops}
-            given = {
-                v.name: v.nbytes or 0
-                for op in ops
-                for v in op.inputs
+            ops = self.inside(scope)
+            inside = {self.folding.of(op).name for op in ops}
+            own = {v.name for op in ops for v in op.outputs}
+            read = {v.name: v for op in ops for v in op.inputs if v.kind != "literal" and v.name not in own}
+            given = [
+                v
+                for v in read.values()
                 if v.name not in self.producer
                 and v.name not in self.place_of
-                and v.kind != "literal"
                 and not self.has_square(self.drawn(v))
                 and all(self.folding.of(c).name in inside for c in self.consumers[v.name])
-            }
-            brief = details = f"{len(ops)} operator{'s' * (len(ops) != 1)}"
-            if sum(given.values()):
-                details += f", {bytes_text(sum(given.values()))} of parameters"
+            ]
+            coming = [v for v in read.values() if all(v is not other for other in given)]
+            first = {op.name for op in ops}
+            leaving = [
+                v
+                for op in ops
+                for v in op.outputs
+                if v.name in self.results or any(c.name not in first for c in self.consumers[v.name])
+            ]
+            brief = f"{_shapes(coming)} → {_shapes(leaving)}"
+            numbers = sum(math.prod(v.shape or ()) for v in given)
+            if numbers:
+                nbytes = bytes_text(sum(v.nbytes or 0 for v in given))
+                brief += f"\n{numbers:,} parameters, {nbytes}"
             roles = Counter(self.shown.roles.get(op.name, "") for op in ops)
             label = self.title(scope)
-            tooltip = "/".join(scope.path) + "\n" + ", ".join(op.op for op in ops[:12])
-            tooltip += ", …" * (len(ops) > 12)
+            tooltip = "/".join(scope.path) + f"\n{len(ops)} operator{'s' * (len(ops) != 1)}: "
+            tooltip += ", ".join(op.op for op in ops[:12]) + ", …" * (len(ops) > 12)
+            if scope.sizes_differ:
+                brief += "\nsizes differ"
             parent = scope.parent if scope.parent is not self.root else None
+            path = next(s.path for s in scope.ancestors() if s.path or s.parent is None)
             box = None if parent is None else self.box_key(parent)
             role = roles.most_common(1)[0][0]
             self.nodes[key] = Node(
-                key, "scope", label, brief, details, tooltip, "/".join(scope.path), box, role, scope.count
+                key, "scope", label, brief, brief, tooltip, "/".join(path), box, role, scope.count
             )
+            self.nodes[key] = replace(self.nodes[key], inside=tuple(op.name for op in ops))
         return key
+
+    def inside(self, scope: Scope) -> list[Operator]:
+        """The operators of a scope, of repeated ones those of the first."""
+        around = list(scope.ancestors())
+        outer = [g for g, group in enumerate(self.folding.groups) if group.box in around]
+        found = []
+        for op in self.graph.operators:
+            place = self.folding.coordinates(op)
+            is_first = all(place.get(g, 0) == 0 for g in outer)
+            if is_first and scope in self.scope_of[self.folding.of(op).name].ancestors():
+                found.append(op)
+        return found
 
     def variable_node(self, variable: Variable) -> str:
         """The key of a variable's square."""
@@ -221,6 +274,9 @@ class _Assembly:
         elif box is not None and box.path and not box.section:
             own = [part for part in scope_path(label) if part not in box.path and part != "params"]
             label = "/".join(own) or label
+        if variable.kind == "input" and not variable.named:
+            # What comes into a scope that is drawn by itself.
+            label = label.rpartition("/")[2]
         # A square that nobody named shows its shape alone: its name would be that of its operator.
         if not variable.named and variable.kind == "intermediate":
             label = ""
@@ -248,9 +304,19 @@ class _Assembly:
 
     # --- edges --------------------------------------------------------------------------------
 
-    def connect(self, source: str, target: str, variable: Variable, kind: EdgeKind, role: str) -> None:
-        """Draw an arrow; two values between the same nodes share one."""
-        if source == target:
+    def connect(
+        self,
+        source: str,
+        target: str,
+        variable: Variable,
+        kind: EdgeKind,
+        role: str,
+        made: Mapping[int, int] | None = None,
+        reader: Mapping[int, int] | None = None,
+    ) -> None:
+        """Draw an arrow; `made` and `reader` are the repetitions that it comes from and leads to."""
+        # A node of several operators is not drawn to feed itself; one that is read by its own repetition is.
+        if source == target and (kind != "repeat" or not source.startswith("o:")):
             return
         edge = Edge(
             source,
@@ -262,9 +328,41 @@ class _Assembly:
             kind,
             role,
         )
-        present = self.edges.setdefault((source, target, kind, role), [])
-        if all(e.variable != variable.name for e in present):
-            present.append(edge)
+        present = self.edges.setdefault((source, target, kind, role), {})
+        present.setdefault(variable.name, (edge, []))[1].append(Crossing(made or {}, reader or {}))
+
+    def levels(self, op: Operator) -> dict[int, int]:
+        """The repetitions in which an operator is, of those whose box, or node, is in the picture."""
+        groups = self.folding.groups
+        place = self.folding.coordinates(op).items()
+        return {g: i for g, i in place if self.collapsed(groups[g].box) in (None, groups[g].box)}
+
+    def levels_of(self, variable: Variable) -> dict[int, int]:
+        """The repetitions in which the start of a variable's arrows is."""
+        made = self.maker(variable)
+        if made is None:
+            # A parameter is of the repetitions that have one of their own.
+            if len(self.alike[self.drawn(variable).name]) == 1:
+                return {}
+            found = [self.levels(op).items() for op in self.consumers[variable.name]]
+            return dict(item for item in found[0] if all(item in others for others in found)) if found else {}
+        drawn = self.drawn(variable)
+        if not self.has_square(drawn):
+            return self.levels(made)
+        box = self.box_of_variable(drawn)
+        around = [] if box is None else list(box.ancestors())
+        return {g: i for g, i in self.levels(made).items() if self.folding.groups[g].box in around}
+
+    def arrows(self) -> Iterator[list[Edge]]:
+        """The values that go from one node to another, by the arrow that they share."""
+        counts = [len(group.blocks) for group in self.folding.groups]
+        for values in self.edges.values():
+            shared: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Edge]] = defaultdict(list)
+            for edge, crossings in values.values():
+                for same in alike(crossings):
+                    leaves, enters = words(same, counts)
+                    shared[leaves, enters].append(replace(edge, leaves=leaves, enters=enters))
+            yield from shared.values()
 
     def source(self, variable: Variable) -> str | None:
         """The node from which a variable's arrows start: its square, or what makes or hides it."""
@@ -294,18 +392,19 @@ class _Assembly:
 
     def flow(self, v: Variable, reader: Operator, target: str, role: str, is_next: bool = False) -> None:
         """The arrow by which a value gets to an operator, or to a value inside of its loop."""
-        variable = self.drawn(v)
-        start = self.source(variable)
+        variable, made = self.drawn(v), self.maker(v)
+        start, levels, into = self.source(variable), self.levels_of(v), self.levels(reader)
         kind: EdgeKind = "flow"
         if self.reads_saved(reader) and v.name in self.saved:
             saved = self.saved_node(variable)
-            start, kind = (start, "residual") if saved is None else (saved, "flow")
-        else:
-            made = self.maker(v)
-            if is_next or (made is not None and self.folding.apart(made, reader)):
-                kind = "repeat"
+            start, kind, levels = (start, "residual", levels) if saved is None else (saved, "flow", into)
+        elif is_next or (made is not None and self.folding.apart(made, reader)):
+            kind = "repeat"
+            if made is not None and variable.name in self.results and not is_next:
+                # The square of a result is outside of the repetitions.
+                start, levels = self.operator_node(made), self.levels(made)
         if start is not None:
-            self.connect(start, target, variable, kind, role)
+            self.connect(start, target, variable, kind, role, levels, into)
 
     def maker(self, v: Variable) -> Operator | None:
         """The operator that computes a value; for a loop's result, one inside of it."""
@@ -320,18 +419,18 @@ class _Assembly:
             if self.drawn(v) is v and self.has_square(v):
                 self.variable_node(v)
         for op in self.graph.operators:
-            drawn_op = self.folding.of(op)
             target = self.operator_node(op)
             for v in op.inputs:
                 if v.kind == "literal":
                     continue
                 role = roles.get((v.name, op.name, True), "")
                 self.flow(v, op, target, role)
-            if drawn_op is op:
-                for v in op.outputs:
-                    if self.has_square(v):
-                        role = roles.get((v.name, op.name, False), "")
-                        self.connect(target, self.variable_node(v), v, "flow", role)
+            for v in op.outputs:
+                drawn = self.drawn(v)
+                if self.has_square(drawn) and (drawn is v or drawn.name in self.results):
+                    role = roles.get((v.name, op.name, False), "")
+                    result, into = self.variable_node(drawn), self.levels_of(v)
+                    self.connect(target, result, drawn, "flow", role, self.levels(op), into)
         for link in self.links:
             end = self.source(self.drawn(link.target))
             reader = self.operators[self.place_of[link.target.name].operator]
@@ -355,7 +454,7 @@ class _Assembly:
     def picture(self) -> Picture:
         """Everything together."""
         self.draw_edges()
-        edges = tuple(merged(self.edges.values(), self.nodes, few=len(self.scope_of) <= FEW))
+        edges = tuple(merged(self.arrows(), self.nodes, few=len(self.scope_of) <= FEW))
         boxes = tuple(
             Box(
                 self.keys[id(s)],
@@ -363,6 +462,7 @@ class _Assembly:
                 "/".join(s.path),
                 self.box_key(s.parent or self.root),
                 s.count,
+                s.sizes_differ,
             )
             for s in self.root.scopes()
             if self.collapsed(s) is None
@@ -372,13 +472,24 @@ class _Assembly:
         members = self.members()
         return Picture(
             self.graph.name,
-            tuple(replace(node, members=tuple(members[key])) for key, node in self.nodes.items()),
+            tuple(self.with_members(node, members[key]) for key, node in self.nodes.items()),
             edges,
             boxes,
             self.shown.legend,
             None if first is None else f"v:{first}",
             goal,
         )
+
+    def with_members(self, node: Node, members: list[str]) -> Node:
+        """A node with what it stands for; where sizes differ, a square has them all."""
+        if node.kind == "variable":
+            shapes = [self.variables[name].shape for name in members]
+            if any(found != shapes[0] for found in shapes):
+                text = _shapes_of_all([found or () for found in shapes])
+                node = replace(
+                    node, brief=text, details=text, tooltip=f"{node.tooltip}\nsizes differ: {text}"
+                )
+        return replace(node, members=tuple(members))
 
     def members(self) -> dict[str, list[str]]:
         """The names that each node stands for, by its key."""
@@ -390,3 +501,21 @@ class _Assembly:
                 if key in self.nodes:
                     found[key].append(v.name)
         return found
+
+
+def _shapes(values: Iterable[Variable], most: int = 2) -> str:
+    """The shapes of what comes into a scope, or leaves it."""
+    texts = list(dict.fromkeys(_shape(v.shape) for v in values))
+    return ", ".join(texts[:most]) + ", …" * (len(texts) > most) or "nothing"
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return " × ".join(map(str, shape or ())) or "scalar"
+
+
+def _shapes_of_all(shapes: Sequence[tuple[int, ...]]) -> str:
+    """`3 × 3 × 8…32 × 16…64`: the least and the largest length of every axis."""
+    if len({len(shape) for shape in shapes}) > 1:
+        return " or ".join(dict.fromkeys(map(_shape, shapes)))
+    axes = [(min(axis), max(axis)) for axis in zip(*shapes, strict=True)]
+    return " × ".join(str(low) if low == high else f"{low}…{high}" for low, high in axes)

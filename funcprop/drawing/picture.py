@@ -22,7 +22,8 @@ class Node:
     `label` is written into it, and beneath that `brief` or, where types are asked for, `details`; `tooltip`
     is the full story. `role` is what it is coloured by. `count` says for how many it stands, where repeated
     blocks are folded. `members` are the names of the operators that it stands for, or of the variables if it
-    is a square, in the order in which they are computed.
+    is a square, in the order in which they are computed. Of a collapsed scope, `inside` are the operators of
+    its first repetition.
     """
 
     key: str
@@ -36,6 +37,7 @@ class Node:
     role: str = ""
     count: int = 1
     members: tuple[str, ...] = ()
+    inside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ class Edge:
 
     Between collapsed scopes, one arrow stands for several values: `variable` lists them, `nbytes` is their
     sum, and `shape` and `dtype` are None.
+
+    Where it leaves repeated blocks that are drawn once, `leaves` says for each of them, from the outside,
+    whether it comes from the `"last"` or from `"every"` repetition; where it enters some, `enters` says
+    whether the `"first"` alone reads it (the others what `repeat` brings back) or `"every"` one. From one
+    group to another it may lead from `"each"` to `"each"` repetition, or `"each, backwards"`. An arrow
+    within a repetition, or by `repeat` to the next, has none of these words for it.
     """
 
     source: str
@@ -55,11 +63,17 @@ class Edge:
     kind: EdgeKind = "flow"
     role: str = ""
     label: str = ""
+    leaves: tuple[str, ...] = ()
+    enters: tuple[str, ...] = ()
 
     @property
     def tooltip(self) -> str:
-        """The value that flows, with its type and size."""
-        return f"{self.variable}: {value_text(self.shape, self.dtype, self.nbytes)}"
+        """The value that flows, with its type and size, and from and to which repetitions."""
+        text = f"{self.variable}: {value_text(self.shape, self.dtype, self.nbytes)}"
+        for preposition, words in (("from", self.leaves), ("to", self.enters)):
+            if words:
+                text += f"\n{preposition} {' of '.join(f'{word} repetition' for word in words[::-1])}"
+        return text
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,7 @@ class Box:
     tooltip: str
     parent: str | None
     count: int = 1
+    sizes_differ: bool = False
 
 
 @dataclass(frozen=True)

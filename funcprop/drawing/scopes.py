@@ -3,7 +3,8 @@
 A scope is a run of operators that follow each other: a module that is called twice, with something between
 the calls, is two scopes. Blocks repeat if they follow each other in one scope and are the same: the same
 operators, of the same types, wired in the same way. They are folded to the first, and every operator of the
-others is represented by the corresponding one of the first.
+others is represented by the corresponding one of the first. Where a picture of that would be another
+function, `repetition.py` says at which blocks a repetition has to begin anew.
 
 Where nobody named scopes, blocks are found by their operators alone: runs of them, each of which reads what
 the one before has computed. Of all places where a block could begin, that one is taken where the fewest
@@ -12,7 +13,7 @@ values come in: between two layers, not in the middle of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,7 @@ class Scope:
     section: bool = False
     count: int = 1
     last: str = ""
+    sizes_differ: bool = False
 
     @property
     def depth(self) -> int:
@@ -45,8 +47,19 @@ class Scope:
     @property
     def label(self) -> str:
         """Its own name, a range of names for repeated blocks."""
-        own = self.path[-1] if self.path else ""
-        return own if self.last in ("", own) else f"{own} … {self.last}"
+        if not self.path:
+            return self.contents_label if self.count > 1 else ""
+        own = _own_name(self.path)
+        last = _own_name((*self.path[:-1], self.last or self.path[-1]))
+        return own if last == own else f"{own} … {last}"
+
+    @property
+    def contents_label(self) -> str:
+        """What is in a group that nobody named: its first and last scope, or the number of operators."""
+        names = [child.label for child in self.children if isinstance(child, Scope)]
+        if not names:
+            return f"{sum(1 for _ in self.operators())} operators"
+        return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
 
     def ancestors(self) -> Iterator[Scope]:
         """This scope and those around it, from the inside."""
@@ -77,6 +90,12 @@ class Scope:
             if isinstance(child, Scope):
                 yield child
                 yield from child.scopes()
+
+
+def _own_name(path: tuple[str, ...]) -> str:
+    """The last part of a path, with those before it that number it needs: `layers/4`."""
+    named = next((n for n in range(len(path) - 1, 0, -1) if not path[n].isdigit()), 0)
+    return "/".join(path[named:])
 
 
 def scope_path(scope: str) -> tuple[str, ...]:
@@ -116,11 +135,24 @@ def scope_tree(operators: Sequence[Operator], section_of: Callable[[Operator], s
 
 
 @dataclass
+class FoldedBlocks:
+    """Repetitions that are drawn once: the operators of each, in the same order, and their box.
+
+    Each is so many children of the scope around (`period`).
+    """
+
+    blocks: list[list[Operator]]
+    box: Scope
+    period: int
+
+
+@dataclass
 class Folding:
     """`representative` of an operator that is folded away; `instance` says in which repetition it is."""
 
     representative: dict[str, Operator] = field(default_factory=dict)
     instance: dict[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    groups: list[FoldedBlocks] = field(default_factory=list)
 
     def of(self, op: Operator) -> Operator:
         """The operator that is drawn for this one."""
@@ -128,22 +160,45 @@ class Folding:
             op = found
         return op
 
+    def coordinates(self, op: Operator) -> dict[int, int]:
+        """The number of the repetition in which an operator is, by group, from the outermost inwards."""
+        found: dict[int, int] = {}
+        drawn: Operator | None = op
+        while drawn is not None:
+            for group, index in self.instance.get(drawn.name, ()):
+                found.setdefault(group, index)
+            drawn = self.representative.get(drawn.name)
+        return found
+
     def apart(self, a: Operator, b: Operator) -> bool:
         """Whether two operators are in different repetitions of one block."""
-        first, second = dict(self.instance.get(a.name, ())), dict(self.instance.get(b.name, ()))
+        first, second = self.coordinates(a), self.coordinates(b)
         return any(group in second and second[group] != index for group, index in first.items())
 
 
-def fold(root: Scope, role: Mapping[str, str], runs: bool) -> Folding:
-    """Fold repeated blocks in place; with `runs`, also those without scopes."""
+@dataclass(frozen=True)
+class Equality:
+    """When blocks are the same: `types` compares their sizes, `runs` also looks for blocks without scopes.
+
+    A repetition does not go on at the operators in `anew`, nor has it several of them in one block, if they
+    are as far from each other as is said there.
+    """
+
+    role: Mapping[str, str]
+    runs: bool
+    types: bool = True
+    anew: Mapping[str, Collection[int]] = field(default_factory=dict)
+
+
+def fold(root: Scope, equality: Equality) -> Folding:
+    """Fold repeated blocks in place."""
     folding = Folding()
-    signatures = _Signatures(root, role)
-    _fold(root, signatures, folding, runs)
+    _fold(root, _Signatures(root, equality), folding)
     return folding
 
 
-def _fold(scope: Scope, signatures: _Signatures, folding: Folding, runs: bool) -> None:
-    siblings = _Siblings(scope.children, signatures, runs)
+def _fold(scope: Scope, signatures: _Signatures, folding: Folding) -> None:
+    siblings = _Siblings(scope.children, signatures)
     kept: list[Scope | Operator] = []
     start = 0
     while start < len(scope.children):
@@ -151,21 +206,25 @@ def _fold(scope: Scope, signatures: _Signatures, folding: Folding, runs: bool) -
         kept.extend(scope.children[start:begin])
         block = scope.children[begin : begin + period]
         if count > 1:
-            group = len(folding.instance) + 1
             blocks = [scope.children[begin + i * period : begin + (i + 1) * period] for i in range(count)]
             members = [[op for child in b for op in _operators(child)] for b in blocks]
+            number = len(folding.groups)
             for i, ops in enumerate(members):
                 for first, op in zip(members[0], ops, strict=True):
-                    folding.instance[op.name] = (*folding.instance.get(op.name, ()), (group, i))
+                    folding.instance[op.name] = (*folding.instance.get(op.name, ()), (number, i))
                     if i:
                         folding.representative[op.name] = first
-            block = [_counted(block, blocks[-1], count, scope)]
+            box = _counted(block, blocks[-1], count, scope)
+            types = [[v.type for op in ops for v in op.outputs] for ops in members]
+            box.sizes_differ = any(found != types[0] for found in types)
+            folding.groups.append(FoldedBlocks(members, box, period))
+            block = [box]
         kept.extend(block)
         start = begin + period * count
     scope.children = kept
     for child in kept:
         if isinstance(child, Scope):
-            _fold(child, signatures, folding, runs)
+            _fold(child, signatures, folding)
 
 
 def _operators(child: Scope | Operator) -> Iterator[Operator]:
@@ -190,10 +249,14 @@ def _counted(block: list[Scope | Operator], last: list[Scope | Operator], count:
 class _Siblings:
     """The children of a scope, in which repetitions are looked for."""
 
-    def __init__(self, children: Sequence[Scope | Operator], signatures: _Signatures, runs: bool) -> None:
+    def __init__(self, children: Sequence[Scope | Operator], signatures: _Signatures) -> None:
         self.children = children
         self.signatures = signatures
-        self.runs = runs
+        self.equality = signatures.equality
+        names = [next(_operators(child)).name for child in children]
+        self.anew = {
+            i: self.equality.anew[name] for i, name in enumerate(names) if name in self.equality.anew
+        }
         # As text, so that blocks are compared at the speed of strings.
         self.kinds = "".join(chr(signatures.of([child])) for child in children)
 
@@ -225,9 +288,17 @@ class _Siblings:
     def same(self, start: int, period: int) -> int:
         """How many blocks of this length, from here on, have the same children."""
         block, count = self.kinds[start : start + period], 1
-        while self.kinds.startswith(block, start + count * period):
+        while self.kinds.startswith(block, at := start + count * period) and at not in self.anew:
             count += 1
-        return count
+        inside = next((i for i in range(count) if self.is_several(start + i * period, period)), count)
+        return max(inside, 1)
+
+    def is_several(self, start: int, period: int) -> bool:
+        """Whether a block is several that are not to be repetitions of each other."""
+        return any(
+            start < at < start + period and any((at - start) % n == 0 == period % n for n in periods)
+            for at, periods in self.anew.items()
+        )
 
     def equal(self, start: int, period: int, count: int) -> int:
         """How many of these blocks are wired in the same way; 1 if they are not to be called blocks."""
@@ -244,7 +315,7 @@ class _Siblings:
     def is_run(self, start: int, period: int) -> bool:
         """Whether operators without a scope are a block: not a few, and each reads what the last computed."""
         block = self.kinds[start : start + period]
-        if not self.runs or any(block == block[:n] * (period // n) for n in range(1, _SHORTEST_RUN)):
+        if not self.equality.runs or any(block == block[:n] * (period // n) for n in range(1, _SHORTEST_RUN)):
             return False
         begin = min(range(start + 1, start + period + 1), key=lambda b: self.incoming(b, period))
         if self.same(begin, period) > 1:
@@ -257,8 +328,8 @@ class _Siblings:
 class _Signatures:
     """Numbers that are equal for subtrees that are the same."""
 
-    def __init__(self, root: Scope, role: Mapping[str, str]) -> None:
-        self.role = role
+    def __init__(self, root: Scope, equality: Equality) -> None:
+        self.equality = equality
         self.producer = {v.name: (op, i) for op in root.operators() for i, v in enumerate(op.outputs)}
         self._numbers: dict[Any, int] = {}
 
@@ -275,22 +346,25 @@ class _Signatures:
         """The number of a subtree, or of several that follow each other."""
         ops = [op for child in block for op in _operators(child)]
         inside = {op.name: i for i, op in enumerate(ops)}
-        outside: dict[str, int] = {}
 
         def source(v: Variable) -> Any:
             if v.kind == "literal":
-                return v.name
+                return v.name if self.equality.types else "literal"
             made = self.producer.get(v.name)
             if made is not None and made[0].name in inside:
                 return inside[made[0].name], made[1]
-            return "outside", outside.setdefault(v.name, len(outside))
+            return "outside"
 
+        def type_(v: Variable) -> str:
+            return v.type if self.equality.types else str(v.dtype)
+
+        role = self.equality.role
         wiring = tuple(
             (
                 op.op,
-                self.role.get(op.name, ""),
-                tuple(v.type for v in op.outputs),
-                tuple((source(v), v.type) for v in op.inputs),
+                role.get(op.name, ""),
+                tuple(type_(v) for v in op.outputs),
+                tuple((source(v), type_(v)) for v in op.inputs),
             )
             for op in ops
         )

@@ -119,8 +119,10 @@ def _node(node: Node, centre: Point, with_types: bool) -> str:
         lines.append(
             f'<text x="{x:.2f}" y="{first:.2f}" font-size="{LABEL:g}" fill="{text}">{written}</text>'
         )
-    for line in details:
-        below = y + (DETAIL * 1.1 if label else DETAIL * 0.35)
+    for i, line in enumerate(details):
+        below = (
+            y + (DETAIL * 1.1 if label else DETAIL * 0.35) + DETAIL * (1.25 * i - 0.62 * (len(details) - 1))
+        )
         lines.append(
             f'<text x="{x:.2f}" y="{below:.2f}" font-size="{DETAIL:g}" fill="{FAINT}">{clean(line)}</text>'
         )

@@ -1,0 +1,160 @@
+"""A picture that can be taken in: as modules first, and what is inside of each as a picture of its own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from funcprop.drawing.nodes_and_boxes import FEW, Fold, assemble
+from funcprop.drawing.picture import Node, Picture
+from funcprop.drawing.request import Shown
+from funcprop.drawing.scopes import scope_path
+from funcprop.graph.graph import Graph, Operator, Variable
+from funcprop.graph.naming import joined
+
+# A picture of more nodes than this is drawn as its modules.
+MOST_NODES = 60
+# So many operators that stand beside the modules are drawn as one node.
+_LOOSE = 4
+# What has no modules is drawn as so many runs of operators.
+_RUNS = 30
+ALL = 10**6
+
+
+class Fitted(NamedTuple):
+    """A picture, and what it is of: some operators may be in scopes of their own for it."""
+
+    picture: Picture
+    shown: Shown
+
+
+def fitted(shown: Shown, fold: Fold, unnamed: bool | None) -> Fitted:
+    """The first picture that has at most `MOST_NODES`: all open, then as its modules, then as runs."""
+    found = Fitted(assemble(shown, None, fold, unnamed), shown)
+    for candidate in _smaller(shown, fold, unnamed):
+        if len(found.picture.nodes) <= MOST_NODES:
+            break
+        found = min(found, candidate, key=lambda fitted: len(fitted.picture.nodes))
+    return found
+
+
+def _smaller(shown: Shown, fold: Fold, unnamed: bool | None) -> Iterator[Fitted]:
+    sizes: Fold = "sizes" if fold else False
+    if unnamed is None and len(shown.graph) <= FEW:
+        yield Fitted(assemble(shown, None, fold, False), shown)
+    deepest = max((len(scope_path(op.scope)) for op in shown.graph), default=0)
+    first = _first_depth(shown, deepest)
+    for depth in range(first, -1, -1) if deepest else ():
+        grouped = replace(shown, graph=_with_functions(shown.graph, depth))
+        for kind in dict.fromkeys((fold, sizes)):
+            yield Fitted(assemble(grouped, depth, kind, unnamed), grouped)
+            yield Fitted(assemble(grouped, depth, kind, unnamed, True), grouped)
+    if not deepest:
+        yield Fitted(assemble(shown, None, sizes, unnamed), shown)
+        grouped = replace(shown, graph=_with_functions(shown.graph, 0))
+        for kind in dict.fromkeys((fold, sizes)):
+            yield Fitted(assemble(grouped, 0, kind, unnamed), grouped)
+            yield Fitted(assemble(grouped, 0, kind, unnamed, True), grouped)
+    if len(shown.graph) <= _RUNS:
+        return
+    in_runs = replace(shown, graph=_in_runs(shown.graph), links=(), places={})
+    yield Fitted(assemble(in_runs, 0, False, unnamed), in_runs)
+
+
+def _first_depth(shown: Shown, deepest: int) -> int:
+    """The first depth at which more than one module is seen: what is around all of them says little."""
+    for depth in range(deepest):
+        paths = {scope_path(op.scope)[: depth + 1] for op in shown.graph}
+        if sum(len(path) == depth + 1 for path in paths) > 1:
+            return depth
+    return max(deepest - 1, 0)
+
+
+def _with_functions(graph: Graph, depth: int) -> Graph:
+    """The graph with what stands beside its modules in scopes, called by the function it comes from."""
+    scopes: list[str] = []
+    for loose, run in itertools.groupby(graph.operators, key=lambda op: _loose_in(op, depth)):
+        ops = list(run)
+        if loose is None:
+            scopes += [op.scope for op in ops]
+            continue
+        scope, function = loose
+        # All of it in one node would be no picture.
+        short = len(ops) < _LOOSE or not function or len(ops) == len(graph)
+        scopes += [scope if short else joined(scope, function)] * len(ops)
+    return _moved(graph, scopes)
+
+
+def _loose_in(op: Operator, depth: int) -> tuple[str, str] | None:
+    """The scope of an operator and the function it comes from; None if it is inside of a module."""
+    if len(scope_path(op.scope)) > depth:
+        return None
+    function = (op.source or "").rpartition("(")[2].rstrip(")").rpartition(".")[2]
+    return op.scope, "" if function.startswith(("<", "__")) else function
+
+
+def _in_runs(graph: Graph) -> Graph:
+    """The graph with operators that follow each other in scopes of so many each."""
+    count, length = len(graph), -(-len(graph) // _RUNS)
+    scopes = []
+    for i, op in enumerate(graph.operators):
+        first = i - i % length
+        scopes.append(joined(f"operators {first + 1} … {min(first + length, count)}", op.scope))
+    return _moved(graph, scopes)
+
+
+def _moved(graph: Graph, scopes: Sequence[str]) -> Graph:
+    """The graph with other scopes of its operators, and of what they compute."""
+    of: dict[str, Variable] = {}
+
+    def moved(variables: Sequence[Variable]) -> tuple[Variable, ...]:
+        return tuple(of.get(v.name, v) if v.kind != "literal" else v for v in variables)
+
+    operators = []
+    for op, scope in zip(graph.operators, scopes, strict=True):
+        if scope != op.scope:
+            of |= {v.name: replace(v, scope=scope) for v in op.outputs}
+        operators.append(replace(op, scope=scope, inputs=moved(op.inputs), outputs=moved(op.outputs)))
+    return replace(graph, operators=tuple(operators), outputs=moved(graph.outputs))
+
+
+def inside(node: Node, shown: Shown) -> Shown:
+    """What is inside of a collapsed scope, of repeated ones the first: from what comes in to what leaves."""
+    depth, names = len(scope_path(node.name)), set(node.inside)
+    operators = [op for op in shown.graph if op.name in names]
+    made = {v.name for op in operators for v in op.outputs}
+    read = {v.name: v for op in operators for v in op.inputs if v.kind != "literal" and v.name not in made}
+    given = {v.name: replace(v, kind="input") if v.kind == "intermediate" else v for v in read.values()}
+    others = [v.name for op in shown.graph if op.name not in names for v in op.inputs]
+    wanted = {*others, *(v.name for v in shown.graph.outputs)}
+
+    def own(scope: str) -> str:
+        return "/".join(scope_path(scope)[depth:])
+
+    def within(v: Variable) -> Variable:
+        return given.get(v.name, replace(v, scope=own(v.scope))) if v.kind != "literal" else v
+
+    moved = tuple(
+        replace(
+            op,
+            scope=own(op.scope),
+            inputs=tuple(map(within, op.inputs)),
+            outputs=tuple(map(within, op.outputs)),
+        )
+        for op in operators
+    )
+    results = [v for op in moved for v in op.outputs if v.name in wanted]
+    constants = {v.name for v in shown.graph.constants}
+    graph = Graph(
+        node.label + (f" × {node.count}" if node.count > 1 else ""),
+        tuple(v for v in given.values() if v.name not in constants),
+        tuple(v for v in given.values() if v.name in constants),
+        moved,
+        tuple(results or (v for op in moved[-1:] for v in op.outputs)),
+    )
+    roles = {op.name: shown.roles[op.name] for op in moved if op.name in shown.roles}
+    return Shown(
+        graph, roles=roles, variable_roles=shown.variable_roles, legend=shown.legend if roles else ()
+    )

@@ -1,0 +1,105 @@
+"""Scopes by the paths of parameters, for frameworks whose modules do not name theirs.
+
+Flax linen and Haiku name a scope for every module. Equinox names the class alone (`eqx.nn.Linear`, three
+times), nnx and plain JAX nothing; but what an operator belongs to can be told from the parameter it reads:
+`layers/4/weight` is read in `layers/4`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from funcprop.graph.graph import Graph, Operator
+
+Path = tuple[str, ...]
+
+_MOVING = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose", "convert_element_type"})
+_ELEMENTWISE = frozenset({"mul", "add", "sub"})
+
+
+def with_module_scopes(graph: Graph) -> Graph:
+    """The graph with the scope of every operator that reads parameters named by their path.
+
+    Operators that read none are in the scope around the module before them, those of a normalisation in that
+    of its scale. A graph whose scopes are the paths already stays as it is.
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> graph = fp.trace(lambda layers, x: jnp.tanh(x @ layers[0]["w"]) @ layers[1]["w"])(
+        ...     [{"w": jnp.ones((3, 3))}, {"w": jnp.ones((3, 2))}], jnp.ones(3))
+        >>> from funcprop.graph.module_scopes import with_module_scopes
+        >>> [op.scope for op in with_module_scopes(graph).operators]
+        ['layers/0', 'layers', 'layers/1']
+    """
+    owners = _owners(graph)
+    chosen: list[Path | None] = []
+    for scope, run in itertools.groupby(graph.operators, key=lambda op: op.scope):
+        ops = list(run)
+        paths = [_shared(owners[op.name]) for op in ops]
+        if scope:
+            whole = _shared(path for path in paths if path)
+            paths = [whole] * len(ops)
+        own = set(_parts(scope))
+        chosen += [path if path and not own.issuperset(path) else None for path in paths]
+    if len(set(chosen) - {None}) < 2:
+        return graph
+    chosen = _with_normalisations(graph.operators, chosen)
+    last = max(i for i, path in enumerate(chosen) if path)
+    classes = {
+        part for op, path in zip(graph.operators, chosen, strict=True) if path for part in _parts(op.scope)
+    }
+    scopes: list[str] = []
+    around: Path = ()
+    for i, (op, path) in enumerate(zip(graph.operators, chosen, strict=True)):
+        if path:
+            around = path[:-1]
+            scopes.append("/".join(path))
+        else:
+            inside = around if i < last else ()
+            own_parts = [part for part in _parts(op.scope) if part not in classes and part not in inside]
+            scopes.append("/".join([*inside, *own_parts]))
+    operators = tuple(replace(op, scope=scope) for op, scope in zip(graph.operators, scopes, strict=True))
+    return replace(graph, operators=operators)
+
+
+def _parts(scope: str) -> list[str]:
+    return [part for part in scope.split("/") if part not in ("", "~", "params")]
+
+
+def _owners(graph: Graph) -> dict[str, list[Path]]:
+    """The modules whose parameters each operator reads, also after they are reshaped or cast."""
+    owner = {v.name: tuple(_parts(v.name)[:-1]) for v in graph.inputs}
+    found: dict[str, list[Path]] = defaultdict(list)
+    for op in graph.operators:
+        given = [v.name for v in op.inputs if v.kind != "literal"]
+        found[op.name] = [path for name in given if (path := owner.get(name))]
+        if op.op in _MOVING and len(given) == 1 and given[0] in owner:
+            owner |= {v.name: owner[given[0]] for v in op.outputs}
+    return found
+
+
+def _shared(paths: Iterable[Path]) -> Path:
+    """The beginning that all of these have."""
+    levels = zip(*paths, strict=False)
+    return tuple(level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
+
+
+def _with_normalisations(operators: Sequence[Operator], chosen: Sequence[Path | None]) -> list[Path | None]:
+    """Operators whose results only a normalisation reads (mean, variance) are in its scope."""
+    kinds: dict[Path, set[str]] = defaultdict(set)
+    readers: dict[str, set[int]] = defaultdict(set)
+    for i, (op, path) in enumerate(zip(operators, chosen, strict=True)):
+        if path:
+            kinds[path].add(op.op)
+        for v in op.inputs:
+            readers[v.name].add(i)
+    norms = {path for path, ops in kinds.items() if ops <= _ELEMENTWISE | _MOVING and "mul" in ops}
+    found = list(chosen)
+    for i in range(len(operators) - 1, -1, -1):
+        places = {found[r] for v in operators[i].outputs for r in readers[v.name]}
+        if found[i] is None and len(places) == 1 and places <= norms:
+            found[i] = places.pop()
+    return found
