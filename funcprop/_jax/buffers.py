@@ -216,9 +216,11 @@ class _Module:
         seen.add((number, path))
         for user in self.users[number]:
             of = self.instructions[user]
+            if of.opcode not in _PASSES or of.opcode == "while":
+                yield user  # A loop reads its operand, and hands it on.
             if of.opcode not in _PASSES:
-                yield user
-            elif of.opcode == "tuple":
+                continue
+            if of.opcode == "tuple":
                 for k, operand in enumerate(of.operands):
                     if operand == number:
                         yield from self._readers(user, (k, *path), seen)

@@ -75,7 +75,8 @@ def report(
     if budget is not None:
         limits = _limits(target, at, chosen, budget, tuple(found.ledgers), measure)
         text += "\n\n" + "\n".join(
-            f"largest batch within {budget:,} bytes, {name}: {limit if isinstance(limit, str) else f'{limit:,}'}"
+            f"largest batch within {budget:,} bytes, {name}: "
+            + (limit if isinstance(limit, str) else f"{limit:,}")
             for name, limit in limits.items()
         )
         data |= {"budget": budget, "batch_limit": limits}
