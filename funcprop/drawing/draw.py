@@ -54,6 +54,7 @@ class Drawing:
     wrap: bool = True
     theme: Theme = "auto"
     fold: Fold = field(default=True, repr=False)
+    loops: int | None = field(default=None, repr=False)
 
     @cached_property
     def inside(self) -> dict[str, Drawing]:
@@ -63,19 +64,10 @@ class Drawing:
         found = {}
         for node in self.picture.nodes:
             if node.inside:
-                shown = _with_loops(inside(node, self.shown), None)
+                shown = _with_loops(inside(node, self.shown), self.loops)
                 opened = fitted(shown, self.fold, None)
                 types = len(shown.graph) <= _FEW_WITH_TYPES
-                found[node.key] = Drawing(
-                    opened.picture,
-                    types,
-                    self.engine,
-                    self.timeout,
-                    opened.shown,
-                    self.wrap,
-                    self.theme,
-                    self.fold,
-                )
+                found[node.key] = replace(self, picture=opened.picture, types=types, shown=opened.shown)
         return found
 
     @cached_property
@@ -277,7 +269,7 @@ def draw(
         shown = _with_loops(shown, loops)
     if types is None:
         types = len(shown.graph) <= _FEW_WITH_TYPES
-    is_asked_for = loops is not None or unnamed or not fold or depth is not None
+    is_asked_for = bool(loops) or unnamed or not fold or depth is not None
     is_function = isinstance(graph, Graph) and not shown.roles
     if is_function and not shown.links:
         shown = replace(shown, graph=with_module_scopes(shown.graph))
@@ -285,7 +277,7 @@ def draw(
         picture, shown = fitted(shown, fold, unnamed)
     else:
         picture = assemble(shown, depth, fold, unnamed)
-    drawing = Drawing(picture, types, engine, timeout, shown, wrap, theme, fold)
+    drawing = Drawing(picture, types, engine, timeout, shown, wrap, theme, fold, loops)
     if path is not None:
         drawing.save(path)
     return drawing

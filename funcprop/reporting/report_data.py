@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from funcprop.cost.second_order import SecondOrderCost
 from funcprop.drawing.draw import Drawing
+from funcprop.drawing.opening_page import PagePicture, pictures
 from funcprop.equations.derivation import Derivation
 from funcprop.graph.graph import Graph
 from funcprop.reporting.cost import Kind, kinds
@@ -36,6 +38,11 @@ class ReportData:
     memory: Memory = field(repr=False)
     spectrum: Top | None = field(repr=False, default=None)
     curves: Curves | None = field(repr=False, default=None)
+
+    @cached_property
+    def pictures(self) -> list[PagePicture]:
+        """The pictures of the page: the whole, and what is inside of modules."""
+        return pictures(self.drawing)
 
     @property
     def graph(self) -> Graph:
