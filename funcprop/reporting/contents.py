@@ -105,9 +105,6 @@ class _Numbers:
                     "first": first,
                     "around": outer,
                     "key": key,
-                    "origin": next(
-                        (first + i for i, n in enumerate(nodes) if n.key == drawing.picture.origin), 0
-                    ),
                 }
             )
             self.nodes += nodes

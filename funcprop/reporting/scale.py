@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from funcprop.drawing.draw import Drawing, draw
+from funcprop.drawing.loops import has_loops
 from funcprop.graph.graph import Graph, Operator, Variable
 from funcprop.graph.naming import joined
 from funcprop.reporting.loop_contents import Opened, opened
@@ -34,10 +35,10 @@ def picture_of(graph: Graph, depth: int | None, fold: bool) -> ScaledPicture:
     for levels in (sys.maxsize, 1, 0):
         drawing = draw(graph, depth=99 if depth is None else depth, loops=levels, fold=fold)
         if len(drawing.picture.nodes) <= (FEW_NODES if fold and depth is None else MOST_NODES):
-            has_closed = levels == 0 and any(op.bodies for op in graph)
+            has_closed = levels == 0 and has_loops(graph)
             return ScaledPicture(drawing, opened(graph, levels), (closed,) if has_closed else ())
     inside = opened(graph, 0)
-    notes = (closed,) if any(op.bodies for op in graph) else ()
+    notes = (closed,) if has_loops(graph) else ()
     if fold and depth is None:
         note = "Grey boxes are modules, or operators together: choose one to see what is inside."
         return ScaledPicture(draw(graph, loops=0), inside, (*notes, note))
