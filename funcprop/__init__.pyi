@@ -2,6 +2,7 @@ from . import curvature as curvature
 from . import layers as layers
 from . import memory as memory
 from . import models as models
+from . import partition as partition
 from . import rules as rules
 from . import testing as testing
 from . import training as training
@@ -39,6 +40,7 @@ from .reporting.report import ReportError as ReportError
 from .reporting.report import report as report
 from .rules.layer import Layer as Layer
 from .rules.layer import layer as layer
+from .rules.machine import Machine as Machine
 from .rules.matching import matches as matches
 from .rules.rule import Rule as Rule
 from .rules.rule import RuleError as RuleError

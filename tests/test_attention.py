@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import funcprop as fp
 from funcprop.layers import attention
-from funcprop.layers.tiling import Tiling, block_sizes
+from funcprop.layers.tiling import Tiling
+from funcprop.rules.machine import Machine, attention_blocks
 
 
 def numbers(*shape, seed=0):
@@ -188,7 +189,7 @@ def test_blocks_that_nobody_sees_are_not_visited():
 
 @pytest.mark.parametrize("length", [0, 1, 100, 129, 1000, 1024, 2048, 2049, 10_000])
 def test_default_blocks_cover_the_length(length):
-    rows, cols = block_sizes(length, 2048)
+    rows, cols = attention_blocks(length, 2048, Machine("cpu"))
     assert cols == 256
     assert rows == max(length, 1) or 64 <= rows <= 512
 

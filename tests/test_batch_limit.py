@@ -45,7 +45,7 @@ def test_the_next_batch_does_not_fit() -> None:
         account = fp.memory.footprint(loss, optimizer=optimizer, measure=False)
         found = account(w, f32(batch, 20), f32(batch, 4)).training
         assert found is not None
-        return found.predicted
+        return found.estimate
 
     assert needs(limit) <= budget < needs(limit + 1)
 

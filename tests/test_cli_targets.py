@@ -138,7 +138,7 @@ def test_errors_of_modules(module: Any, source: str, message: str) -> None:
         (["train", "math:sqrt"], "target 'math:sqrt': sqrt() failed:\nTypeError"),
         (["train", "time:time"], "returns an object of type float; return an `fp.training.Setup`"),
         (["train", "chapter", "--batch", "9999"], "batch=9999; choose one between 1 and the 1438"),
-        (["train", "chapter", "--lr", "1e9"], "FloatingPointError: fit: the mean loss of epoch 1 is"),
+        (["train", "chapter", "--lr", "1e9"], "NonFiniteStepError: fit: the loss (inf) of step 31"),
         (["train", "chapter", "--data", "nowhere"], "DataError: nowhere/train-images-idx3-ubyte: no such"),
     ],
 )
@@ -172,7 +172,7 @@ def test_missing_packages(monkeypatch: pytest.MonkeyPatch, missing: str) -> None
 
 COMMANDS = (
     *("forward", "backward", "derive", "draw", "compare", "report"),
-    *("memory", "rematerialize", "second", "curvature"),
+    *("memory", "rematerialize", "second", "curvature", "tune"),
 )
 BROKEN = """
     number = 3

@@ -124,7 +124,7 @@ def test_bad_input(ask, message: str) -> None:
 
 
 def test_a_right_hand_side_that_is_not_finite_is_named() -> None:
-    with pytest.raises(FloatingPointError, match="solve: b is not finite in the entries of ''"):
+    with pytest.raises(FloatingPointError, match="solve: b is not finite in the entries of params"):
         operator(INDEFINITE).solve(np.where(np.arange(LARGE) == 3, np.nan, 1.0), 1.0)
 
 

@@ -94,7 +94,7 @@ def test_a_three_layer_residual_network():
         return fp.layers.mean_squared_error(net.apply(params, x), t)
 
     args = net.init(jax.random.key(0)), jnp.arange(6.0).reshape(2, 3), jnp.ones((2, 3))
-    derivation = fp.derive(loss)(*args)
+    derivation = fp.derive(loss, detail="operators")(*args)
     derivation.verify()
     skip = next(line for line in derivation.backward if line.left == "∂J/∂add")
     assert skip.text() == (
@@ -108,7 +108,7 @@ def test_an_operator_without_equations_leaves_prod_alone():
     def loss(x):
         return fp.name(jnp.sum(fp.name(jnp.cumsum(x), "c")), "J")
 
-    derivation = fp.derive(loss)(jnp.arange(3.0))
+    derivation = fp.derive(loss, detail="operators")(jnp.arange(3.0))
     assert texts(derivation.forward)[0] == "c = cumsum(x)"
     assert texts(derivation.backward)[-1] == "∂J/∂x = prod(∂J/∂c, ∂c/∂x)"
     derivation.verify()
@@ -119,7 +119,7 @@ def test_a_sum_keeps_prod_for_the_part_without_equations():
         c = fp.name(jnp.cumsum(x), "c")
         return fp.name(jnp.sum(fp.name(c * x, "p")), "J")
 
-    line = fp.derive(loss)(jnp.arange(3.0)).backward[-1].text()
+    line = fp.derive(loss, detail="operators")(jnp.arange(3.0)).backward[-1].text()
     assert line == "∂J/∂x = prod(∂J/∂c, ∂c/∂x) + prod(∂J/∂p, ∂p/∂x) = prod(∂J/∂c, ∂c/∂x) + ∂J/∂p ⊙ c"
 
 
@@ -165,10 +165,12 @@ def test_products_of_matrices_and_vectors_have_equations():
 
 
 def test_a_conversion_says_the_type_and_takes_real_parts_of_complex_numbers_alone():
-    derivation = fp.derive(lambda x: jnp.sum(x.astype(jnp.float32)))(jnp.ones(2))
+    derivation = fp.derive(lambda x: jnp.sum(x.astype(jnp.float32)), detail="operators")(jnp.ones(2))
     assert "float32(x)" in derivation.text()
     assert "real" not in derivation.text()
-    derivation = fp.derive(lambda x: jnp.real(jnp.vdot(x.astype(complex), jnp.ones(2))))(jnp.ones(2))
+    derivation = fp.derive(lambda x: jnp.real(jnp.vdot(x.astype(complex), jnp.ones(2))), detail="operators")(
+        jnp.ones(2)
+    )
     assert "float64(real(∂J" in derivation.text()
 
 
@@ -206,12 +208,12 @@ def test_what_the_result_does_not_depend_on_has_gradient_zero():
 
 
 def test_a_penalty_on_nothing():
-    derivation = fp.derive(lambda λ: fp.name(fp.layers.l2_penalty(λ, {}), "s"))(0.5)
+    derivation = fp.derive(lambda λ: fp.name(fp.layers.l2_penalty(λ, {}), "s"), detail="operators")(0.5)
     assert texts(derivation.forward) == ["s = 0 λ"]
     assert texts(derivation.backward) == ["∂s/∂λ = 0"]
     derivation.verify()
     # Beside another term its cotangent is a symbol.
-    derivation = fp.derive(lambda λ: fp.layers.l2_penalty(λ, []) * λ)(0.5)
+    derivation = fp.derive(lambda λ: fp.layers.l2_penalty(λ, []) * λ, detail="operators")(0.5)
     assert derivation.backward[-1].text().endswith("= 0 ∂J/∂l2_penalty + l2_penalty")
     derivation.verify()
 
@@ -244,7 +246,7 @@ NOT_FINITE = {
 def test_values_that_are_not_finite(case):
     loss, x = NOT_FINITE[case]
     x = jnp.array(x)
-    derivation = fp.derive(loss)(x)
+    derivation = fp.derive(loss, detail="operators")(x)
     assert not np.all(np.isfinite(fp.backprop(loss)(x).gradient))
     errors = derivation.verify().errors
     assert max(errors.values()) < 1e-13

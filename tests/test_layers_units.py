@@ -114,7 +114,7 @@ def test_equations(call):
 
     derivation = fp.derive(loss)(X)
     derivation.verify()
-    assert "prod(∂J/∂y, ∂y/∂z) = " in derivation.text()
+    assert "prod(∂J/∂y, ∂y/∂z) = " in derivation.text(width=1000)
 
 
 # --- embedding --------------------------------------------------------------------------------

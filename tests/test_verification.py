@@ -128,7 +128,7 @@ def test_side_effects_happen_once():
     assert len(calls) == 1
     verified = derivation.verify()
     assert len(calls) == 2
-    assert verified.unchecked == {"io_callback": "not computed a second time, for its side effects"}
+    assert list(verified.unchecked.values()) == ["not computed a second time, for its side effects"]
     assert fp.backprop(loss)(2.0).gradient == 3 + 4
     assert len(calls) == 3
 
@@ -150,7 +150,7 @@ NOTHING = {
         lambda w, x: fp.layers.l2_penalty(x, {"w": w}) + jnp.nan * jnp.sum(w),
         jnp.ones(2),
         1.0,
-        "the gradient is NaN",
+        "no line of backpropagation",
     ),
 }  # fmt: skip
 
@@ -204,7 +204,7 @@ def test_long_derivations_show_a_bar(monkeypatch):
             x = jnp.sin(x)
         return x
 
-    short, long = (fp.derive(lambda x, n=n: chain(x, n))(0.5) for n in (3, 40))
+    short, long = (fp.derive(lambda x, n=n: chain(x, n), detail="operators")(0.5) for n in (3, 40))
     short.verify()
     assert not shown
     stderr = Terminal()

@@ -14,12 +14,16 @@ import funcprop as fp
 
 
 class Case(NamedTuple):
-    """Two programs on the same arguments, and the function whose rules they differ in."""
+    """Two programs on the same arguments, and the function whose rules they differ in.
+
+    `ruled(rules)` is the second program by another rule set.
+    """
 
     by_jax: Callable[..., Any]
     by_rules: Callable[..., Any]
     args: tuple[Any, ...]
     function: Callable[..., Any]
+    ruled: Callable[[fp.RuleSet], Callable[..., Any]]
 
 
 class Row(NamedTuple):
@@ -37,7 +41,8 @@ NEVER_WORSE = 1.03, 1.02
 
 def gradients(ours: Callable[..., Any], *args: Any, plain: Callable[..., Any] | None = None) -> Case:
     """Value and gradient of a function; of a pair, where `plain` is the same without our layers."""
-    return Case(jax.value_and_grad(plain or ours), fp.value_and_grad(ours), args, ours)
+    ruled = lambda rules: fp.value_and_grad(ours, rules=rules)  # noqa: E731
+    return Case(jax.value_and_grad(plain or ours), ruled(fp.rules.default), args, ours, ruled)
 
 
 def products(ours: Callable[..., Any], *args: Any, plain: Callable[..., Any] | None = None) -> Case:
@@ -49,7 +54,10 @@ def products(ours: Callable[..., Any], *args: Any, plain: Callable[..., Any] | N
         gradient = jax.grad(plain or ours)
         return jax.jvp(lambda p: gradient(p, *rest), (params,), (tangents,))[1]
 
-    return Case(by_jax, fp.hvp(ours), (params, tangents, *rest), lambda p, t, *rest: ours(p, *rest))
+    ruled = lambda rules: fp.hvp(ours, rules=rules)  # noqa: E731
+    return Case(
+        by_jax, ruled(fp.rules.default), (params, tangents, *rest), lambda p, t, *rest: ours(p, *rest), ruled
+    )
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:

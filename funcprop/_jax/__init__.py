@@ -27,6 +27,7 @@ from funcprop._jax.array_types import has_symbolic_size as has_symbolic_size
 from funcprop._jax.array_types import inner_type as inner_type
 from funcprop._jax.array_types import is_differentiable as is_differentiable
 from funcprop._jax.array_types import is_reference as is_reference
+from funcprop._jax.array_types import sharding_of as sharding_of
 from funcprop._jax.array_types import varying_axes as varying_axes
 from funcprop._jax.array_types import with_weak_type as with_weak_type
 from funcprop._jax.array_types import zero_tangent as zero_tangent
@@ -35,6 +36,11 @@ from funcprop._jax.compiled_programs import held_bytes as held_bytes
 from funcprop._jax.compiled_programs import memory_fields as memory_fields
 from funcprop._jax.compiled_programs import program_text as program_text
 from funcprop._jax.compiled_programs import temporary_bytes as temporary_bytes
+from funcprop._jax.platforms import default_platform as default_platform
+from funcprop._jax.platforms import device_of as device_of
+from funcprop._jax.platforms import is_staged_out as is_staged_out
+from funcprop._jax.platforms import lowered_for as lowered_for
+from funcprop._jax.platforms import platform_of as platform_of
 from funcprop._jax.source_lines import here as here
 from funcprop._jax.source_lines import source_line as source_line
 from funcprop._jax.surrounding import JIT as JIT
@@ -53,6 +59,7 @@ Literal = jex.Literal
 Primitive = jex.Primitive
 Var = jex.Var
 Zero = ad.Zero
+is_undefined_primal = ad.is_undefined_primal
 instantiate_zeros = ad.instantiate_zeros
 zeros_like_aval = ad.zeros_like_aval
 
@@ -334,13 +341,17 @@ def define_primitive(
     jvp: Callable[..., Any],
     transpose: Callable[..., Any],
     batch: Callable[..., Any],
+    lowering: Any = None,
 ) -> Primitive:
-    """A primitive with several results whose meaning is the traceable function `call`."""
+    """A primitive with several results whose meaning is the traceable function `call`.
+
+    `lowering` is a lowering rule (`lowered_for`), if it is to be lowered otherwise.
+    """
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(call)
     primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, mlir.lower_fun(call, multiple_results=True))
+    mlir.register_lowering(primitive, lowering or mlir.lower_fun(call, multiple_results=True))
     ad.primitive_jvps[primitive] = jvp
     ad.primitive_transposes[primitive] = transpose
     batching.fancy_primitive_batchers[primitive] = batch

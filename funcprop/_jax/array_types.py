@@ -77,3 +77,10 @@ def is_differentiable(aval: Aval) -> bool:
 def zero_tangent(aval: Aval) -> np.ndarray:
     """The only tangent of a value without derivatives: zeros of dtype `float0`."""
     return np.zeros(aval.shape, jax.dtypes.float0)
+
+
+def sharding_of(value: Any) -> Any:
+    """The sharding that a value, or a description of one, asks for; None if it may lie anywhere."""
+    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and not value.committed:
+        return None
+    return getattr(value, "sharding", None)

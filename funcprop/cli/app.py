@@ -13,6 +13,7 @@ from funcprop.cli.rematerialize import rematerialize
 from funcprop.cli.report import report
 from funcprop.cli.second import second
 from funcprop.cli.train import train
+from funcprop.cli.tune import tune
 
 HELP = """Backpropagation, opened up: see both sweeps of any JAX function.
 
@@ -32,7 +33,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(report, forward, backward, derive, draw),
-    *(memory, rematerialize, second, curvature, compare, train),
+    *(memory, rematerialize, second, curvature, compare, tune, train),
 )
 for command in COMMANDS:
     app.command()(command)

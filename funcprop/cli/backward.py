@@ -56,7 +56,7 @@ def report(target: Target, argnums: Sequence[int] | None, limit: int | None) -> 
     target.require_arrays("backpropagation", "`funcprop forward` and `funcprop derive` take shapes")
     with users_code(f"target {target.label!r}: backpropagation failed", None):
         propagation = backprop(target.function, argnums)(*target.args, **target.kwargs)
-        derivation = derive(target.function, argnums)(*target.args, **target.kwargs)
+        derivation = derive(target.function, argnums, detail="operators")(*target.args, **target.kwargs)
         found = gradients(propagation, derivation)
     first = propagation.first_nonfinite()
     objective, value = objective_name(propagation, derivation), number(propagation.value)

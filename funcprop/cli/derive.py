@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,14 +22,22 @@ def derive(
     verify: Annotated[
         bool, typer.Option("--verify", help="evaluate every line and compare it with autodiff")
     ] = False,
+    operators: Annotated[bool, typer.Option("--operators", help="a line for every operator")] = False,
     has_aux: HasAux = False,
     as_json: AsJson = False,
 ) -> None:
     """The equations of forward propagation and backpropagation."""
-    emit(lambda: report(load(target, has_aux), parse_argnums(argnums), latex, verify), as_json)
+    detail: Literal["layers", "operators"] = "operators" if operators else "layers"
+    emit(lambda: report(load(target, has_aux), parse_argnums(argnums), latex, verify, detail), as_json)
 
 
-def report(target: Target, argnums: Sequence[int] | None, latex: bool, verify: bool) -> Output:
+def report(
+    target: Target,
+    argnums: Sequence[int] | None,
+    latex: bool,
+    verify: bool,
+    detail: Literal["layers", "operators"] = "layers",
+) -> Output:
     """The derivation as text or LaTeX, followed by the deviations if they were asked for."""
     if verify:
         target.require_arrays("--verify", "the equations alone take shapes")
@@ -37,7 +45,7 @@ def report(target: Target, argnums: Sequence[int] | None, latex: bool, verify: b
         bar(f"{target.label}: deriving", counted=False) as update,
         users_code(f"target {target.label!r}: deriving failed", None),
     ):
-        derivation = fp.derive(target.function, argnums)(*target.args, **target.kwargs)
+        derivation = fp.derive(target.function, argnums, detail=detail)(*target.args, **target.kwargs)
 
         def progress(done: int, total: int) -> None:
             update(description=f"{target.label}: verifying", completed=done, total=total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +32,7 @@ def memory(
     optimizer: Annotated[
         str, typer.Option(help="sgd, momentum, adam or adamw: account a train step, not the gradient alone")
     ] = "none",
-    measure: Annotated[bool, typer.Option(help="compile, and show predicted beside compiled")] = True,
+    measure: Annotated[bool, typer.Option(help="compile: rows are XLA's buffers; without, an estimate")] = True,
     budget: Annotated[
         str | None, typer.Option(help="bytes, as 64MB: also the largest batch that fits, by leading axes")
     ] = None,
@@ -39,7 +40,7 @@ def memory(
     has_aux: HasAux = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the buffers held at the peak: of inference and training, predicted and compiled."""
+    """Show the buffers held at the peak: of inference and training, compiled, and estimated."""
 
     def compute() -> Output:
         limit = None if budget is None else parse_bytes("--budget", budget)
@@ -70,9 +71,10 @@ def report(
         found = account(*target.args, **target.kwargs)
     text, data = str(found), {"target": target.label, **found.as_dict()}
     if budget is not None:
-        limits = _limits(target, at, chosen, budget, tuple(found.ledgers))
+        limits = _limits(target, at, chosen, budget, tuple(found.ledgers), measure)
         text += "\n\n" + "\n".join(
-            f"largest batch within {budget:,} bytes, {name}: {limit:,}" for name, limit in limits.items()
+            f"largest batch within {budget:,} bytes, {name}: {limit if isinstance(limit, str) else f'{limit:,}'}"
+            for name, limit in limits.items()
         )
         data |= {"budget": budget, "batch_limit": limits}
     if out is None:
@@ -81,13 +83,18 @@ def report(
 
 
 def _limits(
-    target: Target, argnums: Any, optimizer: Any, budget: int, programs: Sequence[Any]
-) -> dict[str, int]:
-    """The largest batch of each program."""
-    with users_code(f"target {target.label!r}: --budget {budget}", None):
-        return {
-            program: fp.memory.batch_limit(
-                target.function, budget, argnums, program=program, optimizer=optimizer
-            )(*target.args, **target.kwargs)
-            for program in programs
-        }
+    target: Target, argnums: Any, optimizer: Any, budget: int, programs: Sequence[Any], measure: bool
+) -> dict[str, int | str]:
+    """The largest batch of each program, or why there is none."""
+    found: dict[str, int | str] = {}
+    by: Any = "checked" if measure else "estimate"
+    for program in programs:
+        search = fp.memory.batch_limit(
+            target.function, budget, argnums, program=program, optimizer=optimizer, by=by
+        )
+        try:
+            limit = search(*target.args, **target.kwargs)
+            found[program] = "no limit" if limit == math.inf else int(limit)
+        except ValueError as error:
+            found[program] = str(error)
+    return found

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import funcprop
 from funcprop import models
 from funcprop.program.call import has_values, without_aux
+from funcprop.training.interruption import Terminated
 
 USAGE = "write module:function, file.py:function, or the built-in `chapter`"
 
@@ -96,8 +97,11 @@ def chapter_example() -> tuple[Any, ...]:
     return params, jnp.array([1.0, -0.5, 0.25, 2.0]), jnp.array(1), jnp.array(0.1)
 
 
-def load_function(target: str) -> tuple[Callable[..., Any], ModuleType]:
-    """The function that `module:function` or `file.py:function` names, and its module."""
+def load_function(target: str, define: str = "") -> tuple[Callable[..., Any], ModuleType]:
+    """The function that `module:function` or `file.py:function` names, and its module.
+
+    `define` is what to write where there is none.
+    """
     place, separator, path = target.rpartition(":")
     if not (place and separator and path):
         raise TargetError(f"target {target!r} is incomplete; {USAGE}.")
@@ -106,7 +110,7 @@ def load_function(target: str) -> tuple[Callable[..., Any], ModuleType]:
         found = reduce(getattr, path.split("."), module)
     except AttributeError:
         near = difflib.get_close_matches(path, [name for name in dir(module) if name[0] != "_"])
-        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        hint = f"; did you mean {' or '.join(near)}?" if near else f"; define `{define}`." if define else "."
         raise TargetError(f"target {target!r}: module {module.__name__!r} has no {path!r}{hint}") from None
     if not callable(found):
         raise TargetError(f"target {target!r} is of type {type(found).__name__}, not a function; {USAGE}.")
@@ -219,7 +223,7 @@ def users_code(doing: str, module: ModuleType | None) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        if isinstance(error, TargetError):
+        if isinstance(error, TargetError | Terminated):
             raise
         lines = [f"{doing}:", *_own_frames(error.__traceback__, module), *_description(error)]
         raise TargetError("\n".join(lines)) from None

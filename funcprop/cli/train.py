@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import typer
 
 from funcprop import training
 from funcprop.cli.options import AsJson
 from funcprop.cli.output import Output, describe, digits, dimensions, emit, nonfinite_data, number, table
 from funcprop.cli.target import TargetError, load_function, users_code
+from funcprop.cli.train_run import RunOptions, fit_options, join
 from funcprop.progress import bar
 from funcprop.sweeps.backprop import backprop
 from funcprop.sweeps.propagation import Propagation
 from funcprop.training.loop import Epoch, Setup
+from funcprop.training.training_loss import TrainingLoss, arguments
 
 
 class TrainOptions(NamedTuple):
@@ -46,39 +50,82 @@ def train(
             help="chapter: directory with Fashion-MNIST's IDX files; scikit-learn's digits if not given"
         ),
     ] = None,
+    checkpoints: Annotated[Path | None, typer.Option(help="directory in which steps are saved")] = None,
+    every: Annotated[
+        int | None, typer.Option(min=1, help="save every so manyth step, not at the end of epochs alone")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="go on from the last step in this directory, and save there")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="type in which the loss is computed: bfloat16, float16, float32")
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(min=1, help="in how many parts a batch is taken, one after the other")
+    ] = None,
+    mesh: Annotated[
+        str | None, typer.Option(help="devices by axes, such as data=2,model=4: how a step is shared")
+    ] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="host:port of process 0, if there are several processes")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="how many processes there are")] = None,
+    process_id: Annotated[int | None, typer.Option(help="which of them this is, from 0")] = None,
+    log: Annotated[Path | None, typer.Option(help="file to which every step is appended as JSON")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="directory for TensorBoard")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train by minibatch gradient descent; then the variables and gradients of one minibatch."""
     options = TrainOptions(epochs, seed, batch, lr, hidden, decay, data)
-    emit(lambda: run(target, options), as_json)
+    how = RunOptions(
+        mesh,
+        resume,
+        checkpoints,
+        every,
+        coordinator,
+        processes,
+        process_id,
+        precision,
+        accumulate,
+        log,
+        tensorboard,
+    )
+    emit(lambda: run(target, options, how), as_json)
 
 
-def run(target: str, options: TrainOptions) -> Output:
+def run(target: str, options: TrainOptions, how: RunOptions) -> Output:
     """Train with a line for every epoch, and describe the outcome."""
+    join(how)
     setup = chapter_setup(options) if target == "chapter" else users_setup(target, options)
     key = jax.random.key(options.seed or 0)
     history = []
     start = time.perf_counter()
     with users_code(f"target {target!r}: training failed", None):
-        for epoch in with_progress(setup, key):
-            history.append(epoch.metrics)
-            params = epoch.params
-            print(epoch_line(epoch, setup.epochs))
+        given = fit_options(setup, how, key)
+        for epoch in with_progress(setup, given):
+            history.append(epoch.metrics | {"epoch": epoch.number})
+            if not jax.process_index():
+                print(epoch_line(epoch, setup.epochs), flush=True)
         seconds = time.perf_counter() - start
-        propagation = one_minibatch(setup, params, key)
-    variables, first = describe_variables(propagation), propagation.first_nonfinite()
+        if not history:
+            raise TargetError("--epochs 0 leaves nothing to train.")
+        propagation = one_minibatch(setup, epoch, key)
+    variables = [] if propagation is None else describe_variables(propagation)
+    first = None if propagation is None else propagation.first_nonfinite()
     data = {
         "target": target,
         "seconds": seconds,
         "epochs": [
-            {"epoch": i, **{k: number(v) for k, v in metrics.items()}} for i, metrics in enumerate(history, 1)
+            {"epoch": metrics["epoch"], **{k: number(v) for k, v in metrics.items()}} for metrics in history
         ],
-        "objective": number(propagation.value),
+        "objective": None if propagation is None else number(propagation.value),
         "variables": variables,
         "first_nonfinite": nonfinite_data(first),
     }
-    text = [f"\nTrained in {seconds:.1f} s. Both sweeps for one minibatch at the trained parameters:\n"]
-    text += [variables_table(variables)]
+    text = [f"\nTrained in {seconds:.1f} s."]
+    if propagation is not None:
+        text[0] += " Both sweeps for one minibatch at the trained parameters:\n"
+        text += [variables_table(variables)]
     text += [] if first is None else [f"\nFirst non-finite: {first}"]
     return Output("\n".join(text), data)
 
@@ -108,7 +155,7 @@ def users_setup(target: str, options: TrainOptions) -> Setup:
             raise TargetError(
                 f"--{name} is for the built-in `chapter`; {target!r} decides it in its setup()."
             )
-    function, module = load_function(target)
+    function, module = load_function(target, "def setup(): return fp.training.Setup(…)")
     with users_code(f"target {target!r}: {function.__name__}() failed", module):
         given = function()
     setup = as_setup(target, given)
@@ -140,34 +187,23 @@ def as_setup(target: str, given: Any) -> Setup:
 # --- the run ----------------------------------------------------------------------------------
 
 
-def with_progress(setup: Setup, key: Any) -> Iterator[Epoch]:
+def with_progress(setup: Setup, given: dict[str, Any]) -> Iterator[Epoch]:
     """Train with a progress bar on stderr, if that is a terminal."""
     with bar("epoch 1") as update:
-        steps = 0
 
-        def counted(batches: Iterable[Any]) -> Iterator[Any]:
-            nonlocal steps
-            for batch in batches:
-                yield batch
-                steps += 1
-                update(completed=steps)
+        def show(record: Any) -> None:
+            if record["event"] == "step":
+                size = "" if record["bytes"] is None else f"  {record['bytes'] / 1e6:,.1f} MB"
+                speed = f"{record['examples_per_second']:,.0f} examples/s{size}"
+                line = f"epoch {record['epoch']}  loss {record['loss']:.5g}  {speed}"
+                update(completed=record["step"], description=line)
+            elif record["event"] == "epoch":
+                total = record["step"] / record["epoch"] * setup.epochs
+                update(completed=record["step"], total=total)
+            elif record["event"] == "resumed":
+                print(f"goes on after step {record['step']} of {record['directory']}", file=sys.stderr)
 
-        def batches(key: Any) -> Iterator[Any]:
-            return counted(setup.batches(key) if callable(setup.batches) else setup.batches)
-
-        trained = training.fit(
-            setup.loss,
-            setup.params,
-            batches,
-            setup.optimizer,
-            epochs=setup.epochs,
-            evaluate=setup.evaluate,
-            key=key,
-        )
-        for epoch in trained:
-            total = steps / epoch.number * setup.epochs
-            update(description=f"epoch {epoch.number + 1}", total=total)
-            yield epoch
+        yield from training.fit(*setup[:4], epochs=setup.epochs, **given | {"log": [show, *given["log"]]})
 
 
 def epoch_line(epoch: Epoch, epochs: int) -> str:
@@ -178,12 +214,20 @@ def epoch_line(epoch: Epoch, epochs: int) -> str:
     return "  ".join(shown)
 
 
-def one_minibatch(setup: Setup, params: Any, key: Any) -> Propagation:
-    """Both sweeps for the first minibatch of a further epoch."""
+def one_minibatch(setup: Setup, epoch: Epoch, key: Any) -> Propagation | None:
+    """Both sweeps for the first minibatch of a further epoch; None if no process has all parameters."""
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(epoch.params)):
+        return None
     batches = setup.batches(key) if callable(setup.batches) else setup.batches
-    batch = next(iter(batches))
-    parts = batch if type(batch) in (tuple, list) else (batch,)
-    return backprop(setup.loss)(params, *parts)
+    params = jax.tree.map(jnp.asarray, jax.device_get(epoch.params))
+    parts = arguments(next(iter(batches)))
+    own = {name: setup.options[name] for name in ("has_aux", "keyed") if name in setup.options}
+    stateful = epoch.state.model is not None
+    if not (own or stateful):
+        return backprop(setup.loss)(params, *parts)
+    whole = TrainingLoss(setup.loss, stateful=stateful, **own).whole
+    model = jax.device_get(epoch.state.model)
+    return backprop(lambda params, *parts: whole(params, model, parts, key)[0])(params, *parts)
 
 
 def describe_variables(propagation: Propagation) -> list[dict[str, Any]]:

@@ -14,23 +14,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from funcprop import _jax
-from funcprop.cost.timing import fastest, random_operand
+from funcprop.cost.timing import fastest
 from funcprop.graph.graph import aligned
 from funcprop.graph.naming import without_transformations
-from funcprop.graph.objective import Argnums, differentiable, positions
+from funcprop.graph.objective import Argnums
 from funcprop.graph.references import require_no_references
-from funcprop.graph.tracing import Arguments
-from funcprop.program.call import Call, has_values, is_array, without_aux
+from funcprop.program.call import without_aux
 from funcprop.program.structural_key import structural_key
 from funcprop.rules.matching import matches
-from funcprop.rules.rewrite import Match, Rewriter
+from funcprop.rules.measuring.ruled_programs import RuledProgram, alone, whole
+from funcprop.rules.rewrite import Match
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.sets import autodiff, default
-from funcprop.rules.transforms import value_and_grad
 
 
 @dataclass(frozen=True)
@@ -137,7 +133,8 @@ def compare(
 
     `compare(fun, argnums, has_aux)(*args, **kwargs) -> Comparison`. Times are seconds of the fastest of
     `repeats` runs in turn, bytes the temporary bytes of the compiled programs. With shapes
-    (`jax.ShapeDtypeStruct`) for arguments nothing is run and only bytes are compared.
+    (`jax.ShapeDtypeStruct`) for arguments nothing is run and only bytes are compared. It is compiled for the
+    devices of the arguments, or of their shardings: a topology's TPU as well.
 
     Args:
         fun: as for `fp.value_and_grad`.
@@ -161,83 +158,42 @@ def compare(
     if repeats < 1:
         raise ValueError(f"compare: repeats={repeats}; every program has to run at least once.")
     scalar = without_aux(fun) if has_aux else fun
-    at = None if argnums is None else positions(argnums)
 
     def compared(*args: Any, **kwargs: Any) -> Comparison:
         require_no_references("compare", fun, args, kwargs)
-        call = Call.of(args, kwargs, is_array)
         label = getattr(fun, "__name__", type(fun).__name__)
-        run = has_values(call.leaves)
-        chosen = differentiable(Arguments.of(call), call.variables, call.leaves, at)
+        program, call = whole(scalar, label, argnums, args, kwargs)
+        own = rules.for_arguments(call.values)
+        measured = _measured(program, own, repeats)
+        found = matches(fun, own)(*args, **kwargs)
+        device = next((d for v in call.values if (d := _jax.device_of(v)) is not None), None)
 
-        def whole(own: RuleSet) -> Callable[..., Any]:
-            def program(*values: Any) -> Any:
-                leaves = call.filled(values)
+        def of_operator(match: Match) -> Measured:
+            return _measured(alone(match.equation, program.runs, device), own, repeats)
 
-                def of_chosen(differentiated: Sequence[Any]) -> Any:
-                    full = list(leaves)
-                    for i, value in zip(chosen, differentiated, strict=True):
-                        full[i] = value
-                    call_args, call_kwargs = call.arguments(full)
-                    return scalar(*call_args, **call_kwargs)
-
-                of_chosen.__name__ = label
-                return value_and_grad(of_chosen, rules=own)([leaves[i] for i in chosen])
-
-            return program
-
-        measured = _measured([whole(autodiff), whole(rules)], call.values, repeats if run else 0)
-        found = matches(fun, rules)(*args, **kwargs)
-        rows = _rows(found, rules, repeats if run else 0)
-        return Comparison(label, rules.name, jax.default_backend(), measured, tuple(rows))
+        return Comparison(label, own.name, own.platform, measured, tuple(_rows(found, of_operator)))
 
     return compared
 
 
-def _rows(found: Sequence[Match], rules: RuleSet, repeats: int) -> list[OperatorRow]:
+def _rows(found: Sequence[Match], measure: Callable[[Match], Measured]) -> list[OperatorRow]:
     """One row for equal operators with the same outcome, in the order in which they are met."""
     keys = [(m.operator, m.reason, structural_key(_jax.one_equation_jaxpr(m.equation))) for m in found]
     counts = Counter(keys)
     rows: dict[Any, OperatorRow] = {}
     for key, match in zip(keys, found, strict=True):
         if key not in rows:
-            measured = None if match.reason is not None or match.mapped else _alone(match, rules, repeats)
+            measured = None if match.reason is not None or match.mapped else measure(match)
             scope = without_transformations(match.scope, ("vmap",))
             rows[key] = OperatorRow(match.operator, scope, match.source, counts[key], match.reason, measured)
     return list(rows.values())
 
 
-def _alone(match: Match, rules: RuleSet, repeats: int) -> Measured:
-    """One operator by itself: value and cotangents, for random operands."""
-    jaxpr = _jax.one_equation_jaxpr(match.equation)
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars]
-    smooth = [i for i, aval in enumerate(avals) if _jax.is_differentiable(aval)]
-
-    def program(own: RuleSet) -> Callable[..., Any]:
-        def value_and_cotangents(*operands: Any) -> Any:
-            def of_smooth(*values: Any) -> list[Any]:
-                full = list(operands)
-                for i, value in zip(smooth, values, strict=True):
-                    full[i] = value
-                results = Rewriter(own).run(jaxpr, full)
-                return [y for y in results if _jax.is_differentiable(jax.typeof(y))]
-
-            values, pullback = jax.vjp(of_smooth, *(operands[i] for i in smooth))
-            return values, pullback(values)
-
-        return value_and_cotangents
-
-    if not all(isinstance(aval.dtype, np.dtype) for aval in avals):
-        repeats = 0  # There are no random numbers of the type of a key.
-    rng = np.random.default_rng(0)
-    values = [random_operand(rng, aval) for aval in avals] if repeats else avals
-    return _measured([program(autodiff), program(rules)], values, repeats)
-
-
-def _measured(programs: Sequence[Callable[..., Any]], values: Sequence[Any], repeats: int) -> Measured:
-    compiled = [jax.jit(program).lower(*values).compile() for program in programs]
+def _measured(program: RuledProgram, rules: RuleSet, repeats: int) -> Measured:
+    compiled = [program.compiled(own) for own in (autodiff, rules)]
     temporary = [_jax.temporary_bytes(program) for program in compiled]
-    seconds: list[Any] = fastest([(p, values) for p in compiled], repeats) if repeats else [None, None]
+    values = program.operands
+    seconds: list[Any] = fastest([(p, values) for p in compiled], repeats) if program.runs else [None, None]
     return Measured(*seconds, *temporary)
 
 

@@ -229,6 +229,7 @@ def second_order_cost(
 def _costs(
     objective: Objective, output: str | None, rules: RuleSet, repeats: int, largest: int, patience: float
 ) -> SecondOrderCost:
+    rules = rules.for_arguments(objective.traced.leaves)
     found, split, left = programs(objective, output, rules)
     count = sum(math.prod(v.shape or ()) for v in objective.inputs.values())
     jaxprs = {p.name: jax.make_jaxpr(p.function)(*p.operands) for p in found}
@@ -259,9 +260,7 @@ def _costs(
         for (name, program, _), s in zip(together, seconds, strict=True):
             measured[name] = _cost(of_compiled(program), s)
     rows = tuple(CostRow(name, cost, measured.get(name), reasons[name]) for name, cost in predicted.items())
-    return SecondOrderCost(
-        objective.traced.graph.name, count, jax.default_backend(), rows, left, rates, split
-    )
+    return SecondOrderCost(objective.traced.graph.name, count, rules.platform, rows, left, rates, split)
 
 
 def _largest(jaxpr: Any) -> int:

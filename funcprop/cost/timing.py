@@ -14,6 +14,7 @@ import numpy as np
 
 from funcprop import _jax
 from funcprop.cost.work import Product, Work
+from funcprop.rules.measuring.ruled_programs import random_operand
 
 # An elementwise operation is measured on at least and at most as many numbers.
 _FEWEST, _MOST = 2**12, 2**23
@@ -45,13 +46,6 @@ def compiled_together(lowered: Iterable[Any]) -> list[Any]:
     """
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda program: program.compile(), lowered))
-
-
-def random_operand(rng: np.random.Generator, aval: Any) -> Any:
-    """Standard normal numbers; zeros of a type without derivative."""
-    if not _jax.is_differentiable(aval):
-        return jnp.zeros(aval.shape, aval.dtype)
-    return jnp.asarray(rng.standard_normal(aval.shape), aval.dtype)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 from funcprop import _jax
 from funcprop._jax.hlo import Instruction, instructions
-from funcprop.memory.rows import peak_bytes
+from funcprop.memory.estimate import peak_bytes
 from funcprop.program.facts import LOOPS, PRODUCTS, facts_of
 from funcprop.program.flops import flops
 from funcprop.program.linear_map import linear_body

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from funcprop.operators.convergence import is_traced
+from funcprop.operators.parameters import single_at_least
 from funcprop.program.call import name_of, succeeds
 
 Function = Callable[..., Any]
@@ -51,10 +53,45 @@ def model_of_all(model: Function, batched: bool) -> Function:
 
 
 def loss_of_all(loss: Function, batched: bool) -> Function:
-    """`loss(outputs, y)` of a whole batch: the mean of a loss of one example."""
+    """`loss(outputs, y, weights)` of a whole batch: the weighted mean of a loss of one example."""
     if batched:
-        return loss
-    return _called_as(loss, lambda outputs, y: jnp.mean(jax.vmap(loss)(outputs, y)))
+        return _called_as(loss, lambda outputs, y, weights: loss(outputs, y))
+
+    def mean(outputs: Any, y: Any, weights: Any) -> Any:
+        values = jax.vmap(loss)(outputs, y)
+        return jnp.mean(values) if weights is None else jnp.sum(weights * values) / total_of(weights, 0)
+
+    return _called_as(loss, mean)
+
+
+def weights_of(weights: Any, size: int, of: str) -> Any:
+    """The weights of examples as an array, or None.
+
+    Raises:
+        ValueError: there is not one number ≥ 0 for each example.
+    """
+    if weights is None:
+        return None
+    weights = jnp.asarray(weights)
+    if weights.shape != (size,):
+        raise ValueError(
+            f"{of}: weights have shape {weights.shape}, but there are {size} examples; give one number for "
+            "each, 0 for padding."
+        )
+    weights = weights.astype(single_at_least(jnp.result_type(weights, float)))
+    if not is_traced(weights) and not bool((weights >= 0).all()):
+        raise ValueError(
+            f"{of}: a weight is {weights.min()}, but weights are numbers ≥ 0; give 0 for padding."
+        )
+    return weights
+
+
+def total_of(weights: Any, size: int) -> Any:
+    """What a sum over examples is divided by; 1 where nothing counts, so that their mean is 0."""
+    if weights is None:
+        return size
+    total = weights.sum()
+    return jnp.where(total > 0, total, 1)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from funcprop.curvature.binding import Bound
-from funcprop.curvature.examples import explained, model_of_all
+from funcprop.curvature.examples import explained, model_of_all, total_of, weights_of
 from funcprop.curvature.gauss_newton import GaussNewton, Map, traced_model
 from funcprop.curvature.likelihood import Likelihood, likelihood_of
 from funcprop.operators.parameters import Where
@@ -21,14 +21,20 @@ from funcprop.rules.rule_set import RuleSet
 KINDS = ("exact", "mc", "empirical")
 
 
-def _exact(likelihood: Likelihood, outputs: PyTree) -> Map:
+def _shares(weights: Any, count: int) -> Any:
+    """What each example is multiplied by: `1/N`, or its share of the weights."""
+    return jnp.full(count, 1 / count) if weights is None else weights / total_of(weights, count)
+
+
+def _exact(likelihood: Likelihood, outputs: PyTree, weights: Any) -> Map:
     """`u ↦ F_o u / N`, the outputs' own Fisher matrix for each example."""
-    product = jax.vmap(likelihood.fisher)
-    return lambda u: _scaled(product(outputs, u), 1 / examples(outputs))
+    product = jax.vmap(lambda o, u, share: _scaled(likelihood.fisher(o, u), share))
+    return lambda u: product(outputs, u, _shares(weights, examples(outputs)))
 
 
-def _sampled(likelihood: Likelihood, samples: int, outputs: PyTree, key: Array) -> Map:
+def _sampled(likelihood: Likelihood, samples: int, outputs: PyTree, given: tuple[Array, Any]) -> Map:
     """`u ↦ Σ_s g_s g_sᵀ u / (N S)` for each example, `g_s` the gradients at S drawn targets."""
+    key, weights = given
 
     def gradients(key: Array, outputs: PyTree) -> PyTree:
         y = jax.lax.stop_gradient(likelihood.sample(key, outputs))
@@ -36,13 +42,14 @@ def _sampled(likelihood: Likelihood, samples: int, outputs: PyTree, key: Array) 
 
     count = examples(outputs)
     keys = jax.random.split(key, (samples, count))
-    return _outer(jax.vmap(jax.vmap(gradients), (0, None))(keys, outputs), count)
+    return _outer(jax.vmap(jax.vmap(gradients), (0, None))(keys, outputs), _shares(weights, count))
 
 
-def _empirical(likelihood: Likelihood, outputs: PyTree, y: PyTree) -> Map:
+def _empirical(likelihood: Likelihood, outputs: PyTree, given: tuple[PyTree, Any]) -> Map:
     """`u ↦ g gᵀ u / N` for each example, `g` the gradient at its target."""
+    y, weights = given
     gradients = jax.vmap(jax.grad(likelihood.negative_log))(outputs, y)
-    return _outer(jax.tree.map(lambda g: g[None], gradients), examples(outputs))
+    return _outer(jax.tree.map(lambda g: g[None], gradients), _shares(weights, examples(outputs)))
 
 
 def fisher(
@@ -58,7 +65,8 @@ def fisher(
     """The Fisher matrix `F = (1/N) Σ_n J_nᵀ F_o J_n` as a linear operator, the mean over the N examples.
 
     `fisher(model, likelihood)(params, x)`: `outputs = model(params, x)` of ONE example, or (`batched=True`)
-    of a whole batch; the leading axis of `x` is the examples either way. `J_n` is the Jacobian of the outputs
+    of a whole batch; the leading axis of `x` is the examples either way. With `weights=w`, one number ≥ 0 for
+    each example, the mean is `Σ_n w_n … / Σ_n w_n`. `J_n` is the Jacobian of the outputs
     of example n by the parameters, and `F_o` is the Fisher matrix of its outputs, by `kind`:
 
     * "exact": `F_o = E_y[∇_o log p(y|o) (∇_o log p(y|o))ᵀ]`. With "categorical" F equals `fp.ggn` of the mean
@@ -103,17 +111,20 @@ def fisher(
     if samples < 1:
         raise ValueError(f"samples={samples}, but at least one target has to be drawn.")
 
-    def at(params: PyTree, x: Any, y: Any = None, *, key: Array | None = None) -> GaussNewton:
+    def at(
+        params: PyTree, x: Any, y: Any = None, *, key: Array | None = None, weights: Any = None
+    ) -> GaussNewton:
         point = Point.of(params, where)
         bound = Bound.of(model_of_all(model, batched), (x,), {}, point)
         with explained("fisher", model, batched, params, x):
             written = traced_model(bound, point)
         count = examples(written.results)
-        more, curvature = None, lambda outputs, _: _exact(density, outputs)
+        weights = weights_of(weights, count, "fisher")
+        more, curvature = weights, partial(_exact, density)
         if kind == "mc":
             if key is None:
                 raise ValueError("key=None: kind='mc' draws targets and needs key=jax.random.key(…).")
-            more, curvature = key, partial(_sampled, density, samples)
+            more, curvature = (key, weights), partial(_sampled, density, samples)
         if kind == "empirical":
             if y is None:
                 raise ValueError("y=None: kind='empirical' is at the targets of the data; give them as y.")
@@ -122,7 +133,7 @@ def fisher(
                     f"y has the shapes {jax.tree.map(jnp.shape, y)}, but the outputs are of {count} "
                     "examples, which are the leading axis."
                 )
-            more, curvature = y, partial(_empirical, density)
+            more, curvature = (y, weights), partial(_empirical, density)
         return GaussNewton.of(bound, written, curvature, more, point, rules)
 
     return at
@@ -143,17 +154,17 @@ def examples(outputs: PyTree) -> int:
     return lengths.pop()[0]
 
 
-def _outer(gradients: PyTree, count: int) -> Map:
-    """`u_n ↦ Σ_s g_sn ⟨g_sn, u_n⟩ / (N S)`; the gradients' leading axes are S and N."""
+def _outer(gradients: PyTree, shares: Array) -> Map:
+    """`u_n ↦ share_n Σ_s g_sn ⟨g_sn, u_n⟩ / S`; the gradients' leading axes are S and N."""
     samples = len(jax.tree.leaves(gradients)[0])
 
     def product(u: PyTree) -> PyTree:
-        def one(gradients: PyTree, u: PyTree) -> PyTree:
+        def one(gradients: PyTree, u: PyTree, share: Array) -> PyTree:
             pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(u), strict=True)
             inner = sum(jnp.vdot(g, part) for g, part in pairs)
-            return _scaled(gradients, inner / (samples * count))
+            return _scaled(gradients, share * inner / samples)
 
-        summands = jax.vmap(jax.vmap(one), (0, None))(gradients, u)
+        summands = jax.vmap(jax.vmap(one), (0, None, None))(gradients, u, shares)
         return jax.tree.map(lambda leaf: leaf.sum(0), summands)
 
     return product

@@ -15,11 +15,11 @@ from jaxtyping import PyTree
 from funcprop.curvature.binding import Bound, ruled
 from funcprop.curvature.derived import Derived
 from funcprop.curvature.diagonal.exact_diagonal import hessian_diagonal
-from funcprop.curvature.examples import explained, loss_of_all, model_of_all
+from funcprop.curvature.examples import explained, loss_of_all, model_of_all, weights_of
 from funcprop.curvature.hessian_operator import require_scalar
 from funcprop.operators.parameters import Where
 from funcprop.operators.subset import Point
-from funcprop.program.call import in_order
+from funcprop.program.call import in_order, name_of
 from funcprop.program.program import Program
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
@@ -109,7 +109,8 @@ def ggn(
 
     `ggn(model, loss)(params, x, y)`, with functions of ONE example: `outputs = model(params, x)`, a pytree,
     and `loss(outputs, y)`, one real scalar; the leading axis of `x` and `y` is the examples. `G` is that of
-    the mean loss, `(1/N) Σ_n J_nᵀ (∇²_o loss_n) J_n`, `J_n` the outputs' Jacobian by the parameters. With
+    the mean loss, `(1/N) Σ_n J_nᵀ (∇²_o loss_n) J_n`, `J_n` the outputs' Jacobian by the parameters; with
+    `ggn(model, loss)(params, x, y, weights=w)` of the weighted mean, `Σ_n w_n … / Σ_n w_n`. With
     `batched=True` both are functions of a whole batch, and the scale is the loss's own. Squared error without
     a factor ½ has `∇²_o loss = 2 I`. `G` is positive semi-definite for a loss that is convex in the outputs,
     and is the Hessian where the model is linear in the parameters.
@@ -122,7 +123,8 @@ def ggn(
 
     Raises:
         TypeError: the loss is not one real scalar, outputs are not real, or a parameter has no derivative.
-        ValueError: `where` chooses nothing, or a model of a batch is given without `batched=True`.
+        ValueError: `where` chooses nothing, a model of a batch is given without `batched=True`, or weights
+            are given with it, or are not one number ≥ 0 for each example.
 
     Reference: Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", Neural
     Computation 2002.
@@ -138,11 +140,20 @@ def ggn(
          [ 7. 10.]]
     """
 
-    def at(params: PyTree, x: Any, y: Any) -> GaussNewton:
+    def at(params: PyTree, x: Any, y: Any, *, weights: Any = None) -> GaussNewton:
         point = Point.of(params, where)
         model_, loss_ = model_of_all(model, batched), loss_of_all(loss, batched)
-        of_model, of_loss = Bound.of(model_, (x,), {}, point), Bound.of(loss_, (y,), {})
-        with explained("ggn", model, batched, params, x), in_order(model_, loss_, params, x, y):
+        if weights is not None:
+            if batched:
+                raise ValueError(
+                    "ggn: weights are given, but with batched=True the loss is of a whole batch; weigh the "
+                    "examples in the loss, or give functions of one example."
+                )
+            weights = weights_of(weights, len(jax.tree.leaves(x)[0]), "ggn")
+        of_model, of_loss = Bound.of(model_, (x,), {}, point), Bound.of(loss_, (y, weights), {})
+        unweighted = lambda outputs, y: loss_(outputs, y, weights)  # noqa: E731
+        unweighted.__name__ = name_of(loss)
+        with explained("ggn", model, batched, params, x), in_order(model_, unweighted, params, x, y):
             written = traced_model(of_model, point)
             value = jax.eval_shape(of_loss, written.results, of_loss.arrays)
             require_scalar(value, f"loss {getattr(loss, '__name__', loss)}")

@@ -3,8 +3,12 @@
 A parameter that enters as `W[n] = Σ_t a[n, t] ⊗ g[n, t]` has the Gauss-Newton block
 `1/N Σ_n Σ_c vec(W) vec(W)ᵀ`. KFAC approximates it by `A ⊗ G`. With R positions `t` that share the weights:
 
-    expand:  A = 1/(N R) Σ_{n,t} a aᵀ,                 G = 1/N Σ_{n,t,c} g gᵀ
+    expand:  A = 1/N Σ_n 1/R Σ_t a aᵀ,                 G = 1/N Σ_{n,t,c} g gᵀ
     reduce:  A = 1/N Σ_n (1/R Σ_t a)(1/R Σ_t a)ᵀ,      G = 1/N Σ_{n,c} (Σ_t g)(Σ_t g)ᵀ
+
+Only positions count that the loss sees: R is the number of those of example n that have a cotangent other
+than zero, and `Σ_t a` is over them (over all, if none has). So nothing depends on how far sequences are
+padded.
 
 `g` are cotangents of the *unaveraged* loss of one example for the columns `c` of its root, so that `A ⊗ G` is
 of the loss's **mean** over the batch, without a factor ½. A parameter without an outer product (a bias, a
@@ -33,7 +37,7 @@ from jaxtyping import Array, PyTree, Scalar
 from funcprop.curvature.example_gradients.matrix_layout import MatrixLayout
 from funcprop.operators.finite import nonfinite_rows, require_finite
 from funcprop.operators.linear_operator import LinearOperator
-from funcprop.operators.parameters import Parameters
+from funcprop.operators.parameters import Parameters, shown
 from funcprop.operators.solvers import require_damping
 
 METHODS = ("pi", "eigenvalue")
@@ -69,7 +73,13 @@ class KroneckerProduct:
         return Eigen(ua, ug, values, self.layout)
 
     def inverse(self, damping: Any) -> KroneckerProduct:
-        """`(A + π√λ I)⁻¹ ⊗ (G + √λ/π I)⁻¹` with `π² = (tr A / dim A) / (tr G / dim G)`."""
+        """`(A + π√λ I)⁻¹ ⊗ (G + √λ/π I)⁻¹` with `π² = (tr A / dim A) / (tr G / dim G)`.
+
+        Where a factor is one number for each block the block is the other, and is damped exactly.
+        """
+        if self.a.shape[-1] == 1:
+            g = self.g * (self.a if self.g.ndim == 1 else self.a.reshape(*self.a.shape[:-1], 1)[..., :1])
+            return KroneckerProduct(jnp.ones_like(self.a), _inverse(g, damping), self.layout)
         mean_a, mean_g = _mean_eigenvalue(self.a), _mean_eigenvalue(self.g)
         ratio = jnp.where((mean_a > 0) & (mean_g > 0), mean_a / jnp.where(mean_g > 0, mean_g, 1), 1)
         pi, root = jnp.sqrt(ratio), jnp.sqrt(damping)
@@ -150,6 +160,21 @@ class Kronecker(LinearOperator):
     blocks: tuple[KroneckerProduct | Eigen, ...]
     parameters: Parameters = field(metadata={"static": True})
 
+    has_mean = True
+
+    def merged(self, other: Any, share: Any) -> Kronecker:
+        """The operator of the factors' means, which is that of all data.
+
+        Raises:
+            ValueError: an operator is in its eigenbasis, which is another for other data.
+        """
+        if any(isinstance(block, Eigen) for block in self.blocks):
+            raise ValueError(
+                "accumulate: a Kronecker operator in its eigenbasis (ekfac, sqrt) has no mean with others; "
+                "use fp.curvature.over(batches)(fp.ekfac(…))(params), which takes two passes."
+            )
+        return self.update(other, 1 - share)
+
     def linear_map(self) -> Callable[[PyTree], PyTree]:
         """Each block by itself."""
         names = self.parameters
@@ -198,7 +223,8 @@ class Kronecker(LinearOperator):
         Args:
             damping: a number ≥ 0.
             method: "pi", `(A + π√λ I)⁻¹ ⊗ (G + √λ/π I)⁻¹` with `π` the root of the ratio of mean eigenvalues
-                (Martens and Grosse 2015, section 6.3); "eigenvalue", exactly `(A ⊗ G + λ I)⁻¹`, the only one
+                (Martens and Grosse 2015, section 6.3), and exactly where `A` is a number (a bias, a norm's
+                scale, a block that is kept whole); "eigenvalue", exactly `(A ⊗ G + λ I)⁻¹`, the only one
                 for an operator in its eigenbasis.
 
         Raises:
@@ -219,8 +245,7 @@ class Kronecker(LinearOperator):
         broken = nonfinite_rows(inverse) if concrete else []
         if broken:
             raise ValueError(
-                f"inverse: with damping={damping}, the blocks of {', '.join(map(repr, broken))} are "
-                "singular; add damping."
+                f"inverse: with damping={damping}, the blocks of {shown(*broken)} are singular; add damping."
             )
         return inverse
 

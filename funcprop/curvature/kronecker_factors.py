@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from funcprop.curvature.convexity import REMEDY, require_convex
+from funcprop.curvature.data_set import DataSet
 from funcprop.curvature.example_gradients.entering_parameters import Model
 from funcprop.curvature.example_gradients.gradient_forms import Factors
-from funcprop.curvature.example_gradients.loss_roots import Loss
-from funcprop.curvature.example_gradients.per_example import AUDIT, LIMIT, batch_size, programs, sweep
+from funcprop.curvature.example_gradients.loss_roots import Loss, Losses
+from funcprop.curvature.example_gradients.per_example import (
+    AUDIT,
+    LIMIT,
+    SweepOptions,
+    batch_size,
+    programs,
+    require_drawn,
+    sweep,
+)
 from funcprop.curvature.example_gradients.quantities import (
     EXACT,
     EXPAND,
@@ -22,8 +33,9 @@ from funcprop.curvature.example_gradients.quantities import (
     SAMPLED,
     Part,
 )
-from funcprop.curvature.examples import loss_of_one, model_of_one
+from funcprop.curvature.examples import loss_of_one, model_of_one, total_of, weights_of
 from funcprop.curvature.kronecker import Eigen, Kronecker, KroneckerProduct
+from funcprop.curvature.likelihood import Likelihood
 from funcprop.operators.parameters import Parameters, Where
 from funcprop.operators.subset import restricted
 from funcprop.program.call import require_values
@@ -37,34 +49,40 @@ _SHARING = {"expand": EXPAND, "reduce": REDUCE}
 
 def kfac(
     model: Model,
-    loss: Loss,
+    loss: Loss | Likelihood | str,
     *,
     kind: str = "mc",
     sharing: str = "expand",
+    samples: int = 1,
     batched: bool = False,
     where: Where | None = None,
     rules: RuleSet | None = None,
     budget: int | str = LIMIT,
-) -> Callable[..., Kronecker]:
-    """Kronecker-factored curvature, `kfac(model, loss)(params, x, y, key=None) -> Kronecker`.
+) -> KroneckerFactors:
+    """Kronecker-factored curvature, `kfac(model, loss)(params, x, y, key=None, weights=None) -> Kronecker`.
 
     For each parameter `A ⊗ G` in place of its block of the Gauss-Newton matrix of the **mean** loss; the
     module `funcprop.curvature.kronecker` has the conventions. Exact for one example, and for linear networks
-    with squared error. Every call traces both functions, as in `fp.per_example`.
+    with squared error. With `weights`, one number ≥ 0 for each example (0 for padding), means are `Σ w q /
+    Σ w`. Every call traces both functions, as in `fp.per_example`.
 
     Args:
-        model, loss: of ONE example, as in `fp.per_example`.
-        kind: "mc", one random combination of the root's columns (needs `key`); "exact", all columns (KFLR);
+        model, loss: of ONE example, as in `fp.per_example`. With a likelihood in place of the loss, its name
+            or an `fp.curvature.Likelihood`, the factors are those of its Fisher matrix; "exact" and "mc" then
+            need no targets (y=None), and "mc" draws them from the model.
+        kind: "mc", random combinations of the root's columns (needs `key`); "exact", all columns (KFLR);
             "empirical", the gradients themselves.
         sharing: "expand" or "reduce", for weights that are used at several positions.
+        samples: how many random combinations, with "mc".
         batched, where, rules, budget: as in `fp.per_example`.
 
     Returns:
-        A `Kronecker`: a linear operator with `.factors[path] -> (A, G)`, `.inverse(damping)`, `.logdet()`,
-        `.sqrt()`, `.update(other, decay)`.
+        A function that returns a `Kronecker`: a linear operator with `.factors[path] -> (A, G)`,
+        `.inverse(damping)`, `.logdet()`, `.sqrt()`, `.update(other, decay)`.
 
     Raises:
-        ValueError: `kind` or `sharing` is not known, or there is no key for "mc"; also as `fp.per_example`.
+        ValueError: `kind` or `sharing` is not known, there is no key for "mc", or the loss is not convex in
+            the output; also as `fp.per_example`.
 
     References: Martens and Grosse, ICML 2015; Botev, Ritter and Barber, ICML 2017; Eschenhagen et al.,
     NeurIPS 2023.
@@ -78,25 +96,26 @@ def kfac(
         [[0.5 0. ]
          [0.  0.5]]
     """
-    part, limit = _chosen(kind, sharing), budget_bytes(budget, "budget")
-    functions = model_of_one(model, batched), loss_of_one(loss, batched)
-    return _of_call("kfac", _kfac, functions, part, where, rules, limit)
+    loss = loss_of_one(loss, batched) if callable(loss) else loss
+    options = SweepOptions(rules, budget_bytes(budget, "budget"), require_drawn(samples))
+    return KroneckerFactors(model_of_one(model, batched), loss, _chosen(kind, sharing), where, options)
 
 
 def ekfac(
     model: Model,
-    loss: Loss,
+    loss: Loss | Likelihood | str,
     *,
     kind: str = "mc",
     sharing: str = "expand",
+    samples: int = 1,
     batched: bool = False,
     where: Where | None = None,
     rules: RuleSet | None = None,
     budget: int | str = LIMIT,
-) -> Callable[..., Kronecker]:
+) -> KroneckerFactors:
     """KFAC's eigenvectors with the curvature's own second moments along them as eigenvalues.
 
-    `ekfac(model, loss)(params, x, y, key=None)`; with `A ⊗ G = U S Uᵀ` the eigenvalues are
+    `ekfac(model, loss)(params, x, y, key=None, weights=None)`; with `A ⊗ G = U S Uᵀ` the eigenvalues are
     `diag(Uᵀ (1/N Σ W Wᵀ) U)`, which are the best in the Frobenius norm for these vectors. Arguments and
     errors are those of `fp.kfac`; the result is in its eigenbasis and has no `.factors`.
 
@@ -111,77 +130,150 @@ def ekfac(
         >>> print(E.trace())
         1.0
     """
-    part, limit = _chosen(kind, sharing), budget_bytes(budget, "budget")
-    functions = model_of_one(model, batched), loss_of_one(loss, batched)
-    return _of_call("ekfac", _ekfac, functions, part, where, rules, limit)
+    loss = loss_of_one(loss, batched) if callable(loss) else loss
+    options = SweepOptions(rules, budget_bytes(budget, "budget"), require_drawn(samples))
+    return EigenFactors(model_of_one(model, batched), loss, _chosen(kind, sharing), where, options)
 
 
-def _of_call(
-    what: str,
-    factored: Callable[..., Kronecker],
-    functions: tuple[Model, Loss],
-    part: Part,
-    where: Where | None,
-    rules: RuleSet | None,
-    limit: int,
-) -> Callable[..., Kronecker]:
-    """The function `(params, x, y, key=None) -> Kronecker`, which traces model and loss of one example."""
-    model, loss = functions
+@dataclass(frozen=True, eq=False)
+class KroneckerFactors:
+    """What `fp.kfac` returns: `(params, x, y, key=None, weights=None) -> Kronecker`."""
 
-    def at(params: Any, x: Any, y: Any, key: Any = None) -> Kronecker:
-        of_chosen, chosen = restricted(model, params, where)
-        given = _checked(what, of_chosen, loss, chosen, x, y, _with_key(key, part.group))
-        return factored(*given, part, rules, limit)
+    model: Model
+    loss: Loss | Likelihood | str
+    part: Part
+    where: Where | None
+    options: SweepOptions
 
-    return at
+    def __call__(
+        self, params: Any, x: Any, y: Any = None, key: Any = None, *, weights: Any = None
+    ) -> Kronecker:
+        """The factors of a batch; model and loss are traced."""
+        found, rootless = self.with_rootless(params, x, y, key, weights)
+        require_convex("kfac", rootless, REMEDY)
+        return found
+
+    def over_data(self, data: DataSet, params: Any, *, key: Any = None) -> Kronecker:
+        """The factors of a data set, by one pass."""
+        return self._mean(data, params, key, None, lambda found: found)
+
+    def _mean(
+        self,
+        data: DataSet,
+        params: Any,
+        key: Any,
+        bases: Sequence[Eigen] | None,
+        part: Callable[[Kronecker], Any],
+    ) -> Any:
+        def quantity(x: Any, y: Any = None, weights: Any = None, key: Any = None) -> Any:
+            found, rootless = self.with_rootless(params, x, y, key, weights, bases)
+            broken = jnp.zeros(()) if rootless is None else rootless.any().astype(float)
+            # Where a loss has no root factors are NaN, and that is named below.
+            return broken, jax.tree.map(lambda leaf: jnp.where(broken > 0, 0, leaf), part(found))
+
+        broken, found = data.mean(quantity, key=key).mean
+        if broken > 0:
+            raise ValueError(
+                f"kfac: the loss is not convex in the model's output at some examples; {REMEDY}."
+            )
+        return found
+
+    def with_rootless(
+        self, params: Any, x: Any, y: Any, key: Any, weights: Any, bases: Sequence[Eigen] | None = None
+    ) -> tuple[Kronecker, Any]:
+        """The factors, or with `bases` the eigenvalues in them; and for which examples they are NaN."""
+        require_values("kfac", {"params": params, "x": x, "y": y}, AUDIT)
+        weights = weights_of(weights, batch_size(x, y), "kfac")
+        of_chosen, params = restricted(self.model, params, self.where)
+        Parameters.of(params)
+        if self.part.group == SAMPLED and key is None:
+            raise ValueError(
+                "kfac: kind='mc' draws random signs; pass key=jax.random.key(…), or kind='exact'."
+            )
+        functions = programs(of_chosen, self.loss, params, x, y)
+        arguments = (*functions, params, x, y, key, weights)
+        if bases is None:
+            return _factors(*arguments, self.part, self.options)
+        return _eigenvalues(*arguments, bases, self.part, self.options)
 
 
-@functools.partial(jax.jit, static_argnames=("part", "rules", "limit"))
-def _kfac(
+@dataclass(frozen=True, eq=False)
+class EigenFactors(KroneckerFactors):
+    """What `fp.ekfac` returns."""
+
+    def __call__(
+        self, params: Any, x: Any, y: Any = None, key: Any = None, *, weights: Any = None
+    ) -> Kronecker:
+        """The factors of a batch in their eigenbasis; model and loss are traced."""
+        plain, rootless = self.with_rootless(params, x, y, key, weights)
+        require_convex("ekfac", rootless, REMEDY)
+        return self.with_rootless(params, x, y, key, weights, eigenbases(plain))[0]
+
+    def over_data(self, data: DataSet, params: Any, *, key: Any = None) -> Kronecker:
+        """The factors of a data set in their eigenbasis: a pass for it, and one for the eigenvalues."""
+        plain = self._mean(data, params, key, None, lambda found: found)
+        bases = eigenbases(plain)
+        values = self._mean(data, params, key, bases, _values)
+        blocks = [replace(block, values=found) for block, found in zip(bases, values, strict=True)]
+        return replace(plain, blocks=tuple(blocks))
+
+
+def _values(found: Kronecker) -> list[Any]:
+    """The eigenvalues of all blocks."""
+    return [block.values for block in found.blocks if isinstance(block, Eigen)]
+
+
+def eigenbases(factored: Kronecker) -> tuple[Eigen, ...]:
+    """The blocks by their eigenvectors."""
+    return tuple(block.eigen() for block in factored.blocks)
+
+
+@functools.partial(jax.jit, static_argnames=("part", "options"))
+def _factors(
     model: Program,
-    loss: Program,
+    loss: Losses,
     params: Any,
     x: Any,
     y: Any,
     key: Any,
+    weights: Any,
     part: Part,
-    rules: RuleSet | None,
-    limit: int,
-) -> Kronecker:
+    options: SweepOptions,
+) -> tuple[Kronecker, Any]:
     names, size = Parameters.of(params), batch_size(x, y)
-    found = sweep(model, loss, params, [part], rules, limit)
-    _, factors = found(jax.tree.leaves(params), x, y, key, size)
+    total = total_of(weights, size)
+    found = sweep(model, loss, params, y, [part], weights, options)
+    (_, rootless), factors = found(jax.tree.leaves(params), x, y, key, weights, size)
     blocks = []
     for i, here in enumerate(factors):
         both = here[part]
         layout = found.study.layout(i, both)
-        blocks.append(KroneckerProduct(both.activations / size, both.cotangents / size, layout))
-    return Kronecker(tuple(blocks), names)
+        blocks.append(KroneckerProduct(both.activations / total, both.cotangents / total, layout))
+    return Kronecker(tuple(blocks), names), rootless
 
 
-@functools.partial(jax.jit, static_argnames=("part", "rules", "limit"))
-def _ekfac(
+@functools.partial(jax.jit, static_argnames=("part", "options"))
+def _eigenvalues(
     model: Program,
-    loss: Program,
+    loss: Losses,
     params: Any,
     x: Any,
     y: Any,
     key: Any,
+    weights: Any,
+    bases: Sequence[Eigen],
     part: Part,
-    rules: RuleSet | None,
-    limit: int,
-) -> Kronecker:
-    plain = _kfac(model, loss, params, x, y, key, part, rules, limit)
-    eigen = [block.eigen() for block in plain.blocks]
-    size, rotated = batch_size(x, y), Part(part.group, ROTATED)
-    found = sweep(model, loss, params, [rotated], rules, limit)
-    found = replace(found, bases=[Factors(block.ua, block.ug) for block in eigen])
-    _, squares = found(jax.tree.leaves(params), x, y, key, size)
+    options: SweepOptions,
+) -> tuple[Kronecker, Any]:
+    names, size, rotated = Parameters.of(params), batch_size(x, y), Part(part.group, ROTATED)
+    total = total_of(weights, size)
+    found = sweep(model, loss, params, y, [rotated], weights, options)
+    found = replace(found, bases=[Factors(block.ua, block.ug) for block in bases])
+    (_, rootless), squares = found(jax.tree.leaves(params), x, y, key, weights, size)
     blocks = [
-        Eigen(block.ua, block.ug, here[rotated] / size, block.layout)
-        for block, here in zip(eigen, squares, strict=True)
+        replace(block, values=here[rotated] / total) for block, here in zip(bases, squares, strict=True)
     ]
-    return replace(plain, blocks=tuple(blocks))
+    return Kronecker(tuple(blocks), names), rootless
 
 
 def _chosen(kind: str, sharing: str) -> Part:
@@ -190,19 +282,3 @@ def _chosen(kind: str, sharing: str) -> Part:
     if sharing not in _SHARING:
         raise ValueError(f"kfac: sharing={sharing!r} is not known; it is 'expand' or 'reduce'.")
     return Part(_GROUPS[kind], _SHARING[sharing])
-
-
-def _checked(
-    what: str, model: Model, loss: Loss, params: Any, x: Any, y: Any, key: Any
-) -> tuple[Program, Program, Any, Any, Any, Any]:
-    """The programs of model and loss, and the values they are called with."""
-    require_values(what, {"params": params, "x": x, "y": y}, AUDIT)
-    Parameters.of(params)
-    batch_size(x, y)
-    return *programs(model, loss, params, x, y), params, x, y, key
-
-
-def _with_key(key: Any, group: str) -> Any:
-    if group == SAMPLED and key is None:
-        raise ValueError("kfac: kind='mc' draws random signs; pass key=jax.random.key(…), or kind='exact'.")
-    return key

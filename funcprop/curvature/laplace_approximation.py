@@ -1,272 +1,189 @@
-"""The linearised Laplace approximation: a Gaussian around trained parameters, and what it says of outputs."""
+"""The linearised Laplace approximation: the posterior of a trained model, fitted to data."""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+from jaxtyping import PyTree
 
-from funcprop.curvature.binding import ruled
+from funcprop.curvature.convexity import require_convex
+from funcprop.curvature.data_set import DataSet
 from funcprop.curvature.example_gradients.mixed_examples import example_of
 from funcprop.curvature.example_gradients.per_example import per_example
-from funcprop.curvature.examples import model_of_one
-from funcprop.curvature.gauss_newton import ggn
+from funcprop.curvature.examples import model_of_one, total_of, weights_of
+from funcprop.curvature.fisher_operator import fisher
 from funcprop.curvature.kronecker_factors import kfac
-from funcprop.curvature.likelihood import likelihood_of
+from funcprop.curvature.laplace_posterior import Laplace
+from funcprop.curvature.likelihood import Likelihood, gaussian, likelihood_of, require_array
 from funcprop.curvature.precision import DiagonalPrecision, Full, KroneckerPrecision, LowRank, Precision
 from funcprop.operators.convergence import is_traced
 from funcprop.operators.finite import require_finite
 from funcprop.operators.linear_operator import LinearOperator
-from funcprop.operators.parameters import Where
+from funcprop.operators.parameters import Where, single_at_least
 from funcprop.operators.subset import Point
 from funcprop.program.program import Program
 from funcprop.rules.rule_set import RuleSet
 
-AT_ONCE = 64  # examples whose Jacobians exist at the same time
+STRUCTURES = ("full", "diagonal", "low-rank", "kronecker")
 
 
-class Predictive(NamedTuple):
-    """Means and covariances of the outputs of m examples, without the noise of the targets."""
+class Fit(NamedTuple):
+    """Means over examples: the curvature in its structure, the misfit, how many targets there are, and the
+    logarithm of their noise."""
 
-    mean: Float[Array, "m C"]
-    covariance: Float[Array, "m C C"]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class Laplace:
-    """The Laplace posterior `θ ~ N(θ*, (c H + diag(δ))⁻¹)`.
-
-    `H = Σ_n J_nᵀ Λ_n J_n` is the Gauss-Newton matrix of the negative log-likelihood, summed over the
-    examples; `c = 1/noise²` for the Gaussian likelihood and 1 for others. `δ` is `prior_precision`: a number,
-    or a pytree like the (chosen) parameters whose leaves are broadcast to them. All methods can be jitted,
-    and differentiated by `prior_precision` and `noise`.
-    """
-
-    point: Point
-    precision: Precision
-    misfit: Scalar
+    curvature: Any
+    misfit: Any
     targets: Any
-    model: Program
-    likelihood: str = field(metadata={"static": True})
-    rules: RuleSet | None = field(metadata={"static": True})
-
-    def log_marginal_likelihood(self, prior_precision: Any = 1.0, noise: Any = 1.0) -> Scalar:
-        """The logarithm of the evidence: `log p(D|θ*) + log p(θ*) + P/2 log 2π − ½ log det(c H + diag(δ))`.
-
-        With the prior `N(0, diag(δ)⁻¹)` this is `log p(D|θ*) − ½ Σ δ θ*² + ½ Σ log δ − ½ log det(c H +
-        diag(δ))`. The Gaussian likelihood has its constant, `−½ log(2π noise²)` for each target. Exact for a
-        model that is linear in its parameters with Gaussian noise, at their posterior mean.
-
-        Raises:
-            ValueError: a precision or the noise is not positive, or there is noise but no Gaussian
-            likelihood.
-        """
-        scale, prior = self._scale(noise), self._prior(prior_precision)
-        fit = -scale * self.misfit
-        if self.likelihood == "gaussian":
-            fit -= self.targets / 2 * jnp.log(2 * math.pi / scale)
-        leaves = jax.tree.leaves(self.point.chosen)
-        penalty = sum(jnp.sum(δ * θ**2 - jnp.log(δ)) for δ, θ in zip(prior, leaves, strict=True))
-        return fit - (penalty + self.precision.logdet(scale, prior)) / 2
-
-    def predictive(self, x: Any, prior_precision: Any = 1.0, noise: Any = 1.0) -> Predictive:
-        """The outputs' distribution under the linearised model: `N(f(x, θ*), J (c H + diag(δ))⁻¹ Jᵀ)`.
-
-        The targets of a Gaussian likelihood vary by `noise²` besides. The model is what it was when it was
-        fitted, what it reads besides its arguments included; for inputs of other types it is traced again.
-
-        Raises:
-            TypeError: the inputs are of other types than those it was fitted to, and the posterior is an
-                argument of a jitted function; and as `log_marginal_likelihood`.
-        """
-        scale, prior = self._scale(noise), self._prior(prior_precision)
-        model = self.model.at(self.point.chosen, self.point.others, example_of(x))
-        return _predictive(model, self.rules, self.point, self.precision, x, scale, prior)
-
-    def probabilities(self, x: Any, prior_precision: Any = 1.0) -> Float[Array, "m C"]:
-        """Class probabilities with the outputs' variances: `softmax(μ / √(1 + π/8 σ²))`, or `sigmoid`.
-
-        Raises:
-            ValueError: the likelihood is Gaussian.
-
-        Reference: MacKay, "The evidence framework applied to classification networks", Neural Computation
-        1992.
-        """
-        if self.likelihood == "gaussian":
-            raise ValueError("probabilities: the likelihood is 'gaussian', which has none; use predictive().")
-        found = self.predictive(x, prior_precision)
-        variance = jnp.diagonal(found.covariance, axis1=1, axis2=2)
-        tempered = found.mean / jnp.sqrt(1 + math.pi / 8 * variance)
-        return jax.nn.softmax(tempered) if self.likelihood == "categorical" else jax.nn.sigmoid(tempered)
-
-    def sample(self, key: PRNGKeyArray, prior_precision: Any = 1.0, noise: Any = 1.0) -> PyTree:
-        """Parameters drawn from the posterior; those that `where=` left out stay as they are."""
-        moved = self.precision.sample(key, self._scale(noise), self._prior(prior_precision))
-        leaves = jax.tree.leaves(self.point.chosen)
-        drawn = [θ + m.reshape(θ.shape) for θ, m in zip(leaves, moved, strict=True)]
-        return self.point.whole(self.point.parameters.unflatten(drawn))
-
-    def _scale(self, noise: Any) -> Any:
-        _require_positive("noise", noise)
-        if self.likelihood != "gaussian":
-            if not isinstance(noise, float | int) or noise != 1:
-                raise ValueError(
-                    f"noise={noise}, but the likelihood is {self.likelihood!r}; noise is for 'gaussian'."
-                )
-            return 1.0
-        return 1 / jnp.asarray(noise) ** 2
-
-    def _prior(self, precision: Any) -> list[Array]:
-        leaves = jax.tree.leaves(self.point.chosen)
-        given: list[Any] = jax.tree.leaves(precision)
-        number, tree, structure = map(_structure, (0, self.point.chosen, precision))
-        if structure == number:
-            given = given * len(leaves)
-        elif structure != tree:
-            raise ValueError(
-                f"prior_precision is {structure}, but the parameters are {tree}; pass one number, or a "
-                "pytree like them."
-            )
-        for path, δ, θ in zip(self.point.parameters.paths, given, leaves, strict=True):
-            if not _broadcasts(jnp.shape(δ), θ.shape):
-                raise ValueError(
-                    f"laplace: prior_precision has shape {jnp.shape(δ)} for {path!r}, which has shape "
-                    f"{θ.shape}; pass one number, or a pytree like the parameters."
-                )
-            _require_positive(f"prior_precision of {path!r}" if len(given) > 1 else "prior_precision", δ)
-        return [
-            jnp.broadcast_to(jnp.asarray(δ, θ.dtype), θ.shape) for δ, θ in zip(given, leaves, strict=True)
-        ]
-
-
-@functools.partial(jax.jit, static_argnames="rules")
-def _predictive(
-    model: Program,
-    rules: RuleSet | None,
-    point: Point,
-    precision: Precision,
-    x: Any,
-    scale: Any,
-    prior: Any,
-) -> Predictive:
-    def one(x: Any) -> Predictive:
-        def outputs(chosen: PyTree) -> Array:
-            return jnp.ravel(ruled(model, rules)(chosen, point.others, x))
-
-        jacobian = jax.tree.leaves(jax.jacrev(outputs)(point.chosen))
-        return Predictive(outputs(point.chosen), precision.covariance(jacobian, scale, prior))
-
-    count = jax.tree.leaves(x)[0].shape[0]
-    return jax.lax.map(one, x, batch_size=min(AT_ONCE, count))
-
-
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    ends = zip(shape[::-1], to[::-1], strict=False)
-    return len(shape) <= len(to) and all(length in (1, wanted) for length, wanted in ends)
-
-
-def _structure(tree: PyTree) -> Any:
-    return jax.tree.structure(tree)
-
-
-def _require_positive(name: str, value: Any) -> None:
-    # By NumPy: inside jit, jax.numpy makes a tracer even of a comparison of Python's numbers.
-    if not isinstance(value, jax.core.Tracer) and not (np.asarray(value) > 0).all():
-        raise ValueError(f"laplace: {name} is {value}; it must be positive.")
+    log_noise: Any
 
 
 @dataclass(frozen=True, eq=False)
-class _Fitted:
-    """The ingredients of a structure: a model, the negative log-likelihood of its outputs, and the data."""
+class LaplaceApproximation:
+    """What `fp.curvature.laplace` returns: `(params, x, y, weights=None) -> Laplace`."""
 
     model: Callable[..., Any]
-    negative_log: Callable[..., Any]
-    point: Point
-    x: Any
-    y: Any
+    likelihood: Likelihood
+    name: str | None
+    noise: Any
+    structure: str
     rank: int
+    where: Where | None
     rules: RuleSet | None
 
-    def of_chosen(self, chosen: PyTree, x: Any) -> Any:
+    def __call__(self, params: PyTree, x: Any, y: Any, *, weights: Any = None) -> Laplace:
+        """The posterior of one batch of data."""
+        point, size = self._point(params), len(jax.tree.leaves(x)[0])
+        weights = weights_of(weights, size, "laplace")
+        fit = self._fit(point, x, y, weights)
+        count = total_of(weights, size)
+        return self._posterior(point, fit, count, x, lambda: self._operator(point, x, weights))
+
+    def over_data(self, data: DataSet, params: PyTree) -> Laplace:
+        """The posterior of all data of a data set."""
+        point = self._point(params)
+
+        def fit(x: Any, y: Any, weights: Any = None) -> Fit:
+            return self._fit(point, x, y, weights)
+
+        def operator(x: Any, y: Any, weights: Any = None) -> LinearOperator:
+            return self._operator(point, x, weights)
+
+        total, x = data.mean(fit), data.first.arguments[0]
+        return self._posterior(point, total.mean, total.weight, x, lambda: data.operator(operator))
+
+    def _point(self, params: PyTree) -> Point:
+        point = Point.of(params, self.where)
+        if self.rank > point.parameters.size and self.structure == "low-rank":
+            raise ValueError(f"laplace: rank={self.rank}, but there are {point.parameters.size} parameters.")
+        return point
+
+    def _of_chosen(self, point: Point) -> Callable[..., Any]:
         """The outputs of one example by the parameters that are uncertain."""
-        return self.model(self.point.whole(chosen), x)
+        return lambda chosen, x: self.model(point.whole(chosen), x)
 
-    def operator(self) -> LinearOperator:
-        """The Gauss-Newton matrix, summed over the examples."""
+    def _operator(self, point: Point, x: Any, weights: Any) -> LinearOperator:
+        """The Fisher matrix, the mean over the examples."""
+        of_likelihood = fisher(self._of_chosen(point), self.likelihood, rules=self.rules)
+        return of_likelihood(point.chosen, x, weights=weights)
 
-        def batched(chosen: PyTree, x: Any) -> Any:
-            return jax.vmap(self.of_chosen, (None, 0))(chosen, x)
+    def _fit(self, point: Point, x: Any, y: Any, weights: Any) -> Fit:
+        model = self._of_chosen(point)
+        outputs = jax.eval_shape(model, point.chosen, example_of(x))
+        require_array("laplace", outputs)
+        size = len(jax.tree.leaves(x)[0])
+        found = jax.vmap(model, (None, 0))(point.chosen, x)
+        wide = found.astype(single_at_least(found.dtype))
+        misfits = jax.vmap(self.likelihood.negative_log)(wide, y)
+        misfits = misfits if weights is None else weights * misfits
+        noise = jnp.asarray(1.0 if self.noise is None else self.noise)
+        log_noise = jnp.sum(jnp.log(jnp.broadcast_to(noise, outputs.shape)))
+        total = total_of(weights, size)
+        return Fit(
+            self._curvature(point, x, y, weights),
+            jnp.sum(misfits) / total,
+            jnp.asarray(float(math.prod(outputs.shape))),
+            log_noise,
+        )
 
-        def summed(outputs: Any, y: Any) -> Any:
-            return jnp.sum(jax.vmap(self.negative_log)(outputs, y))
+    def _curvature(self, point: Point, x: Any, y: Any, weights: Any) -> Any:
+        """The mean over the examples, in the structure; None of low rank, which is of all data at once."""
+        given = self.name if self.name and self.noise is None else self.likelihood
+        if self.structure == "full":
+            return self._operator(point, x, weights).dense()
+        if self.structure == "diagonal":
+            # One pass over the examples; the operator's own diagonal() takes a product for each parameter.
+            squares = per_example(self._of_chosen(point), given, rules=self.rules)
+            found, rootless = squares.with_rootless(point.chosen, x, y, {"diag_ggn"}, None, weights)
+            diagonal = found["diag_ggn"]
+            finite = is_traced(diagonal) or all(
+                bool(jnp.isfinite(d).all()) for d in jax.tree.leaves(diagonal)
+            )
+            if not finite:
+                require_convex("laplace", rootless, "give a likelihood whose Fisher matrix is not indefinite")
+                require_finite(self._operator(point, x, weights), diagonal, "laplace")
+            return diagonal
+        if self.structure == "kronecker":
+            factored = kfac(self._of_chosen(point), given, kind="exact", rules=self.rules)
+            return factored(point.chosen, x, y, weights=weights)
+        return None
 
-        return ggn(batched, summed, rules=self.rules, batched=True)(self.point.chosen, self.x, self.y)
+    def _posterior(
+        self, point: Point, fit: Fit, count: Any, x: Any, operator: Callable[[], LinearOperator]
+    ) -> Laplace:
+        program = Program.again(
+            lambda chosen, others, x: self.model(point.whole(chosen, others), x),
+            *(point.chosen, point.others, example_of(x)),
+        )
+        precision = self._precision(point, fit.curvature, count, operator)
+        misfit, targets, log_noise = (count * number for number in fit[1:])
+        return Laplace(point, precision, misfit, targets, log_noise, program, self.name, self.rules)
 
-    @property
-    def examples(self) -> int:
-        """How many examples there are: what is computed of their mean is of them all times this."""
-        return int(jax.tree.leaves(self.x)[0].shape[0])
-
-
-def _full(fitted: _Fitted) -> Precision:
-    return Full(fitted.operator().dense(), fitted.point.parameters)
-
-
-def _diagonal(fitted: _Fitted) -> Precision:
-    # One pass over the examples, where the operator's own diagonal() takes a product for each parameter.
-    squares = per_example(fitted.of_chosen, fitted.negative_log, rules=fitted.rules)
-    mean = squares(fitted.point.chosen, fitted.x, fitted.y, {"diag_ggn"})["diag_ggn"]
-    diagonal = tuple(fitted.examples * leaf for leaf in jax.tree.leaves(mean))
-    names = fitted.point.parameters
-    if not is_traced(diagonal) and not all(jnp.isfinite(leaf).all() for leaf in diagonal):
-        require_finite(fitted.operator(), diagonal, "laplace")
-    return DiagonalPrecision(diagonal, names)
-
-
-def _low_rank(fitted: _Fitted) -> Precision:
-    names = fitted.point.parameters
-    values, vectors = fitted.operator().eigsh(min(fitted.rank, names.size))
-    return LowRank(values, names.ravel_columns(vectors), names)
-
-
-def _kronecker(fitted: _Fitted) -> Precision:
-    factored = kfac(fitted.of_chosen, fitted.negative_log, kind="exact", rules=fitted.rules)
-    mean = factored(fitted.point.chosen, fitted.x, fitted.y)
-    blocks = [block.eigen().map(lambda values: fitted.examples * values) for block in mean.blocks]
-    return KroneckerPrecision(tuple(blocks), mean.parameters)
-
-
-STRUCTURES = {"full": _full, "diagonal": _diagonal, "low-rank": _low_rank, "kronecker": _kronecker}
+    def _precision(
+        self, point: Point, mean: Any, count: Any, operator: Callable[[], LinearOperator]
+    ) -> Precision:
+        names = point.parameters
+        if self.structure == "full":
+            return Full(count * mean, names)
+        if self.structure == "diagonal":
+            return DiagonalPrecision(tuple(count * leaf for leaf in jax.tree.leaves(mean)), names)
+        if self.structure == "kronecker":
+            return KroneckerPrecision.of(mean, count)
+        values, vectors = operator().eigsh(min(self.rank, names.size))
+        return LowRank(count * values, names.ravel_columns(vectors), names)
 
 
 def laplace(
     model: Callable[..., Any],
-    likelihood: str,
+    likelihood: str | Likelihood,
     *,
     structure: str = "diagonal",
     rank: int | None = None,
+    noise: Any = None,
     batched: bool = False,
     where: Where | None = None,
     rules: RuleSet | None = None,
-) -> Callable[..., Laplace]:
-    """The linearised Laplace posterior of a trained model: `laplace(model, likelihood)(params, x, y)`.
+) -> LaplaceApproximation:
+    """The linearised Laplace posterior of a trained model: `laplace(model, likelihood)(params, x, y,
+    weights=None)`.
 
     The precision at the trained parameters `θ*` is `c H + diag(δ)`, with the Gauss-Newton matrix
     `H = Σ_n J_nᵀ (∇²_f −log p(y_n|f)) J_n` of all examples (a sum, not a mean) and the prior's precision `δ`;
-    the outputs are those of the model linearised at `θ*`.
+    the outputs are those of the model linearised at `θ*`. With `weights`, one number ≥ 0 for each example (0
+    for padding), every example counts as that many. Of a data set in minibatches it is
+    `fp.curvature.over(batches)(fp.curvature.laplace(…))(params)`.
 
     Args:
-        model: `model(params, x)` of ONE example: a scalar, or a vector of outputs.
-        likelihood: "gaussian" (`H` is that of unit variance), "categorical" (logits, integer targets) or
-            "bernoulli" (logits).
+        model: `model(params, x)` of ONE example: one array of outputs, whose shape is kept.
+        likelihood: "gaussian" (`H` is that of unit variance), "categorical" (logits on the last axis, integer
+            targets), "bernoulli" (logits), or an `fp.curvature.Likelihood`, of which `H` is the Fisher matrix
+            and the evidence has no constant.
+        noise: with "gaussian", the targets' standard deviation for each output of an example, if they differ;
+            the `noise` of the posterior's methods multiplies it.
         structure: of `H`: "full" (P × P), "diagonal", "low-rank" (its `rank` leading eigenpairs), or
             "kronecker" (the factors of `fp.kfac` with kind="exact", for each leaf a block; the prior's
             precision is then one number for each leaf, the mean of what is given).
@@ -279,11 +196,14 @@ def laplace(
     Returns:
         A function of parameters and training data (leading axis: the examples), which returns a `Laplace`:
         `.log_marginal_likelihood(prior_precision, noise)`, `.predictive(x, …)`, `.probabilities(x, …)`,
-        `.sample(key, …)`.
+        `.sample(key, …)`, `.as_prior(…)`, `.plot(x, …)`.
 
     Raises:
         ValueError: `likelihood` or `structure` is not known, `rank` is without a meaning or larger than the
-            number of parameters, a target has not the shape of the outputs, or `where` chooses nothing.
+            number of parameters, `noise` or a target has not the shape of the outputs, or `where` chooses
+            nothing.
+            nothing.
+        TypeError: the output is not one array.
         FloatingPointError: the curvature is not finite; the message has the parameter's path.
 
     Reference: Daxberger et al., "Laplace Redux – effortless Bayesian deep learning", NeurIPS 2021; Immer,
@@ -300,30 +220,17 @@ def laplace(
         >>> print(found.mean[:, 0], (12 * found.covariance[:, 0, 0]).round())  # 1/4, and 1/4 + 100/3
         [ 0. 20.] [  3. 403.]
     """
-    chosen = likelihood_of(likelihood)
-    if not isinstance(likelihood, str):
-        raise ValueError(
-            f"laplace: likelihood={likelihood!r}; pass 'gaussian', 'categorical' or 'bernoulli'."
-        )
+    density = likelihood_of(likelihood)
+    name = likelihood if isinstance(likelihood, str) else None
     if structure not in STRUCTURES:
         raise ValueError(f"laplace: structure={structure!r}; choose one of {', '.join(STRUCTURES)}.")
     if rank is not None and (structure != "low-rank" or rank < 1):
         raise ValueError(f"laplace: rank={rank} with structure={structure!r}; a rank ≥ 1 is for 'low-rank'.")
-
-    model = model_of_one(model, batched)
-
-    def at(params: PyTree, x: Any, y: Any) -> Laplace:
-        point = Point.of(params, where)
-        if rank is not None and rank > point.parameters.size:
-            raise ValueError(f"laplace: rank={rank}, but there are {point.parameters.size} parameters.")
-        program = Program.again(
-            lambda chosen, others, x: model(point.whole(chosen, others), x),
-            *(point.chosen, point.others, example_of(x)),
-        )
-        outputs = jax.vmap(program, (None, None, 0))(point.chosen, point.others, x)
-        misfit = jnp.sum(jax.vmap(chosen.negative_log)(outputs, y))
-        fitted = _Fitted(model, chosen.negative_log, point, x, y, rank or 10, rules)
-        precision = STRUCTURES[structure](fitted)
-        return Laplace(point, precision, misfit, jnp.size(outputs), program, likelihood, rules)
-
-    return at
+    if noise is not None:
+        if name != "gaussian":
+            raise ValueError(
+                f"laplace: noise={noise}, but the likelihood is {likelihood!r}; it is for 'gaussian'."
+            )
+        density = gaussian(noise)
+    one = model_of_one(model, batched)
+    return LaplaceApproximation(one, density, name, noise, structure, rank or 10, where, rules)

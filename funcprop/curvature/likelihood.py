@@ -42,7 +42,9 @@ def _paired(what: str, outputs: Array, y: Any, expected: tuple[int, ...]) -> Any
 
     Raises:
         ValueError: it has not.
+        TypeError: the outputs are not one array.
     """
+    require_array(what, outputs)
     if jnp.shape(y) != expected and not jnp.size(y) == jnp.size(outputs) == 1:
         raise ValueError(
             f"{what}: the target of one example has shape {jnp.shape(y)}, but its outputs have shape "
@@ -51,7 +53,23 @@ def _paired(what: str, outputs: Array, y: Any, expected: tuple[int, ...]) -> Any
     return y
 
 
+def require_array(what: str, outputs: Any) -> None:
+    """Raise a TypeError if the outputs of one example are not one array."""
+    if not hasattr(outputs, "shape"):
+        raise TypeError(
+            f"{what}: the output of one example is a {type(outputs).__name__}, but it has to be one array; "
+            "return that alone, or make an fp.curvature.Likelihood of such outputs."
+        )
+
+
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of this shape broadcasts to exactly another."""
+    ends = zip(shape[::-1], to[::-1], strict=False)
+    return len(shape) <= len(to) and all(length in (1, wanted) for length, wanted in ends)
+
+
 def _categorical_log(logits: Array, y: Any) -> Array:
+    require_array("categorical", logits)
     if not jnp.ndim(logits):
         raise ValueError("categorical: the output of one example is a scalar, but logits are on a last axis.")
     y = _paired("categorical", logits, y, logits.shape[:-1])
@@ -86,6 +104,43 @@ GAUSSIAN = Likelihood(
     lambda key, mean: mean + jax.random.normal(key, mean.shape, mean.dtype),
     lambda mean, u: u,
 )
+
+
+def gaussian(noise: Any) -> Likelihood:
+    """A Gaussian density around the outputs with a standard deviation of its own for each of them.
+
+    Args:
+        noise: positive numbers, of the shape of the outputs of one example, or one that broadcasts to it.
+
+    Raises:
+        ValueError: `noise` is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp, funcprop as fp
+        >>> likelihood = fp.curvature.gaussian(jnp.array([1.0, 2.0]))
+        >>> print(fp.fisher(lambda w, x: w * x, likelihood)(jnp.zeros(2), jnp.ones((3, 2))).dense())
+        [[1.   0.  ]
+         [0.   0.25]]
+    """
+    noise = jnp.asarray(noise)
+    if not isinstance(noise, jax.core.Tracer) and not bool((noise > 0).all()):
+        raise ValueError(f"gaussian: noise is {noise}; it must be positive.")
+
+    def fitting(mean: Array) -> Array:
+        """The noise of each output."""
+        if not broadcasts(noise.shape, jnp.shape(mean)):
+            raise ValueError(
+                f"gaussian: noise has shape {noise.shape}, but the outputs of one example have shape "
+                f"{mean.shape}; give one number, or one for each output."
+            )
+        return noise.astype(mean.dtype)
+
+    return Likelihood(
+        lambda mean, y: _gaussian_log(mean / fitting(mean), _paired("gaussian", mean, y, mean.shape) / noise),
+        lambda key, mean: mean + fitting(mean) * jax.random.normal(key, mean.shape, mean.dtype),
+        lambda mean, u: u / fitting(mean) ** 2,
+    )
+
 
 # Independent, each by its logit.
 BERNOULLI = Likelihood(

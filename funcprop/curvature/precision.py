@@ -1,7 +1,8 @@
 """Precision matrices `c H + diag(δ)` of four structures, `H` a Gauss-Newton matrix, `δ` a prior's precisions.
 
 All that a Gaussian posterior needs is here: its log-determinant, the covariance of what is linear in the
-parameters, and samples. `c` and `δ` are arguments, so that all of it can be differentiated by them.
+parameters, and samples. `c` and `δ` are arguments, so that all of it can be differentiated by them. `H` is a
+sum over examples; that of two parts of the data is the sum of theirs.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
-from funcprop.curvature.kronecker import Eigen
+from funcprop.curvature.kronecker import Eigen, Kronecker
 from funcprop.operators.parameters import Parameters
 
 Jacobian = Sequence[Float[Array, "outputs ..."]]
+# The precisions of a prior's entries, leaf by leaf; or, for the structure "full", a matrix.
+Prior: TypeAlias = "Sequence[Array] | Array"
 
 
 class Precision(abc.ABC):
@@ -27,25 +30,41 @@ class Precision(abc.ABC):
     parameters: Parameters
 
     @abc.abstractmethod
-    def logdet(self, scale: Any, prior: Sequence[Array]) -> Scalar:
+    def logdet(self, scale: Any, prior: Prior) -> Scalar:
         """`log det(c H + diag(δ))`."""
 
     @abc.abstractmethod
-    def covariance(self, jacobian: Jacobian, scale: Any, prior: Sequence[Array]) -> Float[Array, "o o"]:
+    def covariance(self, jacobian: Jacobian, scale: Any, prior: Prior) -> Float[Array, "o o"]:
         """`J (c H + diag(δ))⁻¹ Jᵀ`, for the leaves' Jacobians `[outputs, *leaf]`."""
 
     @abc.abstractmethod
-    def sample(self, key: PRNGKeyArray, scale: Any, prior: Sequence[Array]) -> list[Array]:
+    def sample(self, key: PRNGKeyArray, scale: Any, prior: Prior) -> list[Array]:
         """One draw from `N(0, (c H + diag(δ))⁻¹)`, leaf by leaf."""
 
-    def _flat(self, leaves: Sequence[Array]) -> Array:
+    @abc.abstractmethod
+    def with_more(self, other: Any) -> Precision:
+        """`H` of the data of both."""
+
+    def total(self, scale: Any, prior: Prior) -> Any:
+        """`c H + P`, the precision itself: leaf by leaf if it is diagonal, or a matrix.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        raise ValueError(
+            "laplace: only a posterior with structure='full' or 'diagonal' is the prior of the next data; "
+            "fit one of these, or fit all data at once by fp.curvature.over(batches)."
+        )
+
+    def _flat(self, leaves: Prior) -> Array:
         return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
 
     def _rows(self, jacobian: Jacobian) -> Float[Array, "o P"]:
-        return jnp.concatenate([j.reshape(j.shape[0], -1) for j in jacobian], axis=1)
+        dtype = self.parameters.dtype
+        return jnp.concatenate([j.reshape(j.shape[0], -1).astype(dtype) for j in jacobian], axis=1)
 
     def _leaves(self, flat: Array) -> list[Array]:
-        return list(jax.tree.leaves(self.parameters.unravel(flat)))
+        return list(jax.tree.leaves(self.parameters.unravel_results(flat)))
 
 
 @jax.tree_util.register_dataclass
@@ -56,20 +75,28 @@ class Full(Precision):
     matrix: Float[Array, "P P"]
     parameters: Parameters = field(metadata={"static": True})
 
-    def _factor(self, scale: Any, prior: Sequence[Array]) -> Array:
-        return jnp.linalg.cholesky(scale * self.matrix + jnp.diag(self._flat(prior)))
+    def with_more(self, other: Any) -> Full:
+        """The sum."""
+        return replace(self, matrix=self.matrix + other.matrix)
 
-    def logdet(self, scale: Any, prior: Sequence[Array]) -> Scalar:
+    def total(self, scale: Any, prior: Prior) -> Array:
+        """The matrix."""
+        return scale * self.matrix + (prior if isinstance(prior, jax.Array) else jnp.diag(self._flat(prior)))
+
+    def _factor(self, scale: Any, prior: Prior) -> Array:
+        return jnp.linalg.cholesky(self.total(scale, prior))
+
+    def logdet(self, scale: Any, prior: Prior) -> Scalar:
         """By its Cholesky factor."""
         return 2 * jnp.sum(jnp.log(jnp.diagonal(self._factor(scale, prior))))
 
-    def covariance(self, jacobian: Jacobian, scale: Any, prior: Sequence[Array]) -> Float[Array, "o o"]:
+    def covariance(self, jacobian: Jacobian, scale: Any, prior: Prior) -> Float[Array, "o o"]:
         """By its Cholesky factor."""
         factor = self._factor(scale, prior)
         half = jax.scipy.linalg.solve_triangular(factor, self._rows(jacobian).T, lower=True)
         return half.T @ half
 
-    def sample(self, key: PRNGKeyArray, scale: Any, prior: Sequence[Array]) -> list[Array]:
+    def sample(self, key: PRNGKeyArray, scale: Any, prior: Prior) -> list[Array]:
         """`L⁻ᵀ z`."""
         factor = self._factor(scale, prior)
         z = jax.random.normal(key, factor.shape[:1], factor.dtype)
@@ -84,24 +111,29 @@ class DiagonalPrecision(Precision):
     entries: tuple[Array, ...]
     parameters: Parameters = field(metadata={"static": True})
 
-    def _sum(self, scale: Any, prior: Sequence[Array]) -> list[Array]:
+    def with_more(self, other: Any) -> DiagonalPrecision:
+        """The sum."""
+        return replace(self, entries=tuple(a + b for a, b in zip(self.entries, other.entries, strict=True)))
+
+    def total(self, scale: Any, prior: Prior) -> list[Array]:
+        """Leaf by leaf."""
         return [scale * h + δ for h, δ in zip(self.entries, prior, strict=True)]
 
-    def logdet(self, scale: Any, prior: Sequence[Array]) -> Scalar:
+    def logdet(self, scale: Any, prior: Prior) -> Scalar:
         """The sum of the logarithms."""
-        return jnp.sum(jnp.log(self._flat(self._sum(scale, prior))))
+        return jnp.sum(jnp.log(self._flat(self.total(scale, prior))))
 
-    def covariance(self, jacobian: Jacobian, scale: Any, prior: Sequence[Array]) -> Float[Array, "o o"]:
+    def covariance(self, jacobian: Jacobian, scale: Any, prior: Prior) -> Float[Array, "o o"]:
         """Leaf by leaf."""
         parts = []
-        for j, precision in zip(jacobian, self._sum(scale, prior), strict=True):
+        for j, precision in zip(jacobian, self.total(scale, prior), strict=True):
             rows = j.reshape(j.shape[0], -1)
             parts.append((rows / jnp.ravel(precision)) @ rows.T)
         return sum(parts[1:], parts[0])
 
-    def sample(self, key: PRNGKeyArray, scale: Any, prior: Sequence[Array]) -> list[Array]:
+    def sample(self, key: PRNGKeyArray, scale: Any, prior: Prior) -> list[Array]:
         """Independent entries."""
-        precisions = self._sum(scale, prior)
+        precisions = self.total(scale, prior)
         keys = jax.random.split(key, len(precisions))
         return [
             jax.random.normal(k, p.shape, p.dtype) / jnp.sqrt(p)
@@ -122,25 +154,32 @@ class LowRank(Precision):
     vectors: Float[Array, "P k"]
     parameters: Parameters = field(metadata={"static": True})
 
-    def _half(self, scale: Any, prior: Sequence[Array]) -> tuple[Array, Array]:
+    def with_more(self, other: Any) -> LowRank:
+        """Refused: the sum has another rank, and other leading eigenvectors."""
+        raise ValueError(
+            "merge: posteriors with structure='low-rank' have no sum of that rank; fit all data at once by "
+            "fp.curvature.over(batches)(fp.curvature.laplace(…))."
+        )
+
+    def _half(self, scale: Any, prior: Prior) -> tuple[Array, Array]:
         """`√δ`, and `V`."""
         root = jnp.sqrt(self._flat(prior))
         # An eigenvalue of a positive semi-definite matrix is negative by rounding alone.
         return root, self.vectors * jnp.sqrt(jnp.maximum(scale * self.values, 0)) / root[:, None]
 
-    def logdet(self, scale: Any, prior: Sequence[Array]) -> Scalar:
+    def logdet(self, scale: Any, prior: Prior) -> Scalar:
         """`Σ log δ + log det(I + Vᵀ V)`."""
         root, V = self._half(scale, prior)
         return 2 * jnp.sum(jnp.log(root)) + jnp.linalg.slogdet(jnp.eye(V.shape[1]) + V.T @ V)[1]
 
-    def covariance(self, jacobian: Jacobian, scale: Any, prior: Sequence[Array]) -> Float[Array, "o o"]:
+    def covariance(self, jacobian: Jacobian, scale: Any, prior: Prior) -> Float[Array, "o o"]:
         """`R Rᵀ − R V (I + Vᵀ V)⁻¹ Vᵀ Rᵀ` with `R = J D^(−½)`."""
         root, V = self._half(scale, prior)
         R = self._rows(jacobian) / root
         small = R @ V
         return R @ R.T - small @ jnp.linalg.solve(jnp.eye(V.shape[1]) + V.T @ V, small.T)
 
-    def sample(self, key: PRNGKeyArray, scale: Any, prior: Sequence[Array]) -> list[Array]:
+    def sample(self, key: PRNGKeyArray, scale: Any, prior: Prior) -> list[Array]:
         """`D^(−½) (I + V Vᵀ)^(−½) z`, by the eigenvectors of `Vᵀ V`."""
         root, V = self._half(scale, prior)
         z = jax.random.normal(key, root.shape, root.dtype)
@@ -152,26 +191,41 @@ class LowRank(Precision):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class KroneckerPrecision(Precision):
-    """Kronecker products `A ⊗ G`, one for each leaf, by their eigenvectors.
+    """Kronecker products `N A ⊗ G`, one for each leaf, by their eigenvectors.
 
-    Within a leaf the prior's precision is one number: the mean, if it is given for every entry.
+    Within a leaf the prior's precision is one number: the mean, if it is given for every entry. `factored`
+    has the means `A` and `G` over `count` examples.
     """
 
     blocks: tuple[Eigen, ...]
+    factored: Kronecker
+    count: Scalar
     parameters: Parameters = field(metadata={"static": True})
 
-    def _damped(self, scale: Any, prior: Sequence[Array]) -> list[Eigen]:
+    @classmethod
+    def of(cls, factored: Kronecker, count: Any) -> KroneckerPrecision:
+        """That of the mean factors over `count` examples."""
+        blocks = [block.eigen().map(lambda values: count * values) for block in factored.blocks]
+        return cls(tuple(blocks), factored, jnp.asarray(count), factored.parameters)
+
+    def with_more(self, other: Any) -> KroneckerPrecision:
+        """The Kronecker products of the factors' means over all examples, as if all had been one batch."""
+        count = self.count + other.count
+        factored = self.factored.update(other.factored, self.count / count)
+        return KroneckerPrecision.of(factored, count)
+
+    def _damped(self, scale: Any, prior: Prior) -> list[Eigen]:
         return [
             replace(block, values=scale * block.values + jnp.mean(δ))
             for block, δ in zip(self.blocks, prior, strict=True)
         ]
 
-    def logdet(self, scale: Any, prior: Sequence[Array]) -> Scalar:
+    def logdet(self, scale: Any, prior: Prior) -> Scalar:
         """The sum of the eigenvalues' logarithms."""
         parts = [jnp.sum(jnp.log(block.values)) for block in self._damped(scale, prior)]
         return sum(parts[1:], parts[0])
 
-    def covariance(self, jacobian: Jacobian, scale: Any, prior: Sequence[Array]) -> Float[Array, "o o"]:
+    def covariance(self, jacobian: Jacobian, scale: Any, prior: Prior) -> Float[Array, "o o"]:
         """Leaf by leaf, in the eigenbasis."""
         parts = []
         for j, block in zip(jacobian, self._damped(scale, prior), strict=True):
@@ -179,7 +233,7 @@ class KroneckerPrecision(Precision):
             parts.append(j.reshape(j.shape[0], -1) @ solved.reshape(j.shape[0], -1).T)
         return sum(parts[1:], parts[0])
 
-    def sample(self, key: PRNGKeyArray, scale: Any, prior: Sequence[Array]) -> list[Array]:
+    def sample(self, key: PRNGKeyArray, scale: Any, prior: Prior) -> list[Array]:
         """The inverse's square root times white noise."""
         keys = jax.random.split(key, len(self.blocks))
         return [

@@ -6,31 +6,36 @@ the operator's equations. An operator without equations keeps the first form alo
 
 from __future__ import annotations
 
+import html
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from funcprop import _jax
 from funcprop.equations.chain_rule import ChainTerm, call_operator
+from funcprop.equations.composition import LinePart, literal, own_equations
+from funcprop.equations.condense import WriteLine, condense
+from funcprop.equations.line_breaks import broken
+from funcprop.equations.line_names import short_names
 from funcprop.equations.verification import Line, Progress, Verification, verify
 from funcprop.graph.graph import Graph, Operator, Variable
 from funcprop.graph.objective import Argnums, Objective, trace_objective
+from funcprop.graph.references import has_references
 from funcprop.graph.tracing import Traced
 from funcprop.program.dtypes import promoting
-from funcprop.rules import primitives
 from funcprop.rules.expressions import (
     Equations,
     Expression,
-    OperatorSymbols,
     Symbol,
     apply,
     is_one,
     latex_name,
+    latex_path,
     number,
     opaque,
     symbol,
@@ -46,28 +51,74 @@ class Derivation:
     forward: tuple[Line, ...]
     backward: tuple[Line, ...]
     traced: Traced
+    legend: Mapping[str, str] = field(default_factory=dict)
+    functions: tuple[tuple[str, Expression], ...] = ()
 
-    def text(self) -> str:
-        """Both sweeps as aligned Unicode text, each line with its shape."""
+    def text(self, width: int = 100) -> str:
+        """Both sweeps as aligned Unicode text with shapes; lines longer than `width` are broken."""
         lines = [*self.forward, *self.backward]
-        width = max((len(line.text()) for line in lines), default=0)
         shapes = {line.key: " × ".join(map(str, line.shape)) or "scalar" for line in lines}
+        room = width - 7 - max(map(len, shapes.values()), default=0)
+        rows = {line.key: broken(line, room) for line in lines}
+        widest = max((len(row) for found in rows.values() for row in found), default=0)
 
-        def section(title: str, lines: Sequence[Line]) -> list[str]:
-            return [title, *(f"  {line.text():{width}}   ({shapes[line.key]})" for line in lines)]
+        def section(title: str, lines: Sequence[Line]) -> Iterator[str]:
+            yield title
+            for line in lines:
+                first, *others = rows[line.key]
+                yield f"  {first:{widest}}   ({shapes[line.key]})"
+                yield from (f"  {row}" for row in others)
 
-        return "\n".join(
-            [*section("Forward propagation", self.forward), "", *section("Backpropagation", self.backward)]
-        )
+        parts = [
+            *section("Forward propagation", self.forward),
+            "",
+            *section("Backpropagation", self.backward),
+        ]
+        where = [f"{name} = {form.text()}" for name, form in self.functions]
+        where += [f"{names} = {path}" for names, path in self.grouped_legend()]
+        if where:
+            parts += ["", "where", *(f"  {row}" for row in where)]
+        return "\n".join(parts)
+
+    def grouped_legend(self) -> list[tuple[str, str]]:
+        """The short names with their paths, one row a module: `W₁, b₁` and `Dense_0/{kernel, bias}`."""
+        modules: dict[str, list[tuple[str, str]]] = {}
+        for short, path in self.legend.items():
+            module, _, leaf = path.rpartition("/")
+            modules.setdefault(module, []).append((short, leaf))
+        rows = []
+        for module, found in modules.items():
+            leaves = ", ".join(leaf for _, leaf in found)
+            end = leaves if len(found) == 1 else f"{{{leaves}}}"
+            rows.append((", ".join(short for short, _ in found), f"{module}/{end}" if module else leaves))
+        return rows
 
     def latex(self) -> str:
-        """Two `align*` environments, ready for a document with `amsmath`."""
+        """Two `align*` environments, ready for a document with `amsmath`, and what short names stand for."""
 
-        def environment(lines: Sequence[Line]) -> str:
-            body = " \\\\\n".join(line.latex() for line in lines)
+        def environment(lines: Sequence[str]) -> str:
+            body = " \\\\\n".join(lines)
             return f"\\begin{{align*}}\n{body}\n\\end{{align*}}"
 
-        return "\n".join([environment(self.forward), environment(self.backward)])
+        sweeps = [[line.latex() for line in lines] for lines in (self.forward, self.backward)]
+        sweeps.append(
+            [
+                f"{latex_name(name.partition('(')[0])}\\!\\left(z\\right) &= {form.latex()}"
+                for name, form in self.functions
+            ]
+        )
+        text = "\n".join(environment(lines) for lines in sweeps if lines)
+        rows = [
+            f"${', '.join(map(latex_name, names.split(', ')))}$ is {latex_path(path)}"
+            for names, path in self.grouped_legend()
+        ]
+        return text + (f"\nwhere {', '.join(rows)}." if rows else "")
+
+    def _repr_latex_(self) -> str:
+        return self.latex()
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.text())}</pre>"
 
     def verify(self, tolerance: float | None = None, progress: Progress = None) -> Verification:
         """Evaluate every printed form at the given arguments and compare it with autodiff.
@@ -98,7 +149,12 @@ class Derivation:
     __str__ = text
 
 
-def derive(fun: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False) -> Callable[..., Derivation]:
+def derive(
+    fun: Callable[..., Any],
+    argnums: Argnums = 0,
+    has_aux: bool = False,
+    detail: Literal["layers", "operators"] = "layers",
+) -> Callable[..., Derivation]:
     """The equations of forward propagation and backpropagation of a scalar function.
 
     `derive(fun, argnums, has_aux)(*args, **kwargs) -> Derivation`; arguments may be `jax.ShapeDtypeStruct`s.
@@ -109,7 +165,10 @@ def derive(fun: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False)
     Args:
         fun: returns a real scalar.
         argnums: the arguments whose gradients are derived, as in `jax.grad`; None for all that have one.
-        has_aux: as in `jax.grad`; auxiliary data have no equations, but what they are computed from has.
+        has_aux: as in `jax.grad`; auxiliary data have no equations.
+        detail: "layers" writes a line for what a person would: products with their bias, activations,
+            normalisations, losses, and what has a name; what is between is written where it is read.
+            "operators" writes a line for every operator, as for a function that changes references.
 
     Raises:
         TypeError: `fun` does not return one real scalar, or an argument at `argnums` has no derivative.
@@ -126,10 +185,23 @@ def derive(fun: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False)
     """
 
     def write(objective: Objective) -> tuple[Derivation, None]:
-        writer = _LineWriter(objective.traced.graph, objective.result, list(objective.inputs.values()))
+        traced, result, inputs = objective.traced, objective.result, list(objective.inputs.values())
         with promoting():
-            return Derivation(tuple(writer.forward()), tuple(writer.backward()), objective.traced), None
+            # Where values are written into references, order is meaning: nothing is merged.
+            if detail == "operators" or any(map(has_references, traced.graph.operators)):
+                writer = _LineWriter(traced.graph, result, inputs)
+                return Derivation(tuple(writer.forward()), tuple(writer.backward()), traced), None
+            chosen = [v.name for v in inputs]
+            condensed = condense(traced.graph, result, chosen)
+            names, legend = short_names(condensed, result, chosen)
+            traced = replace(traced, graph=condensed.graph)
+            writer = _LineWriter(condensed.graph, result, inputs, names, writers=condensed.writers)
+            functions = tuple((f"{name}(z)", formula) for name, formula in condensed.functions.items())
+            lines = tuple(writer.forward()), tuple(writer.backward())
+            return Derivation(*lines, traced, legend, functions), None
 
+    if detail not in ("layers", "operators"):
+        raise ValueError(f"derive: detail={detail!r} is none of 'layers', 'operators'.")
     return lambda *args, **kwargs: trace_objective(write, fun, argnums, args, kwargs, has_aux)
 
 
@@ -153,8 +225,9 @@ class _LineWriter:
         inputs: Sequence[Variable],
         written: Mapping[str, str] | None = None,
         others: Iterable[Variable] = (),
+        writers: Mapping[Operator, WriteLine] | None = None,
     ) -> None:
-        self.graph, self.result, self.inputs = graph, result, inputs
+        self.graph, self.result, self.inputs, self.writers = graph, result, inputs, writers
         variables = {v.name: v for v in (*graph.variables, *others)}
         # An objective that nobody named is written as the chapter writes it.
         names = {result.name: "J"} if not result.named and "J" not in variables else {}
@@ -170,14 +243,11 @@ class _LineWriter:
 
     def value(self, variable: Variable) -> Expression:
         """A variable's symbol, or the number that a literal is."""
-        if variable.kind != "literal":
-            return self.symbols[variable.name]
-        literal = jnp.asarray(variable.value)
-        return opaque(lambda: literal, (), variable.name, variable.name, jax.typeof(literal))
+        return literal(variable) if variable.kind == "literal" else self.symbols[variable.name]
 
     def equations(self, op: Operator) -> Equations | None:
-        """Ask the operator's rule for its equations, if it has any."""
-        if len(op.outputs) != 1 or op.equation is None:
+        """Ask the operator's rule for its equations, if it has any; `backward` is flat."""
+        if len(op.outputs) != 1:
             return None
         name = op.outputs[0].name
         cotangent = self.known.get(name, self.cotangents[name])
@@ -188,24 +258,12 @@ class _LineWriter:
 
     def _equations(self, op: Operator, cotangent: Expression) -> Equations | None:
         inputs = [self.value(v) for v in op.inputs]
-        (output,) = op.outputs
-        if op.call is None:
-            write: Any = primitives.EQUATIONS.get(op.op)
-            args: tuple[Any, ...] = tuple(inputs)
-        else:
-            rule = op.call.layer.rule
-            write = None if rule is None or op.call.axes else rule.equations
-            args = op.call.unflatten(inputs)
-        if write is None:
-            return None
-        return write(OperatorSymbols(op.op, args, self.symbols[output.name], cotangent, op.static))
-
-    def flat_cotangents(self, op: Operator, equations: Equations) -> list[Expression | None]:
-        """The cotangent that the equations give for every input of the operator."""
-        backward = equations.backward
-        if op.call is None:
-            return list(backward)
-        return list(op.call.tree.flatten_up_to(tuple(backward)))
+        if self.writers is None:
+            return own_equations(op, inputs, self.symbols[op.outputs[0].name], cotangent)
+        if op in self.writers:
+            return self.writers[op](inputs, cotangent, self.symbols[op.outputs[0].name])
+        part = LinePart(op.outputs[0], op.inputs, operator=op)
+        return part.equations(inputs, self.symbols[op.outputs[0].name], cotangent)
 
     # --- the lines ----------------------------------------------------------------------------
 
@@ -236,7 +294,7 @@ class _LineWriter:
             if not uses:
                 continue
             if len(uses) > 1:
-                for op in uses:
+                for op in (op for op in uses if self.writers is None or op.outputs[0].named):
                     yield from self._partials(op, partials_written)
             yield self._cotangent_line(name, uses)
         for v in self.inputs:
@@ -295,9 +353,7 @@ class _LineWriter:
         if equations is None:
             return None
         terms = [
-            cotangent
-            for v, cotangent in zip(op.inputs, self.flat_cotangents(op, equations), strict=True)
-            if v.name == name
+            cotangent for v, cotangent in zip(op.inputs, equations.backward, strict=True) if v.name == name
         ]
         known = [term for term in terms if term is not None]
         return _total(known) if len(known) == len(terms) else None

@@ -15,6 +15,7 @@ Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax", 20
 
 from __future__ import annotations
 
+import functools
 import math
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,17 +27,18 @@ from jaxtyping import Array, Bool, Inexact
 
 from funcprop import _jax
 from funcprop.layers.tiling import Tiling, all_of, reach_of, seen, sum_to
-from funcprop.program.dtypes import common_dtype, single_at_least
+from funcprop.program.dtypes import common_dtype, product_dtype, single_at_least
 from funcprop.rules.expressions import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import layer
+from funcprop.rules.machine import Machine, costs_traffic, dtype_of_factors, host, least_logits
 from funcprop.rules.rule import Rule
 
 # --- layout -----------------------------------------------------------------------------------
 
 
 class AttentionOperands(NamedTuple):
-    """Heads outside, in the precision of the sums: `q: … × kv × group × queries × d`, scaled; `k, v: … × kv ×
-    keys × d`; bias and mask with all axes of the logits, those along which they are broadcast of length 1."""
+    """Heads outside: `q: … × kv × group × queries × d`; `k, v: … × kv × keys × d`, all three in their common
+    precision; bias and mask with all axes of the logits, those along which they are broadcast of length 1."""
 
     q: Any
     k: Any
@@ -44,9 +46,10 @@ class AttentionOperands(NamedTuple):
     bias: Any
     mask: Any
 
-
-def _precision(q: Any, k: Any, v: Any) -> Any:
-    return single_at_least(q, k, v)
+    @property
+    def sums(self) -> Any:
+        """The precision of the sums: single at least."""
+        return single_at_least(self.q)
 
 
 def _scale(q: Any, scale: float | None) -> float:
@@ -75,10 +78,10 @@ def _like_logits(x: Any, q: Any, kv: int) -> Any:
     return x.reshape(*x.shape[:-3], *split, *x.shape[-2:])
 
 
-def _operands(q: Any, k: Any, v: Any, bias: Any, mask: Any, scale: float | None) -> AttentionOperands:
-    dtype, kv = _precision(q, k, v), k.shape[-2]
+def _operands(q: Any, k: Any, v: Any, bias: Any, mask: Any, dtype: Any) -> AttentionOperands:
+    kv = k.shape[-2]
     return AttentionOperands(
-        _by_group(q.astype(dtype) * jnp.asarray(_scale(q, scale), dtype), kv),
+        _by_group(q.astype(dtype), kv),
         jnp.moveaxis(k.astype(dtype), -2, -3),
         jnp.moveaxis(v.astype(dtype), -2, -3),
         _like_logits(bias, q, kv),
@@ -86,7 +89,8 @@ def _operands(q: Any, k: Any, v: Any, bias: Any, mask: Any, scale: float | None)
     )
 
 
-# A group's queries are rows of one matrix: the products that XLA's CPU backend is quick at.
+# A group's queries are rows of one matrix: the products that XLA's CPU backend is quick at. Operands of 16
+# bits stay so, as matrix units want them, and their products are summed in single precision.
 
 
 def _rows(x: Any) -> Any:
@@ -95,22 +99,29 @@ def _rows(x: Any) -> Any:
 
 def _scores(q: Any, k: Any) -> Any:
     """`Q Kᵀ`: `… × group × queries × d` and `… × keys × d` to `… × group × queries × keys`."""
-    return jnp.einsum("...qd,...kd->...qk", _rows(q), k).reshape(*q.shape[:-1], k.shape[-2])
+    s = _product("...qd,...kd->...qk", _rows(q), k)
+    return s.reshape(*q.shape[:-1], k.shape[-2])
 
 
 def _mixed(p: Any, v: Any) -> Any:
     """`P V`, of `… × group × queries × d`."""
-    return jnp.einsum("...qk,...kd->...qd", _rows(p), v).reshape(*p.shape[:-1], v.shape[-1])
+    mixed = _product("...qk,...kd->...qd", _rows(p), v)
+    return mixed.reshape(*p.shape[:-1], v.shape[-1])
 
 
 def _mixed_transposed(p: Any, g: Any) -> Any:
     """`Pᵀ G`, of `… × keys × d`, summed over the group."""
-    return jnp.einsum("...qk,...qd->...kd", _rows(p), _rows(g))
+    return _product("...qk,...qd->...kd", _rows(p), _rows(g))
 
 
-def _logits(x: AttentionOperands, tiling: Tiling, i: Any, j: Any) -> Any:
+def _product(axes: str, a: Any, b: Any) -> Any:
+    dtype = common_dtype(a, b)
+    return jnp.einsum(axes, a.astype(dtype), b.astype(dtype), preferred_element_type=single_at_least(a, b))
+
+
+def _logits(x: AttentionOperands, scale: float, tiling: Tiling, i: Any, j: Any) -> Any:
     """One block of the logits."""
-    s = _scores(tiling.row(x.q, i), tiling.col(x.k, j))
+    s = _scores(tiling.row(x.q, i), tiling.col(x.k, j)) * scale
     if x.bias is not None:
         s = s + tiling.tile(x.bias, i, j).astype(s.dtype)
     conditions = [] if x.mask is None else [tiling.tile(x.mask, i, j)]
@@ -150,26 +161,28 @@ class AttentionResiduals(NamedTuple):
 
 def _forward(
     q: Any, k: Any, v: Any, bias: Any = None, mask: Any = None, *, scale: Any, blocks: Any, offset: int,
-    causal: bool, window: Any,
+    causal: bool, window: Any, machine: Machine | None = None,
 ) -> tuple[Any, AttentionResiduals]:  # fmt: skip
-    tiling = Tiling.of(q, k, reach_of(causal, window), offset, blocks)
-    out, normalizer = _attend(_operands(q, k, v, bias, mask, scale), tiling)
+    machine = machine or host()
+    tiling = Tiling.of(q, k, reach_of(causal, window), offset, blocks, machine)
+    x = _operands(q, k, v, bias, mask, dtype_of_factors(machine, q, k, v))
+    out, normalizer = _attend(x, tiling, _scale(q, scale))
     out = _by_query(out)
     return out.astype(common_dtype(q, k, v)), AttentionResiduals(q, k, v, bias, mask, out, normalizer)
 
 
-@partial(_staged, static_argnames="tiling")
-def _attend(x: AttentionOperands, tiling: Tiling) -> tuple[Any, Any]:
+@partial(_staged, static_argnames=("tiling", "scale"))
+def _attend(x: AttentionOperands, tiling: Tiling, scale: float) -> tuple[Any, Any]:
     """The result and the logarithm of the normalizer of every query, by the online softmax."""
 
     def step(totals: Any, i: Any, j: Any) -> Any:
         out, largest, total = totals
-        s = _logits(x, tiling, i, j)
+        s = _logits(x, scale, tiling, i, j)
         before = tiling.row(largest, i)
         # What is subtracted from the logits cancels, and so it has no derivative.
         after = lax.stop_gradient(jnp.maximum(before, s.max(-1, keepdims=True)))
         p, faded = jnp.exp(s - after), jnp.exp(before - after)
-        mixed = _mixed(p, tiling.col(x.v, j))
+        mixed = _mixed(p.astype(x.v.dtype), tiling.col(x.v, j))
         return (
             tiling.put_row(out, i, tiling.row(out, i) * faded + mixed),
             tiling.put_row(largest, i, after),
@@ -178,9 +191,9 @@ def _attend(x: AttentionOperands, tiling: Tiling) -> tuple[Any, Any]:
 
     queries = x.q.shape[:-1]
     start = (
-        jnp.zeros((*queries, x.v.shape[-1]), x.q.dtype),
-        jnp.full((*queries, 1), jnp.finfo(x.q.dtype).min, x.q.dtype),
-        jnp.zeros((*queries, 1), x.q.dtype),
+        jnp.zeros((*queries, x.v.shape[-1]), x.sums),
+        jnp.full((*queries, 1), jnp.finfo(x.sums).min, x.sums),
+        jnp.zeros((*queries, 1), x.sums),
     )
     out, largest, total = _over_blocks(tiling, step, start, x.q)
     # A query that sees nothing: its normalizer is ∞, and every exp(S − L) of the backward 0.
@@ -191,58 +204,67 @@ def _attend(x: AttentionOperands, tiling: Tiling) -> tuple[Any, Any]:
 
 def _backward(
     residuals: AttentionResiduals, g: Any, needs: Any, *, scale: Any, blocks: Any, offset: int, causal: bool,
-    window: Any,
+    window: Any, machine: Machine | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
     q, k, v, bias, mask, out, normalizer = residuals
-    tiling = Tiling.of(q, k, reach_of(causal, window), offset, blocks)
-    x, kv = _operands(q, k, v, bias, mask, scale), k.shape[-2]
-    g = g.astype(x.q.dtype)
+    machine = machine or host()
+    tiling = Tiling.of(q, k, reach_of(causal, window), offset, blocks, machine)
+    x = _operands(q, k, v, bias, mask, dtype_of_factors(machine, q, k, v))
+    kv, factor = k.shape[-2], _scale(q, scale)
     # rowsum(P ∘ P̄) = rowsum(Ȳ ∘ Y): no block is needed for it.
-    delta = (g * out).sum(-1, keepdims=True)
-    found = _pull(x, normalizer, _by_group(g, kv), _by_group(delta, kv), tiling, tuple(needs))
-    factor = jnp.asarray(_scale(q, scale), x.q.dtype)
+    delta = (g.astype(x.sums) * out).sum(-1, keepdims=True)
+    g = _by_group(g.astype(x.q.dtype), kv)
+    found = _pull(x, normalizer, g, _by_group(delta, kv), tiling, factor, tuple(needs))
     return (
         (_by_query(found["q"]) * factor).astype(q.dtype) if needs[0] else None,
-        jnp.moveaxis(found["k"], -3, -2).astype(k.dtype) if needs[1] else None,
+        (jnp.moveaxis(found["k"], -3, -2) * factor).astype(k.dtype) if needs[1] else None,
         jnp.moveaxis(found["v"], -3, -2).astype(v.dtype) if needs[2] else None,
         found["bias"].reshape(bias.shape).astype(bias.dtype) if needs[3] else None,
         None,
     )
 
 
-@partial(_staged, static_argnames=("tiling", "needs"))
+@partial(_staged, static_argnames=("tiling", "scale", "needs"))
 def _pull(
-    x: AttentionOperands, normalizer: Any, g: Any, delta: Any, tiling: Tiling, needs: tuple[bool, ...]
-) -> dict[str, Any]:
-    """The cotangents of the wanted operands (of `q` before it was scaled), each summed over the blocks."""
+    x: AttentionOperands, normalizer: Any, g: Any, delta: Any, tiling: Tiling, scale: float,
+    needs: tuple[bool, ...],
+) -> dict[str, Any]:  # fmt: skip
+    """The wanted operands' cotangents, each summed over the blocks; of `q` and `k` without the scale."""
     wanted = [name for name, need in zip(AttentionOperands._fields, needs, strict=True) if need]
 
     def step(totals: dict[str, Any], i: Any, j: Any) -> dict[str, Any]:
         q, k, v = tiling.row(x.q, i), tiling.col(x.k, j), tiling.col(x.v, j)
-        p = jnp.exp(_logits(x, tiling, i, j) - tiling.row(normalizer, i))
+        p = jnp.exp(_logits(x, scale, tiling, i, j) - tiling.row(normalizer, i))
         g_row = tiling.row(g, i)
         p_bar = _scores(g_row, v)
         s_bar = p * (p_bar - tiling.row(delta, i))
+        factor, weights = s_bar.astype(q.dtype), p.astype(q.dtype)
         added = {
-            "q": lambda total: tiling.add_row(total, i, _mixed(s_bar, k)),
-            "k": lambda total: tiling.add_col(total, j, _mixed_transposed(s_bar, q)),
-            "v": lambda total: tiling.add_col(total, j, _mixed_transposed(p, g_row)),
+            "q": lambda total: tiling.add_row(total, i, _mixed(factor, k)),
+            "k": lambda total: tiling.add_col(total, j, _mixed_transposed(factor, q)),
+            "v": lambda total: tiling.add_col(total, j, _mixed_transposed(weights, g_row)),
             "bias": lambda total: tiling.add_tile(total, i, j, s_bar),
         }
         return {name: added[name](total) for name, total in totals.items()}
 
-    start = {name: jnp.zeros(getattr(x, name).shape, g.dtype) for name in wanted}
+    start = {name: jnp.zeros(getattr(x, name).shape, x.sums) for name in wanted}
     return _over_blocks(tiling, step, start, g)
 
 
 def _applies(
-    q: Any, k: Any, v: Any, bias: Any = None, mask: Any = None, *, blocks: Any, **static: Any
-) -> bool | str:
+    q: Any, k: Any, v: Any, bias: Any = None, mask: Any = None, *, blocks: Any,
+    machine: Machine | None = None, **static: Any,
+) -> bool | str:  # fmt: skip
     queries, keys = q.shape[-3], k.shape[-3]
     if blocks is not None:
         return True
-    if queries * keys < 2**16 or queries * keys <= q.shape[-1] * (queries + keys):
+    machine = machine or host()
+    if queries * keys < least_logits(machine) or queries * keys <= q.shape[-1] * (queries + keys):
         return f"the logits of a head are only {queries} × {keys}; blocks would save little and cost time"
+    if costs_traffic(math.prod(q.shape[:-1]) * keys, machine):
+        return (
+            "on a GPU, blocks of so few logits cost more traffic than they save; pass blocks for less memory"
+        )
     return True
 
 
@@ -297,8 +319,8 @@ def _equations(op: OperatorSymbols) -> Equations:
 
 def _weights(q: Any, k: Any, bias: Any, mask: Any, static: dict[str, Any]) -> Any:
     """The attention weights `… × kv × group × queries × keys`, all of them."""
-    x = _operands(q, k, k, bias, mask, static["scale"])
-    s = _scores(x.q, x.k)
+    x = _operands(q, k, k, bias, mask, product_dtype(q, k))
+    s = _scores(x.q, x.k) * _scale(q, static["scale"])
     if x.bias is not None:
         s = s + x.bias.astype(s.dtype)
     row, col = jnp.arange(q.shape[-3])[:, None], jnp.arange(k.shape[-3])[None]
@@ -343,7 +365,16 @@ def _check(q: Any, k: Any, v: Any, bias: Any, mask: Any, blocks: Any) -> None:
         raise ValueError(f"attention: blocks={blocks}; block sizes are at least 1.")
 
 
-@layer(rule=Rule(_forward, _backward, _equations, platforms=None, applies=_applies, pure=True))
+@functools.cache
+def _ways() -> dict[str, Rule]:
+    sizes = [(rows, cols) for rows in (128, 256, 512, 1024) for cols in (rows, 2 * rows)]
+    return {f"blocks of {rows} × {cols}": _RULE.with_static(blocks=(rows, cols)) for rows, cols in sizes}
+
+
+_RULE = Rule(_forward, _backward, _equations, applies=_applies, pure=True, sized=True, ways=_ways)
+
+
+@layer(rule=_RULE)
 def attention(
     q: Inexact[Array, "*batch queries heads d"],
     k: Inexact[Array, "*batch keys kv_heads d"],
@@ -377,7 +408,8 @@ def attention(
             integer is both.
         offset: position of the first query among the keys: `keys − queries` if the queries are the last.
         scale: `s`; `1/√d` if None.
-        blocks: queries × keys in one block of the rule; by default `block_sizes(queries, keys)`, and the rule
+        blocks: queries × keys in one block of the rule; by default those for the machine that is compiled for
+        (`rules.machine.attention_blocks`), and the rule
             leaves small logits (below 2¹⁶ a head, or fewer than entries in `q` and `k`) to autodiff.
 
     Raises:
@@ -395,5 +427,5 @@ def attention(
     """
     _check(q, k, v, bias, mask, blocks)
     p = _weights(q, k, bias, mask, {"causal": causal, "window": window, "offset": offset, "scale": scale})
-    mixed = _mixed(p, jnp.moveaxis(v.astype(p.dtype), -2, -3))
+    mixed = _mixed(p, jnp.moveaxis(v, -2, -3))
     return _by_query(mixed).astype(common_dtype(q, k, v))

@@ -20,6 +20,7 @@ Sources: Wijmans et al., "Cut your losses in large-vocabulary language models", 
 
 from __future__ import annotations
 
+import functools
 import math
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,20 +29,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, Int
 
-from funcprop.layers.token_chunks import chunk_size, pull_back, statistics
+from funcprop.layers.token_chunks import pull_back, statistics
 from funcprop.layers.token_loss import TokenLossOptions, denominator, loss_of_logits, reduced_loss
 from funcprop.program.dtypes import plus, single_at_least
 from funcprop.rules.expressions import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import layer
+from funcprop.rules.machine import (
+    Machine,
+    costs_traffic,
+    dtype_of_factors,
+    host,
+    least_loss_logits,
+    token_chunk,
+    vocabulary_piece,
+)
 from funcprop.rules.rule import Rule
 
 
 def _smooth(h: Any, w: Any, b: Any, weights: Any, o: TokenLossOptions, transposed: bool) -> Any:
     """The mean over the classes of `w_c z_c` by linearity: `h · (W w) + b · w`, without any logits."""
+    dtype = single_at_least(h)
     if not o.label_smoothing:
-        return jnp.zeros(h.shape[:-1], h.dtype)
+        return jnp.zeros(h.shape[:-1], dtype)
+    h, w = h.astype(dtype), w.astype(dtype)
     classes = w.shape[0 if transposed else 1]
-    share = jnp.full(classes, 1 / classes, h.dtype) if weights is None else weights / classes
+    share = jnp.full(classes, 1 / classes, dtype) if weights is None else weights / classes
     return h @ (share @ w if transposed else w @ share) + (0 if b is None else b @ share)
 
 
@@ -65,16 +77,26 @@ def _precision(*arrays: Any) -> Any:
     return single_at_least(*arrays)
 
 
-def _flat(h: Any, w: Any, labels: Any, b: Any, weights: Any) -> tuple[Any, ...]:
-    """Tokens × d, `w` as it is, tokens, vocabulary, vocabulary; all in the precision of the sums."""
-    dtype = _precision(h, w, b)
-    h, w, b, weights = (None if x is None else x.astype(dtype) for x in (h, w, b, weights))
+def _flat(h: Any, w: Any, labels: Any, b: Any, weights: Any, machine: Machine | None) -> tuple[Any, ...]:
+    """Tokens × d, `w` as it is, tokens, vocabulary, vocabulary; what is no factor in the sums' precision."""
+    sums = _precision(h, w, b)
+    factors = dtype_of_factors(machine or host(), h, w)
+    h, w = h.astype(factors), w.astype(factors)
+    b, weights = (None if x is None else x.astype(sums) for x in (b, weights))
     return h.reshape(-1, h.shape[-1]), w, labels.reshape(-1), b, weights
 
 
 def _sizes(h: Any, w: Any, transposed: bool) -> tuple[int, int, int]:
     """Tokens, width, vocabulary."""
     return math.prod(h.shape[:-1]), h.shape[-1], w.shape[0 if transposed else 1]
+
+
+def _chunks(h: Any, w: Any, transposed: bool, chunk: int | None, machine: Machine | None) -> tuple[int, int]:
+    """The tokens in a chunk, and the columns of `W̄` that are added up at a time."""
+    tokens, width, vocabulary = _sizes(h, w, transposed)
+    machine = machine or host()
+    size = min(chunk or token_chunk(tokens, vocabulary, machine), tokens)
+    return size, vocabulary_piece(width, vocabulary, machine)
 
 
 def _saves(h: Any, w: Any, transposed: bool, reduction: str, save: str | None) -> str:
@@ -87,15 +109,16 @@ def _saves(h: Any, w: Any, transposed: bool, reduction: str, save: str | None) -
 
 def _forward(
     h: Any, w: Any, labels: Any, b: Any = None, weights: Any = None, *, transposed: bool, save: Any,
-    chunk: Any, **options: Any,
+    chunk: Any, machine: Machine | None = None, **options: Any,
 ) -> tuple[Any, LinearCrossEntropyResiduals]:  # fmt: skip
     o = TokenLossOptions(**options)
-    flat = _flat(h, w, labels, b, weights)
-    tokens, _, vocabulary = _sizes(h, w, transposed)
+    flat = _flat(h, w, labels, b, weights, machine)
     gradient = _saves(h, w, transposed, o.reduction, save) == "gradient"
     f_h, f_w, f_labels, f_b, f_weights = flat
-    size = min(chunk or chunk_size(tokens, vocabulary), tokens)
-    normalizer, picked, found = statistics(f_h, f_w, f_b, f_labels, f_weights, size, o, gradient, transposed)
+    sizes = _chunks(h, w, transposed, chunk, machine)
+    normalizer, picked, found = statistics(
+        f_h, f_w, f_b, f_labels, f_weights, *sizes, o, gradient, transposed
+    )
     smooth = _smooth(f_h, f_w, f_b, f_weights, o, transposed)
     loss = reduced_loss(normalizer, picked, smooth, f_labels, f_weights, o)
     loss = loss.reshape(labels.shape) if o.reduction == "none" else loss
@@ -105,11 +128,11 @@ def _forward(
 
 def _backward(
     residuals: LinearCrossEntropyResiduals, g: Any, needs: Any, *, transposed: bool, save: Any, chunk: Any,
-    **options: Any,
+    machine: Machine | None = None, **options: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
     h, w, labels, b, weights, normalizer, picked, gradient = residuals
     o = TokenLossOptions(**options)
-    f_h, f_w, f_labels, f_b, f_weights = _flat(h, w, labels, b, weights)
+    f_h, f_w, f_labels, f_b, f_weights = _flat(h, w, labels, b, weights, machine)
     need_h, need_w, _, need_b, need_weights = (bool(need) for need in needs)
 
     def small(normalizer: Any, picked: Any, smooth: Any, weights: Any) -> Any:
@@ -121,8 +144,6 @@ def _backward(
     if gradient is not None:
         h_bar, totals = jax.tree.map(lambda x: g * x, gradient)
     else:
-        tokens, _, vocabulary = _sizes(h, w, transposed)
-        size = min(chunk or chunk_size(tokens, vocabulary), tokens)
         h_bar, totals = pull_back(
             f_h,
             f_w,
@@ -131,7 +152,7 @@ def _backward(
             normalizer,
             normalizer_bar,
             picked_bar,
-            size,
+            *_chunks(h, w, transposed, chunk, machine),
             (need_w, need_b),
             transposed,
         )
@@ -148,12 +169,20 @@ def _backward(
     )
 
 
-def _applies(h: Any, w: Any, *_: Any, transposed: bool, chunk: Any, save: Any, **static: Any) -> bool | str:
+def _applies(
+    h: Any, w: Any, *_: Any, transposed: bool, chunk: Any, save: Any, machine: Machine | None = None,
+    **static: Any,
+) -> bool | str:  # fmt: skip
     tokens, _width, vocabulary = _sizes(h, w, transposed)
     if tokens == 0:
         return "there are no tokens"
     # Measured: small logits stay in the cache, and chunks of them cost time (1.3 × for 1024 × 8192).
-    if chunk is None and save is None and tokens * vocabulary < 2**25:
+    if chunk is not None or save is not None:
+        return True
+    machine = machine or host()
+    if dtype_of_factors(machine, h, w).itemsize < 4 and costs_traffic(tokens * vocabulary, machine):
+        return "on a GPU, chunks of so few logits of 16 bits cost traffic; pass `chunk` or `save`"
+    if tokens * vocabulary < least_loss_logits(machine):
         return f"{tokens} × {vocabulary} logits are few; pass `chunk` or `save` for less memory"
     return True
 
@@ -200,7 +229,15 @@ def _equations(op: OperatorSymbols) -> Equations:
 # --- the layer --------------------------------------------------------------------------------
 
 
-@layer(rule=Rule(_forward, _backward, _equations, platforms=None, applies=_applies, pure=True))
+@functools.cache
+def _ways() -> dict[str, Rule]:
+    return {f"chunks of {n} tokens": _RULE.with_static(chunk=n) for n in (128, 256, 512, 1024, 2048)}
+
+
+_RULE = Rule(_forward, _backward, _equations, applies=_applies, pure=True, sized=True, ways=_ways)
+
+
+@layer(rule=_RULE)
 def linear_cross_entropy(
     h: Inexact[Array, "*batch d"],
     w: Inexact[Array, "d vocabulary"],
@@ -241,7 +278,8 @@ def linear_cross_entropy(
         reduction: `"none"` (of shape `batch`), `"sum"` or `"mean"`.
         save: `"gradient"` or `"normalizer"`, see the head of this module; by default the gradient where the
             result is one number and there are at least `d` tokens.
-        chunk: tokens in a chunk; by default `chunk_size(tokens, vocabulary)`. With neither `chunk` nor `save`
+        chunk: tokens in a chunk; by default that for the machine that is compiled for
+            (`rules.machine.token_chunk`). With neither `chunk` nor `save`
             given, the rule leaves less than 2²⁵ logits to autodiff, which is quicker there.
 
     Raises:

@@ -44,8 +44,9 @@ from funcprop.layers.linear_layers import LinearOperands, dense
 from funcprop.program.dtypes import common_dtype
 from funcprop.rules.expressions import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import layer
+from funcprop.rules.machine import Machine, host
 from funcprop.rules.primitives.row_products import repeated
-from funcprop.rules.rule import Rule
+from funcprop.rules.rule import PLATFORMS, Rule
 
 Save: TypeAlias = Literal["all", "output"]
 State = tuple[Any, ...]  # the output `h` is last
@@ -192,13 +193,16 @@ def _rule(cell: Cell, takes_recurrent_bias: bool) -> Rule:
         """With the recurrent bias that only some cells take."""
         return args if takes_recurrent_bias else (*args[:4], None, *args[4:])
 
-    def forward(*args: Any, reverse: bool, return_state: bool, save: Save) -> tuple[Any, Unrolled]:
+    def forward(
+        *args: Any, reverse: bool, return_state: bool, save: Save, machine: Machine | None = None
+    ) -> tuple[Any, Unrolled]:
         last, unrolled = _unroll(cell, *arguments(*args), reverse=reverse, save=save)
         return _results(last, unrolled, return_state), unrolled
 
     def backward(
-        residuals: Unrolled, g: Any, needs: Any, *, reverse: bool, return_state: bool, save: Save
-    ) -> tuple[Any, ...]:
+        residuals: Unrolled, g: Any, needs: Any, *, reverse: bool, return_state: bool, save: Save,
+        machine: Machine | None = None,
+    ) -> tuple[Any, ...]:  # fmt: skip
         x, w, u, b, b_recurrent, initial, outputs, kept, states = residuals
         need_x, need_w, need_u, need_b, need_recurrent, _ = arguments(*needs)
         dtype = outputs.dtype
@@ -209,7 +213,7 @@ def _rule(cell: Cell, takes_recurrent_bias: bool) -> Rule:
             before = (*(_before(a, s, reverse) for a, s in pairs), h_before)
             kept = cell.step(_affine(x, w, b), _affine(h_before, u, b_recurrent), before)[1]
         of_outputs, of_last = g if return_state else (g, tuple(map(jnp.zeros_like, first)))
-        times_transposed = repeated(u.astype(dtype), math.prod(outputs.shape[1:-1]))
+        times_transposed = repeated(u.astype(dtype), math.prod(outputs.shape[1:-1]), machine or host())
 
         def step(cotangents: State, slices: Any) -> Any:
             of_output, kept, h = slices
@@ -245,7 +249,7 @@ def _rule(cell: Cell, takes_recurrent_bias: bool) -> Rule:
         value = apply(op.name, lambda *v: forward(*jax.tree.unflatten(tree, v), **op.static)[0], *leaves)
         return Equations(value, jax.tree.unflatten(tree, back))
 
-    return Rule(forward, backward, equations, platforms=frozenset({"cpu"}), pure=True)
+    return Rule(forward, backward, equations, platforms=frozenset(PLATFORMS), pure=True, sized=True)
 
 
 def _value(cell: Cell, x: Any, *args: Any, reverse: bool, return_state: bool, save: Save) -> Any:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from funcprop.rules.machine import Machine, attention_blocks
+
 Reach = tuple[int | None, int | None]
 
 
@@ -17,21 +19,6 @@ def reach_of(causal: bool, window: int | tuple[int, int] | None) -> Reach:
     """How far a query sees to the left and to the right of its own position; None is without limit."""
     left, right = (window, window) if window is None or isinstance(window, int) else window
     return left, (0 if right is None else min(right, 0)) if causal else right
-
-
-def block_sizes(queries: int, keys: int) -> tuple[int, int]:
-    """The default block of queries × keys: an eighth of each length, but 128 to 512, in multiples of 8.
-
-    Below 128 the loop costs more than the products; a block of more than an eighth is felt in the bytes. A
-    length is cut into equal blocks, so that little of the last is computed twice.
-    """
-
-    def size(length: int) -> int:
-        wanted = min(max(2 ** int(math.log2(max(length, 1) / 8 + 1e-9)), 128), 512) if length else 1
-        count = max(-(-length // wanted), 1)
-        return max(min((-(-length // count) + 7) // 8 * 8, length), 1)
-
-    return size(queries), size(keys)
 
 
 @dataclass(frozen=True)
@@ -49,10 +36,13 @@ class Tiling:
     offset: int
 
     @classmethod
-    def of(cls, q: Any, k: Any, reach: Reach, offset: int, blocks: tuple[int, int] | None) -> Tiling:
-        """The tiling of queries and keys laid out as the layer's arguments."""
+    def of(
+        cls, q: Any, k: Any, reach: Reach, offset: int, blocks: tuple[int, int] | None, machine: Machine
+    ) -> Tiling:
+        """The tiling of queries and keys laid out as the layer's arguments, by default for a machine."""
         queries, keys = q.shape[-3], k.shape[-3]
-        sizes = block_sizes(queries, keys) if blocks is None else blocks
+        heads = math.prod(q.shape[:-3]) * q.shape[-2]
+        sizes = attention_blocks(queries, keys, machine, heads) if blocks is None else blocks
         rows, cols = (max(min(size, n), 1) for size, n in zip(sizes, (queries, keys), strict=True))
         return cls(queries, keys, (rows, cols), reach, offset)
 

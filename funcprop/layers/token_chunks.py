@@ -15,21 +15,7 @@ from jax import lax
 
 from funcprop import _jax
 from funcprop.layers.token_loss import TokenLossOptions, denominator, pick, safe_labels, token_losses
-from funcprop.program.dtypes import plus, together
-
-_PIECE = 2048  # columns of W̄ that are added up at a time: what is added stays in the cache
-
-
-def chunk_size(tokens: int, vocabulary: int) -> int:
-    """The default number of tokens in a chunk: a sixteenth, at most 2²³ logits, but at least 256 tokens.
-
-    With every chunk the cotangent of the matrix is read and written, and it takes the products of 256 tokens
-    to hide that: 1024 tokens, d 512, vocabulary 50257 took 1.5 of autodiff's time by chunks of 64 tokens,
-    1.12 by 128, 0.97 by 256 (0.09, 0.15, 0.28 of its bytes).
-    """
-    most = min(-(-tokens // 16), 2**23 // max(vocabulary, 1))
-    count = -(-tokens // max(most, 256))
-    return -(-tokens // max(count, 1))
+from funcprop.program.dtypes import plus, single_at_least, together
 
 
 def _logits(h: Any, w: Any, b: Any, transposed: bool) -> Any:
@@ -39,7 +25,8 @@ def _logits(h: Any, w: Any, b: Any, transposed: bool) -> Any:
 
 def _product(a: Any, b: Any, left: int, right: int) -> Any:
     """The contraction of two matrices over an axis of each."""
-    return lax.dot_general(a, b, (((left,), (right,)), ((), ())))
+    axes = (((left,), (right,)), ((), ()))
+    return lax.dot_general(a, b, axes, preferred_element_type=single_at_least(a, b))
 
 
 def _is_label(labels: Any, vocabulary: int) -> Any:
@@ -49,8 +36,8 @@ def _is_label(labels: Any, vocabulary: int) -> Any:
     return labels == columns
 
 
-def _add_product(total: Any, h: Any, z_bar: Any, transposed: bool) -> Any:
-    """`total + hᵀ z̄`, or its transpose, some of the vocabulary at a time."""
+def _add_product(total: Any, h: Any, z_bar: Any, transposed: bool, columns: int) -> Any:
+    """`total + hᵀ z̄`, or its transpose, so many columns of the vocabulary at a time."""
     axis = 0 if transposed else 1
 
     def product(piece: Any) -> Any:
@@ -62,11 +49,11 @@ def _add_product(total: Any, h: Any, z_bar: Any, transposed: bool) -> Any:
         before = lax.dynamic_slice_in_dim(total, start, width, axis)
         return lax.dynamic_update_slice_in_dim(total, before + product(piece), start, axis)
 
-    pieces, rest = divmod(z_bar.shape[1], _PIECE)
+    pieces, rest = divmod(z_bar.shape[1], columns)
     if pieces > 1:
-        starts = jnp.arange(pieces, dtype=jnp.int32) * _PIECE
-        total = lax.scan(lambda total, start: (add(total, start, _PIECE), None), total, starts)[0]
-        return add(total, pieces * _PIECE, rest) if rest else total
+        starts = jnp.arange(pieces, dtype=jnp.int32) * columns
+        total = lax.scan(lambda total, start: (add(total, start, columns), None), total, starts)[0]
+        return add(total, pieces * columns, rest) if rest else total
     return total + product(z_bar)
 
 
@@ -109,29 +96,33 @@ class Totals(NamedTuple):
 
 def _zeros(w: Any, b: Any, need_w: bool = True, need_b: bool = True) -> Totals:
     return Totals(
-        jnp.zeros_like(w) if need_w else None, jnp.zeros_like(b) if need_b and b is not None else None
+        jnp.zeros(w.shape, single_at_least(w)) if need_w else None,
+        jnp.zeros_like(b) if need_b and b is not None else None,
     )
 
 
-def _add_gradient(totals: Totals, h: Any, w: Any, z_bar: Any, transposed: bool) -> tuple[Totals, Any]:
+def _add_gradient(
+    totals: Totals, h: Any, w: Any, z_bar: Any, transposed: bool, columns: int
+) -> tuple[Totals, Any]:
     """The cotangents of one chunk: those of `W` and `b` added to the totals, and that of `h`."""
+    factor = z_bar.astype(h.dtype)
     added = Totals(
-        None if totals.w is None else _add_product(totals.w, h, z_bar, transposed),
+        None if totals.w is None else _add_product(totals.w, h, factor, transposed, columns),
         None if totals.b is None else totals.b + z_bar.sum(0),
     )
-    return added, _product(z_bar, w, 1, 0 if transposed else 1)
+    return added, _product(factor, w, 1, 0 if transposed else 1)
 
 
 _staged = partial(jax.jit, inline=True)
 
 
-@partial(_staged, static_argnames=("size", "options", "gradient", "transposed"))
+@partial(_staged, static_argnames=("size", "columns", "options", "gradient", "transposed"))
 def statistics(
-    h: Any, w: Any, b: Any, labels: Any, weights: Any, size: int, options: TokenLossOptions, gradient: bool,
-    transposed: bool,
+    h: Any, w: Any, b: Any, labels: Any, weights: Any, size: int, columns: int, options: TokenLossOptions,
+    gradient: bool, transposed: bool,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """`ℓ` and `z_y` of every token; with `gradient`, the cotangents of `h, w, b` for the cotangent 1."""
-    total_weight = denominator(labels, weights, options, h.dtype)
+    total_weight = denominator(labels, weights, options, single_at_least(h))
 
     def step(totals: Any, x: Any) -> Any:
         h, labels, share = x
@@ -150,19 +141,19 @@ def statistics(
         normalizer_bar, picked_bar = jax.vjp(losses, normalizer, picked)[1](share)
         slope = normalizer_bar[:, None] / total
         z_bar = slope * exponentials + jnp.where(hit, picked_bar[:, None], 0)
-        totals, h_bar = _add_gradient(totals, h, w, z_bar, transposed)
+        totals, h_bar = _add_gradient(totals, h, w, z_bar, transposed, columns)
         return totals, (normalizer, picked, h_bar)
 
-    shares = jnp.broadcast_to(1 / total_weight, labels.shape).astype(h.dtype)
+    shares = jnp.broadcast_to(1 / total_weight, labels.shape).astype(total_weight.dtype)
     totals = _zeros(w, b) if gradient else None
     totals, (normalizer, picked, h_bar) = _over_chunks(step, totals, (h, labels), (shares,), size)
     return normalizer, picked, (h_bar, totals) if gradient else None
 
 
-@partial(_staged, static_argnames=("size", "needs", "transposed"))
+@partial(_staged, static_argnames=("size", "columns", "needs", "transposed"))
 def pull_back(
     h: Any, w: Any, b: Any, labels: Any, normalizer: Any, normalizer_bar: Any, picked_bar: Any,
-    size: int, needs: tuple[bool, bool], transposed: bool,
+    size: int, columns: int, needs: tuple[bool, bool], transposed: bool,
 ) -> tuple[Any, Totals]:  # fmt: skip
     """The cotangents of `h, w, b` from those of `ℓ` and `z_y`; the logits are made again."""
 
@@ -171,7 +162,7 @@ def pull_back(
         z = _logits(h, w, b, transposed)
         hit = _is_label(labels[:, 0], z.shape[1])
         z_bar = normalizer_bar * jnp.exp(z - normalizer) + jnp.where(hit, picked_bar, 0)
-        return _add_gradient(totals, h, w, z_bar, transposed)
+        return _add_gradient(totals, h, w, z_bar, transposed, columns)
 
     cotangents = normalizer_bar, picked_bar
     totals, h_bar = _over_chunks(step, _zeros(w, b, *needs), (h, labels, normalizer), cotangents, size)

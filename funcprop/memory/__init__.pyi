@@ -3,7 +3,7 @@ from .largest_batch import batch_limit as batch_limit
 from .ledger import Footprint as Footprint
 from .ledger import Ledger as Ledger
 from .ledger import Row as Row
-from .remat.plan import Compiled as Compiled
+from .remat.choice import CompiledGradient as CompiledGradient
 from .remat.plan import Proof as Proof
 from .remat.plan import RematPlan as RematPlan
 from .remat.rematerialize import BudgetError as BudgetError

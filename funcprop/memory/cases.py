@@ -5,10 +5,11 @@ A case is a function from flat arrays to flat arrays, with the types, names and 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -22,6 +23,7 @@ from funcprop.memory.ledger import Category
 from funcprop.program.call import Call, is_array, pair, traced
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
+from funcprop.rules.sets import default
 
 Kind: TypeAlias = Literal["loss", "prediction", "step"]
 KINDS: tuple[Kind, ...] = Kind.__args__  # type: ignore[attr-defined]
@@ -29,11 +31,17 @@ KINDS: tuple[Kind, ...] = Kind.__args__  # type: ignore[attr-defined]
 
 @dataclass(frozen=True, eq=False)
 class AccountedProgram:
-    """A program: its jaxpr, and for each argument its name and purpose. `donated` are positions."""
+    """A program: its jaxpr, and for each argument its name, purpose and sharding, None if it has none.
+
+    `results` are names and purposes of results; those that it does not list are `results`. `donated` are
+    positions of arguments.
+    """
 
     jaxpr: Any
     names: Sequence[str]
     categories: Sequence[Category]
+    shardings: Sequence[Any]
+    results: Sequence[tuple[str, Category]] = ()
     donated: frozenset[int] = frozenset()
 
     @property
@@ -49,16 +57,54 @@ class AccountedProgram:
                 pairs[queue.popleft()] = j
         return pairs
 
+    @functools.cached_property
+    def read(self) -> list[int]:
+        """The positions of the arguments that are read: the compiled program has no others."""
+        jaxpr, _ = _jax.with_constants_as_inputs(self.jaxpr)
+        kept = _jax.without_unread_inputs(jaxpr, [False] * len(jaxpr.invars))[1]
+        constants = len(jaxpr.invars) - len(self.names)
+        return [i for i, is_read in enumerate(kept[constants:]) if is_read]
+
+    def result(self, j: int) -> tuple[str, Category]:
+        """The name and the purpose of a result."""
+        return self.results[j] if j < len(self.results) else (f"result {j}", "results")
+
     def compiled(self, options: Mapping[str, Any]) -> Any:
-        """The compiled program."""
+        """The program compiled for the devices of its arguments, by default for this machine's first."""
         inner, consts = _jax.open_jaxpr(self.jaxpr), _jax.constants(self.jaxpr)
-        types = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in inner.invars]
+        position = {i: k for k, i in enumerate(self.read)}
+
+        def of_read(*values: Any) -> list[Any]:
+            unread = (v.aval for v in inner.invars)
+            every = [values[position[i]] if i in position else _zeros(a) for i, a in enumerate(unread)]
+            return _jax.evaluate(inner, consts, every)
+
+        types = [
+            jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=self.shardings[i])
+            for i, v in enumerate(inner.invars)
+            if i in position
+        ]
         program = jax.jit(
-            lambda *values: _jax.evaluate(inner, consts, values),
-            donate_argnums=tuple(sorted(self.donated)),
+            of_read,
+            keep_unused=True,
+            donate_argnums=tuple(position[i] for i in sorted(self.donated) if i in position),
             compiler_options=dict(options) or None,
         )
         return program.lower(*types).compile()
+
+    def donating(self, positions: Sequence[int]) -> AccountedProgram:
+        """The same with other donated arguments."""
+        return replace(self, donated=frozenset(positions))
+
+    @property
+    def platform(self) -> str:
+        """The platform that it is compiled for."""
+        placed = [s for s in self.shardings if s is not None]
+        return next(iter(placed[0].device_set)).platform if placed else jax.default_backend()
+
+
+def _zeros(aval: Any) -> Any:
+    return jnp.zeros(aval.shape, aval.dtype)
 
 
 def _type(aval: Any) -> tuple[Any, ...]:
@@ -80,7 +126,7 @@ class Subject:
     names: Sequence[str]
     has_aux: bool
     has_state: bool
-    rules: RuleSet | None
+    rules: RuleSet
     inference: AccountedProgram
     results: Sequence[Any]
 
@@ -119,9 +165,11 @@ class Subject:
 
         jaxpr = traced(flat, call.values, fun)
         purposes: list[Category] = ["parameters" if i in chosen else "inputs" for i in call.variables]
-        inference = AccountedProgram(jaxpr, names, purposes)
+        shardings = [_jax.sharding_of(call.leaves[i]) for i in call.variables]
+        inference = AccountedProgram(jaxpr, names, purposes, shardings)
         results = [v.aval for v in _jax.open_jaxpr(jaxpr).outvars[: own[0]]]
-        return cls(call, fun, signature, at, chosen, names, has_aux, has_state, rules, inference, results)
+        resolved = (default if rules is None else rules).for_arguments(call.leaves)
+        return cls(call, fun, signature, at, chosen, names, has_aux, has_state, resolved, inference, results)
 
     @property
     def label(self) -> str:
@@ -160,7 +208,8 @@ class Subject:
             return _arrays((values, rest, pullback(cotangents)))
 
         seeds = [] if is_loss else [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in smooth]
-        return self._case(program, others, [("∂J/∂result", "inputs", t) for t in seeds])
+        case = self._case(program, others, [("∂J/∂result", "inputs", t) for t in seeds])
+        return _ending_in(case, [(f"∂J/∂{name}", "gradients") for name in case.names[: len(self.chosen)]])
 
     def step(self, optimizer: optax.GradientTransformation, donate: bool) -> AccountedProgram | None:
         """A step of an optimizer on a loss: new parameters, new state, value."""
@@ -194,8 +243,9 @@ class Subject:
         ]
         case = self._case(program, others, kept)
         count, own = len(self.chosen), len(case.names) - len(kept)
-        donated = [*range(count), *range(own, own + len(kept))] if donate else []
-        return AccountedProgram(case.jaxpr, case.names, case.categories, frozenset(donated))
+        carried = [*range(count), *range(own, own + len(kept))]
+        new: list[tuple[str, Category]] = [(f"new {case.names[i]}", case.categories[i]) for i in carried]
+        return replace(case, results=new, donated=frozenset(carried if donate else ()))
 
     def whole_step(self) -> AccountedProgram:
         """The user's own train step, with what it donates."""
@@ -206,7 +256,7 @@ class Subject:
             for v, gives in zip(eqn.invars, eqn.params.get("donated_invars", ()), strict=False)
             if gives and v in jaxpr.invars
         )
-        return AccountedProgram(self.inference.jaxpr, self.names, _purposes(self.inference.jaxpr), donated)
+        return replace(self.inference, categories=_purposes(self.inference.jaxpr), donated=donated)
 
     def _of_chosen(self, chosen: Sequence[Any], others: Sequence[Any]) -> tuple[list[Any], Any]:
         """The function's own results, and the others, of its arrays."""
@@ -253,7 +303,21 @@ class Subject:
         names = [*(name[i] for i in (*self.chosen, *others)), *(label for label, _, _ in more)]
         purposes: list[Category] = ["parameters" for _ in self.chosen]
         purposes += ["inputs" for _ in others]
-        return AccountedProgram(jaxpr, names, [*purposes, *(category for _, category, _ in more)])
+        purposes += [category for _, category, _ in more]
+        shardings = [_jax.sharding_of(self.call.leaves[i]) for i in (*self.chosen, *others)]
+        # State that `optimizer.init` makes of a parameter lies where the parameter lies.
+        like = {name[i]: (t.shape, s) for i, t, s in zip(self.chosen, given[0], shardings, strict=False)}
+        for label, _, t in more:
+            owner = max((n for n in like if label.endswith(f"/{n}")), key=len, default=None)
+            shape, sharding = like[owner] if owner is not None else (None, None)
+            shardings.append(sharding if shape == t.shape else None)
+        return AccountedProgram(jaxpr, names, purposes, shardings)
+
+
+def _ending_in(case: AccountedProgram, last: Sequence[tuple[str, Category]]) -> AccountedProgram:
+    """The case with names and purposes of its last results."""
+    before = len(_jax.open_jaxpr(case.jaxpr).outvars) - len(last)
+    return replace(case, results=[*((f"result {j}", "results") for j in range(before)), *last])
 
 
 def _first(returned: tuple[list[Any], Any]) -> tuple[Any, Any]:

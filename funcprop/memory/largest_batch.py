@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from funcprop import _jax
 from funcprop.graph.objective import positions
 from funcprop.graph.references import require_no_references
 from funcprop.memory.accounting import footprint
@@ -21,6 +24,7 @@ from funcprop.program.sizes import budget_bytes
 from funcprop.rules.rule_set import RuleSet
 
 _LARGEST = 2**31 - 1  # what an axis can have
+_FILLED = 0.97  # a batch that fills so much of the budget is not made larger
 
 
 def batch_limit(
@@ -31,28 +35,33 @@ def batch_limit(
     *,
     batch_axes: Any = "leading",
     program: Literal["training", "inference"] = "training",
-    by: Literal["predicted", "compiled"] = "predicted",
+    by: Literal["checked", "estimate", "compiled"] = "checked",
     optimizer: optax.GradientTransformation | None = None,
     donate: bool = True,
     rules: RuleSet | None = None,
     kind: Kind | None = None,
-) -> Callable[..., int]:
-    """The largest batch whose memory fits a budget, before anything is run.
+    compiler_options: Mapping[str, Any] | None = None,
+) -> Callable[..., int | float]:
+    """Find the largest batch whose memory fits a budget, before anything is run.
 
     `batch_limit(fun, budget)(*args) -> int`: the largest `B` for which `fp.memory.footprint` of `fun`, at
-    arguments whose batch axes have length `B`, is at most `budget` bytes. The memory is taken to grow with
-    `B`; the search brackets the limit by doubling and then halves, guided by a line through the bracket's
-    ends. Arguments may be shapes; their own batch size is where the search begins.
+    arguments whose batch axes have length `B`, is at most `budget` bytes; `math.inf` if there is no limit,
+    because the longest axis that an array can have, `2³¹ − 1`, fits by the estimate. The search doubles `B`
+    until two in a row do not fit, for the memory of a larger batch may be less, and then halves the bracket,
+    guided by a line through its ends. It goes by the estimate; the program of the answer is compiled, the
+    search repeated with the ratio that is found, and the batch that is returned has been compiled and fits.
+    Arguments may be shapes; their own batch size is where the search begins. Over several devices the budget
+    is that of one.
 
     Args:
         fun: a loss, a prediction or a train step, as for `footprint`; it must be traceable at any batch size.
         budget: bytes, as a number or as text (`"8GB"`).
-        argnums, has_aux, optimizer, donate, rules, kind: as in `footprint`.
+        argnums, has_aux, optimizer, donate, rules, kind, compiler_options: as in `footprint`.
         batch_axes: which axis of each argument is the batch: one entry for each positional argument, None
             for an argument without one, as `in_axes` of `jax.vmap`. By default the leading axis of all arrays
             with axes in the arguments that are not differentiated.
         program: "training" or "inference".
-        by: "predicted", which traces for each candidate, or "compiled", which compiles for each.
+        by: "checked"; "estimate", which compiles nothing; or "compiled", which compiles every candidate.
 
     Raises:
         ValueError: not even a batch of one fits (the message says what it needs, and for what); the batch
@@ -70,8 +79,8 @@ def batch_limit(
     """
     if program not in ("training", "inference"):
         raise ValueError(f"batch_limit: program={program!r} is not known; use 'training' or 'inference'.")
-    if by not in ("predicted", "compiled"):
-        raise ValueError(f"batch_limit: by={by!r} is not known; use 'predicted' or 'compiled'.")
+    if by not in ("checked", "estimate", "compiled"):
+        raise ValueError(f"batch_limit: by={by!r} is not known; use 'checked', 'estimate' or 'compiled'.")
     if isinstance(budget, str):
         budget = budget_bytes(budget, "batch_limit: budget")
     if isinstance(budget, bool) or not isinstance(budget, int | float | np.integer | np.floating):
@@ -83,19 +92,14 @@ def batch_limit(
             f"batch_limit: batch_axes={batch_axes!r} is not known; use 'leading', or one entry for each "
             "argument, an axis or None."
         )
-    account = footprint(
-        fun,
-        argnums,
-        has_aux,
-        optimizer=optimizer,
-        donate=donate,
-        rules=rules,
-        kind=kind,
-        measure=by == "compiled",
-        programs=(program,),
+    account = functools.partial(
+        footprint,
+        *(fun, argnums, has_aux),
+        **{"optimizer": optimizer, "donate": donate, "rules": rules, "kind": kind},
+        **{"programs": (program,), "compiler_options": compiler_options},
     )
 
-    def limit(*args: Any, **kwargs: Any) -> int:
+    def limit(*args: Any, **kwargs: Any) -> int | float:
         require_no_references("batch_limit", fun, args, kwargs)
         call = Call.of(args, kwargs, is_array)
         axes = _axes(call, args, argnums, batch_axes)
@@ -107,27 +111,50 @@ def batch_limit(
                 "one entry for each argument, an axis or None, so that all have the length of the batch."
             )
 
-        def ledger(batch: int) -> Ledger:
+        # Over several devices a batch is as many examples of each.
+        unit = max(_shards(call.leaves[i], axis) for i, axis in axes.items())
+
+        def ledger(batch: int, measure: bool) -> Ledger:
             leaves = list(call.leaves)
             for i, axis in axes.items():
                 shape = list(jnp.shape(leaves[i]))
-                shape[axis] = batch
-                leaves[i] = jax.ShapeDtypeStruct(tuple(shape), jnp.result_type(leaves[i]))
+                shape[axis] = batch * unit
+                dtype, sharding = jnp.result_type(leaves[i]), _jax.sharding_of(leaves[i])
+                leaves[i] = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
             call_args, call_kwargs = call.arguments(leaves)
-            found = account(*call_args, **call_kwargs).ledgers
+            found = account(measure=measure)(*call_args, **call_kwargs).ledgers
             if program not in found:
                 raise ValueError(
                     f"batch_limit: the function has no program={program!r}; its only is {list(found)}."
                 )
             return found[program]
 
-        def needs(batch: int) -> int:
-            found = ledger(batch)
-            return found.predicted if found.compiled is None else found.compiled
+        def estimated(batch: int) -> int:
+            return ledger(batch, False).estimate
 
-        return _search(needs, budget, max(1, *sizes), lambda: largest(ledger(1).rows))
+        @functools.cache
+        def compiled(batch: int) -> int:
+            return ledger(batch, True).held
+
+        needs = compiled if by == "compiled" else estimated
+        start = max(1, max(sizes) // unit)
+        if needs(1) <= budget:
+            found = _checked(needs, compiled, budget, start) if by == "checked" else _searched(needs, budget, start)
+            if found:
+                return unit * found
+        one = ledger(1, by != "estimate")
+        raise ValueError(
+            f"batch_limit: budget={budget:,} bytes, but a batch of one needs {one.held:,}; the largest: "
+            f"{largest(one.rows)}."
+        )
 
     return limit
+
+
+def _shards(leaf: Any, axis: int) -> int:
+    """Over how many devices an axis of an argument is divided."""
+    sharding, shape = _jax.sharding_of(leaf), tuple(jnp.shape(leaf))
+    return 1 if sharding is None else int(shape[axis] // max(sharding.shard_shape(shape)[axis], 1))
 
 
 def _axes(
@@ -156,41 +183,69 @@ def _axes(
     }
 
 
-def _search(needs: Callable[[int], int], budget: int, start: int, rows: Callable[[], str]) -> int:
-    """The largest batch that fits; `needs` grows with the batch."""
-    known: dict[int, int] = {}
+def _searched(needs: Callable[[int], float], budget: int, start: int) -> int | float:
+    """The largest batch that fits, where a batch of one does; infinity if that of the longest axis does.
 
-    def fits(batch: int) -> bool:
+    The batch is doubled until two in a row do not fit, for the memory of a larger batch may be less; then the
+    bracket is halved, guided by a line through its ends.
+    """
+    known: dict[int, float] = {1: needs(1)}
+    low, high, equal, missed = 1, max(2, start), 0, 0
+    while True:
+        known[high] = needs(high)
+        if known[high] <= budget:
+            equal = equal + 1 if known[high] == known[low] else 0
+            if equal == 3:
+                raise ValueError(
+                    f"batch_limit: {known[high]:,.0f} bytes at a batch of {low:,} and of {high:,}; the memory "
+                    "does not depend on batch_axes."
+                )
+            if high >= _LARGEST:
+                return math.inf
+            low, missed = high, 0
+        elif missed or high >= _LARGEST:
+            high = missed or high
+            break
+        else:
+            missed = high
+        high = min(_LARGEST, 2 * high)
+
+    def tried(batch: int) -> tuple[int, int]:
+        """The bracket with one of its ends at a batch in it."""
         known[batch] = needs(batch)
-        return known[batch] <= budget
+        return (batch, high) if known[batch] <= budget else (low, batch)
 
-    if not fits(1):
-        raise ValueError(
-            f"batch_limit: budget={budget:,} bytes, but a batch of one needs {known[1]:,}; the largest: "
-            f"{rows()}."
-        )
-    low, high = 1, max(2, start)
-    while fits(high):
-        if known[high] <= known[low]:
-            raise ValueError(
-                f"batch_limit: {known[high]:,} bytes at a batch of {low:,} and of {high:,}; the memory does "
-                "not depend on batch_axes."
-            )
-        if high >= _LARGEST:
-            return high
-        low, high = high, min(_LARGEST, 2 * high)
     while high - low > 1:
         slope = (known[high] - known[low]) / (high - low)
         guess = low + int((budget - known[low]) / slope) if slope > 0 else (low + high) // 2
         # One of the two next to a straight line's answer; the middle where the line has not narrowed enough.
-        middle = min(max(guess, low + 1), high - 1)
         width = high - low
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        low, high = tried(min(max(guess, low + 1), high - 1))
         if high - low > max(1, width // 2):
-            near = low + 1 if low == middle else high - 1
-            if low < near < high:
-                low, high = (near, high) if fits(near) else (low, near)
+            near = guess + 1 if low == guess else guess - 1
+            low, high = tried(near) if low < near < high else (low, high)
         if high - low > max(1, width // 2):
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
+            low, high = tried((low + high) // 2)
     return low
+
+
+def _checked(
+    needs: Callable[[int], int], compiled: Callable[[int], int], budget: int, start: int
+) -> int | float:
+    """The largest batch by an estimate, corrected until a compiled program of it fits, and nearly fills."""
+    ratio, best = 1.0, 0
+    for _ in range(4):
+        found = _searched(lambda batch, ratio=ratio: ratio * needs(batch), budget, start)  # type: ignore[misc]
+        if isinstance(found, float) or found <= best:
+            return found if isinstance(found, float) else best
+        held = compiled(found)
+        if held <= budget:
+            if best or held >= _FILLED * budget:
+                return found
+            best = found
+        ratio = held / needs(found)
+        if ratio * needs(1) > budget:
+            break
+    best = best or 1
+    # The estimate did not lead there: the compiled program decides.
+    return best if compiled(best) <= budget else 0

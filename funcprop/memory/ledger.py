@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypeAlias
 
 from funcprop.graph.graph import aligned
@@ -20,11 +20,15 @@ Category: TypeAlias = Literal[
     "cotangents",
     "gradients",
     "results",
+    "workspace",
     "unused",
 ]
 CATEGORIES: tuple[Category, ...] = Category.__args__  # type: ignore[attr-defined]
 
 _MEANING = {
+    "estimate": "of a liveness analysis, before compiling",
+    "compiled": "argument + output + temporary − alias, and constants",
+    "hidden": "what fused kernels hold inside, not reported",
     "parameters": "what is differentiated, or carried by a train step",
     "optimizer state": "what the optimizer keeps between steps",
     "inputs": "the other arguments",
@@ -32,8 +36,9 @@ _MEANING = {
     "saved": "of the forward sweep, kept for the backward sweep",
     "activations": "of the forward sweep, only for the forward sweep",
     "cotangents": "of the backward sweep",
-    "gradients": "cotangents of the parameters",
+    "gradients": "of the parameters; fewer where the peak comes before they are made, or their memory is shared",
     "results": "what the program returns in memory of its own",
+    "workspace": "what the compiler needs besides",
     "unused": "gaps between buffers",
 }
 
@@ -42,8 +47,10 @@ _MEANING = {
 class Row:
     """A buffer at the peak: whose it is, and what it is for.
 
-    `operator` is what computed it (`input` for an argument); `shape` is that of the whole array, in a loop
-    with the iterations in front.
+    `scope` is the named scope of the operator that made it, `path` the parameter that this operator reads, or
+    the nearest before it: it tells layers apart that have no scopes. `sweep` is "forward", "backward",
+    "recomputed", "optimizer", or empty outside of them. `operator` is what computed it (`input` for an
+    argument); `shape` is that of the whole array on one device, in a loop with the iterations in front.
     """
 
     name: str
@@ -53,29 +60,51 @@ class Row:
     shape: tuple[int, ...]
     dtype: str
     operator: str
+    sweep: str = ""
+    path: str = ""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """One program: predicted and compiled bytes, and the rows, whose bytes add up to `predicted`.
+    """One program: its bytes before and after compiling, and the rows.
 
-    `predicted` is what is live at the peak: arguments, captured constants, results and temporaries.
-    `compiled` is `argument + output + temp − alias` of the compiled program and the constants in it, None if
-    it was not compiled. `fields` are these numbers and what else the compiler reports.
+    `estimate` is that of a liveness analysis of the jaxpr: arguments, captured constants, results, and the
+    temporaries that are live at the peak. `compiled` is `argument + output + temp − alias` of the compiled
+    program and the constants in it, of one device; None if it was not compiled. `fields` are these numbers,
+    `live`, which is `compiled` without gaps between buffers, and `hidden`, what fused kernels hold without
+    reporting it. The rows are XLA's own buffers, whose bytes add up to `compiled`; before compiling they are
+    those of the estimate, and add up to that.
     """
 
-    predicted: int
+    estimate: int
     compiled: int | None
     rows: tuple[Row, ...]
     fields: dict[str, int] = field(default_factory=dict)
 
     @property
+    def predicted(self) -> int:
+        """The old name of `estimate`."""
+        return self.estimate
+
+    @property
+    def held(self) -> int:
+        """The bytes to plan with: compiled, those that are hidden among them, or else the estimate."""
+        return self.estimate if self.compiled is None else self.compiled + self.fields.get("hidden", 0)
+
+    @property
     def ratio(self) -> float | None:
-        """Predicted over compiled bytes."""
-        return None if self.compiled is None else self.predicted / max(self.compiled, 1)
+        """The estimate over the compiled bytes, those that are hidden among them."""
+        return None if self.compiled is None else self.estimate / max(self.held, 1)
 
     def by(self, attribute: str) -> dict[str, int]:
-        """Bytes by `category`, `scope`, `operator` or another attribute of the rows."""
+        """Sum the bytes by `category`, `scope`, `path`, `operator`, `sweep`, or another attribute of rows.
+
+        Raises:
+            ValueError: rows have no such attribute.
+        """
+        known = [f.name for f in fields(Row) if f.name != "nbytes"]
+        if attribute not in known:
+            raise ValueError(f"by({attribute!r}): rows have no such attribute; use one of {', '.join(known)}.")
         total = Counter[str]()
         for row in self.rows:
             total[str(getattr(row, attribute))] += row.nbytes
@@ -124,8 +153,10 @@ def table(found: Footprint, largest: int = 12) -> str:
     """Totals, then bytes by category, then the largest rows of each program, and what the others add."""
     ledgers = found.ledgers
     totals = [("bytes", *ledgers)]
-    totals.append(("predicted", *(f"{x.predicted:,}" for x in ledgers.values())))
+    totals.append(("estimate", *(f"{x.estimate:,}" for x in ledgers.values())))
     totals.append(("compiled", *("-" if x.compiled is None else f"{x.compiled:,}" for x in ledgers.values())))
+    if hidden := [x.fields.get("hidden", 0) for x in ledgers.values()]:
+        totals += [("hidden", *(f"{n:,}" for n in hidden))] if any(hidden) else []
     totals.append(("ratio", *("-" if x.ratio is None else f"{x.ratio:.3f}" for x in ledgers.values())))
     sums = [x.by("category") for x in ledgers.values()]
     totals.extend(

@@ -1,275 +1,311 @@
-"""How long every buffer of a program is needed, and how many bytes that takes.
+"""Which values of a program are written to memory, and how many bytes of them are live at a time.
 
-Kernels run in the order in which their operands become ready (breadth first). A result is written over an
-operand that is read entry by entry for the last time; a donated argument is written over, too, and copied
-before if another kernel may still have to read it.
+A compiler writes to memory what products, long sums, loops and other steps that it does not fuse make or read,
+what is expensive and read in several places, arguments and results. Everything else is computed inside of the
+kernels that read it. A value lives from the kernel that makes it to the last that reads it; kernels run in the
+order in which what they read becomes ready.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping, Sequence
+import math
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from funcprop.memory.heap import Buffer, heap_size, peak_time
-from funcprop.memory.kernels import Kernel, kernels
-from funcprop.memory.steps import Step, StepProgram, Value
+from funcprop.program.sizes import nbytes
+
+# Sums of so many entries are computed by a library, which reads from memory what others read, too; shorter ones
+# compute what they read inside if they add up no more than so many for each result.
+_LIBRARY_ENTRIES = 4096
+_WINDOW = 32
+# An entry is computed at no more than so many indices inside of one kernel.
+_DUPLICATES = 15
 
 
 @dataclass(eq=False)
-class Timeline:
-    """A program as it runs: kernels in order, buffers, and the bytes of all its temporary ones.
+class Value:
+    """An array of the program, and the step that makes it, None for an argument."""
 
-    `temporary` is the size of the arena that holds what is neither argument nor result. `at` is the time of
-    its peak, `live` the buffers needed then. `inside` are the timelines of loop bodies, by their step.
+    aval: Any
+    step: Step | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return nbytes(self.aval)
+
+    @property
+    def size(self) -> int:
+        """The number of entries."""
+        return math.prod(getattr(self.aval, "shape", ()))
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is one number, or made of single numbers."""
+        if self.step is None:
+            return self.size <= 1
+        return self.step.op in ("broadcast_in_dim", "iota") and all(v.is_number for v in self.step.operands)
+
+
+@dataclass(eq=False)
+class Step:
+    """An equation, or a part of one.
+
+    `fuses` says that it may be computed where its result is read, `expensive` that it is not computed twice,
+    `entrywise` that its result may be written over an operand of the same size, and `in_place` over which
+    operand each result is. `inside` are the bytes that it needs while it runs.
     """
 
-    order: list[Kernel]
-    temporary: int
-    at: int
-    live: list[Buffer]
-    inside: dict[int, Timeline] = field(default_factory=dict)
+    op: str
+    scope: str
+    operands: list[Value]
+    results: list[Value] = field(default_factory=list)
+    fuses: bool = False
+    reduces: bool = False
+    entrywise: bool = False
+    expensive: bool = False
+    in_library: bool = False
+    effects: bool = False
+    in_place: dict[int, int] = field(default_factory=dict)
+    inside: int = 0
+
+    @property
+    def joins_several(self) -> bool:
+        """Whether it reads more than it writes."""
+        size = self.results[0].size
+        full = {id(v): v.size for v in self.operands if not v.is_number and v.size >= size}
+        return self.op != "select_n" and len(full) > 1
+
+    def writes_over(self, operand: Value, result: Value) -> bool:
+        """Whether a result may lie where an operand lies that is not read again."""
+        if self.in_place:
+            k = next((k for k, v in enumerate(self.operands) if v is operand), -1)
+            return k in self.in_place and self.results[self.in_place[k]] is result
+        return self.entrywise
 
 
-def timeline(program: StepProgram, library: bool = True) -> Timeline:
-    """Run a program on paper; `library` as in `kernels`."""
-    made, same = kernels(program, library)
-    outputs = [None if v is None else same.get(id(v), v) for v in program.outputs]
-    over: list[tuple[Value, Value]] = []
-    for i, j in program.donated.items():
-        result = outputs[j]
-        if result is not None and result.step is not None:
-            over.append((program.arguments[i], result))
-    made = _with_copies(made, over)
-    order = _breadth_first(program, made)
-    return _Simulation(outputs, order, over, library).run()
+@dataclass(eq=False)
+class Kernel:
+    """A step whose results are in memory, the steps that are computed inside, and what they read from there.
 
-
-# --- copies -----------------------------------------------------------------------------------
-
-
-def _with_copies(made: list[Kernel], donated: Sequence[tuple[Value, Value]]) -> list[Kernel]:
-    """Add copies of what is written over while others may still read it."""
-    position = {id(v): i for i, kernel in enumerate(made) for v in kernel.outputs}
-    before: list[int] = []
-    for i, kernel in enumerate(made):
-        mask = 1 << i
-        for value in kernel.reads:
-            if id(value) in position:
-                mask |= before[position[id(value)]]
-        before.append(mask)
-    readers: dict[int, list[int]] = {}
-    for i, kernel in enumerate(made):
-        for value in kernel.reads:
-            readers.setdefault(id(value), []).append(i)
-    added: list[Kernel] = []
-
-    def copy_of(value: Value) -> Value:
-        step = Step("copy", "kernel", _scope(value), [value], [])
-        copied = Value(value.shape, value.dtype, value.nbytes, step, name=value.name)
-        step.outputs.append(copied)
-        added.append(Kernel(step, reads=[value]))
-        return copied
-
-    for argument, result in donated:
-        writer = position.get(id(result))
-        if writer is None:
-            continue
-        others = [i for i in readers.get(id(argument), ()) if i != writer]
-        aligned = id(argument) in made[writer].aligned or id(argument) not in map(id, made[writer].reads)
-        if not aligned or any(not before[writer] >> i & 1 for i in others):
-            copied = copy_of(argument)
-            for i in readers[id(argument)]:
-                _replace(made[i], argument, copied)
-    for i, kernel in enumerate(made):
-        pairs: list[tuple[Value, Value]] = []
-        for value, result in kernel.in_place:
-            others = [j for j in readers.get(id(value), ()) if j != i]
-            # Of results that begin as one value, the first is written over it, the others over copies.
-            owned = value.step is not None and id(value) in position
-            owned = owned and not any(v is value for v, _ in pairs)
-            body_owned = value.step is None and kernel.root.op == "dynamic_update_slice" and not others
-            if (owned and all(before[i] >> j & 1 for j in others)) or body_owned:
-                pairs.append((value, result))
-            elif kernel.root.kind == "loop":
-                copied = copy_of(value)
-                pairs.append((copied, result))
-                kernel.reads.append(copied)
-        read_besides = {id(v) for v in kernel.root.inputs[: len(kernel.root.inputs) - len(kernel.in_place)]}
-        replaced = {id(v) for v, _ in kernel.in_place} - {id(v) for v, _ in pairs}
-        if kernel.root.kind == "loop":
-            kernel.reads = [v for v in kernel.reads if id(v) not in replaced or id(v) in read_besides]
-        kernel.in_place = pairs
-    return [*added, *made]
-
-
-def _replace(kernel: Kernel, value: Value, by: Value) -> None:
-    kernel.reads = [by if v is value else v for v in kernel.reads]
-    if id(value) in kernel.aligned:
-        kernel.aligned.add(id(by))
-    kernel.in_place = [(by if v is value else v, result) for v, result in kernel.in_place]
-
-
-def _scope(value: Value) -> str:
-    if value.step is not None:
-        return value.step.scope
-    return value.users[0].scope if value.users else ""
-
-
-# --- order ------------------------------------------------------------------------------------
-
-
-def _breadth_first(program: StepProgram, made: Sequence[Kernel]) -> list[Kernel]:
-    """Kernels in the order in which they become ready: first those of the arguments.
-
-    Reference: `BFScheduler` of XLA.
+    `indices` are for each member those at which its entries are computed, one for each way to the root.
     """
-    sources = {id(v): kernel for kernel in made for v in kernel.outputs}
+
+    step: Step
+    members: dict[int, Step]
+    indices: dict[int, frozenset[Any]]
+    reads: dict[int, Value] = field(default_factory=dict)
+
+    def indices_of(self, users: Iterable[Step]) -> frozenset[Any]:
+        """The indices at which members read the entries of an operand."""
+        return frozenset(i if u.entrywise else (id(u), i) for u in users for i in self.indices[id(u)])
+
+
+@dataclass(frozen=True, eq=False)
+class Peak:
+    """The bytes that are live at most, the values then, and the operator that runs."""
+
+    nbytes: int
+    live: tuple[Value, ...]
+    op: str
+
+
+class Liveness:
+    """The kernels of a program of `steps` whose results are `results`, in the order in which they run."""
+
+    def __init__(self, steps: Sequence[Step], results: Iterable[Value | None]) -> None:
+        self.results = {id(v) for v in results if v is not None}
+        needed = set(self.results)
+        self.steps: list[Step] = []
+        for step in reversed(steps):
+            if step.effects or any(id(v) in needed for v in step.results):
+                self.steps.append(step)
+                needed.update(id(v) for v in step.operands)
+        self.steps.reverse()
+        self.users: dict[int, list[Step]] = defaultdict(list)
+        for step in self.steps:
+            for v in {id(v): v for v in step.operands}.values():
+                self.users[id(v)].append(step)
+        self.kernels = _in_order(_without_views(self._kernels()))
+
+    def _users_of(self, step: Step) -> list[Step]:
+        return [u for v in step.results for u in self.users[id(v)]]
+
+    def _is_returned(self, step: Step) -> bool:
+        return any(id(v) in self.results for v in step.results)
+
+    def _kernels(self) -> list[Kernel]:
+        """Put every step inside of the kernels that read it, or make it one."""
+        unshared = self._unshared()
+        within: dict[int, list[Kernel]] = {}
+        found = []
+        for step in reversed(self.steps):
+            users, returned = self._users_of(step), self._is_returned(step)
+            readers = list({id(k): k for u in users for k in within[id(u)]}.values())
+            alone = len(readers) == 1 and not returned
+            joined = []
+            if alone or not (step.expensive or id(step) in unshared):
+                for kernel in readers:
+                    indices = kernel.indices_of(u for u in users if id(u) in kernel.members)
+                    if _takes_in(kernel.step, step, alone) and len(indices) <= _DUPLICATES:
+                        kernel.members[id(step)], kernel.indices[id(step)] = step, indices
+                        joined.append(kernel)
+            within[id(step)] = list(joined)
+            if not step.fuses or returned or len(joined) < len(readers):
+                kernel = Kernel(step, {id(step): step}, {id(step): frozenset([0])})
+                within[id(step)].append(kernel)
+                found.append(kernel)
+        for kernel in found:
+            operands = (v for step in kernel.members.values() for v in step.operands)
+            kernel.reads = {id(v): v for v in operands if v.step is None or id(v.step) not in kernel.members}
+        return found[::-1]
+
+    def _unshared(self) -> set[int]:
+        """Find the steps that are not computed twice: they read more than they write, and paths leave kernels.
+
+        A path from such a step to one of its readers leaves the reader's kernel if a step on it does not
+        join the next.
+        """
+        behind: dict[int, int] = {}  # of a step: a bit for each that it depends on, and its own
+        for i, step in enumerate(self.steps):
+            behind[id(step)] = 1 << i
+            for v in step.operands:
+                behind[id(step)] |= behind.get(id(v.step), 0)
+        found: set[int] = set()
+        for i in range(len(self.steps) - 1, -1, -1):
+            step = self.steps[i]
+            if step.fuses and step.joins_several:
+                waiting = self._users_of(step)
+                seen, leaves = set(map(id, waiting)), self._is_returned(step)
+                while waiting and not leaves:
+                    reader = waiting.pop()
+                    before = [v.step for v in reader.operands if v.step is not None]
+                    before = [s for s in before if behind[id(s)] >> i & 1]
+                    leaves = any(id(s) in found or not self._joins(s, reader) for s in before)
+                    new = {id(s): s for s in before if s is not step and id(s) not in seen}
+                    seen.update(new)
+                    waiting += new.values()
+                if leaves:
+                    found.add(id(step))
+        return found
+
+    def _joins(self, step: Step, reader: Step) -> bool:
+        alone = len(self._users_of(step)) == 1 and not self._is_returned(step)
+        return _takes_in(reader, step, alone) and (alone or not step.expensive)
+
+    def invariant(self, constants: Iterable[Value]) -> list[Value]:
+        """Find what a loop's body computes from its constants alone: it is computed once, before the loop."""
+        known = {id(v) for v in constants}
+        found = []
+        for kernel in self.kernels:
+            made = kernel.step.results
+            shrinks = sum(v.nbytes for v in made) <= sum(v.nbytes for v in kernel.reads.values())
+            if kernel.reads and shrinks and known.issuperset(kernel.reads):
+                known.update(map(id, made))
+                found += [v for v in made if id(v) not in self.results]
+        return found
+
+    def _in_results(self, donated: dict[int, Value], last: dict[int, int]) -> set[int]:
+        """Find the values that lie in the memory of a result before it is written: the largest first."""
+        made = {id(v): (t, v) for t, kernel in enumerate(self.kernels) for v in kernel.step.results}
+        slots = [made[key] for key in self.results - donated.keys() if key in made]
+        values = [(t, v) for key, (t, v) in made.items() if key not in self.results and v.size > 1]
+        values.sort(key=lambda pair: -pair[1].nbytes)
+        found: set[int] = set()
+        for written, result in sorted(slots, key=lambda pair: -pair[1].nbytes):
+            writer, free = self.kernels[written].step, [(-1, written)]
+            for start, v in values:
+                end = last.get(id(v), start)
+                if id(v) in found or v.nbytes > result.nbytes:
+                    continue
+                over = end == written and v.nbytes == result.nbytes and writer.writes_over(v, result)
+                gap = next((g for g in free if g[0] < start and (end < g[1] or (over and g[1] == written))), None)
+                if gap is not None:
+                    free.remove(gap)
+                    free += [(gap[0], start), (end, gap[1])]
+                    found.add(id(v))
+        return found
+
+    def peak(
+        self, donated: dict[int, Value], outside: Collection[Value] = (), in_loop: bool = False
+    ) -> Peak:
+        """Find when most bytes are live, of what is neither argument nor result.
+
+        `donated` says over which argument a result is written; `outside` is not counted. In a loop, results
+        are counted.
+        """
+        last = {key: t for t, kernel in enumerate(self.kernels) for key in kernel.reads}
+        uncounted = {id(v) for v in outside}
+        if not in_loop:
+            uncounted |= self.results | self._in_results(donated, last)
+        live: dict[int, Value] = {}
+        size, best = 0, Peak(0, (), "")
+        for t, kernel in enumerate(self.kernels):
+            step = kernel.step
+            ending = [v for key, v in kernel.reads.items() if key in live and last[key] == t]
+            for v in step.results:
+                over = donated.get(id(v))
+                is_over = over is not None and step.entrywise and last.get(id(over), t) <= t
+                if id(v) in uncounted or is_over:
+                    continue
+                for u in ending:
+                    if u.nbytes == v.nbytes and id(u) in live and step.writes_over(u, v):
+                        size -= live.pop(id(u)).nbytes
+                        break
+                live[id(v)] = v
+                size += v.nbytes
+            if size + step.inside > best.nbytes:
+                best = Peak(size + step.inside, tuple(live.values()), step.op)
+            for v in [*ending, *step.results]:
+                if id(v) in live and last.get(id(v), t) <= t and not (in_loop and id(v) in self.results):
+                    size -= live.pop(id(v)).nbytes
+        return best
+
+
+def _takes_in(root: Step, step: Step, alone: bool) -> bool:
+    """Whether the kernel of a root computes a step that it reads; `alone`, if nothing else reads that."""
+    if not step.fuses or not root.reduces:
+        return step.fuses and root.fuses
+    size = max(v.size for v in root.operands)
+    if size >= _LIBRARY_ENTRIES:
+        return alone and step.in_library
+    return size <= _WINDOW * root.results[0].size
+
+
+def _without_views(found: Sequence[Kernel]) -> list[Kernel]:
+    """The kernels that compute something; what another one makes is the memory that it reads."""
+    same: dict[int, Value] = {}
+    kept = []
+    for kernel in found:
+        kernel.reads = {id(v): v for v in (same.get(k, v) for k, v in kernel.reads.items())}
+        if len(kernel.reads) == 1 and all(step.op == "reshape" for step in kernel.members.values()):
+            (same[id(kernel.step.results[0])],) = kernel.reads.values()
+        else:
+            kept.append(kernel)
+    return kept
+
+
+def _in_order(found: Sequence[Kernel]) -> list[Kernel]:
+    """The kernels in the order in which what they read becomes ready: first what is given, then breadth first."""
+    source = {id(v): kernel for kernel in found for v in kernel.step.results}
     waiting: dict[int, int] = {}
-    readers: dict[int, list[Kernel]] = {}
-    given = {id(v): v for v in [*program.arguments, *program.constants]}
-    for kernel in made:
-        needs = {id(sources[id(v)]) if id(v) in sources else id(v) for v in kernel.reads}
-        # What is read from outside of a loop body is there from the start.
-        needs = {key for key in needs if key in given or key in map(id, sources.values())}
+    readers: dict[int, list[Kernel]] = defaultdict(list)
+    for kernel in found:
+        needs = {id(source[key]) if key in source else key for key in kernel.reads}
         waiting[id(kernel)] = len(needs)
         for key in needs:
-            readers.setdefault(key, []).append(kernel)
-    ready: deque[Value | Kernel] = deque(given.values())
-    ready.extend(kernel for kernel in made if waiting[id(kernel)] == 0)
-    order = []
+            readers[key].append(kernel)
+    ready = deque(dict.fromkeys(key for kernel in found for key in kernel.reads if key not in source))
+    ready.extend(id(kernel) for kernel in found if not waiting[id(kernel)])
+    by_id, order = {id(kernel): kernel for kernel in found}, []
     while ready:
-        item = ready.popleft()
-        if isinstance(item, Kernel):
-            order.append(item)
-        following = readers.get(id(item), [])
-        if isinstance(item, Kernel) and len(item.members) > 1:
-            following = sorted(following, key=lambda kernel: kernel.root.late)
-        for kernel in following:
+        key = ready.popleft()
+        if key in by_id:
+            order.append(by_id[key])
+        for kernel in readers[key]:
             waiting[id(kernel)] -= 1
-            if waiting[id(kernel)] == 0:
-                ready.append(kernel)
+            if not waiting[id(kernel)]:
+                ready.append(id(kernel))
     return order
-
-
-# --- lifetimes --------------------------------------------------------------------------------
-
-
-class _Simulation:
-    """Buffers of kernels in a given order."""
-
-    def __init__(
-        self,
-        outputs: Sequence[Value | None],
-        order: list[Kernel],
-        donated: Sequence[tuple[Value, Value]],
-        library: bool,
-    ) -> None:
-        self.order, self.library = order, library
-        self.end = len(order)
-        self.last: dict[int, int] = {}
-        for time, kernel in enumerate(order):
-            for value in kernel.reads:
-                self.last[id(value)] = time
-        self.results = {id(v) for v in outputs if v is not None}
-        for key in self.results:
-            self.last[key] = self.end
-        self.donated = {id(result): argument for argument, result in donated}
-
-    def run(self) -> Timeline:
-        buffers: list[Buffer] = []
-        of: dict[int, Buffer] = {}
-        inside: dict[int, Timeline] = {}
-        scratch: list[Buffer] = []
-        fixed: dict[int, list[Buffer]] = {id(a): [] for a in self.donated.values()}
-        successors: dict[int, Buffer] = {}
-        for argument in self.donated.values():
-            fixed[id(argument)].append(
-                Buffer(argument.nbytes, -1, self.last.get(id(argument), -1), [argument])
-            )
-        for time, kernel in enumerate(self.order):
-            taken: set[int] = set()
-            pairs = {id(result): value for value, result in kernel.in_place}
-            for value in kernel.outputs:
-                end = self.last.get(id(value), time)
-                dying = self._overwritten(kernel, value, time, taken, of)
-                over = pairs.get(id(value)) or next(iter(dying), None)
-                if id(value) in self.donated:
-                    buffer = Buffer(value.nbytes, time, end, [value])
-                    fixed[id(self.donated[id(value)])].append(buffer)
-                    successors.update({id(of[id(v)]): buffer for v in dying})
-                elif over is not None and id(over) in of:
-                    buffer = of[id(over)]
-                    buffer.end = max(buffer.end, end)
-                    buffer.values.append(value)
-                    of[id(value)] = buffer
-                    taken.add(id(over))
-                elif over is not None and over.step is None and kernel.root.kind == "update":
-                    continue  # The array of a loop: it is counted where the loop is.
-                else:
-                    of[id(value)] = Buffer(value.nbytes, time, end, [value])
-                    buffers.append(of[id(value)])
-            extra = kernel.root.extra + self._inside(kernel, inside)
-            if extra:
-                scratch.append(Buffer(extra, time, time, [kernel.root]))
-        arena = self._outside_of_arguments_and_results([*buffers, *scratch], fixed, successors)
-        at = peak_time(arena)
-        live = [b for b in arena if b.start <= at <= b.end]
-        return Timeline(self.order, heap_size(arena), at, live, inside)
-
-    def _overwritten(
-        self, kernel: Kernel, value: Value, time: int, taken: set[int], of: Mapping[int, Buffer]
-    ) -> list[Value]:
-        """The operands that are read for the last time, entry by entry, and are as large."""
-        return [
-            operand
-            for operand in kernel.reads
-            if id(operand) in kernel.aligned
-            and id(operand) in of
-            and id(operand) not in taken
-            and operand.nbytes == value.nbytes
-            and of[id(operand)].end == time
-        ]
-
-    def _inside(self, kernel: Kernel, inside: dict[int, Timeline]) -> int:
-        """What the bodies of a loop, or the largest branch, hold besides what goes in and out."""
-        found = [timeline(body, self.library) for body in kernel.root.bodies]
-        largest = max(found, key=lambda t: t.temporary, default=None)
-        if largest is None:
-            return 0
-        inside[id(kernel.root)] = largest
-        return largest.temporary
-
-    def _outside_of_arguments_and_results(
-        self, buffers: Sequence[Buffer], fixed: Mapping[int, list[Buffer]], successors: Mapping[int, Buffer]
-    ) -> list[Buffer]:
-        """The buffers of the arena: without results, and without what fits into the memory of one.
-
-        Temporary values go into the memory of a result before it is written, and into that of a donated
-        argument between its last reading and the writing of its successor. `successors` are results that are
-        written over a buffer entry by entry, so that both may share memory.
-        """
-        rooms: list[tuple[int, list[Buffer]]] = [
-            (used[0].nbytes, list(used)) for used in fixed.values() if used
-        ]
-        arena = []
-        at = peak_time(buffers)
-
-        def is_result(buffer: Buffer) -> bool:
-            return any(id(v) in self.results for v in buffer.values)
-
-        # Of equal ones results come first, as in `BufferAssigner` of XLA, then those needed at the peak.
-        for buffer in sorted(
-            buffers, key=lambda b: (-b.nbytes, not is_result(b), not b.start <= at <= b.end)
-        ):
-            if is_result(buffer):
-                rooms.append((buffer.nbytes, [buffer]))
-                continue
-            for size, used in reversed(rooms):
-                after = successors.get(id(buffer))
-                if size >= buffer.nbytes and not any(b.meets(buffer) for b in used if b is not after):
-                    used.append(buffer)
-                    break
-            else:
-                arena.append(buffer)
-        return arena

@@ -1,179 +1,168 @@
-"""From the buffers of a program to the rows of its ledger."""
+"""From the buffers of a program to the rows of its ledger: whose each is, and what it is for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from funcprop import _jax
+from funcprop._jax.buffers import Assignment, Buffer
+from funcprop.graph.naming import without_transformations
 from funcprop.memory.cases import AccountedProgram
-from funcprop.memory.heap import Buffer
+from funcprop.memory.estimate import MemoryEstimate
 from funcprop.memory.ledger import Category, Row
-from funcprop.memory.liveness import Timeline, timeline
-from funcprop.memory.lowering import Lowering
-from funcprop.memory.steps import Step, StepProgram, Value, clean
+from funcprop.program.sizes import nbytes
 
-_POINTER = 8
-
-
-@dataclass(frozen=True, eq=False)
-class Predicted:
-    """The rows of a program and their sum; `temporary` and `captured` bytes of it."""
-
-    total: int
-    temporary: int
-    captured: int
-    rows: tuple[Row, ...]
+_MARKS = ("vmap", "jvp", "transpose", "checkpoint", "rematted_computation")
+# Parts of a name that say how something runs and not what it is.
+_CALL = re.compile(r"jit\([^()]*\)")
+_RUNNING = re.compile(r"while|body|cond|closed_call|checkpoint|rematted_computation|branch_\d+_fun")
 
 
-def predicted(case: AccountedProgram, library: bool, barriers: bool = False) -> Predicted:
-    """Account a program without compiling it; `library` as in `kernels`, `barriers` as in `Lowering`."""
-    program = Lowering(barriers).program(case.jaxpr, case.names)
-    program.donated = case.aliases
-    time = timeline(program, library)
-    constants = list(_constants(program))
-    rows = [*_arguments(program, case, time), *constants, *_results(program, case)]
-    rows += _Temporaries(program, case).rows(time, "")
-    total, captured = (sum(row.nbytes for row in some) for some in (rows, constants))
-    return Predicted(total, time.temporary, captured, tuple(rows))
+def sweep_of(op_name: str) -> str:
+    """The sweep in which an operator runs, by its name: empty outside of sweeps."""
+    if "rematted_computation" in op_name:
+        return "recomputed"
+    if "transpose(" in op_name:
+        return "backward"
+    if "jvp(" in op_name:
+        return "forward"
+    return "optimizer" if "optimizer" in op_name.split("/") else ""
 
 
-def peak_bytes(closed: Any) -> int:
-    """Estimate the peak bytes of a jaxpr as a program of its own, without captured constants."""
-    count = len(_jax.open_jaxpr(closed).invars)
-    found = predicted(AccountedProgram(closed, [""] * count, ["inputs"] * count), library=True)
-    return found.total - found.captured
+def scope_of(op_name: str) -> str:
+    """The named scopes of an operator, without what transformations and calls add to them."""
+    parts = without_transformations(_CALL.sub("", op_name), _MARKS).split("/")[:-1]
+    return "/".join(part for part in parts if not _RUNNING.fullmatch(part))
 
 
-def _arguments(program: StepProgram, case: AccountedProgram, time: Timeline) -> Iterable[Row]:
-    """The arguments that are read: others are not given to the program."""
-    read = {id(v) for kernel in time.order for v in kernel.reads}
-    read |= {id(v) for v in program.outputs if v is not None}
-    read |= {id(s.inputs[0]) for v in program.outputs if v is not None and (s := v.step) and s.kind == "view"}
-    scopes = _scopes_of(program, case)
-    for value, name, category in zip(program.arguments, case.names, case.categories, strict=True):
-        if id(value) in read:
-            yield _row(name, scopes.get(name, ""), category, value, "input")
+def _first_scope(op_names: Iterable[str]) -> str:
+    return next((scope for scope in map(scope_of, op_names) if scope), "")
 
 
-def _constants(program: StepProgram) -> Iterable[Row]:
-    """The arrays that are captured and read, in loops too: they are part of the executable."""
-    for value in program.constants:
-        if value.users:
-            yield _row(value.name, clean(value.users[0].scope), "constants", value, "constant")
-    for step in program.steps:
-        for body in step.bodies:
-            yield from _constants(body)
+def compiled_rows(case: AccountedProgram, found: Assignment, trains: bool) -> tuple[Row, ...]:
+    """The rows of a compiled program; `trains` says whether it has two sweeps."""
+    rows = [_row(case, buffer, trains) for buffer in found.buffers]
+    if found.unused:
+        rows.append(Row("gaps", "", "unused", found.unused, (found.unused,), "uint8", "placement"))
+    return tuple(rows)
 
 
-def _scopes_of(program: StepProgram, case: AccountedProgram) -> dict[str, str]:
-    """Where an argument is first read; the optimizer's state belongs to the parameter of its name."""
-    found = {
-        name: clean(value.users[0].scope)
-        for value, name in zip(program.arguments, case.names, strict=True)
-        if value.users
+def _row(case: AccountedProgram, buffer: Buffer, trains: bool) -> Row:
+    name, category = buffer.op_name.split("/")[-1] or buffer.opcode, "workspace"
+    sweep, scope = sweep_of(buffer.op_name), scope_of(buffer.op_name)
+    path = "" if buffer.source is None else _owner(case, case.read[buffer.source])
+    operator = name
+    if buffer.argument is not None:
+        i = case.read[buffer.argument]
+        name, category, path = case.names[i], case.categories[i], _owner(case, i)
+        operator, sweep, scope = "input", "", _first_scope(buffer.readers)
+    elif buffer.kind == "constant":
+        name, category = "constant", "constants"
+    elif buffer.kind == "result":
+        category = "results"
+        if buffer.results:
+            name, category = case.result(buffer.results[0])
+        elif buffer.opcode == "tuple":
+            name, scope, path, sweep = "pointers", "", "", ""
+    elif buffer.op_name and buffer.opcode != "tuple":
+        category = _purpose(sweep, buffer.readers, trains)
+    return Row(
+        *(name, scope, category, buffer.nbytes, buffer.shape, buffer.dtype, operator), sweep=sweep, path=path
+    )
+
+
+def _owner(case: AccountedProgram, i: int) -> str:
+    """The path of the layer that an argument belongs to; empty for an input."""
+    path = case.names[i]
+    if case.categories[i] == "optimizer state":
+        known = (n for n, c in zip(case.names, case.categories, strict=True) if c == "parameters")
+        return max((n for n in known if path.endswith(f"/{n}")), key=len, default="")
+    return path if case.categories[i] == "parameters" else ""
+
+
+def _purpose(sweep: str, readers: Sequence[str], trains: bool) -> Category:
+    """What a temporary value is for: by the sweep that makes it, and those that read it."""
+    read_in = {sweep_of(reader) for reader in readers}
+    if sweep == "backward":
+        return "gradients" if read_in & {"optimizer", ""} and any(readers) else "cotangents"
+    if sweep == "optimizer":
+        return "gradients"
+    if sweep == "forward" and read_in & {"backward", "recomputed"}:
+        return "saved"
+    return "activations" if sweep or not trains else "workspace"
+
+
+def total_rows(case: AccountedProgram, fields: dict[str, int], constant: int) -> tuple[Row, ...]:
+    """The rows of a compiled program of which only the totals are known: arguments, results and one other."""
+    types = [_jax.open_jaxpr(case.jaxpr).invars[i].aval for i in case.read]
+    shardings = [case.shardings[i] for i in case.read]
+    rows = [
+        _argument(case, i, aval, sharding)
+        for i, aval, sharding in zip(case.read, types, shardings, strict=True)
+    ]
+    rest = {
+        ("padding of arguments", "unused"): fields["argument"] - sum(row.nbytes for row in rows),
+        ("results", "results"): fields["output"] - fields["alias"],
+        ("temporaries", "workspace"): fields["temporary"],
+        ("constants", "constants"): constant,
     }
-    parameters = [n for n, c in zip(case.names, case.categories, strict=True) if c == "parameters"]
-    for name, category in zip(case.names, case.categories, strict=True):
-        if category == "optimizer state":
-            owners = [p for p in parameters if name.endswith(f"/{p}")]
-            found[name] = found.get(max(owners, key=len), "") if owners else found.get(name, "")
-    return found
+    rows += [
+        Row(name, "", category, n, (n,), "uint8", "not told")  # type: ignore[arg-type]
+        for (name, category), n in rest.items()
+        if n
+    ]
+    return tuple(rows)
 
 
-def _results(program: StepProgram, case: AccountedProgram) -> Iterable[Row]:
-    """What is returned in memory of its own, and the table of pointers to several results."""
-    overwriting = set(program.donated.values())
-    for j, value in enumerate(program.outputs):
-        if j in overwriting or value is None:
-            continue
-        gradient = value.step is not None and "transpose(" in value.step.scope
-        category: Category = "gradients" if gradient else "results"
-        operator = "input" if value.step is None else value.step.op
-        scope = "" if value.step is None else clean(value.step.scope)
-        yield _row(value.name or f"result {j}", scope, category, value, operator)
-    literals = sum(value is None for value in program.outputs)
-    if literals:
-        yield Row("numbers", "", "results", 4 * literals, (literals,), "float32", "literal")
-    if len(program.outputs) > 1:
-        count = len(program.outputs)
-        yield Row("pointers", "", "results", _POINTER * count, (count,), "uint64", "tuple")
+def _argument(case: AccountedProgram, i: int, aval: Any, sharding: Any, scope: str = "") -> Row:
+    shape = tuple(aval.shape) if sharding is None else tuple(sharding.shard_shape(aval.shape))
+    size = nbytes(aval) // max(math.prod(aval.shape), 1) * math.prod(shape)
+    return Row(
+        *(case.names[i], scope, case.categories[i], size, shape, str(aval.dtype), "input"),
+        path=_owner(case, i),
+    )
 
 
-def _row(name: str, scope: str, category: Category, value: Value, operator: str) -> Row:
-    return Row(name, scope, category, value.nbytes, value.shape, str(value.dtype), operator)
-
-
-class _Temporaries:
-    """What is neither argument nor result, and what it is for."""
-
-    def __init__(self, program: StepProgram, case: AccountedProgram) -> None:
-        self.argument = {
-            id(v): (name, category)
-            for v, name, category in zip(program.arguments, case.names, case.categories, strict=True)
-        }
-
-    def rows(self, time: Timeline, prefix: str) -> list[Row]:
-        """The buffers that are live at the peak, those in loops included, and what gaps there are."""
-        starts = {id(v): i for i, kernel in enumerate(time.order) for v in kernel.outputs}
-        readers: dict[int, list[str]] = {}
-        for kernel in time.order:
-            for value in kernel.reads:
-                readers.setdefault(id(value), []).append(kernel.root.scope)
-        found = []
-        for buffer in time.live:
-            if isinstance(buffer.values[0], Step):
-                found += self._scratch(buffer.values[0], buffer.nbytes, time, prefix)
-            else:
-                found.append(self._row(buffer, starts, readers, time.at, prefix))
-        gaps = time.temporary - sum(row.nbytes for row in found)
-        if gaps > 0:
-            found.append(Row("gaps", clean(prefix), "unused", gaps, (gaps,), "uint8", "placement"))
-        return found
-
-    def _scratch(self, step: Step, nbytes: int, time: Timeline, prefix: str) -> list[Row]:
-        """What a kernel holds for itself: the peak of a loop's body, or room of its own."""
-        scope = _joined(prefix, step.scope)
-        if id(step) in time.inside:
-            return self.rows(time.inside[id(step)], scope)
-        return [Row(step.op, clean(scope), "activations", nbytes, (nbytes,), "uint8", step.op)]
-
-    def _row(
-        self,
-        buffer: Buffer,
-        starts: Mapping[int, int],
-        readers: Mapping[int, Sequence[str]],
-        at: int,
-        prefix: str,
-    ) -> Row:
-        """A buffer, by the value that it holds at a time."""
-        values = [v for v in buffer.values if isinstance(v, Value)]
-        value = [v for v in values if starts.get(id(v), 0) <= at][-1]
+def estimated_rows(case: AccountedProgram, found: MemoryEstimate, trains: bool) -> tuple[Row, ...]:
+    """The rows of an estimate."""
+    jaxpr = _jax.open_jaxpr(case.jaxpr)
+    rows = []
+    for i in case.read:
+        scope = _first_scope(found.readers(found.arguments[i]))
+        rows.append(_argument(case, i, jaxpr.invars[i].aval, case.shardings[i], scope))
+    rows += [
+        Row("constant", "", "constants", nbytes(v), tuple(v.aval.shape), str(v.aval.dtype), "constant")
+        for v in found.constants
+    ]
+    overwriting = set(case.aliases.values())
+    for j, v in enumerate(jaxpr.outvars):
+        if j not in overwriting:
+            name, category = case.result(j)
+            rows.append(Row(name, "", category, nbytes(v), tuple(v.aval.shape), str(v.aval.dtype), "result"))
+    for value in found.live:
         step = value.step
         assert step is not None
-        scope = _joined(prefix, step.scope)
-        name, category = value.name or step.op, self._category(value, scope, readers.get(id(value), ()))
-        return _row(name, clean(scope), category, value, step.op)
-
-    def _category(self, value: Value, scope: str, later: Sequence[str]) -> Category:
-        """By the sweep that makes a value, and those of the kernels that read it."""
-        step = value.step
-        assert step is not None
-        if step.op == "copy" and id(step.inputs[0]) in self.argument:
-            return self.argument[id(step.inputs[0])][1]
-        if "transpose(" in scope:
-            return "gradients" if any("transpose(" not in user for user in later) else "cotangents"
-        if "optimizer" in scope.split("/"):
-            return "gradients"
-        return "saved" if any("transpose(" in user for user in later) else "activations"
+        named = f"{step.scope}/{step.op}"
+        sweep = sweep_of(named)
+        rows.append(
+            Row(
+                *(step.op, scope_of(named), _purpose(sweep, found.readers(value), trains), value.nbytes),
+                *(tuple(value.aval.shape), str(value.aval.dtype), step.op),
+                sweep=sweep,
+            )
+        )
+    rest = found.temporary - sum(value.nbytes for value in found.live)
+    if rest:
+        rows.append(Row("inside of operators", "", "workspace", rest, (rest,), "uint8", found.operator))
+    return tuple(rows)
 
 
-def _joined(prefix: str, scope: str) -> str:
-    return "/".join(part for part in (prefix, scope) if part)
-
-
-def largest(rows: Sequence[Row], count: int = 3) -> str:
+def largest(rows: Iterable[Row], count: int = 3) -> str:
     """The largest rows as text."""
     chosen = sorted(rows, key=lambda row: -row.nbytes)[:count]
     return ", ".join(f"{row.name} {row.nbytes:,} ({row.category})" for row in chosen)
+
+

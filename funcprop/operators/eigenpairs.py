@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from funcprop.operators.convergence import is_traced, warn_unless
 from funcprop.operators.finite import require_finite
-from funcprop.operators.lanczos import tridiagonal
+from funcprop.operators.lanczos import Tridiagonal, tridiagonal, tridiagonals
 from funcprop.operators.products import block, flat_map, mapped
 from funcprop.operators.symmetric_map import SymmetricMap
 
@@ -55,7 +55,12 @@ def eigenpairs(
     if not 0 < k <= size:
         raise ValueError(f"k={k}, but the operator has {size} eigenvalues; take 1 ≤ k ≤ {size}.")
     if tolerance is None:
-        tolerance = float(jnp.finfo(operator.dtype).eps) ** (2 / 3)
+        tolerance = operator.parameters.rounding ** (2 / 3)
+    if method == "lobpcg" and operator.on_host:
+        raise ValueError(
+            "method='lobpcg' is not for an operator over a data set; use method='lanczos', or 'dense', which "
+            "is one pass over the data."
+        )
     if method == "dense":
         return require_finite(operator, _dense(operator, k, which), "eigsh()")
     if method == "lobpcg":
@@ -114,16 +119,34 @@ def _checked(
     return pairs
 
 
-@functools.partial(jax.jit, static_argnames=("k", "which"))
 def _dense(operator: SymmetricMap, k: int, which: str) -> Pairs:
     every = tuple(range(len(operator.parameters.paths)))
-    values, vectors = jnp.linalg.eigh(block(operator, every, every, None))
+    return _of_matrix(block(operator, every, every, None), k, which)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "which"))
+def _of_matrix(matrix: Array, k: int, which: str) -> Pairs:
+    values, vectors = jnp.linalg.eigh(matrix)
     at = chosen(values, k, which)
     return Pairs(values[at], vectors[:, at], jnp.zeros((), values.dtype), jnp.abs(values).max())
 
 
-@functools.partial(jax.jit, static_argnames=("k", "which", "dimension"))
 def _lanczos(operator: SymmetricMap, k: int, which: str, dimension: int, key: Array) -> Pairs:
+    if not operator.on_host:
+        return _compiled_lanczos(operator, k, which, dimension, key)
+    names = operator.parameters
+    start = jax.random.normal(key, (names.size,), names.dtype)
+    found: Tridiagonal = jax.tree.map(
+        lambda a: a[0], tridiagonals(operator.columns, start[None], dimension, key)
+    )
+    values, small = found.eigh()
+    at = chosen(values, k, which)
+    vectors = found.basis.T @ small[:, at]
+    return _of_products(operator.columns(vectors), values[at], vectors, jnp.abs(values).max())
+
+
+@functools.partial(jax.jit, static_argnames=("k", "which", "dimension"))
+def _compiled_lanczos(operator: SymmetricMap, k: int, which: str, dimension: int, key: Array) -> Pairs:
     names, apply = operator.parameters, flat_map(operator)
     start = jax.random.normal(key, (names.size,), names.dtype)
     found = tridiagonal(apply, start, dimension, key)
@@ -169,6 +192,9 @@ def chosen(values: Array, k: int, which: str) -> Array:
 
 def _with_residuals(apply: Callable[[Array], Array], values: Array, vectors: Array, norm: Array) -> Pairs:
     """The pairs with their residuals, by one product each."""
-    products = mapped(apply, vectors.T, None).T
+    return _of_products(mapped(apply, vectors.T, None).T, values, vectors, norm)
+
+
+def _of_products(products: Array, values: Array, vectors: Array, norm: Array) -> Pairs:
     residual = jnp.linalg.norm(products - vectors * values, axis=0).max()
     return Pairs(values, vectors, residual, norm)

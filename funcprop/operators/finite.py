@@ -7,6 +7,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
+from funcprop.operators.parameters import shown
 from funcprop.operators.products import flat_product
 from funcprop.operators.symmetric_map import SymmetricMap
 
@@ -28,10 +29,10 @@ def require_finite(operator: SymmetricMap, result: T, doing: str) -> T:
     if not broken:
         raise FloatingPointError(
             f"{doing} is not finite, though the operator's products are; its numbers leave the range of "
-            f"{operator.dtype}."
+            f"{' and '.join(sorted({str(d) for d in operator.parameters.dtypes}))}."
         )
     raise FloatingPointError(
-        f"{doing}: the curvature is not finite in the rows of {', '.join(map(repr, broken))}; "
+        f"{doing}: the curvature is not finite in the rows of {shown(*broken)}; "
         "fp.backprop(loss)(...).first_nonfinite() says where that begins, and where= leaves parameters out."
     )
 

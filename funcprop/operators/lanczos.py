@@ -34,6 +34,27 @@ class Tridiagonal(NamedTuple):
         return jnp.linalg.eigh(matrix)
 
 
+class LanczosState(NamedTuple):
+    """The iteration before a step: what has been found, and the next vector that is multiplied."""
+
+    basis: Array
+    diagonal: Array
+    off_diagonal: Array
+    vector: Array
+    largest: Array
+
+    @classmethod
+    def at(cls, start: Array, dimension: int) -> LanczosState:
+        """Before the first step."""
+        basis, zeros = jnp.zeros((dimension, len(start)), start.dtype), jnp.zeros(dimension, start.dtype)
+        return cls(basis, zeros, zeros, start / jnp.linalg.norm(start), jnp.zeros((), start.dtype))
+
+    @property
+    def found(self) -> Tridiagonal:
+        """The matrix."""
+        return Tridiagonal(self.basis, self.diagonal, self.off_diagonal[:-1])
+
+
 def tridiagonal(
     apply: Callable[[Array], Array], start: Float[Array, " P"], dimension: int, key: Array
 ) -> Tridiagonal:
@@ -42,30 +63,45 @@ def tridiagonal(
     Reference: Lanczos, "An iteration method for the solution of the eigenvalue problem of linear differential
     and integral operators", Journal of Research of the National Bureau of Standards 1950.
     """
-    tiny = jnp.finfo(start.dtype).eps * jnp.sqrt(len(start))
+
+    def step(i: Any, state: LanczosState) -> LanczosState:
+        return advance(i, state, apply(state.vector), key)
+
+    return jax.lax.fori_loop(0, dimension, step, LanczosState.at(start, dimension)).found
+
+
+def tridiagonals(
+    columns: Callable[[Array], Array], starts: Float[Array, "n P"], dimension: int, key: Array
+) -> Tridiagonal:
+    """That of each of n starts, stacked; python makes the products of all, `columns(V)`, at once."""
+    states = jax.vmap(LanczosState.at, (0, None))(starts, dimension)
+    for i in range(dimension):
+        states = _advance_all(i, states, columns(states.vector.T).T, key)
+    return jax.vmap(lambda state: state.found)(states)
+
+
+def advance(i: Any, state: LanczosState, product: Array, key: Array) -> LanczosState:
+    """One step, from the product with the state's vector."""
+    basis, diagonal, off_diagonal, v, largest = state
+    tiny = jnp.finfo(v.dtype).eps * jnp.sqrt(len(v))
 
     def orthogonal(v: Array, basis: Array) -> Array:
         for _ in range(2):  # Once leaves rounding errors of the size of what it removed.
             v = v - basis.T @ (basis @ v)
         return v
 
-    def step(i: Any, state: Any) -> Any:
-        basis, diagonal, off_diagonal, v, largest = state
-        basis = basis.at[i].set(v)
-        product = apply(v)
-        rest = orthogonal(product, basis)
-        length = jnp.linalg.norm(rest)
-        largest = jnp.maximum(largest, jnp.linalg.norm(product))
-        exhausted = length <= tiny * largest
-        # Under NaN nothing compares as true, and NaN is what comes out.
-        fresh = jax.random.normal(jax.random.fold_in(key, i), v.shape, v.dtype)
-        following = jax.lax.cond(exhausted, lambda: orthogonal(fresh, basis), lambda: rest)
-        following = following / jnp.maximum(jnp.linalg.norm(following), jnp.finfo(v.dtype).tiny)
-        diagonal = diagonal.at[i].set(v @ product)
-        return basis, diagonal, off_diagonal.at[i].set(jnp.where(exhausted, 0, length)), following, largest
+    basis = basis.at[i].set(v)
+    rest = orthogonal(product, basis)
+    length = jnp.linalg.norm(rest)
+    largest = jnp.maximum(largest, jnp.linalg.norm(product))
+    exhausted = length <= tiny * largest
+    # Under NaN nothing compares as true, and NaN is what comes out.
+    fresh = jax.random.normal(jax.random.fold_in(key, i), v.shape, v.dtype)
+    following = jax.lax.cond(exhausted, lambda: orthogonal(fresh, basis), lambda: rest)
+    following = following / jnp.maximum(jnp.linalg.norm(following), jnp.finfo(v.dtype).tiny)
+    diagonal = diagonal.at[i].set(v @ product)
+    off_diagonal = off_diagonal.at[i].set(jnp.where(exhausted, 0, length))
+    return LanczosState(basis, diagonal, off_diagonal, following, largest)
 
-    empty = jnp.zeros((dimension, len(start)), start.dtype)
-    zeros = jnp.zeros(dimension, start.dtype)
-    state = (empty, zeros, zeros, start / jnp.linalg.norm(start), jnp.zeros((), start.dtype))
-    basis, diagonal, off_diagonal, *_ = jax.lax.fori_loop(0, dimension, step, state)
-    return Tridiagonal(basis, diagonal, off_diagonal[:-1])
+
+_advance_all = jax.jit(jax.vmap(advance, (None, 0, 0, None)))

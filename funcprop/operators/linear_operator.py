@@ -34,11 +34,25 @@ class LinearOperator(Queries):
         parameters: shapes, dtypes and paths of the P parameters.
     """
 
+    has_mean = False  # whether the mean of the leaves of several is the operator of all
     __array_ufunc__ = None  # NumPy leaves `2.0 * A` to us
 
     def restrict(self, tree: PyTree) -> PyTree:
         """The leaves of `tree` that the operator acts on; all, unless `where=` left some out."""
         return self.parameters.restrict(tree)
+
+    def merged(self, other: Any, share: Any) -> LinearOperator:
+        """The mean `(1 − share) A + share B` with another operator of the same kind.
+
+        Raises:
+            ValueError: it is no mean of what the operators are made of.
+        """
+        if not self.has_mean or self.parameters != other.parameters:
+            raise ValueError(
+                f"accumulate: a {type(self).__name__} of one minibatch has no mean with others; use "
+                "fp.curvature.over(batches)(factory)(params), which is the operator of all data."
+            )
+        return jax.tree.map(lambda x, y: x + (y - x) * jnp.asarray(share, x.dtype), self, other)
 
     # --- products -----------------------------------------------------------------------------
 
@@ -66,7 +80,7 @@ class LinearOperator(Queries):
 
     def linearize(self) -> LinearOperator:
         """The same operator with the forward pass done: products cost only what depends on the vector."""
-        return _linearized(self)
+        return self if self.on_host else _linearized(self)
 
     def __repr__(self) -> str:
         names = self.parameters
@@ -114,6 +128,11 @@ class LinearOperator(Queries):
             >>> print(H.sqrt() @ jnp.ones(2))
             [2. 2.]
         """
+        if products is not None and self.on_host:
+            raise ValueError(
+                "sqrt: products= is not for an operator over a data set; leave it out, and the matrix is "
+                "formed in one pass."
+            )
         if products is not None:
             Root.require_positive(self.eigsh(2, which="BE")[0])
             return Root(self.linearize(), self.parameters, products)
@@ -167,6 +186,15 @@ class Sum(LinearOperator):
         flat = [t for term in terms for t in (term.terms if isinstance(term, Sum) else (term,))]
         return cls(tuple(flat), names)
 
+    @property
+    def on_host(self) -> bool:
+        """Whether any term is."""
+        return any(term.on_host for term in self.terms)
+
+    def columns(self, matrix: Float[Array, "P m"]) -> Float[Array, "P m"]:
+        """The sum of the terms' products."""
+        return _added([products.products(term, matrix, None) for term in self.terms])
+
     def linear_map(self) -> Callable[[PyTree], PyTree]:
         """The sum of the terms' linear maps."""
         maps = [term.linear_map() for term in self.terms]
@@ -209,6 +237,15 @@ class Scaled(LinearOperator):
             return cls(number * operator.scale, operator.operator, operator.parameters)
         return cls(number, operator, operator.parameters)
 
+    @property
+    def on_host(self) -> bool:
+        """Whether the operator is."""
+        return self.operator.on_host
+
+    def columns(self, matrix: Float[Array, "P m"]) -> Float[Array, "P m"]:
+        """The operator's products, scaled."""
+        return self._scaled(self.operator.columns(matrix))
+
     def _scaled(self, tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: self.scale.astype(leaf.dtype) * leaf, tree)
 
@@ -236,6 +273,7 @@ class Scaled(LinearOperator):
 class Identity(LinearOperator):
     """`v ↦ v`: damping is `A + damping * identity(A)`."""
 
+    has_mean = True
     parameters: Parameters = field(metadata={"static": True})
 
     def linear_map(self) -> Callable[[PyTree], PyTree]:
@@ -248,6 +286,7 @@ class Identity(LinearOperator):
 class Dense(LinearOperator):
     """An operator by its symmetric matrix, in `ravel_pytree` order."""
 
+    has_mean = True
     matrix: Float[Array, "P P"]
     parameters: Parameters = field(metadata={"static": True})
 
@@ -283,7 +322,7 @@ class Root(LinearOperator):
     def linear_map(self) -> Callable[[PyTree], PyTree]:
         """Linear up to the error of the approximation."""
         names, apply = self.parameters, products.flat_map(self.operator)
-        tolerance = float(jnp.finfo(names.dtype).eps) ** 0.5
+        tolerance = names.rounding**0.5
 
         def root(v: PyTree) -> PyTree:
             start = names.ravel(v)

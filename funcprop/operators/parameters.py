@@ -74,8 +74,16 @@ class Parameters:
 
     @property
     def dtype(self) -> Any:
-        """The dtype of the flat vector: the leaves' common one."""
-        return jnp.result_type(*self.dtypes)
+        """The dtype of the flat vector: the leaves' common one, of half precision float32.
+
+        What is computed of products is computed in this dtype; the products themselves have the leaves' own.
+        """
+        return single_at_least(jnp.result_type(*self.dtypes))
+
+    @property
+    def rounding(self) -> float:
+        """The relative rounding error of a product: that of the leaf of the lowest precision."""
+        return max(float(jnp.finfo(dtype).eps) for dtype in self.dtypes)
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -106,6 +114,13 @@ class Parameters:
         """The flat vector as a pytree."""
         parts = zip(self.slices, self.shapes, self.dtypes, strict=True)
         return self.unflatten([flat[at].reshape(shape).astype(dtype) for at, shape, dtype in parts])
+
+    def unravel_results(self, flat: Float[Array, " P"]) -> PyTree:
+        """The flat vector as a pytree of numbers that were computed, which keep at least float32."""
+        parts = zip(self.slices, self.shapes, self.dtypes, strict=True)
+        return self.unflatten(
+            [flat[at].reshape(shape).astype(single_at_least(dtype)) for at, shape, dtype in parts]
+        )
 
     def ravel_columns(self, columns: PyTree) -> Float[Array, "P m"]:
         """A pytree whose leaves have a last axis of columns, as a matrix."""
@@ -143,14 +158,14 @@ class Parameters:
     def restrict(self, tree: PyTree) -> PyTree:
         """The leaves of a larger pytree at these paths."""
         found = {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-        missing = [repr(path) for path in self.paths if path not in found]
+        missing = [shown(path) for path in self.paths if path not in found]
         if missing:
             raise ValueError(f"tree has no {', '.join(missing)}; give a pytree like the parameters.")
         return self.unflatten([found[path] for path in self.paths])
 
     def __str__(self) -> str:
         shapes = (
-            f"{path}: {dtype}{list(shape)}"
+            f"{path and path + ': '}{dtype}{list(shape)}"
             for path, dtype, shape in zip(self.paths, self.dtypes, self.shapes, strict=True)
         )
         return f"{{{', '.join(shapes)}}}"
@@ -162,6 +177,18 @@ class Parameters:
             ValueError: `v` has other leaves or shapes.
         """
         return self.unflatten(self._matching(v, name, self.shapes))
+
+    def flat(self, v: PyTree, name: str) -> Float[Array, " P"]:
+        """`v`, flat or a pytree like the parameters, as a flat vector.
+
+        Raises:
+            ValueError: it has other leaves or shapes.
+        """
+        if not self.is_flat(v):
+            return self.ravel(self.vector(v, name))
+        if jnp.shape(v) != (self.size,):
+            raise ValueError(f"{name} has shape {jnp.shape(v)}, but a flat {name} has shape ({self.size},).")
+        return self.real(v, name).astype(self.dtype)
 
     def columns(self, v: PyTree) -> PyTree | None:
         """`v` as a pytree of columns, or None if it is not one: each leaf with the same extra last axis."""
@@ -193,7 +220,8 @@ class Parameters:
         for (_, leaf), shape, dtype, path in zip(found, shapes, self.dtypes, self.paths, strict=True):
             if jnp.shape(leaf) != shape:
                 raise ValueError(
-                    f"{name} has shape {jnp.shape(leaf)} at {path!r}, but the parameter has shape {shape}."
+                    f"{name} has shape {jnp.shape(leaf)} at {shown(path)}, but the parameter has shape "
+                    f"{shape}."
                 )
             arrays.append(self.real(leaf, name).astype(dtype))
         return arrays
@@ -214,6 +242,16 @@ class Parameters:
 def path_name(path: Any) -> str:
     """The keys of a leaf joined by `/`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def shown(*paths: str) -> str:
+    """Paths in a message; that of parameters that are one array is empty."""
+    return ", ".join(repr(path) if path else "params" for path in paths)
+
+
+def single_at_least(dtype: Any) -> Any:
+    """The dtype in which results are computed and added up: float32 for half precision, else the same."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _is_number(leaf: Any) -> bool:

@@ -195,7 +195,7 @@ class Queries(SymmetricMap):
             method: "lanczos", with full reorthogonalisation, in spaces that double until all pairs have
                 converged; finds one vector of an eigenvalue that occurs several times. "lobpcg", on a block,
                 finds all; takes 5 k < P. "dense", exact, forms the matrix.
-            tolerance: on `‖A v − λ v‖ / ‖A‖`; `ε^(2/3)` of the dtype if None.
+            tolerance: on `‖A v − λ v‖ / ‖A‖`; `ε^(2/3)` of the parameters' dtype if None.
             products: at most so many products (Lanczos; 320 or 10 k if None, or as many vectors as fit 4 GiB)
                 or iterations (LOBPCG; 100).
             key: of the starting vectors; `jax.random.key(0)` if None.
@@ -261,6 +261,7 @@ class Queries(SymmetricMap):
         *,
         method: str | None = None,
         preconditioner: SymmetricMap | Callable[[PyTree], PyTree] | None = None,
+        start: PyTree | None = None,
         tolerance: float | None = None,
         products: int | None = None,
     ) -> PyTree:
@@ -272,7 +273,9 @@ class Queries(SymmetricMap):
             method: "minres" (if None), for operators of any signs: of all solutions in its Krylov space the
                 one of smallest residual; "cg", conjugate gradients, for a positive definite operator alone.
             preconditioner: an approximate inverse, positive definite: an operator, or a function of pytrees.
-            tolerance: on `‖(A + damping I) x − b‖ / ‖b‖`; `ε^(2/3)` of the dtype if None.
+            start: where the iteration starts, such as the solution of a similar system; zero if None.
+            tolerance: on `‖(A + damping I) x − b‖ / ‖b‖`; `ε^(2/3)` of the
+                parameters' dtype if None.
             products: at most so many; 10 P if None.
 
         Raises:
@@ -294,13 +297,9 @@ class Queries(SymmetricMap):
             [0.5 1. ]
         """
         names = self.parameters
-        if names.is_flat(b):
-            if jnp.shape(b) != (names.size,):
-                raise ValueError(f"b has shape {jnp.shape(b)}, but a flat b has shape ({names.size},).")
-            flat = names.real(b, "b").astype(names.dtype)
-            return solve(self, flat, damping, method, preconditioner, tolerance, products)
-        flat = names.ravel(names.vector(b, "b"))
-        return names.unravel(solve(self, flat, damping, method, preconditioner, tolerance, products))
+        at = None if start is None else names.flat(start, "start")
+        x = solve(self, names.flat(b, "b"), damping, method, preconditioner, at, tolerance, products)
+        return x if names.is_flat(b) else names.unravel(x)
 
     def to_scipy(self) -> Any:
         """A `scipy.sparse.linalg.LinearOperator`: the operator on flat NumPy vectors, linearised.

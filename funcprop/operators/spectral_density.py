@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float
 
 from funcprop.operators.estimate import Estimate
 from funcprop.operators.finite import require_finite
-from funcprop.operators.lanczos import tridiagonal
+from funcprop.operators.lanczos import Tridiagonal, tridiagonal, tridiagonals
 from funcprop.operators.products import flat_map, mapped
 from funcprop.operators.stochastic_estimates import require_samples, signs
 from funcprop.operators.symmetric_map import SymmetricMap
@@ -50,15 +51,36 @@ class Spectrum:
         """The density at the points `at`, smoothed by a Gaussian of standard deviation `width`; its integral
         is 1.
 
-        `width` is a hundredth of the spectrum's range if None.
+        `width` is a hundredth of the spectrum's range if None; where all eigenvalues are one number, a
+        hundredth of its magnitude, or of 1 if it is zero.
         """
-        low, high = self.range
-        width = (high - low) / 100 if width is None else width
+        width = self.width if width is None else width
 
         def row(nodes: Array, weights: Array) -> Array:
             return weights @ jax.scipy.stats.norm.pdf(at, nodes[:, None], width)
 
         return Estimate.of(jax.vmap(row)(self.nodes, self.weights))
+
+    def merged(self, other: Spectrum, share: Any) -> Spectrum:
+        """Refused: eigenvalues of a mean are no means of eigenvalues.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "accumulate: the spectra of minibatches have no mean; use fp.curvature.over(batches)(factory)"
+            "(params).spectrum(), which is of all data."
+        )
+
+    @property
+    def width(self) -> Array:
+        """The standard deviation that `density` smooths by."""
+        low, high = self.range
+        largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
+        # Rounding makes a narrow range of one point, and no width can be drawn.
+        rounding = 100 * jnp.finfo(self.nodes.dtype).eps * largest
+        alone = jnp.where(largest > 0, largest, 1)
+        return jnp.where(high - low > rounding, high - low, alone) / 100
 
     @property
     def range(self) -> tuple[Array, Array]:
@@ -68,7 +90,7 @@ class Spectrum:
 
 def spectrum(operator: SymmetricMap, samples: int, products: int, key: Array | None) -> Spectrum:
     """`LinearOperator.spectrum`, where the arguments are explained."""
-    require_samples(samples, key)
+    key = require_samples(samples, key)
     size = operator.parameters.size
     if not 0 < products <= size:
         raise ValueError(
@@ -78,8 +100,19 @@ def spectrum(operator: SymmetricMap, samples: int, products: int, key: Array | N
     return Spectrum(nodes, weights, size)
 
 
-@functools.partial(jax.jit, static_argnames=("samples", "products"))
 def _quadratures(operator: SymmetricMap, samples: int, products: int, key: Array) -> tuple[Array, Array]:
+    if not operator.on_host:
+        return _compiled_quadratures(operator, samples, products, key)
+    random, restarts = jax.random.split(key)
+    found = tridiagonals(operator.columns, signs(operator, samples, random), products, restarts)
+    nodes, vectors = jax.vmap(Tridiagonal.eigh)(found)
+    return nodes, vectors[:, 0] ** 2
+
+
+@functools.partial(jax.jit, static_argnames=("samples", "products"))
+def _compiled_quadratures(
+    operator: SymmetricMap, samples: int, products: int, key: Array
+) -> tuple[Array, Array]:
     apply = flat_map(operator)
     random, restarts = jax.random.split(key)
 

@@ -16,7 +16,7 @@ from matfree import stochtrace
 
 from funcprop.operators.estimate import Estimate
 from funcprop.operators.finite import require_finite
-from funcprop.operators.products import flat_map, mapped
+from funcprop.operators.products import flat_map, mapped, products
 from funcprop.operators.symmetric_map import SymmetricMap
 
 INTEGRANDS: dict[str, Callable[[], Any]] = {
@@ -33,13 +33,13 @@ def estimate(operator: SymmetricMap, quantity: str, samples: int, key: Array | N
     Raises:
         ValueError: there is no key, or fewer than two samples, of which no error bar can be made.
     """
-    require_samples(samples, key)
+    key = require_samples(samples, key)
     found = Estimate.of(_samples(operator, quantity, samples, key))
     require_finite(operator, found.value, quantity)
     if quantity not in ("diagonal", "traces"):
         return found
     names = operator.parameters
-    shaped = names.unravel if quantity == "diagonal" else names.unflatten
+    shaped = names.unravel_results if quantity == "diagonal" else names.unflatten
     return Estimate(shaped(found.value), shaped(found.error), samples)
 
 
@@ -49,12 +49,13 @@ def squared_to_norm(squared: Estimate) -> Estimate:
     return Estimate(norm, squared.error / (2 * norm), squared.samples)
 
 
-def require_samples(samples: int, key: Array | None) -> None:
-    """Raise a ValueError if there is no key, or there are too few samples for an error bar."""
+def require_samples(samples: int, key: Array | None) -> Array:
+    """The key; a ValueError if there is none, or there are too few samples for an error bar."""
     if key is None:
         raise ValueError("key=None: a stochastic estimate needs key=jax.random.key(…).")
     if samples < 2:
         raise ValueError(f"samples={samples} has no error bar; take 2 or more.")
+    return key
 
 
 def signs(operator: SymmetricMap, samples: int, key: Array) -> Array:
@@ -63,8 +64,22 @@ def signs(operator: SymmetricMap, samples: int, key: Array) -> Array:
     return stochtrace.sampler_signs(like, num=samples)(key)
 
 
-@functools.partial(jax.jit, static_argnames=("quantity", "samples"))
 def _samples(operator: SymmetricMap, quantity: str, samples: int, key: Array) -> Array:
+    if not operator.on_host:
+        return _compiled_samples(operator, quantity, samples, key)
+    v = signs(operator, samples, key)
+    turned = products(operator, v.T, None).T
+    if quantity == "squared norm":
+        return jnp.sum(turned**2, 1)
+    if quantity == "trace":
+        return jnp.sum(v * turned, 1)
+    if quantity == "traces":
+        return jnp.stack([jnp.sum((v * turned)[:, part], 1) for part in operator.parameters.slices], 1)
+    return v * turned
+
+
+@functools.partial(jax.jit, static_argnames=("quantity", "samples"))
+def _compiled_samples(operator: SymmetricMap, quantity: str, samples: int, key: Array) -> Array:
     apply, integrand = flat_map(operator), INTEGRANDS[quantity]()
     slices = operator.parameters.slices
 

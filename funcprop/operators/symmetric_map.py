@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from funcprop.operators.parameters import Parameters
 
@@ -21,6 +21,15 @@ class SymmetricMap(abc.ABC):
     """
 
     parameters: Parameters
+
+    @property
+    def on_host(self) -> bool:
+        """Whether python makes its products, as passes over a data loader, and none are inside of `jit`."""
+        return False
+
+    def columns(self, matrix: Float[Array, "P m"]) -> Float[Array, "P m"]:
+        """`A V` for flat columns, by python, if the map is `on_host`."""
+        raise NotImplementedError(f"{type(self).__name__} has products of its own.")
 
     @abc.abstractmethod
     def linear_map(self) -> Callable[[PyTree], PyTree]:

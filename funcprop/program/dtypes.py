@@ -35,6 +35,12 @@ def single_at_least(*arrays: Any) -> Any:
         return jnp.promote_types(common_dtype(*arrays), jnp.float32)
 
 
+def product_dtype(*arrays: Any) -> Any:
+    """The common dtype of arrays that are multiplied: operands of 16 bits stay so, for matrix units."""
+    dtype = common_dtype(*arrays)
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 1 else single_at_least(*arrays)
+
+
 def together(*arrays: Any) -> list[Any]:
     """The arrays with their common dtype and the rank of the largest, of which new axes lead."""
     dtype, rank = common_dtype(*arrays), max(x.ndim for x in arrays)

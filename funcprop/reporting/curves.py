@@ -6,7 +6,8 @@ import math
 import time
 from dataclasses import dataclass
 
-from funcprop.training.loop import Setup, fit
+from funcprop.training.fitting import fit
+from funcprop.training.loop import Setup
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,7 @@ def train(setup: Setup, epochs: int, seconds: float) -> Curves:
     history: list[dict[str, float]] = []
     stopped = None
     start = time.perf_counter()
-    run = fit(
-        setup.loss, setup.params, setup.batches, setup.optimizer, epochs=epochs, evaluate=setup.evaluate
-    )
+    run = fit(*setup[:4], epochs=epochs, evaluate=setup.evaluate, **setup.options)
     try:
         for epoch in run:
             history.append(epoch.metrics)

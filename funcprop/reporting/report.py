@@ -154,7 +154,7 @@ def report(
     def write(*args: Any, **kwargs: Any) -> Report:
         require_no_references("report", fun, args, kwargs)
         doing("equations")
-        derivation = derive(scalar, argnums)(*args, **kwargs)
+        derivation = derive(scalar, argnums, detail="operators")(*args, **kwargs)
         traced = derivation.traced
         is_concrete = has_values(traced.leaves)
         doing("both sweeps")

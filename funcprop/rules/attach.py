@@ -14,15 +14,17 @@ backward rule by ordinary autodiff, so second order is exact.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from funcprop import _jax
-from funcprop.program.linear_map import Arrays, linear_p
+from funcprop.program.by_platform import Forms
+from funcprop.program.linear_map import Arrays, LinearMap, linear_p
 from funcprop.rules import staged
 from funcprop.rules.bound_rule import BoundRule
 from funcprop.rules.derivative import Derivative
@@ -30,15 +32,23 @@ from funcprop.rules.derivative import Derivative
 
 def attach(bound: BoundRule, arguments: Sequence[Any]) -> Arrays:
     """Evaluate an operator so that its derivative is the hand-written one; flat arrays to flat arrays."""
-    operator = jax.custom_jvp(lambda *leaves: bound.value(leaves))
+    value: Callable[..., Arrays] = partial(_value, bound)
+    if bound.elsewhere is not None:
+        value = Forms(_platforms(bound), value, bound.elsewhere)
+    operator = jax.custom_jvp(value)
     operator.defjvp(partial(_differentiate, bound), symbolic_zeros=True)
     return list(operator(*_jax.align_varying_axes(arguments)))
+
+
+def _value(bound: BoundRule, *leaves: Any) -> Arrays:
+    return bound.value(leaves)
 
 
 def _differentiate(bound: BoundRule, primals: Any, tangents: Any) -> tuple[Arrays, Arrays]:
     is_staged = staged.is_staged(bound, primals)
     forward = staged.compiled(bound) if is_staged else bound
-    results, result_tree, residuals, residual_tree = forward.forward(primals)
+    run = forward.forward if bound.elsewhere is None else partial(_forward_by_platform, bound)
+    results, result_tree, residuals, residual_tree = run(primals)
     needs = tuple(not isinstance(t, SymbolicZero) for t in tangents)
     arguments, types = (tuple(map(jax.typeof, values)) for values in (primals, results))
     derivative = Derivative(bound, needs, residual_tree, result_tree, arguments, types)
@@ -46,11 +56,88 @@ def _differentiate(bound: BoundRule, primals: Any, tangents: Any) -> tuple[Array
         linear, saved = staged.tangent_map(derivative, residuals)
     else:
         linear, saved = derivative.tangent_map(residuals)
+    if bound.elsewhere is not None:
+        linear, saved = _map_by_platform(bound, linear, saved, primals, needs)
     inputs = [t for t, need in zip(tangents, needs, strict=True) if need]
     pushed = iter(linear_p.bind(*saved, *inputs, linear=linear, residuals=len(saved)))
     return results, [
         next(pushed) if _jax.is_differentiable(a) else SymbolicZero(a.to_tangent_aval()) for a in types
     ]
+
+
+# --- where the platform is known when the program is lowered ----------------------------------
+
+
+def _platforms(bound: BoundRule) -> frozenset[str]:
+    assert bound.rule.platforms is not None
+    return bound.rule.platforms
+
+
+def _forward_by_platform(bound: BoundRule, primals: Arrays) -> tuple[Arrays, Any, Arrays, Any]:
+    """As the rule's forward; on other platforms the operator, and residuals that nobody reads."""
+    found: list[Any] = []
+
+    def by_rule(*leaves: Any) -> Arrays:
+        results, result_tree, residuals, residual_tree = bound.forward(leaves)
+        found[:] = result_tree, residual_tree, len(results), [jax.typeof(jnp.asarray(r)) for r in residuals]
+        return [*results, *residuals]
+
+    def elsewhere(*leaves: Any) -> Arrays:
+        assert bound.elsewhere is not None
+        return [*bound.elsewhere(*leaves), *map(_jax.zeros_like_aval, found[3])]
+
+    values = Forms(_platforms(bound), by_rule, elsewhere)(*primals)
+    result_tree, residual_tree, count, _ = found
+    return values[:count], result_tree, values[count:], residual_tree
+
+
+def _map_by_platform(
+    bound: BoundRule, linear: LinearMap, saved: Arrays, primals: Sequence[Any], needs: Sequence[bool]
+) -> tuple[LinearMap, Arrays]:
+    """The rule's tangent map; on other platforms the operator's, from the operands, which are saved, too.
+
+    XLA drops those that the form of the platform does not read.
+    """
+    operands, given = len(primals), len(saved)
+
+    def of_needed(leaves: Sequence[Any], *values: Any) -> Arrays:
+        assert bound.elsewhere is not None
+        rest = iter(values)
+        full = [next(rest) if need else x for x, need in zip(leaves, needs, strict=True)]
+        return [y for y in bound.elsewhere(*full) if _jax.is_differentiable(jax.typeof(y))]
+
+    def parts(values: Sequence[Any]) -> tuple[Arrays, Arrays, Arrays, Arrays]:
+        leaves = list(values[given : given + operands])
+        wanted = [x for x, need in zip(leaves, needs, strict=True) if need]
+        return list(values[:given]), leaves, wanted, list(values[given + operands :])
+
+    def pulled(*values: Any) -> Arrays:
+        own, _, _, cotangents = parts(values)
+        return linear.pullback(own, cotangents)
+
+    def pulled_elsewhere(*values: Any) -> Arrays:
+        _, leaves, wanted, cotangents = parts(values)
+        return list(jax.vjp(partial(of_needed, leaves), *wanted)[1](cotangents))
+
+    def pushed(*values: Any) -> Arrays:
+        own, _, _, tangents = parts(values)
+        return linear.pushforward(own, tangents)
+
+    def pushed_elsewhere(*values: Any) -> Arrays:
+        _, leaves, wanted, tangents = parts(values)
+        return list(jax.jvp(partial(of_needed, leaves), tuple(wanted), tuple(tangents))[1])
+
+    backward = Forms(_platforms(bound), pulled, pulled_elsewhere)
+    forward = Forms(_platforms(bound), pushed, pushed_elsewhere)
+
+    def pullback(saved: Arrays, cotangents: Arrays) -> Arrays:
+        return backward(*saved, *cotangents)
+
+    def pushforward(saved: Arrays, tangents: Arrays) -> Arrays:
+        return forward(*saved, *tangents)
+
+    chosen = None if linear.custom_pushforward is None else pushforward
+    return LinearMap(pullback, chosen, linear.results), [*saved, *primals]
 
 
 def why_not(bound: BoundRule, arguments: Sequence[Any]) -> str | None:

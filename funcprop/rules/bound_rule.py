@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from funcprop import _jax
 from funcprop.program.layer_calls import LayerCall
 from funcprop.program.linear_map import Arrays
+from funcprop.rules.machine import Machine, host
 from funcprop.rules.rule import Rule, RuleError
 
 Type = tuple[tuple[int, ...], str]  # shape and dtype
@@ -20,7 +21,11 @@ Type = tuple[tuple[int, ...], str]  # shape and dtype
 
 @dataclass(frozen=True)
 class BoundRule:
-    """A rule at one operator: its static parameters, the structure of its arguments, its results' types."""
+    """A rule at one operator: its static parameters, the structure of its arguments, its results' types.
+
+    `machine` is the one that is compiled for. Where that is not certain, `elsewhere` is the operator itself,
+    from arrays to arrays, which takes the rule's place on platforms that are not the rule's.
+    """
 
     rule: Rule
     operator: str
@@ -28,6 +33,17 @@ class BoundRule:
     tree: Any
     argument_names: tuple[str, ...]
     results: tuple[Type, ...] | None = None
+    machine: Machine | None = None
+    elsewhere: Callable[..., Arrays] | None = field(default=None, compare=False)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the rule's functions: static parameters; the machine if it is sized."""
+        return {**self.static, "machine": self.machine or host()} if self.rule.sized else self.static
+
+    def claims(self) -> Collection[Any]:
+        """The equations in the operator's body that the rule differentiates itself."""
+        return () if self.rule.claims is None else self.rule.claims(**self.options)
 
     @classmethod
     def of_layer(cls, rule: Rule, call: LayerCall, eqn: Any) -> BoundRule:
@@ -48,10 +64,14 @@ class BoundRule:
         results = tuple((tuple(v.aval.shape), str(v.aval.dtype)) for v in eqn.outvars)
         return cls(rule, eqn.primitive.name, dict(eqn.params), jax.tree.structure(operands), names, results)
 
+    def returned(self, leaves: Sequence[Any]) -> Any:
+        """What the rule's forward returns."""
+        with self._named():
+            return self.rule.forward(*jax.tree.unflatten(self.tree, leaves), **self.options)
+
     def forward(self, leaves: Sequence[Any]) -> tuple[Arrays, Any, Arrays, Any]:
         """Results and residuals, flat, each followed by its structure."""
-        with self._named():
-            returned = self.rule.forward(*jax.tree.unflatten(self.tree, leaves), **self.static)
+        returned = self.returned(leaves)
         if not (isinstance(returned, tuple) and len(returned) == 2):
             raise RuleError(
                 f"rule for {self.operator}: forward returned {_kind(returned)}; return the pair "
@@ -78,7 +98,7 @@ class BoundRule:
         if self.rule.value is None:
             return self.forward(leaves)[0]
         with self._named():
-            return jax.tree.leaves(self.rule.value(*jax.tree.unflatten(self.tree, leaves), **self.static))
+            return jax.tree.leaves(self.rule.value(*jax.tree.unflatten(self.tree, leaves), **self.options))
 
     def backward(
         self, residuals: Any, cotangents: Any, needs: Sequence[bool], arguments: Sequence[Any]
@@ -86,7 +106,7 @@ class BoundRule:
         """The wanted cotangents, flat and checked against the types of the arguments."""
         wanted = jax.tree.unflatten(self.tree, needs)
         with self._named():
-            returned = self.rule.backward(residuals, cotangents, wanted, **self.static)
+            returned = self.rule.backward(residuals, cotangents, wanted, **self.options)
         where = f"rule for {self.operator}: backward returned"
         count = len(wanted)
         if not (isinstance(returned, tuple | list) and len(returned) == count):
@@ -132,7 +152,7 @@ class BoundRule:
         assert self.rule.jvp is not None
         with self._named():
             return jax.tree.leaves(
-                self.rule.jvp(residuals, jax.tree.unflatten(self.tree, tangents), **self.static)
+                self.rule.jvp(residuals, jax.tree.unflatten(self.tree, tangents), **self.options)
             )
 
     def applies(self, arguments: Sequence[Any]) -> bool | str:
@@ -140,7 +160,7 @@ class BoundRule:
         if self.rule.applies is None:
             return True
         with self._named():
-            answer = self.rule.applies(*jax.tree.unflatten(self.tree, arguments), **self.static)
+            answer = self.rule.applies(*jax.tree.unflatten(self.tree, arguments), **self.options)
         if answer is True or isinstance(answer, str):
             return answer
         raise RuleError(
@@ -150,7 +170,7 @@ class BoundRule:
 
     def __hash__(self) -> int:
         # Static parameters are a dictionary. TypeError if one of them cannot be a key.
-        return hash((self.rule, self.operator, self.tree, frozenset(self.static.items())))
+        return hash((self.rule, self.operator, self.tree, self.machine, frozenset(self.static.items())))
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:

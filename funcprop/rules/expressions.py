@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -50,12 +50,20 @@ _SUM, _TERM, _QUOTIENT, _PRODUCT, _POWER, _ATOM = range(6)
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
+# A product, and how its transpose is written.
+_TRANSPOSED = {
+    "{0} {1}": "{1}ᵀ {0}ᵀ", "{0}ᵀ {1}": "{1}ᵀ {0}", "{0} {1}ᵀ": "{1} {0}ᵀ", "{0}ᵀ {1}ᵀ": "{1} {0}",
+    "{1} {0}": "{0}ᵀ {1}ᵀ", "{1}ᵀ {0}": "{0}ᵀ {1}", "{1} {0}ᵀ": "{0} {1}ᵀ", "{1}ᵀ {0}ᵀ": "{0} {1}",
+}  # fmt: skip
+
+
 @dataclass(frozen=True, eq=False)
 class Expression:
     """A function of operands, with a template for each notation (`{0}`, `{1}` are the operands).
 
     `binding` is how tightly the whole binds, `inner` how tightly its operands must bind to need no
-    parentheses. Operands of different dtypes are promoted, to that of a wider one.
+    parentheses. Operands of different dtypes are promoted, to that of a wider one. A `uniform` array has one
+    number in all of its entries, and is written as that number; a number that is known is `constant`.
     """
 
     function: Callable[..., Any]
@@ -65,6 +73,8 @@ class Expression:
     binding: int
     inner: int
     known_type: jax.ShapeDtypeStruct | None = None
+    uniform: bool = False
+    constant: float | None = None
 
     @cached_property
     def type(self) -> jax.ShapeDtypeStruct:
@@ -77,6 +87,11 @@ class Expression:
     def shape(self) -> tuple[int, ...]:
         """The shape of the value."""
         return tuple(self.type.shape)
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is one number, in one entry or in all of them."""
+        return self.shape == () or self.uniform
 
     def evaluate(self, environment: Environment) -> Any:
         """The value of the expression, with the symbols' values in `environment`."""
@@ -100,6 +115,8 @@ class Expression:
 
     def __add__(self, other: Any) -> Expression:
         other = as_expression(other)
+        if other.constant is not None and other.constant < 0:
+            return self - _constant(-other.constant, other)
         return _entrywise(jnp.add, (self, other), "{0} + {1}", "{0} + {1}", _SUM, _SUM)
 
     def __radd__(self, other: Any) -> Expression:
@@ -115,6 +132,10 @@ class Expression:
         return as_expression(other) - self
 
     def __neg__(self) -> Expression:
+        if self.template == "−{0}":
+            return self.operands[0]
+        if self.constant is not None:
+            return _constant(-self.constant, self)
         return _entrywise(jnp.negative, (self,), "−{0}", "-{0}", _TERM, _PRODUCT)
 
     def __mul__(self, other: Any) -> Expression:
@@ -123,12 +144,27 @@ class Expression:
             return other
         if is_one(other):
             return self
-        if other.shape == () and self.shape != ():
+        if self.constant is not None and other.constant is not None:
+            return _constant(self.constant * other.constant, self, other)
+        if (
+            self.constant is not None
+            and other.template == "{0} {1}"
+            and other.operands[0].constant is not None
+        ):
+            # Two factors that are known are one.
+            return (
+                _constant(self.constant * other.operands[0].constant, self, other.operands[0])
+                * other.operands[1]
+            )
+        for uniform, array in ((self, other), (other, self)):
+            if uniform.constant == 1 and array.shape == uniform.shape:
+                return array
+        if other.is_number and not self.is_number:
             return other * self
         if other.binding == _QUOTIENT:
             # `a (b / c)`; a fraction needs no parentheses in LaTeX.
             other = _node(lambda x: x, (other,), "({0})", "{0}", _ATOM, _SUM, other.known_type)
-        if self.shape == ():
+        if self.is_number:
             return _entrywise(jnp.multiply, (self, other), "{0} {1}", "{0}\\, {1}", _PRODUCT, _QUOTIENT)
         return _entrywise(jnp.multiply, (self, other), "{0} ⊙ {1}", "{0} \\odot {1}", _PRODUCT, _QUOTIENT)
 
@@ -139,6 +175,10 @@ class Expression:
         other = as_expression(other)
         if is_one(other):
             return self
+        if self.constant is not None and other.constant:
+            return _constant(self.constant / other.constant, self, other)
+        if other.constant and other.constant < 1 and (1 / other.constant).is_integer():
+            return _constant(1 / other.constant, other) * self
         return _entrywise(jnp.divide, (self, other), "{0} / {1}", "\\frac{{{0}}}{{{1}}}", _QUOTIENT, _POWER)
 
     def __rtruediv__(self, other: Any) -> Expression:
@@ -160,6 +200,12 @@ class Expression:
     @property
     def T(self) -> Expression:  # noqa: N802
         """The transpose of a matrix."""
+        if self.template == "{0}ᵀ":
+            return self.operands[0]
+        if self.template in _TRANSPOSED and len(self.shape) == 2 and not self.operands[0].is_number:
+            text = _TRANSPOSED[self.template]
+            latex = text.replace(" ", "\\, ").replace("ᵀ", "^{{\\top}}")
+            return factors(lambda *v: jnp.transpose(self.function(*v)), self.operands, text, latex)
         return _node(jnp.transpose, (self,), "{0}ᵀ", "{0}^{{\\top}}", _POWER, _ATOM)
 
     def sum(self, axes: int | Sequence[int] | None = None, keepdims: bool = False) -> Expression:
@@ -223,7 +269,9 @@ def _entrywise(
     is_plain = jnp.issubdtype(dtype, jnp.inexact) and not all(map(is_weak, types))
     shape = np.broadcast_shapes(*(t.shape for t in types))
     known = jax.ShapeDtypeStruct(shape, dtype) if is_plain else None
-    return _node(_of_one_dtype(function), operands, template, latex, binding, inner, known)
+    node = _node(_of_one_dtype(function), operands, template, latex, binding, inner, known)
+    is_uniform = any(o.uniform for o in operands) and all(o.is_number for o in operands)
+    return replace(node, uniform=True) if is_uniform else node
 
 
 def _of_one_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -246,20 +294,39 @@ def _literally(text: str) -> str:
 
 def symbol(key: str, text: str, latex: str, type_: jax.ShapeDtypeStruct) -> Symbol:
     """A named value of a given type."""
-    return Symbol(lambda: None, (), _literally(text), _literally(latex), _ATOM, _ATOM, type_, key)
+    return Symbol(lambda: None, (), _literally(text), _literally(latex), _ATOM, _ATOM, type_, key=key)
 
 
 def number(value: float, dtype: Any = None) -> Expression:
     """A constant; a ratio of small integers is written as one. Without a dtype it takes that of others."""
     ratio = Fraction(value).limit_denominator(10_000)
     is_ratio = ratio.numerator / ratio.denominator == value and ratio.denominator != 1
-    text = latex = repr(value) if value != int(value) else str(int(value))
+    text = decimal(value, dtype)
+    mantissa, _, exponent = text.partition("e")
+    latex = f"{mantissa} \\cdot 10^{{{{{int(exponent)}}}}}" if exponent else text
     if is_ratio:
         text, latex = str(ratio), f"\\frac{{{{{ratio.numerator}}}}}{{{{{ratio.denominator}}}}}"
     binding = _TERM if value < 0 else _PRODUCT if is_ratio else _ATOM
     constant = jnp.asarray(float(value), dtype)
     known = jax.ShapeDtypeStruct((), constant.dtype, weak_type=dtype is None)
-    return Expression(lambda: constant, (), text.replace("-", "−"), latex, binding, _ATOM, known)
+    text = text.replace("-", "−")
+    return Expression(lambda: constant, (), text, latex, binding, _ATOM, known, constant=float(value))
+
+
+def _constant(value: float, *operands: Expression) -> Expression:
+    """A number that is computed from constants, in every entry of the largest of them."""
+    types = [o.type for o in operands]
+    result = number(value, None if all(map(is_weak, types)) else common_dtype(*types))
+    return spread_over(result, np.broadcast_shapes(*(t.shape for t in types)))
+
+
+def decimal(value: float, dtype: Any = None) -> str:
+    """The shortest decimal number that is `value` in a dtype."""
+    if abs(value) < 1e6 and value == int(value):
+        return str(int(value))
+    is_half = dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    written = repr(float(value)) if dtype is None or is_half else str(np.dtype(dtype).type(value))
+    return f"{value:.4g}" if is_half or (len(written) > 12 and abs(value) > 1e6) else written
 
 
 def as_expression(value: Any) -> Expression:
@@ -269,7 +336,7 @@ def as_expression(value: Any) -> Expression:
 
 def is_one(expression: Expression) -> bool:
     """Whether the expression is the constant 1, which a product leaves out."""
-    return not expression.operands and expression.template == "1"
+    return expression.constant == 1 and expression.shape == ()
 
 
 def parenthesised(expression: Expression) -> Expression:
@@ -306,6 +373,38 @@ def apply(
     )
 
 
+def written(
+    function: Callable[..., Any],
+    operands: Sequence[Expression],
+    text: str,
+    latex: str,
+    type_: Any = None,
+    is_sum: bool = False,
+) -> Expression:
+    """A function of operands that is written by templates, in which `{0}`, `{1}` … are the operands."""
+    binding = _SUM if is_sum else _TERM if text.startswith("−") else _ATOM
+    return _node(function, tuple(operands), text, latex, binding, _PRODUCT if is_sum else _SUM, type_)
+
+
+def factors(
+    function: Callable[..., Any], operands: Sequence[Expression], text: str, latex: str, type_: Any = None
+) -> Expression:
+    """A product that is written by templates; operands that are sums are put in parentheses."""
+    return _node(function, tuple(operands), text, latex, _PRODUCT, _POWER, type_)
+
+
+def unwritten(function: Callable[..., Any], x: Expression, type_: Any) -> Expression:
+    """A function of one operand that is not written: a change of shape or type."""
+    node = _node(function, (x,), "{0}", "{0}", x.binding, x.binding, type_)
+    return replace(node, uniform=x.is_number and node.shape != (), constant=x.constant)
+
+
+def spread_over(x: Expression, shape: Sequence[int]) -> Expression:
+    """A number in every entry of an array, which is written as the number."""
+    type_ = jax.ShapeDtypeStruct(tuple(shape), x.type.dtype)
+    return x if x.shape == tuple(shape) else unwritten(lambda v: jnp.broadcast_to(v, shape), x, type_)
+
+
 def outer(a: Expression, b: Expression) -> Expression:
     """The outer product `a bᵀ` of two column vectors, with the axes of `a` before those of `b`."""
     product = _of_one_dtype(lambda x, y: jnp.tensordot(x, y, axes=0))
@@ -330,23 +429,37 @@ def opaque(
 
 _GREEK = {
     "λ": "\\lambda", "φ": "\\phi", "η": "\\eta", "σ": "\\sigma", "α": "\\alpha", "β": "\\beta",
-    "γ": "\\gamma", "μ": "\\mu", "θ": "\\theta", "ε": "\\epsilon",
+    "γ": "\\gamma", "μ": "\\mu", "θ": "\\theta", "ε": "\\epsilon", "ψ": "\\psi", "χ": "\\chi",
+    "ℓ": "\\ell",
 }  # fmt: skip
 
+
+_DIGITS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
 _ESCAPES = {c: f"\\{c}" for c in "_%&#${}"} | {"\\": "\\backslash ", "^": "\\wedge ", "~": "\\sim "}
 
 
 def latex_name(name: str) -> str:
     """A variable's name in LaTeX: one letter with digits as a subscript, Greek letters, or upright text."""
-    primes = len(name) - len(name.rstrip("′"))
-    stem = name.rstrip("′")
-    if stem in _GREEK:
-        written = _GREEK[stem]
+    stem = name.rstrip("′ᵀ")
+    marks = "'" * name.count("′") + ("^{\\top}" if name.endswith("ᵀ") else "")
+    stem = stem.translate(_DIGITS)
+    if match := re.fullmatch(f"([{''.join(_GREEK)}])_?(\\d*)", stem):
+        written = _GREEK[match[1]] + (f"_{{{match[2]}}}" if match[2] else "")
     elif match := re.fullmatch(r"([A-Za-z])_?(\d*)", stem):
         letter, digits = match.groups()
         letter = f"\\mathbf{{{letter}}}" if letter.isupper() and digits else letter
         written = f"{letter}_{{{digits}}}" if digits else letter
     else:
-        written = f"\\mathrm{{{''.join(_ESCAPES.get(c, c) for c in stem)}}}"
-    return written + "'" * primes
+        words = re.split(f"([{''.join(_GREEK)}])", stem)
+        written = "".join(_GREEK.get(word) or _upright(word) for word in words if word)
+    return written + marks
+
+
+def _upright(text: str) -> str:
+    return f"\\mathrm{{{''.join(_ESCAPES.get(c, c) for c in text)}}}"
+
+
+def latex_path(path: str) -> str:
+    """A path of a pytree as upright text."""
+    return f"\\texttt{{{''.join(_ESCAPES.get(c, c) for c in path)}}}"

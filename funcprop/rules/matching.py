@@ -13,6 +13,7 @@ from funcprop.program.call import Call, is_array, traced
 from funcprop.program.facts import CONTROL_FLOW
 from funcprop.program.layer_calls import layer_call
 from funcprop.program.linear_map import Arrays
+from funcprop.rules.machine import CompileTarget
 from funcprop.rules.patterns.recognition import Replacement
 from funcprop.rules.rewrite import Match, Rewriter, matches_in
 from funcprop.rules.rule_set import RuleSet
@@ -24,17 +25,19 @@ def matches(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[.
     """Every operator for which the rule set has a rule, and whether it fires or why not.
 
     `matches(fun, rules)(*args, **kwargs)`; arguments may be anything that `fun` takes, for arrays also
-    `jax.ShapeDtypeStruct`s. The function runs as under `fp.grad`, and the decisions are written down.
+    `jax.ShapeDtypeStruct`s, whose sharding says for which platform. The function runs as under `fp.grad`, and
+    the decisions are written down.
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
         >>> [m.operator for m in fp.matches(jnp.tanh, fp.rules.handwritten)(0.0)]
         ['tanh']
     """
-    rewriter = Rewriter(default if rules is None else rules)
+    rules = default if rules is None else rules
 
     def listed(*args: Any, **kwargs: Any) -> list[Match]:
         call = Call.of(args, kwargs, is_array)
+        rewriter = Rewriter(rules, target=CompileTarget.of(rules.target, call.values))
         decisions: list[Decision] = []
 
         def flat(*values: Any) -> Arrays:

@@ -23,8 +23,10 @@ from funcprop.program.layer_calls import broken_layer_call, ends_in_boundary, la
 from funcprop.program.linear_map import Arrays
 from funcprop.rules.attach import attach, why_not
 from funcprop.rules.bound_rule import BoundRule
+from funcprop.rules.machine import CompileTarget
 from funcprop.rules.patterns import PATTERNS
 from funcprop.rules.patterns.recognition import Pattern, recognised
+from funcprop.rules.rule import PLATFORMS
 from funcprop.rules.rule_set import RuleSet
 
 # Bodies of control flow are rewritten in place. All others (those of custom derivatives above all: the user's
@@ -50,8 +52,9 @@ class Match:
     mapped: bool = field(repr=False, default=False)
 
 
-def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
+def match(eqn: Any, rules: RuleSet, target: CompileTarget) -> Match | None:
     """Match one equation with a rule set: a rule, a reason why its rule does not apply, or None."""
+    platform = target.platform
     if (broken := broken_layer_call(eqn)) is not None:
         layer, why_cut = broken
         if rules.find(layer, platform) is None:
@@ -67,6 +70,7 @@ def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
     if not all(hasattr(a, "shape") and hasattr(a, "dtype") for a in (*arguments, *results)):
         return matched(None, "an operand or a result is no array")
     bound = BoundRule.of_primitive(rule, eqn) if call is None else BoundRule.of_layer(rule, call, eqn)
+    bound = replace(bound, machine=target.machine, elsewhere=_elsewhere(eqn, call, rules, target))
     reason = _cannot_attach(eqn, arguments, results)
     if reason is None and call is None and eqn.primitive.name in CONTROL_FLOW:
         reason = _cannot_align(arguments) or _cannot_forget_layouts(eqn)
@@ -75,6 +79,20 @@ def match(eqn: Any, rules: RuleSet, platform: str) -> Match | None:
     if reason is None:
         reason = why_not(bound, arguments if call is None else call.unbatched(arguments))
     return matched(bound if reason is None else None, reason)
+
+
+def _elsewhere(eqn: Any, call: Any, rules: RuleSet, target: CompileTarget) -> Callable[..., Arrays] | None:
+    """The operator itself, for other platforms, if its rule does not win on all that it may be lowered for.
+
+    A loop is not one of these: its body may hold values of the trace around it.
+    """
+    operator = eqn.primitive.name if call is None else call.layer
+    platforms = rules.platforms_of(operator)
+    if target.certain or platforms is None or platforms.issuperset(PLATFORMS) or operator in CONTROL_FLOW:
+        return None
+    if call is None:
+        return _jax.one_equation(eqn)
+    return lambda *leaves: list(map(jax.numpy.asarray, jax.tree.leaves(call.plain(*leaves))))
 
 
 def _cannot_attach(eqn: Any, arguments: Sequence[Any], results: Sequence[Any]) -> str | None:
@@ -116,10 +134,12 @@ class Rewriter:
     `claimed` are the identities of equations that the rule of an operator around them differentiates.
     """
 
-    def __init__(self, rules: RuleSet, claimed: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self, rules: RuleSet, claimed: frozenset[int] = frozenset(), target: CompileTarget | None = None
+    ) -> None:
         self.rules, self.claimed = rules, claimed
-        self.platform = jax.default_backend()
-        self.patterns = _patterns(rules, self.platform)
+        self.target = CompileTarget.of(rules.target) if target is None else target
+        self.patterns = _patterns(rules, self.target.platform)
         # Keyed by identity; the object is kept beside the answer so that its identity is not reused.
         self._found: dict[int, tuple[Any, BoundRule | None]] = {}
         self._ruled: dict[int, tuple[Any, bool]] = {}
@@ -127,7 +147,7 @@ class Rewriter:
 
     def match(self, eqn: Any) -> Match | None:
         """Match an equation: a rule, a reason why it does not fire, or None."""
-        found = match(eqn, self.rules, self.platform)
+        found = match(eqn, self.rules, self.target)
         if found is None or id(eqn) not in self.claimed or self.rules.is_replaced(eqn.primitive.name):
             return found
         return replace(found, bound=None, reason=found.reason or "the rule of the loop around it derives it")
@@ -136,14 +156,14 @@ class Rewriter:
         """Whether `match` may find something at an operator; much cheaper than to ask it."""
         if primitive.name == _jax.JIT:
             return ends_in_boundary(params["jaxpr"])
-        return self.rules.find(primitive.name, self.platform) is not None
+        return self.rules.find(primitive.name, self.target.platform) is not None
 
     def inside(self, eqn: Any) -> Rewriter:
         """The pass over the bodies of an equation."""
         bound = self.find(eqn)
         if bound is None or bound.rule.claims is None:
             return self
-        return Rewriter(self.rules, self.claimed.union(map(id, bound.rule.claims(**bound.static))))
+        return Rewriter(self.rules, self.claimed.union(map(id, bound.claims())), self.target)
 
     def find(self, eqn: Any) -> BoundRule | None:
         """The rule that fires at an equation, if any."""
@@ -232,7 +252,9 @@ class Rewriter:
         if call is None and eqn.primitive.name in CONTROL_FLOW:
             # The rule of a loop is given a body that carries its own rules.
             params = _jax.map_jaxprs(eqn.params, self.inside(eqn).body)
-            bound = BoundRule.of_primitive(bound.rule, eqn.replace(params=params))
+            bound = replace(
+                BoundRule.of_primitive(bound.rule, eqn.replace(params=params)), machine=bound.machine
+            )
         fun: Callable[..., Any] = lambda *leaves: attach(bound, leaves)  # noqa: E731
         for axis in () if call is None else call.axes:
             fun = _mapped(fun, axis)
@@ -243,7 +265,8 @@ class Rewriter:
 
         def of_loop(*leaves: Any) -> Arrays:
             found = without_layouts(eqn, [jax.typeof(x) for x in leaves])
-            return self._attached(BoundRule.of_primitive(bound.rule, found), found)(*leaves)
+            inside = replace(BoundRule.of_primitive(bound.rule, found), machine=bound.machine)
+            return self._attached(inside, found)(*leaves)
 
         is_loop = layer_call(eqn) is None and eqn.primitive.name in CONTROL_FLOW
         fun = of_loop if is_loop else self._attached(bound, eqn)
@@ -280,7 +303,7 @@ class Rewriter:
         # Of what is claimed around it, only what it holds: the rest has other identities at each tracing.
         key = (
             self.rules,
-            self.platform,
+            self.target,
             self.claimed and self.claimed.intersection(map(id, _jax.equations(body))),
         )
         rewritten = _REWRITTEN.setdefault(body, {})
@@ -339,7 +362,7 @@ def _refused(rewriter: Rewriter, jaxpr: Any) -> dict[Any, Match]:
     """Functions of several equations whose rule does not apply, and which are left as they are, by result."""
 
     def reason(eqn: Any) -> Match | None:
-        found = match(eqn, rewriter.rules, rewriter.platform)
+        found = match(eqn, rewriter.rules, rewriter.target)
         return None if found is None or found.reason is None else found
 
     opened = _jax.open_jaxpr(jaxpr)

@@ -24,6 +24,7 @@ from funcprop.program.facts import CONTROL_FLOW
 from funcprop.program.linear_map import Arrays
 from funcprop.rules.bound_rule import BoundRule
 from funcprop.rules.looking_back import Past
+from funcprop.rules.machine import CompileTarget
 from funcprop.rules.patterns import FUNCTIONS
 from funcprop.rules.patterns.recognition import Replacement
 from funcprop.rules.rewrite import Rewriter
@@ -60,8 +61,12 @@ def with_rules(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callabl
 
     @functools.wraps(fun)
     def ruled(*args: Any, **kwargs: Any) -> Any:
-        rewriter = Rewriter(rules)
-        with _jax.under(lambda parent: RuleTrace(parent, rewriter)):
+        def trace(parent: Any) -> RuleTrace:
+            given = () if rules.target else jax.tree.leaves((args, kwargs))
+            target = CompileTarget.of(rules.target, given, _jax.is_staged_out(parent))
+            return RuleTrace(parent, Rewriter(rules, target=target))
+
+        with _jax.under(trace):
             return fun(*args, **kwargs)
 
     ruled.__name__ = name_of(fun, "<unnamed function>")  # as JAX calls it

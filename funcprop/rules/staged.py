@@ -25,7 +25,7 @@ Types = tuple[Any, ...]
 
 def is_staged(bound: BoundRule, operands: Sequence[Any]) -> bool:
     """Whether a rule is to be compiled by itself: it is pure, and nothing around compiles its operands."""
-    if not bound.rule.pure or any(map(_jax.is_traced, operands)):
+    if not bound.rule.pure or bound.elsewhere is not None or any(map(_jax.is_traced, operands)):
         return False
     try:
         hash(bound)
@@ -61,7 +61,7 @@ def _read(derivative: Derivative, types: Types) -> tuple[bool, ...]:
 
 @partial(jax.jit, static_argnums=0)
 def _forward(bound: BoundRule, *leaves: Any) -> Any:
-    return bound.rule.forward(*jax.tree.unflatten(bound.tree, leaves), **bound.static)
+    return bound.returned(leaves)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

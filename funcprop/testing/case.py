@@ -132,7 +132,7 @@ class RuleCase:
             full[i] = cotangent
         full_tree = jax.tree.unflatten(result_tree, full)
         flags_tree = jax.tree.unflatten(self.tree, flags)
-        returned = self.rule.backward(residuals, full_tree, flags_tree, **bound.static)
+        returned = self.rule.backward(residuals, full_tree, flags_tree, **bound.options)
         try:
             if not isinstance(returned, tuple | list):
                 raise ValueError("not a tuple")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,10 +63,26 @@ def digits(*, test_fraction: float = 0.2, seed: int = 0) -> Split:
     return Split(Dataset(images[:count], labels[:count]), Dataset(images[count:], labels[count:]))
 
 
-def minibatches(
-    arrays: Sequence[Any], size: int, key: PRNGKeyArray | None = None
-) -> Iterator[tuple[Any, ...]]:
-    """Minibatches of `size` examples: tuples with a slice of every array.
+class Minibatches(Sequence[tuple[Any, ...]]):
+    """Minibatches that are made when they are asked for, each by its number."""
+
+    def __init__(self, arrays: Sequence[Any], size: int, order: Int[np.ndarray, " examples"]) -> None:
+        self._arrays, self._size, self._order = arrays, size, order
+
+    def __len__(self) -> int:
+        return len(self._order) // self._size
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return one minibatch, or a list of several."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start = range(len(self))[index] * self._size
+        rows = self._order[start : start + self._size]
+        return tuple(array[rows] for array in self._arrays)
+
+
+def minibatches(arrays: Sequence[Any], size: int, key: PRNGKeyArray | None = None) -> Minibatches:
+    """Return the minibatches of `size` examples: a sequence of tuples with a slice of every array.
 
     The examples are shuffled by `key`, or come in their order if it is None. All minibatches have the same
     size, so that a jitted step is compiled once: with a remainder, the last few examples (others for every
@@ -96,8 +112,4 @@ def minibatches(
     if not 0 < size <= count:
         raise ValueError(f"minibatches: size={size}; choose one between 1 and the {count} examples.")
     order = np.arange(count) if key is None else np.asarray(jax.random.permutation(key, count))
-    # An inner generator, so that wrong arguments are an error at the call and not at the first minibatch.
-    return (
-        tuple(array[order[start : start + size]] for array in arrays)
-        for start in range(0, count - size + 1, size)
-    )
+    return Minibatches(arrays, size, order)

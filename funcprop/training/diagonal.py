@@ -74,6 +74,7 @@ def scale_by_diagonal(
 
         def renewed(average: PyTree) -> PyTree:
             found = diagonal(params, **chosen_arguments(diagonal, extra))
+            # The state has the parameters' precision; what is added up has that of the diagonal.
             mean = lambda a, d: (decay * a + (1 - decay) * jnp.abs(d)).astype(a.dtype)  # noqa: E731
             return jax.tree.map(mean, average, found)
 
@@ -81,7 +82,7 @@ def scale_by_diagonal(
         times = state.updates // every + 1
         # The weights sum to 1 − decay^times.
         weight = 1 - jnp.asarray(decay, float) ** times
-        scaled = jax.tree.map(lambda u, a: u / (a / weight + damping).astype(u.dtype), updates, average)
+        scaled = jax.tree.map(lambda u, a: (u / (a / weight + damping)).astype(u.dtype), updates, average)
         return scaled, DiagonalState(state.updates + 1, average)
 
     return optax.GradientTransformationExtraArgs(init, update)

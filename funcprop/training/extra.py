@@ -7,7 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+
+from funcprop.operators.parameters import Where
+from funcprop.operators.subset import chosen
 
 
 def chosen_arguments(function: Callable[..., Any], extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,6 +39,27 @@ def require_arguments(optimizer: str, given: Mapping[str, Any], *names: str) -> 
     return [given[name] for name in names]
 
 
+class MovedPart:
+    """The part of the parameters that an optimizer moves; the others stay as they are."""
+
+    def __init__(self, params: Any, where: Where | None) -> None:
+        self.tree = jax.tree.structure(params)
+        self.marks = chosen(params, where)
+
+    def of(self, tree: Any) -> Any:
+        """The part of a pytree like the parameters, with None in place of all else."""
+        leaves = zip(jax.tree.leaves(tree), self.marks, strict=True)
+        return jax.tree.unflatten(self.tree, [leaf if mark else None for leaf, mark in leaves])
+
+    def with_zeros(self, part: Any, like: Any) -> Any:
+        """The part in a pytree like the parameters, with zeros in place of all else."""
+        given = iter(jax.tree.leaves(part))
+        leaves = zip(jax.tree.leaves(like), self.marks, strict=True)
+        return jax.tree.unflatten(
+            self.tree, [next(given) if mark else jnp.zeros_like(leaf) for leaf, mark in leaves]
+        )
+
+
 def require_whole(optimizer: str, params: Any) -> None:
     """Refuse a part of the parameters, as optax hands it on, where the loss is called with them.
 
@@ -45,5 +70,6 @@ def require_whole(optimizer: str, params: Any) -> None:
     if any(isinstance(node, optax.MaskedNode) for node in nodes):
         raise ValueError(
             f"{optimizer}: some of params are masked (optax.masked, multi_transform), but the loss is a "
-            "function of all of them; make the step of all and set the updates of the rest to zero after it."
+            "function of all of them; make the step of all and set the updates of the rest to zero after it, "
+            "or choose the part by where=."
         )

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
+from funcprop.curvature.convexity import REMEDY, require_convex
 from funcprop.curvature.example_gradients.per_example import per_example
 from funcprop.curvature.kronecker import Kronecker, require_method
 from funcprop.curvature.kronecker_factors import kfac as factored
+from funcprop.operators.parameters import Where
 from funcprop.operators.solvers import require_damping
 from funcprop.rules.rule_set import RuleSet
 from funcprop.training.diagonal import scale_by_diagonal
-from funcprop.training.extra import require_arguments, require_whole
+from funcprop.training.extra import MovedPart, require_arguments, require_whole
 
 
 class KFACState(NamedTuple):
@@ -40,6 +42,8 @@ def kfac(
     kind: str = "mc",
     sharing: str = "expand",
     method: str = "pi",
+    samples: int = 1,
+    where: Where | None = None,
     seed: int = 0,
     rules: RuleSet | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -53,19 +57,22 @@ def kfac(
     gives it.
 
     Args:
-        model, loss: of ONE example, `model(params, x)` and `loss(output, y)`, as in `fp.per_example`.
+        model, loss: of ONE example, `model(params, x)` and `loss(output, y)`, as in `fp.per_example`; or a
+            likelihood in place of the loss, for the factors of its Fisher matrix.
         learning_rate: a number, or a schedule.
         batch: a minibatch `(x, y)`, or its shapes: the factors' shapes follow from it.
         damping: a number > 0, or 0 where the factors are not singular.
         decay: between 0 (the last minibatch alone) and 1, exclusive of 1.
         every: after how many updates the factors and their inverse are computed anew.
-        kind, sharing: of `fp.kfac`.
+        kind, sharing, samples: of `fp.kfac`.
         method: how the damping enters, of `Kronecker.inverse`.
+        where: the parameters that are moved, as in `fp.hessian`; the updates of the others are zero.
         seed: of the key from which kind="mc" draws.
         rules: a rule set; `fp.rules.default` if None.
 
     Raises:
-        ValueError: an argument is out of range, or `update` lacks `params` or `batch`; also as `fp.kfac`.
+        ValueError: an argument is out of range, or `update` lacks `params` or `batch`; also as `fp.kfac`. A
+            loss that is not convex in the outputs is named when a step meets it, before its result is there.
 
     Reference: Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature",
     ICML 2015.
@@ -87,7 +94,7 @@ def kfac(
         raise ValueError(f"kfac: decay={decay}; pass a number from 0 up to, but not, 1.")
     if every < 1:
         raise ValueError(f"kfac: every={every}; pass a number of updates, 1 or more.")
-    curvature = factored(model, loss, kind=kind, sharing=sharing, rules=rules)
+    curvature = factored(model, loss, kind=kind, sharing=sharing, samples=samples, where=where, rules=rules)
 
     def factors(params: PyTree, batch: Any, key: PRNGKeyArray) -> Kronecker:
         x, y = batch
@@ -118,7 +125,9 @@ def kfac(
 
         due = state.updates % every == 0
         average, inverse = jax.lax.cond(due, renewed, lambda _: (state.average, state.inverse), None)
-        return inverse.linear_map()(updates), KFACState(state.updates + 1, key, average, inverse)
+        part = MovedPart(params, where)
+        moved = part.with_zeros(inverse.linear_map()(part.of(updates)), updates)
+        return moved, KFACState(state.updates + 1, key, average, inverse)
 
     step = optax.GradientTransformationExtraArgs(init, update)
     return optax.chain(step, optax.scale_by_learning_rate(learning_rate))
@@ -133,6 +142,8 @@ def gauss_newton_diagonal(
     damping: float = 1e-3,
     decay: float = 0.95,
     every: int = 1,
+    samples: int = 1,
+    where: Where | None = None,
     seed: int = 0,
     rules: RuleSet | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -143,15 +154,20 @@ def gauss_newton_diagonal(
     **extra)` takes the minibatch `(x, y)`, as `fp.training.make_step` gives it.
 
     Args:
-        model, loss: of ONE example, as in `fp.per_example`.
+        model, loss: of ONE example, as in `fp.per_example`; or a likelihood in place of the loss, for the
+            diagonal of its Fisher matrix.
         learning_rate: a number, or a schedule.
-        kind: "exact", or "mc" for random signs, drawn anew for every minibatch.
+        kind: "exact", or "mc" for random signs, drawn anew for every minibatch, or "empirical" for the second
+            moment of the gradients.
         damping, decay, every: of `scale_by_diagonal`.
+        samples: how many random columns of each example, with "mc".
+        where: the parameters that are moved, as in `fp.hessian`; the updates of the others are zero.
         seed: of the key from which kind="mc" draws.
         rules: a rule set; `fp.rules.default` if None.
 
     Raises:
-        ValueError: `kind` is not known, or as `scale_by_diagonal` and `fp.per_example`.
+        ValueError: `kind` is not known, or as `scale_by_diagonal` and `fp.per_example`. A loss that is not
+            convex in the outputs is named when a step meets it, before its result is there.
 
     Reference: Becker and Le Cun, "Improving the convergence of back-propagation learning with second order
     methods", 1988.
@@ -167,22 +183,29 @@ def gauss_newton_diagonal(
         >>> print(w.round(2))
         [4. 5.]
     """
-    names = {"exact": "diag_ggn", "mc": "diag_ggn_mc"}
+    names = {"exact": "diag_ggn", "mc": "diag_ggn_mc", "empirical": "second_moment"}
     if kind not in names:
-        raise ValueError(f"gauss_newton_diagonal: kind={kind!r}; choose 'exact' or 'mc'.")
-    quantities = per_example(model, loss, rules=rules)
+        raise ValueError(
+            f"gauss_newton_diagonal: kind={kind!r}; choose one of {', '.join(map(repr, names))}."
+        )
+    quantities = per_example(model, loss, where=where, samples=samples, rules=rules)
 
     def diagonal(params: PyTree, batch: Any, updates_so_far: Any) -> PyTree:
         x, y = batch
         key = jax.random.fold_in(jax.random.key(seed), updates_so_far) if kind == "mc" else None
-        return quantities(params, x, y, {names[kind]}, key)[names[kind]]
+        found, rootless = quantities.with_rootless(params, x, y, {names[kind]}, key, None)
+        require_convex("gauss_newton_diagonal", rootless, REMEDY)
+        # Of what does not move nothing is divided.
+        return MovedPart(params, where).with_zeros(found[names[kind]], params)
 
     scaling = scale_by_diagonal(diagonal, damping=damping, decay=decay, every=every)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any) -> tuple[PyTree, Any]:
         require_arguments("gauss_newton_diagonal", {"params": params, **extra}, "batch")
         require_whole("gauss_newton_diagonal", params)
-        return scaling.update(updates, state, params, **extra, updates_so_far=state.updates)
+        part = MovedPart(params, where)
+        scaled, state = scaling.update(updates, state, params, **extra, updates_so_far=state.updates)
+        return part.with_zeros(part.of(scaled), updates), state
 
     step = optax.GradientTransformationExtraArgs(scaling.init, update)
     return optax.chain(step, optax.scale_by_learning_rate(learning_rate))

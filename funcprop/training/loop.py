@@ -1,4 +1,4 @@
-"""The training loop: forward propagation, backpropagation, update, minibatch after minibatch.
+"""One step of training: forward propagation, backpropagation, update; and what a run is given and yields.
 
 Forward needs the parameters that the last update made, and backward the intermediates that forward stored;
 one jitted step is all three. The step gives its parameters and optimizer state to XLA (buffer donation), so
@@ -9,21 +9,23 @@ Reference: Zhang et al., *Dive into Deep Learning*, section 5.3.4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
+from funcprop.program.call import without_aux
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
 from funcprop.rules.transforms import value_and_grad
+from funcprop.training.position import Batches
+from funcprop.training.training_loss import arguments
+from funcprop.training.training_state import TrainingState
 
 Loss: TypeAlias = Callable[..., Any]
-Batches: TypeAlias = "Iterable[Any] | Callable[[Any], Iterable[Any]]"
-Evaluate: TypeAlias = Callable[[Any], dict[str, Any]]
+Evaluate: TypeAlias = Callable[..., Mapping[str, Any]]
 
 
 class Setup(NamedTuple):
@@ -37,6 +39,8 @@ class Setup(NamedTuple):
     * `optimizer`: an optax gradient transformation.
     * `epochs`: how many.
     * `evaluate(params) -> {name: number}`: metrics after every epoch, such as the accuracy on a test set.
+      With a `model_state` it is called as `evaluate(params, model_state)`.
+    * `options`: further keyword arguments of `fit`, such as `{"model_state": …, "precision": "bfloat16"}`.
 
     Example:
         >>> import jax.numpy as jnp, optax, funcprop as fp
@@ -55,18 +59,20 @@ class Setup(NamedTuple):
     optimizer: optax.GradientTransformation
     epochs: int = 10
     evaluate: Evaluate | None = None
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 class Epoch(NamedTuple):
     """The result of one epoch, which `fit` yields.
 
     `metrics["loss"]` is the mean over the minibatches, each at the parameters before its update; the other
-    metrics are those of `evaluate`. `params` and `state` (the optimizer's) stay valid.
+    metrics are the means of auxiliary numbers, and those of `evaluate`. `params` and `state` stay valid:
+    `fit(loss, epoch.params, …, state=epoch.state)` goes on after this epoch.
     """
 
     number: int
     params: Any
-    state: Any
+    state: TrainingState
     metrics: dict[str, float]
 
 
@@ -78,13 +84,22 @@ def apply_loss(loss: Loss, params: Any, batch: Any) -> Any:
         >>> fp.training.apply_loss(lambda w, x, y: w * x - y, 2.0, (3.0, 1.0))
         5.0
     """
-    return loss(params, *batch) if type(batch) in (tuple, list) else loss(params, batch)
+    return loss(params, *arguments(batch))
 
 
 def make_step(
-    loss: Loss, optimizer: optax.GradientTransformation, *, rules: RuleSet | None = None
-) -> Callable[[Any, Any, Any], tuple[Any, Any, Any]]:
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    rules: RuleSet | None = None,
+) -> Callable[..., tuple[Any, ...]]:
     """One jitted step of gradient descent: `step(params, state, batch) -> (params, state, loss)`.
+
+    With `has_aux=True` the loss returns the scalar and auxiliary data, and `step(params, state, batch) ->
+    (params, state, loss, aux)`. A model with a state of its own, such as the running averages of batch norm,
+    is stepped by `step(params, state, batch, carried) -> (params, state, loss, carried)`: the loss is then
+    `loss(params, carried, *batch)`, and returns the scalar and the new state.
 
     With `g = ∂J/∂θ` on the minibatch and the optimizer's update `u(g)`: `θ ← θ + u(g)`. The buffers of
     `params` and `state` are donated: do not use those arrays again, but the ones that are returned. As under
@@ -94,10 +109,12 @@ def make_step(
         loss: `loss(params, *batch)`, a real scalar; see `Setup` for how a batch is passed.
         optimizer: an optax gradient transformation. One with extra arguments is given `value`, `grad`,
             `value_fn` (the loss of the minibatch, as a function of the parameters) and `batch`.
+        has_aux: the loss returns the scalar and auxiliary data.
         rules: a rule set; `fp.rules.default` if None.
 
     Raises:
-        TypeError: `loss` does not return a scalar.
+        TypeError: `loss` does not return a scalar, or with `has_aux` no pair; or a state is carried without
+            `has_aux`.
 
     Example:
         >>> import jax.numpy as jnp, optax, funcprop as fp
@@ -113,86 +130,23 @@ def make_step(
         optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
     transformation = optax.with_extra_args_support(optimizer)
 
-    def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, Any]:
+    def step(params: Any, state: Any, batch: Any, *carried: Any) -> tuple[Any, ...]:
+        if len(carried) > 1 or (carried and not has_aux):
+            raise TypeError(
+                f"make_step: step() takes params, state, batch and, with has_aux=True, one carried state; "
+                f"has_aux={has_aux}, and {len(carried)} are given."
+            )
+
         def of_params(params: Any) -> Any:
-            return apply_loss(loss, params, batch)
+            of_batch = (lambda params, *batch: loss(params, *carried, *batch)) if carried else loss
+            return apply_loss(of_batch, params, batch)
 
         of_params.__name__ = getattr(loss, "__name__", type(loss).__name__)
-        value, gradient = value_and_grad(of_params, rules=rules)(params)
-        value_fn = with_rules(of_params, rules)
+        found, gradient = value_and_grad(of_params, has_aux=has_aux, rules=rules)(params)
+        value, *aux = found if has_aux else (found,)
+        value_fn = with_rules(without_aux(of_params) if has_aux else of_params, rules)
         extra = {"value": value, "grad": gradient, "value_fn": value_fn, "batch": batch}
         updates, state = transformation.update(gradient, state, params, **extra)
-        return optax.apply_updates(params, updates), state, value
+        return optax.apply_updates(params, updates), state, value, *aux
 
     return jax.jit(step, donate_argnums=(0, 1))
-
-
-def fit(
-    loss: Loss,
-    params: Any,
-    batches: Batches,
-    optimizer: optax.GradientTransformation,
-    *,
-    epochs: int = 10,
-    evaluate: Evaluate | None = None,
-    rules: RuleSet | None = None,
-    key: Any = None,
-    state: Any = None,
-) -> Iterator[Epoch]:
-    """Train, and yield an `Epoch` after every epoch. `fit(*setup[:4], epochs=…)` unpacks a `Setup`.
-
-    Args:
-        loss, params, batches, optimizer, evaluate: see `Setup`.
-        epochs: how many times all minibatches are visited.
-        rules: a rule set; `fp.rules.default` if None.
-        key: the PRNG key from which `batches` gets one for every epoch, if it is a function;
-            `jax.random.key(0)` if None.
-        state: the optimizer's state, to continue; `optimizer.init(params)` if None.
-
-    Raises:
-        ValueError: `epochs` is negative, `batches` yields nothing, or `evaluate` has a metric named `loss`.
-        FloatingPointError: the loss of an epoch is not finite.
-
-    Example:
-        >>> import jax.numpy as jnp, optax, funcprop as fp
-        >>> batches = [(jnp.array([1.0, 3.0]),), (jnp.array([5.0, 3.0]),)]
-        >>> mean = lambda w, x: jnp.mean((w - x) ** 2)
-        >>> for epoch in fp.training.fit(mean, jnp.array(0.0), batches, optax.sgd(0.25), epochs=2):
-        ...     print(epoch.number, epoch.metrics, epoch.params)
-        1 {'loss': 7.5} 2.5
-        2 {'loss': 2.65625} 3.125
-    """
-    if epochs < 0:
-        raise ValueError(f"fit: epochs={epochs}; pass the number of epochs, 0 or more.")
-    key = jax.random.key(0) if key is None else key
-    step = make_step(loss, optimizer, rules=rules)
-    state = optimizer.init(params) if state is None else state
-    for number in range(1, epochs + 1):
-        # The steps give their buffers away. With copies, what the caller passed or received stays valid.
-        params, state = jax.tree.map(jnp.array, (params, state))
-        losses = []
-        for batch in batches(jax.random.fold_in(key, number)) if callable(batches) else batches:
-            params, state, value = step(params, state, batch)
-            losses.append(value)
-        if not losses:
-            raise ValueError(
-                f"fit: batches={batches!r} yielded nothing in epoch {number}; an iterator is used up after "
-                "one epoch, so pass a list, or a function of a key that returns a new iterator."
-            )
-        mean = float(np.mean(jax.device_get(losses)))
-        if not np.isfinite(mean):
-            raise FloatingPointError(
-                f"fit: the mean loss of epoch {number} is {mean}; lower the learning rate, or look with "
-                "`fp.backprop(loss)(params, *batch).first_nonfinite()`."
-            )
-        yield Epoch(number, params, state, {"loss": mean, **_metrics(evaluate, params)})
-
-
-def _metrics(evaluate: Evaluate | None, params: Any) -> dict[str, float]:
-    found = {} if evaluate is None else {name: float(value) for name, value in evaluate(params).items()}
-    if "loss" in found:
-        raise ValueError(
-            "fit: evaluate returned a metric named 'loss', which is the name of the training loss; call it "
-            "'test_loss'."
-        )
-    return found

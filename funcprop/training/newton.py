@@ -15,8 +15,9 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from funcprop.curvature.hessian_operator import hessian
+from funcprop.operators.parameters import Where, single_at_least
 from funcprop.operators.solvers import require_damping
-from funcprop.training.extra import chosen_arguments, require_arguments, require_whole
+from funcprop.training.extra import MovedPart, chosen_arguments, require_arguments, require_whole
 
 # Martens, section 4.1: beyond these ratios the damping changes.
 _POOR, _GOOD = 0.25, 0.75
@@ -44,6 +45,7 @@ def newton_cg(
     products: int = 50,
     tolerance: float = 1e-5,
     factor: float = 1.5,
+    where: Where | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Newton steps by conjugate gradients, damped after Levenberg and Marquardt.
 
@@ -72,6 +74,8 @@ def newton_cg(
         products: the most products of one update.
         tolerance: of the residual, relative to `u`.
         factor: by which the damping changes, more than 1.
+        where: the parameters that are moved, as in `fp.hessian`, on which `curvature` acts; the updates of
+            the others are zero.
 
     Raises:
         ValueError: an argument is out of range, or `update` lacks one of its own.
@@ -96,7 +100,7 @@ def newton_cg(
 
     def init(params: PyTree) -> NewtonCGState:
         require_whole("newton_cg", params)
-        dtype = jnp.result_type(*jax.tree.leaves(params))
+        dtype = single_at_least(jnp.result_type(*jax.tree.leaves(params)))
         return NewtonCGState(
             jnp.asarray(damping, dtype), jnp.ones((), dtype), jnp.zeros((), int), jnp.zeros((), dtype),
             jnp.asarray(True),
@@ -109,10 +113,16 @@ def newton_cg(
             "newton_cg", {"params": params, **extra}, "value", "grad", "value_fn"
         )
         if curvature is None:
-            operator = hessian(value_fn)(params, **chosen_arguments(value_fn, extra))
+            operator = hessian(value_fn, where=where)(params, **chosen_arguments(value_fn, extra))
         else:
             operator = curvature(params, **chosen_arguments(curvature, extra))
-        product = operator.linear_map()
+        part, like, apply = MovedPart(params, where), updates, operator.linear_map()
+        updates, grad = _wide(part.of(updates)), _wide(part.of(grad))
+        narrow = part.of(params)
+
+        def product(v: PyTree) -> PyTree:
+            return _wide(apply(jax.tree.map(lambda x, p: x.astype(p.dtype), v, narrow)))
+
         λ = state.damping
         solved = _conjugate_gradients(
             lambda v: optax.tree.add_scale(product(v), λ, v), updates, products, tolerance
@@ -121,14 +131,16 @@ def newton_cg(
         # Of (A + λ I) s = −u − r, without another product.
         bent = -optax.tree.vdot(updates, s) - optax.tree.vdot(solved.residual, s) - λ * optax.tree.vdot(s, s)
         predicted = optax.tree.vdot(grad, s) + bent / 2
-        moved = value_fn(optax.apply_updates(params, s), **chosen_arguments(value_fn, extra))
+        step = jax.tree.map(lambda x, u: x.astype(u.dtype), part.with_zeros(s, like), like)
+        moved = value_fn(optax.apply_updates(params, step), **chosen_arguments(value_fn, extra))
         undefined = solved.undefined | jnp.isnan(value)
         ratio = jnp.where(predicted == 0, 1, (moved - value) / jnp.where(predicted == 0, 1, predicted))
         accepted = (moved <= value) & ~undefined  # not for NaN
         grown = jnp.where(accepted, jnp.where(ratio < _POOR, factor, 1), factor**4)
         changed = λ * jnp.where(accepted & (ratio > _GOOD), 1 / factor, jnp.where(undefined, 1, grown))
         refused = jnp.where(undefined, jnp.nan, 0)
-        taken = jax.tree.map(lambda x: jnp.where(accepted, x, refused.astype(x.dtype)), s)
+        taken = jax.tree.map(lambda x: jnp.where(accepted, x, refused.astype(x.dtype)), part.of(step))
+        taken = part.with_zeros(taken, like)
         size = optax.tree.norm(updates)
         residual = optax.tree.norm(solved.residual) / jnp.where(size == 0, 1, size)
         kinds = jnp.asarray(state.damping).dtype
@@ -137,6 +149,11 @@ def newton_cg(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _wide(tree: PyTree) -> PyTree:
+    """In at least float32."""
+    return jax.tree.map(lambda x: x.astype(single_at_least(x.dtype)), tree)
 
 
 class _Solved(NamedTuple):

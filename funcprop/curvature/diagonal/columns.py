@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from funcprop import _jax
 from funcprop.curvature.diagonal.affine_cuts import Cut, eigensystem, functions_of
 from funcprop.curvature.diagonal.nodes import LossNode, perturbed
-from funcprop.memory.rows import peak_bytes
+from funcprop.memory.estimate import peak_bytes
 from funcprop.program.flops import of_jaxpr
 from funcprop.program.sizes import nbytes
 from funcprop.rules.rule_set import RuleSet

@@ -27,7 +27,7 @@ from funcprop.curvature.diagonal.loss_terms import terms
 from funcprop.curvature.diagonal.nodes import LossNode
 from funcprop.curvature.diagonal.piecewise import why_curved
 from funcprop.graph.graph import aligned
-from funcprop.operators.parameters import Where
+from funcprop.operators.parameters import Where, shown, single_at_least
 from funcprop.operators.subset import restricted
 from funcprop.program.call import Call, is_array, require_values, without_aux
 from funcprop.program.flops import of_jaxpr
@@ -122,7 +122,7 @@ class ProductOptions:
     def leaves(self, problem: Problem, values: Any) -> list[Any]:
         """The diagonal, leaf by leaf."""
         first = len(problem.constants)
-        found = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in problem.parameters]
+        found = [jnp.zeros(v.aval.shape, single_at_least(v.aval.dtype)) for v in problem.parameters]
         planned, read = self.programs(problem, values)
         counter = None
         if self.progress is not None and planned:
@@ -157,7 +157,7 @@ class HessianDiagonal:
             broken = [p for p, leaf in zip(paths, leaves, strict=True) if not jnp.isfinite(leaf).all()]
             if broken:
                 raise FloatingPointError(
-                    f"hessian_diagonal: the diagonal is not finite at {', '.join(map(repr, broken))}; "
+                    f"hessian_diagonal: the diagonal is not finite at {shown(*broken)}; "
                     "fp.backprop(loss)(...).first_nonfinite() says where that begins."
                 )
         return jax.tree.unflatten(jax.tree.structure(params), leaves)
@@ -242,8 +242,9 @@ def _traced(
     for path, (_, leaf) in zip(paths, named, strict=True):
         if not is_array(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(
-                f"hessian_diagonal: the parameter {path!r} is {leaf!r}, which has no real "
-                "derivative; pass floating-point arrays, and other values as further arguments."
+                f"hessian_diagonal: the parameter {shown(path)} is {leaf!r}, which has no real "
+                "derivative; pass floating-point arrays, leave it out by where=, or give it as a further "
+                "argument."
             )
     call = Call.of((params, *args), kwargs, is_array)
 
@@ -254,9 +255,9 @@ def _traced(
     traced = Program.of(flat, *call.values, called=loss)
     results = traced.results
     if [r.shape for r in results] != [()] or not jnp.issubdtype(results[0].dtype, jnp.floating):
-        shown = ", ".join(jax.typeof(r).str_short() for r in results)
+        types = ", ".join(jax.typeof(r).str_short() for r in results)
         raise TypeError(
-            f"hessian_diagonal: the loss returns ({shown}), but a Hessian is that of one real scalar; "
+            f"hessian_diagonal: the loss returns ({types}), but a Hessian is that of one real scalar; "
             "return the mean or the sum over the examples, alone."
         )
     return paths, traced, call.values

@@ -43,6 +43,8 @@ class Group(NamedTuple):
 
     members: tuple[WeightedColumns, ...]
     what: frozenset[str] = frozenset()
+    # What each example counts in the factor of activations, `[n]`, if not 1; in all else the columns have it.
+    examples: Any = None
 
     @property
     def first(self) -> int:
@@ -77,7 +79,14 @@ class Group(NamedTuple):
 
     def part(self, start: Any, count: int) -> Group:
         """The same for some of the examples."""
-        return self._replace(members=tuple(m.part(start, count) for m in self.members))
+        examples = self.examples
+        if examples is not None:
+            examples = lax.dynamic_slice_in_dim(examples, start, count)
+        return self._replace(members=tuple(m.part(start, count) for m in self.members), examples=examples)
+
+    def counted(self, size: int, dtype: Any) -> Any:
+        """What the examples count together."""
+        return jnp.asarray(size if self.examples is None else self.examples.sum(), dtype)
 
 
 Moments = dict[tuple[str, str], Any]

@@ -20,6 +20,7 @@ from funcprop.curvature.example_gradients.row_tables import Rows
 from funcprop.curvature.example_gradients.shared_leaves import Several
 from funcprop.curvature.example_gradients.tapped_model import Numbered, run
 from funcprop.curvature.example_gradients.taps import Tap, TapPlan, find
+from funcprop.operators.parameters import single_at_least
 from funcprop.program.program import Program
 from funcprop.rules.primitives import convolution
 from funcprop.rules.rule_set import RuleSet
@@ -83,7 +84,7 @@ class Study:
             mine = [n for n, tap in enumerate(self.taps) if tap.view.leaf == i]
             found = [form_of(self.taps[n], leaf, activations.get(n), cotangents[n], limit) for n in mine]
             if not found:
-                zero = jnp.zeros((columns, size, *leaf.shape), leaf.dtype)
+                zero = jnp.zeros((columns, size, *leaf.shape), single_at_least(leaf.dtype))
                 found = [AtHand(jnp.broadcast_to(zero[:1, :1], zero.shape), limit)]
             whole = len(found) == 1 and (not mine or self._covers(self.taps[mine[0]], leaf))
             alike, why = (False, "") if whole else self._alike(i)
@@ -162,10 +163,10 @@ def form_of(tap: Tap, leaf: Any, activation: Any, g: Any, limit: int) -> Gradien
     """Make the form of the gradients at one tap: activations are `[n, …]`, cotangents `[c, n, …]`.
 
     Where a model computes in fewer bits than its parameters have, gradients and all that is made of them have
-    the parameters' precision.
+    the parameters' precision, and at least float32: squares of half precision vanish or overflow.
     """
     g = g if tap.scale == 1 else g * tap.scale
-    dtype = jnp.promote_types(leaf.dtype, g.dtype)
+    dtype = single_at_least(jnp.promote_types(leaf.dtype, g.dtype))
     if (form := outer_form(tap)) is not None:
         g = g.astype(dtype)
         if form.activations is not None:

@@ -7,6 +7,7 @@ and sums of several (`several`).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -112,7 +113,7 @@ class AtHand:
         flat = group.scaled(self.w).reshape(-1, math.prod(self.w.shape[2:]))
         if self.positions is not None and not reduce:
             flat = group.scaled(self.positions).reshape(-1, self.positions.shape[-1])
-        one = jnp.full((1, 1), self.w.shape[1], flat.dtype)
+        one = group.counted(self.w.shape[1], flat.dtype).reshape(1, 1)
         if flat.shape[-1] > DENSE:
             return Factors(one, (flat * flat).sum(0))
         return Factors(one, contractions.product(flat, flat))
@@ -244,7 +245,9 @@ class OuterProducts:
 
 def kronecker(forms: Sequence[OuterProducts], group: Group, reduce: bool) -> Factors:
     """Kronecker factors of taps whose blocks are alike: their positions are one set."""
-    first, positions = forms[0], sum(form.form.positions for form in forms)
+    first = forms[0]
+    cotangents = [replace(form, g=group.scaled(form.g)).folded_cotangents(slice(None)) for form in forms]
+    shares = position_shares(cotangents, reduce)
 
     def square(folded: Sequence[Any]) -> Any:
         """`Σ x xᵀ` over the rows of `x[k, …, t, i]`, with `reduce` over their sums over all `t`."""
@@ -254,15 +257,38 @@ def kronecker(forms: Sequence[OuterProducts], group: Group, reduce: bool) -> Fac
         return sum(_over_blocks(lambda x: contractions.product(x, x), x) for x in rows)
 
     def part(start: Any, count: int) -> Moments:
-        return {("A", SUM): square([form.part(start, count).folded_activations() for form in forms])}
+        here, folded = group.part(start, count), []
+        for form, share in zip(forms, shares, strict=True):
+            a = form.part(start, count).folded_activations()
+            if share is not None:
+                a = a * rows_of(share, start, count, 1)[..., None].astype(a.dtype)
+            if here.examples is not None:
+                a = a * jnp.sqrt(here.examples)[:, None, None].astype(a.dtype)
+            folded.append(a)
+        return {("A", SUM): square(folded)}
 
     a = [jax.eval_shape(form.folded_activations) for form in forms]
     each = sum(x.size * x.dtype.itemsize for x in a) // first.size
     A = contractions.in_parts(part, first.size, first.limit // max(1, each))["A", SUM]
     # Cotangents are there, whatever their bytes; a bias has the same, and XLA sees that in one product alone.
-    G = square([replace(form, g=group.scaled(form.g)).folded_cotangents(slice(None)) for form in forms])
-    A = A / (positions**2 if reduce else positions)
+    G = square(cotangents)
     return Factors(*(x[0] if len(x) == 1 else x for x in (A, G)))
+
+
+def position_shares(cotangents: Sequence[Any], reduce: bool) -> list[Any]:
+    """What each position of an example weighs in the factor of activations, `[k, n, t]` for each form.
+
+    Of the R positions of an example whose cotangents are not all zero each has `1/R` of the squares, or with
+    `reduce` of the sum: padding, which the loss does not see, counts for nothing. Where no cotangent is other
+    than zero, all count.
+    """
+    if sum(g.shape[-2] for g in cotangents) == 1:
+        return [None for _ in cotangents]
+    seen = [jnp.any(g != 0, axis=(1, 4)) for g in cotangents]
+    unseen = ~functools.reduce(jnp.logical_or, [s.any(-1) for s in seen])[..., None]
+    seen = [s | unseen for s in seen]
+    positions = sum(s.sum(-1, keepdims=True) for s in seen)
+    return [s / (positions if reduce else jnp.sqrt(positions)) for s in seen]
 
 
 def both(forms: Sequence[OuterProducts], reduce: bool) -> str:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,28 @@ from jax.flatten_util import ravel_pytree
 
 from funcprop.curvature.diagonal.separability import adds_up_entries
 from funcprop.curvature.example_gradients.cross_entropy import CrossEntropyForm, cross_entropy_form
+from funcprop.operators.parameters import single_at_least
+from funcprop.program.program import Program
 
 Loss = Callable[[Any, Any], Any]
+
+
+class Losses(NamedTuple):
+    """The loss of one example as a program, or what a likelihood has; a program is None if it is not needed.
+
+    Attributes:
+        value: `(o, y)`, the loss or the negative logarithm of the density.
+        fisher: `(o, u)`, the Fisher matrix of a likelihood's outputs times a vector.
+        drawn: `(o, key)`, the gradient of the negative logarithm at a target that is drawn.
+    """
+
+    value: Program | None
+    fisher: Program | None = None
+    drawn: Program | None = None
+
+    def values(self, output: Any, y: Any) -> Any:
+        """The value of one example; 0 of a likelihood without targets."""
+        return jnp.zeros(()) if self.value is None else self.value(output, y)
 
 
 class LossRoot(Protocol):
@@ -64,8 +84,12 @@ class SharesGradient(Protocol):
         """All columns but the first."""
 
 
-def root_of(loss: Loss, output: Any, y: Any) -> LossRoot:
-    """The root of a loss whose output and label have these types."""
+def root_of(losses: Losses, output: Any, y: Any) -> LossRoot:
+    """The root for one example, whose output and label have these types."""
+    if losses.fisher is not None:
+        return FisherRoot(losses, output)
+    loss = losses.value
+    assert loss is not None
     form = cross_entropy_form(loss, output, y)
     if form is not None:
         return Labelled(form) if form.picks_label() else Softmax(form)
@@ -209,7 +233,11 @@ class _OfLoss:
     @property
     def columns(self) -> int:
         """How many columns there are."""
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.output))
+        return _entries_of(self.output)
+
+
+def _entries_of(output: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(output))
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +274,7 @@ class DenseRoot(_OfLoss):
 
     def _root(self, output: Any, y: Any) -> Any:
         flat, unravel = ravel_pytree(output)
-        return _cholesky(jax.hessian(lambda o: self.loss(unravel(o), y))(flat))
+        return _cholesky(jax.hessian(lambda o: self.loss(unravel(o), y))(flat)).astype(flat.dtype)
 
     def all(self, output: Any, y: Any) -> Any:
         """All columns."""
@@ -258,8 +286,39 @@ class DenseRoot(_OfLoss):
         return ravel_pytree(output)[1](signs(self, key, root.dtype) @ root)
 
 
+@dataclass(frozen=True, eq=False)
+class FisherRoot:
+    """A likelihood's Fisher matrix of one example's outputs, and the gradients at targets that are drawn."""
+
+    losses: Losses
+    output: Any
+
+    kind = "a likelihood, by the Fisher matrix of one example's outputs"
+
+    @property
+    def columns(self) -> int:
+        """How many columns there are."""
+        return _entries_of(self.output)
+
+    def all(self, output: Any, y: Any) -> Any:
+        """All columns."""
+        flat, unravel = ravel_pytree(output)
+        fisher = self.losses.fisher
+        assert fisher is not None
+        matrix = jax.vmap(lambda u: ravel_pytree(fisher(output, unravel(u)))[0])(
+            jnp.eye(flat.size, dtype=flat.dtype)
+        )
+        return jax.vmap(unravel)(_cholesky(matrix).astype(flat.dtype))
+
+    def sampled(self, output: Any, y: Any, key: Any) -> Any:
+        """The gradient at one target, whose outer product has the Fisher matrix as its mean."""
+        assert self.losses.drawn is not None
+        return self.losses.drawn(output, key)
+
+
 def _cholesky(h: Any) -> Any:
     """Rows `r` with `rᵀ r = h`, the largest pivot first: exact for a singular matrix too."""
+    h = h.astype(single_at_least(h.dtype))
     size, eps = len(h), jnp.finfo(h.dtype).eps
     scale = jnp.max(jnp.abs(h))
 

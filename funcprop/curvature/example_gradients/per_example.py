@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from funcprop.curvature.data_set import DataSet
 from funcprop.curvature.example_gradients.entering_parameters import Model, Study, route
-from funcprop.curvature.example_gradients.loss_roots import Loss, LossRoot, root_of
+from funcprop.curvature.example_gradients.loss_roots import Loss, Losses, LossRoot, root_of
 from funcprop.curvature.example_gradients.measurement import Sweep
 from funcprop.curvature.example_gradients.mixed_examples import (
     example_of,
@@ -19,10 +20,22 @@ from funcprop.curvature.example_gradients.mixed_examples import (
     trace_loss,
     types_of,
 )
-from funcprop.curvature.example_gradients.quantities import ALIASES, EXACT, QUANTITIES, SAMPLED, VALUE, Part
-from funcprop.curvature.examples import loss_of_one, model_of_one
+from funcprop.curvature.example_gradients.quantities import (
+    ALIASES,
+    EXACT,
+    GRADIENT,
+    MEANS_OF,
+    OF_MEANS,
+    QUANTITIES,
+    ROWS,
+    SAMPLED,
+    VALUE,
+    Part,
+)
+from funcprop.curvature.examples import loss_of_one, model_of_one, total_of, weights_of
+from funcprop.curvature.likelihood import Likelihood, likelihood_of
 from funcprop.graph.graph import aligned
-from funcprop.operators.parameters import Where
+from funcprop.operators.parameters import Parameters, Where, single_at_least
 from funcprop.operators.subset import restricted
 from funcprop.program.call import in_order, require_values
 from funcprop.program.program import Program
@@ -73,14 +86,62 @@ class PerExample:
     """The function that `fp.per_example` returns; `audit` says by which way each parameter goes."""
 
     def __init__(
-        self, model: Model, loss: Loss, where: Where | None, rules: RuleSet | None, limit: int
+        self,
+        model: Model,
+        loss: Loss | Likelihood | str,
+        where: Where | None,
+        rules: RuleSet | None,
+        limit: int,
+        samples: int,
     ) -> None:
         self.model, self.loss, self.where, self.rules, self.limit = model, loss, where, rules, limit
+        self.samples = require_drawn(samples)
 
     def __call__(
-        self, params: Any, x: Any, y: Any, quantities: Collection[str], key: Any = None
+        self,
+        params: Any,
+        x: Any,
+        y: Any,
+        quantities: Collection[str],
+        key: Any = None,
+        *,
+        weights: Any = None,
     ) -> dict[str, Any]:
         """The quantities, each a pytree like `params` but for `gram`, `ntk` and `value`."""
+        return self.with_rootless(params, x, y, quantities, key, weights)[0]
+
+    def over_data(
+        self, data: DataSet, params: Any, quantities: Collection[str], key: Any = None
+    ) -> dict[str, Any]:
+        """The quantities of a data set: a pass for all means, and one for what has a row for each example."""
+        names = _checked(quantities)
+        pairs = [name for name in names if QUANTITIES.get(name) and QUANTITIES[name].whole]
+        if pairs:
+            raise ValueError(
+                f"per_example: {pairs[0]!r} is of all pairs of examples, which are in different minibatches; "
+                "ask for it of one batch."
+            )
+        rows = {name for name in names if name in ROWS}
+        means = {part for name in names if name not in ROWS for part in MEANS_OF.get(name, (name,))}
+
+        def asked(wanted: Collection[str]) -> Any:
+            def quantity(x: Any, y: Any = None, weights: Any = None, key: Any = None) -> Any:
+                found = self(params, x, y, sorted(wanted), key, weights=weights)
+                return {name: found[name] for name in sorted(wanted)}
+
+            return quantity
+
+        found = data.mean(asked(means), key=key).mean if means else {}
+        found |= data.rows(asked(rows), key=key) if rows else {}
+        for name in names:
+            if name in MEANS_OF:
+                found[name] = jax.tree.map(OF_MEANS[name], *(found[part] for part in MEANS_OF[name]))
+        return {asked: found[name] for asked, name in zip(quantities, names, strict=True)}
+
+    def with_rootless(
+        self, params: Any, x: Any, y: Any, quantities: Collection[str], key: Any, weights: Any
+    ) -> tuple[dict[str, Any], Any]:
+        """The quantities, and at which examples the loss is not convex, so that some are NaN."""
         names = _checked(quantities)
         sampled = [n for n in names if n != VALUE and any(p.group == SAMPLED for p in QUANTITIES[n].parts)]
         if sampled and key is None:
@@ -88,13 +149,15 @@ class PerExample:
                 f"per_example: {sampled[0]!r} is an estimate by random signs; pass key=jax.random.key(…)."
             )
         require_values("per_example", {"params": params, "x": x, "y": y}, AUDIT)
-        batch_size(x, y)
+        size = batch_size(x, y)
+        weights = weights_of(weights, size, "per_example")
         of_chosen, params = restricted(self.model, params, self.where)
-        check_parameters(params)
+        Parameters.of(params)
         model, loss = programs(of_chosen, self.loss, params, x, y)
         wanted = tuple(sorted(set(names)))
-        found = _quantities(model, loss, params, x, y, key, wanted, self.rules, self.limit)
-        return {asked: found[name] for asked, name in zip(quantities, names, strict=True)}
+        options = SweepOptions(self.rules, self.limit, self.samples)
+        found, rootless = _quantities(model, loss, params, x, y, key, weights, wanted, options)
+        return {asked: found[name] for asked, name in zip(quantities, names, strict=True)}, rootless
 
     def audit(self, params: Any, x: Any, y: Any = None) -> Audit:
         """List for each parameter how its gradients are found, why, and what KFAC keeps of its block.
@@ -103,7 +166,7 @@ class PerExample:
         as, and how many columns Gauss-Newton quantities sweep.
         """
         model, params = restricted(self.model, params, self.where)
-        check_parameters(params)
+        Parameters.of(params)
         study = Study.of(trace_example(model, types_of(params), example_of(x)), params, self.rules)
         size, routes = batch_size(x, () if y is None else y), []
         kept = study.kept(jax.tree.leaves(params), x, size)
@@ -113,68 +176,124 @@ class PerExample:
             routes.append(GradientRoute(jax.tree_util.keystr(path), ways, reasons, *kept[i]))
         audit = Audit(routes)
         if y is not None:
-            root = root_of(self.loss, study.output, example_of(y))
+            label = example_of(y)
+            root = root_of(losses_of(self.loss, study.output, label), study.output, label)
             audit.loss = f"{root.kind}; {root.columns} columns for each example"
         return audit
 
 
-@functools.partial(jax.jit, static_argnames=("names", "rules", "limit"))
+@functools.partial(jax.jit, static_argnames=("names", "options"))
 def _quantities(
     model: Program,
-    loss: Program,
+    loss: Losses,
     params: Any,
     x: Any,
     y: Any,
     key: Any,
+    weights: Any,
     names: tuple[str, ...],
-    rules: RuleSet | None,
-    limit: int,
-) -> dict[str, Any]:
+    options: SweepOptions,
+) -> tuple[dict[str, Any], Any]:
     parts = frozenset(p for n in names if n != VALUE for p in QUANTITIES[n].parts)
     leaves, tree = jax.tree.flatten(params)
     size = batch_size(x, y)
-    values, found = sweep(model, loss, params, parts, rules, limit)(leaves, x, y, key, size)
+    made = sweep(model, loss, params, y, parts, weights, options)
+    (values, rootless), found = made(leaves, x, y, key, weights, size)
+    total = total_of(weights, size)
     results: dict[str, Any] = {}
     for name in names:
         if name == VALUE:
-            results[name] = values.mean()
+            values = values.astype(single_at_least(values.dtype))
+            results[name] = jnp.sum(values if weights is None else values * weights) / total
             continue
-        each = [QUANTITIES[name](here, size) for here in found]
+        each = [QUANTITIES[name](here, total) for here in found]
         results[name] = sum(each) if QUANTITIES[name].whole else jax.tree.unflatten(tree, each)
-    return results
+    return results, rootless
 
 
-def programs(model: Model, loss: Loss, params: Any, x: Any, y: Any) -> tuple[Program, Program]:
-    """The model and the loss of one example, as they are now."""
+class SweepOptions(NamedTuple):
+    """How a sweep is made; hashable."""
+
+    rules: RuleSet | None
+    limit: int
+    samples: int
+
+
+def programs(
+    model: Model, loss: Loss | Likelihood | str, params: Any, x: Any, y: Any
+) -> tuple[Program, Losses]:
+    """The model and the loss of one example, or a likelihood, as they are now."""
     label = example_of(y)
+    if not callable(loss):
+        of_model = trace_example(model, types_of(params), example_of(x))
+        return of_model, losses_of(loss, of_model.results, label)
     with in_order(model, loss, params, example_of(x), label):
         of_model = trace_example(model, types_of(params), example_of(x))
-        return of_model, trace_loss(loss, of_model.results, label)
+        return of_model, losses_of(loss, of_model.results, label)
+
+
+def losses_of(loss: Loss | Likelihood | str, output: Any, label: Any) -> Losses:
+    """The programs of a loss, or of a likelihood, of one example.
+
+    Of a likelihood by name the negative logarithm's Hessian is its Fisher matrix, whatever the target is.
+    """
+    if callable(loss):
+        return Losses(trace_loss(loss, output, label))
+    density = likelihood_of(loss)
+    targets = bool(jax.tree.leaves(label))
+    value = trace_loss(density.negative_log, output, label) if targets else None
+    if isinstance(loss, str) and value is not None:
+        return Losses(value)
+
+    def drawn(o: Any, key: Any) -> Any:
+        y = jax.lax.stop_gradient(density.sample(key, o))
+        return jax.grad(density.negative_log)(o, y)
+
+    return Losses(
+        value,
+        Program.of(density.fisher, output, output),
+        Program.of(drawn, output, jax.eval_shape(lambda: jax.random.key(0))),
+    )
 
 
 def sweep(
-    model: Program, loss: Program, params: Any, parts: Collection[Part], rules: RuleSet | None, limit: int
+    model: Program,
+    loss: Losses,
+    params: Any,
+    y: Any,
+    parts: Collection[Part],
+    weights: Any,
+    options: SweepOptions,
 ) -> Sweep:
     """The sweep for some contractions."""
     root: LossRoot | None = None
+    if loss.value is None and any(part.group == GRADIENT for part in parts):
+        raise ValueError(
+            "y=None: gradients, and kind='empirical', are at the targets of the data; give them as y."
+        )
     if any(part.group in (SAMPLED, EXACT) for part in parts):
-        root = root_of(loss, *loss.arguments)
-    return Sweep(Study.of(model, params, rules), loss, root, frozenset(parts), limit)
+        root = root_of(loss, model.results, example_of(y))
+    study = Study.of(model, params, options.rules)
+    weighted = weights is not None
+    return Sweep(study, loss, root, frozenset(parts), options.limit, (), options.samples, weighted)
 
 
 def per_example(
     model: Model,
-    loss: Loss,
+    loss: Loss | Likelihood | str,
     *,
     batched: bool = False,
     where: Where | None = None,
+    samples: int = 1,
     rules: RuleSet | None = None,
     budget: int | str = LIMIT,
 ) -> PerExample:
     """Quantities of the gradient of every example, in one forward and one backward sweep.
 
-    `per_example(model, loss)(params, x, y, quantities={...}, key=None)` returns `{quantity: pytree like
-    params}`. With `W[n]` the gradient of example n's loss in a leaf and N examples, all conventions fixed:
+    `per_example(model, loss)(params, x, y, quantities={...}, key=None, weights=None)` returns `{quantity:
+    pytree like params}`. With `weights`, one number ≥ 0 for each example (0 for padding), every mean is
+    `Σ w q / Σ w`; what is of single examples (`"gradients"`, `"norm"`, `"gram"`, `"ntk"`) has
+    none. With `W[n]` the gradient of example n's loss in a leaf and N examples, all conventions fixed:
 
     * `"value"`: the mean loss. `"gradient"`: `1/N Σ W`, of the mean loss.
     * `"gradients"` (or `"batch_gradients"`): `W`, N × leaf. `"norm"`: `‖W[n]‖`, an array of length N for each
@@ -200,10 +319,13 @@ def per_example(
     Args:
         model: `model(params, x)`, for ONE example; returns floating-point arrays.
         loss: `loss(output, y)`, for ONE example; a scalar. For Gauss-Newton quantities it must be convex in
-            the output: they are NaN where it is not.
+            the output: they are NaN where it is not. Or a likelihood, by its name or an
+            `fp.curvature.Likelihood`: these quantities are then of its Fisher matrix, which is never
+            indefinite, and need no targets (y=None).
         batched: both are functions of a whole batch, of which the loss is a mean; they are called with
             batches of one.
         where: a subset of the parameters, as in `fp.hessian`; the others are constants, None in the result.
+        samples: how many random columns estimates are the mean of.
         rules: a rule set; the default rules if None.
         budget: bytes that the stacked cotangents of several columns may take at a time; the batch is swept in
             parts.
@@ -225,9 +347,9 @@ def per_example(
         >>> print(found["norm"], found["diag_ggn"])
         [5. 0.] [4.5 8.5]
     """
-    return PerExample(
-        model_of_one(model, batched), loss_of_one(loss, batched), where, rules, budget_bytes(budget, "budget")
-    )
+    loss = loss_of_one(loss, batched) if callable(loss) else loss
+    limit = budget_bytes(budget, "budget")
+    return PerExample(model_of_one(model, batched), loss, where, rules, limit, samples)
 
 
 def batch_size(x: Any, y: Any) -> int:
@@ -241,8 +363,9 @@ def batch_size(x: Any, y: Any) -> int:
         for path, leaf in jax.tree.leaves_with_path(tree):
             where = name + jax.tree_util.keystr(path)
             if not jnp.ndim(leaf):
+                instead = "; make it an array" if isinstance(tree, list | tuple) else ""
                 raise ValueError(
-                    f"per_example: {where} is a scalar; the leading axis of x and y is the examples."
+                    f"per_example: {where} is a scalar{instead}; the leading axis of x and y is the examples."
                 )
             sizes[where] = jnp.shape(leaf)[0]
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
@@ -253,19 +376,11 @@ def batch_size(x: Any, y: Any) -> int:
     return next(iter(sizes.values()))
 
 
-def check_parameters(params: Any) -> None:
-    """Raise for a parameter that has no gradient.
-
-    Raises:
-        TypeError: with its path.
-    """
-    for path, leaf in jax.tree.leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise TypeError(
-                f"per_example: params{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}, which has no "
-                "gradient; pass floating-point leaves only and close over the rest "
-                "(`eqx.partition(model, eqx.is_inexact_array)`)."
-            )
+def require_drawn(samples: int) -> int:
+    """`samples`, if it is a number of random columns."""
+    if samples < 1:
+        raise ValueError(f"samples={samples}; an estimate takes 1 random column or more.")
+    return samples
 
 
 def _checked(quantities: Collection[str]) -> list[str]:

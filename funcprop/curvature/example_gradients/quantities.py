@@ -108,6 +108,14 @@ QUANTITIES: dict[str, Quantity] = {
     "kfac_empirical_reduce": Quantity("the same, reduce", (Part(GRADIENT, REDUCE),), _factors),
 }
 
+# A row for each example.
+ROWS = frozenset({"gradients", "norm"})
+# Of a data set these follow from means.
+MEANS_OF = {"variance": ("gradient", "second_moment"), "snr": ("gradient", "second_moment")}
+OF_MEANS = {
+    "variance": lambda mean, squares: _variance(mean, squares, 1),
+    "snr": lambda mean, squares: _signal_to_noise(mean, squares, 1),
+}
 # Other names for the same.
 ALIASES = {"batch_gradients": "gradients"}
 # Not of the parameters: the mean loss.

@@ -12,7 +12,7 @@ from jax import lax
 
 from funcprop.curvature.example_gradients import contractions
 from funcprop.curvature.example_gradients.contractions import NORMS, SQUARES, SUM, Group, Moments
-from funcprop.curvature.example_gradients.gradient_forms import Factors, rows_of
+from funcprop.curvature.example_gradients.gradient_forms import Factors, position_shares, rows_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,14 +69,18 @@ class Rows:
 
     def factors(self, group: Group, reduce: bool) -> Factors:
         """What is taken is one-hot: with the positions as examples, the factor of activations is diagonal."""
-        g, positions = group.scaled(self.g), self.ids.shape[1]
+        g = group.scaled(self.g)
+        (share,) = position_shares([g[None]], reduce)
+        share = jnp.ones(self.ids.shape, g.dtype) if share is None else share[0].astype(g.dtype)
+        if group.examples is not None:
+            share = share * jnp.sqrt(group.examples)[:, None].astype(g.dtype)
         if reduce:
-            counts = jax.vmap(lambda ids: jnp.zeros(self.rows, g.dtype).at[ids].add(1.0))(self.ids)
+            means = jax.vmap(lambda ids, share: jnp.zeros(self.rows, g.dtype).at[ids].add(share))
             summed = g.sum(2).reshape(-1, g.shape[-1])
-            return Factors((counts**2).sum(0) / positions**2, contractions.product(summed, summed))
-        counts = jnp.zeros(self.rows, g.dtype).at[self.ids.reshape(-1)].add(1.0)
+            return Factors((means(self.ids, share) ** 2).sum(0), contractions.product(summed, summed))
+        taken = jnp.zeros(self.rows, g.dtype).at[self.ids.reshape(-1)].add((share**2).reshape(-1))
         flat = g.reshape(-1, g.shape[-1])
-        return Factors(counts / positions, contractions.product(flat, flat))
+        return Factors(taken, contractions.product(flat, flat))
 
     def kept(self, reduce: bool) -> str:
         """A diagonal, and a matrix."""

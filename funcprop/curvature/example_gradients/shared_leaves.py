@@ -20,6 +20,7 @@ from funcprop.curvature.example_gradients.gradient_forms import (
     both,
     kronecker,
 )
+from funcprop.operators.parameters import single_at_least
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ class Several:
         """Kronecker factors, summed over examples."""
         if self.expands:
             return kronecker(self.forms, group, reduce)
-        one = jnp.full((1, 1), self.size, self.leaf.dtype)
+        one = group.counted(self.size, single_at_least(self.leaf.dtype)).reshape(1, 1)
         if self.leaf.size > DENSE:
             squares = self.moments({"": group._replace(what=frozenset({SQUARES}))})
             return Factors(one, squares["", SQUARES].reshape(-1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -16,42 +16,18 @@ from funcprop._jax import xla_options
 from funcprop.graph.graph import Graph, Operator, Variable, aligned
 from funcprop.graph.tracing import graph_of
 from funcprop.memory.remat.chain import StepChain
+from funcprop.memory.remat.choice import CompiledGradient, GradientProgram, options_of
 from funcprop.memory.remat.policy import SaveOperators, policy_within
 from funcprop.memory.remat.saving import Residuals
 from funcprop.memory.remat.schedule import Schedule
 
 
-class Compiled(NamedTuple):
-    """Bytes and FLOPs of a compiled program: a value and its gradients.
-
-    The FLOPs are XLA's own count, in which the body of a loop counts once.
-    """
-
-    temp: int
-    argument: int
-    output: int
-    alias: int
-    flops: float
-
-    @property
-    def total(self) -> int:
-        """All buffers of the program."""
-        return self.argument + self.output + self.temp - self.alias
-
-    @classmethod
-    def of(cls, compiled: Any) -> Compiled:
-        """Read bytes and operations of a compiled program from XLA."""
-        m = compiled.memory_analysis()
-        sizes = m.temp_size_in_bytes, m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes
-        return cls(*sizes, flops=compiled.cost_analysis().get("flops", float("nan")))
-
-
 class Proof(NamedTuple):
     """A gradient compiled plain and rematerialised, the latter also without the compiler options."""
 
-    plain: Compiled
-    rematerialized: Compiled
-    without_options: Compiled | None
+    plain: CompiledGradient
+    rematerialized: CompiledGradient
+    without_options: CompiledGradient | None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -80,8 +56,12 @@ class RematPlan:
     `residual_bytes` is what the pullback holds besides arguments and constants of the function, which exist
     anyway; of these it holds `argument_bytes`. The two add up to the leaves of `jax.vjp(f, *x)[1]`.
     `plain_…` are the same of the function as it stands. `budget` is in bytes. `peak_bytes` is the largest
-    sum of what is held and of what one recomputed segment needs while it is differentiated, as predicted.
+    sum of what is held and of what one recomputed segment needs while it is differentiated, by the schedule.
     `extra_flops` are run a second time, `forward_flops` the first.
+
+    `temp_bytes` and `plain_temp_bytes` are the temporary bytes of the compiled gradient, with the plan and
+    without; None if nothing was compiled. `reason` says why the function is left as it is, or what keeps the
+    peak high; None where there is nothing to say.
     """
 
     name: str
@@ -95,6 +75,10 @@ class RematPlan:
     forward_flops: int
     program: StepChain = field(repr=False)
     schedule: Schedule = field(repr=False)
+    differentiated: tuple[int, ...] = ()
+    temp_bytes: int | None = None
+    plain_temp_bytes: int | None = None
+    reason: str | None = None
 
     @functools.cached_property
     def saved(self) -> tuple[Variable, ...]:
@@ -127,9 +111,7 @@ class RematPlan:
 
         Empty where none are needed, and where none are known to help; `advice` tells which.
         """
-        if not any(s.recomputed for s in self.schedule.segments):
-            return {}
-        return dict(xla_options.barrier_options(jax.default_backend()) or {})
+        return options_of(self.schedule)
 
     @property
     def advice(self) -> str | None:
@@ -169,20 +151,13 @@ class RematPlan:
         return self._policy[1].computed
 
     def prove(self) -> Proof:
-        """Compile the gradient in all arguments, plain and rematerialised, and report what XLA allocates."""
-        avals = [v.aval for v in _jax.open_jaxpr(self.program.closed).invars]
-        consts = _jax.array_constants(self.program.closed)
-        jaxpr = _jax.open_jaxpr(self.program.closed)
+        """Compile the gradient plain and rematerialised, and report what XLA allocates.
 
-        def plain(*values: Any) -> list[Any]:
-            return _jax.evaluate(jaxpr, consts, values)
-
-        def planned(*values: Any) -> list[Any]:
-            return self.program.run(self.schedule, values)
-
-        options = self.compiler_options
-        without = _gradient(planned, avals, {}) if options else None
-        return Proof(_gradient(plain, avals, {}), _gradient(planned, avals, options), without)
+        It is the gradient in the arguments at `argnums`.
+        """
+        gradient, options = GradientProgram(self.program, self.differentiated), self.compiler_options
+        without = gradient.compiled(self.schedule, {}) if options else None
+        return Proof(gradient.compiled(None, {}), gradient.compiled(self.schedule, options), without)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as in `json()`."""
@@ -191,7 +166,7 @@ class RematPlan:
             for name in (
                 *("name", "budget", "residual_bytes", "argument_bytes", "plain_residual_bytes"),
                 *("plain_argument_bytes", "peak_bytes", "extra_flops", "forward_flops", "segments"),
-                *("compiler_options", "advice"),
+                *("temp_bytes", "plain_temp_bytes", "reason", "compiler_options", "advice"),
             )
         }
         saved = [
@@ -229,8 +204,16 @@ class RematPlan:
                 share(self.extra_flops, self.forward_flops),
             ),
         ]
+        if self.temp_bytes is not None and self.plain_temp_bytes is not None:
+            share_of_temp = share(self.temp_bytes, self.plain_temp_bytes)
+            summary += [
+                ("temporary bytes of the compiled gradient", self.temp_bytes, share_of_temp),
+                ("… of the function as it stands", self.plain_temp_bytes, ""),
+            ]
         rows = [(self.name, "", ""), *((text, f"{n:,}", s.strip()) for text, n, s in summary)]
         parts = [aligned(rows, right={1, 2}, widest=80)]
+        if self.reason:
+            parts.append(self.reason)
         if self.advice:
             parts.append(self.advice)
         saved = [(v.name, v.type, f"{v.nbytes:,}") for v in _largest(self.saved)]
@@ -257,27 +240,6 @@ def _largest(saved: Sequence[Variable], shown: int = 20) -> Sequence[Variable]:
 def _part(name: str, nbytes: int, scope: str = "") -> Variable:
     """Bytes without one shape."""
     return Variable(name, "intermediate", scope, None, None, nbytes, False, "")
-
-
-def _gradient(fun: Callable[..., Sequence[Any]], avals: Sequence[Any], options: dict[str, str]) -> Compiled:
-    smooth = [_jax.is_differentiable(aval) for aval in avals]
-
-    def both_sweeps(values: Sequence[Any], seeds: Sequence[Any]) -> tuple[Any, Any]:
-        def of_smooth(*chosen: Any) -> list[Any]:
-            given = iter(chosen)
-            return list(fun(*(next(given) if s else v for s, v in zip(smooth, values, strict=True))))
-
-        results, pullback = jax.vjp(of_smooth, *(v for s, v in zip(smooth, values, strict=True) if s))
-        given = iter(seeds)
-        cotangents = [
-            next(given) if _jax.is_differentiable(jax.typeof(y)) else _jax.zero_tangent(jax.typeof(y))
-            for y in results
-        ]
-        return results, pullback(cotangents)
-
-    results = jax.eval_shape(fun, *avals)
-    seeds = [y for y in results if _jax.is_differentiable(y)]
-    return Compiled.of(jax.jit(both_sweeps, compiler_options=options or None).lower(avals, seeds).compile())
 
 
 # --- names --------------------------------------------------------------------------------------

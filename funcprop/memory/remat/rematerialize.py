@@ -10,6 +10,7 @@ dynamic programming (`funcprop.memory.remat.schedule`).
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,10 +20,11 @@ import numpy as np
 from funcprop import _jax
 from funcprop._jax import nnx
 from funcprop.memory.remat.chain import StepChain, flat, program
+from funcprop.memory.remat.choice import SMALLEST, Choice, GradientProgram, best, can_compile
 from funcprop.memory.remat.plan import RematPlan
 from funcprop.memory.remat.saving import Residuals, residuals
-from funcprop.memory.remat.schedule import Schedule, cheapest, frontier, in_chunks
-from funcprop.program.call import Call, is_array, traced
+from funcprop.memory.remat.schedule import Schedule, cheapest, frontier, in_chunks, kept
+from funcprop.program.call import Call, is_array, name_of, traced
 from funcprop.program.sizes import budget_or_share
 
 Budget = int | float | str | None
@@ -43,6 +45,8 @@ def rematerialize(
     peak: Budget = None,
     chunks: int | None = None,
     count_arguments: bool = False,
+    argnums: int | Sequence[int] = 0,
+    measure: bool = True,
 ) -> Callable[..., Any]:
     """Bound the bytes that a function's reverse mode holds between its sweeps by `budget`.
 
@@ -90,7 +94,7 @@ def rematerialize(
         >>> print(jax.jit(jax.grad(lean))(ws, x)[0][0] == jax.grad(loss)(ws, x)[0][0])
         [ True  True  True]
     """
-    limits = _Limits(budget, peak, chunks, count_arguments)
+    limits = _Limits(budget, peak, chunks, count_arguments, argnums, measure)
 
     def run(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = Call.of(args, kwargs, _jax.is_traced)
@@ -107,7 +111,7 @@ def rematerialize(
             return [x for x, k in zip(results, kept, strict=True) if k is None]
 
         closed = traced(arrays, call.values, fun, "a differentiated argument")
-        found = limits.solve(flat(closed), getattr(fun, "__name__", type(fun).__name__))
+        found = limits.solve(flat(closed), name_of(fun), call, args)
         outputs = found.program.run(found.schedule, call.values)
         outvars = _jax.open_jaxpr(closed).outvars
         computed = iter([_jax.as_array(x, v.aval) for x, v in zip(outputs, outvars, strict=True)])
@@ -143,6 +147,8 @@ def remat_plan(
     peak: Budget = None,
     chunks: int | None = None,
     count_arguments: bool = False,
+    argnums: int | Sequence[int] = 0,
+    measure: bool = True,
 ) -> Callable[..., RematPlan]:
     """Plan what `rematerialize` does: `remat_plan(fun, budget)(*args, **kwargs) -> RematPlan`.
 
@@ -163,7 +169,7 @@ def remat_plan(
         >>> plan.residual_bytes, plan.forward_flops, 0 < plan.extra_flops < 0.2 * plan.forward_flops
         (96, 174, True)
     """
-    limits = _Limits(budget, peak, chunks, count_arguments)
+    limits = _Limits(budget, peak, chunks, count_arguments, argnums, measure)
 
     def planned(*args: Any, **kwargs: Any) -> RematPlan:
         def plan(fun: Callable[..., Any], args: Any, kwargs: Any) -> RematPlan:
@@ -175,7 +181,7 @@ def remat_plan(
                 return [x for x in results if isinstance(x, jax.core.Tracer)]
 
             closed = flat(traced(arrays, call.values, fun))
-            return limits.solve(closed, getattr(fun, "__name__", type(fun).__name__))
+            return limits.solve(closed, name_of(fun), call, args)
 
         if nnx.has_models((args, kwargs)):
             return nnx.call(lambda *call: (plan(*call), None), fun, args, kwargs)
@@ -187,7 +193,15 @@ def remat_plan(
 class _Limits:
     """The limits asked for, checked before anything is traced."""
 
-    def __init__(self, budget: Budget, peak: Budget, chunks: int | None, count_arguments: bool) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        peak: Budget,
+        chunks: int | None,
+        count_arguments: bool,
+        argnums: int | Sequence[int],
+        measure: bool,
+    ) -> None:
         if (budget is None and peak is None) == (chunks is None):
             raise ValueError(
                 f"budget={budget!r}, peak={peak!r}, chunks={chunks!r}: give a budget or a peak (bytes as an "
@@ -199,15 +213,23 @@ class _Limits:
         for name, limit in (("budget", budget), ("peak", peak)):
             _check(name, limit)
         self.budget, self.peak, self.chunks, self.count_arguments = budget, peak, chunks, count_arguments
+        self.argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+        self.measure = measure
+        # What was chosen for a program, by the program as text: a function is often traced several times.
+        self.chosen: dict[str, Choice] = {}
 
-    def solve(self, closed: Any, name: str) -> RematPlan:
-        """The plan for a jaxpr."""
+    def solve(self, closed: Any, name: str, call: Call, args: Sequence[Any]) -> RematPlan:
+        """The plan for the jaxpr of a call."""
         jaxpr, consts = _jax.open_jaxpr(closed), _jax.array_constants(closed)
         avals = [v.aval for v in jaxpr.invars]
         found = program(closed, [_jax.is_differentiable(a) for a in avals], [True] * len(avals))
         plain = residuals(lambda *values: _jax.evaluate(jaxpr, consts, values), avals)
         counted = plain.all if self.count_arguments else plain.computed
         budget, peak = _bytes(self.budget, counted), _bytes(self.peak, counted)
+        gradient = GradientProgram(found, self._differentiated(avals, call, args))
+        as_it_is = kept(found.chain)
+        choice: Choice | None = None
+        reason: str | None = None
         if self.chunks is not None:
             schedule = in_chunks(found.chain, self.chunks)
             if schedule is None:
@@ -216,8 +238,20 @@ class _Limits:
                     "be recomputed; ask for fewer chunks."
                 )
             held = self._held(found, schedule)
+        elif budget is not None and counted <= budget and (peak is None or as_it_is.peak <= peak):
+            schedule, held = as_it_is, plain
+            reason = f"the budget is met: {name} holds {counted:,} bytes as it stands, so it is left as it is"
         else:
             schedule, held = self._within(found, plain, budget, peak, name)
+            if self._measures(closed, plain, gradient):
+                limits = (np.inf if limit is None else limit for limit in (budget, peak))
+                target = (peak if budget is None else budget) or 0
+                choice = self._chosen(gradient, schedule, *limits, target / max(counted, 1))
+                if choice.schedule is None:
+                    schedule, held = as_it_is, plain
+                elif choice.schedule is not schedule:
+                    schedule, held = choice.schedule, self._held(found, choice.schedule)
+                reason = _reason(choice, name, target / max(counted, 1))
         return RematPlan(
             name,
             counted if budget is None else budget,
@@ -230,7 +264,37 @@ class _Limits:
             sum(step.flops for step in found.steps),
             found,
             schedule,
+            gradient.chosen,
+            None if choice is None else choice.chosen.temp,
+            None if choice is None else choice.plain.temp,
+            reason,
         )
+
+    def _differentiated(self, avals: Sequence[Any], call: Call, args: Sequence[Any]) -> tuple[int, ...]:
+        """The variables in which the gradient is taken: those at `argnums`, or all if there are none."""
+        ends = list(itertools.accumulate((len(jax.tree.leaves(a)) for a in args), initial=0))
+        wanted = {i for p in self.argnums if -len(args) <= p < len(args) for i in range(ends[p % len(args)], ends[p % len(args) + 1])}
+        smooth = [k for k, aval in enumerate(avals) if _jax.is_differentiable(aval)]
+        return tuple(k for k in smooth if call.variables[k] in wanted) or tuple(smooth)
+
+    def _measures(self, closed: Any, plain: Residuals, gradient: GradientProgram) -> bool:
+        """Whether schedules are compared by what they compile to."""
+        is_large = plain.computed >= SMALLEST and bool(gradient.chosen)
+        return self.measure and is_large and can_compile(closed)
+
+    def _chosen(
+        self, gradient: GradientProgram, base: Schedule, budget: float, peak: float, target: float
+    ) -> Choice:
+        """The choice among schedules, once for equal programs."""
+        key = str(gradient.program.closed)
+        if key not in self.chosen:
+            fits = functools.partial(self._fits, gradient.program, budget)
+            self.chosen[key] = best(gradient, base, fits, budget, peak, target)
+        return self.chosen[key]
+
+    def _fits(self, found: StepChain, budget: float, schedule: Schedule) -> bool:
+        held = self._held(found, schedule)
+        return (held.all if self.count_arguments else held.computed) <= budget
 
     def _held(self, found: StepChain, schedule: Schedule) -> Residuals:
         avals = [v.aval for v in _jax.open_jaxpr(found.closed).invars]
@@ -278,6 +342,21 @@ class _Limits:
             else:
                 low = middle + 1
         return best + given
+
+
+def _reason(choice: Choice, name: str, target: float) -> str | None:
+    """Say why a function is left as it is, or what keeps its peak high."""
+    temp, plain = choice.chosen.temp, choice.plain.temp
+    if choice.schedule is not None and temp <= target * plain:
+        return None
+    largest = ", ".join(f"{op} {nbytes:,}" for op, nbytes in choice.chosen.largest)
+    way = f" In the way are, at the peak: {largest} bytes." if largest else ""
+    if choice.schedule is None:
+        return (
+            f"no schedule within the budget lowers the peak of {name}, {plain:,} temporary bytes, so it is left "
+            f"as it is.{way} A smaller batch, or rules that hold less (fp.with_rules), may help."
+        )
+    return f"the program's peak falls to {temp / plain:.0%} of {plain:,} temporary bytes.{way}"
 
 
 def _written(name: str, limit: Budget) -> int | float | None:

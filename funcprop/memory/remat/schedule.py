@@ -215,6 +215,16 @@ def cheapest(chain: CutChain, budget: float, peak: float = np.inf) -> Schedule |
     return best
 
 
+def kept(chain: CutChain) -> Schedule:
+    """The schedule that recomputes nothing."""
+    whole = {s.start: s for s in chain.segments if not s.recomputed and s.variant == 0}
+    segments, at = [], 0
+    while at < len(chain.live) - 1:
+        segments.append(whole[at])
+        at = whole[at].stop
+    return chain.schedule(segments)
+
+
 def in_chunks(chain: CutChain, count: int) -> Schedule | None:
     """`count` recomputed segments, the largest as small as possible (Chen et al. 2016); None if impossible.
 

@@ -27,6 +27,7 @@ Source: Bridle, "Probabilistic interpretation of feedforward classification netw
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from jaxtyping import Array, Float
 
 from funcprop.rules.expressions import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import Layer, layer
+from funcprop.rules.machine import Machine, cached_entries, host
 from funcprop.rules.patterns.recognition import Pattern, Producer, Replacement, equal_to, layer_equation
 from funcprop.rules.rule import Rule
 
@@ -107,16 +109,18 @@ def softmax(x: Float[Array, "*shape"], *, axis: Axes = -1) -> Float[Array, "*sha
 # --- its logarithm ----------------------------------------------------------------------------
 
 
-def _log_forward(x: Any, *, axis: Axes) -> tuple[Any, Result]:
+def _log_forward(x: Any, *, axis: Axes, machine: Machine | None = None) -> tuple[Any, Result]:
     y = jax.nn.log_softmax(x, axis)
     return y, Result(y)
 
 
-def _log_backward(residuals: Result, g: Any, needs: Any, *, axis: Axes) -> tuple[Any]:
+def _log_backward(
+    residuals: Result, g: Any, needs: Any, *, axis: Axes, machine: Machine | None = None
+) -> tuple[Any]:
     return (g - jnp.exp(residuals.y) * g.sum(axis, keepdims=True),)
 
 
-def _log_jvp(residuals: Result, tangents: Any, *, axis: Axes) -> Any:
+def _log_jvp(residuals: Result, tangents: Any, *, axis: Axes, machine: Machine | None = None) -> Any:
     return tangents[0] - (jnp.exp(residuals.y) * tangents[0]).sum(axis, keepdims=True)
 
 
@@ -128,27 +132,34 @@ def _log_equations(op: OperatorSymbols) -> Equations:
     return Equations(y, (op.cotangent - p * op.cotangent.sum(axis, keepdims=True),))
 
 
-def _log_applies(least: int, x: Any, **_: Any) -> bool | str:
+def _log_applies(everywhere: bool, x: Any, *, machine: Machine | None = None, **_: Any) -> bool | str:
     if (reason := _applies(x)) is not True:
         return reason
     if jnp.finfo(x.dtype).bits < 32:
         return f"the exponential of a result of {x.dtype} is less accurate than autodiff's"
-    if x.size < least:
+    if not everywhere and x.size < cached_entries(machine or host()):
         return f"the exponentials of {x.size} entries stay in the cache, and need not be computed again"
     return True
 
 
 def log_rule(*, everywhere: bool = False) -> Rule:
-    """The rule of `log_softmax`, from 2²² entries on, or everywhere."""
+    """The rule of `log_softmax`, where the caches do not hold it (`cached_entries`), or everywhere."""
     return Rule(
         _log_forward,
         _log_backward,
         _log_equations,
         platforms=frozenset({"cpu"}),
         jvp=_log_jvp,
-        applies=partial(_log_applies, 0 if everywhere else 2**22),
+        applies=partial(_log_applies, everywhere),
         pure=True,
+        sized=True,
+        ways=None if everywhere else _ways,
     )
+
+
+@functools.cache
+def _ways() -> dict[str, Rule]:
+    return {"also for few entries": log_rule(everywhere=True)}
 
 
 @layer(rule=log_rule())

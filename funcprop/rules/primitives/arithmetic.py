@@ -12,7 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from funcprop.rules.expressions import Equations, Expression, OperatorSymbols, apply, outer, promoted
+from funcprop.rules.expressions import (
+    Equations,
+    Expression,
+    OperatorSymbols,
+    apply,
+    factors,
+    outer,
+    promoted,
+    unwritten,
+    written,
+)
 
 
 def _fit(cotangent: Expression, operand: Expression) -> Expression:
@@ -56,15 +66,15 @@ def _product(op: OperatorSymbols) -> Equations | None:
     a, b = op.args
     g = op.cotangent
     contraction, batch = op.static["dimension_numbers"]
-    standard = tuple(map(tuple, contraction)) == ((len(a.shape) - 1,), (0,)) and not any(map(len, batch))
-    if not standard or len(a.shape) > 2 or len(b.shape) > 2:
-        return None
     # The cotangent of a real operand beside a complex one is the real part alone.
     if len({jnp.issubdtype(v.type.dtype, jnp.complexfloating) for v in (a, b)}) > 1:
         return None
     # Terms are added in the result's precision (`preferred_element_type`), which may be more than that of
     # the operands.
     a, b = (promoted(v, op.output.type) for v in (a, b))
+    standard = tuple(map(tuple, contraction)) == ((len(a.shape) - 1,), (0,)) and not any(map(len, batch))
+    if not standard or len(a.shape) > 2 or len(b.shape) > 2:
+        return _general_product(a, b, g, op)
     if len(a.shape) == 2 and len(b.shape) == 2:
         return Equations(a @ b, (g @ b.T, a.T @ g))
     if len(a.shape) == 2:
@@ -72,6 +82,93 @@ def _product(op: OperatorSymbols) -> Equations | None:
     if len(b.shape) == 2:
         return Equations(a @ b, (b @ g, outer(a, g)))
     return Equations(a @ b, (g * b, g * a))
+
+
+def _general_product(a: Expression, b: Expression, g: Expression, op: OperatorSymbols) -> Equations | None:
+    """A product over any axes, written as one of matrices for each entry of the batch: `a bᵀ`.
+
+    The axes of a product of matrices are those that are summed and those that stay, in one order or in the
+    other. Where they are mixed there is no such form.
+    """
+    contraction, batch = op.static["dimension_numbers"]
+    flipped = []
+    for v, summed, kept in zip((a, b), contraction, batch, strict=True):
+        free = [i for i in range(len(v.shape)) if i not in (*summed, *kept)]
+        if free and summed and min(free) < max(summed) and min(summed) < max(free):
+            return None
+        flipped.append(bool(free and summed) and min(summed) < min(free))
+    # In `a b` the axes that are summed are the last of `a` and the first of `b`.
+    flips = (
+        flipped[0],
+        bool(b.shape) and not flipped[1] and len(contraction[1]) + len(batch[1]) < len(b.shape),
+    )
+    static = {k: v for k, v in op.static.items() if k != "dimension_numbers"}
+    numbers = op.static["dimension_numbers"]
+
+    def product(x: Any, y: Any) -> Any:
+        return lax.dot_general(x, y, numbers, **static)
+
+    def of_first(g: Any, y: Any) -> Any:
+        return jax.linear_transpose(lambda x: product(x, y), a.type)(g.astype(op.output.type.dtype))[0]
+
+    def of_second(x: Any, g: Any) -> Any:
+        return jax.linear_transpose(lambda y: product(x, y), b.type)(g.astype(op.output.type.dtype))[0]
+
+    def shown(text: str, flip: bool) -> tuple[str, str]:
+        return (f"{text}ᵀ", f"{text}^{{{{\\top}}}}") if flip else (text, text)
+
+    def pair(function: Any, x: Any, y: Any, marks: tuple[bool, bool], type_: Any) -> Expression:
+        operands, shapes, words = [], [], []
+        for v, mark, place in ((x, marks[0], "{0}"), (y, marks[1], "{1}")):
+            is_transposed = mark and v.template == "{0}ᵀ" and len(v.shape) == 2
+            operands.append(v.operands[0] if is_transposed else v)
+            shapes.append(is_transposed)
+            words.append(shown(place, mark and not is_transposed))
+
+        def of_operands(x: Any, y: Any) -> Any:
+            return function(*(v.T if flip else v for v, flip in zip((x, y), shapes, strict=True)))
+
+        (left, left_latex), (right, right_latex) = words
+        return factors(of_operands, operands, f"{left} {right}", f"{left_latex}\\, {right_latex}", type_)
+
+    # From `y = A B`: `Ā = ȳ Bᵀ`, `B̄ = Aᵀ ȳ`; where an operand is written transposed, so is its cotangent.
+    if flips[0]:
+        first = pair(lambda y, g: of_first(g, y), b, g, (flips[1], True), a.type)
+    else:
+        first = pair(of_first, g, b, (False, not flips[1]), a.type)
+    if flips[1]:
+        second = pair(lambda g, x: of_second(x, g), g, a, (True, flips[0]), b.type)
+    else:
+        second = pair(of_second, a, g, (not flips[0], False), b.type)
+    return Equations(pair(product, a, b, flips, op.output.type), (first, second))
+
+
+def _where(op: OperatorSymbols) -> Equations | None:
+    if len(op.args) != 3 or op.args[0].type.dtype != bool:
+        return None
+    mask, otherwise, value = op.args
+
+    def chosen(mask: Any, value: Any, otherwise: Any) -> Any:
+        return lax.select_n(mask, otherwise, value)
+
+    def kept(mask: Any, g: Any) -> Any:
+        return lax.select_n(mask, jnp.zeros_like(g), g)
+
+    def left_out(mask: Any, g: Any) -> Any:
+        return lax.select_n(mask, g, jnp.zeros_like(g))
+
+    g = op.cotangent
+    return Equations(
+        apply("where", chosen, mask, value, otherwise, type_=op.output.type),
+        (
+            None,
+            written(left_out, (mask, g), "where({0}, 0, {1})", _WHERE.replace("#", "0, {1}"), g.type),
+            written(kept, (mask, g), "where({0}, {1}, 0)", _WHERE.replace("#", "{1}, 0"), g.type),
+        ),
+    )
+
+
+_WHERE = "\\mathrm{{where}}\\!\\left({0}, #\\right)"
 
 
 def _sum(op: OperatorSymbols) -> Equations:
@@ -82,7 +179,8 @@ def _sum(op: OperatorSymbols) -> Equations:
         return jnp.broadcast_to(jnp.expand_dims(g, axes), x.shape)
 
     whole = axes == tuple(range(len(x.shape)))
-    return Equations(x.sum(None if whole else axes), (apply("broadcast", spread, op.cotangent),))
+    type_ = jax.ShapeDtypeStruct(x.shape, op.cotangent.type.dtype)
+    return Equations(x.sum(None if whole else axes), (unwritten(spread, op.cotangent, type_),))
 
 
 def _moved(
@@ -160,6 +258,7 @@ EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
     "square": _power,
     "integer_pow": _power,
     "dot_general": _product,
+    "select_n": _where,
     "reduce_sum": _sum,
     "transpose": _transpose,
     "reshape": _moved("reshape", lambda v, p: v.reshape(p["new_sizes"]), lambda g, t, p: g.reshape(t.shape)),

@@ -25,6 +25,7 @@ strided window); the blocked gather is our own, as in `pooling`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ import numpy as np
 from jax import lax
 
 from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.machine import Machine, host, least_summed
 from funcprop.rules.rule import Rule
 from funcprop.rules.rule_set import OperatorKey
 
@@ -48,9 +50,6 @@ class Input(NamedTuple):
 # What is unrolled: taps in the forward, shifted copies of the cotangent in the backward.
 _MOST_SLICES = 64
 _MOST_COPIES = 9
-
-# Results of fewer entries than this are held twice where windows overlap.
-_LEAST_RESULT = 4096
 
 
 def _window_sum(x: Any, **window: Any) -> Any:
@@ -70,7 +69,7 @@ def _sliced_sum(x: Any, **window: Any) -> Any:
     return total
 
 
-def _forward(x: Any, **window: Any) -> tuple[Any, Input]:
+def _forward(x: Any, *, machine: Machine | None = None, **window: Any) -> tuple[Any, Input]:
     total = _sliced_sum if _lie_side_by_side(x.shape, window) else _window_sum
     return total(x, **window), Input(x)
 
@@ -93,11 +92,13 @@ def _is_plain(window: dict[str, Any]) -> bool:
     return not cropped and all(d == 1 for d in window["base_dilation"])
 
 
-def _jvp(residuals: Input, tangents: Any, **window: Any) -> Any:
+def _jvp(residuals: Input, tangents: Any, *, machine: Machine | None = None, **window: Any) -> Any:
     return _window_sum(tangents[0], **window)
 
 
-def _backward(residuals: Input, g: Any, needs: Any, **window: Any) -> tuple[Any]:
+def _backward(
+    residuals: Input, g: Any, needs: Any, *, machine: Machine | None = None, **window: Any
+) -> tuple[Any]:
     return (_spread(g, residuals.x.shape, window),)
 
 
@@ -159,15 +160,18 @@ def _window(window: dict[str, Any]) -> tuple[Sequence[int], Sequence[int], Seque
     return window["window_dimensions"], window["window_strides"], window["window_dilation"]
 
 
-def _applies(x: Any, *, everywhere: bool = False, **window: Any) -> bool | str:
+def _applies(
+    x: Any, *, everywhere: bool = False, machine: Machine | None = None, **window: Any
+) -> bool | str:
     if everywhere:
         return True
     if not _is_plain(window):
         return "the input is dilated, or cropped by a negative padding"
     if (copies := _copies(window)) > _MOST_COPIES:
         return f"its windows overlap so much that the cotangent would be shifted {copies} times"
-    if copies > 1 and math.prod(_result_shape(x.shape, window)) < _LEAST_RESULT:
-        return f"its windows overlap, and its result has fewer than {_LEAST_RESULT} entries"
+    least = least_summed(machine or host())
+    if copies > 1 and math.prod(_result_shape(x.shape, window)) < least:  # XLA holds it twice.
+        return f"its windows overlap, and its result has fewer than {least} entries"
     return True
 
 
@@ -195,7 +199,14 @@ def rule(*, everywhere: bool = False) -> Rule:
         applies=partial(_applies, everywhere=everywhere),
         jvp=_jvp,
         pure=True,
+        sized=True,
+        ways=None if everywhere else _ways,
     )
+
+
+@functools.cache
+def _ways() -> dict[str, Rule]:
+    return {"also where autodiff is usually faster": rule(everywhere=True)}
 
 
 RULES: dict[OperatorKey, Rule] = {"reduce_window_sum": rule()}

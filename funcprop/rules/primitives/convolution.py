@@ -22,8 +22,11 @@ for the products of patches; the margin is our own.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,8 +36,8 @@ import numpy as np
 from jax import lax
 
 from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.machine import Machine
 from funcprop.rules.primitives.patches import (
-    CHUNK_BYTES,
     Geometry,
     chunk,
     from_channels_last,
@@ -115,7 +118,7 @@ def plan(g: Geometry) -> ConvolutionPlan:
     sizes = {
         "batch": g.batch, "rows": g.batch * g.rows, "columns": g.columns, "taps": math.prod(g.kernel),
         "width": g.output[-1], "inputs": g.inputs, "outputs": g.outputs, "narrowing": g.inputs - g.outputs,
-        "stride": max(g.strides), "padded": g.padded, "chunks": g.bytes_of_example / CHUNK_BYTES,
+        "stride": max(g.strides), "padded": g.padded, "chunks": g.bytes_of_example / g.chunk_bytes,
     }  # fmt: skip
 
     def inside(least: dict[str, int], most: dict[str, int]) -> bool:
@@ -139,18 +142,21 @@ def _with_margin(x: Any, w: Any, static: Any) -> Any:
     return lax.slice_in_dim(y, 0, y.shape[last] - 1, axis=last)
 
 
-def _forward(choose: Chooser, x: Any, w: Any, **static: Any) -> tuple[Any, ConvolutionOperands]:
-    margin = choose(geometry_of(x, w, static)).margin
+def _forward(
+    choose: Chooser, x: Any, w: Any, *, machine: Machine | None = None, **static: Any
+) -> tuple[Any, ConvolutionOperands]:
+    margin = choose(geometry_of(x, w, static, machine)).margin
     y = _with_margin(x, w, static) if margin else lax.conv_general_dilated(x, w, **static)
     return y, ConvolutionOperands(x, w)
 
 
 def _backward(
-    choose: Chooser, residuals: ConvolutionOperands, g: Any, needs: Any, **static: Any
-) -> tuple[Any, Any]:
+    choose: Chooser, residuals: ConvolutionOperands, g: Any, needs: Any, *, machine: Machine | None = None,
+    **static: Any,
+) -> tuple[Any, Any]:  # fmt: skip
     x, w = residuals
     need_x, need_w = needs
-    geometry = geometry_of(x, w, static)
+    geometry = geometry_of(x, w, static, machine)
     chosen = choose(geometry)
 
     def convolve(x: Any, w: Any) -> Any:
@@ -231,7 +237,7 @@ def _weight_cotangent(x: Any, g: Any, static: Any, geometry: Geometry) -> Any:
     return lax.transpose(kernel, np.argsort((*rhs[2:], rhs[1], rhs[0])))
 
 
-def _applies(choose: Chooser, x: Any, w: Any, **static: Any) -> bool | str:
+def _applies(choose: Chooser, x: Any, w: Any, *, machine: Machine | None = None, **static: Any) -> bool | str:
     if static["feature_group_count"] != 1 or static["batch_group_count"] != 1:
         return "the convolution has groups"
     if any(d != 1 for d in static["lhs_dilation"]):
@@ -240,7 +246,7 @@ def _applies(choose: Chooser, x: Any, w: Any, **static: Any) -> bool | str:
         return "the padding is negative"
     if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         return f"the operands are {x.dtype} and {w.dtype}"
-    geometry = geometry_of(x, w, static)
+    geometry = geometry_of(x, w, static, machine)
     if not geometry.kernel:
         return "the convolution has no spatial axis"
     if 0 in (geometry.batch, geometry.inputs, geometry.outputs, *geometry.input, *geometry.output):
@@ -276,7 +282,32 @@ def rule(choose: Chooser = plan) -> Rule:
         applies=partial(_applies, choose),
         jvp=partial(_jvp, choose),
         pure=True,
+        sized=True,
+        ways=_ways,
     )
+
+
+@functools.cache
+def _ways() -> dict[str, Rule]:
+    """Each choice between XLA's and the other way to the value and to both cotangents."""
+    found = {}
+    for parts in itertools.product((False, True), repeat=3):
+        if any(parts):
+            names = [name for name, is_in in zip(ConvolutionPlan._fields, parts, strict=False) if is_in]
+            found[f"another way to {', '.join(names)}"] = replace(rule(_Always(*parts)), ways=None)
+    return found
+
+
+@dataclass(frozen=True)
+class _Always:
+    """The chooser of one plan for all sizes."""
+
+    margin: bool
+    weight: bool
+    input: bool
+
+    def __call__(self, geometry: Geometry) -> ConvolutionPlan:
+        return ConvolutionPlan(self.margin, self.weight, self.input)
 
 
 RULES: dict[OperatorKey, Rule] = {"conv_general_dilated": rule()}

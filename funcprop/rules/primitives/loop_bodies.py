@@ -17,7 +17,8 @@ from jax import lax
 from funcprop import _jax
 from funcprop.program.facts import PRODUCTS, SUMS, facts_of, is_view
 from funcprop.program.sizes import nbytes
-from funcprop.rules.primitives.row_products import Form, by_columns, fastest_form
+from funcprop.rules.machine import Machine, row_form
+from funcprop.rules.primitives.row_products import by_columns
 
 Arrays = list[Any]
 
@@ -252,14 +253,14 @@ def widened(jaxpr: Any, consts: int, carries: int) -> tuple[Any, int]:
     return _jax.retrace(lambda *args: _evaluated(jaxpr, args, side_by_side), jaxpr), copies
 
 
-def with_arranged_products(jaxpr: Any, consts: int, carries: int, turn: bool) -> Any:
+def with_arranged_products(jaxpr: Any, consts: int, carries: int, turn: bool, machine: Machine) -> Any:
     """Products `g wᵀ` with a constant matrix in their fastest form, as far as `turn` lets constants be made.
 
     Constants `wᵀ` are made once, before the loop. The new body, or None. To be called while tracing.
     """
     depth = depths(jaxpr, consts, carries)
 
-    def form(eqn: Any) -> Form:
+    def form(eqn: Any) -> str:
         if eqn.primitive.name != "dot_general" or not _jax.variables(eqn.invars[1:]):
             return "plain"
         g, w = eqn.invars
@@ -268,7 +269,7 @@ def with_arranged_products(jaxpr: Any, consts: int, carries: int, turn: bool) ->
         transposed = axes == ((g.aval.ndim - 1,), (1,)) and w.aval.ndim == 2 and not any(map(len, batch))
         if not transposed or depth[w] > 0:
             return "plain"
-        found = fastest_form(math.prod(g.aval.shape[:-1]), nbytes(w))
+        found = row_form(math.prod(g.aval.shape[:-1]), nbytes(w), machine)
         return "plain" if found == "turned" and not turn else found
 
     forms = list(map(form, jaxpr.eqns))

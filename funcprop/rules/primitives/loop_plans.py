@@ -46,6 +46,7 @@ import jax.numpy as jnp
 from funcprop import _jax
 from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import nbytes
+from funcprop.rules.machine import Machine, host
 from funcprop.rules.primitives.loop_bodies import BodySplit, Site, run_perturbed, sites, split, widened
 from funcprop.rules.primitives.loop_steps import ForwardStep, LoopStep, StepBody
 
@@ -58,11 +59,13 @@ class Costs(NamedTuple):
     `defers`: than one step's result and activation, for the weight gradient to follow the loop.
     `hoists`: than one step's result, for the product itself to precede the loop.
     `guards`: whether what is stacked may not exceed what autodiff holds.
+    `machine`: the one that is compiled for; this one if None.
     """
 
     defers: float
     hoists: float
     guards: bool = True
+    machine: Machine | None = None
 
 
 # Autodiff held 1.04 to 2.4 times its estimate, on random networks, so a little more than that may be held;
@@ -229,10 +232,14 @@ def _planned(
     deferred = [s for s in candidates if _is_product(rest, s) and _defers(rest, s, costs)]
     deferred = sorted(deferred, key=partial(_gain, rest))[plan.kept :]
     places = [s for s in candidates if s in deferred or not _is_product(rest, s)]
-    step = LoopStep.of(StepBody.of(rest, loop_consts, body.carries, places), plan.turns)
+    step = LoopStep.of(
+        StepBody.of(rest, loop_consts, body.carries, places), plan.turns, costs.machine or host()
+    )
     earning = [s for s in places if _earns(step, s)] if costs.guards else places
     if len(earning) < len(places):
-        step = LoopStep.of(StepBody.of(rest, loop_consts, body.carries, earning), plan.turns)
+        step = LoopStep.of(
+            StepBody.of(rest, loop_consts, body.carries, earning), plan.turns, costs.machine or host()
+        )
     made = [v for eqn in cut.parallel.eqns if eqn.primitive.name in PRODUCTS for v in eqn.outvars]
     held, added = step.stacked_bytes(sum(i >= xs for i in cut.rest_scanned))
     held += max(sum(map(nbytes, made)), sum(map(nbytes, cut.parallel.outvars)))

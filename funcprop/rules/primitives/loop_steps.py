@@ -18,6 +18,7 @@ from jax import lax
 from funcprop import _jax
 from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import nbytes
+from funcprop.rules.machine import Machine
 from funcprop.rules.primitives.loop_bodies import (
     BodySplit,
     Site,
@@ -214,8 +215,8 @@ class LoopStep:
     constant: frozenset[Any]
 
     @classmethod
-    def of(cls, body: StepBody, turn: bool) -> LoopStep:
-        """Trace the step of a body and its pullback; `turn` as for `with_arranged_products`."""
+    def of(cls, body: StepBody, turn: bool, machine: Machine) -> LoopStep:
+        """Trace the step of a body and its pullback; `turn` and `machine` as for `with_arranged_products`."""
         forward = ForwardStep.of(body)
         fixed, per_step = forward.fixed, forward.per_step
         leaves = list(dict.fromkeys(_jax.variables(forward.leaves)))
@@ -233,7 +234,7 @@ class LoopStep:
         carries, saved = len(carry), [v.aval for v in (*fixed, *per_step)]
         given, stepped = saved[: len(fixed)], saved[len(fixed) :]
         jaxpr, extra = _traced(backward, [given, cotangents[:carries], stepped, cotangents[carries:]])
-        turned = with_arranged_products(jaxpr, len(extra) + len(fixed), carries, turn)
+        turned = with_arranged_products(jaxpr, len(extra) + len(fixed), carries, turn, machine)
         if turned is not None:
             opened, more = _jax.with_constants_as_inputs(turned)
             jaxpr, extra = merged(opened), [*more, *extra]

@@ -27,6 +27,8 @@ projections and weight gradients of an LSTM; here for any loop.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +38,7 @@ import jax
 
 from funcprop import _jax
 from funcprop.program.facts import PRODUCTS, SUMS
+from funcprop.rules.machine import Machine
 from funcprop.rules.primitives.loop_bodies import Site, contribution, with_constant_operand
 from funcprop.rules.primitives.loop_plans import ALWAYS as ALWAYS
 from funcprop.rules.primitives.loop_plans import (
@@ -47,7 +50,7 @@ from funcprop.rules.primitives.loop_plans import (
     worth_hoisting,
 )
 from funcprop.rules.primitives.loop_steps import LoopSaved
-from funcprop.rules.rule import Rule
+from funcprop.rules.rule import PLATFORMS, Rule
 from funcprop.rules.rule_set import OperatorKey
 
 Arrays = list[Any]
@@ -88,8 +91,10 @@ class LoopResiduals:
 # --- the rule ---------------------------------------------------------------------------------
 
 
-def _forward(costs: Costs, *operands: Any, **params: Any) -> tuple[Arrays, LoopResiduals]:
-    loop = take_apart(costs, params)
+def _forward(
+    costs: Costs, *operands: Any, machine: Machine | None = None, **params: Any
+) -> tuple[Arrays, LoopResiduals]:
+    loop = take_apart(costs._replace(machine=machine), params)
     everything = [*loop.closed_over, *operands]
     carry_end = loop.consts + loop.carries
     consts, init, xs = everything[: loop.consts], everything[loop.consts : carry_end], everything[carry_end:]
@@ -110,7 +115,9 @@ def _forward(costs: Costs, *operands: Any, **params: Any) -> tuple[Arrays, LoopR
     return results, residuals
 
 
-def _backward(residuals: LoopResiduals, cotangents: Arrays, needs: Any, **params: Any) -> Arrays:
+def _backward(
+    residuals: LoopResiduals, cotangents: Arrays, needs: Any, *, machine: Machine | None = None, **params: Any
+) -> Arrays:
     loop, step, cut = residuals.loop, residuals.loop.step, residuals.loop.split
     body = step.forward.body
     found = step.pull(residuals.saved, list(cotangents), params)
@@ -151,7 +158,7 @@ def _zero(aval: Any, length: int | None = None) -> Any:
     return jax.numpy.zeros(shape, aval.dtype)
 
 
-def _value(*operands: Any, **params: Any) -> Arrays:
+def _value(*operands: Any, machine: Machine | None = None, **params: Any) -> Arrays:
     """The loop as it stands."""
     consts, carries = _jax.scan_counts(params)
     constants, init, xs = operands[:consts], operands[consts : consts + carries], operands[consts + carries :]
@@ -172,7 +179,7 @@ def _value(*operands: Any, **params: Any) -> Arrays:
     return [*final, *ys]
 
 
-def _applies(costs: Costs, *operands: Any, **params: Any) -> bool | str:
+def _applies(costs: Costs, *operands: Any, machine: Machine | None = None, **params: Any) -> bool | str:
     if params["length"] == 0:
         return "the loop has no steps"
     if any(e.primitive.name == "while" for e in _jax.equations(_jax.open_jaxpr(params["jaxpr"]))):
@@ -188,7 +195,7 @@ def _applies(costs: Costs, *operands: Any, **params: Any) -> bool | str:
     return True
 
 
-def _claims(costs: Costs, **params: Any) -> list[Any]:
+def _claims(costs: Costs, *, machine: Machine | None = None, **params: Any) -> list[Any]:
     """Products whose weight gradient is to leave the loop: a rule of their own would hide them.
 
     Not convolutions, whose own rules know better forms of that gradient.
@@ -210,11 +217,22 @@ def rule(costs: Costs = MEASURED) -> Rule:
     return Rule(
         partial(_forward, costs),
         _backward,
-        platforms=frozenset({"cpu"}),
+        platforms=frozenset(PLATFORMS),
         applies=partial(_applies, costs),
         claims=partial(_claims, costs),
         value=_value,
+        sized=True,
+        ways=_ways if costs is MEASURED else None,
     )
+
+
+@functools.cache
+def _ways() -> dict[str, Rule]:
+    return {
+        "nothing before the loop": rule(MEASURED._replace(hoists=math.inf)),
+        "all products before the loop": rule(MEASURED._replace(hoists=0)),
+        "all products out of the loop": rule(ALWAYS),
+    }
 
 
 RULES: dict[OperatorKey, Rule] = {"scan": rule()}

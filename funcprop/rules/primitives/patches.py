@@ -22,6 +22,7 @@ from jax import lax
 
 from funcprop import _jax
 from funcprop.program.dtypes import single_at_least
+from funcprop.rules.machine import Machine, host, near_cache
 
 
 class Geometry(NamedTuple):
@@ -36,6 +37,12 @@ class Geometry(NamedTuple):
     strides: tuple[int, ...]
     padded: bool
     itemsize: int
+    machine: Machine | None = None
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk's patches and outputs, which are to stay in a core's cache."""
+        return near_cache(self.machine or host())
 
     @property
     def rows(self) -> int:
@@ -53,23 +60,19 @@ class Geometry(NamedTuple):
         return self.rows * (self.columns + self.outputs) * self.itemsize
 
 
-# A chunk's patches and outputs, which are to stay in a core's cache.
-CHUNK_BYTES = 1 << 21
-
-
 def chunk(geometry: Geometry) -> int:
-    """How many examples make a chunk: what 2 MiB hold, if possible a divisor of the batch.
+    """How many examples make a chunk: what the near cache holds, if possible a divisor of the batch.
 
     All of them for a pointwise convolution, whose patches are the input itself.
     """
     if math.prod(geometry.kernel) == 1:
         return geometry.batch
-    most = max(1, min(geometry.batch, CHUNK_BYTES // max(1, geometry.bytes_of_example)))
+    most = max(1, min(geometry.batch, geometry.chunk_bytes // max(1, geometry.bytes_of_example)))
     divisor = max(n for n in range(1, most + 1) if geometry.batch % n == 0)
     return divisor if 2 * divisor > most else most
 
 
-def geometry_of(x: Any, w: Any, static: Any) -> Geometry:
+def geometry_of(x: Any, w: Any, static: Any, machine: Machine | None = None) -> Geometry:
     """The sizes of a convolution of `x` by `w` with these parameters."""
     lhs, rhs, _ = static["dimension_numbers"]
     kernel = tuple(w.shape[a] for a in rhs[2:])
@@ -84,7 +87,7 @@ def geometry_of(x: Any, w: Any, static: Any) -> Geometry:
     inputs, outputs = x.shape[lhs[1]], w.shape[rhs[0]]
     padded = any(map(any, static["padding"]))
     sizes = x.shape[lhs[0]], spatial, output, kernel, inputs, outputs, strides
-    return Geometry(*sizes, padded, x.dtype.itemsize)
+    return Geometry(*sizes, padded, x.dtype.itemsize, machine)
 
 
 # --- one chunk --------------------------------------------------------------------------------

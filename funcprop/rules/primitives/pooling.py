@@ -30,6 +30,7 @@ gather is our own.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ import numpy as np
 from jax import lax
 
 from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.machine import Machine, host, lanes, least_pooled
 from funcprop.rules.rule import Rule
 from funcprop.rules.rule_set import OperatorKey
 
@@ -56,11 +58,13 @@ class Positions(NamedTuple):
     x: Any
 
 
-def _forward(x: Any, *, relu: bool = False, minimum: bool = False, **window: Any) -> tuple[Any, Positions]:
+def _forward(
+    x: Any, *, relu: bool = False, minimum: bool = False, machine: Machine | None = None, **window: Any
+) -> tuple[Any, Positions]:
     if minimum:
-        negated, positions = _forward(lax.neg(x), **window)
+        negated, positions = _forward(lax.neg(x), machine=machine, **window)
         return lax.neg(negated), positions._replace(x=x)
-    order, moved, _ = _layout(x.shape, window)
+    order, moved, _ = _layout(x.shape, window, machine)
     y, tap = _pooled(lax.transpose(x, order), relu, moved, _reordered(window, order))
     return lax.transpose(y, _inverse(order)), Positions(tap, x)
 
@@ -108,10 +112,10 @@ def _made_once(tap: Any) -> Any:
     return lax.rem(tap, lax.full(tap.shape, jnp.iinfo(tap.dtype).max, tap.dtype))
 
 
-def _jvp(residuals: Positions, tangents: Any, **window: Any) -> Any:
+def _jvp(residuals: Positions, tangents: Any, *, machine: Machine | None = None, **window: Any) -> Any:
     """The tangent at the position of each maximum."""
     (x_dot,) = tangents
-    order = _layout(x_dot.shape, window).order
+    order = _layout(x_dot.shape, window, machine).order
     y_dot = _taken(residuals.tap, lax.transpose(x_dot, order), _reordered(window, order))
     return lax.transpose(y_dot, _inverse(order))
 
@@ -133,9 +137,11 @@ def _taken(tap: Any, x: Any, window: dict[str, Any]) -> Any:
     return total
 
 
-def _backward(residuals: Positions, g: Any, needs: Any, **window: Any) -> tuple[Any]:
+def _backward(
+    residuals: Positions, g: Any, needs: Any, *, machine: Machine | None = None, **window: Any
+) -> tuple[Any]:
     shape = residuals.x.shape
-    order = _layout(shape, window).order
+    order = _layout(shape, window, machine).order
     own_shape = [shape[a] for a in order]
     x_bar = _unpooled(residuals.tap, lax.transpose(g, order), own_shape, _reordered(window, order))
     return (lax.transpose(x_bar, _inverse(order)),)
@@ -176,10 +182,6 @@ def _unpooled(tap: Any, g: Any, shape: Sequence[int], window: dict[str, Any]) ->
     return lax.slice(flat, low, [lo + n for lo, n in zip(low, shape, strict=True)])
 
 
-# Loops along the innermost axis are quick where it is long enough for vectors, and not pooled itself.
-_VECTOR = 16
-
-
 class PoolLayout(NamedTuple):
     """The order of a pool's axes, whether that moves any, and why autodiff was measured to be faster."""
 
@@ -188,21 +190,26 @@ class PoolLayout(NamedTuple):
     slow: str | None
 
 
-def _layout(shape: Sequence[int], window: dict[str, Any]) -> PoolLayout:
-    """Put an axis last along which overlapping windows are quick, if there is one."""
+def _layout(shape: Sequence[int], window: dict[str, Any], machine: Machine | None) -> PoolLayout:
+    """Put an axis last along which overlapping windows are quick, if there is one.
+
+    Loops along the innermost axis are quick where it is long enough for vectors, and not pooled itself.
+    """
+    machine = machine or host()
+    vector = lanes(machine)
     axes, dimensions, strides, dilation = tuple(range(len(shape))), *_window(window)
     if not any((w - 1) * d + 1 > s for w, s, d in zip(dimensions, strides, dilation, strict=True)):
         return PoolLayout(axes, False, None)
     padded = [any(padding) for padding in window["padding"]]
-    quick = [a for a in axes if shape[a] >= _VECTOR and dimensions[a] == strides[a] == 1 and not padded[a]]
+    quick = [a for a in axes if shape[a] >= vector and dimensions[a] == strides[a] == 1 and not padded[a]]
     order = (*(a for a in axes if a not in quick[-1:]), *quick[-1:])
     moved, slow = order != axes, None
     if not quick:
-        slow = f"no axis beside them has {_VECTOR} entries"
+        slow = f"no axis beside them has {vector} entries"
     elif moved and any(shape[a] % 2 and padded[a] for a in axes):
         # XLA then moves the axes anew for every tap: measured, 2 times autodiff's time.
         slow = "its axes would have to be moved while padded ones are odd"
-    elif math.prod(shape) < 1 << (18 if moved else 15):  # Moved axes cost what stands beside the pool, too.
+    elif math.prod(shape) < least_pooled(machine, moved):  # Moved axes cost what stands beside the pool, too.
         slow = "it is too small to gain"
     return PoolLayout(order, moved, slow and f"its windows overlap, and {slow}")
 
@@ -250,7 +257,9 @@ def _tap_type(dimensions: Sequence[int]) -> Any:
     return np.int8 if taps <= 127 else np.int16 if taps <= 32767 else np.int32
 
 
-def _applies(x: Any, *, relu: bool = False, everywhere: bool = False, **window: Any) -> bool | str:
+def _applies(
+    x: Any, *, relu: bool = False, everywhere: bool = False, machine: Machine | None = None, **window: Any
+) -> bool | str:
     if any(d != 1 for d in window.get("base_dilation", ())):
         return "the input is dilated"
     if any(lo < 0 or hi < 0 for lo, hi in window["padding"]):
@@ -262,7 +271,7 @@ def _applies(x: Any, *, relu: bool = False, everywhere: bool = False, **window: 
     padded = [n + lo + hi for n, (lo, hi) in zip(x.shape, window["padding"], strict=True)]
     if 0 in x.shape or any(r > n for r, n in zip(reach, padded, strict=True)):
         return "the input or the result is empty"
-    if not everywhere and (slow := _layout(x.shape, window).slow) is not None:
+    if not everywhere and (slow := _layout(x.shape, window, machine).slow) is not None:
         return slow
     if relu and not all(
         _meets_input(*axis) for axis in zip(x.shape, *_window(window), window["padding"], strict=True)
@@ -304,11 +313,20 @@ def rule(*, relu: bool = False, minimum: bool = False, everywhere: bool = False)
         partial(_forward, relu=relu, minimum=minimum),
         _backward,
         partial(_equations, relu=relu, minimum=minimum),
-        platforms=frozenset({"cpu"}),
+        platforms=frozenset({"cpu", "gpu"}),
         applies=partial(_applies, relu=relu, everywhere=everywhere),
         jvp=_jvp,
         pure=True,
+        sized=True,
+        ways=None
+        if everywhere
+        else lambda: {"also where autodiff is usually faster": _everywhere(relu, minimum)},
     )
+
+
+@functools.cache
+def _everywhere(relu: bool, minimum: bool) -> Rule:
+    return rule(relu=relu, minimum=minimum, everywhere=True)
 
 
 RULES: dict[OperatorKey, Rule] = {"reduce_window_max": rule(), "reduce_window_min": rule(minimum=True)}

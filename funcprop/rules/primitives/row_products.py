@@ -32,16 +32,13 @@ gained nothing: 93 µs in two slices and 132 in four, against 69 for the whole (
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from funcprop.program.dtypes import common_dtype
-
-Form: TypeAlias = Literal["plain", "turned", "columns"]
-
-_MEGABYTE = 2**20
+from funcprop.rules.machine import Machine, row_form
 
 
 def contraction(x: Any, g: Any, precision: Any = None) -> Any:
@@ -56,13 +53,6 @@ def contraction(x: Any, g: Any, precision: Any = None) -> Any:
     )
 
 
-def fastest_form(rows: int, matrix_bytes: int) -> Form:
-    """How to multiply so many rows with the transpose of a matrix of so many bytes."""
-    if rows == 1:
-        return "plain" if _MEGABYTE < matrix_bytes <= 4 * _MEGABYTE else "turned"
-    return "columns" if rows <= 16 and matrix_bytes >= 3 * _MEGABYTE else "turned"
-
-
 def by_columns(g: Any, w: Any, **params: Any) -> Any:
     """`g wᵀ` as `(w gᵀ)ᵀ`; `params` are those of `dot_general`. Two rows or more."""
     rows = g.reshape(-1, g.shape[-1])
@@ -74,9 +64,9 @@ def by_columns(g: Any, w: Any, **params: Any) -> Any:
     return result.reshape(*g.shape[:-1], w.shape[0])
 
 
-def repeated(w: Any, rows: int) -> Callable[[Any], Any]:
+def repeated(w: Any, rows: int, machine: Machine) -> Callable[[Any], Any]:
     """`g ↦ g wᵀ` for so many rows, to be called in a loop; what is made for all steps is made here."""
-    form = fastest_form(rows, w.nbytes)
+    form = row_form(rows, w.nbytes, machine)
     if form == "columns":
         return lambda g: by_columns(g, w)
     if form == "plain":

@@ -1,0 +1,128 @@
+"""What the compilers for TPU and GPU say of the benchmark's models: compiled on this machine, not run.
+
+Every model is compiled for each target by autodiff, by `fp.rules.default.on(target)` and by
+`fp.rules.handwritten.on(target)`. For a TPU the figures are temporary bytes in HBM and the cycles that XLA
+estimates for every fusion, times the lengths of loops; for a GPU temporary bytes and what kernels read and
+write, times the lengths of loops. No overlap, no autotuning; kernels of Pallas or cuDNN count for what they
+read and write. So a figure is a reason to measure, and no measurement.
+
+Every case is compiled in a process of its own, with a time limit. Needs `pip install
+'funcprop[accelerators]'`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+from compiled_programs import TARGETS, environment, figures, missing, topology, versions
+
+SETS = ("autodiff", "default", "handwritten")
+TIME_LIMIT = 600.0
+
+
+def compiled(target: str, name: str, smoke: bool, sets: list[str]) -> dict[str, Any]:
+    """The figures of one model, by rule set; runs in a process of its own."""
+    import jax
+    from benchmark_cases import ROWS
+
+    import funcprop as fp
+
+    row = ROWS[name]
+    case = (row.small if smoke else row.full)()
+    device = topology(target).devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.args)
+    found: dict[str, Any] = {}
+    for which in sets:
+        program = case.by_jax if which == "autodiff" else case.ruled(getattr(fp.rules, which).on(device))
+        executable: Any = jax.jit(program).lower(*args).compile()
+        of_text = figures(executable.as_text())
+        found[which] = {
+            "temporary bytes": executable.memory_analysis().temp_size_in_bytes,
+            "cycles": of_text.cycles, "traffic": of_text.traffic, "memory traffic": of_text.memory_traffic,
+            "kernels": of_text.kernels, "collectives": dict(of_text.collectives),
+            "loops of unknown length": of_text.unknown_loops,
+        }  # fmt: skip
+    return found
+
+
+def in_process(target: str, name: str, smoke: bool, sets: list[str], limit: float) -> dict[str, Any] | str:
+    """The figures of one model, or in a line why there are none."""
+    order = json.dumps([target, name, smoke, sets])
+    command = [sys.executable, __file__, "--case", order]
+    try:
+        done = subprocess.run(
+            command, env={**os.environ, **environment(target)}, capture_output=True, text=True, timeout=limit
+        )
+    except subprocess.TimeoutExpired:
+        return f"not compiled within {limit:.0f} s"
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        return (done.stderr.strip().splitlines() or ["it ended without a word"])[-1][:200]
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def line(name: str, target: str, found: dict[str, Any]) -> str:
+    """One line of the table: autodiff's figures, and the sets' divided by them."""
+    what = "traffic" if target == "h100" else "cycles"
+    plain = found["autodiff"]
+    scale, unit = (1e9, "GB") if what == "traffic" else (1e3, "k")
+    cells = [f"{name:46}{plain[what] / scale:12,.2f} {unit:2}{plain['temporary bytes'] / 2**20:9.1f} MiB"]
+    for which in found:
+        if which != "autodiff":
+            ours = found[which]
+            held = plain["temporary bytes"]
+            of_bytes = ours["temporary bytes"] / held if held else float("nan")
+            cells.append(
+                f"{ours[what] / max(plain[what], 1):8.2f}"
+                f"{of_bytes:8.2f}"
+                f"{ours['kernels'] / max(plain['kernels'], 1):8.2f}"
+            )
+    return "".join(cells)
+
+
+def main() -> None:
+    """Compile, print, and write `results/accelerator_figures.json`."""
+    if sys.argv[1:2] == ["--case"]:
+        print(json.dumps(compiled(*json.loads(sys.argv[2]))))
+        return
+    from benchmark_cases import ROWS
+    from running import command_line, folder
+
+    parser = command_line(__doc__, smoke="small shapes")
+    parser.add_argument("--target", nargs="*", default=["v5e:2x2", "h100"], choices=TARGETS)
+    parser.add_argument("--only", nargs="*", default=[], help="cases whose name contains one of these")
+    parser.add_argument("--sets", nargs="*", default=list(SETS), choices=SETS)
+    parser.add_argument("--limit", type=float, default=TIME_LIMIT, help="seconds for one case")
+    options = parser.parse_args()
+    path = folder(options.smoke) / "accelerator_figures.json"
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for target in options.target:
+        if (reason := missing(target)) is not None:
+            print(reason)
+            continue
+        print(f"compiled for {target} by {versions(target)}, not run")
+        heads = "".join(f"{s[:11]:>12}: {'time':>3} bytes kernels" for s in options.sets if s != "autodiff")
+        print(f"{'model':46}{'autodiff':>27}{heads}")
+        for name in ROWS:
+            if options.only and not any(part in name for part in options.only):
+                continue
+            found = in_process(target, name, options.smoke, options.sets, options.limit)
+            print(f"{name:46}{found}" if isinstance(found, str) else line(name, target, found), flush=True)
+            content.setdefault(target, {}).setdefault(name, {})
+            if isinstance(found, str):
+                content[target][name]["failed"] = found
+            else:
+                content[target][name] = {**content[target][name], **found}
+                content[target][name].pop("failed", None)
+            content[target][name]["compiler"] = f"{versions(target)}; compiled, not run"
+            path.write_text(json.dumps(content, indent=2))
+
+
+if __name__ == "__main__":
+    main()

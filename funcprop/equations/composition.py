@@ -1,0 +1,225 @@
+"""Equations of several operators as one: what is between them is written where it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from funcprop import _jax
+from funcprop.equations.flow import Region, is_trivial
+from funcprop.equations.known_functions import Write, elementwise, is_elementwise
+from funcprop.graph.graph import Operator, Variable
+from funcprop.program.facts import facts_of
+from funcprop.rules import primitives
+from funcprop.rules.expressions import (
+    Equations,
+    Expression,
+    OperatorSymbols,
+    apply,
+    number,
+    opaque,
+    unwritten,
+    written,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class LinePart:
+    """What computes one variable inside a line: an operator, or a region that is written as one function."""
+
+    output: Variable
+    inputs: tuple[Variable, ...]
+    operator: Operator | None = None
+    region: Region | None = None
+    write: Write | None = None
+
+    def equations(self, args: Sequence[Expression], output: Any, cotangent: Expression) -> Equations:
+        """Write the part; an operand whose cotangent is not known has None."""
+        if self.write is not None and self.region is not None:
+            return self.write(self.region, args, cotangent, output)
+        assert self.operator is not None
+        if is_trivial(self.operator):
+            return _unseen(self.operator, args[0], cotangent)
+        found = own_equations(self.operator, args, output, cotangent)
+        if found is None and self.activation is not None:
+            region = Region((self.operator,), self.inputs, self.output)
+            found = elementwise(self.activation)(region, args, cotangent, output)
+        return derived_equations(self.operator, args, cotangent) if found is None else found
+
+    @property
+    def activation(self) -> str | None:
+        """The symbol of a layer that is one function of every entry, and brings no equations."""
+        op = self.operator
+        if op is None or op.call is None or len(op.inputs) != 1 or len(op.outputs) != 1:
+            return None
+        if not is_elementwise(Region((op,), op.inputs, op.outputs[0])):
+            return None
+        symbol, name = op.call.layer.symbol, op.call.layer.name
+        return symbol if isinstance(symbol, str) else name if name.isidentifier() else "φ"
+
+
+def own_equations(
+    op: Operator, args: Sequence[Expression], output: Any, cotangent: Expression
+) -> Equations | None:
+    """The equations that an operator's rule or primitive brings, with a cotangent for every operand."""
+    if len(op.outputs) != 1 or op.equation is None:
+        return None
+    if op.call is None:
+        write: Any = primitives.EQUATIONS.get(op.op)
+        given: tuple[Any, ...] = tuple(args)
+    else:
+        rule = op.call.layer.rule
+        write = None if rule is None or op.call.axes else rule.equations
+        given = op.call.unflatten(list(args))
+    name = _CALLED.get(op.op, op.op) if op.call is None else op.op
+    found = None if write is None else write(OperatorSymbols(name, given, output, cotangent, op.static))
+    if found is None or op.call is None:
+        return found
+    return Equations(found.forward, tuple(op.call.tree.flatten_up_to(tuple(found.backward))))
+
+
+# What primitives are called by those who do not write compilers.
+_CALLED = {
+    "logistic": "σ", "conv_general_dilated": "conv", "reduce_max": "max", "reduce_min": "min",
+    "reduce_window_max": "maxpool", "reduce_window_sum": "sumpool", "concatenate": "concat",
+    "dynamic_slice": "slice", "dynamic_update_slice": "update", "reduce_window": "pool",
+}  # fmt: skip
+
+
+def derived_equations(op: Operator, args: Sequence[Expression], cotangent: Expression) -> Equations:
+    """The equations of a primitive by what is known of it: `f′` of an entrywise one, `fᵀ` of a linear one."""
+    name = op.op if op.equation is None or op.call else _jax.function_name(op.equation)
+    name = _CALLED.get(name, name)
+    (output,) = op.outputs
+
+    def function(*values: Any) -> Any:
+        return _jax.evaluate(op.jaxpr, (), values)[0]
+
+    forward = apply(name, function, *args, type_=_type(output))
+    cotangents: list[Expression | None] = [None] * len(args)
+    if op.equation is None or op.call is not None or op.bodies or not _jax.is_differentiable(output.aval):
+        return Equations(forward, tuple(cotangents))
+    facts = facts_of(op.equation)
+    is_real = not any(np.issubdtype(x.type.dtype, np.complexfloating) for x in (*args, forward))
+    smooth = [i for i, v in enumerate(op.inputs) if v.kind != "literal" and _jax.is_differentiable(v.aval)]
+    for i in smooth:
+        if facts.elementwise and is_real and args[i].shape == forward.shape:
+            mark = "′" if len(smooth) == 1 else f"′{'₁₂₃₄'[i]}"
+            cotangents[i] = cotangent * apply(f"{name}{mark}", _slope(function, i), *args, type_=args[i].type)
+        elif any(i in group for group in facts.linear_in):
+            others = [x for k, x in enumerate(args) if k != i]
+            back = apply(f"{name}ᵀ", _transposed(function, i, args[i].type), cotangent, *others)
+            cotangents[i] = back
+    return Equations(forward, tuple(cotangents))
+
+
+def _slope(function: Callable[..., Any], i: int) -> Callable[..., Any]:
+    """The derivative of an entrywise function by its operand `i`, entry by entry."""
+
+    def slope(*values: Any) -> Any:
+        y, pull = jax.vjp(lambda v: function(*values[:i], v, *values[i + 1 :]), values[i])
+        return pull(jnp.ones_like(y))[0]
+
+    return slope
+
+
+def _transposed(function: Callable[..., Any], i: int, like: Any) -> Callable[..., Any]:
+    """The transpose of a function that is linear in its operand `i`, at the other operands."""
+
+    def transposed(g: Any, *others: Any) -> Any:
+        zero = jnp.zeros(like.shape, like.dtype)
+        return jax.vjp(lambda v: function(*others[:i], v, *others[i:]), zero)[1](g)[0]
+
+    return transposed
+
+
+def _unseen(op: Operator, x: Expression, cotangent: Expression) -> Equations:
+    """A change of shape or type, which is not written; entries that were repeated are added up again."""
+    (output,) = op.outputs
+
+    def function(value: Any) -> Any:
+        return _jax.evaluate(op.jaxpr, (), [value])[0]
+
+    def back(g: Any) -> Any:
+        y, pull = jax.vjp(function, jnp.zeros(x.shape, x.type.dtype))
+        return pull(g.astype(y.dtype))[0]
+
+    if op.op == "transpose" and len(x.shape) == 2:
+        return Equations(x.T, (cotangent.T,))
+    forward = unwritten(function, x, _type(output))
+    if not _jax.is_differentiable(op.inputs[0].aval):
+        return Equations(forward, (None,))
+    if np.prod(output.shape or ()) == np.prod(x.shape):
+        return Equations(forward, (unwritten(back, cotangent, x.type),))
+    kept = op.static["broadcast_dimensions"]
+    new = [axis for axis in range(len(output.shape or ())) if axis not in kept]
+    axes = "axis " + ", ".join(map(str, new)) if new and x.shape != () else ""
+    index = "_{{\\text{{" + axes + "}}}}" if axes else ""
+    text = f"sum({{0}}, {axes})" if axes else "sum({0})"
+    return Equations(forward, (written(back, (cotangent,), text, f"\\sum{index} {{0}}", x.type),))
+
+
+def literal(variable: Variable) -> Expression:
+    """The number that a literal is."""
+    value = jnp.asarray(variable.value)
+    text, latex = variable.name, variable.name
+    if variable.name in ("inf", "-inf"):
+        text, latex = text.replace("-", "−").replace("inf", "∞"), text.replace("inf", "\\infty")
+    elif value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.floating) and jnp.isfinite(value):
+        return number(float(value), value.dtype)
+    return opaque(lambda: value, (), text, latex, jax.typeof(value))
+
+
+def _type(variable: Variable) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(variable.shape or (), variable.dtype)
+
+
+class Composition:
+    """The parts between the inputs of a line and its left-hand side, the last of which computes that.
+
+    Only `active` variables have cotangents.
+    """
+
+    def __init__(
+        self, parts: Sequence[LinePart], inputs: Sequence[Variable], active: Collection[str]
+    ) -> None:
+        self.parts, self.inputs, self.active = parts, inputs, active
+
+    def write(self, args: Sequence[Expression], cotangent: Expression, output: Expression) -> Equations:
+        """The equations of all parts together; `output` is the symbol of the line."""
+        known: dict[str, Expression] = {v.name: x for v, x in zip(self.inputs, args, strict=True)}
+        given: list[list[Expression]] = []
+        for part in self.parts:
+            operands = [literal(v) if v.kind == "literal" else known[v.name] for v in part.inputs]
+            given.append(operands)
+            type_ = _type(part.output)
+            unknown = opaque(lambda t=type_: jnp.zeros(t.shape, t.dtype), (), "?", "?", type_)
+            known[part.output.name] = part.equations(operands, unknown, unknown).forward
+        last = self.parts[-1].output.name
+        cotangents: dict[str, Expression | None] = {last: cotangent}
+        for part, operands in zip(reversed(self.parts), reversed(given), strict=True):
+            name = part.output.name
+            if name not in cotangents:
+                continue
+            g = cotangents[name]
+            backward: Sequence[Any] = [None] * len(operands)
+            if g is not None:
+                backward = part.equations(operands, output if name == last else known[name], g).backward
+            for v, term in zip(part.inputs, backward, strict=True):
+                if v.kind != "literal" and v.name in self.active:
+                    _add(cotangents, v.name, term)
+        return Equations(known[last], tuple(cotangents.get(v.name) for v in self.inputs))
+
+
+def _add(into: dict[str, Expression | None], name: str, term: Expression | None) -> None:
+    """Add a term to a cotangent, which is unknown as soon as one of its terms is."""
+    before = into.get(name, term)
+    if name not in into:
+        into[name] = term
+    else:
+        into[name] = None if before is None or term is None else before + term

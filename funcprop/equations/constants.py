@@ -1,0 +1,77 @@
+"""What has no derivative and is no short formula: random draws, masks, positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from funcprop.graph.graph import Variable
+from funcprop.rules.expressions import Equations, Expression, apply, opaque, unwritten
+
+_DRAWS: dict[str, Callable[..., Any]] = {"normal": jax.random.normal, "uniform": jax.random.uniform}
+
+
+def named_function(name: str) -> Callable[..., Equations]:
+    """How a line is written that is a function of its operands by name; they have no cotangents."""
+
+    def write(
+        function: Callable[..., Any], operands: Sequence[Expression], g: Expression, output: Expression
+    ) -> Equations:
+        if not operands:
+            latex = f"\\text{{{name}}}"
+            return Equations(opaque(function, (), name, latex, output.type), ())
+        return Equations(apply(name, function, *operands, type_=output.type), (None,) * len(operands))
+
+    return write
+
+
+def pattern(value: Any) -> str:
+    """What an array that depends on nothing is called: a causal mask, positions, or a constant."""
+    array = np.asarray(value)
+    if (
+        array.ndim >= 2
+        and array.dtype == bool
+        and np.array_equal(array, np.broadcast_to(np.tri(*array.shape[-2:]).astype(bool), array.shape))
+    ):
+        return "causal mask"
+    last = np.arange(array.shape[-1]) if array.ndim else None
+    if (
+        last is not None
+        and array.dtype.kind in "iuf"
+        and np.array_equal(array, np.broadcast_to(last, array.shape))
+    ):
+        return "positions"
+    return "mask" if array.dtype == bool else "constant"
+
+
+def index_of(
+    function: Callable[..., Any], operands: Sequence[Expression], g: Expression, output: Expression
+) -> Equations:
+    """How an index is written of which negative values count from the end: as it is."""
+    return Equations(unwritten(function, operands[0], output.type), (None,))
+
+
+def draw(function: Callable[[Any], Any], key: Variable, output: Variable) -> str | None:
+    """The name of the draw that a function of a key is, or None: `normal`, `uniform`, `bernoulli`."""
+    if key.aval.shape != () or output.shape is None:
+        return None
+    given = jax.random.key(7)
+    if jax.typeof(given).dtype != key.aval.dtype:
+        return None
+    found = np.asarray(function(given))
+    if jnp.issubdtype(output.dtype, jnp.floating):
+        for name, of_key in _DRAWS.items():
+            if np.array_equal(found, np.asarray(of_key(given, output.shape, output.dtype))):
+                return name
+    if output.dtype == bool:
+        share = float(np.mean(found))
+        nearby = sorted({*(k / 20 for k in range(1, 20)), 1 / 3, 2 / 3}, key=lambda p: abs(p - share))
+        if any(
+            np.array_equal(found, np.asarray(jax.random.bernoulli(given, p, output.shape))) for p in nearby
+        ):
+            return "bernoulli"
+    return None

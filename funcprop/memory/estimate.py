@@ -1,0 +1,362 @@
+"""An estimate of a program's memory before it is compiled: a liveness analysis of its jaxpr.
+
+    estimate = arguments + constants + results + max over t of the bytes of the other values live at t
+
+Calls are inlined, equal equations are one, loops are one step that holds what a step of the body holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from funcprop import _jax
+from funcprop.memory.liveness import Liveness, Step, Value
+from funcprop.program.facts import CALLS, CHECKPOINTS, CUSTOM_RULES, PRODUCTS, facts_of
+from funcprop.program.layer_calls import boundary_p
+from funcprop.program.linear_map import linear_body
+from funcprop.program.sizes import nbytes
+
+_INLINED = CALLS | CHECKPOINTS | CUSTOM_RULES | {"custom_lin", "custom_vjp_call_jaxpr", "shard_map"}
+# Their results are their operands, under another name or, on one device, at all.
+_RENAMED = frozenset(
+    {"stop_gradient", "copy", "copy_p", "name", "pvary", "pcast", "reshard", "optimization_barrier"}
+    | {"sharding_constraint", "bitcast_convert_type", "mesh_cast", "psum", "psum_invariant", "pmax", "pmin"}
+    | {"slice", "broadcast_in_dim", "reduce_sum", "reduce_max", "reduce_min", "all_gather", "ppermute"}
+)
+_RESHAPES = frozenset({"reshape", "squeeze", "expand_dims"})
+_MOVES = frozenset({"slice", "rev", "split", "dynamic_slice", "iota", "pad", "concatenate"})
+_UPDATES = frozenset({"dynamic_update_slice", "scatter", "scatter-add", "scatter_add"})
+# How often they need their results' bytes besides, while they run.
+_AGAIN = dict.fromkeys(("sort", "cumsum", "cumlogsumexp", "cummax", "cummin", "cumprod", "fft"), 1)
+_AGAIN |= dict.fromkeys(("random_bits", "threefry2x32"), 3)
+# What a library computes together with a sum.
+_IN_LIBRARY = frozenset(
+    {"abs", "add", "add_any", "broadcast_in_dim", "ceil", "convert_element_type", "cos", "div", "erf", "exp"}
+    | {"expm1", "floor", "integer_pow", "iota", "log", "log1p", "logistic", "max", "min", "mul", "neg", "pad"}
+    | {"pow", "reshape", "round", "rsqrt", "sign", "sin", "sqrt", "square", "sub", "tan", "tanh", "transpose"}
+)
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryEstimate:
+    """The bytes of temporary values at their peak, these values, and the operator that runs then.
+
+    What an operator holds inside of itself is part of `temporary` and not among the values.
+    """
+
+    temporary: int
+    live: tuple[Value, ...]
+    operator: str
+    arguments: tuple[Value, ...]
+    constants: tuple[Value, ...]
+    users: Mapping[int, Sequence[Step]] = field(repr=False)
+
+    def readers(self, value: Value) -> list[str]:
+        """The names of the steps that read a value, each behind its scope."""
+        return [f"{step.scope}/{step.op}" for step in self.users.get(id(value), ())]
+
+
+def estimate(
+    closed: Any, donated: Mapping[int, int] | None = None, barriers: bool = False, platform: str = "cpu"
+) -> MemoryEstimate:
+    """Estimate the memory of a jaxpr; `donated` says over which argument a result is written.
+
+    With `barriers`, what `jax.checkpoint` computes again is not shared with what was computed before.
+    """
+    program = _StepsOf(barriers, platform)
+    jaxpr, consts = _jax.with_constants_as_inputs(closed)
+    jaxpr, _ = _jax.without_unread_inputs(jaxpr, [True] * len(jaxpr.invars))
+    values = [Value(v.aval) for v in jaxpr.invars]
+    program.constants += values[: len(consts)]
+    arguments, results = values[len(consts) :], program.walk(jaxpr, values, "")
+    pairs = {id(results[j]): arguments[i] for i, j in (donated or {}).items() if results[j] is not None}
+    live = Liveness(program.steps, results)
+    peak = live.peak(pairs)
+    read = (v for v in program.constants if live.users[id(v)] and v.size > 1)
+    return MemoryEstimate(peak.nbytes, peak.live, peak.op, tuple(arguments), tuple(read), live.users)
+
+
+def peak_bytes(closed: Any) -> int:
+    """Estimate the peak bytes of a jaxpr as a program of its own, without captured constants."""
+    found, jaxpr = estimate(closed), _jax.open_jaxpr(closed)
+    given = (v for v in found.arguments if v.step is None and found.users.get(id(v)))
+    return found.temporary + sum(v.nbytes for v in given) + sum(map(nbytes, jaxpr.outvars))
+
+
+class _StepsOf:
+    """The steps of a jaxpr, and the constants in it."""
+
+    def __init__(self, barriers: bool, platform: str) -> None:
+        self.barriers, self.platform, self.salt = barriers, platform, 0
+        self.steps: list[Step] = []
+        self.constants: list[Value] = []
+        self.known: dict[Hashable, list[Value]] = {}
+
+    def walk(self, jaxpr: Any, given: Sequence[Value | None], scope: str) -> list[Value | None]:
+        """Append the steps of a jaxpr whose arguments are `given`; its results. None is a literal."""
+        inner = _jax.open_jaxpr(jaxpr)
+        consts = [Value(v.aval) for v in inner.constvars]
+        self.constants += consts
+        values = dict(zip([*inner.constvars, *inner.invars], [*consts, *given], strict=True))
+
+        def read(atom: Any) -> Value | None:
+            return None if isinstance(atom, _jax.Literal) else values[atom]
+
+        for eqn in inner.eqns:
+            around = "/".join(part for part in (scope, _jax.scope(eqn)) if part)
+            made = self._equation(eqn, [read(v) for v in eqn.invars], around)
+            values.update(zip(eqn.outvars, made, strict=True))
+        return [read(v) for v in inner.outvars]
+
+    def add(
+        self, op: str, scope: str, operands: Sequence[Value | None], avals: Sequence[Any], **how: Any
+    ) -> list[Value]:
+        """Append a step; its results."""
+        step = Step(op, scope, [v for v in operands if v is not None], **how)
+        step.results = [Value(aval, step) for aval in avals]
+        self.steps.append(step)
+        return step.results
+
+    def moved(self, op: str, scope: str, value: Value, aval: Any, detail: Hashable = ()) -> Value:
+        """A value in another order or type, computed where it is read; equal ones are one."""
+        key = (op, self.salt, id(value), detail, str(aval))
+        if key not in self.known:
+            self.known[key] = self.add(op, scope, [value], [aval], fuses=True, in_library=op in _IN_LIBRARY)
+        return self.known[key][0]
+
+    # --- equations ----------------------------------------------------------------------------
+
+    def _equation(self, eqn: Any, operands: list[Value | None], scope: str) -> Sequence[Value | None]:
+        name, facts = eqn.primitive.name, facts_of(eqn)
+        bodies = [body for _, body in _jax.sub_jaxprs(eqn)]
+        if (tangent_map := linear_body(eqn)) is not None:
+            return self.walk(tangent_map, operands, scope)
+        if eqn.primitive is boundary_p:
+            return operands[eqn.params["call"].tree.num_leaves :]
+        if bodies and name in _INLINED:
+            given = operands[len(operands) - len(_jax.open_jaxpr(bodies[0]).invars) :]
+            if name in CHECKPOINTS and self.barriers and eqn.params["prevent_cse"]:
+                return self._behind_barrier(bodies[0], given, scope)
+            return self.walk(bodies[0], given, scope)
+        if name == "scan":
+            return self._scan(eqn, operands, bodies[0], scope)
+        if name == "select_and_scatter_add":
+            return [self._unpooled(eqn, operands, scope)]
+        if name in PRODUCTS:
+            return [self._product(eqn, operands, scope)]
+        if _is_renamed(eqn, operands):
+            return operands[: len(eqn.outvars)]
+        if name in _RESHAPES and (value := operands[0]) is not None:
+            return [self.moved("reshape", scope, value, eqn.outvars[0].aval)]
+        if facts.reduces and operands[0] is not None and operands[0].aval.shape == eqn.invars[0].aval.shape:
+            operands = [_unfolded(operands[0], eqn.params["axes"])]
+        key: Hashable = None
+        if not eqn.effects and (not bodies or facts.combines):
+            atoms = (str(a) if v is None else id(v) for a, v in zip(eqn.invars, operands, strict=False))
+            key = (name, self.salt, tuple(atoms), str(eqn.params))
+            if key in self.known:
+                return self.known[key]
+        moves = facts.moves or name in _MOVES
+        inside = 0 if facts.combines else max(map(self._inside, bodies), default=0)
+        results = self.add(
+            *(name, scope, operands, [v.aval for v in eqn.outvars]),
+            fuses=moves or (facts.fuses and not facts.reduces and (facts.elementwise or facts.flat)),
+            reduces=facts.reduces,
+            entrywise=facts.elementwise and not facts.moves,
+            expensive=not (facts.cheap or facts.flat or moves or _is_by_a_number(eqn)),
+            in_library=name in _IN_LIBRARY,
+            effects=bool(eqn.effects),
+            in_place={0: 0} if name in _UPDATES and operands[0] is not None else {},
+            inside=inside + _AGAIN.get(name, 0) * sum(map(nbytes, eqn.outvars)),
+        )
+        if key is not None:
+            self.known[key] = results
+        return results
+
+    def _behind_barrier(
+        self, body: Any, given: list[Value | None], scope: str
+    ) -> Sequence[Value | None]:
+        """A checkpoint that is kept: nothing in it is shared, and it starts when all that goes in is there."""
+        barrier = self.add("optimization_barrier", scope, given, [jax.core.ShapedArray((), bool)])
+        self.salt += 1
+        start = len(self.steps)
+        results = self.walk(body, given, scope)
+        inside = set(map(id, self.steps[start:]))
+        for step in self.steps[start:]:
+            if not any(id(v.step) in inside for v in step.operands):
+                step.operands += barrier
+        return results
+
+    def _product(self, eqn: Any, operands: list[Value | None], scope: str) -> Value:
+        """A product, behind copies of operands whose axes are in another order, or, on the CPU, of 16 bits."""
+        result, wide, arranged = eqn.outvars[0].aval, jnp.dtype("float32"), []
+        orders = _orders(eqn)
+        for value, order, atom in zip(operands, orders, eqn.invars, strict=False):
+            if value is not None and value.step is not None and value.step.op == "transpose":
+                # A transposed matrix is read as it is.
+                value = value.step.operands[0] if len(atom.aval.shape) == 2 else value
+            if value is not None and order is not None:
+                aval = value.aval.update(shape=tuple(atom.aval.shape[d] for d in order))
+                value = self.moved("transpose", scope, value, aval, tuple(order))
+            if value is not None and self._is_widened(value.aval):
+                value = self.moved("convert_element_type", scope, value, value.aval.update(dtype=wide))
+            arranged.append(value)
+        widened = self._is_widened(result)
+        aval = result.update(dtype=wide) if widened else result
+        (made,) = self.add(eqn.primitive.name, scope, arranged, [aval])
+        if len(orders) > 2 and orders[2] is not None:
+            made = self.moved("transpose", scope, made, aval, "result")
+        return self.moved("convert_element_type", scope, made, result) if widened else made
+
+    def _is_widened(self, aval: Any) -> bool:
+        return self.platform == "cpu" and aval.dtype.itemsize == 2 and jnp.issubdtype(aval.dtype, jnp.inexact)
+
+    def _unpooled(self, eqn: Any, operands: list[Value | None], scope: str) -> Value:
+        """The derivative of max-pooling: positions of all entries, padded, then a scatter to the largest."""
+        result, padding = eqn.outvars[0].aval, eqn.params["padding"]
+        shape = tuple(d + low + high for d, (low, high) in zip(result.shape, padding, strict=True))
+        padded, values = result.update(shape=shape), operands[1]
+        places = padded.update(dtype=jnp.dtype("int32"))
+        positions = [self.add("iota", scope, [], [places])[0] for _ in shape]
+        if values is not None and shape != result.shape:
+            values = self.moved("pad", scope, values, padded)
+        (made,) = self.add("select_and_scatter_add", scope, [operands[0], values, *positions], [padded])
+        return made if shape == result.shape else self.moved("slice", scope, made, result)
+
+    # --- bodies -------------------------------------------------------------------------------
+
+    def _inside(self, body: Any) -> int:
+        """The bytes of temporary values in a body that is run once."""
+        inner = _StepsOf(self.barriers, self.platform)
+        given = [Value(v.aval) for v in _jax.open_jaxpr(body).invars]
+        return Liveness(inner.steps, inner.walk(body, given, "")).peak({}).nbytes
+
+    def _scan(
+        self, eqn: Any, operands: list[Value | None], body: Any, scope: str
+    ) -> Sequence[Value | None]:
+        """A loop: unrolled where XLA unrolls it, or one step that writes carries in place."""
+        length, reverse = eqn.params["length"], eqn.params["reverse"]
+        unroll = min(int(eqn.params["unroll"]), length)
+        consts, carries = _jax.scan_counts(eqn.params)
+        filled = [Value(a.aval) if v is None else v for a, v in zip(eqn.invars, operands, strict=True)]
+        if length == unroll:
+            carry, ys = self._unrolled(body, filled, consts, carries, length, reverse, scope)
+            types = [v.aval for v in eqn.outvars[carries:]]
+            columns = zip(*ys, strict=True) if length else ((),) * len(types)
+            return [
+                *carry,
+                *(self._stacked(list(y), t, scope) for y, t in zip(columns, types, strict=True)),
+            ]
+        inner = _StepsOf(self.barriers, self.platform)
+        given = [Value(v.aval) for v in filled]
+        carry, ys = inner._unrolled(body, given, consts, carries, max(unroll, 1), False, "")
+        live = Liveness(inner.steps, [*carry, *(y for of_step in ys for y in of_step)])
+        outside = live.invariant(given[:consts])
+        over = {id(c): given[consts + i] for i, c in enumerate(carry)}
+        inside = live.peak(over, outside, in_loop=True).nbytes
+        hoisted = [self.add("hoisted", scope, filled[:consts], [v.aval])[0] for v in outside]
+        # What is made of single numbers is made in the loop.
+        read = [v for v in filled[:consts] if not v.is_number]
+        in_place = {len(read) + i: i for i in range(carries)}
+        types = [v.aval for v in eqn.outvars]
+        return self.add(
+            "scan", scope, [*read, *filled[consts:], *hoisted], types, in_place=in_place, inside=inside
+        )
+
+    def _stacked(self, values: list[Value], aval: Any, scope: str) -> Value:
+        """What an unrolled loop stacks; of one step it is the value itself."""
+        if len(values) == 1:
+            return values[0]
+        return self.add("stack", scope, values, [aval], fuses=True, expensive=True)[0]
+
+    def _unrolled(
+        self, body: Any, operands: list[Value], consts: int, carries: int, times: int, reverse: bool, scope: str
+    ) -> tuple[list[Value], list[list[Value]]]:
+        """Append so many steps of a loop; the carry after them, and what each stacks."""
+        inner = _jax.open_jaxpr(body)
+        carry, ys = operands[consts : consts + carries], []
+        types = [v.aval for v in inner.invars[consts + carries :]]
+        for k in range(times):
+            i = times - 1 - k if reverse else k
+            xs = [
+                self._sliced(v, t, i, scope) for v, t in zip(operands[consts + carries :], types, strict=True)
+            ]
+            results = self.walk(body, [*operands[:consts], *carry, *xs], scope)
+            made = [Value(a.aval) if v is None else v for a, v in zip(inner.outvars, results, strict=True)]
+            carry = made[:carries]
+            ys.append(made[carries:])
+        return carry, ys[::-1] if reverse else ys
+
+    def _sliced(self, value: Value, aval: Any, i: int, scope: str) -> Value:
+        """The values of one step of a loop; of what an unrolled loop has stacked, as that made them."""
+        if value.nbytes == nbytes(aval):
+            return value
+        if value.step is not None and value.step.op == "stack":
+            return value.step.operands[i]
+        return self.moved("slice", scope, value, aval, i)
+
+
+def _is_renamed(eqn: Any, operands: Sequence[Value | None]) -> bool:
+    """Whether the results are operands themselves, perhaps in another shape."""
+    name, (value, *_) = eqn.primitive.name, (*operands, None)
+    if not 0 < len(eqn.outvars) <= len(operands) or value is None:
+        return False
+    if any(nbytes(o) != nbytes(i) for o, i in zip(eqn.outvars, eqn.invars, strict=False)):
+        return False
+    if name == "transpose":
+        step, shape = value.step, eqn.invars[0].aval.shape
+        kept = [d for d in eqn.params["permutation"] if shape[d] > 1]
+        # The transpose of a product is the product of its factors in the other order.
+        swapped = len(kept) == 2 and step is not None and step.op == "dot_general"
+        return swapped or kept == sorted(kept)
+    if name in _RESHAPES:
+        return value.step is None or not value.step.fuses
+    if name == "convert_element_type":
+        return bool(eqn.outvars[0].aval.dtype == value.aval.dtype)
+    return name in _RENAMED
+
+
+def _unfolded(value: Value, axes: Sequence[int]) -> Value:
+    """What is summed, before a reshape that leaves the other axes, the last ones, as they are."""
+    kept = [d for d in range(len(value.aval.shape)) if d not in axes]
+    if value.step is None or value.step.op != "reshape" or kept[:1] != [len(value.aval.shape) - len(kept)]:
+        return value
+    (source,) = value.step.operands
+    last = value.aval.shape[kept[0] :]
+    return source if source.aval.shape[-len(last) :] == last else value
+
+
+def _is_by_a_number(eqn: Any) -> bool:
+    """Whether it divides by one number for many, which is a product."""
+    if eqn.primitive.name != "div":
+        return False
+    return isinstance(eqn.invars[1], _jax.Literal) or eqn.invars[1].aval.size == 1
+
+
+def _orders(eqn: Any) -> list[Any]:
+    """For both operands of a product, and a convolution's result, the order to which they are copied.
+
+    None stands for one that is read as it is. In order are batch axes in front and one axis besides the
+    summed ones; for a convolution `NHWC` and `HWIO`.
+    """
+    shapes, orders = [a.aval.shape for a in (*eqn.invars, *eqn.outvars)], []
+    if eqn.primitive.name == "dot_general":
+        for k, (summed, batch) in enumerate(zip(*eqn.params["dimension_numbers"], strict=True)):
+            rest = [d for d in range(len(shapes[k])) if d not in summed and d not in batch]
+            order = [*batch, *rest, *summed] if k == 0 else [*batch, *summed, *rest]
+            kept = [d for d in order if shapes[k][d] > 1]
+            leads = list(batch) == list(range(len(batch))) and len(summed) == len(rest) == 1
+            is_read = leads or kept == sorted(kept) or (not batch and len(kept) == 2)
+            orders.append(None if is_read else order)
+        return orders
+    lhs, rhs, out = eqn.params["dimension_numbers"]
+    wanted = [[lhs[0], *lhs[2:], lhs[1]], [*rhs[2:], rhs[1], rhs[0]], [out[0], *out[2:], out[1]]]
+    for shape, order in zip(shapes, wanted, strict=True):
+        kept = [d for d in order if shape[d] > 1]
+        orders.append(None if kept == sorted(kept) else order)
+    return orders

@@ -1,0 +1,194 @@
+"""Which of several schedules lowers the peak of the compiled program, and what stands in the way of the others.
+
+What is held between the sweeps is not what a program holds at its peak: there are the cotangents, what a
+derivative makes while it runs, and a segment that is recomputed. So schedules are made under lower limits on
+their own peak as well, ranked by the estimate of their gradient's memory, and the best few are compiled.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from funcprop import _jax
+from funcprop._jax import xla_options
+from funcprop._jax.buffers import NoBuffersError, buffers
+from funcprop.memory.estimate import estimate
+from funcprop.memory.remat.chain import StepChain
+from funcprop.memory.remat.schedule import CutChain, Schedule, cheapest, in_chunks
+
+# Limits on a schedule's peak that are tried, as shares of the cheapest one's; shares of the budget; numbers of
+# equal chunks; how many of all these are compiled, those of the fewest bytes and the cheapest of few enough.
+_PEAKS = (1.0, 0.8, 0.6, 0.45, 0.33, 0.25)
+_BUDGETS = (1.0, 0.5)
+_CHUNKS = (2, 3, 4, 6, 8)
+_COMPILED = 3
+_CHEAP = 2
+# A program that holds less is not compiled: of its memory, alignment is too large a part.
+SMALLEST = 1 << 16
+
+
+class CompiledGradient(NamedTuple):
+    """Bytes and FLOPs of a compiled program: a value and its gradients.
+
+    The FLOPs are XLA's own count, in which the body of a loop counts once. `largest` are the temporary bytes
+    at the peak by operator, the most first.
+    """
+
+    temp: int
+    argument: int
+    output: int
+    alias: int
+    flops: float
+    largest: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def total(self) -> int:
+        """All buffers of the program."""
+        return self.argument + self.output + self.temp - self.alias
+
+    @classmethod
+    def of(cls, compiled: Any) -> CompiledGradient:
+        """Read bytes and operations of a compiled program from XLA."""
+        m = _jax.memory_fields(compiled)
+        flops = _jax.counted_flops(compiled)
+        try:
+            largest = Counter[str]()
+            for buffer in buffers(compiled).buffers:
+                if buffer.kind == "temporary" and buffer.op_name:
+                    largest[buffer.op_name.split("/")[-1]] += buffer.nbytes
+        except NoBuffersError:  # Its totals are known, and its buffers are not.
+            largest = Counter()
+        sizes = m["temporary"], m["argument"], m["output"], m["alias"]
+        return cls(*sizes, float("nan") if flops is None else flops, tuple(largest.most_common(3)))
+
+
+@dataclass(frozen=True, eq=False)
+class GradientProgram:
+    """The gradient of a program in some of its arguments, by a schedule or as it stands."""
+
+    program: StepChain
+    chosen: tuple[int, ...]
+
+    def sweeps(self, schedule: Schedule | None) -> tuple[Callable[..., Any], list[Any]]:
+        """A function of arguments and seeds that runs both sweeps, and their types."""
+        jaxpr = _jax.open_jaxpr(self.program.closed)
+        consts = _jax.array_constants(self.program.closed)
+        avals = [v.aval for v in jaxpr.invars]
+        results = [v.aval for v in jaxpr.outvars]
+        smooth = [_jax.is_differentiable(t) for t in results]
+
+        def both_sweeps(values: Sequence[Any], seeds: Sequence[Any]) -> tuple[Any, Any]:
+            def of_chosen(*chosen: Any) -> list[Any]:
+                every = list(values)
+                for i, value in zip(self.chosen, chosen, strict=True):
+                    every[i] = value
+                if schedule is None:
+                    return _jax.evaluate(jaxpr, consts, every)
+                return self.program.run(schedule, every)
+
+            found, pullback = jax.vjp(of_chosen, *(values[i] for i in self.chosen))
+            given = iter(seeds)
+            cotangents = [
+                next(given) if s else _jax.zero_tangent(t) for t, s in zip(results, smooth, strict=True)
+            ]
+            return found, pullback(cotangents)
+
+        types = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in avals]
+        seeds = [
+            jax.ShapeDtypeStruct(t.shape, t.dtype) for t, s in zip(results, smooth, strict=True) if s
+        ]
+        return both_sweeps, [types, seeds]
+
+    def compiled(self, schedule: Schedule | None, options: dict[str, str]) -> CompiledGradient:
+        """Compile it."""
+        fun, types = self.sweeps(schedule)
+        return CompiledGradient.of(jax.jit(fun, compiler_options=options or None).lower(*types).compile())
+
+    def estimated(self, schedule: Schedule | None) -> int:
+        """Estimate its temporary bytes."""
+        fun, types = self.sweeps(schedule)
+        return estimate(jax.make_jaxpr(fun)(*types), barriers=True, platform=jax.default_backend()).temporary
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A schedule, None if every one tried holds as much as none, and both programs' compiled memory."""
+
+    schedule: Schedule | None
+    plain: CompiledGradient
+    chosen: CompiledGradient
+
+
+def options_of(schedule: Schedule) -> dict[str, str]:
+    """The compiler options that a schedule needs on this backend."""
+    if not any(s.recomputed for s in schedule.segments):
+        return {}
+    return dict(xla_options.barrier_options(jax.default_backend()) or {})
+
+
+def can_compile(closed: Any) -> bool:
+    """Whether a program means the same by itself: without references and the axis names of its surroundings."""
+    avals = [v.aval for v in _jax.open_jaxpr(closed).invars]
+    if any(_jax.is_reference(a) or _jax.varying_axes(a) or _jax.explicitly_sharded(a) for a in avals):
+        return False
+    outside = _jax.equations(closed, lambda eqn: eqn.primitive.name != "shard_map")
+    named = ("axes", "axis_name", "axis_index_groups")
+    return not any(_has_name(eqn.params.get(key)) for eqn in outside for key in named)
+
+
+def _has_name(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, tuple | list) and any(map(_has_name, value)))
+
+
+def best(
+    gradient: GradientProgram,
+    base: Schedule,
+    fits: Callable[[Schedule], bool],
+    budget: float,
+    peak: float,
+    target: float,
+) -> Choice:
+    """Choose by the compiled program: the fewest FLOPs that reach a share `target` of the plain one's bytes.
+
+    If none does, the one of the fewest bytes. `base` is the cheapest schedule by what is held; `fits` says
+    whether a schedule is within the budget.
+    """
+    plain = gradient.compiled(None, {})
+    found = [base, *(s for s in _tried(gradient.program.chain, base, budget, peak) if fits(s))]
+    sizes = {s.segments: gradient.estimated(s) for s in found[1:]}
+    least = sorted(found[1:], key=lambda s: sizes[s.segments])[:_COMPILED]
+    enough = target * gradient.estimated(None)
+    cheap = sorted((s for s in found[1:] if sizes[s.segments] <= enough), key=lambda s: s.flops)[:_CHEAP]
+    some = {s.segments: s for s in (base, *cheap, *least)}.values()
+    compiled = [(s, gradient.compiled(s, options_of(s))) for s in some]
+    reached = [(s, c) for s, c in compiled if c.temp <= target * plain.temp]
+    if reached:
+        schedule, program = min(reached, key=lambda pair: (pair[0].flops, pair[1].temp))
+        return Choice(schedule, plain, program)
+    schedule, program = min(compiled, key=lambda pair: (pair[1].temp, pair[0].flops))
+    if program.temp >= plain.temp:
+        return Choice(None, plain, plain)
+    return Choice(schedule, plain, program)
+
+
+def _tried(chain: CutChain, base: Schedule, budget: float, peak: float) -> Iterator[Schedule]:
+    """Schedules under lower limits, and in equal chunks, each once."""
+    seen = {base.segments}
+    for share in _BUDGETS:
+        room = share * (budget if np.isfinite(budget) else base.nbytes)
+        for limit in _PEAKS:
+            found = cheapest(chain, room, min(peak, limit * base.peak))
+            if found is not None and found.segments not in seen:
+                seen.add(found.segments)
+                yield found
+    for count in _CHUNKS:
+        found = in_chunks(chain, count)
+        if found is not None and found.segments not in seen:
+            seen.add(found.segments)
+            yield found

@@ -1,0 +1,160 @@
+"""One flat jaxpr in which every variable is defined once.
+
+JAX keeps traced bodies, so that two calls of one function share the variables of their bodies; what is found
+of the variables of one call would then hold for the other. Here every call and every body of a loop has
+variables of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from funcprop import _jax
+from funcprop.program.facts import CALLS, CHECKPOINTS, CUSTOM_RULES
+
+# Whatever only calls its one body.
+EVERY_CALL = CALLS | CHECKPOINTS | CUSTOM_RULES | {"custom_lin", "core_call", "remat", "funcprop_linear"}
+
+
+def is_every_call(eqn: Any) -> bool:
+    """Whether an equation does nothing but call its one body."""
+    return eqn.primitive.name in EVERY_CALL and any(True for _ in _jax.sub_jaxprs(eqn))
+
+
+def flattened(closed: Any, opens: Callable[[Any], bool] = is_every_call) -> tuple[Any, list[Any]]:
+    """Inline the calls that `opens` accepts, also inside loops: an open jaxpr, and its constants.
+
+    The constants are those of the leading inputs of the jaxpr.
+    """
+    consts = list(_jax.constants(closed))
+    jaxpr, more = _renewed(_jax.open_jaxpr(closed), opens)
+    return jaxpr, consts + more
+
+
+def _renewed(jaxpr: Any, opens: Callable[[Any], bool]) -> tuple[Any, list[Any]]:
+    """The jaxpr with new variables, whose constants are inputs, and the constants of the calls in it."""
+    equations: list[Any] = []
+    inputs = [_jax.Var(v.aval) for v in [*jaxpr.constvars, *jaxpr.invars]]
+    count = len(jaxpr.constvars)
+    captured: list[Any] = []
+    consts: list[Any] = []
+
+    def body(inner: Any, given: Sequence[Any], outer: Any) -> list[Any]:
+        atoms = dict(zip([*inner.constvars, *inner.invars], given, strict=True))
+        for eqn in inner.eqns:
+            operands = [v if isinstance(v, _jax.Literal) else atoms[v] for v in eqn.invars]
+            stack = eqn.source_info.name_stack
+            stack = stack if outer is None else outer + stack
+            if opens(eqn):
+                called = next(called for _, called in _jax.sub_jaxprs(eqn))
+                opened = _jax.open_jaxpr(called)
+                closed_over = [_jax.Var(v.aval) for v in opened.constvars]
+                captured.extend(closed_over)
+                consts.extend(_jax.constants(called))
+                if eqn.params.get("differentiated") and eqn.params.get("prevent_cse"):
+                    operands = _behind_barrier(equations, eqn, operands, stack)
+                results = body(opened, [*closed_over, *operands[: len(opened.invars)]], stack)
+            else:
+                results = [_jax.Var(v.aval) for v in eqn.outvars]
+                where = eqn.source_info.replace(name_stack=stack)
+                params = _jax.map_jaxprs(eqn.params, lambda nested: _renewed_body(nested, opens))
+                equations.append(
+                    eqn.replace(invars=operands, outvars=results, source_info=where, params=params)
+                )
+            atoms.update(zip(eqn.outvars, results, strict=True))
+        return [v if isinstance(v, _jax.Literal) else atoms[v] for v in inner.outvars]
+
+    results = body(jaxpr, inputs, None)
+    variables = [*inputs[:count], *captured, *inputs[count:]]
+    return _jax.jaxpr_of(equations, variables, results, "flat"), consts
+
+
+def _behind_barrier(equations: list[Any], eqn: Any, operands: list[Any], stack: Any) -> list[Any]:
+    """What a checkpoint that is computed again reads: the same values, which the compiler takes for others."""
+    places = [i for i, v in enumerate(operands) if not isinstance(v, _jax.Literal)]
+    types = [jax.ShapeDtypeStruct(operands[i].aval.shape, operands[i].aval.dtype) for i in places]
+    (barrier,) = _jax.open_jaxpr(jax.make_jaxpr(jax.lax.optimization_barrier)(types)).eqns
+    results = [_jax.Var(operands[i].aval) for i in places]
+    where = eqn.source_info.replace(name_stack=stack)
+    invars = [operands[i] for i in places]
+    equations.append(barrier.replace(invars=invars, outvars=results, source_info=where))
+    renamed = dict(zip(places, results, strict=True))
+    return [renamed.get(i, v) for i, v in enumerate(operands)]
+
+
+def _renewed_body(nested: Any, opens: Callable[[Any], bool]) -> Any:
+    """A body of a loop or a branch in the same form, with constants where they were."""
+    opened = _jax.open_jaxpr(nested)
+    jaxpr, consts = _renewed(opened, opens)
+    if consts or opened.constvars:
+        # The constants of a body, and of what it calls, are rare and small; they stay where they are.
+        return nested
+    return _jax.closed_like(nested, jaxpr)
+
+
+def simplified(jaxpr: Any) -> Any:
+    """The jaxpr without what no result needs, in which equal equations are one, as in a compiled program."""
+    pruned, _ = _jax.without_unread_inputs(jaxpr, [True] * len(jaxpr.invars))
+    same: dict[Any, Any] = {}
+    seen: dict[Any, list[Any]] = {}
+    equations = []
+    for eqn in pruned.eqns:
+        operands = [v if isinstance(v, _jax.Literal) else same.get(v, v) for v in eqn.invars]
+        eqn = eqn.replace(invars=operands)
+        key = None if eqn.effects or any(True for _ in _jax.sub_jaxprs(eqn)) else _key(eqn)
+        if key is not None and key in seen:
+            same.update(zip(eqn.outvars, seen[key], strict=True))
+            continue
+        if key is not None:
+            seen[key] = list(eqn.outvars)
+        equations.append(eqn)
+    results = [v if isinstance(v, _jax.Literal) else same.get(v, v) for v in pruned.outvars]
+    return _jax.jaxpr_of(equations, pruned.invars, results, "flat")
+
+
+def with_makers_apart(jaxpr: Any) -> Any:
+    """The jaxpr in which every reader of an array that is made of no other has its own copy of it.
+
+    Two layers that start from equal zeros have no axis in common for that.
+    """
+    made = {v: eqn for eqn in jaxpr.eqns if _is_maker(eqn) for v in eqn.outvars}
+    equations = []
+    for eqn in jaxpr.eqns:
+        operands = []
+        for v in eqn.invars:
+            maker = None if isinstance(v, _jax.Literal) else made.get(v)
+            if maker is not None:
+                own = [_jax.Var(w.aval) for w in maker.outvars]
+                equations.append(maker.replace(outvars=own))
+                v = own[maker.outvars.index(v)]
+            operands.append(v)
+        equations.append(eqn.replace(invars=operands))
+    return _jax.without_unread_inputs(
+        _jax.jaxpr_of(equations, jaxpr.invars, jaxpr.outvars, "flat"), [True] * len(jaxpr.invars)
+    )[0]
+
+
+def _is_maker(eqn: Any) -> bool:
+    """Whether an equation makes arrays of numbers, or of nothing, without effects."""
+    no_arrays = all(not getattr(v.aval, "shape", ()) for v in eqn.invars)
+    return no_arrays and not eqn.effects and eqn.primitive.name in ("broadcast_in_dim", "iota")
+
+
+def _key(eqn: Any) -> Any:
+    """What two equal equations have in common; None where that cannot be compared."""
+    operands = tuple(_literal(v) if isinstance(v, _jax.Literal) else v for v in eqn.invars)
+    key = (eqn.primitive, operands, tuple(sorted(eqn.params.items(), key=lambda item: item[0])))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _literal(atom: Any) -> Any:
+    value = np.asarray(atom.val)
+    return (value.tobytes(), str(atom.aval))

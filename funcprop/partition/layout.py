@@ -1,0 +1,169 @@
+"""Which axes of a model go over which axes of a mesh of devices.
+
+Data parallelism splits the axis of the examples. Tensor parallelism splits a set of axes of parameters of
+which no two occur in one array, chosen greedily by operations saved for each byte that is all-reduced; for a
+transformer that is heads, hidden units and vocabulary. XLA partitions the program by these layouts of its
+arguments and results alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from funcprop import _jax
+from funcprop.partition.links import Place, rank, shape
+from funcprop.partition.logical_axes import Axes, Program
+from funcprop.program.flops import flops
+from funcprop.program.sizes import nbytes
+
+DATA, MODEL, STAGE = "data", "model", "stage"
+
+
+@dataclass(frozen=True, eq=False)
+class MeshLayout:
+    """A mesh, by the sizes of its axes, and what is split over each of these."""
+
+    program: Program
+    sizes: Mapping[str, int]
+    split: Mapping[Place, str]
+
+    def over(self, v: Any) -> list[str | None]:
+        """The axis of the mesh over which each axis of a variable is split; None for none."""
+        return [
+            self.split.get(self.program.find((v, d))) if size > 1 else None for d, size in enumerate(shape(v))
+        ]
+
+    def spec(self, v: Any) -> PartitionSpec:
+        """The layout of a variable as JAX writes it."""
+        return PartitionSpec(*self.over(v))
+
+    def parts(self, v: Any) -> int:
+        """Into how many parts a variable is cut."""
+        return math.prod(self.sizes[name] for name in self.over(v) if name is not None)
+
+    def bytes_of(self, v: Any) -> int:
+        """Bytes of a variable on one device."""
+        return nbytes(v) // self.parts(v)
+
+    @cached_property
+    def reduced(self) -> dict[Any, tuple[str, ...]]:
+        """The variables that are all-reduced when they are made, with the axes of the mesh."""
+        found = {}
+        for total in self.program.totals:
+            if axes := self.summed_over(total.summed):
+                found[total.eqn.outvars[0]] = axes
+        return found
+
+    def summed_over(self, places: Sequence[Place]) -> tuple[str, ...]:
+        """The axes of the mesh over which some places are split."""
+        roots = {self.program.find(place) for place in places if shape(place[0])[place[1]] > 1}
+        return tuple(sorted({self.split[root] for root in roots if root in self.split}))
+
+    def shardings(self, mesh: Mesh, variables: Sequence[Any]) -> list[NamedSharding]:
+        """The layouts of some variables on a mesh."""
+        return [NamedSharding(mesh, self.spec(v)) for v in variables]
+
+    def flops_per_device(self) -> int:
+        """Operations of one device; what no axis splits is done by all."""
+        total = 0
+        for eqn, trips in self.program.equations:
+            if not any(True for _ in _jax.sub_jaxprs(eqn)) or eqn.primitive.name.startswith(("reduce", "scatter")):
+                atoms = _jax.variables([*eqn.invars, *eqn.outvars])
+                names = {name for v in atoms for name in self.over(v) if name is not None}
+                total += trips * flops(eqn) // math.prod(self.sizes[name] for name in names)
+        return total
+
+
+def example_axis(axes: Axes, batch_variables: Sequence[Any]) -> Place | None:
+    """The axis of the examples: of the batch alone, and able to be split; None where there is none."""
+    program = axes.program
+    own = [axis for axis in axes if axis.members and all(m.startswith("batch") for m in axis.members)]
+    work = {axis.key: axis for axis in own if axis.why is None}
+    places = [(v, d) for v in batch_variables for d in range(rank(v)) if shape(v)[d] > 1]
+    found = [program.find(place) for place in places]
+    candidates = [root for root in dict.fromkeys(found) if root in work]
+    return max(candidates, key=lambda root: (work[root].flops, found.count(root)), default=None)
+
+
+def batch_places(program: Program, root: Place | None, batch_variables: Sequence[Any]) -> list[int | None]:
+    """Along which of its axes each array of the batch holds the examples; None for one that does not."""
+    return [
+        next((d for d in range(rank(v)) if shape(v)[d] > 1 and program.find((v, d)) == root), None)
+        for v in batch_variables
+    ]
+
+
+def tensor_axes(axes: Axes, parts: int, taken: Mapping[Place, str]) -> dict[Place, str]:
+    """Choose axes of parameters to split over `parts` devices: no two of them in one array."""
+    program = axes.program
+    held = {
+        axis.key: axis
+        for axis in axes
+        if any(m.startswith("params") for m in axis.members)
+        and axis.why is None
+        and axis.key not in taken
+        and program.divides(axis.key, parts)
+    }
+    communicated: dict[Place, int] = dict.fromkeys(held, 0)
+    for total in program.totals:
+        roots = {program.find(place) for place in total.summed if shape(place[0])[place[1]] > 1}
+        for root in roots & set(held):
+            communicated[root] += nbytes(total.eqn.outvars[0]) * (1 if total.joins else total.trips)
+    chosen: dict[Place, str] = {}
+    for root in sorted(held, key=lambda root: -held[root].flops / (1 + communicated[root])):
+        if not program.conflicts[root] & set(chosen):
+            chosen[root] = MODEL
+    return chosen
+
+
+def layout_of(axes: Axes, sizes: Mapping[str, int], batch_variables: Sequence[Any]) -> MeshLayout:
+    """Lay a program out over a mesh with the axes `data`, `model`, or both.
+
+    Raises:
+        ValueError: no axis of the batch, or of the parameters, can be split into so many parts.
+    """
+    split: dict[Place, str] = {}
+    if sizes.get(DATA, 1) > 1:
+        root = example_axis(axes, batch_variables)
+        if root is None:
+            why = next((a.why for a in axes if any(m.startswith("batch") for m in a.members) and a.why), None)
+            raise ValueError(
+                "data parallelism: no axis of the batch can be split"
+                + (f": {why}" if why else "")
+                + "; print(fp.partition.axes(loss)(params, batch)) lists them."
+            )
+        if not axes.program.divides(root, sizes[DATA]):
+            size = next(axis.size for axis in axes if axis.key == root)
+            raise ValueError(
+                f"data={sizes[DATA]}: {size} examples cannot be divided among {sizes[DATA]} devices; "
+                f"use a batch of {sizes[DATA] * max(1, size // sizes[DATA])} or "
+                f"{sizes[DATA] * (size // sizes[DATA] + 1)}, or fewer devices for `data`."
+            )
+        split[root] = DATA
+    if sizes.get(MODEL, 1) > 1:
+        chosen = tensor_axes(axes, sizes[MODEL], split)
+        if not chosen:
+            raise ValueError(
+                f"model={sizes[MODEL]}: no axis of the parameters can be split into {sizes[MODEL]} parts; "
+                "print(fp.partition.axes(loss)(params, batch)) says why."
+            )
+        split |= chosen
+    return MeshLayout(axes.program, dict(sizes), split)
+
+
+def mesh_of(devices: Sequence[Any], sizes: Mapping[str, int]) -> Mesh:
+    """A mesh whose layouts XLA derives (Auto axes), over the first devices."""
+    import numpy as np
+
+    count = math.prod(sizes.values())
+    array = np.empty(count, dtype=object)
+    array[:] = list(devices)[:count]
+    kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return Mesh(array.reshape(tuple(sizes.values())), tuple(sizes), axis_types=kinds)

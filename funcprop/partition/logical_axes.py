@@ -1,0 +1,345 @@
+"""The logical axes of a model: which axes of which arrays are one, and which of them can be split.
+
+Nodes are pairs (variable, axis) of the program of loss and gradient; every operator joins those that are equal
+(`funcprop.partition.links`), and a class of them is an axis of the model. Splitting one over devices costs
+nothing but an all-reduce where an operator sums over it. An axis that occurs twice in one array, or that an
+operator cannot leave split, is not split, and says why.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+
+from funcprop import _jax
+from funcprop.graph.graph import aligned
+from funcprop.partition.flat import flattened, simplified, with_makers_apart
+from funcprop.partition.links import Links, Place, links_of, rank, shape
+from funcprop.program.facts import PRODUCTS, facts_of
+from funcprop.program.flops import flops
+from funcprop.rules.rule_set import RuleSet
+from funcprop.rules.transforms import value_and_grad
+
+
+@dataclass(frozen=True)
+class Total:
+    """An operator that sums over some places; `trips` is how often it runs.
+
+    `joins` says that its result is only added to the carry of a loop, so that one all-reduce behind the loop
+    does for all of its steps.
+    """
+
+    eqn: Any
+    summed: tuple[Place, ...]
+    trips: int
+    joins: bool = False
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the model.
+
+    Attributes:
+        size: its length in the first of its members; where it is merged with others, they are longer.
+        members: the axes of parameters and batch that it is, as `"params/Dense_0/kernel[1]"`.
+        why: why it cannot be split; None if it can.
+        flops: operations of the matrix products that it takes part in.
+        key: its representative among the places of the program.
+    """
+
+    size: int
+    members: tuple[str, ...]
+    why: str | None
+    flops: int
+    key: Place
+
+
+class Program:
+    """The flat program of loss and gradient, with the class of every axis of every variable."""
+
+    def __init__(self, jaxpr: Any, consts: list[Any]) -> None:
+        self.jaxpr, self.consts = jaxpr, consts
+        self._parent: dict[Place, Place] = {}
+        self._why: dict[Place, str] = {}
+        self.variables: list[Any] = []
+        self.totals: list[Total] = []
+        self.equations: list[tuple[Any, int]] = []
+        self._enter(jaxpr.invars)
+        self._walk(jaxpr, 1, frozenset())
+
+    def find(self, place: Place) -> Place:
+        """The representative of a place's class."""
+        while self._parent[place] != place:
+            self._parent[place] = self._parent[self._parent[place]]
+            place = self._parent[place]
+        return place
+
+    def _enter(self, atoms: Any) -> None:
+        for v in _jax.variables(atoms):
+            if (v, -1) not in self._parent:
+                self._parent[v, -1] = (v, -1)
+                self.variables.append(v)
+                self._parent.update({(v, d): (v, d) for d in range(rank(v))})
+
+    def _apply(self, links: Links, eqn: Any, trips: int, joins: bool = False) -> None:
+        for a, b in links.same:
+            x, y = self.find(a), self.find(b)
+            if x != y:
+                self._parent[x] = y
+        where = _jax.scope(eqn)
+        for place, why in links.blocked:
+            if shape(place[0])[place[1]] > 1:
+                self._why.setdefault(place, f"{why}, in {where}" if where else why)
+        if links.summed:
+            self.totals.append(Total(eqn, tuple(links.summed), trips, joins))
+
+    def _walk(self, jaxpr: Any, trips: int, joined: frozenset[Any]) -> None:
+        for eqn in jaxpr.eqns:
+            self._enter(eqn.outvars)
+            bodies = [_jax.open_jaxpr(body) for _, body in _jax.sub_jaxprs(eqn)]
+            self.equations.append((eqn, trips))
+            if eqn.primitive.name == "scan":
+                self._scan(eqn, bodies[0], trips)
+            elif eqn.primitive.name == "cond":
+                for body in bodies:
+                    self._inside(eqn, body, eqn.invars[1:], trips)
+            elif eqn.primitive.name == "while" or (bodies and not _combines(eqn)):
+                found = Links()
+                found.block_all([*eqn.invars, *eqn.outvars], f"it passes through `{eqn.primitive.name}`")
+                self._apply(found, eqn, trips)
+            else:
+                self._apply(links_of(eqn), eqn, trips, any(v in joined for v in eqn.outvars))
+
+    def _inside(self, eqn: Any, body: Any, operands: Any, trips: int) -> None:
+        self._enter([*body.constvars, *body.invars])
+        self._walk(body, trips, frozenset())
+        found = Links()
+        for a, b in (
+            *zip(operands, body.invars, strict=True),
+            *zip(eqn.outvars, body.outvars, strict=True),
+        ):
+            found.together(a, b)
+        self._apply(found, eqn, trips)
+
+    def _scan(self, eqn: Any, body: Any, trips: int) -> None:
+        consts, carries = _jax.scan_counts(eqn.params)
+        self._enter([*body.constvars, *body.invars])
+        self._walk(body, trips * eqn.params["length"], added_to_carries(body, consts, carries))
+        found = Links()
+        for i, (a, b) in enumerate(zip(eqn.invars, body.invars, strict=True)):
+            _through(found, a, b, scanned=i >= consts + carries)
+        for i, (a, b) in enumerate(zip(eqn.outvars, body.outvars, strict=True)):
+            _through(found, a, b, scanned=i >= carries)
+            if i < carries:
+                found.together(body.invars[consts + i], b)
+        self._apply(found, eqn, trips)
+
+    @cached_property
+    def classes(self) -> dict[Place, list[Place]]:
+        """The places of each axis of size over 1, by representative."""
+        found: dict[Place, list[Place]] = defaultdict(list)
+        for v in self.variables:
+            for d in range(rank(v)):
+                if shape(v)[d] > 1:
+                    found[self.find((v, d))].append((v, d))
+        return found
+
+    @cached_property
+    def reasons(self) -> dict[Place, str]:
+        """Why an axis cannot be split, by representative; without those that can be."""
+        return self._meetings[0]
+
+    @cached_property
+    def conflicts(self) -> Mapping[Place, set[Place]]:
+        """The axes that occur in one array with another: only one of them goes over one axis of a mesh."""
+        return self._meetings[1]
+
+    @cached_property
+    def _meetings(self) -> tuple[dict[Place, str], Mapping[Place, set[Place]]]:
+        made = {v: eqn for eqn, _ in self.equations for v in eqn.outvars}
+        twice: dict[Place, str] = {}
+        conflicts: dict[Place, set[Place]] = defaultdict(set)
+        for v in self.variables:
+            roots = [self.find((v, d)) for d in range(rank(v)) if shape(v)[d] > 1]
+            for i, root in enumerate(roots):
+                for other in roots[i + 1 :]:
+                    if root == other and root not in twice:
+                        twice[root] = f"it meets itself: twice in {_described(v, made.get(v))}"
+                    elif root != other:
+                        conflicts[root].add(other)
+                        conflicts[other].add(root)
+        reasons = {}
+        for place, why in self._why.items():
+            reasons.setdefault(self.find(place), why)
+        return twice | {root: why for root, why in reasons.items() if root not in twice}, conflicts
+
+    def divides(self, root: Place, parts: int) -> bool:
+        """Whether every array that has the axis can be cut into so many equal parts."""
+        return all(shape(v)[d] % parts == 0 for v, d in self.classes[root])
+
+    def work(self) -> dict[Place, int]:
+        """Operations of the matrix products that each axis takes part in."""
+        found: dict[Place, int] = defaultdict(int)
+        for eqn, trips in self.equations:
+            if eqn.primitive.name in PRODUCTS:
+                atoms = _jax.variables([*eqn.invars, *eqn.outvars])
+                for root in {self.find((v, d)) for v in atoms for d in range(rank(v)) if shape(v)[d] > 1}:
+                    found[root] += trips * flops(eqn)
+        return found
+
+
+def added_to_carries(body: Any, consts: int, carries: int) -> frozenset[Any]:
+    """The variables of a loop's body that are only added to one of its carries, perhaps moved before."""
+    readers: dict[Any, list[Any]] = defaultdict(list)
+    for eqn in body.eqns:
+        for v in _jax.variables(eqn.invars):
+            readers[v].append(eqn)
+    made = {v: eqn for eqn in body.eqns for v in eqn.outvars}
+    results = list(body.outvars)
+    found = set()
+    for i in range(carries):
+        carry, result = body.invars[consts + i], results[i]
+        eqn = made.get(result) if not isinstance(result, _jax.Literal) else None
+        if eqn is None or eqn.primitive.name not in ("add", "add_any") or carry not in eqn.invars:
+            continue
+        if len(readers[carry]) > 1 or readers[result] or results.count(result) > 1:
+            continue
+        term = eqn.invars[1] if eqn.invars[0] is carry else eqn.invars[0]
+        while not isinstance(term, _jax.Literal) and len(readers[term]) == 1 and term not in results:
+            found.add(term)
+            source = made.get(term)
+            if source is None or source.primitive.name not in _MOVED:
+                break
+            term = source.invars[0]
+    return frozenset(found)
+
+
+_MOVED = frozenset({"transpose", "reshape", "squeeze", "convert_element_type", "copy"})
+
+
+def _combines(eqn: Any) -> bool:
+    """Whether the jaxprs of an equation only say how two numbers become one."""
+
+    return facts_of(eqn).combines
+
+
+def _through(found: Links, outside: Any, inside: Any, scanned: bool) -> None:
+    """Join an array outside of a loop with what its body sees of it."""
+    if not scanned:
+        found.together(outside, inside)
+        return
+    found.block(outside, 0, "the steps of a loop (`scan`) run along it")
+    for d in range(rank(inside)):
+        found.link(outside, d + 1, inside, d)
+
+
+def _described(v: Any, eqn: Any) -> str:
+    kind = f"{v.aval.dtype}[{','.join(map(str, shape(v)))}]"
+    if eqn is None:
+        return f"an argument {kind}"
+    where = _jax.scope(eqn)
+    return f"the {kind} of `{eqn.primitive.name}`" + (f" in {where}" if where else "")
+
+
+@dataclass(frozen=True, eq=False)
+class Axes:
+    """The axes of a model, those of most operations first. `print(axes)` is a table, `.json()` the same."""
+
+    axes: tuple[Axis, ...]
+    program: Program
+
+    def __iter__(self) -> Iterator[Axis]:
+        return iter(self.axes)
+
+    def __len__(self) -> int:
+        return len(self.axes)
+
+    def __getitem__(self, member: str) -> Axis:
+        """The axis that a member such as `"params/Dense_0/kernel[1]"` belongs to."""
+        for axis in self.axes:
+            if member in axis.members:
+                return axis
+        raise KeyError(f"{member!r} is no axis of a parameter or of the batch; print(axes) lists them.")
+
+    def __str__(self) -> str:
+        rows = [("size", "FLOPs", "members", "cannot be split because")]
+        for axis in self.axes:
+            shown = ", ".join(axis.members[:4]) + (f", … {len(axis.members)} in all" if axis.members[4:] else "")
+            rows.append((f"{axis.size}", f"{axis.flops:,}", shown, axis.why or ""))
+        return aligned(rows, right={0, 1}, widest=100)
+
+    def json(self) -> str:
+        """The table as JSON."""
+        names = "size", "members", "why", "flops"
+        return json.dumps({"axes": [{name: getattr(axis, name) for name in names} for axis in self.axes]})
+
+
+def axes(fun: Callable[..., Any], *, rules: RuleSet | None = None) -> Callable[..., Axes]:
+    """Find the logical axes of a loss and its gradient: `axes(loss)(params, batch) -> Axes`.
+
+    Arguments may be shapes. Two axes of arrays are one axis of the model where some operator needs them to be
+    equal; the axis can be split over devices if no operator needs it whole on one.
+
+    Args:
+        fun: the loss, of parameters and batch; both are pytrees.
+        rules: the rules of the gradient; `fp.rules.default` if None.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, funcprop as fp
+        >>> shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, "float32")
+        >>> loss = lambda w, x: jnp.mean(jnp.tanh(x @ w[0]) @ w[1])
+        >>> found = fp.partition.axes(loss)([shape(4, 16), shape(16, 2)], shape(32, 4))
+        >>> for axis in found:
+        ...     print(axis.size, *axis.members)
+        4 params/0[0] batch[1]
+        16 params/0[1] params/1[0]
+        32 batch[0]
+        2 params/1[1]
+    """
+
+    def found(params: Any, batch: Any) -> Axes:
+        return axes_of(program_of(fun, params, batch, rules), params, batch)
+
+    return found
+
+
+def program_of(fun: Callable[..., Any], params: Any, batch: Any, rules: RuleSet | None) -> Program:
+    """The program of value and gradient of a loss at given arguments, or at their shapes."""
+    closed = jax.make_jaxpr(value_and_grad(fun, rules=rules))(params, batch)
+    jaxpr, consts = flattened(closed)
+    return Program(with_makers_apart(simplified(jaxpr)), consts)
+
+
+def axes_of(program: Program, params: Any, batch: Any, arguments: Sequence[Any] | None = None) -> Axes:
+    """The axes of a program by the names of its arguments; those of parameters and batch if it has others."""
+    members: dict[Place, list[str]] = defaultdict(list)
+    first: dict[Place, int] = {}
+    leaves = [*named("params", params), *named("batch", batch)]
+    variables = program.jaxpr.invars[len(program.consts) :] if arguments is None else arguments
+    for (name, _), v in zip(leaves, variables, strict=True):
+        for d, size in enumerate(shape(v)):
+            if size > 1:
+                root = program.find((v, d))
+                members[root].append(f"{name}[{d}]")
+                first.setdefault(root, size)
+    work = program.work()
+    found = [
+        Axis(first[root], tuple(names), program.reasons.get(root), work.get(root, 0), root)
+        for root, names in members.items()
+    ]
+    return Axes(tuple(sorted(found, key=lambda axis: -axis.flops)), program)
+
+
+def named(what: str, tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a tree by their path, as `params/Dense_0/kernel`."""
+    paths = jax.tree.leaves_with_path(tree)
+    return [
+        ("/".join(filter(None, [what, jax.tree_util.keystr(path, simple=True, separator="/")])), leaf)
+        for path, leaf in paths
+    ]

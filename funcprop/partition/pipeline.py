@@ -1,0 +1,341 @@
+"""A pipeline of an unchanged loss: one program for each stage and sweep, run in the order of a timeline.
+
+The programs are ordinary jitted functions (several programs, several data), so stages may be unequal, and a
+parameter may be read by several of them: each has a copy, the gradients are added on the first, which owns it,
+and the copies are made anew from what the owner's optimizer has updated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from funcprop import _jax
+from funcprop.partition.device_bytes import DeviceBytes
+from funcprop.partition.layout import DATA
+from funcprop.partition.problem import TrainingProblem
+from funcprop.partition.segments import Cuttable, Segment
+from funcprop.partition.stages import StageProgram, StageUpdates, replicated, stage_meshes
+from funcprop.partition.task_order import Order, PipelineTask, Timeline, timeline
+from funcprop.partition.traffic import Collective
+from funcprop.program.sizes import nbytes
+
+Watch = Callable[[PipelineTask], None]
+
+
+@dataclass(frozen=True, eq=False)
+class PipelinedProgram:
+    """A step as a pipeline.
+
+    Attributes:
+        count: how many stages.
+        places: on how many places, each of `replicas` devices, they are; fewer than stages if interleaved.
+        microbatches: into how many parts the batch is cut.
+    """
+
+    problem: TrainingProblem
+    count: int
+    microbatches: int
+    order: Order = "1f1b"
+    places: int = 0
+    replicas: int = 1
+    recompute: bool = False
+
+    @property
+    def _places(self) -> int:
+        return self.places or self.count
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """Who does what when."""
+        return timeline(self.order, self.count, self.microbatches, self._places)
+
+    @cached_property
+    def microbatch(self) -> Any:
+        """The shapes of a microbatch."""
+        return self.problem.part_shapes(self.microbatches)
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """The loss of a microbatch, cut."""
+        return Cuttable(self.problem.loss, self.problem.shapes[0], self.microbatch).segments(self.count)
+
+    @cached_property
+    def stages(self) -> list[StageProgram]:
+        """The programs."""
+        return [
+            StageProgram(segment, self.problem.rules, self.recompute) for segment in self.segments
+        ]
+
+    @cached_property
+    def owners(self) -> tuple[int, ...]:
+        """The first stage that reads each parameter; the first of all for one that none reads."""
+        count = len(jax.tree.leaves(self.problem.params))
+        return tuple(
+            next((s for s, segment in enumerate(self.segments) if i in segment.params), 0) for i in range(count)
+        )
+
+    # --- running it ---------------------------------------------------------------------------
+
+    def on(self, devices: Sequence[Any]) -> RunningPipeline:
+        """The pipeline on devices that are there.
+
+        Raises:
+            ValueError: a device belongs to another process.
+        """
+        needed = self._places * self.replicas
+        if any(d.process_index != jax.process_index() for d in list(devices)[:needed]):
+            raise ValueError(
+                "a pipeline over devices of several processes is not supported; use the devices of one process "
+                "(jax.local_devices()), or a plan of data or tensor parallelism over all."
+            )
+        return RunningPipeline(self, stage_meshes(devices, self._places, self.replicas))
+
+    # --- what it costs ------------------------------------------------------------------------
+
+    @cached_property
+    def _leaves(self) -> tuple[list[Any], list[Any]]:
+        return jax.tree.leaves(self.problem.shapes[0]), jax.tree.leaves(self.microbatch)
+
+    @cached_property
+    def _one_replica(self) -> PipelinedProgram:
+        """The same pipeline of one device's examples."""
+        if self.replicas == 1:
+            return self
+        return replace(self, microbatches=self.microbatches * self.replicas, replicas=1)
+
+    @cached_property
+    def stage_bytes(self) -> list[DeviceBytes]:
+        """The peak of the devices of each place."""
+        one = self._one_replica
+        leaves = one._leaves
+        saved = [stage.saved_bytes(*leaves) for stage in one.stages]
+        extra = [stage.extra_bytes(*leaves) for stage in one.stages]
+        if self.replicas > 1:  # The sums of gradients before and after the all-reduce.
+            weights = [sum(nbytes(leaves[0][i]) for i in segment.params) for segment in one.segments]
+            extra = [n + w for n, w in zip(extra, weights, strict=True)]
+        return self.bytes_with(saved, extra)
+
+    def bytes_with(self, saved: Sequence[int], extra: Sequence[int]) -> list[DeviceBytes]:
+        """The peak of the devices of each place, where microbatches and sweeps need so many bytes."""
+        leaves, _ = self._leaves
+        found = []
+        for place in range(self._places):
+            own = range(place, self.count, self._places)
+            weights = sum(nbytes(leaves[i]) for s in own for i in self.segments[s].params)
+            held = sum(saved[s] * self.timeline.in_flight[s] for s in own)
+            purposes = {"parameters": weights, "optimizer state": self._state_bytes(own), "saved": held}
+            purposes |= {"results": weights, "temporaries": max(extra[s] for s in own)}
+            found.append(DeviceBytes({name: n for name, n in purposes.items() if n}))
+        return found
+
+    def _state_bytes(self, own: Sequence[int]) -> int:
+        if self.problem.optimizer is None:
+            return 0
+        leaves = jax.tree.leaves(self.problem.state_shapes(self.problem.optimizer))
+        owners = self.updates(self.problem.optimizer).state_owners
+        return sum(nbytes(x) for x, s in zip(leaves, owners, strict=True) if s is None or s in own)
+
+    def updates(self, optimizer: Any) -> StageUpdates:
+        """The optimizer's update, for each stage."""
+        return StageUpdates(optimizer, self.problem.shapes[0], self.owners, self.count)
+
+    @cached_property
+    def predicted_bytes(self) -> DeviceBytes:
+        """The peak of the device that holds most."""
+        return max(self.stage_bytes, key=lambda held: held.total)
+
+    @cached_property
+    def predicted_traffic(self) -> list[Collective]:
+        """What stages hand each other in a step, forwards and backwards, and what is reduced over replicas."""
+        found = []
+        for s, segment in enumerate(self.segments[:-1]):
+            for v in segment.outputs:
+                trips = self.microbatches * (2 if jnp.issubdtype(v.dtype, jnp.inexact) else 1)
+                found.append(Collective("send", nbytes(v) // self.replicas, f"stage {s} to {s + 1}", trips))
+        if self.replicas > 1:
+            leaves, _ = self._leaves
+            found += [
+                Collective("all-reduce", nbytes(leaves[i]), f"gradients of stage {s}", self.microbatches)
+                for s, segment in enumerate(self.segments)
+                for i in segment.params
+            ]
+        return found
+
+    @cached_property
+    def flops(self) -> int:
+        """Operations of the busiest device in one step: its segments forward, twice as much backward."""
+        work = [
+            sum(self.segments[s].flops for s in range(place, self.count, self._places)) for place in range(self._places)
+        ]
+        return max(work) * (4 if self.recompute else 3) * self.microbatches // self.replicas
+
+    @property
+    def bubble(self) -> float:
+        """The share of time in which a device waits."""
+        return self.timeline.bubble
+
+
+class RunningPipeline:
+    """A pipeline on its devices."""
+
+    def __init__(self, program: PipelinedProgram, meshes: Sequence[Mesh]) -> None:
+        self.program, self._meshes = program, list(meshes)
+        self._mesh = [meshes[place] for place in program.timeline.devices]
+
+    def place(self, params: Any, state: Any = None, optimizer: Any = None) -> tuple[Any, Any]:
+        """Parameters, and the optimizer's state, each leaf on the devices of the stage that owns it."""
+        leaves, tree = jax.tree.flatten(params)
+        placed = [
+            jax.device_put(x, replicated(self._mesh[s])) for x, s in zip(leaves, self.program.owners, strict=True)
+        ]
+        if state is None:
+            return jax.tree.unflatten(tree, placed), None
+        rest, state_tree = jax.tree.flatten(state)
+        owners = self.program.updates(optimizer).state_owners
+        held = [jax.device_put(x, replicated(self._mesh[s or 0])) for x, s in zip(rest, owners, strict=True)]
+        return jax.tree.unflatten(tree, placed), jax.tree.unflatten(state_tree, held)
+
+    def _to(self, s: int, x: Any) -> Any:
+        """An array on the devices of a stage, laid out as it is on those of another."""
+        spec = getattr(x.sharding, "spec", PartitionSpec())
+        return jax.device_put(x, NamedSharding(self._mesh[s], spec))
+
+    def _parts(self, batch: Any) -> tuple[list[list[Any]], list[Any]]:
+        """The leaves of each microbatch, and its weight as a share of all."""
+        problem, count = self.program.problem, self.program.microbatches
+        stacked = jax.tree.leaves(problem.parts_of(batch, count, strided=False))
+        parts = [[x[m] for x in stacked] for m in range(count)]
+        if problem.weight is None:
+            return parts, [1 / count] * count
+        tree = jax.tree.structure(batch)
+        weights = [problem.weight(jax.tree.unflatten(tree, part)) for part in parts]
+        total = sum(weights)
+        return parts, [w / total for w in weights]
+
+    def _example(self, s: int, x: Any, d: int | None) -> Any:
+        spec = PartitionSpec() if d is None else PartitionSpec(*[None] * d, DATA)
+        return jax.device_put(x, NamedSharding(self._mesh[s], spec))
+
+    def gradient(self, params: Any, batch: Any, watch: Watch | None = None) -> tuple[Any, list[Any]]:
+        """The loss, and the leaves of the gradient, each where the parameter is."""
+        program, last = self.program, self.program.count - 1
+        leaves = jax.tree.leaves(params)
+        held = [[self._to(s, leaves[i]) for i in segment.params] for s, segment in enumerate(program.segments)]
+        total = [
+            [jnp.zeros(x.shape, x.dtype, device=replicated(self._mesh[s])) for x in own] for s, own in enumerate(held)
+        ]
+        parts, weights = self._parts(batch)
+        places = program.problem.batch_axes
+        handed: dict[tuple[str, int, int], Any] = {}
+        saved: dict[tuple[int, int], Any] = {}
+        losses: list[Any] = []
+        for task in program.timeline.tasks:
+            s, m = task.stage, task.microbatch
+            stage, segment = program.stages[s], program.segments[s]
+            if task.sweep == "F":
+                examples = [self._example(s, parts[m][i], places[i]) for i in segment.batch]
+                inputs = [self._to(s, x) for x in handed.pop(("F", s - 1, m), [])]
+                outputs, kept = stage.forward(held[s], examples, inputs)
+                saved[s, m] = kept, examples, inputs
+                if s == last:
+                    weight = jax.device_put(jnp.asarray(weights[m], outputs[0].dtype), replicated(self._mesh[s]))
+                    losses.append(weight * outputs[0])
+                    handed["B", s, m] = [weight]
+                else:
+                    handed["F", s, m] = outputs
+                del inputs, outputs, examples, kept
+            else:
+                sent = handed.pop(("B", s, m))
+                sent = sent if s == last else self._cotangents(s, sent)
+                kept, examples, inputs = saved.pop((s, m))
+                total[s], sent = stage.backward(total[s], kept, sent, held[s], examples, inputs)
+                if s:
+                    handed["B", s - 1, m] = sent
+                del sent, kept, examples, inputs
+            if watch is not None:
+                watch(task)
+        return sum(losses[1:], losses[0]), self._added(leaves, total)
+
+    def _cotangents(self, s: int, sent: list[Any]) -> list[Any]:
+        """What the next stage sent back, with zeros for what has no derivative."""
+        given = iter(sent)
+        found = []
+        for v in self.program.segments[s].outputs:
+            if jnp.issubdtype(v.dtype, jnp.inexact):
+                found.append(self._to(s, next(given)))
+            else:
+                found.append(_jax.zero_tangent(v))
+        return found
+
+    def _added(self, leaves: Sequence[Any], total: Sequence[Sequence[Any]]) -> list[Any]:
+        """The gradients on the owners of their parameters; those of other stages are added in their order."""
+        grads: list[Any] = [None] * len(leaves)
+        for s, segment in enumerate(self.program.segments):
+            for i, x in zip(segment.params, total[s], strict=True):
+                owner = self.program.owners[i]
+                grads[i] = x if grads[i] is None else grads[i] + self._to(owner, x)
+        return [
+            jnp.zeros(x.shape, x.dtype, device=replicated(self._mesh[owner])) if g is None else g
+            for g, x, owner in zip(grads, leaves, self.program.owners, strict=True)
+        ]
+
+    def step(self, optimizer: Any) -> Callable[..., Any]:
+        """A train step: `step(params, state, batch) -> params, state, loss`; it overwrites the parameters."""
+        updates = self.program.updates(optimizer)
+        programs, owners = updates.programs, updates.state_owners
+
+        def step(params: Any, state: Any, batch: Any) -> Any:
+            value, grads = self.gradient(params, batch)
+            leaves, tree = jax.tree.flatten(params)
+            rest, state_tree = jax.tree.flatten(state)
+            new, kept = list(leaves), list(rest)
+            for s, update in enumerate(programs):
+                own, needed = updates.of(s)
+                given = [self._to(s, rest[j]) for j in needed]
+                values, states = update([leaves[i] for i in own], given, [grads[i] for i in own])
+                for i, x in zip(own, values, strict=True):
+                    new[i] = x
+                for j, x in zip(needed, states, strict=True):
+                    if owners[j] == s or (owners[j] is None and s == 0):
+                        kept[j] = x
+            return jax.tree.unflatten(tree, new), jax.tree.unflatten(state_tree, kept), value
+
+        return step
+
+    def compiled_bytes(self) -> list[DeviceBytes]:
+        """The peak of the devices of each place, by what XLA says of its programs."""
+        program = self.program
+        leaves, batch = program._leaves
+        places = program.problem.batch_axes
+        saved, extra = [], []
+        shapes: list[Any] = []
+        for s, stage in enumerate(program.stages):
+            params, examples, _ = stage.types(leaves, batch)
+            whole = replicated(self._mesh[s])
+            at = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+            params = [at(x, whole) for x in params]
+            split = [places[i] for i in stage.segment.batch]
+            examples = [
+                at(x, NamedSharding(self._mesh[s], PartitionSpec() if d is None else PartitionSpec(*[None] * d, DATA)))
+                for x, d in zip(examples, split, strict=True)
+            ]
+            inputs = [at(x, NamedSharding(self._mesh[s], spec)) for x, spec in shapes]
+            lowered = stage.forward.lower(params, examples, inputs)
+            forward = lowered.compile()
+            outputs, pull = jax.tree.map(lambda x, sharding: at(x, sharding), lowered.out_info, forward.output_shardings)
+            shapes = [(x, x.sharding.spec) for x in outputs]
+            backward = stage.backward.lower(params, pull, outputs, params, examples, inputs).compile()
+            fields = _jax.memory_fields(forward), _jax.memory_fields(backward)
+            handed = sum(nbytes(x) for x in outputs) // program.replicas
+            received = sum(nbytes(x) for x in [*examples, *inputs]) // program.replicas
+            saved.append(fields[0]["output"] - handed + received)
+            new = fields[1]["output"] - fields[1]["alias"]
+            extra.append(max(fields[0]["temporary"] + handed, fields[1]["temporary"] + new))
+        return program.bytes_with(saved, extra)

@@ -1,0 +1,167 @@
+"""Plans that are one compiled program: layouts, accumulation, minibatches, rematerialisation, ZeRO-3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from funcprop.partition.device_bytes import DeviceBytes, peak_of
+from funcprop.partition.layout import MeshLayout, layout_of, mesh_of
+from funcprop.partition.logical_axes import axes_of
+from funcprop.partition.problem import TrainingProblem, flat_program
+from funcprop.partition.traffic import Collective, predicted_collectives
+
+Gradient = Callable[..., Any]
+
+
+def accumulated(problem: TrainingProblem, gradient: Gradient, parts: int) -> Gradient:
+    """Value and gradient as the weighted mean of those of `parts` microbatches, one after the other."""
+    weigh = problem.weight or (lambda batch: 1.0)
+
+    def run(params: Any, batch: Any) -> Any:
+        def one(total: Any, part: Any) -> tuple[Any, None]:
+            value, grads = gradient(params, part)
+            weight = jnp.asarray(weigh(part), value.dtype)
+            new = jax.tree.map(lambda t, x: t + weight.astype(x.dtype) * x, total[1:], (value, grads))
+            return (total[0] + weight, *new), None
+
+        shapes = jax.eval_shape(gradient, params, problem.part_shapes(parts))
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        start = (jnp.zeros((), shapes[0].dtype), *zero)
+        total, value, grads = jax.lax.scan(one, start, problem.parts_of(batch, parts, strided=True))[0]
+        return jax.tree.map(lambda x: x / total.astype(x.dtype), (value, grads))
+
+    return run
+
+
+def updated(gradient: Gradient, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    """A train step: `step(params, state, batch) -> params, state, loss`."""
+
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        value, grads = gradient(params, batch)
+        changes, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, changes), state, value
+
+    return step
+
+
+def in_minibatches(
+    problem: TrainingProblem, gradient: Gradient, optimizer: optax.GradientTransformation, parts: int
+) -> Callable[..., Any]:
+    """A step that makes `parts` updates, each with a part of the batch; its loss is their mean."""
+    step = updated(gradient, optimizer)
+
+    def run(params: Any, state: Any, batch: Any) -> Any:
+        def one(carry: Any, part: Any) -> tuple[Any, Any]:
+            params, state, value = step(*carry, part)
+            return (params, state), value
+
+        parted = problem.parts_of(batch, parts, strided=False)
+        (params, state), values = jax.lax.scan(one, (params, state), parted)
+        return params, state, jnp.mean(values)
+
+    return run
+
+
+@dataclass(frozen=True, eq=False)
+class SteppedProgram:
+    """A step that is one program on a mesh, partitioned by XLA.
+
+    Attributes:
+        gradient: value and gradient of parameters and batch.
+        sizes: the mesh, by the sizes of its axes.
+        minibatches: how many updates a step makes, each with a part of the batch.
+        options: compiler options that the outermost jit needs.
+    """
+
+    problem: TrainingProblem
+    gradient: Gradient
+    sizes: Mapping[str, int]
+    minibatches: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def whole(self, optimizer: optax.GradientTransformation | None) -> Callable[..., Any]:
+        """The function that is compiled: a step, or value and gradient if there is no optimizer."""
+        if optimizer is None:
+            return self.gradient
+        if self.minibatches > 1:
+            return in_minibatches(self.problem, self.gradient, optimizer, self.minibatches)
+        return updated(self.gradient, optimizer)
+
+    def arguments(self, optimizer: optax.GradientTransformation | None) -> tuple[Any, ...]:
+        """The shapes of its arguments."""
+        params, batch = self.problem.shapes
+        return (params, batch) if optimizer is None else (params, self.problem.state_shapes(optimizer), batch)
+
+    def laid_out(self, optimizer: optax.GradientTransformation | None) -> MeshLayout:
+        """The layout of the whole program: what the model's axes say, and what the optimizer's follow."""
+        shapes = self.arguments(optimizer)
+        program = flat_program(self.whole(optimizer), *shapes)
+        variables = list(program.jaxpr.invars[len(program.consts) :])
+        count = len(jax.tree.leaves(shapes[0])), len(jax.tree.leaves(shapes[-1]))
+        ends = variables[: count[0]], variables[len(variables) - count[1] :]
+        axes = axes_of(program, shapes[0], shapes[-1], [*ends[0], *ends[1]])
+        return layout_of(axes, self.sizes, ends[1])
+
+    @cached_property
+    def layout(self) -> MeshLayout:
+        """The layout with the problem's own optimizer."""
+        return self.laid_out(self.problem.optimizer)
+
+    def shardings(self, layout: MeshLayout, mesh: Mesh, optimizer: Any) -> tuple[Any, ...]:
+        """The layouts of the arguments, as trees."""
+        shapes = self.arguments(optimizer)
+        leaves = layout.shardings(mesh, layout.program.jaxpr.invars[len(layout.program.consts) :])
+        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+    def jitted(self, devices: Sequence[Any], optimizer: Any, gradient_only: bool = False) -> tuple[Any, tuple[Any, ...]]:
+        """The program as a jitted function, and the layouts of its arguments."""
+        optimizer = None if gradient_only else optimizer
+        layout = self.layout if optimizer is self.problem.optimizer else self.laid_out(optimizer)
+        mesh = mesh_of(devices, self.sizes)
+        ins = self.shardings(layout, mesh, optimizer)
+        one = NamedSharding(mesh, PartitionSpec())
+        outs = (one, ins[0]) if optimizer is None else (ins[0], ins[1], one)
+        donated = () if optimizer is None else (0, 1)
+        options = dict(self.options) or None
+        fun = jax.jit(
+            self.whole(optimizer), in_shardings=ins, out_shardings=outs, donate_argnums=donated, compiler_options=options
+        )
+        return fun, ins
+
+    def compiled(self, devices: Sequence[Any]) -> Any:
+        """The program compiled for some devices, which need not be there."""
+        fun, ins = self.jitted(devices, self.problem.optimizer)
+        shapes = self.arguments(self.problem.optimizer)
+        placed = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, ins)
+        return fun.lower(*placed).compile()
+
+    @cached_property
+    def predicted_bytes(self) -> DeviceBytes:
+        """The peak of one device."""
+        shapes = self.arguments(self.problem.optimizer)
+        program, layout = self.layout.program, self.layout
+        names = ("parameters", "batch") if len(shapes) == 2 else ("parameters", "optimizer state", "batch")
+        purposes = ["parameters"] * len(program.consts)
+        for name, tree in zip(names, shapes, strict=True):
+            purposes += [name] * len(jax.tree.leaves(tree))
+        donated = [len(shapes) == 3 and purpose != "batch" for purpose in purposes]
+        value = program.jaxpr.outvars[0 if len(shapes) == 2 else -1]
+        return peak_of(program.jaxpr, purposes, layout.bytes_of, layout.reduced, donated, value)
+
+    @cached_property
+    def predicted_traffic(self) -> list[Collective]:
+        """The collectives of one step."""
+        return predicted_collectives(self.layout)
+
+    @cached_property
+    def flops(self) -> int:
+        """Operations of one device in one step."""
+        return self.layout.flops_per_device()

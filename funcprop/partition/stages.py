@@ -1,0 +1,216 @@
+"""The programs of one stage of a pipeline: its forward sweep, its backward sweep, and its update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import Partial
+
+from funcprop import _jax
+from funcprop.partition.device_bytes import flat_jaxpr, peak_of
+from funcprop.partition.flat import flattened
+from funcprop.partition.layout import DATA
+from funcprop.partition.segments import Segment
+from funcprop.program.sizes import nbytes
+from funcprop.rules.rule_set import RuleSet
+from funcprop.rules.running import with_rules
+
+
+@dataclass(frozen=True, eq=False)
+class StageProgram:
+    """A segment of a loss on the devices of one stage.
+
+    `forward(params, batch, inputs) -> outputs, saved` and `backward(total, saved, cotangents, params, batch,
+    inputs) -> total, cotangents of inputs`, in which the gradients are added to `total`. `saved` is the pullback
+    without what it was given; with `recompute` it is empty, and the segment is run again.
+    """
+
+    segment: Segment
+    rules: RuleSet | None
+    recompute: bool
+
+    @cached_property
+    def _run(self) -> Callable[..., Any]:
+        return with_rules(self.segment.run, rules=self.rules)
+
+    def _pullback(self, params: Any, batch: Any, inputs: Any) -> Any:
+        return jax.vjp(lambda params, inputs: self._run(params, batch, inputs), params, inputs)
+
+    @cached_property
+    def forward(self) -> Any:
+        """The forward sweep, jitted."""
+
+        def forward(params: Any, batch: Any, inputs: Any) -> Any:
+            if self.recompute:
+                return self._run(params, batch, inputs), Partial(_again)
+            outputs, pull = self._pullback(params, batch, inputs)
+            given = [*params, *batch, *inputs]
+            leaves, tree = jax.tree.flatten(pull)
+            places = tuple(next((i for i, x in enumerate(given) if x is leaf), None) for leaf in leaves)
+            kept = [leaf for leaf, place in zip(leaves, places, strict=True) if place is None]
+            return outputs, Partial(partial(_rebuilt, tree, places), kept)
+
+        return jax.jit(forward)
+
+    @cached_property
+    def backward(self) -> Any:
+        """The backward sweep, jitted; it overwrites the sum of gradients."""
+
+        def backward(total: Any, saved: Any, cotangents: Any, params: Any, batch: Any, inputs: Any) -> Any:
+            if self.recompute:
+                _, pull = self._pullback(params, batch, inputs)
+            else:
+                pull = saved([*params, *batch, *inputs])
+            grads, sent = pull(cotangents)
+            return jax.tree.map(jnp.add, total, grads), [x for x in sent if x.dtype != jax.dtypes.float0]
+
+        return jax.jit(backward, donate_argnums=0)
+
+    def types(self, params: Sequence[Any], batch: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        """The types of what the stage reads, from those of all leaves."""
+        own = [params[i] for i in self.segment.params], [batch[i] for i in self.segment.batch]
+        return *own, list(self.segment.inputs)
+
+    def saved_bytes(self, params: Sequence[Any], batch: Sequence[Any]) -> int:
+        """Bytes of one microbatch between its two sweeps: what the stage read, and what it made for later."""
+        given = self.types(params, batch)
+        _, saved = jax.eval_shape(self.forward, *given)
+        return sum(map(nbytes, jax.tree.leaves((saved, given[1:]))))
+
+    def extra_bytes(self, params: Sequence[Any], batch: Sequence[Any]) -> int:
+        """Bytes that a sweep needs besides what it reads, is saved, and is added up: the larger of the two."""
+        given = self.types(params, batch)
+        _, saved = jax.eval_shape(self.forward, *given)
+        cotangents = list(self.segment.outputs)
+        made = sum(map(nbytes, jax.tree.leaves(saved)))
+        forward = _extra(self.forward, given, 0) - made
+        return max(forward, _extra(self.backward, (given[0], saved, cotangents, *given), len(given[0])))
+
+
+def _again(given: Any) -> Any:
+    raise AssertionError("a stage that is run again has no pullback")
+
+
+def _rebuilt(tree: Any, places: Sequence[int | None], kept: Sequence[Any], given: Sequence[Any]) -> Any:
+    """A pullback from what was kept of it and what it had been given."""
+    rest = iter(kept)
+    return jax.tree.unflatten(tree, [next(rest) if place is None else given[place] for place in places])
+
+
+def _extra(fun: Any, arguments: Any, donated: int) -> int:
+    """The peak of a program without its arguments, of which the first may be overwritten."""
+    jaxpr = flat_jaxpr(jax.make_jaxpr(fun)(*arguments))
+    count = len(jaxpr.invars)
+    found = peak_of(jaxpr, ["batch"] * count, donated=[i < donated for i in range(count)])
+    return found.total - sum(map(nbytes, jaxpr.invars))
+
+
+class Coupled(ValueError):
+    """An optimizer whose update of one parameter depends on the gradients of those of other stages."""
+
+
+@dataclass(frozen=True, eq=False)
+class StageUpdates:
+    """The optimizer's update, taken apart into one for each stage; `owners` is the stage of each parameter.
+
+    Raises:
+        Coupled: when it is made, if the update of a parameter reads gradients of several stages.
+    """
+
+    optimizer: optax.GradientTransformation
+    params: Any
+    owners: tuple[int, ...]
+    stages: int
+
+    @cached_property
+    def _flat(self) -> tuple[Any, list[Any], int, int]:
+        state = jax.eval_shape(self.optimizer.init, self.params)
+
+        def update(params: Any, state: Any, grads: Any) -> Any:
+            changes, state = self.optimizer.update(grads, state, params)
+            return jax.tree.leaves(optax.apply_updates(params, changes)), jax.tree.leaves(state)
+
+        jaxpr, consts = flattened(jax.make_jaxpr(update)(self.params, state, self.params))
+        return jaxpr, consts, len(self.owners), len(jax.tree.leaves(state))
+
+    @cached_property
+    def state_owners(self) -> list[int | None]:
+        """The stage of each leaf of the state; None for one that belongs to no parameter, such as a count."""
+        jaxpr, consts, count, size = self._flat
+        inputs = jaxpr.invars[len(consts) :]
+        bits = {v: 1 << s for v, s in zip(inputs[:count], self.owners, strict=True)}
+        bits |= {v: 1 << s for v, s in zip(inputs[count + size :], self.owners, strict=True)}
+        state = [0] * size
+        for _ in range(size + 1):
+            masks = {**bits, **dict(zip(inputs[count : count + size], state, strict=True))}
+            for eqn in jaxpr.eqns:
+                mask = 0
+                for v in _jax.variables(eqn.invars):
+                    mask |= masks.get(v, 0)
+                masks.update(dict.fromkeys(eqn.outvars, mask))
+            found = [0 if isinstance(v, _jax.Literal) else masks.get(v, 0) for v in jaxpr.outvars]
+            if found[count:] == state:
+                break
+            state = [old | new for old, new in zip(state, found[count:], strict=True)]
+        if any(mask & (mask - 1) for mask in found):
+            raise Coupled(
+                "the optimizer's update of a parameter reads gradients of several stages of the pipeline (such as "
+                "optax.clip_by_global_norm); use optax.clip, or a plan without a pipeline."
+            )
+        return [mask.bit_length() - 1 if mask else None for mask in state]
+
+    @cached_property
+    def programs(self) -> list[Any]:
+        """For each stage `update(params, state, grads) -> params, state`, of its own and of shared leaves."""
+        jaxpr, consts, count, size = self._flat
+        start = len(consts)
+        inputs = jaxpr.invars
+        found = []
+        for stage in range(self.stages):
+            own, kept = self.of(stage)
+            results = [jaxpr.outvars[i] for i in own] + [jaxpr.outvars[count + j] for j in kept]
+            read = (
+                [inputs[start + i] for i in own]
+                + [inputs[start + count + j] for j in kept]
+                + [inputs[start + count + size + i] for i in own]
+            )
+            body = _jax.needed_equations(jaxpr.eqns, results, jaxpr.invars)
+            part = _jax.jaxpr_of(body, [*inputs[:start], *read], results, "update")
+
+            def update(params: Any, state: Any, grads: Any, part: Any = part, split: int = len(own)) -> Any:
+                values = _jax.evaluate(part, (), [*consts, *params, *state, *grads])
+                values = [
+                    jnp.asarray(x, v.aval.dtype) for x, v in zip(values, part.outvars, strict=True)
+                ]
+                return values[:split], values[split:]
+
+            found.append(jax.jit(update, donate_argnums=(0, 2)))
+        return found
+
+    def of(self, stage: int) -> tuple[list[int], list[int]]:
+        """The positions of a stage's own parameters, and of the leaves of the state that it needs."""
+        own = [i for i, s in enumerate(self.owners) if s == stage]
+        return own, [j for j, s in enumerate(self.state_owners) if s in (stage, None)]
+
+
+def stage_meshes(devices: Sequence[Any], places: int, replicas: int) -> list[Mesh]:
+    """A mesh for each place in the pipeline: `replicas` devices, over which the examples are split."""
+    found = []
+    for i in range(places):
+        array = np.empty(replicas, dtype=object)
+        array[:] = list(devices)[i * replicas : (i + 1) * replicas]
+        found.append(Mesh(array, (DATA,), axis_types=(jax.sharding.AxisType.Auto,)))
+    return found
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on each device of a mesh."""
+    return NamedSharding(mesh, PartitionSpec())

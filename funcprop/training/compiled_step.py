@@ -1,0 +1,121 @@
+"""A step compiled before it runs, for the shapes and places of its arguments; arrays put on a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from funcprop._jax.compiled_programs import held_bytes, memory_fields
+from funcprop.training.update_step import Carried, Outcome
+
+
+class CompiledStep:
+    """`step(params, carried, batch, key, number)`, jitted; the first two give their buffers away.
+
+    Results lie where the arguments lay, so that every step is the same program. `nbytes` is what a device
+    holds during a step, by the compiler's account; None before a step is compiled.
+    """
+
+    def __init__(self, step: Callable[..., Any]) -> None:
+        self._step = step
+        self._jitted: Any = None
+        self._lowered: tuple[Any, Any] | None = None
+        self._compiled: dict[Any, Any] = {}
+        self.nbytes: int | None = None
+
+    def compile(self, *arguments: Any) -> Any:
+        """Compile the step for arguments like these, and return the compiled program."""
+        signature = _signature(arguments)
+        if signature not in self._compiled:
+            compiled = self.lowered(*arguments).compile()
+            self._compiled[signature], self._lowered = compiled, None
+            self.nbytes = max(self.nbytes or 0, held_bytes(memory_fields(compiled)))
+        return self._compiled[signature]
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Take a step, compiled if it is the first for arguments like these."""
+        return self.compile(*arguments)(*arguments)
+
+    def text(self, *arguments: Any) -> str:
+        """Return the step's program for arguments like these, before it is compiled."""
+        return str(self.lowered(*arguments).as_text())
+
+    def lowered(self, *arguments: Any) -> Any:
+        """Lower the step for arguments like these, without compiling it."""
+        signature = _signature(arguments)
+        if self._lowered is None or self._lowered[0] != signature:
+            self._lowered = signature, self._jit(*arguments[:2]).lower(*arguments)
+        return self._lowered[1]
+
+    def _jit(self, params: Any, carried: Carried) -> Any:
+        if self._jitted is None:
+            mesh = mesh_of(params)
+            places: Any = None
+            if mesh is not None:
+                places = jax.tree.map(lambda x: x.sharding, (params, carried))
+                places = (*places, None)
+            self._jitted = jax.jit(self._step, donate_argnums=(0, 1), out_shardings=places)
+        return self._jitted
+
+
+class PlannedStep:
+    """The step of a plan, `plan.step(optimizer)(params, state, batch) -> (params, state, loss)`, in our form.
+
+    The plan's own program decides what it gives away; so nothing is kept of parameters before a bad step.
+    """
+
+    nbytes: int | None = None
+
+    def __init__(self, step: Callable[..., Any]) -> None:
+        self._step = step
+
+    def compile(self, *arguments: Any) -> None:
+        """Do nothing: a plan compiles its programs itself."""
+
+    def text(self, *arguments: Any) -> str:
+        """Return nothing: a plan's programs are its own."""
+        return ""
+
+    def __call__(self, params: Any, carried: Carried, batch: Any, key: Any, number: Any) -> Any:
+        """Take a step as the plan does."""
+        params, state, loss = self._step(params, carried.optimizer, batch)
+        intact = carried.intact & jnp.isfinite(loss)
+        return params, carried._replace(optimizer=state), Outcome(loss, {}, intact)
+
+
+def mesh_of(tree: Any) -> Any:
+    """Return the mesh of several devices on which arrays of the tree lie; None if there is none."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return sharding.mesh
+    return None
+
+
+def placed_like(mesh: Any, tree: Any) -> Any:
+    """Put the leaves that lie on one device on all devices of the mesh, whole."""
+    if mesh is None:
+        return tree
+
+    def place(leaf: Any) -> Any:
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return leaf
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(place, tree)
+
+
+def copied(tree: Any) -> Any:
+    """Copy the arrays, so that what is given away later is not what somebody else holds."""
+    return jax.tree.map(jnp.array, tree)
+
+
+def _signature(arguments: Any) -> Any:
+    leaves, tree = jax.tree.flatten(arguments)
+    places = [x.sharding if isinstance(x, jax.Array) else None for x in leaves]
+    return tree, tuple(places), tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)

@@ -1,0 +1,142 @@
+"""`fit`: train for some epochs, and survive what happens meanwhile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import optax
+
+from funcprop.rules.rule_set import RuleSet
+from funcprop.training.checkpoints import Checkpoints
+from funcprop.training.loop import Epoch, Evaluate, Loss
+from funcprop.training.mixed_precision import MixedPrecision
+from funcprop.training.position import Batches
+from funcprop.training.run_records import Log, recorders
+from funcprop.training.stopping import Stop
+from funcprop.training.training_loss import TrainingLoss
+from funcprop.training.training_run import TrainingRun
+from funcprop.training.training_state import TrainingState
+
+
+def fit(
+    loss: Loss,
+    params: Any,
+    batches: Batches,
+    optimizer: optax.GradientTransformation,
+    *,
+    epochs: int = 10,
+    evaluate: Evaluate | None = None,
+    rules: RuleSet | None = None,
+    key: Any = None,
+    state: TrainingState | None = None,
+    has_aux: bool = False,
+    model_state: Any = None,
+    keyed: bool = False,
+    precision: MixedPrecision | str | None = None,
+    accumulate: int = 1,
+    weight: Callable[..., Any] | None = None,
+    stop: Stop | None = None,
+    plan: Any = None,
+    checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
+    log: Log = None,
+    progress: bool = False,
+) -> Iterator[Epoch]:
+    """Train, and yield an `Epoch` after every epoch. `fit(*setup[:4], epochs=…)` unpacks a `Setup`.
+
+    Every step is one jitted program, which works in the buffers of the parameters that it is given. Gradients
+    are clipped by the optimizer: `optax.chain(optax.clip_by_global_norm(1.0), …)`. What a step is given
+    depends on `key` and on its number alone.
+
+    Args:
+        loss, params, batches, optimizer, evaluate: see `Setup`. Parameters may be placed on several devices
+            (`jax.device_put` with a `NamedSharding`); batches are placed by `batches`.
+        epochs: how many times all minibatches are visited, after those that `state` has behind it.
+        rules: a rule set; `fp.rules.default` if None.
+        key: the PRNG key from which `batches` gets one for every epoch, if it is a function;
+            `jax.random.key(0)` if None.
+        state: an epoch's `state`, to go on after that epoch: its number, its shuffles, its optimizer.
+        has_aux: the loss returns `(value, {name: number})`; the means of the numbers are metrics.
+        model_state: what the model changes while it is trained, such as the averages of a batch norm. The
+            loss is called as `loss(params, model_state, *batch)` and returns `(value, new model state)`, or
+            `(value, (new model state, aux))` with `has_aux`.
+        keyed: call the loss with `key=`, another one in every step, as a dropout needs.
+        precision: the type in which the loss is computed, such as "bfloat16"; "float16" scales the loss. See
+            `MixedPrecision`.
+        accumulate: in how many parts a batch is taken, one after the other, with one update from their mean.
+        weight: how much a part counts, `weight(*part)`, if its loss is not the mean over its examples.
+        stop: `stop(metrics of all epochs) -> bool`, after every epoch; such as `early_stop("test_loss")`.
+        plan: where and how the step runs: an object with `place(params, state)`, `step(optimizer)` and
+            `mesh`, such as those of a partition.
+        checkpoints: a directory, or `Checkpoints(directory, every=…)`, in which steps are saved while
+            training goes on. If there are steps of this run, it goes on after the last of them, as if it had
+            never been interrupted; on any number of devices. After SIGTERM it saves and leaves.
+        log: a path for lines of JSON, a function of a record such as `fp.training.tensorboard(dir)`, or a
+            list of these.
+        progress: show a line with loss, examples per second and bytes while it runs.
+
+    Raises:
+        CheckpointError: the directory cannot be written, or has nothing that this run can go on from, or the
+            last step could not be saved. Other failures to save are warnings; training goes on.
+        ValueError: an argument is out of range, `batches` yields nothing, or `evaluate` has a metric named
+            `loss`.
+        TypeError: `plan` is given with what its step does not do.
+        NonFiniteStepError: a loss or an update is not finite. It is a FloatingPointError that names the first
+            operator and holds the parameters before that step.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, funcprop as fp
+        >>> batches = [(jnp.array([1.0, 3.0]),), (jnp.array([5.0, 3.0]),)]
+        >>> mean = lambda w, x: jnp.mean((w - x) ** 2)
+        >>> for epoch in fp.training.fit(mean, jnp.array(0.0), batches, optax.sgd(0.25), epochs=2):
+        ...     print(epoch.number, epoch.metrics, epoch.params)
+        1 {'loss': 7.5} 2.5
+        2 {'loss': 2.65625} 3.125
+    """
+    for name, value, least in (("epochs", epochs, 0), ("accumulate", accumulate, 1)):
+        if value < least:
+            raise ValueError(f"fit: {name}={value}; pass the number of {what(name)}, {least} or more.")
+    if weight is not None and accumulate == 1:
+        raise ValueError("fit: weight= says how much a part of a batch counts; pass accumulate= as well.")
+    if state is not None and not isinstance(state, TrainingState):
+        raise TypeError(
+            f"fit: state is of type {type(state).__name__}; pass the `state` of an epoch, or "
+            "fp.training.TrainingState(optimizer_state) to begin with a state of the optimizer."
+        )
+    if state is not None and state.model is not None and model_state is not None:
+        raise ValueError("fit: state has a model state, and model_state is given as well; leave one out.")
+    if state is None:
+        state = TrainingState(optimizer.init(params), model_state)
+    elif model_state is not None:
+        state = TrainingState(state.optimizer, model_state, state.scale, state.position)
+    found = MixedPrecision.of(precision)
+    objective = TrainingLoss(loss, has_aux, state.model is not None, keyed, found, accumulate, weight)
+    if plan is not None and objective != TrainingLoss(loss):
+        raise TypeError(
+            "fit: a plan has a step of its own; has_aux, model_state, keyed, precision and accumulate are "
+            "not for it. Plan a loss that does it, or ask for microbatches when the plan is made."
+        )
+    saved = None
+    if checkpoints is not None:
+        saved = checkpoints if isinstance(checkpoints, Checkpoints) else Checkpoints(checkpoints)
+    run = TrainingRun(
+        objective,
+        batches,
+        optimizer,
+        rules,
+        evaluate=evaluate,
+        stop=stop,
+        key=jax.random.key(0) if key is None else key,
+        plan=plan,
+        checkpoints=saved,
+        recorders=recorders(log),
+        progress=progress,
+    )
+    return run.epochs(params, state, epochs)
+
+
+def what(name: str) -> str:
+    """Return what an argument counts."""
+    return {"epochs": "epochs", "accumulate": "parts of a batch"}[name]

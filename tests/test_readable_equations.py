@@ -1,0 +1,327 @@
+"""Equations a person reads: the same lines for the same network in every framework, each of them true."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import equinox as eqx
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import funcprop as fp
+from funcprop.equations.known_functions import ELEMENTWISE
+
+KEY = jax.random.key(0)
+SIZES = [4, 5, 6, 3]
+X, LABEL = jnp.array([0.3, -1.0, 0.7, 2.0]), jnp.array(1)
+
+
+def own(z: Any) -> Any:
+    """An activation that has no name."""
+    return 0.5 * z * (1 + jnp.tanh(0.8 * z))
+
+
+def plain() -> tuple[Callable[..., Any], Any]:
+    keys = jax.random.split(KEY, 3)
+    params = [
+        (jax.random.normal(key, shape), jnp.full(shape[1], 0.1))
+        for key, shape in zip(keys, pairwise(SIZES), strict=True)
+    ]
+
+    def net(params, x):
+        for w, b in params[:-1]:
+            x = own(x @ w + b)
+        w, b = params[-1]
+        return x @ w + b
+
+    return net, params
+
+
+def linen() -> tuple[Callable[..., Any], Any]:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for size in SIZES[1:-1]:
+                x = own(nn.Dense(size, param_dtype=jnp.float64)(x))
+            return nn.Dense(SIZES[-1], param_dtype=jnp.float64)(x)
+
+    return Net().apply, Net().init(KEY, X)
+
+
+def flax_nnx() -> tuple[Callable[..., Any], Any]:
+    class Net(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            pairs = pairwise(SIZES)
+            self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs, param_dtype=jnp.float64) for a, b in pairs])
+
+        def __call__(self, x):
+            for layer in self.layers[:-1]:
+                x = own(layer(x))
+            return self.layers[-1](x)
+
+    return lambda net, x: net(x), Net()
+
+
+def equinox() -> tuple[Callable[..., Any], Any]:
+    class Net(eqx.Module):
+        layers: list[eqx.nn.Linear]
+
+        def __call__(self, x):
+            for layer in self.layers[:-1]:
+                x = own(layer(x))
+            return self.layers[-1](x)
+
+    return lambda net, x: net(x), Net([eqx.nn.Linear(a, b, key=KEY) for a, b in pairwise(SIZES)])
+
+
+def haiku() -> tuple[Callable[..., Any], Any]:
+    def net(x):
+        return hk.Sequential([hk.Linear(5), own, hk.Linear(6), own, hk.Linear(3)])(x)
+
+    transformed = hk.without_apply_rng(hk.transform(net))
+    return transformed.apply, transformed.init(KEY, X)
+
+
+NETS = {f.__name__: f for f in (plain, linen, flax_nnx, equinox, haiku)}
+FORWARD = ["z₁ = x W₁ + b₁", "h₁ = φ(z₁)", "z₂ = h₁ W₂ + b₂", "h₂ = φ(z₂)", "z₃ = h₂ W₃ + b₃"]
+BACKWARD = {
+    "∂J/∂z₃ = softmax(z₃) − onehot(y)",
+    "∂J/∂W₃ = prod(∂J/∂z₃, ∂z₃/∂W₃) = h₂ ∂J/∂z₃ᵀ",
+    "∂J/∂b₃ = prod(∂J/∂z₃, ∂z₃/∂b₃) = ∂J/∂z₃",
+    "∂J/∂h₂ = prod(∂J/∂z₃, ∂z₃/∂h₂) = W₃ ∂J/∂z₃",
+    "∂J/∂z₂ = prod(∂J/∂h₂, ∂h₂/∂z₂) = ∂J/∂h₂ ⊙ φ′(z₂)",
+    "∂J/∂W₂ = prod(∂J/∂z₂, ∂z₂/∂W₂) = h₁ ∂J/∂z₂ᵀ",
+    "∂J/∂b₂ = prod(∂J/∂z₂, ∂z₂/∂b₂) = ∂J/∂z₂",
+    "∂J/∂h₁ = prod(∂J/∂z₂, ∂z₂/∂h₁) = W₂ ∂J/∂z₂",
+    "∂J/∂z₁ = prod(∂J/∂h₁, ∂h₁/∂z₁) = ∂J/∂h₁ ⊙ φ′(z₁)",
+    "∂J/∂W₁ = prod(∂J/∂z₁, ∂z₁/∂W₁) = x ∂J/∂z₁ᵀ",
+    "∂J/∂b₁ = prod(∂J/∂z₁, ∂z₁/∂b₁) = ∂J/∂z₁",
+}
+
+
+def texts(lines: Any) -> list[str]:
+    return [line.text() for line in lines]
+
+
+@pytest.mark.parametrize("framework", NETS)
+def test_a_three_layer_net_has_the_same_equations_in_every_framework(framework):
+    net, params = NETS[framework]()
+
+    def loss(P, x, y):
+        return -jax.nn.log_softmax(net(P, x))[y]
+
+    derivation = fp.derive(loss)(params, X, LABEL)
+    # Equinox keeps a weight as outputs × inputs, so it stands on the left.
+    transposed = framework == "equinox"
+    expected = [re.sub(r"= (\w+|x) (W.)", r"= \2 \1", line) if transposed else line for line in FORWARD]
+    assert texts(derivation.forward) == [*expected, "J = −log softmax(z₃)[y]"]
+    backward = set(texts(derivation.backward))
+    if transposed:
+        assert {line for line in backward if "W" not in line.split(" = ")[-1]} >= {
+            line for line in BACKWARD if "∂J/∂b" in line or "φ" in line
+        }
+        assert len(backward) == len(BACKWARD)
+    else:
+        assert backward == BACKWARD
+    assert "φ(z) = 1/2 z ⊙ (1 + tanh(4/5 z))" in derivation.text() or "tanh(0.8" in derivation.text()
+    assert max(map(len, derivation.text().splitlines())) <= 100
+    assert set(derivation.legend) == {"W₁", "b₁", "W₂", "b₂", "W₃", "b₃"}
+    assert max(derivation.verify().errors.values()) < 1e-7
+
+
+LOSSES = {
+    "log_softmax": lambda z, y: -jnp.take_along_axis(jax.nn.log_softmax(z), y[:, None], 1).mean(),
+    "optax with labels": lambda z, y: optax.softmax_cross_entropy_with_integer_labels(z, y).mean(),
+    "logsumexp": lambda z, y: jnp.mean(jax.nn.logsumexp(z, -1) - jnp.take_along_axis(z, y[:, None], 1)[:, 0]),
+    "log of softmax": lambda z, y: -jnp.mean(jnp.log(jax.nn.softmax(z))[jnp.arange(4), y]),
+    "one at a time": lambda z, y: jax.vmap(lambda z, y: -jax.nn.log_softmax(z)[y])(z, y).mean(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_cross_entropy_is_recognised_however_it_is_spelled(loss):
+    w = jax.random.normal(KEY, (3, 5))
+    x, y = jax.random.normal(KEY, (4, 3)), jnp.array([0, 4, 2, 2])
+    derivation = fp.derive(lambda w: LOSSES[loss](fp.name(x @ w, "z"), y))(w)
+    assert texts(derivation.forward)[-1].startswith("J = mean(−log softmax(z)[")
+    assert texts(derivation.backward)[0].startswith("∂J/∂z = 1/4 (softmax(z) − onehot(")
+    derivation.verify()
+
+
+def test_a_cross_entropy_with_another_sign_or_scale_is_not_called_one():
+    x, y = jax.random.normal(KEY, (4, 3)), jnp.array([0, 1, 2, 2])
+    for factor in (1.0, -2.0):
+
+        def loss(z, factor=factor):
+            return factor * jnp.take_along_axis(jax.nn.log_softmax(z), y[:, None], 1).mean()
+
+        found = fp.derive(loss)(x)
+        assert "−log softmax" not in found.text()
+        found.verify()
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_activations_are_called_by_their_name(name):
+    for function in ELEMENTWISE[name]:
+        w, x = jnp.array([[0.3, -1.2], [0.7, 2.0]]), jnp.array([[1.5, 0.4], [-2.2, 0.9]])
+        derivation = fp.derive(lambda w, x, f=function: jnp.sum((f(x @ w) @ w) ** 2))(w, x)
+        assert texts(derivation.forward)[1] == f"h = {name}(z₁)"
+        assert any(f"∂J/∂h ⊙ {name}′(z₁)" in line for line in texts(derivation.backward))
+        derivation.verify()
+
+
+def test_the_derivative_that_a_user_gave_a_known_function_is_not_hidden_by_its_name():
+    @jax.custom_jvp
+    def through(z):
+        return jax.nn.relu(z)
+
+    through.defjvp(lambda primals, tangents: (through(*primals), tangents[0]))
+    w, x = jnp.array([[0.3, -1.2], [0.7, 2.0]]), jnp.array([[1.5, 0.4], [-2.2, 0.9]])
+    derivation = fp.derive(lambda w: jnp.sum(through(x @ w) ** 2))(w)
+    assert "relu(" not in derivation.text()
+    derivation.verify()
+
+
+NORMS = {
+    "LayerNorm": (lambda: nn.LayerNorm(param_dtype=jnp.float64), "norm(z) ⊙ γ + β"),
+    "RMSNorm": (lambda: nn.RMSNorm(param_dtype=jnp.float64), "rms_norm(z) ⊙ γ"),
+    "GroupNorm": (lambda: nn.GroupNorm(2, param_dtype=jnp.float64), "norm(z) ⊙ γ + β"),
+    "no parameters": (lambda: nn.LayerNorm(use_bias=False, use_scale=False), "norm(z)"),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_normalisations_of_flax(norm):
+    make, expected = NORMS[norm]
+    layer, w = make(), jax.random.normal(KEY, (3, 4))
+    x = jax.random.normal(KEY, (2, 5, 3))
+    params = layer.init(KEY, x @ w)
+
+    def loss(p, x):
+        return jnp.mean(jnp.sin(layer.apply(p["norm"], fp.name(x @ p["w"], "z"))))
+
+    derivation = fp.derive(loss)({"w": w, "norm": params}, x)
+    assert any(line.endswith(f"= {expected}") for line in texts(derivation.forward))
+    derivation.verify(tolerance=1e-5)
+
+
+def test_attention_of_flax_is_written_as_in_the_papers():
+    layer = nn.MultiHeadDotProductAttention(num_heads=2, param_dtype=jnp.float64)
+    x = jax.random.normal(KEY, (2, 5, 8))
+    params = layer.init(KEY, x)
+    mask = nn.make_causal_mask(jnp.ones((2, 5)))
+
+    def loss(p, x):
+        return jnp.mean(layer.apply(p, x, mask=mask) ** 2)
+
+    derivation = fp.derive(loss)(params, x)
+    lines = texts(derivation.forward)
+    assert any(re.fullmatch(r"p = softmax\(u.?\)", line) for line in lines)
+    assert any(re.fullmatch(r"z₄ = z. z.ᵀ", line) for line in lines)
+    assert any("where(" in line for line in lines)
+    assert "dot_general" not in derivation.text()
+    assert "convert" not in derivation.text()
+    assert max(map(len, derivation.text().splitlines())) <= 100
+    derivation.verify(tolerance=1e-5)
+
+
+def test_draws_and_masks_are_lines_by_their_names():
+    def loss(w, x, key):
+        kept, noise = jax.random.split(key)
+        mask = jax.random.bernoulli(kept, 0.75, (4, 2))
+        h = jnp.where(mask, (x @ w) / 0.75, 0) + jax.random.normal(noise, (4, 2))
+        return jnp.sum(jnp.where(jnp.tri(4, dtype=bool), h @ h.T, 0) ** 2)
+
+    derivation = fp.derive(loss)(jnp.ones((3, 2)), jnp.ones((4, 3)), jax.random.key(1))
+    lines = texts(derivation.forward)
+    assert any(line.endswith("= bernoulli(key)") for line in lines)
+    assert any(line.endswith("= normal(key)") for line in lines)
+    assert any(line.endswith("= causal mask") for line in lines)
+    derivation.verify()
+
+
+def test_what_is_unnamed_is_written_where_it_is_read():
+    def loss(x, y):
+        h = fp.name(jnp.tanh(x) * 2.0, "h")
+        return jnp.mean((h.reshape(2, 2).astype(jnp.float32).reshape(-1) - y) ** 2)
+
+    derivation = fp.derive(loss)(jnp.arange(4.0, dtype=jnp.float32), jnp.ones(4, jnp.float32))
+    assert texts(derivation.forward) == ["h = 2 tanh(x)", "J = mean((h − y)²)"]
+    assert texts(derivation.backward) == [
+        "∂J/∂h = 1/2 (h − y)",
+        "∂J/∂x = prod(∂J/∂h, ∂h/∂x) = 2 ∂J/∂h ⊙ tanh′(x)",
+    ]
+    derivation.verify()
+
+
+def test_an_elementwise_layer_of_the_users_has_its_symbol_and_its_derivative():
+    act = fp.layer(own, symbol="ψ")
+    derivation = fp.derive(lambda w, x: jnp.sum(act(x @ w) ** 2))(jnp.ones((4, 2)), X)
+    assert texts(derivation.forward)[1] == "h = ψ(z)"
+    assert "∂J/∂z = prod(∂J/∂h, ∂h/∂z) = ∂J/∂h ⊙ ψ′(z)" in texts(derivation.backward)
+    derivation.verify()
+
+
+def test_infinity_and_small_numbers_are_written_as_in_books():
+    def loss(x):
+        return jnp.sum(jax.nn.softmax(jnp.where(x > 0, x, -jnp.inf)) * 1e-7)
+
+    derivation = fp.derive(loss)(jnp.array([1.0, -1.0, 2.0]))
+    assert "−∞" in derivation.text()
+    assert "\\infty" in derivation.latex()
+    assert "1 \\cdot 10^{-7}" in derivation.latex()
+    assert "inf" not in derivation.latex().replace("\\infty", "")
+
+
+def test_latex_balances_and_has_no_character_that_tex_does_not_know():
+    net, params = linen()
+    latex = fp.derive(lambda p, x: jnp.sum(net(p, x) ** 2))(params, X).latex()
+    assert latex.count("{") == latex.count("}")
+    assert latex.count("\\left") == latex.count("\\right")
+    assert not re.search(r"[^\x00-\x7f]", latex)
+    assert "where $" in latex
+
+
+def test_a_long_sum_is_broken_into_rows():
+    def loss(w, xs):
+        h = [fp.name(jnp.tanh(x @ w), f"hidden_state_{i}") for i, x in enumerate(xs)]
+        return sum(jnp.sum(v**2) for v in h)
+
+    derivation = fp.derive(loss)(jnp.ones((2, 2)), [jnp.ones((3, 2)) * i for i in range(6)])
+    assert max(map(len, derivation.text().splitlines())) <= 100
+    assert max(map(len, derivation.text(width=70).splitlines())) <= 70
+    derivation.verify()
+
+
+def test_detail_is_checked():
+    with pytest.raises(ValueError, match="detail='blocks' is none of 'layers', 'operators'"):
+        fp.derive(lambda x: x, detail="blocks")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_drawn_functions_hold_line_by_line(seed):
+    random = np.random.default_rng(seed)
+    functions = [jnp.tanh, jax.nn.relu, jax.nn.gelu, own, jnp.sin, lambda v: v / (1 + v**2), jax.nn.softmax]
+    steps = [functions[i] for i in random.integers(0, len(functions), 5)]
+    skips = random.random(5) < 0.4
+
+    def loss(ws, x):
+        for w, step, skip in zip(ws, steps, skips, strict=True):
+            z = x @ w
+            x = step(z) + x if skip else step(z * 0.5 - 0.1)
+        return jnp.mean((x - jnp.roll(x, 1)) ** 2) + 0.01 * sum(jnp.sum(w**2) for w in ws)
+
+    ws = [jax.random.normal(k, (4, 4)) for k in jax.random.split(jax.random.key(seed), 5)]
+    derivation = fp.derive(loss)(ws, jax.random.normal(KEY, (3, 4)))
+    assert max(derivation.verify().errors.values()) < 1e-9
+    assert max(map(len, derivation.text().splitlines())) <= 110
