@@ -16,6 +16,8 @@ from .curvature.gauss_newton import ggn as ggn
 from .curvature.hessian_operator import hessian as hessian
 from .curvature.kronecker_factors import ekfac as ekfac
 from .curvature.kronecker_factors import kfac as kfac
+from .drawing.animation import Animation as Animation
+from .drawing.animation import animate as animate
 from .drawing.backward import BackwardGraph as BackwardGraph
 from .drawing.backward import backward_graph as backward_graph
 from .drawing.difference import Difference as Difference

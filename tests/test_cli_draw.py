@@ -47,9 +47,12 @@ def test_both_sweeps_and_second_derivatives() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--out", "graph.png"], "its suffix does not say what to write; use one of .svg, .dot"),
+        (["--out", "graph.jpg"], "its suffix does not say what to write; use one of .svg, .html"),
         (["--out", "graph.dot", "--format", "svg"], "is not --format svg"),
-        (["--format", "pdf"], "--format 'pdf' is not known; choose one of svg, dot, mermaid, json"),
+        (
+            ["--format", "bmp"],
+            "--format 'bmp' is not known; choose one of svg, html, png, pdf, dot, mermaid, json",
+        ),
         (["--out", "/nowhere/graph.dot"], "cannot be written: No such file or directory"),
         (["--backward", "--second"], "are two pictures"),
         (["--second", "--order", "sideways"], "order='sideways' is not known"),

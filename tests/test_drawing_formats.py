@@ -12,12 +12,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from chromium import launched
+from drawn_models import MODELS
 from pictures import ENGINES, NASTY, SVG, chapter, elements, nasty, printable, stack
+from PIL import Image
+from playwright.sync_api import Browser
 
 import funcprop as fp
 from funcprop.cli.target import chapter_example
 from funcprop.drawing import layout, palette
+from funcprop.drawing.geometry import size_of
+from funcprop.drawing.picture import node_ids
 
 HOSTILE = [
     NASTY,
@@ -89,8 +96,16 @@ def test_a_file_is_written_by_its_suffix(tmp_path: Path, suffix: str) -> None:
 
 
 def test_another_suffix_is_an_error_before_anything_is_done(tmp_path: Path) -> None:
-    with pytest.raises(fp.DrawingError, match=r"ends in '\.png'; write one of \.svg, \.dot"):
-        fp.draw(chapter(), tmp_path / "graph.png")
+    for name, said in {
+        "graph.jpg": r"ends in '\.jpg'; write one of \.svg, .* Did you mean \.png\?",
+        "graph": "has no suffix that says what to write; write one of",
+        "nowhere/graph.svg": "there is no directory '.*nowhere'; make it first",
+        "": "is a directory; name a file in it, as '.*picture.svg'",
+    }.items():
+        with pytest.raises(fp.DrawingError, match=said):
+            fp.draw(chapter(), tmp_path / name)
+    with pytest.raises(fp.DrawingError, match="theme='dark' is not known; choose 'auto' or 'light'"):
+        fp.draw(chapter(), theme="dark")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="is not a graph"):
         fp.draw(fp.models.chapter)  # type: ignore[arg-type]
 
@@ -202,3 +217,75 @@ def test_every_colour_has_a_rule_for_dark_pages() -> None:
         selectors = re.findall(r"^(.*?)\{", style, flags=re.MULTILINE)
         assert len(selectors) == len(style.splitlines())
         assert all(s.startswith(":where(") and "svg.funcprop-graph" in s for s in selectors)
+
+
+def test_the_light_theme_is_plain_svg() -> None:
+    graph = fp.backward_graph(fp.models.chapter)(*chapter_example())
+    plain = fp.draw(graph, theme="light").svg()
+    assert not any(word in plain for word in ("light-dark", "<style", "paint-order", "color-scheme"))
+    assert ElementTree.fromstring(plain) is not None
+    symbols = [t for t in ElementTree.fromstring(plain).iter(f"{SVG}text") if "⊙" in "".join(t.itertext())]
+    assert symbols
+    assert all("DejaVu Sans" in t.get("font-family", "") for t in symbols)
+
+
+def test_png_and_pdf(tmp_path: Path) -> None:
+    drawing = fp.draw(fp.backward_graph(fp.models.chapter)(*chapter_example()))
+    drawing.save(tmp_path / "graph.png")
+    drawing.save(tmp_path / "graph.pdf")
+    image = np.asarray(Image.open(tmp_path / "graph.png").convert("RGB")).astype(int)
+    # Two pixels a point, with a margin of 12 points, and a legend of three lines.
+    width, height = 2 * (drawing.layout.width + 24), 2 * (drawing.layout.height + 24 + 66)
+    assert abs(image.shape[1] - width) <= 2
+    assert abs(image.shape[0] - height) <= 2
+    # Forward nodes are blue and backward ones orange, where the layout puts them.
+    ids = node_ids(drawing.picture)
+    for node in drawing.picture.nodes:
+        if node.kind == "operator" and node.role in ("forward", "backward"):
+            x, y = drawing.layout.nodes[ids[node.key]]
+            red, _, blue = image[int(2 * (y + 12)) - 14, int(2 * (x + 12))]
+            assert (blue > red) == (node.role == "forward")
+    assert (tmp_path / "graph.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_rows_keep_every_arrow_whole() -> None:
+    """A wide picture is cut into rows: nothing overlaps, and every arrow goes from its node to its node."""
+    graph = MODELS["haiku_mlp"]()
+    wide, drawing = fp.draw(graph, depth=9, wrap=False).layout, fp.draw(graph, depth=9)
+    layout, picture = drawing.layout, drawing.picture
+    assert wide.width > 1.5 * layout.width
+    ids, size = node_ids(picture), {n.key: size_of(n, False) for n in picture.nodes}
+    places = [(layout.nodes[ids[n.key]], size[n.key]) for n in picture.nodes]
+    for i, ((x, y), s) in enumerate(places):
+        for (u, v), t in places[i + 1 :]:
+            assert abs(x - u) >= (s.width + t.width) / 2 or abs(y - v) >= (s.height + t.height) / 2
+    assert all(0 <= x <= layout.width and 0 <= y <= layout.height for x, y in layout.nodes.values())
+    for edge, route in zip(picture.edges, layout.edges, strict=True):
+        for key, (x, y) in ((edge.source, route.points[0]), (edge.target, route.tip or route.points[-1])):
+            (u, v), s = layout.nodes[ids[key]], size[key]
+            assert abs(x - u) <= s.width / 2 + 8
+            assert abs(y - v) <= s.height / 2 + 8
+        assert len(route.points) % 3 == 1
+
+
+def test_modules_open_where_they_are_clicked(browser: Browser, tmp_path: Path) -> None:
+    drawing = fp.draw(MODELS["transformer"]())
+    drawing.save(tmp_path / "page.html")
+    complaints: list[str] = []
+    page = browser.new_page()
+    page.on("console", lambda message: complaints.append(message.text))
+    page.goto((tmp_path / "page.html").as_uri())
+    assert page.locator("section:visible").count() == 1
+    page.locator("section:visible .opens", has_text="block0 … block1 × 2").click()
+    assert "› block0 … block1 × 2" in page.locator("section:visible nav").inner_text()
+    assert "query" in page.locator("section:visible svg").inner_html()
+    page.locator("section:visible .opens", has_text="query").click()
+    assert page.locator("section:visible .funcprop-scope").count() == 0
+    page.keyboard.press("Escape")
+    page.locator("section:visible nav a").first.click()
+    assert "block0 … block1" in page.locator("section:visible svg").inner_html()
+    assert not complaints
+    assert "<iframe" in drawing._repr_html_()
+
+
+browser = pytest.fixture(scope="module")(launched)

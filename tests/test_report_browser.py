@@ -372,3 +372,62 @@ def test_a_phone(browser: Browser, hostile: tuple[fp.Report, Path]) -> None:
         assert page.locator("#panel h3").text_content() == first.get_attribute("data-name")
         page.tap("#next")
         assert "Forward 1 of" in page.locator("#caption").text_content()
+
+
+_CLIPPED = """() => [...document.querySelectorAll("body *")].filter((e) => {
+  const style = getComputedStyle(e);
+  const hides = ["hidden", "clip"].includes(style.overflowX);
+  return hides && e.clientWidth && e.scrollWidth > e.clientWidth + 1 && !e.closest("svg, math")
+    && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+}).map((e) => e.className + ": " + e.textContent.trim().slice(0, 40))"""
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280, 1920])
+def test_nothing_is_clipped(
+    browser: Browser, chapter: tuple[fp.Report, Path], hostile: tuple[fp.Report, Path], width: int
+) -> None:
+    for made in (chapter, hostile):
+        for found in opened(browser, made, viewport={"width": width, "height": 900}):
+            assert found.page.evaluate(_CLIPPED) == []
+            assert found.page.evaluate("document.documentElement.scrollWidth") <= width
+            # The whole picture is seen at once, and there is no panel until a node is chosen.
+            canvas = found.page.locator("#canvas").bounding_box()
+            box = found.page.locator("#canvas > svg:visible").bounding_box()
+            assert canvas is not None
+            assert box is not None
+            assert box["width"] <= canvas["width"] + 1
+            assert found.page.locator("#panel").is_hidden()
+            nodes = found.page.evaluate(
+                """() => [...document.querySelectorAll("#canvas > svg:not([hidden]) [data-node]")]
+                  .map((g) => g.getBoundingClientRect()).map((r) => [r.left, r.right, r.top, r.bottom])"""
+            )
+            assert nodes
+            for left, right, top, bottom in nodes:
+                assert left >= canvas["x"] - 1
+                assert right <= canvas["x"] + canvas["width"] + 1
+                assert top >= canvas["y"] - 1
+                assert bottom <= canvas["y"] + canvas["height"] + 1
+
+
+def test_modules_open_and_close(browser: Browser, tmp_path: Path) -> None:
+    """A model of modules is seen as these, and each opens in the place of the whole."""
+    layers = [(jnp.full((6, 6), 0.1 * i), jnp.zeros(6)) for i in range(1, 9)]
+
+    def loss(layers: Any, x: Any) -> Any:
+        for w, b in layers:
+            x = jnp.tanh(x @ w + b) * jnp.exp(x @ w) + jnp.sin(x)
+        return jnp.sum(x**2)
+
+    report = fp.report(loss, fold=True)(layers, jnp.ones((2, 6)))
+    assert all(len(picture.drawing.picture.nodes) <= 60 for picture in report.pictures)
+    path = tmp_path / "page.html"
+    report.save(path)
+    for found in opened(browser, (report, path)):
+        page = found.page
+        module = page.locator("#canvas > svg:visible .opens").first
+        if len(report.pictures) > 1:
+            module.click()
+            assert page.locator("#path button").count() == 2
+            assert page.locator("#panel").is_visible()
+            page.locator("#path button").first.click()
+        assert page.locator("#canvas > svg:visible").count() == 1

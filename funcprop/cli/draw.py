@@ -33,10 +33,10 @@ def draw(
     target: TargetName,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="file to write, by its suffix: .svg .dot .gv .mmd .json"),
+        typer.Option("--out", "-o", help="file to write: .svg .html .png .pdf .dot .gv .mmd .json"),
     ] = None,
     written_as: Annotated[
-        str | None, typer.Option("--format", help="svg (the default), dot, mermaid or json")
+        str | None, typer.Option("--format", help="svg (the default), html, png, pdf, dot, mermaid or json")
     ] = None,
     depth: Annotated[
         int | None, typer.Option(min=0, help="collapse scopes that have this many around them; 0 for all")
@@ -75,6 +75,8 @@ def draw(
 def report(target: Target, choices: Choices, out: Path | None, written_as: str | None) -> Output:
     """Draw, write the file if there is one, and say what was drawn."""
     chosen = _format(out, written_as)
+    if out is None and chosen in ("png", "pdf"):
+        raise TargetError(f"--format {chosen} is a file of bytes; say which, as --out graph.{chosen}.")
     with users_code(f"target {target.label!r}: drawing failed", None):
         graph = _graph(target, choices)
     drawing = fp.draw(graph, depth=choices.depth, loops=choices.loops, fold=choices.fold, types=choices.types)

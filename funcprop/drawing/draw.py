@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from html import escape
 from pathlib import Path
+from typing import get_args
 
 from funcprop.drawing.backward import BackwardGraph
 from funcprop.drawing.difference import Difference
 from funcprop.drawing.distant_arrows import far_edges
 from funcprop.drawing.dot import dot
+from funcprop.drawing.figure import figure_of
 from funcprop.drawing.geometry import size_of
 from funcprop.drawing.layout import MANY, Direct, DrawingError, Engine, Layout, lay_out, require_known
 from funcprop.drawing.levels import fitted, inside
@@ -18,16 +21,22 @@ from funcprop.drawing.loops import open_loops
 from funcprop.drawing.markup import as_json, mermaid
 from funcprop.drawing.merging import merged
 from funcprop.drawing.nodes_and_boxes import FEW, Fold, assemble
+from funcprop.drawing.opening_page import page
 from funcprop.drawing.picture import Picture, node_ids
 from funcprop.drawing.relabelling import needed
 from funcprop.drawing.request import Shown
+from funcprop.drawing.rows import in_rows
 from funcprop.drawing.second_order import SecondOrderGraph
-from funcprop.drawing.svg import svg
+from funcprop.drawing.svg import Theme, svg
 from funcprop.graph.graph import Graph
 from funcprop.graph.module_scopes import with_module_scopes
+from funcprop.graph.writable import require_writable
 
-# What writes a file of each suffix.
-SUFFIXES = {".svg": "svg", ".dot": "dot", ".gv": "dot", ".mmd": "mermaid", ".json": "json"}
+# What writes a file of each suffix: text or bytes.
+SUFFIXES = {
+    ".svg": "svg", ".html": "html", ".png": "png", ".pdf": "pdf",
+    ".dot": "dot", ".gv": "dot", ".mmd": "mermaid", ".json": "json",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,10 @@ class Drawing:
     engine: Engine | None = None
     timeout: float = 60.0
     shown: Shown | None = field(default=None, repr=False)
+    wrap: bool = True
+    theme: Theme = "auto"
     fold: Fold = field(default=True, repr=False)
+    loops: int | None = field(default=None, repr=False)
 
     @cached_property
     def inside(self) -> dict[str, Drawing]:
@@ -52,12 +64,10 @@ class Drawing:
         found = {}
         for node in self.picture.nodes:
             if node.inside:
-                shown = _with_loops(inside(node, self.shown), None)
+                shown = _with_loops(inside(node, self.shown), self.loops)
                 opened = fitted(shown, self.fold, None)
                 types = len(shown.graph) <= _FEW_WITH_TYPES
-                found[node.key] = Drawing(
-                    opened.picture, types, self.engine, self.timeout, opened.shown, self.fold
-                )
+                found[node.key] = replace(self, picture=opened.picture, types=types, shown=opened.shown)
         return found
 
     @cached_property
@@ -72,7 +82,12 @@ class Drawing:
             if i in far
         }
         source = dot(picture, self.types, far)
-        return lay_out(source, len(ids), len(picture.edges), self.engine, self.timeout, direct)
+        found = lay_out(source, len(ids), len(picture.edges), self.engine, self.timeout, direct)
+        ends = [found.nodes[ids[key]][1] for key in (picture.origin, picture.goal) if key is not None]
+        if len(ends) == 2 and ends[1] > ends[0]:
+            # The objective is above the input.
+            found = found.mirrored()
+        return in_rows(found, {ids[key]: s for key, s in size.items()}) if self.wrap else found
 
     def svg(self) -> str:
         """The picture as SVG, self-contained and escaped; hovering shows types, bytes and sources.
@@ -80,7 +95,27 @@ class Drawing:
         Raises:
             DrawingError: there is no layout engine, or it failed or took too long.
         """
-        return svg(self.picture, self.layout, self.types)
+        return svg(self.picture, self.layout, self.types, self.theme)
+
+    def png(self) -> bytes:
+        """The picture as PNG, two pixels a point, on white paper.
+
+        Raises:
+            DrawingError: there is no layout engine, or no matplotlib.
+        """
+        return figure_of(self.picture, self.layout, self.types, "png")
+
+    def pdf(self) -> bytes:
+        """The picture as PDF, as large as it is drawn, its fonts embedded.
+
+        Raises:
+            DrawingError: there is no layout engine, or no matplotlib.
+        """
+        return figure_of(self.picture, self.layout, self.types, "pdf")
+
+    def html(self) -> str:
+        """A page with the picture, on which a module opens where it is clicked; it loads nothing."""
+        return page(self)
 
     def dot(self) -> str:
         """The picture in Graphviz's language."""
@@ -95,18 +130,25 @@ class Drawing:
         return as_json(self.picture)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a file; its suffix, one of .svg .dot .gv .mmd .json, says what.
+        """Write a file; its suffix, one of .svg .html .png .pdf .dot .gv .mmd .json, says what.
 
         Raises:
-            DrawingError: the suffix is another.
+            DrawingError: the suffix is another, or the directory is not there.
         """
-        Path(path).write_text(getattr(self, written_by(path))(), encoding="utf-8")
+        written = getattr(self, written_by(path))()
+        Path(path).write_bytes(written if isinstance(written, bytes) else written.encode())
 
     def _repr_svg_(self) -> str:
         return self.svg()
 
     def _repr_html_(self) -> str:
-        return f'<div style="overflow:auto;max-height:80vh">{self.svg()}</div>'
+        if not self.inside:
+            return f'<div style="overflow:auto;max-height:80vh">{self.svg()}</div>'
+        height = min(self.layout.height + 80, 700)
+        frame = f'style="width:100%;height:{height:.0f}px;border:0" sandbox="allow-scripts"'
+        return (
+            f'<iframe {frame} title="{escape(self.picture.title)}" srcdoc="{escape(self.html())}"></iframe>'
+        )
 
 
 # Of a graph of the chapter's size, dtype and bytes are written into the picture.
@@ -139,14 +181,13 @@ def written_by(path: str | os.PathLike[str]) -> str:
     """The method of `Drawing` that writes a file with this suffix.
 
     Raises:
-        DrawingError: there is none.
+        DrawingError: there is none, or the file cannot be written.
     """
-    suffix = Path(path).suffix
-    if suffix not in SUFFIXES:
-        raise DrawingError(
-            f"fp.draw: path={os.fspath(path)!r} ends in {suffix!r}; write one of {', '.join(SUFFIXES)}."
-        )
-    return SUFFIXES[suffix]
+    try:
+        require_writable("fp.draw: path", path, tuple(SUFFIXES))
+    except OSError as error:
+        raise DrawingError(str(error)) from None
+    return SUFFIXES[Path(path).suffix]
 
 
 def draw(
@@ -159,6 +200,8 @@ def draw(
     dead: bool = False,
     unnamed: bool | None = None,
     types: bool | None = None,
+    wrap: bool = True,
+    theme: Theme = "auto",
     engine: Engine | None = None,
     timeout: float = 60.0,
 ) -> Drawing:
@@ -170,7 +213,8 @@ def draw(
 
     Args:
         graph: what `fp.trace`, `fp.backward_graph`, `fp.second_order_graph` or `fp.diff` returns.
-        path: a file to write, by its suffix `.svg`, `.dot`, `.gv`, `.mmd` (Mermaid) or `.json`.
+        path: a file to write, by its suffix `.svg`, `.html`, `.png`, `.pdf`, `.dot`, `.gv`, `.mmd` (Mermaid)
+            or `.json`.
         depth: collapse the scopes that have this many around them: 0 for all. By default all are open, but a
             function of more than 60 nodes is drawn as its modules, each with shapes, parameters and bytes,
             unless `loops`, `unnamed` or `fold=False` ask for more; `.inside` has a drawing of what is in each
@@ -186,6 +230,9 @@ def draw(
             Without it, an arrow goes from operator to operator.
         types: write dtype and bytes into the squares, not only the shape; by default in graphs of up to 12
             operators.
+        wrap: cut a picture that is much wider than high into rows.
+        theme: `"auto"` follows the page, or the notebook, that the SVG is on; `"light"` is plain SVG for
+            LaTeX, Inkscape and CairoSVG.
         engine: `"dot"` (Graphviz's own) or `"graphviz-pure"` (extra `draw`). By default `dot` if it is
             installed; from 801 nodes on `graphviz-pure` if it is, because `dot` would have to leave out the
             boxes to be done in seconds.
@@ -193,8 +240,8 @@ def draw(
 
     Raises:
         TypeError: `graph` is none of these.
-        DrawingError: another suffix, or an unknown engine; or (when SVG is asked for) no layout engine, or
-            one that failed.
+        DrawingError: another suffix, a directory that is not there, an unknown engine or theme; or (when a
+            picture is asked for) no layout engine, or one that failed.
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
@@ -205,6 +252,8 @@ def draw(
     if path is not None:
         written_by(path)
     require_known(engine)
+    if theme not in get_args(Theme):
+        raise DrawingError(f"fp.draw: theme={theme!r} is not known; choose 'auto' or 'light'.")
     if isinstance(graph, Difference):
         shown = merged(graph)
     elif isinstance(graph, BackwardGraph | SecondOrderGraph):
@@ -220,7 +269,7 @@ def draw(
         shown = _with_loops(shown, loops)
     if types is None:
         types = len(shown.graph) <= _FEW_WITH_TYPES
-    is_asked_for = loops is not None or unnamed or not fold or depth is not None
+    is_asked_for = bool(loops) or unnamed or not fold or depth is not None
     is_function = isinstance(graph, Graph) and not shown.roles
     if is_function and not shown.links:
         shown = replace(shown, graph=with_module_scopes(shown.graph))
@@ -228,7 +277,7 @@ def draw(
         picture, shown = fitted(shown, fold, unnamed)
     else:
         picture = assemble(shown, depth, fold, unnamed)
-    drawing = Drawing(picture, types, engine, timeout, shown, fold)
+    drawing = Drawing(picture, types, engine, timeout, shown, wrap, theme, fold, loops)
     if path is not None:
         drawing.save(path)
     return drawing

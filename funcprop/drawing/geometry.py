@@ -58,7 +58,7 @@ def details_of(node: Node, with_types: bool) -> tuple[str, ...]:
 
 def size_of(node: Node, with_types: bool) -> Size:
     """The size of a node: a square, a circle or a box, widened for long names."""
-    details = details_of(node, with_types)
+    details = max(details_of(node, with_types), tuple(filter(None, node.reserved.split("\n"))), key=len)
     width = max(
         [text_width(label_of(node), LABEL) + 12, *(text_width(line, DETAIL) + 12 for line in details)]
     )

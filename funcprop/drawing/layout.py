@@ -23,6 +23,7 @@ MANY = 800
 _FASTER = ("nslimit=0.01", "nslimit1=0.01", "mclimit=0.01", "searchsize=5", "splines=line")
 _WITHOUT_BOXES = ("clusterrank=none",)
 Point = tuple[float, float]
+Rectangle = tuple[float, float, float, float]
 _HEAD = 6.0  # the length of an arrow head
 
 
@@ -38,18 +39,24 @@ class Route:
     tip: Point | None
     label: Point | None
 
+    @property
+    def middle(self) -> Point:
+        """A point in the middle of the arrow: on the middle one of its Bézier curves."""
+        first = 3 * ((len(self.points) - 1) // 3 // 2)
+        return _on_curve(self.points[first : first + 4], 0.5)
+
 
 @dataclass(frozen=True)
 class Layout:
     """Centres of nodes by their ids, routes of edges in order, boxes as left, top, right, bottom.
 
-    y goes down. An engine may leave out boxes.
+    y goes down. An engine may leave out boxes; in a picture of several rows a box may have several parts.
     """
 
     width: float
     height: float
     nodes: dict[str, Point]
-    boxes: dict[str, tuple[float, float, float, float]]
+    boxes: dict[str, tuple[Rectangle, ...]]
     edges: tuple[Route, ...]
     is_mirrored: bool = False
 
@@ -60,8 +67,8 @@ class Layout:
             self.height,
             {key: self._mirror(p) for key, p in self.nodes.items()},
             {
-                k: (left, self.height - b, right, self.height - t)
-                for k, (left, t, right, b) in self.boxes.items()
+                k: tuple((left, self.height - b, right, self.height - t) for left, t, right, b in parts)
+                for k, parts in self.boxes.items()
             },
             tuple(
                 Route(
@@ -230,7 +237,7 @@ def _framed(
         max(xs) - left,
         max(ys) - top,
         {key: moved(p) for key, p in nodes.items()},
-        {k: (*moved((x, y)), *moved((right, bottom))) for k, (x, y, right, bottom) in boxes.items()},
+        {k: ((*moved((x, y)), *moved((right, bottom))),) for k, (x, y, right, bottom) in boxes.items()},
         tuple(Route(tuple(map(moved, e.points)), moved(e.tip), moved(e.label)) for e in routes),
     )
 

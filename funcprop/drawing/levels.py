@@ -47,13 +47,13 @@ def _smaller(shown: Shown, fold: Fold, unnamed: bool | None) -> Iterator[Fitted]
     deepest = max((len(scope_path(op.scope)) for op in shown.graph), default=0)
     first = _first_depth(shown, deepest)
     for depth in range(first, -1, -1) if deepest else ():
-        grouped = replace(shown, graph=_with_functions(shown.graph, depth))
+        grouped = _with_functions(shown, depth)
         for kind in dict.fromkeys((fold, sizes)):
             yield Fitted(assemble(grouped, depth, kind, unnamed), grouped)
             yield Fitted(assemble(grouped, depth, kind, unnamed, True), grouped)
     if not deepest:
         yield Fitted(assemble(shown, None, sizes, unnamed), shown)
-        grouped = replace(shown, graph=_with_functions(shown.graph, 0))
+        grouped = _with_functions(shown, 0)
         for kind in dict.fromkeys((fold, sizes)):
             yield Fitted(assemble(grouped, 0, kind, unnamed), grouped)
             yield Fitted(assemble(grouped, 0, kind, unnamed, True), grouped)
@@ -72,9 +72,9 @@ def _first_depth(shown: Shown, deepest: int) -> int:
     return max(deepest - 1, 0)
 
 
-def _with_functions(graph: Graph, depth: int) -> Graph:
-    """The graph with what stands beside its modules in scopes, called by the function it comes from."""
-    scopes: list[str] = []
+def _with_functions(shown: Shown, depth: int) -> Shown:
+    """The drawing in which what stands beside its modules is one node, called by the function it is from."""
+    graph, scopes, shut = shown.graph, list[str](), set[tuple[str, ...]]()
     for loose, run in itertools.groupby(graph.operators, key=lambda op: _loose_in(op, depth)):
         ops = list(run)
         if loose is None:
@@ -82,9 +82,11 @@ def _with_functions(graph: Graph, depth: int) -> Graph:
             continue
         scope, function = loose
         # All of it in one node would be no picture.
-        short = len(ops) < _LOOSE or not function or len(ops) == len(graph)
-        scopes += [scope if short else joined(scope, function)] * len(ops)
-    return _moved(graph, scopes)
+        short = len(ops) < _LOOSE or len(ops) == len(graph)
+        own = scope if short else joined(scope, function or f"{len(ops)} operators")
+        shut |= set() if short else {scope_path(own)}
+        scopes += [own] * len(ops)
+    return replace(shown, graph=_moved(graph, scopes), shut=frozenset(shut))
 
 
 def _loose_in(op: Operator, depth: int) -> tuple[str, str] | None:

@@ -114,7 +114,8 @@ class _Assembly:
         for around in scope.ancestors():
             is_block = bool(around.path) or (self.closed and around.count > 1)
             level = around.depth + (not around.path)
-            if self.depth is not None and is_block and not around.section and level >= self.depth:
+            is_deep = self.depth is not None and level >= self.depth
+            if is_block and not around.section and (is_deep or around.path in self.shown.shut):
                 found = around
         return found
 
@@ -503,7 +504,7 @@ class _Assembly:
         return found
 
 
-def _shapes(values: Iterable[Variable], most: int = 2) -> str:
+def _shapes(values: Iterable[Variable], most: int = 1) -> str:
     """The shapes of what comes into a scope, or leaves it."""
     texts = list(dict.fromkeys(_shape(v.shape) for v in values))
     return ", ".join(texts[:most]) + ", …" * (len(texts) > most) or "nothing"

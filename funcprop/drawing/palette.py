@@ -34,6 +34,7 @@ ROLES = {
     "tangent": Paint("#d5f0e3", "#0b6b4b", INK),
     "cotangent": Paint("#fde3cf", "#a8480b", INK),
     "tangent of cotangent": Paint("#f3d9ea", "#8b2a68", INK),
+    "waiting": Paint(PAPER, FAINT, INK),
     "added": Paint("#d2f0d2", "#146c2e", INK),
     "removed": Paint("#ffd7d5", "#a40e26", INK),
 }

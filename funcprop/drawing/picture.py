@@ -23,7 +23,7 @@ class Node:
     is the full story. `role` is what it is coloured by. `count` says for how many it stands, where repeated
     blocks are folded. `members` are the names of the operators that it stands for, or of the variables if it
     is a square, in the order in which they are computed. Of a collapsed scope, `inside` are the operators of
-    its first repetition.
+    its first repetition. `reserved` are small lines for which there is room, though they are not written.
     """
 
     key: str
@@ -38,6 +38,7 @@ class Node:
     count: int = 1
     members: tuple[str, ...] = ()
     inside: tuple[str, ...] = ()
+    reserved: str = ""
 
 
 @dataclass(frozen=True)

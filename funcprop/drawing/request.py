@@ -47,7 +47,8 @@ class Shown:
     operator, those between variables. `sections` are the outermost
     boxes. `residuals` are drawn as values that are saved for the section `saved_for`. `missing` are arrows
     that the graph does not have. Of opened loops, `links` are the arrows from value to value, `places` are
-    the values that no operator computes, and `titles` what the boxes are called, by their scope.
+    the values that no operator computes, and `titles` what the boxes are called, by their scope. The
+    scopes in `shut` are drawn as one node at any depth.
     """
 
     graph: Graph
@@ -62,3 +63,4 @@ class Shown:
     links: tuple[Link, ...] = ()
     places: Mapping[DrawnPlace, Variable] = field(default_factory=dict)
     titles: Mapping[tuple[str, ...], str] = field(default_factory=dict)
+    shut: frozenset[tuple[str, ...]] = frozenset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 from xml.sax.saxutils import escape, quoteattr
 
 from funcprop.drawing.dot import box_label
@@ -15,16 +16,16 @@ from funcprop.drawing.picture import Box, Edge, Node, Picture, node_ids
 _CLASS = "funcprop-graph"
 _MARGIN = 12.0
 _LEGEND_LINE = 22.0
+# "auto" follows the page, or the notebook, in CSS of browsers; "light" is plain SVG, which everything reads.
+Theme = Literal["auto", "light"]
+# Faces that have the mathematical symbols; not every program looks for them by itself.
+_SYMBOLS = "'DejaVu Sans', 'Segoe UI Symbol', 'Cambria Math', 'Apple Symbols', 'Noto Sans Math', sans-serif"
 _FONT = "Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 
 
-def svg(picture: Picture, layout: Layout, with_types: bool) -> str:
+def svg(picture: Picture, layout: Layout, with_types: bool, theme: Theme = "auto") -> str:
     """The picture at the places that the layout gives."""
     ids = node_ids(picture)
-    ends = [layout.nodes[ids[key]][1] for key in (picture.origin, picture.goal) if key is not None]
-    if len(ends) == 2 and ends[1] > ends[0]:
-        # The objective is above the input.
-        layout = layout.mirrored()
     legend = list(_legend(picture))
     width = layout.width + 2 * _MARGIN
     if legend:
@@ -47,7 +48,7 @@ def svg(picture: Picture, layout: Layout, with_types: bool) -> str:
             f'text-anchor="middle" class="{_CLASS}">',
             f"<title>{clean(picture.title)}</title>",
             f"<desc>{clean(_description(picture))}</desc>",
-            f"<style>{clean(stylesheet(_CLASS))}</style>",
+            *([] if theme == "light" else [f"<style>{clean(stylesheet(_CLASS))}</style>"]),
             *body,
             "</svg>",
         ]
@@ -81,15 +82,19 @@ def _background(width: float, height: float) -> Iterator[str]:
 
 
 def _box(box: Box, layout: Layout) -> str:
-    left, top, right, bottom = layout.boxes[box.key]
+    parts = layout.boxes[box.key]
+    left, top, _, bottom = parts[0]
     # The engine keeps room for the name at the top, which a mirrored layout has at the bottom.
     baseline = bottom - 6 if layout.is_mirrored else top + 13
     label = box_label(box)
     return (
         f'<g class="funcprop-box" data-key={_attribute(box.key)}><title>{clean(box.tooltip)}</title>'
-        f'<rect x="{left:.2f}" y="{top:.2f}" width="{right - left:.2f}" height="{bottom - top:.2f}" rx="8" '
-        f'fill="{BOX}" fill-opacity="0.7" stroke="{BOX_LINE}"/>'
-        f'<text x="{left + 8:.2f}" y="{baseline:.2f}" font-size="11" text-anchor="start" fill="{FAINT}">'
+        + "".join(
+            f'<rect x="{x:.2f}" y="{y:.2f}" width="{u - x:.2f}" height="{v - y:.2f}" rx="8" '
+            f'fill="{BOX}" fill-opacity="0.7" stroke="{BOX_LINE}"/>'
+            for x, y, u, v in parts
+        )
+        + f'<text x="{left + 8:.2f}" y="{baseline:.2f}" font-size="11" text-anchor="start" fill="{FAINT}">'
         f"{clean(label)}</text></g>"
     )
 
@@ -113,22 +118,29 @@ def _node(node: Node, centre: Point, with_types: bool) -> str:
     details = details_of(node, with_types)
     label = label_of(node)
     lines = []
+    top = y - (LABEL * 1.2 * bool(label) + DETAIL * 1.25 * len(details)) / 2
     if label:
-        first = y + LABEL * 0.35 - DETAIL * 0.62 * len(details)
         written = _with_subscript(label) if node.kind == "operator" else clean(label)
         lines.append(
-            f'<text x="{x:.2f}" y="{first:.2f}" font-size="{LABEL:g}" fill="{text}">{written}</text>'
+            f'<text x="{x:.2f}" y="{top + LABEL * 0.95:.2f}" font-size="{LABEL:g}" fill="{text}"'
+            f"{_face(label)}>{written}</text>"
         )
     for i, line in enumerate(details):
-        below = (
-            y + (DETAIL * 1.1 if label else DETAIL * 0.35) + DETAIL * (1.25 * i - 0.62 * (len(details) - 1))
-        )
+        below = top + LABEL * 1.2 * bool(label) + DETAIL * (1.25 * i + 0.95)
         lines.append(
-            f'<text x="{x:.2f}" y="{below:.2f}" font-size="{DETAIL:g}" fill="{FAINT}">{clean(line)}</text>'
+            f'<text x="{x:.2f}" y="{below:.2f}" font-size="{DETAIL:g}" fill="{FAINT}"'
+            f"{_face(line)}>{clean(line)}</text>"
         )
     return (
         f'<g class="funcprop-{node.kind}" data-key={_attribute(node.key)} data-name={_attribute(node.name)} '
         f"data-role={_attribute(node.role)}><title>{clean(node.tooltip)}</title>{outline}{''.join(lines)}</g>"
+    )
+
+
+def _face(text: str) -> str:
+    """The attribute that gives a text a face with its symbols, if it has any beyond Latin and Greek."""
+    return (
+        f" font-family={quoteattr(_SYMBOLS)}" if any(c > "\u03ff" and c not in "…–—−" for c in text) else ""
     )
 
 
@@ -169,24 +181,19 @@ def _arrow_head(base: Point, tip: Point, colour: str) -> str:
 def _edge_label(edge: Edge, route: Route) -> str:
     if not edge.label:
         return ""
-    x, y = route.label or _middle(route)
+    x, y = route.label or route.middle
     # A residual's bytes stand on its dashes, and are what the picture of both sweeps is for.
     size, paper, colour = (
         (EDGE_LABEL + 2, 6, ink(edge.kind, edge.role)) if edge.kind == "residual" else (EDGE_LABEL, 3, FAINT)
     )
+    # On paper of its own: that a stroke is painted under its text is not understood everywhere.
+    width, height = text_width(edge.label, size) + paper, size * 1.1
     return (
-        f'<text x="{x:.2f}" y="{y + size * 0.35:.2f}" font-size="{size:g}" fill="{colour}" '
-        f'stroke="{PAPER}" stroke-width="{paper}" stroke-linejoin="round" paint-order="stroke">'
+        f'<rect x="{x - width / 2:.2f}" y="{y - height / 2:.2f}" width="{width:.2f}" height="{height:.2f}" '
+        f'rx="3" fill="{PAPER}" fill-opacity="0.85"/>'
+        f'<text x="{x:.2f}" y="{y + size * 0.35:.2f}" font-size="{size:g}" fill="{colour}">'
         f"{clean(edge.label)}</text>"
     )
-
-
-def _middle(route: Route) -> Point:
-    """A point in the middle of an arrow: on the middle one of its Bézier curves."""
-    first = 3 * ((len(route.points) - 1) // 3 // 2)
-    a, b, c, d = route.points[first : first + 4]
-    x, y = ((p + 3 * q + 3 * r + s) / 8 for p, q, r, s in zip(a, b, c, d, strict=True))
-    return x, y
 
 
 def _legend(picture: Picture) -> Iterator[str]:

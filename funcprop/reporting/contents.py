@@ -6,6 +6,7 @@ A number is rounded to five digits, which is more than can be seen.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,15 +44,15 @@ DETAILS = (
 
 def contents(report: ReportData, equations: TypesetEquations, detail: Detail = DETAILS[0]) -> dict[str, Any]:
     """Nodes, operators and values with their numbers; the order of both sweeps."""
-    graph, of, nodes = report.graph, _Numbers(report), report.drawing.picture.nodes
+    graph, of = report.graph, _Numbers(report)
     lines = (
         dict(by_variable((*equations.forward, *equations.inside), "")),
         dict(by_variable(equations.backward, f"∂{graph.outputs[0].name}/∂")),
     )
     named = {v.name for v in graph.variables if v.named}
     return {
-        "nodes": [of.node(node) for node in nodes],
-        "origin": next((i for i, n in enumerate(nodes) if n.key == report.drawing.picture.origin), 0),
+        "nodes": [of.node(node) for node in of.nodes],
+        "pictures": of.pictures,
         "operators": [of.operator(op) for op in of.listed],
         "sources": list(of.sources),
         "forward": len(graph),
@@ -90,11 +91,31 @@ class _Numbers:
         self.values = {name: i for i, name in enumerate(report.inspection.quantities)}
         self.operators = {op.name: i for i, op in enumerate(self.listed)}
         self.sources = {source: i for i, source in enumerate(dict.fromkeys(op.source for op in self.listed))}
+        self.nodes: list[Node] = []
+        self.pictures: list[dict[str, Any]] = []
+        # Of all pictures in which something is seen, the outermost that has a square or a circle for it.
         self.squares: dict[str, int] = {}
         self.circles: dict[str, int] = {}
-        for i, node in enumerate(report.drawing.picture.nodes):
-            numbers = self.squares if node.kind == "variable" else self.circles
-            numbers.update(dict.fromkeys(node.members, i))
+        self.around: dict[str, list[int]] = defaultdict(list)
+        for drawing, outer, key in report.pictures:
+            nodes, first = drawing.picture.nodes, len(self.nodes)
+            self.pictures.append(
+                {
+                    "title": drawing.picture.title,
+                    "first": first,
+                    "around": outer,
+                    "key": key,
+                }
+            )
+            self.nodes += nodes
+            for i, node in enumerate(nodes, first):
+                for name in node.members:
+                    if node.kind == "variable":
+                        self.squares.setdefault(name, i)
+                    elif node.kind == "operator":
+                        self.circles[name] = i
+                    else:
+                        self.around[name].append(i)
 
     def loop_around(self, name: str) -> dict[str, int]:
         """Make the entry `loop` of a value or operator inside of an open loop."""
@@ -109,10 +130,10 @@ class _Numbers:
 
     def operator(self, op: Operator) -> dict[str, Any]:
         """Describe an operator; an open loop also has the nodes inside of it."""
-        own = self.circles.get(op.name, -1)
+        own = self.circles.get(op.name, self.around[op.name][0] if self.around[op.name] else -1)
         circles = [self.circles[o.name] for o in self.opened.operators.get(op.name, ())]
         squares = [self.squares.get(v.name, -1) for v in self.opened.variables.get(op.name, ())]
-        nodes = list(dict.fromkeys(i for i in (own, *circles, *squares) if i >= 0))
+        nodes = list(dict.fromkeys(i for i in (own, *self.around[op.name], *circles, *squares) if i >= 0))
         return {
             "name": op.name,
             "op": op.op,

@@ -74,8 +74,8 @@ def _chart(metrics: dict[str, tuple[float, ...]]) -> Chart:
     def points(values: tuple[float, ...]) -> str:
         across = 100 / max(len(values) - 1, 1)
         shown = [(i * across, 100 - 100 * height(x)) for i, x in enumerate(values) if math.isfinite(x)]
-        # One epoch is a level line.
-        shown += [(100.0, shown[0][1])] if len(shown) == 1 else []
+        # Of one epoch there is a dot: a line of no length, with round ends.
+        shown = [(50.0, shown[0][1]), (50.01, shown[0][1])] if len(shown) == 1 else shown
         return " ".join(f"{x:.2f},{y:.2f}" for x, y in shown)
 
     said = [f"{name} from {x[0]:.4g} to {x[-1]:.4g}" for name, x in metrics.items()]

@@ -75,10 +75,10 @@ def _drawn(report: ReportData) -> set[str]:
     """Variables that are squares, or results of circles; of folded ones the first, in open scopes only."""
     producer = {op.name: op for op in (*report.opened.shown.graph, *report.graph)}
     found: set[str] = set()
-    for node in report.drawing.picture.nodes:
+    for node in (node for picture in report.pictures for node in picture.drawing.picture.nodes):
         if node.kind == "variable":
             found.update(node.members[:1])
-        else:
+        elif not node.inside:
             shown = node.members[:1] if node.kind == "operator" else node.members
             found.update(v.name for name in shown for v in producer[name].outputs)
     # An open loop is a line of its own, too.

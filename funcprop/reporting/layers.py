@@ -61,9 +61,10 @@ class LayerBars:
 
 @dataclass(frozen=True)
 class Memory:
-    """A footprint, what it is of, and its bars; `unit` says what they are of."""
+    """A footprint, what it is of and on which data, and its bars; `unit` says what they are of."""
 
     subject: str
+    data: str
     footprint: Footprint
     unit: str
     layers: tuple[LayerBars, ...]
@@ -89,15 +90,26 @@ def memory(
 ) -> Memory:
     """The memory of a function and its gradient, or of a step of the training run on one minibatch."""
     if setup is None:
-        return _bars("the function and its gradient", footprint(fun, argnums)(*args, **kwargs))
+        given = data_shapes(args, kwargs, argnums)
+        return _bars("the function and its gradient", given, footprint(fun, argnums)(*args, **kwargs))
     batches = setup.batches(jax.random.key(0)) if callable(setup.batches) else setup.batches
     batch = next(iter(batches))
     parts = batch if type(batch) in (tuple, list) else (batch,)
     found = footprint(setup.loss, optimizer=setup.optimizer)(setup.params, *parts)
-    return _bars("the loss of one minibatch, and a whole training step", found)
+    given = data_shapes((None, *parts), {}, 0)
+    return _bars("the loss of one minibatch, and a whole training step", given, found)
 
 
-def _bars(subject: str, found: Footprint) -> Memory:
+def data_shapes(args: Sequence[Any], kwargs: Any, argnums: int | Sequence[int]) -> str:
+    """The shapes of the arrays that are not differentiated by: of what a batch is made."""
+    chosen = {argnums} if isinstance(argnums, int) else set(argnums)
+    chosen = {i % max(len(args), 1) for i in chosen}
+    leaves = jax.tree.leaves([x for i, x in enumerate(args) if i not in chosen]) + jax.tree.leaves(kwargs)
+    texts = [" × ".join(map(str, leaf.shape)) or "a number" for leaf in leaves if hasattr(leaf, "shape")]
+    return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "") or "none"
+
+
+def _bars(subject: str, data: str, found: Footprint) -> Memory:
     rows = [row for ledger in found.ledgers.values() for row in ledger.rows]
     depth = _depth(rows)
     unit = "layer" if depth else "value"
@@ -121,7 +133,7 @@ def _bars(subject: str, found: Footprint) -> Memory:
     if len(kept) < len(totals):
         rest = _of(found.ledgers, totals.keys() - kept, group)
         layers.append(LayerBars(f"{len(totals) - len(kept)} others", rest))
-    return Memory(subject, found, unit, tuple(layers))
+    return Memory(subject, data, found, unit, tuple(layers))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -40,7 +40,7 @@ def render(report: ReportData) -> str:
     environment.filters |= {"bytes": bytes_text, "digits": digits, "count": _count, "amount": _amount}
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     script = "(() => {\n" + "\n".join(map(_asset, _SCRIPTS)) + "\n})();"
-    svg = Markup(report.drawing.svg())
+    svg = Markup("\n".join(picture.drawing.svg() for picture in report.pictures))
     for detail in DETAILS:
         written = equations(report, detail.lines)
         fill = environment.get_template("page.html").render

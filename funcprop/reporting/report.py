@@ -16,10 +16,11 @@ from funcprop.cost.second_order import second_order_cost
 from funcprop.equations.derivation import derive
 from funcprop.graph.objective import Argnums, positions
 from funcprop.graph.references import require_no_references
+from funcprop.graph.writable import require_writable
 from funcprop.program.call import has_values, without_aux
 from funcprop.reporting.curves import train
 from funcprop.reporting.inspection import first_nonfinite, inspect
-from funcprop.reporting.layers import memory
+from funcprop.reporting.layers import data_shapes, memory
 from funcprop.reporting.report_data import ReportData
 from funcprop.reporting.scale import picture_of
 from funcprop.reporting.spectrum import is_smooth, top
@@ -64,7 +65,12 @@ class Report(ReportData):
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the page into a file."""
+        """Write the page into a file.
+
+        Raises:
+            OSError: it does not end in .html, or its directory is not there; before the page is written.
+        """
+        require_writable("report: path", path, (".html", ".htm"))
         Path(path).write_text(self.html, encoding="utf-8")
 
     def _repr_html_(self) -> str:
@@ -179,6 +185,7 @@ def report(
             footprints,
             spectrum,
             curves,
+            data_shapes(args, kwargs, numbers),
         )
 
     return write

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from funcprop.cost.second_order import SecondOrderCost
 from funcprop.drawing.draw import Drawing
+from funcprop.drawing.opening_page import PagePicture, pictures
 from funcprop.equations.derivation import Derivation
 from funcprop.graph.graph import Graph
 from funcprop.reporting.cost import Kind, kinds
@@ -16,6 +18,8 @@ from funcprop.reporting.layers import Memory
 from funcprop.reporting.loop_contents import Opened
 from funcprop.reporting.spectrum import Top
 
+# So many gradients are named as examples.
+SHOWN_GRADIENTS = 4
 # Up to this many values are all in the table.
 FEW = 60
 
@@ -36,6 +40,12 @@ class ReportData:
     memory: Memory = field(repr=False)
     spectrum: Top | None = field(repr=False, default=None)
     curves: Curves | None = field(repr=False, default=None)
+    data: str = ""
+
+    @cached_property
+    def pictures(self) -> list[PagePicture]:
+        """The pictures of the page: the whole, and what is inside of modules."""
+        return pictures(self.drawing)
 
     @property
     def graph(self) -> Graph:
@@ -47,6 +57,34 @@ class ReportData:
         """How many numbers are differentiated by."""
         found = [q for q in self.inspection.quantities.values() if q.is_parameter]
         return sum(math.prod(q.shape or ()) for q in found)
+
+    @property
+    def _parameters(self) -> list[InspectedValue]:
+        return [q for q in self.inspection.quantities.values() if q.is_parameter]
+
+    @property
+    def parameter_bytes(self) -> int:
+        """The bytes of what is differentiated by."""
+        return sum(q.nbytes or 0 for q in self._parameters)
+
+    @property
+    def gradient_shapes(self) -> list[tuple[str, str]]:
+        """The first gradients with their shapes."""
+        found = self._parameters[:SHOWN_GRADIENTS]
+        return [(q.name, " × ".join(map(str, q.shape or ())) or "a number") for q in found]
+
+    @property
+    def further_gradients(self) -> int:
+        """How many gradients there are besides those shown."""
+        return max(len(self._parameters) - SHOWN_GRADIENTS, 0)
+
+    @property
+    def biases(self) -> list[str]:
+        """Parameters called a bias."""
+        names = [
+            q.name for q in self._parameters if q.name.rpartition("/")[2] in ("b", "bias", "offset", "beta")
+        ]
+        return names[:6] + (["…"] if len(names) > 6 else [])
 
     @property
     def value_bytes(self) -> int:

@@ -8,12 +8,15 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from funcprop.drawing.draw import Drawing, draw
+from funcprop.drawing.loops import has_loops
 from funcprop.graph.graph import Graph, Operator, Variable
 from funcprop.graph.naming import joined
 from funcprop.reporting.loop_contents import Opened, opened
 
 # A picture with more nodes is drawn with loops closed, then with its innermost scopes collapsed.
 MOST_NODES = 400
+# Unless the picture is asked to be whole: a larger one is drawn as modules that open.
+FEW_NODES = 60
 # What is still too large is drawn as so many runs of operators that follow each other.
 RUNS = 150
 
@@ -30,12 +33,15 @@ def picture_of(graph: Graph, depth: int | None, fold: bool) -> ScaledPicture:
     """The graph with as much of it open as fits into `MOST_NODES`; `depth` is the user's own choice."""
     closed = "Loops are drawn closed."
     for levels in (sys.maxsize, 1, 0):
-        drawing = draw(graph, depth=depth, loops=levels, fold=fold)
-        if len(drawing.picture.nodes) <= MOST_NODES:
-            has_closed = levels == 0 and any(op.bodies for op in graph)
+        drawing = draw(graph, depth=99 if depth is None else depth, loops=levels, fold=fold)
+        if len(drawing.picture.nodes) <= (FEW_NODES if fold and depth is None else MOST_NODES):
+            has_closed = levels == 0 and has_loops(graph)
             return ScaledPicture(drawing, opened(graph, levels), (closed,) if has_closed else ())
     inside = opened(graph, 0)
-    notes = (closed,) if any(op.bodies for op in graph) else ()
+    notes = (closed,) if has_loops(graph) else ()
+    if fold and depth is None:
+        note = "Grey boxes are modules, or operators together: choose one to see what is inside."
+        return ScaledPicture(draw(graph, loops=0), inside, (*notes, note))
     if depth is not None:
         return ScaledPicture(drawing, inside, notes)
     deepest = max(op.scope.count("/") for op in graph.operators)

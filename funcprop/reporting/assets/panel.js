@@ -184,13 +184,16 @@ function showNode(n) {
 
 function fill(node, ...content) {
   panel.replaceChildren(...content);
+  panel.hidden = false;
   panel.scrollTop = 0;
+  fitHeight();
   choose(node);
 }
 
-const nothing = panel.firstElementChild.cloneNode(true);
 function closePanel() {
-  panel.replaceChildren(nothing.cloneNode(true));
+  panel.replaceChildren();
+  panel.hidden = true;
+  fitHeight();
   choose(-1);
 }
 

@@ -27,7 +27,7 @@ function touched(s) {
 }
 
 function clear(...names) {
-  for (const name of names) for (const group of picture.querySelectorAll(`.${name}`)) group.classList.remove(name);
+  for (const name of names) for (const group of canvas.querySelectorAll(`.${name}`)) group.classList.remove(name);
 }
 
 function show(position) {
@@ -52,7 +52,7 @@ function show(position) {
   const { lit, flows } = touched(present);
   for (const n of lit) groups[n]?.classList.add("now");
   for (const arrow of flows) arrow.group.classList.add(`flow-${present.sweep}`);
-  bringIntoView(data.operators[present.operator].nodes[0] ?? -1);
+  bringIntoView(data.operators[present.operator].nodes.find((n) => pictureOf[n] === current) ?? -1);
   describe(present);
 }
 
@@ -118,7 +118,7 @@ addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest?.("input:not([type=range]), select, textarea")) return;
   const actions = {
     p: toggle, n: () => go(step + 1), b: () => go(step - 1),
-    "+": () => zoom(1.4), "-": () => zoom(1 / 1.4), 0: () => fit(true), Escape: closePanel,
+    "+": () => zoom(1.4), "-": () => zoom(1 / 1.4), 0: fit, Escape: closePanel,
   };
   const action = actions[event.key.length === 1 ? event.key.toLowerCase() : event.key];
   if (!action) return;

@@ -1,37 +1,62 @@
 // The graph: zoom, pan, focus and choice of nodes.
 const canvas = byId("canvas"), tip = byId("tip");
-const picture = canvas.querySelector("svg");
-const whole = picture.viewBox.baseVal;
-const full = { x: 0, y: 0, width: whole.width, height: whole.height };
-let view = { ...full };
-const nodeByKey = new Map(data.nodes.map((node, i) => [node.key, i]));
+const svgs = [...canvas.querySelectorAll(":scope > svg")];
+const sizes = svgs.map((svg) => ({ x: 0, y: 0, width: svg.viewBox.baseVal.width, height: svg.viewBox.baseVal.height }));
+let current = 0, picture = svgs[0], full = sizes[0], view = { ...full };
 const groups = new Array(data.nodes.length).fill(null);
+const pictureOf = data.nodes.map((_, n) => data.pictures.findLastIndex((each) => each.first <= n));
 const arrowsFrom = data.nodes.map(() => []), arrowsTo = data.nodes.map(() => []);
+const opens = new Map();
 let chosen = -1;
 
-picture.setAttribute("role", "group");
-picture.setAttribute("aria-label", picture.querySelector("desc")?.textContent ?? "Computational graph");
-for (const title of picture.querySelectorAll(":scope > title, :scope > desc")) title.remove();
-
-for (const group of picture.querySelectorAll("g[data-key]")) {
-  const title = group.querySelector(":scope > title");
-  const n = nodeByKey.get(group.dataset.key);
-  if (n === undefined || group.classList.contains("funcprop-box")) continue;
-  groups[n] = group;
-  data.nodes[n].label = group.dataset.name;
-  data.nodes[n].tooltip = title.textContent;
-  group.dataset.node = n;
-  group.setAttribute("tabindex", "0");
-  group.setAttribute("role", "button");
-  group.setAttribute("aria-label", `${data.nodes[n].kind} ${title.textContent}`);
-  title.remove();
+for (const [p, svg] of svgs.entries()) {
+  const nodeByKey = new Map(data.nodes.flatMap((node, n) => (pictureOf[n] === p ? [[node.key, n]] : [])));
+  svg.setAttribute("role", "group");
+  svg.setAttribute("aria-label", svg.querySelector("desc")?.textContent ?? "Computational graph");
+  for (const title of svg.querySelectorAll(":scope > title, :scope > desc")) title.remove();
+  for (const group of svg.querySelectorAll("g[data-key]")) {
+    const title = group.querySelector(":scope > title");
+    const n = nodeByKey.get(group.dataset.key);
+    if (n === undefined || group.classList.contains("funcprop-box")) continue;
+    groups[n] = group;
+    data.nodes[n].label = group.dataset.name;
+    data.nodes[n].tooltip = title.textContent;
+    group.dataset.node = n;
+    group.setAttribute("tabindex", "0");
+    group.setAttribute("role", "button");
+    group.setAttribute("aria-label", `${data.nodes[n].kind} ${title.textContent}`);
+    title.remove();
+  }
+  for (const group of svg.querySelectorAll(".funcprop-edge")) {
+    const arrow = { group, source: nodeByKey.get(group.dataset.source), target: nodeByKey.get(group.dataset.target) };
+    arrowsFrom[arrow.source].push(arrow);
+    arrowsTo[arrow.target].push(arrow);
+  }
 }
-const arrows = [...picture.querySelectorAll(".funcprop-edge")].map((group) => {
-  const arrow = { group, source: nodeByKey.get(group.dataset.source), target: nodeByKey.get(group.dataset.target) };
-  arrowsFrom[arrow.source].push(arrow);
-  arrowsTo[arrow.target].push(arrow);
-  return arrow;
-});
+for (const [p, { around, key }] of data.pictures.entries()) {
+  const n = data.nodes.findIndex((node, i) => pictureOf[i] === around && node.key === key);
+  if (n < 0) continue;
+  opens.set(n, p);
+  groups[n]?.classList.add("opens");
+}
+
+// The picture of what is inside of a module takes the place of the one that it is in.
+function openPicture(p) {
+  current = p;
+  picture = svgs[p];
+  full = sizes[p];
+  for (const [i, svg] of svgs.entries()) svg.toggleAttribute("hidden", i !== p);
+  const trail = [];
+  for (let i = p; i >= 0; i = data.pictures[i].around) trail.unshift(i);
+  byId("path").hidden = trail.length < 2;
+  byId("path").replaceChildren(...trail.flatMap((i, at) => {
+    const button = element("button", { type: "button", class: "link" }, data.pictures[i].title || "graph");
+    button.addEventListener("click", () => openPicture(i));
+    return at ? [" › ", button] : [button];
+  }));
+  fitHeight();
+  fit();
+}
 
 // --- zoom and pan ---------------------------------------------------------------------------------
 
@@ -47,17 +72,18 @@ function apply() {
 
 const scale = () => Math.max(canvas.clientWidth, 1) / view.width;
 
-// A wide graph starts at its input, at a size that can be read.
-function fit(everything) {
+// The canvas is as high as the picture is at its width; beside an open panel it is not too low for that.
+function fitHeight() {
+  const width = canvas.clientWidth;
+  if (!width) return;
+  const least = byId("panel").hidden ? 150 : 380;
+  const height = Math.max(Math.min((full.height / full.width) * width, full.height * 1.25, 0.8 * innerHeight), least);
+  canvas.closest(".viewer").style.setProperty("--stage", `${Math.ceil(height)}px`);
+}
+
+function fit() {
   isFitted = canvas.clientWidth > 0 && canvas.clientHeight > 0;
   view = { ...full };
-  apply();
-  const wanted = everything ? scale() : Math.min(Math.max(scale(), 0.6), 2.2);
-  if (wanted === scale()) return;
-  const width = canvas.clientWidth / wanted, height = canvas.clientHeight / wanted;
-  const start = groups[data.origin] ? middle(groups[data.origin]) : { x: 0, y: 0 };
-  const from = (centre, length, all) => (length >= all ? (all - length) / 2 : Math.min(Math.max(centre - length / 2, -8), all - length + 8));
-  view = { x: from(start.x, width, full.width), y: from(start.y, height, full.height), width, height };
   apply();
 }
 
@@ -79,7 +105,7 @@ function middle(group) {
 }
 
 function bringIntoView(n) {
-  if (n < 0 || !groups[n]) return;
+  if (n < 0 || !groups[n] || pictureOf[n] !== current) return;
   const { x, y } = middle(groups[n]);
   const margin = 0.08;
   const isSeen = x > view.x + margin * view.width && x < view.x + (1 - margin) * view.width && y > view.y + margin * view.height && y < view.y + (1 - margin) * view.height;
@@ -91,7 +117,7 @@ function bringIntoView(n) {
 
 byId("zoom-in").addEventListener("click", () => zoom(1.4));
 byId("zoom-out").addEventListener("click", () => zoom(1 / 1.4));
-byId("zoom-fit").addEventListener("click", () => fit(true));
+byId("zoom-fit").addEventListener("click", fit);
 canvas.addEventListener("wheel", (event) => {
   if (!event.ctrlKey && !event.metaKey) return;
   event.preventDefault();
@@ -127,18 +153,23 @@ for (const kind of ["pointerup", "pointercancel"]) {
 }
 // It has no size until the page is laid out.
 let isFitted = false;
+let seenWidth = 0;
 new ResizeObserver(() => {
-  if (isFitted) apply();
-  else if (canvas.clientWidth && canvas.clientHeight) fit(false);
+  const isWhole = view.width >= full.width - 1 && view.height >= full.height - 1;
+  if (canvas.clientWidth !== seenWidth) fitHeight();
+  seenWidth = canvas.clientWidth;
+  if (isFitted && !isWhole) apply();
+  else if (canvas.clientWidth && canvas.clientHeight) fit();
 }).observe(canvas);
 
 // --- nodes ------------------------------------------------------------------------------------
 
 function choose(n) {
   if (chosen >= 0) groups[chosen]?.classList.remove("chosen");
-  for (const group of picture.querySelectorAll(".near")) group.classList.remove("near");
+  for (const group of canvas.querySelectorAll(".near")) group.classList.remove("near");
   chosen = n;
   if (n < 0 || !groups[n]) return;
+  if (pictureOf[n] !== current) openPicture(pictureOf[n]);
   groups[n].classList.add("chosen");
   for (const arrow of [...arrowsFrom[n], ...arrowsTo[n]]) arrow.group.classList.add("near");
 }
@@ -147,7 +178,7 @@ const nodeAt = (event) => { const group = event.target.closest("[data-node]"); r
 canvas.addEventListener("click", (event) => {
   if (moved > 4) return;
   const n = nodeAt(event);
-  if (n >= 0) showNode(n);
+  if (n >= 0) enter(n);
 });
 canvas.addEventListener("pointerover", (event) => {
   const n = nodeAt(event);
@@ -176,12 +207,16 @@ function focusNode(n) {
   groups[n].focus({ preventScroll: true });
 }
 
-const order = data.nodes.map((_, n) => n).filter((n) => groups[n]);
+function enter(n) {
+  showNode(n);
+  if (opens.has(n)) openPicture(opens.get(n));
+}
 // Not for a pointer: what it presses would slip away beneath it.
 canvas.addEventListener("focusin", (event) => { if (event.target.matches(":focus-visible")) bringIntoView(nodeAt(event)); });
 canvas.addEventListener("keydown", (event) => {
   const n = nodeAt(event);
   if (n < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
+  const order = data.nodes.map((_, i) => i).filter((i) => groups[i] && pictureOf[i] === current);
   const at = order.indexOf(n);
   const moves = {
     ArrowRight: () => focusNode(arrowsFrom[n][0]?.target),
@@ -190,11 +225,11 @@ canvas.addEventListener("keydown", (event) => {
     ArrowUp: () => focusNode(order[(at + order.length - 1) % order.length]),
     Home: () => focusNode(order[0]),
     End: () => focusNode(order.at(-1)),
-    Enter: () => showNode(n),
-    " ": () => showNode(n),
+    Enter: () => enter(n),
+    " ": () => enter(n),
   };
   if (!(event.key in moves)) return;
   event.preventDefault();
   moves[event.key]();
 });
-fit(false);
+openPicture(0);
