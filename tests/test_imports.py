@@ -90,7 +90,7 @@ def test_names_are_public() -> None:
     assert sorted([*dir(funcprop), "__version__"]) == sorted(funcprop.__all__)
     assert not [name for name in dir(funcprop) if name.startswith("_")]
     modules = {name for name in dir(funcprop) if inspect.ismodule(getattr(funcprop, name))}
-    assert modules == {"curvature", "layers", "memory", "models", "rules", "testing", "training"}
+    assert modules == {"curvature", "layers", "memory", "models", "partition", "rules", "testing", "training"}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from funcprop.cli.target import Target, TargetError, load, users_code
 from funcprop.progress import bar
 
 # For memory only the kind of an optimizer matters, not its rates.
-_OPTIMIZERS = {
+OPTIMIZERS = {
     "sgd": optax.sgd(0.1),
     "momentum": optax.sgd(0.1, momentum=0.9),
     "adam": optax.adam(1e-3),
@@ -60,9 +60,9 @@ def report(
     out: Path | None,
 ) -> Output:
     """The tables of `fp.memory.footprint`, and `fp.memory.batch_limit` where there is a budget."""
-    if optimizer not in _OPTIMIZERS:
-        raise TargetError(f"--optimizer {optimizer!r} is not known; choose one of {', '.join(_OPTIMIZERS)}.")
-    chosen = _OPTIMIZERS[optimizer]
+    if optimizer not in OPTIMIZERS:
+        raise TargetError(f"--optimizer {optimizer!r} is not known; choose one of {', '.join(OPTIMIZERS)}.")
+    chosen = OPTIMIZERS[optimizer]
     at = argnums if argnums is None or len(argnums) > 1 else argnums[0]
     using = "" if chosen is None else f" with --optimizer {optimizer}"
     with (
