@@ -34,11 +34,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(report, forward, backward, derive, draw),
-<<<<<<< HEAD
-    *(memory, rematerialize, second, curvature, compare, tune, train),
-=======
-    *(memory, rematerialize, partition, second, curvature, compare, train),
->>>>>>> p
+    *(memory, rematerialize, partition, second, curvature, compare, tune, train),
 )
 for command in COMMANDS:
     app.command()(command)
