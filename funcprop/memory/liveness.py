@@ -2,7 +2,7 @@
 
 A compiler writes to memory what products, long sums, loops and other steps that it does not fuse make or
 read, what is expensive and read in several places, arguments and results. Everything else is computed inside
-of the kernels that read it. A value lives from the kernel that makes it to the last that reads it; kernels run
+of the kernels that read it. A value lives from the kernel that makes it to the last that reads it; they run
 in the order in which what they read becomes ready.
 """
 
