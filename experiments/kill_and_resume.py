@@ -153,7 +153,7 @@ def compare(directory: Path, kills: int, seed: int, epochs: int) -> int:
     expected = {r["step"]: r["loss"] for r in records(whole) if r["event"] == "step"}
     steps = [r for r in records(broken) if r["event"] == "step"]
     other = sum(r["loss"] != expected[r["step"]] for r in steps)
-    epochs = [{r["epoch"]: r["loss"] for r in records(d) if r["event"] == "epoch"} for d in (whole, broken)]
+    losses = [{r["epoch"]: r["loss"] for r in records(d) if r["event"] == "epoch"} for d in (whole, broken)]
     a, b = (np.load(d / "outcome.npz") for d in (whole, broken))
     arrays = sum(not np.array_equal(a[name], b[name]) for name in a.files)
     result = {
@@ -162,12 +162,12 @@ def compare(directory: Path, kills: int, seed: int, epochs: int) -> int:
         "steps of the uninterrupted run": len(expected),
         "finished steps lost": lost,
         "losses that differ": other,
-        "epochs that differ": sum(epochs[0][n] != epochs[1].get(n) for n in epochs[0]),
+        "epochs that differ": sum(losses[0][n] != losses[1].get(n) for n in losses[0]),
         "arrays that differ": arrays,
         "arrays": len(a.files),
     }
     print(json.dumps(result))
-    return int(bool(lost or other or arrays or epochs[0] != epochs[1]))
+    return int(bool(lost or other or arrays or losses[0] != losses[1]))
 
 
 def main() -> None:

@@ -143,7 +143,8 @@ class Recurrent(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.Dense(10)(nn.RNN(nn.OptimizedLSTMCell(self.width), unroll=self.unroll)(x)[:, -1])
+        states: Any = nn.RNN(nn.OptimizedLSTMCell(self.width), unroll=self.unroll)(x)
+        return nn.Dense(10)(states[:, -1])
 
 
 class Translator(nn.Module):
