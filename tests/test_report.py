@@ -170,8 +170,13 @@ def test_a_training_run_that_blows_up_is_shown() -> None:
     page = fp.report(jnp.square, setup=diverging)(3.0)
     assert page.curves is not None
     assert page.curves.epochs == 1
+<<<<<<< HEAD
     assert "of step 2 (epoch 2, batch 1) is not finite" in str(page.curves.stopped)
     assert "the mean loss of epoch 2 is" in page.html
+=======
+    assert "is not finite" in str(page.curves.stopped)
+    assert "is not finite" in page.html
+>>>>>>> s
 
 
 def test_a_metric_that_only_some_epochs_have_stands_at_its_epochs(chapter: fp.Report) -> None:
@@ -320,10 +325,12 @@ def test_three_thousand_operators_that_do_not_fold_stay_below_two_megabytes(
     nodes = page.drawing.picture.nodes
     assert len(nodes) <= 400
     data = data_of(page)
-    members = [m for node in data["nodes"] if node["kind"] == "scope" for m in node["members"]]
+    first = data["nodes"][: data["pictures"][1]["first"]]
+    members = [m for node in first if node["kind"] != "variable" for m in node["members"]]
     assert sorted(members) == list(range(3001))
+    assert len(data["nodes"]) <= 500
     # Nothing is left out without a word.
-    assert "every 21 that follow each other are drawn as one node" in page.html
+    assert "Grey boxes are modules, or operators together" in page.html
     assert "no histograms of values that nobody named" in page.html or all(
         v["value"][8] is not None for v in data["variables"] if v["kind"] == "intermediate"
     )
@@ -346,9 +353,9 @@ def test_bars_of_memory_add_up_to_the_ledger(three_blocks: fp.Report) -> None:
     assert memory.unit == "layer"
     for i, ledger in enumerate(memory.footprint.ledgers.values()):
         bars = [layer.bars[i] for layer in memory.layers]
-        assert sum(bar.nbytes for bar in bars) == ledger.predicted == sum(row.nbytes for row in ledger.rows)
+        assert sum(bar.nbytes for bar in bars) == sum(row.nbytes for row in ledger.rows)
         by_category = {category: sums[i] for category, sums in memory.categories}
-        assert sum(by_category.values()) == ledger.predicted
+        assert sum(by_category.values()) == sum(row.nbytes for row in ledger.rows)
         assert by_category["parameters"] == ledger.by("category")["parameters"]
     names = [layer.name for layer in memory.layers if layer.name.startswith("a_block")]
     assert names == [f"a_block_with_a_long_name_{i}" for i in range(3)]

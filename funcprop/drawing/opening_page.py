@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from html import escape
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from funcprop.drawing.picture import Picture
 
@@ -27,16 +27,20 @@ class Opening(Protocol):
 class PagePicture(NamedTuple):
     """One picture of the page: its drawing, the number of that around it, and the key of its node there."""
 
-    drawing: Opening
+    drawing: Any
     around: int
     key: str
 
 
-def pictures(drawing: Opening) -> list[PagePicture]:
-    """A drawing and all that is inside of it, from the outside, each after what it is in."""
-    found = [PagePicture(drawing, -1, "")]
+def pictures(drawing: Opening, most: int | None = None) -> list[PagePicture]:
+    """A drawing and what is inside of it, from the outside, each after what it is in; up to `most` nodes."""
+    found, nodes = [PagePicture(drawing, -1, "")], len(drawing.picture.nodes)
     for number, (drawn, _, _) in enumerate(found):
-        found.extend(PagePicture(inner, number, key) for key, inner in drawn.inside.items())
+        for key, inner in drawn.inside.items():
+            nodes += len(inner.picture.nodes)
+            if most is not None and nodes > most:
+                return found
+            found.append(PagePicture(inner, number, key))
     return found
 
 

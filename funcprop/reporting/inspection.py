@@ -12,6 +12,7 @@ from funcprop.equations.derivation import Derivation
 from funcprop.graph.graph import Graph
 from funcprop.reporting.loop_contents import Opened
 from funcprop.reporting.statistics import BINS, Statistics, statistics
+from funcprop.sweeps.activity import active_variables
 from funcprop.sweeps.propagation import Propagation
 
 # Entries of a larger array are not shown, even if it is asked for.
@@ -102,9 +103,23 @@ def inspect(
 
 
 def cotangent_names(derivation: Derivation) -> set[str]:
-    """The variables whose cotangent the backward sweep computes, without the result."""
-    prefix = f"∂{derivation.traced.graph.outputs[0].name}/∂"
-    return {line.key.removeprefix(prefix) for line in derivation.backward if line.key.startswith(prefix)}
+    """The variables whose cotangent the backward sweep computes, without the result.
+
+    Those that depend on what is differentiated by, and on which the result depends.
+    """
+    graph = derivation.traced.graph
+    result = graph.outputs[0].name
+    prefix = f"∂{result}/∂"
+    asked = {line.key.removeprefix(prefix) for line in derivation.backward if line.key.startswith(prefix)}
+    given = {v.name for v in graph.inputs} & asked
+    active = active_variables(graph, given)
+    wanted, reached = {result}, set[str]()
+    for op in reversed(graph.operators):
+        if any(v.name in wanted for v in op.outputs):
+            found = {v.name for v in op.inputs if v.kind != "literal" and v.name in active}
+            wanted |= found
+            reached |= found
+    return (reached | given) - {result}
 
 
 def _backward(graph: Graph, reached: set[str]) -> Iterator[BackwardStep]:

@@ -17,9 +17,15 @@ _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\d+(?:\.\d+)?(?:e[+-]?\d+)?|[^\W\d_]+|\s+|
 
 _IDENTIFIERS = {
     "alpha": "α", "beta": "β", "gamma": "γ", "epsilon": "ε", "eta": "η", "theta": "θ", "lambda": "λ",
-    "mu": "μ", "sigma": "σ", "phi": "φ",
+    "mu": "μ", "sigma": "σ", "phi": "φ", "psi": "ψ", "chi": "χ", "ell": "ℓ", "infty": "∞",
+    "log": "log", "exp": "exp", "max": "max", "min": "min", "tanh": "tanh", "sin": "sin", "cos": "cos",
+    "varphi": "φ", "tau": "τ", "rho": "ρ", "omega": "ω", "pi": "π", "Delta": "Δ", "Sigma": "Σ", "Phi": "Φ",
 }  # fmt: skip
-_OPERATORS = {"partial": "∂", "odot": "⊙", "top": "⊤"}
+_OPERATORS = {
+    "partial": "∂", "odot": "⊙", "top": "⊤", "cdot": "·", "times": "×", "ast": "∗", "geq": "≥",
+    "leftarrow": "←", "leq": "≤", "neq": "≠", "circ": "∘", "otimes": "⊗", "mid": "|", "ldots": "…", "dots": "…", "cdots": "⋯",
+    "in": "∈", "prime": "′",
+}  # fmt: skip
 _FENCES = {"lVert": "‖", "rVert": "‖"}
 _SPACES = {",": "0.17em", "!": None}
 _LONGEST = 20
@@ -123,6 +129,8 @@ class _Formula:
 
     def command(self, name: str) -> str:
         """Translate a command."""
+        if name == "sqrt":
+            return f"<msqrt>{self.argument()}</msqrt>"
         if name == "frac":
             return f"<mfrac>{self.argument()}{self.argument()}</mfrac>"
         if name == "left":
@@ -134,7 +142,7 @@ class _Formula:
             return f'<mi mathvariant="normal" class="bold">{escape(self.words())}</mi>'
         if name == "mathrm":
             return f'<mi mathvariant="normal">{escape(self.words())}</mi>'
-        if name == "text":
+        if name in ("text", "texttt"):
             return f"<mtext>{escape(self.words())}</mtext>"
         if name == "sum":
             return "<mo>∑</mo>"

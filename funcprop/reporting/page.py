@@ -15,6 +15,8 @@ import jax
 import jinja2
 from markupsafe import Markup
 
+from funcprop.drawing.draw import Drawing
+from funcprop.drawing.svg import svg
 from funcprop.graph.graph import bytes_text
 from funcprop.reporting.contents import DETAILS, contents
 from funcprop.reporting.equations import equations
@@ -40,7 +42,7 @@ def render(report: ReportData) -> str:
     environment.filters |= {"bytes": bytes_text, "digits": digits, "count": _count, "amount": _amount}
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     script = "(() => {\n" + "\n".join(map(_asset, _SCRIPTS)) + "\n})();"
-    svg = Markup("\n".join(picture.drawing.svg() for picture in report.pictures))
+    pictures = Markup("\n".join(_svg(picture.drawing) for picture in report.pictures))
     for detail in DETAILS:
         written = equations(report, detail.lines)
         fill = environment.get_template("page.html").render
@@ -48,7 +50,7 @@ def render(report: ReportData) -> str:
             report=report,
             graph=report.graph,
             picture=report.drawing.picture,
-            svg=svg,
+            svg=pictures,
             equations=written,
             data=contents(report, written, detail),
             notes=[*report.collapsed, *([detail.said] if detail.said else [])],
@@ -63,6 +65,11 @@ def render(report: ReportData) -> str:
         if len(encoded) < MOST_BYTES:
             break
     return encoded.decode("utf-8")
+
+
+def _svg(drawing: Drawing) -> str:
+    """A picture without the rules for dark pages: this page has its own, for all pictures."""
+    return svg(drawing.picture, drawing.layout, drawing.types, "light")
 
 
 def _asset(name: str) -> str:

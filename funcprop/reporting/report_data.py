@@ -18,6 +18,8 @@ from funcprop.reporting.layers import Memory
 from funcprop.reporting.loop_contents import Opened
 from funcprop.reporting.spectrum import Top
 
+# All pictures of a page together have at most so many nodes, so that it stays below 2 MB.
+MOST_PICTURED = 500
 # So many gradients are named as examples.
 SHOWN_GRADIENTS = 4
 # Up to this many values are all in the table.
@@ -45,7 +47,7 @@ class ReportData:
     @cached_property
     def pictures(self) -> list[PagePicture]:
         """The pictures of the page: the whole, and what is inside of modules."""
-        return pictures(self.drawing)
+        return pictures(self.drawing, MOST_PICTURED)
 
     @property
     def graph(self) -> Graph:
