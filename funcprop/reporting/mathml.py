@@ -23,8 +23,8 @@ _IDENTIFIERS = {
 }  # fmt: skip
 _OPERATORS = {
     "partial": "∂", "odot": "⊙", "top": "⊤", "cdot": "·", "times": "×", "ast": "∗", "geq": "≥",
-    "leftarrow": "←", "leq": "≤", "neq": "≠", "circ": "∘", "otimes": "⊗", "mid": "|", "ldots": "…", "dots": "…", "cdots": "⋯",
-    "in": "∈", "prime": "′",
+    "leftarrow": "←", "leq": "≤", "neq": "≠", "circ": "∘", "otimes": "⊗", "mid": "|", "ldots": "…",
+    "dots": "…", "cdots": "⋯", "in": "∈", "prime": "′",
 }  # fmt: skip
 _FENCES = {"lVert": "‖", "rVert": "‖"}
 _SPACES = {",": "0.17em", "!": None}
