@@ -80,6 +80,14 @@ class AxisProgram:
             place = self._parent[place]
         return place
 
+    def join(self, some: Sequence[Any], others: Sequence[Any]) -> None:
+        """Say that arrays are laid out alike, such as parameters and their gradients."""
+        for a, b in zip(some, others, strict=True):
+            found = Links()
+            found.together(a, b)
+            for x, y in found.same:
+                self._parent[self.find(x)] = self.find(y)
+
     def _enter(self, atoms: Any) -> None:
         for v in _jax.variables(atoms):
             if (v, -1) not in self._parent:
@@ -303,9 +311,9 @@ def axes(fun: Callable[..., Any], *, rules: RuleSet | None = None) -> Callable[.
         >>> found = fp.partition.axes(loss)([shape(4, 16), shape(16, 2)], shape(32, 4))
         >>> for axis in found:
         ...     print(axis.size, *axis.members)
-        4 params/0[0] batch[1]
         16 params/0[1] params/1[0]
         32 batch[0]
+        4 params/0[0] batch[1]
         2 params/1[1]
     """
 
@@ -319,7 +327,10 @@ def program_of(fun: Callable[..., Any], params: Any, batch: Any, rules: RuleSet 
     """The program of value and gradient of a loss at given arguments, or at their shapes."""
     closed = jax.make_jaxpr(value_and_grad(fun, rules=rules))(params, batch)
     jaxpr, consts = flattened(closed)
-    return AxisProgram(with_makers_apart(simplified(jaxpr)), consts)
+    program = AxisProgram(with_makers_apart(simplified(jaxpr)), consts)
+    inputs, count = program.jaxpr.invars[len(consts) :], len(jax.tree.leaves(params))
+    program.join(program.jaxpr.outvars[1:], inputs[:count])
+    return program
 
 
 def axes_of(program: AxisProgram, params: Any, batch: Any, arguments: Sequence[Any] | None = None) -> Axes:
