@@ -147,7 +147,7 @@ def layout_of(axes: Axes, sizes: Mapping[str, int], batch_variables: Sequence[An
             raise ValueError(
                 "data parallelism: no axis of the batch can be split"
                 + (f"; {member}: {why}" if why else "")
-                + "; print(fp.partition.axes(loss)(params, batch)) lists them, and if it is a loop of a rule, "
+                + "; print(fp.partition.axes(loss)(params, batch)) lists them; if it is a loop of a rule, "
                 "rules=fp.rules.autodiff has none."
             )
         if not axes.program.divides(root, sizes[DATA]):

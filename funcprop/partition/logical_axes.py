@@ -28,7 +28,7 @@ from funcprop.rules.transforms import value_and_grad
 
 
 @dataclass(frozen=True)
-class Total:
+class AxisTotal:
     """An operator that sums over some places; `trips` is how often it runs.
 
     `joins` says that its result is only added to the carry of a loop, so that one all-reduce behind the loop
@@ -68,7 +68,7 @@ class AxisProgram:
         self._parent: dict[Place, Place] = {}
         self._why: dict[Place, str] = {}
         self.variables: list[Any] = []
-        self.totals: list[Total] = []
+        self.totals: list[AxisTotal] = []
         self.equations: list[tuple[Any, int]] = []
         self._enter(jaxpr.invars)
         self._walk(jaxpr, 1, frozenset())
@@ -105,7 +105,7 @@ class AxisProgram:
             if shape(place[0])[place[1]] > 1:
                 self._why.setdefault(place, f"{why}, in {where}" if where else why)
         if links.summed:
-            self.totals.append(Total(eqn, tuple(links.summed), trips, joins))
+            self.totals.append(AxisTotal(eqn, tuple(links.summed), trips, joins))
 
     def _walk(self, jaxpr: Any, trips: int, joined: frozenset[Any]) -> None:
         for eqn in jaxpr.eqns:
