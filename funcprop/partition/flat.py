@@ -17,7 +17,8 @@ from funcprop import _jax
 from funcprop.program.facts import CALLS, CHECKPOINTS, CUSTOM_RULES
 
 # Whatever only calls its one body.
-EVERY_CALL = CALLS | CHECKPOINTS | CUSTOM_RULES | {"custom_lin", "core_call", "remat", "funcprop_linear"}
+# Of a function in two forms (`by_platform`) the body is the form of the platform of this process.
+EVERY_CALL = CALLS | CHECKPOINTS | CUSTOM_RULES | {"by_platform", "custom_lin", "funcprop_linear"}
 
 
 def is_every_call(eqn: Any) -> bool:

@@ -137,11 +137,18 @@ def layout_of(axes: Axes, sizes: Mapping[str, int], batch_variables: Sequence[An
     if sizes.get(DATA, 1) > 1:
         root = example_axis(axes, batch_variables)
         if root is None:
-            why = next((a.why for a in axes if any(m.startswith("batch") for m in a.members) and a.why), None)
+            mine = [
+                (m, axis.why) for axis in axes for m in axis.members if m.startswith("batch") and axis.why
+            ]
+            # The examples are usually along the first axis.
+            member, why = min(
+                mine, key=lambda found: (not found[0].endswith("[0]"), found), default=("", None)
+            )
             raise ValueError(
                 "data parallelism: no axis of the batch can be split"
-                + (f": {why}" if why else "")
-                + "; print(fp.partition.axes(loss)(params, batch)) lists them."
+                + (f"; {member}: {why}" if why else "")
+                + "; print(fp.partition.axes(loss)(params, batch)) lists them; if it is a loop of a rule, "
+                "rules=fp.rules.autodiff has none."
             )
         if not axes.program.divides(root, sizes[DATA]):
             size = next(axis.size for axis in axes if axis.key == root)

@@ -28,7 +28,7 @@ from funcprop.rules.transforms import value_and_grad
 
 
 @dataclass(frozen=True)
-class Total:
+class AxisTotal:
     """An operator that sums over some places; `trips` is how often it runs.
 
     `joins` says that its result is only added to the carry of a loop, so that one all-reduce behind the loop
@@ -68,7 +68,7 @@ class AxisProgram:
         self._parent: dict[Place, Place] = {}
         self._why: dict[Place, str] = {}
         self.variables: list[Any] = []
-        self.totals: list[Total] = []
+        self.totals: list[AxisTotal] = []
         self.equations: list[tuple[Any, int]] = []
         self._enter(jaxpr.invars)
         self._walk(jaxpr, 1, frozenset())
@@ -79,6 +79,14 @@ class AxisProgram:
             self._parent[place] = self._parent[self._parent[place]]
             place = self._parent[place]
         return place
+
+    def join(self, some: Sequence[Any], others: Sequence[Any]) -> None:
+        """Say that arrays are laid out alike, such as parameters and their gradients."""
+        for a, b in zip(some, others, strict=True):
+            found = Links()
+            found.together(a, b)
+            for x, y in found.same:
+                self._parent[self.find(x)] = self.find(y)
 
     def _enter(self, atoms: Any) -> None:
         for v in _jax.variables(atoms):
@@ -97,7 +105,7 @@ class AxisProgram:
             if shape(place[0])[place[1]] > 1:
                 self._why.setdefault(place, f"{why}, in {where}" if where else why)
         if links.summed:
-            self.totals.append(Total(eqn, tuple(links.summed), trips, joins))
+            self.totals.append(AxisTotal(eqn, tuple(links.summed), trips, joins))
 
     def _walk(self, jaxpr: Any, trips: int, joined: frozenset[Any]) -> None:
         for eqn in jaxpr.eqns:
@@ -303,9 +311,9 @@ def axes(fun: Callable[..., Any], *, rules: RuleSet | None = None) -> Callable[.
         >>> found = fp.partition.axes(loss)([shape(4, 16), shape(16, 2)], shape(32, 4))
         >>> for axis in found:
         ...     print(axis.size, *axis.members)
-        4 params/0[0] batch[1]
         16 params/0[1] params/1[0]
         32 batch[0]
+        4 params/0[0] batch[1]
         2 params/1[1]
     """
 
@@ -319,7 +327,10 @@ def program_of(fun: Callable[..., Any], params: Any, batch: Any, rules: RuleSet 
     """The program of value and gradient of a loss at given arguments, or at their shapes."""
     closed = jax.make_jaxpr(value_and_grad(fun, rules=rules))(params, batch)
     jaxpr, consts = flattened(closed)
-    return AxisProgram(with_makers_apart(simplified(jaxpr)), consts)
+    program = AxisProgram(with_makers_apart(simplified(jaxpr)), consts)
+    inputs, count = program.jaxpr.invars[len(consts) :], len(jax.tree.leaves(params))
+    program.join(program.jaxpr.outvars[1:], inputs[:count])
+    return program
 
 
 def axes_of(program: AxisProgram, params: Any, batch: Any, arguments: Sequence[Any] | None = None) -> Axes:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from funcprop import _jax
 from funcprop.graph.graph import aligned
@@ -120,7 +121,7 @@ class PartitionPlan:
         fun, ins = self.program.jitted(self._devices(), optimizer)
 
         def step(params: Any, state: Any, batch: Any) -> Any:
-            return fun(params, state, jax.device_put(batch, ins[-1]))
+            return fun(params, state, jax.tree.map(_put, batch, ins[-1]))
 
         return step
 
@@ -132,7 +133,7 @@ class PartitionPlan:
             value, leaves = running.gradient(running.place(params)[0], batch)
             return value, jax.tree.unflatten(tree, leaves)
         fun, ins = self.program.jitted(self._devices(), None, gradient_only=True)
-        return fun(*jax.device_put((params, batch), ins))
+        return fun(*jax.tree.map(_put, (params, batch), ins))
 
     def compile(self) -> PartitionProof:
         """Compile the plan, and compare it with what was predicted; with values, run its gradient as well."""
@@ -217,7 +218,12 @@ class PartitionPlan:
 
 def _placed(x: Any, sharding: Any) -> Any:
     # A copy: steps overwrite what they are given, and `device_put` shares what is already in its place.
-    return jax.device_put(jnp.array(x, copy=True), sharding)
+    return _put(jnp.array(x, copy=True), sharding)
+
+
+def _put(x: Any, sharding: Any) -> Any:
+    """A value that all processes have, laid out over the devices of all of them."""
+    return jax.device_put(x if sharding.is_fully_addressable else np.asarray(x), sharding)
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,9 @@ class SteppedProgram:
         program = flat_program(self.whole(optimizer), *shapes)
         variables = list(program.jaxpr.invars[len(program.consts) :])
         count = len(jax.tree.leaves(shapes[0])), len(jax.tree.leaves(shapes[-1]))
+        results = program.jaxpr.outvars
+        new = results[1:] if optimizer is None else results[: count[0]]
+        program.join(new, variables[: count[0]])
         ends = variables[: count[0]], variables[len(variables) - count[1] :]
         axes = axes_of(program, shapes[0], shapes[-1], [*ends[0], *ends[1]])
         return layout_of(axes, self.sizes, ends[1])

@@ -76,8 +76,8 @@ def plan(
         >>> shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, "float32")
         >>> shapes = [shape(64, 256), shape(256, 64)], shape(32, 64)
         >>> plans = fp.partition.plan(loss, optimizer=optax.adam(1e-3), budget="1MB")(*shapes, on="v5e:2x2")
-        >>> plans[0].name, plans[0].fits
-        ('tensor 4', True)
+        >>> plans.named("tensor 4").mesh, plans.named("tensor 4").fits
+        ({'data': 1, 'model': 4}, True)
     """
 
     def planned(

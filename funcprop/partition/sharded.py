@@ -63,16 +63,10 @@ class ShardedProgram:
         )
 
     def local_loss(self, shards: Any, batch: Any) -> Any:
-        """The loss of one device's examples with its shards of the parameters, inside `shard_map`."""
+        """The part of the loss that one device's examples are, inside `shard_map`."""
         problem, places = self.problem, self.places
         leaves, tree = jax.tree.flatten(shards)
-        # What is kept whole is used as what varies over the devices, so that its gradient is added up once.
-        leaves = [
-            jax.lax.pcast(x, DATA, to="varying") if d is None else x
-            for x, d in zip(leaves, places, strict=True)
-        ]
         gather = lambda x, d: x if d is None else jax.lax.all_gather(x, DATA, axis=d, tiled=True)  # noqa: E731
-        # Traced here: a jaxpr that was made outside has no casts to what varies over the devices.
         whole = [gather(x, d) for x, d in zip(leaves, places, strict=True)]
         segments = Cuttable(problem.loss, jax.tree.unflatten(tree, whole), batch).segments(self.count)
         examples = jax.tree.leaves(batch)
@@ -89,16 +83,27 @@ class ShardedProgram:
             given = [leaves[i] for i in segment.params], values, [examples[i] for i in segment.batch]
             values = jax.checkpoint(ruled)(*given)
         if problem.weight is None:
-            return jax.lax.pmean(values[0], DATA)
+            return values[0] / self.parts
         weight = jnp.asarray(problem.weight(batch), values[0].dtype)
-        return jax.lax.psum(weight * values[0], DATA) / jax.lax.psum(weight, DATA)
+        return values[0] * (weight / jax.lax.psum(weight, DATA))
+
+    def _local_gradient(self, shards: Any, batch: Any) -> Any:
+        """The loss of all examples, and the gradient of one device's shards.
+
+        What was gathered comes back reduce-scattered; gradients of what is kept whole are added up.
+        """
+        value, grads = jax.value_and_grad(self.local_loss)(shards, batch)
+        leaves, tree = jax.tree.flatten(grads)
+        whole = [jax.lax.psum(x, DATA) if d is None else x for x, d in zip(leaves, self.places, strict=True)]
+        return jax.lax.psum(value, DATA), jax.tree.unflatten(tree, whole)
 
     def gradient(self, mesh: Any) -> Callable[..., Any]:
         """Value and gradient of split parameters and batch; the gradient is split as they are."""
         specs = self._specs(self.problem.shapes[0])
         return jax.shard_map(
-            jax.value_and_grad(self.local_loss),
+            self._local_gradient,
             mesh=mesh,
+            check_vma=False,  # A user's loop need not say which of its carries vary over the devices.
             in_specs=(specs, self._batch_specs),
             out_specs=(PartitionSpec(), specs),
         )
