@@ -19,7 +19,7 @@ from funcprop.reporting.loop_contents import Opened
 from funcprop.reporting.spectrum import Top
 
 # All pictures of a page together have at most so many nodes, so that it stays below 2 MB.
-MOST_PICTURED = 500
+MOST_PICTURED = 300
 # So many gradients are named as examples.
 SHOWN_GRADIENTS = 4
 # Up to this many values are all in the table.
