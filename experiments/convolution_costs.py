@@ -147,7 +147,7 @@ def compare(shape: Shape, repeats: int) -> list[Compared]:
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * float(jnp.max(jnp.abs(expected))))
         seconds = interleaved({i: blocking(program, args) for i, program in enumerate(programs)}, repeats)
         xla, imposed = (
-            Cost(1e3 * float(seconds[i].min()), fp.memory.Compiled.of(program).temp / 1e6)
+            Cost(1e3 * float(seconds[i].min()), fp.memory.CompiledGradient.of(program).temp / 1e6)
             for i, program in enumerate(programs)
         )
         plan = convolution.plan(seen[0])

@@ -60,7 +60,9 @@ class Measured(NamedTuple):
 def measured(seconds: np.ndarray, beside: np.ndarray, program: Any, bound: float | None) -> Measured:
     """What the turns of a compiled program and those of what it is measured against say."""
     lower, median, upper = map(float, np.percentile(seconds / beside, [25, 50, 75]))
-    return Measured(float(seconds.min()), lower, median, upper, fp.memory.Compiled.of(program).temp, bound)
+    return Measured(
+        float(seconds.min()), lower, median, upper, fp.memory.CompiledGradient.of(program).temp, bound
+    )
 
 
 def measure(

@@ -77,7 +77,7 @@ def measure(case: Case, repeats: int) -> Measured:
             turn.append(time.perf_counter() - start)
         seconds.append(turn)
     times = np.array(seconds)
-    by_jax, by_rules = (fp.memory.Compiled.of(program) for program in compiled)
+    by_jax, by_rules = (fp.memory.CompiledGradient.of(program) for program in compiled)
     fired = sum(match.reason is None for match in fp.matches(case.function)(*case.args))
     lower, median, upper = map(float, np.percentile(times[:, 1] / times[:, 0], [25, 50, 75]))
     return Measured(

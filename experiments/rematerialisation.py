@@ -108,7 +108,7 @@ def measure(blocks: int, repeats: int, smoke: bool) -> dict[str, Measured]:
     results = {}
     for name, way in found.items():
         lower, median, upper = map(float, np.percentile(seconds[name] / seconds["plain"], [25, 50, 75]))
-        xla = fp.memory.Compiled.of(compiled[name])
+        xla = fp.memory.CompiledGradient.of(compiled[name])
         results[name] = Measured(
             way.residual_bytes,
             way.peak_bytes,

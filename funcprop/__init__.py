@@ -2,10 +2,9 @@
 
 from importlib.metadata import version
 
-import lazy_loader
-
 from funcprop import notebook as _notebook  # noqa: F401
+from funcprop.public_names import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)
 __version__ = version("funcprop")
 __all__ += ["__version__"]

@@ -6,7 +6,6 @@ import json
 import sys
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -49,30 +48,6 @@ class CNN(nn.Module):
         for features in (24, 40):
             x = nn.max_pool(nn.relu(nn.Conv(features, (3, 3))(x)), (2, 2), (2, 2))
         return nn.Dense(10)(x.reshape(x.shape[0], -1))
-
-
-class ChannelsFirst(eqx.Module):
-    """What is pooled goes on channels last and channels first, what is convolved is transposed back."""
-
-    first: eqx.nn.Conv2d
-    second: eqx.nn.Conv2d
-    head: eqx.nn.Linear
-
-    def __init__(self) -> None:
-        key = jax.random.key(0)
-        self.first = eqx.nn.Conv2d(3, 16, 3, padding=1, key=key)
-        self.second = eqx.nn.Conv2d(16, 56, 3, padding=1, key=key)
-        self.head = eqx.nn.Linear(56 * 8 * 8, 10, key=key)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for convolution in (self.first, self.second):
-            x = eqx.nn.MaxPool2d(2, 2)(jax.nn.relu(convolution(x)))
-        return self.head(x.reshape(-1))
-
-
-def channels_first(batch: int) -> dict[str, Any]:
-    net = eqx.filter_eval_shape(ChannelsFirst)
-    return classified(lambda net, x: jax.vmap(net)(x), net, f32(batch, 3, 32, 32), i32(batch))
 
 
 def lstm(params: Any, x: jax.Array) -> jax.Array:
@@ -134,15 +109,58 @@ def _chain(x: jax.Array, weights: Any) -> jax.Array:
     return x
 
 
-def attention(tokens: int) -> dict[str, Any]:
-    """The result is exactly as large as the scores, so that these lie in its memory before it is written."""
+def half(batch: int) -> dict[str, Any]:
+    """Products of 16-bit numbers."""
+    shapes = [ShapeDtypeStruct(dims, "bfloat16") for dims in ((256, 256), (256, 256), (batch, 256))]
 
-    def predict(params: Any, x: jax.Array) -> jax.Array:
-        weights = jax.nn.softmax(x @ params["q"] @ x.T, -1)
-        return jnp.tanh(weights @ x) @ params["out"] + params["b"]
+    def loss(ws: Any, x: jax.Array) -> jax.Array:
+        for w in ws:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x.astype("float32") ** 2)
 
-    params = {"q": f32(16, 16), "out": f32(16, tokens), "b": f32(tokens)}
-    return fp.memory.footprint(predict, programs=["inference"])(params, f32(tokens, 16)).as_dict()
+    return fp.memory.footprint(loss)(shapes[:2], shapes[2]).as_dict()
+
+
+def inner_steps(count: int) -> dict[str, Any]:
+    """Gradient steps in a loop that the compiler unrolls."""
+
+    def inner(w: Any, x: jax.Array) -> jax.Array:
+        return jnp.mean((jnp.tanh(x @ w["a"]) @ w["b"]) ** 2)
+
+    def train(w: Any, xs: jax.Array) -> Any:
+        def body(w: Any, x: jax.Array) -> tuple[Any, None]:
+            return jax.tree.map(lambda p, g: p - 0.1 * g, w, jax.grad(inner)(w, x)), None
+
+        return jax.lax.scan(body, w, xs, unroll=True)[0]
+
+    account = fp.memory.footprint(train, kind="step")
+    return account({"a": f32(256, 512), "b": f32(512, 64)}, f32(count, 1024, 256)).as_dict()
+
+
+def associative(length: int) -> dict[str, Any]:
+    def combine(p: Any, q: Any) -> Any:
+        return p[0] * q[0], p[1] * q[0] + q[1]
+
+    def loss(a: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.mean(jax.lax.associative_scan(combine, (jnp.tanh(a), x))[1] ** 2)
+
+    return fp.memory.footprint(loss)(f32(length, 128), f32(length, 128)).as_dict()
+
+
+def batch_norm() -> dict[str, Any]:
+    """The stem of a residual net."""
+
+    def loss(p: Any, x: jax.Array) -> jax.Array:
+        x = jax.lax.conv_general_dilated(
+            x, p["kernel"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        mean = x.mean((0, 1, 2))
+        var = (x**2).mean((0, 1, 2)) - mean**2
+        return jnp.mean(jax.nn.relu((x - mean) * jax.lax.rsqrt(var + 1e-5) * p["scale"]) ** 2)
+
+    return fp.memory.footprint(loss)(
+        {"kernel": f32(7, 7, 3, 64), "scale": f32(64)}, f32(8, 64, 64, 3)
+    ).as_dict()
 
 
 class Dropout(nn.Module):
@@ -201,10 +219,13 @@ def train_step(donate: bool) -> dict[str, Any]:
 PROGRAMS = {
     "chapter": lambda: chapter(1024),
     "CNN": lambda: flax(CNN(), f32(24, 20, 20, 3), i32(24)),
-    "CNN, channels first": lambda: channels_first(48),
     "LSTM": lambda: classified(lstm, {"x": f32(24, 320), "h": f32(80, 320)}, f32(40, 12, 24), i32(12)),
     "transformer": lambda: flax(Transformer(), i32(6, 48), i32(6, 48)),
-    "attention": lambda: attention(256),
+    "16 bits": lambda: half(1024),
+    "one inner step": lambda: inner_steps(1),
+    "unrolled inner steps": lambda: inner_steps(4),
+    "associative scan": lambda: associative(4096),
+    "batch norm": batch_norm,
     "dropout": dropout,
     "shard_map": mapped,
     "checkpointed": lambda: checkpointed(False),

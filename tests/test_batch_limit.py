@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -32,22 +33,47 @@ def loss(w: Any, x: jax.Array, y: jax.Array) -> jax.Array:
 def test_prediction_by_its_formula(d: int, h: int, q: int, budget: int) -> None:
     """`4 (P + Bd + Bh + Bq) ≤ budget`, up to the alignment of `Bh` to 64 bytes."""
     w, p = {"W1": f32(d, h), "W2": f32(h, q)}, d * h + h * q
-    limit = fp.memory.batch_limit(predict, budget, program="inference")(w, f32(1, d))
+    limit = fp.memory.batch_limit(predict, budget, program="inference", by="estimate")(w, f32(1, d))
     exact = (budget // 4 - p) // (d + h + q)
     assert exact - 16 <= limit <= exact
 
 
 def test_the_next_batch_does_not_fit() -> None:
     w, budget, optimizer = {"W1": f32(20, 30), "W2": f32(30, 4)}, 400_000, optax.adam(0.1)
-    limit = fp.memory.batch_limit(loss, budget, optimizer=optimizer)(w, f32(8, 20), f32(8, 4))
+    limit = fp.memory.batch_limit(loss, "400kB", optimizer=optimizer)(w, f32(8, 20), f32(8, 4))
 
     def needs(batch: int) -> int:
-        account = fp.memory.footprint(loss, optimizer=optimizer, measure=False)
+        account = fp.memory.footprint(loss, optimizer=optimizer)
         found = account(w, f32(batch, 20), f32(batch, 4)).training
         assert found is not None
-        return found.estimate
+        return found.held
 
-    assert needs(limit) <= budget < needs(limit + 1)
+    assert needs(limit) <= budget < needs(2 * limit)
+    assert needs(limit) > 0.9 * budget
+
+
+def test_memory_that_falls_with_the_batch() -> None:
+    """Beyond 32 examples they are taken one by one: the limit lies behind that."""
+
+    def several(w: jax.Array, x: jax.Array) -> jax.Array:
+        if x.shape[0] > 32:
+            return jax.lax.map(lambda row: jnp.sum(jnp.tanh(row @ w)), x).sum()
+        return jnp.sum(jnp.cumsum(jnp.tanh(x @ w), 0))
+
+    found = fp.memory.batch_limit(several, 120_000, program="inference")(f32(8, 500), f32(4, 8))
+    small, large = (
+        fp.memory.footprint(several, programs=["inference"])(f32(8, 500), f32(b, 8)).inference
+        for b in (32, int(found))
+    )
+    assert small is not None
+    assert large is not None
+    assert large.held <= 120_000 < small.held
+    assert found > 1000
+
+
+def test_no_limit() -> None:
+    w = {"W1": f32(8, 4), "W2": f32(4, 2)}
+    assert fp.memory.batch_limit(predict, 10**17, program="inference")(w, f32(1, 8)) == math.inf
 
 
 def test_by_compiling() -> None:
@@ -64,8 +90,9 @@ def test_by_compiling() -> None:
 def test_other_batch_axes() -> None:
     w = {"W1": f32(8, 4), "W2": f32(4, 2)}
     columns = lambda w, x, scale: predict(w, x.T) * scale  # noqa: E731
-    limited = fp.memory.batch_limit(columns, 10_000, batch_axes=(None, 1, None), program="inference")
-    plain = fp.memory.batch_limit(predict, 10_000, program="inference")(w, f32(1, 8))
+    by: Any = {"program": "inference", "by": "estimate"}
+    limited = fp.memory.batch_limit(columns, 10_000, batch_axes=(None, 1, None), **by)
+    plain = fp.memory.batch_limit(predict, 10_000, **by)(w, f32(1, 8))
     assert limited(w, f32(8, 5), f32(2)) == pytest.approx(plain, abs=4)
 
 

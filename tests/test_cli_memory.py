@@ -84,7 +84,6 @@ def test_the_file(module: Any, tmp_path: Path) -> None:
         (["--optimizer", "newton"], "--optimizer 'newton' is not known; choose one of sgd, momentum"),
         (["--argnums", "9"], "argnums=9, but the function was called with 4 positional arguments"),
         (["--out", "/nowhere/memory.json"], "cannot be written: No such file or directory"),
-        (["--budget", "10"], "target 'chapter': --budget 10"),
         (["--budget", "10%"], "--budget '10%': write bytes, such as 100000, 64MB or 1.5GiB."),
     ],
 )
@@ -93,3 +92,10 @@ def test_what_cannot_be_accounted_is_said(options: list[str], message: str) -> N
     assert result.exit_code == 1
     assert message in result.stderr
     assert not result.stdout
+
+
+def test_a_budget_that_nothing_fits_leaves_the_table() -> None:
+    result = run("memory", "chapter", "--no-measure", "--budget", "10")
+    assert result.exit_code == 0
+    assert "bytes held at the peak" in result.stdout
+    assert "largest batch within 10 bytes, training: " in result.stdout

@@ -13,6 +13,8 @@ import pytest
 from command import module as module  # the fixture
 from command import run, run_json
 
+import funcprop as fp
+
 SETUP = """
     import numpy as np, optax
     X = np.linspace(-1, 1, 120).reshape(30, 4)
@@ -45,6 +47,28 @@ def test_a_run_goes_on_where_it_was(module: Any, tmp_path: Path) -> None:
     data = json.loads(rest.stdout)
     assert data["epochs"] == whole["epochs"][2:]
     assert norms(data) == norms(whole)
+
+
+needs_plans = pytest.mark.skipif(not hasattr(fp.partition, "plan"), reason="partitions have no plans yet")
+
+
+@needs_plans
+@pytest.mark.parametrize("mesh", ["data=2", "data=2,model=3"])
+def test_a_mesh_of_devices(module: Any, mesh: str) -> None:
+    target = f"{module(SETUP)}:setup"
+    plain, planned = run_json("train", target), run_json("train", target, "--mesh", mesh)
+    for a, b in zip(plain["epochs"], planned["epochs"], strict=True):
+        np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-9)
+    found, expected = norms(planned), norms(plain)
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-9)
+
+
+@needs_plans
+def test_a_mesh_that_is_not_there(module: Any) -> None:
+    result = run("train", f"{module(SETUP)}:setup", "--mesh", "data=64")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("funcprop: --mesh: ")
 
 
 def test_model_state_and_keys_of_a_setup(module: Any) -> None:

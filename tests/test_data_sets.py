@@ -161,12 +161,14 @@ def test_influence(weighted: bool) -> None:
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 def test_per_example(weighted: bool) -> None:
-    names = {"gradient", "variance", "norm", "gradients", "diag_ggn", "value", "kflr", "trace_ggn", "snr"}
+    names = {"gradient", "variance", "norm", "gradients", "diag_ggn", "value", "trace_ggn", "snr"}
     factory = fp.per_example(model, squared)
     found = over(batches(weighted), weighted=weighted)(factory)(PARAMS, names)
     assert_same(found, of_all(factory, weighted, names))
     with pytest.raises(ValueError, match=r"'gram' is of all pairs of examples.* one batch"):
         over(batches())(factory)(PARAMS, {"gram"})
+    with pytest.raises(ValueError, match=r"'kflr' of a data set is fp\.curvature\.over\(batches\)\(fp\.kfac"):
+        over(batches())(factory)(PARAMS, {"kflr"})
 
 
 def test_any_mean() -> None:
@@ -265,6 +267,12 @@ def test_errors() -> None:
         factory(PARAMS, X, Y, weights=-WEIGHTS)
     with pytest.raises(ValueError, match="with batched=True the loss is of a whole batch; weigh"):
         fp.ggn(jax.vmap(model, (None, 0)), squared, batched=True)(PARAMS, X, Y, weights=WEIGHTS)
+
+
+def test_a_loss_that_takes_no_weights() -> None:
+    plain = fp.hessian(lambda p, x, y: mean_loss(p, x, y))
+    with pytest.raises(TypeError, match=r"over: with weighted=True .* let it take weights=None and return"):
+        over(batches(True), weighted=True)(plain)(PARAMS)
 
 
 def test_a_mesh_is_a_set_of_devices() -> None:

@@ -90,7 +90,21 @@ def test_names_are_public() -> None:
     assert sorted([*dir(funcprop), "__version__"]) == sorted(funcprop.__all__)
     assert not [name for name in dir(funcprop) if name.startswith("_")]
     modules = {name for name in dir(funcprop) if inspect.ismodule(getattr(funcprop, name))}
-    assert modules == {"curvature", "layers", "memory", "models", "rules", "testing", "training"}
+    assert modules == {"curvature", "layers", "memory", "models", "partition", "rules", "testing", "training"}
+
+
+@pytest.mark.parametrize(
+    ("room", "name", "hint"),
+    [
+        (funcprop, "hesian", "did you mean 'hessian'"),
+        (funcprop.rules, "handwriten", "funcprop.rules has no 'handwriten'; did you mean 'handwritten'"),
+        (funcprop.memory, "xyz", r"dir\(funcprop.memory\) lists its names"),
+    ],
+)
+def test_a_misspelled_name_is_said(room, name, hint) -> None:
+    with pytest.raises(AttributeError, match=hint):
+        getattr(room, name)
+    assert not hasattr(room, "__wrapped__")
 
 
 def test_importing_loads_nothing_else() -> None:

@@ -78,7 +78,7 @@ def test_two_processes_train_as_one_and_go_on_from_each_others_files(tmp_path: P
     # Terminated: one process hears of it, both save the same step and leave.
     broken = tmp_path / "broken"
     broken.mkdir()
-    results = outcome(broken, "term", victim=1, at=1)
+    results = outcome(broken, "term", victim=1, at=7)
     assert [one.code for one in results] == [143, 143]
     (last,) = Checkpoints(broken / "steps").steps()[-1:]
     assert said(results[0]) == f"fit: SIGTERM after step {last}; step {last} is saved in {broken}/steps."
@@ -87,29 +87,31 @@ def test_two_processes_train_as_one_and_go_on_from_each_others_files(tmp_path: P
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 4
     data.write_bytes(content)
-    if len(Checkpoints(broken / "steps").steps()) > 1:
-        again = outcome(broken, "resume")
-        assert [result_of(one) for one in again] == [first, first]
-        assert all(f"{data} is damaged" in one.err for one in again)
+    again = outcome(broken, "resume")
+    assert [result_of(one) for one in again] == [first, first]
+    assert all(f"{data} is damaged" in one.err for one in again)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_peer_is_one_line_and_a_code_within_10_seconds(tmp_path: Path, victim: int) -> None:
-    processes = started(tmp_path, "kill", victim, 3)
-    dead = ended(processes[victim])
+    processes = started(tmp_path, "kill", victim, 11)
     survivor = ended(processes[1 - victim])
+    dead = ended(processes[victim])
     assert dead.code == -9
     assert survivor.code == 75, survivor.err
     assert survivor.at - json.loads(dead.out.splitlines()[-1])["at"] < 10
+    last = Checkpoints(tmp_path / "steps").steps()[-1]
+    assert last >= 4
     line = said(survivor)
     assert line.startswith(f"fit: process {victim} of 2 is gone (")
-    assert line.endswith(f"; step 2 is the last in {tmp_path}/steps; start all processes again to go on.")
-    assert Checkpoints(tmp_path / "steps").steps()[-1] == 2
+    assert line.endswith(
+        f"; step {last} is the last in {tmp_path}/steps; start all processes again to go on."
+    )
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_peer_is_one_line_within_60_seconds(tmp_path: Path, victim: int) -> None:
-    processes = started(tmp_path, "stop", victim, 3)
+    processes = started(tmp_path, "stop", victim, 11)
     try:
         survivor = ended(processes[1 - victim])
     finally:
@@ -121,8 +123,8 @@ def test_a_stopped_peer_is_one_line_within_60_seconds(tmp_path: Path, victim: in
 
 
 def test_a_peer_that_fails_by_itself(tmp_path: Path) -> None:
-    survivor, failed = outcome(tmp_path, "fail", 1, 3)
-    assert failed.code == 1
+    survivor, failed = outcome(tmp_path, "fail", 1, 11)
+    assert failed.code != 0
     assert "KeyError: 'a fault of this process alone'" in failed.err
     assert survivor.code == 75, survivor.err
     assert said(survivor).startswith("fit: process 1 of 2 is gone (")

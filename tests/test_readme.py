@@ -1,6 +1,6 @@
-"""The README runs: its programs print what it shows, its commands too, and its table lists the rules.
+"""Every README runs: its programs print what it shows, its commands too, and the table lists the rules.
 
-`python tests/test_readme.py` writes the outputs and the table into the README.
+`python tests/test_readme.py` writes the outputs and the table into them.
 """
 
 import contextlib
@@ -21,7 +21,9 @@ from typer.testing import CliRunner
 import funcprop as fp
 from funcprop.cli.app import app
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, RULES_README = ROOT / "README.md", ROOT / "funcprop" / "rules" / "README.md"
+READMES = [README, *sorted((ROOT / "funcprop").glob("*/README.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RULES = re.compile(r"(<!-- rules.*?-->\n)(.*?)(<!-- end of rules -->)", re.DOTALL)
 NUMBER = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?|-?\d+e[+-]?\d+|\d+(?= kB)")
@@ -120,14 +122,14 @@ def template(line: str) -> str:
 # --- tests ------------------------------------------------------------------------------------
 
 
-def test_outputs_are_those_shown() -> None:
-    text = README.read_text()
-    for block, actual in outputs(text):
-        assert agrees(block.body, actual), f"the README shows\n{block.body}\nbut now it is\n{actual}"
+@pytest.mark.parametrize("readme", READMES, ids=[str(path.parent.name) for path in READMES])
+def test_outputs_are_those_shown(readme: Path) -> None:
+    for block, actual in outputs(readme.read_text()):
+        assert agrees(block.body, actual), f"{readme} shows\n{block.body}\nbut now it is\n{actual}"
 
 
 def test_table_of_rules() -> None:
-    found = RULES.search(README.read_text())
+    found = RULES.search(RULES_README.read_text())
     assert found is not None
     assert found[2] == rules_table(), "run `python tests/test_readme.py` to write the table"
 
@@ -137,7 +139,7 @@ RECIPES = ("fp.grad(loss)", "nnx.value_and_grad(fp.with_rules", "eqx.filter_valu
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_equal_the_frameworks_own_gradients(recipe: str) -> None:
-    sources = [block.body for block in blocks(README.read_text()) if block.kind == "python"]
+    sources = [block.body for block in blocks(RULES_README.read_text()) if block.kind == "python"]
     first, (chosen,) = sources[0], [source for source in sources if recipe in source]
 
     def results(**changes: str) -> list[Any]:
@@ -179,24 +181,33 @@ def test_first_example_is_short() -> None:
 
 
 def test_every_block_is_tested() -> None:
-    kinds = [block.kind for block in blocks(README.read_text())]
+    kinds = [block.kind for path in READMES for block in blocks(path.read_text())]
     assert set(kinds) == {"python", "text", "console", "sh"}
     assert kinds.count("sh") == 2, "the set-up commands; .ci/run executes both"
+
+
+def test_the_tour_is_short_and_its_links_lead_somewhere() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) <= 250
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert links
+    assert not [link for link in links if not (ROOT / link).exists()]
 
 
 # --- writing ----------------------------------------------------------------------------------
 
 
 def write(table_alone: bool = False) -> None:
-    """Put the present outputs and the table into the README; outputs with `…` are only checked."""
-    text = README.read_text()
-    for block, actual in [] if table_alone else reversed(list(outputs(text))):
-        if "\n…\n" in block.body:
-            assert agrees(block.body, actual), f"shown:\n{block.body}\nnow:\n{actual}"
-        elif not agrees(block.body, actual):
-            start, end = block.span
-            text = text[:start] + actual + text[end:]
-    README.write_text(RULES.sub(lambda found: found[1] + rules_table() + found[3], text))
+    """Put the present outputs and the table into the READMEs; outputs with `…` are only checked."""
+    for path in READMES:
+        text = path.read_text()
+        for block, actual in [] if table_alone else reversed(list(outputs(text))):
+            if "\n…\n" in block.body:
+                assert agrees(block.body, actual), f"shown:\n{block.body}\nnow:\n{actual}"
+            elif not agrees(block.body, actual):
+                start, end = block.span
+                text = text[:start] + actual + text[end:]
+        path.write_text(RULES.sub(lambda found: found[1] + rules_table() + found[3], text))
 
 
 if __name__ == "__main__":

@@ -83,3 +83,40 @@ def test_a_loop_needs_no_option(measured):
     plain, lean = measured["loop"]
     assert lean < 0.6 * plain
     assert measured["loop options"] == {}
+
+
+BUDGETS = """
+import json
+import jax, jax.numpy as jnp
+import funcprop as fp
+
+S = jax.ShapeDtypeStruct
+def accumulated(x, ys):
+    z = jnp.ones((500, 500))
+    return jax.lax.scan(lambda c, y: (c + x * (y + z), None), jnp.zeros_like(z), ys)[0].mean()
+
+few = fp.memory.remat_plan(accumulated, budget=0.1)(S((), "float32"), S((5,), "float32"))
+proof = few.prove()
+many = fp.memory.remat_plan(accumulated, budget="8GB")(S((), "float32"), S((20,), "float32"))
+print(json.dumps({
+    "few": [few.plain_residual_bytes, few.residual_bytes, few.temp_bytes, few.plain_temp_bytes, few.reason],
+    "proof": [proof.plain.temp, proof.rematerialized.temp],
+    "met": [many.extra_flops, many.compiler_options, many.reason],
+}))
+"""
+
+
+def test_no_plan_is_worse_than_none():
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
+    result = subprocess.run([sys.executable, "-c", BUDGETS], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    plain, held, temp, plain_temp, reason = found["few"]
+    assert found["proof"] == [plain_temp, temp]
+    assert temp <= plain_temp
+    if held == plain:
+        assert "no schedule within the budget lowers the peak of accumulated" in reason
+        assert "In the way are, at the peak: " in reason
+    again, options, reason = found["met"]
+    assert (again, options) == (0, {})
+    assert "the budget is met: accumulated holds 20,000,000 bytes as it stands" in reason

@@ -1,4 +1,3 @@
-"""Models whose memory is accounted, as functions of sizes, and sizes drawn by a seed."""
-
-from memory_cases.models import FAMILIES as FAMILIES
-from memory_cases.models import Model as Model
+from memory_cases.models import Loss as Loss
+from memory_cases.models import drawn as drawn
+from memory_cases.models import to_rematerialise as to_rematerialise

@@ -1,269 +1,260 @@
-"""Four families of models, in plain JAX, Flax and Equinox, with sizes drawn from stated ranges.
+"""Further models of fixed kinds and drawn sizes: batch norm, residual nets, U-Nets, loops, 16 bits.
 
 Nothing is computed: parameters and data are shapes.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
 
-ACTIVATIONS = (jnp.tanh, jax.nn.relu, jax.nn.gelu, jax.nn.silu)
+Shape = jax.ShapeDtypeStruct
 
 
-class Model(NamedTuple):
-    """A prediction, its loss, and the shapes of their arguments."""
+class Loss(NamedTuple):
+    """A loss and the shapes of its arguments, the parameters first; `has_aux` as in `jax.grad`."""
 
     name: str
-    predict: Callable[..., Any]
-    loss: Callable[..., jax.Array]
-    params: Any
-    x: jax.ShapeDtypeStruct
-    y: jax.ShapeDtypeStruct
+    fun: Callable[..., Any]
+    args: tuple[Any, ...]
+    has_aux: bool = False
 
 
-def shape(*dims: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(dims, dtype)
+def floats(*dims: int) -> Shape:
+    return Shape(dims, jnp.float32)
 
 
-def labels(*dims: int) -> jax.ShapeDtypeStruct:
-    return shape(*dims, dtype=jnp.int32)
+def integers(*dims: int) -> Shape:
+    return Shape(dims, jnp.int32)
 
 
-def classified(name: str, predict: Callable[..., Any], params: Any, x: Any, y: Any) -> Model:
-    """With the mean cross-entropy as loss."""
+def of_flax(name: str, net: nn.Module, x: Any, y: Any) -> Loss:
+    """The mean cross-entropy, or squared error, of a net; statistics that it keeps are auxiliary."""
+    variables = jax.eval_shape(net.init, jax.random.key(0), x)
+    rest = {k: v for k, v in variables.items() if k != "params"}
 
-    def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(predict(params, x), y).mean()
+    def loss(params: Any, rest: Any, x: jax.Array, y: jax.Array) -> Any:
+        out, new = net.apply({"params": params, **rest}, x, mutable=list(rest))
+        if jnp.issubdtype(y.dtype, jnp.integer):
+            return optax.softmax_cross_entropy_with_integer_labels(out, y).mean(), new
+        return jnp.mean((out - y) ** 2), new
 
-    return Model(name, predict, loss, params, x, y)
-
-
-def flax(name: str, net: nn.Module, x: Any, y: Any) -> Model:
-    return classified(name, net.apply, jax.eval_shape(net.init, jax.random.key(0), x), x, y)
-
-
-def affine(inputs: int, outputs: int) -> dict[str, jax.ShapeDtypeStruct]:
-    return {"w": shape(inputs, outputs), "b": shape(outputs)}
+    return Loss(name, loss, (variables["params"], rest, x, y), has_aux=True)
 
 
-def apply(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    return x @ p["w"] + p["b"]
+class Normalised(nn.Module):
+    """Convolutions, each with batch norm and a max-pool."""
 
-
-# --- dense ------------------------------------------------------------------------------------
-
-
-def mlp(batch: int, widths: list[int], activation: Callable[..., jax.Array]) -> Model:
-    def predict(params: Any, x: jax.Array) -> jax.Array:
-        for layer in params[:-1]:
-            x = activation(apply(layer, x))
-        return apply(params[-1], x)
-
-    params = [affine(a, b) for a, b in itertools.pairwise(widths)]
-    name = f"MLP {'-'.join(map(str, widths))} {activation.__name__}, batch {batch}"
-    return classified(name, predict, params, shape(batch, widths[0]), labels(batch))
-
-
-def drawn_mlp(rng: np.random.Generator) -> Model:
-    """1 to 4 hidden layers of 64 to 1024, 32 to 1024 inputs, batch 1024 to 8192."""
-    hidden = [between(rng, 64, 1024, 16) for _ in range(between(rng, 1, 4))]
-    widths = [between(rng, 32, 1024, 16), *hidden, 10]
-    return mlp(between(rng, 1024, 8192, 64), widths, ACTIVATIONS[between(rng, 0, 3)])
-
-
-# --- convolutional ----------------------------------------------------------------------------
-
-
-class CNN(nn.Module):
-    """Convolution, relu, 2 × 2 max-pool, repeated; two dense layers."""
-
-    channels: tuple[int, ...]
-    kernel: int
-    hidden: int
+    features: tuple[int, ...]
+    padding: str
+    window: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        for features in self.channels:
-            x = nn.max_pool(nn.relu(nn.Conv(features, (self.kernel, self.kernel))(x)), (2, 2), (2, 2))
-        x = nn.relu(nn.Dense(self.hidden)(x.reshape(x.shape[0], -1)))
-        return nn.Dense(10)(x)
+        for features in self.features:
+            x = nn.BatchNorm(use_running_average=False)(nn.Conv(features, (3, 3), padding=self.padding)(x))
+            x = nn.max_pool(nn.relu(x), (self.window, self.window), (2, 2))
+        return nn.Dense(10)(x.mean((1, 2)))
 
 
-def drawn_flax_cnn(rng: np.random.Generator) -> Model:
-    """2 or 3 convolutions 3 × 3 or 5 × 5 of 16 to 96 channels on 16² to 32², batch 8 to 128."""
-    batch, size = between(rng, 8, 128, 8), between(rng, 16, 32, 8)
-    channels = tuple(between(rng, 16, 96, 8) for _ in range(between(rng, 2, 3)))
-    net = CNN(channels, between(rng, 1, 2) * 2 + 1, between(rng, 32, 256, 32))
-    name = f"Flax CNN {'-'.join(map(str, channels))}, {net.kernel}², on {size}², batch {batch}"
-    return flax(name, net, shape(batch, size, size, 3), labels(batch))
+class Residual(nn.Module):
+    """A stem with a max-pool, and residual blocks of growing width."""
 
+    features: tuple[int, ...]
 
-class ConvolutionalNet(eqx.Module):
-    """Two convolutions with relu and max-pool, channels first, and one dense layer."""
-
-    convolutions: list[eqx.nn.Conv2d]
-    head: eqx.nn.Linear
-
-    def __init__(self, channels: tuple[int, ...], size: int) -> None:
-        key = jax.random.key(0)
-        pairs = itertools.pairwise(channels)
-        self.convolutions = [eqx.nn.Conv2d(a, b, 3, padding=1, key=key) for a, b in pairs]
-        self.head = eqx.nn.Linear(channels[-1] * (size // 4) ** 2, 10, key=key)
-
+    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        for convolution in self.convolutions:
-            x = eqx.nn.MaxPool2d(2, 2)(jax.nn.relu(convolution(x)))
-        return self.head(x.reshape(-1))
+        norm = functools.partial(nn.BatchNorm, use_running_average=False)
+        x = nn.relu(norm()(nn.Conv(self.features[0], (7, 7), (2, 2))(x)))
+        x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        for i, width in enumerate(self.features):
+            strides = (2, 2) if i else (1, 1)
+            y = nn.relu(norm()(nn.Conv(width, (3, 3), strides, use_bias=False)(x)))
+            y = norm()(nn.Conv(width, (3, 3), use_bias=False)(y))
+            if x.shape != y.shape:
+                x = norm()(nn.Conv(width, (1, 1), strides, use_bias=False)(x))
+            x = nn.relu(x + y)
+        return nn.Dense(10)(x.mean((1, 2)))
 
 
-def drawn_equinox_cnn(rng: np.random.Generator) -> Model:
-    """2 convolutions 3 × 3 of 16 to 64 channels on 16² to 32², batch 8 to 64."""
-    batch, size = between(rng, 8, 64, 8), between(rng, 16, 32, 8)
-    channels = (3, between(rng, 16, 64, 8), between(rng, 16, 64, 8))
-    net = eqx.filter_eval_shape(ConvolutionalNet, channels, size)
-    name = f"Equinox CNN {channels[1]}-{channels[2]}, 3², on {size}², batch {batch}"
-    return classified(name, lambda net, x: jax.vmap(net)(x), net, shape(batch, 3, size, size), labels(batch))
-
-
-# --- recurrent --------------------------------------------------------------------------------
-
-
-def drawn_lstm(rng: np.random.Generator) -> Model:
-    """An LSTM in a `scan`: 16 to 128 steps, width 64 to 384, batch 4 to 64, 16 to 128 inputs."""
-    batch, steps = between(rng, 4, 64, 4), between(rng, 16, 128, 8)
-    width, inputs = between(rng, 64, 384, 32), between(rng, 16, 128, 16)
-    params = {
-        "x": shape(inputs, 4 * width),
-        "h": shape(width, 4 * width),
-        "b": shape(4 * width),
-        "out": affine(width, 10),
-    }
-
-    def predict(params: Any, x: jax.Array) -> jax.Array:
-        def step(carry: Any, x: jax.Array) -> tuple[Any, jax.Array]:
-            h, c = carry
-            i, f, g, o = jnp.split(x @ params["x"] + h @ params["h"] + params["b"], 4, -1)
-            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-            h = jax.nn.sigmoid(o) * jnp.tanh(c)
-            return (h, c), h
-
-        start = jnp.zeros((batch, width))
-        (h, _), _ = jax.lax.scan(step, (start, start), x)
-        return apply(params["out"], h)
-
-    name = f"LSTM {inputs}-{width}, {steps} steps, batch {batch}"
-    return classified(name, predict, params, shape(steps, batch, inputs), labels(batch))
-
-
-class FlaxLSTM(nn.Module):
-    """Flax's optimized cell under `nn.RNN`, and a dense layer on the last step."""
+class UNet(nn.Module):
+    """Down and up again, with skips, group norm and SiLU."""
 
     width: int
+    depth: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        states: Any = nn.RNN(nn.OptimizedLSTMCell(self.width))(x)
+        def block(x: jax.Array, width: int) -> jax.Array:
+            h = nn.Conv(width, (3, 3))(nn.silu(nn.GroupNorm(4)(x)))
+            return nn.Conv(width, (3, 3))(nn.silu(nn.GroupNorm(4)(h))) + nn.Conv(width, (1, 1))(x)
+
+        channels, skips = x.shape[-1], []
+        x = nn.Conv(self.width, (3, 3))(x)
+        for level in range(self.depth):
+            x = block(x, self.width * 2**level)
+            skips.append(x)
+            x = nn.avg_pool(x, (2, 2), (2, 2))
+        x = block(x, self.width * 2**self.depth)
+        for level in reversed(range(self.depth)):
+            batch, height, width, depth = x.shape
+            x = jax.image.resize(x, (batch, 2 * height, 2 * width, depth), "nearest")
+            x = block(jnp.concatenate([x, skips[level]], -1), self.width * 2**level)
+        return nn.Conv(channels, (3, 3))(x)
+
+
+class Atari(nn.Module):
+    """The deep torso of IMPALA: pools of 3×3 by 2, and residual blocks."""
+
+    features: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for width in self.features:
+            x = nn.max_pool(nn.Conv(width, (3, 3))(x), (3, 3), (2, 2), "SAME")
+            for _ in range(2):
+                x = x + nn.Conv(width, (3, 3))(nn.relu(nn.Conv(width, (3, 3))(nn.relu(x))))
+        return nn.Dense(10)(nn.relu(nn.Dense(128)(nn.relu(x.reshape(x.shape[0], -1)))))
+
+
+class ActorCritic(nn.Module):
+    """The convolutions of PPO, with the policy and the value behind."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for width, size, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+            x = nn.relu(nn.Conv(width, (size, size), (stride, stride))(x))
+        hidden = nn.relu(nn.Dense(256)(x.reshape(x.shape[0], -1)))
+        return jnp.concatenate([nn.log_softmax(nn.Dense(4)(hidden)), nn.Dense(1)(hidden)], -1)
+
+
+class Recurrent(nn.Module):
+    """Cells of an LSTM, unrolled or not."""
+
+    width: int
+    unroll: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        states: Any = nn.RNN(nn.OptimizedLSTMCell(self.width), unroll=self.unroll)(x)
         return nn.Dense(10)(states[:, -1])
 
 
-def drawn_flax_lstm(rng: np.random.Generator) -> Model:
-    """The same ranges."""
-    batch, steps = between(rng, 4, 64, 4), between(rng, 16, 128, 8)
-    width, inputs = between(rng, 64, 384, 32), between(rng, 16, 128, 16)
-    name = f"Flax LSTM {inputs}-{width}, {steps} steps, batch {batch}"
-    return flax(name, FlaxLSTM(width), shape(batch, steps, inputs), labels(batch))
-
-
-# --- transformer ------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """Attention and a feed-forward part, each after a layer norm, each with a residual connection."""
-
-    heads: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y, mask = nn.LayerNorm()(x), nn.make_causal_mask(jnp.ones(x.shape[:2]))
-        x = x + nn.MultiHeadDotProductAttention(num_heads=self.heads)(y, y, mask=mask)
-        y = nn.gelu(nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(x)))
-        return x + nn.Dense(x.shape[-1])(y)
-
-
-class Transformer(nn.Module):
-    """A causal language model of 4 blocks."""
+class Translator(nn.Module):
+    """An encoder and a decoder, both an LSTM."""
 
     width: int
-    heads: int
-    vocabulary: int
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = nn.Embed(self.vocabulary, self.width)(tokens)
-        x = x + self.param("positions", nn.initializers.normal(0.02), (tokens.shape[1], self.width))
-        for _ in range(4):
-            x = Block(self.heads)(x)
-        return nn.Dense(self.vocabulary)(nn.LayerNorm()(x))
+        x = nn.Embed(40, self.width)(tokens)
+        carry, _ = nn.RNN(nn.OptimizedLSTMCell(self.width), return_carry=True)(x)
+        return nn.Dense(40)(nn.RNN(nn.OptimizedLSTMCell(self.width))(x, initial_carry=carry))
 
 
-def drawn_flax_transformer(rng: np.random.Generator) -> Model:
-    """2 to 8 heads of 16 to 48, 32 to 256 tokens, batch 2 to 16, vocabulary 128 to 1024."""
-    batch, tokens, heads = between(rng, 2, 16, 2), between(rng, 32, 256, 16), 2 ** between(rng, 1, 3)
-    width, vocabulary = heads * between(rng, 16, 48, 8), between(rng, 128, 1024, 64)
-    name = f"Flax transformer {width}, {heads} heads, {tokens} tokens, batch {batch}, {vocabulary} words"
-    net = Transformer(width, heads, vocabulary)
-    return flax(name, net, labels(batch, tokens), labels(batch, tokens))
+class Transformer(nn.Module):
+    """Blocks of attention and a feed-forward layer, in 16 or 32 bits."""
+
+    width: int
+    blocks: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = nn.Embed(96, self.width, dtype=self.dtype)(tokens)
+        norm = functools.partial(nn.LayerNorm, dtype=self.dtype)
+        dense = functools.partial(nn.Dense, dtype=self.dtype)
+        for _ in range(self.blocks):
+            x = x + nn.MultiHeadDotProductAttention(num_heads=4, dtype=self.dtype)(norm()(x))
+            x = x + dense(self.width)(nn.gelu(dense(4 * self.width)(norm()(x))))
+        return dense(96)(norm()(x)).astype("float32")
 
 
-def drawn_transformer(rng: np.random.Generator) -> Model:
-    """The same ranges; RMS norms, one product for queries, keys and values, silu."""
-    batch, tokens, heads = between(rng, 2, 16, 2), between(rng, 32, 256, 16), 2 ** between(rng, 1, 3)
-    width, vocabulary = heads * between(rng, 16, 48, 8), between(rng, 128, 1024, 64)
-    block: dict[str, Any] = {"qkv": affine(width, 3 * width), "o": affine(width, width)}
-    block |= {"up": affine(width, 4 * width), "down": affine(4 * width, width)}
-    block |= {"scales": shape(2, width)}
-    params: dict[str, Any] = {"embedding": shape(vocabulary, width), "positions": shape(tokens, width)}
-    params |= {"blocks": [block] * 4, "out": affine(width, vocabulary)}
+def associative(rng: np.random.Generator) -> Loss:
+    length, width = int(rng.integers(500, 4000)), int(rng.choice([32, 64, 128]))
 
-    def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-        return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * scale
+    def loss(a: jax.Array, x: jax.Array) -> jax.Array:
+        def combine(p: Any, q: Any) -> Any:
+            return p[0] * q[0], p[1] * q[0] + q[1]
 
-    def predict(params: Any, t: jax.Array) -> jax.Array:
-        x = params["embedding"][t] + params["positions"]
-        past = jnp.tril(jnp.ones((tokens, tokens), bool))
-        for p in params["blocks"]:
-            qkv = apply(p["qkv"], norm(x, p["scales"][0])).reshape(batch, tokens, heads, -1)
-            q, k, v = jnp.split(qkv, 3, -1)
-            scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * (width // heads) ** -0.5
-            weights = jax.nn.softmax(jnp.where(past, scores, -1e9), -1)
-            x = x + apply(p["o"], jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, tokens, width))
-            x = x + apply(p["down"], jax.nn.silu(apply(p["up"], norm(x, p["scales"][1]))))
-        return apply(params["out"], x)
+        return jnp.mean(jax.lax.associative_scan(combine, (jnp.tanh(a), x))[1] ** 2)
 
-    name = f"transformer {width}, {heads} heads, {tokens} tokens, batch {batch}, {vocabulary} words"
-    return classified(name, predict, params, labels(batch, tokens), labels(batch, tokens))
+    return Loss(f"associative scan {length}×{width}", loss, (floats(length, width), floats(length, width)))
 
 
-def between(rng: np.random.Generator, low: int, high: int, multiple: int = 1) -> int:
-    """A multiple of `multiple` in a range that includes both ends."""
-    return int(rng.integers(low // multiple, high // multiple + 1)) * multiple
+def inner_steps(rng: np.random.Generator) -> Loss:
+    """Gradient steps inside of a loop of one or several, unrolled or not: the step of meta-learning."""
+    count, unroll = int(rng.choice([1, 2, 4])), bool(rng.integers(2))
+    hidden = int(rng.choice([128, 256, 512]))
+
+    def inner(w: Any, x: jax.Array) -> jax.Array:
+        return jnp.mean((jnp.tanh(x @ w["a"]) @ w["b"]) ** 2)
+
+    def loss(w: Any, xs: jax.Array) -> jax.Array:
+        def step(w: Any, x: jax.Array) -> tuple[Any, None]:
+            return jax.tree.map(lambda p, g: p - 0.1 * g, w, jax.grad(inner)(w, x)), None
+
+        return inner(jax.lax.scan(step, w, xs, unroll=unroll)[0], xs[0])
+
+    weights = {"a": floats(128, hidden), "b": floats(hidden, 32)}
+    return Loss(f"{count} inner steps, unroll={unroll}", loss, (weights, floats(count, 512, 128)))
 
 
-FAMILIES: dict[str, Callable[[np.random.Generator], Model]] = {
-    "MLP": drawn_mlp,
-    "Flax CNN": drawn_flax_cnn,
-    "Equinox CNN": drawn_equinox_cnn,
-    "LSTM": drawn_lstm,
-    "Flax LSTM": drawn_flax_lstm,
-    "transformer": drawn_transformer,
-    "Flax transformer": drawn_flax_transformer,
-}
+def _drawn(rng: np.random.Generator, kind: str) -> Loss:
+    batch, width = int(rng.choice([8, 16, 24])), int(rng.choice([8, 16]))
+    side = int(rng.choice([24, 32]))
+    image, labels = floats(batch, side, side, 3), integers(batch)
+    if kind == "batch norm":
+        net: nn.Module = Normalised(
+            (width, 2 * width), str(rng.choice(["SAME", "VALID"])), int(rng.integers(2, 4))
+        )
+        return of_flax(f"batch norm {width} {side}² × {batch}", net, image, labels)
+    if kind == "ResNet":
+        image = floats(batch, 2 * side, 2 * side, 3)
+        return of_flax(f"ResNet {width} {2 * side}² × {batch}", Residual((width, 2 * width)), image, labels)
+    if kind == "U-Net":
+        image = floats(batch // 4, side, side, 3)
+        return of_flax(f"U-Net {width} {side}² × {batch // 4}", UNet(width, 2), image, image)
+    if kind == "LSTM":
+        steps, hidden = int(rng.integers(6, 40)), int(rng.choice([48, 64, 96]))
+        unroll = steps if steps < 16 else 1
+        x = floats(batch, steps, 32)
+        return of_flax(f"LSTM {hidden}, {steps} steps, unroll={unroll}", Recurrent(hidden, unroll), x, labels)
+    dtype = "bfloat16" if kind == "transformer, 16 bits" else "float32"
+    tokens, hidden = integers(batch, 2 * side), int(rng.choice([32, 64, 96]))
+    return of_flax(
+        f"{kind} {hidden}, {2 * side} tokens × {batch}", Transformer(hidden, 2, dtype), tokens, tokens
+    )
+
+
+KINDS = ("batch norm", "ResNet", "U-Net", "LSTM", "transformer", "transformer, 16 bits")
+
+
+def drawn(seed: int, count: int) -> list[Loss]:
+    """So many models, of all kinds in turn, with sizes drawn by a seed."""
+    rng = np.random.default_rng(seed)
+    kinds: list[Callable[[np.random.Generator], Loss]] = [
+        *(functools.partial(_drawn, kind=kind) for kind in KINDS),
+        *(associative, inner_steps),
+    ]
+    return [kinds[i % len(kinds)](rng) for i in range(count)]
+
+
+def to_rematerialise() -> list[Loss]:
+    """The models of the table of rematerialisation."""
+    frames = floats(8, 84, 84, 4)
+    return [
+        of_flax("ResNet", Residual((16, 32, 64)), floats(16, 64, 64, 3), integers(16)),
+        of_flax("Atari", Atari((16, 32)), frames, integers(8)),
+        of_flax("PPO", ActorCritic(), frames, floats(8, 5)),
+        of_flax("seq2seq", Translator(64), integers(32, 20), integers(32, 20)),
+        of_flax("U-Net", UNet(16, 2), floats(4, 32, 32, 3), floats(4, 32, 32, 3)),
+        of_flax("transformer", Transformer(64, 4), integers(8, 48), integers(8, 48)),
+    ]

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
+
 Kind = Literal["argument", "result", "constant", "temporary"]
 
 # `xla.PrimitiveType`; other types are called after their number.
@@ -101,7 +103,8 @@ def buffers(compiled: Any) -> Assignment:
     proto = getattr(compiled.memory_analysis(), "serialized_buffer_assignment_proto", b"")
     at_peak = {_one(peak, 1): set(_numbers(peak, 2)) for peak in _many(proto, 5)}
     if not proto or not at_peak:
-        platform = next(iter(compiled.runtime_executable().local_devices())).platform
+        placed = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
+        platform = next((next(iter(s.device_set)).platform for s in placed), "?")
         raise NoBuffersError(
             f"the compiler for {platform!r} does not say which buffers a program has; its totals are known."
         )
@@ -216,9 +219,11 @@ class _Module:
         seen.add((number, path))
         for user in self.users[number]:
             of = self.instructions[user]
+            if of.opcode not in _PASSES or of.opcode == "while":
+                yield user  # A loop reads its operand, and hands it on.
             if of.opcode not in _PASSES:
-                yield user
-            elif of.opcode == "tuple":
+                continue
+            if of.opcode == "tuple":
                 for k, operand in enumerate(of.operands):
                     if operand == number:
                         yield from self._readers(user, (k, *path), seen)

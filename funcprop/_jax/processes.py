@@ -2,26 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import json
+import subprocess
+import sys
 from typing import Any
 
 import jax
 from jax._src import distributed  # Its client has no public name.
 
+# What process 0 starts. It stays for a while when that process is gone, so that the others find out who is
+# gone and say so: JAX ends a process in which it cannot reach the service, without a word of ours.
+_SERVICE = """
+import json, signal, sys, time
+from jax._src import distributed
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
+address, count, options, patience, stay = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), 30, 8
+until = time.monotonic() + patience
+while True:
+    try:
+        service = distributed._jax.get_distributed_runtime_service(address, count, **options)
+        break
+    except Exception as error:  # The port is that of a run before this one, which is ending.
+        if time.monotonic() > until:
+            sys.exit(print(str(error).splitlines()[0]))
+        time.sleep(0.5)
+print("ready", flush=True)
+if sys.stdin.read() != "done":
+    time.sleep(stay)
+service.shutdown()
+"""
 
-def initialize(lost: Callable[[Any], None], **options: Any) -> None:
-    """Do what `jax.distributed.initialize` does; `lost` is called where JAX would abort this process.
 
-    JAX gives its own client no such function, and ends a process with the stack of its C++ code as soon as
-    process 0 is gone.
-    """
-    made = distributed._jax.get_distributed_runtime_client
-    distributed._jax.get_distributed_runtime_client = partial(made, missed_heartbeat_callback=lost)
+class CoordinationService:
+    """The service by which processes find each other, in a process of its own beside process 0."""
+
+    def __init__(self, address: str, count: int, **options: Any) -> None:
+        command = [sys.executable, "-c", _SERVICE, address, str(count), json.dumps(options)]
+        pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=nowhere, text=True, start_new_session=True
+        )
+        assert self._process.stdout is not None
+        said = self._process.stdout.readline().strip()
+        if said != "ready":
+            raise RuntimeError(f"no service for the other processes could be started on {address}: {said}")
+
+    def shutdown(self) -> None:
+        """End the service at once."""
+        self._process.communicate("done")
+
+
+def initialize(**options: Any) -> None:
+    """Do what `jax.distributed.initialize` does, with the service in a process of its own."""
+    made = distributed._jax.get_distributed_runtime_service
+    distributed._jax.get_distributed_runtime_service = CoordinationService
     try:
         jax.distributed.initialize(**options)
     finally:
-        distributed._jax.get_distributed_runtime_client = made
+        distributed._jax.get_distributed_runtime_service = made
 
 
 def joined() -> bool:

@@ -9,6 +9,7 @@ from funcprop.cli.derive import derive
 from funcprop.cli.draw import draw
 from funcprop.cli.forward import forward
 from funcprop.cli.memory import memory
+from funcprop.cli.partition import partition
 from funcprop.cli.rematerialize import rematerialize
 from funcprop.cli.report import report
 from funcprop.cli.second import second
@@ -33,7 +34,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(report, forward, backward, derive, draw),
-    *(memory, rematerialize, second, curvature, compare, tune, train),
+    *(memory, rematerialize, partition, second, curvature, compare, tune, train),
 )
 for command in COMMANDS:
     app.command()(command)

@@ -32,7 +32,9 @@ def curvature(
         int, typer.Option(min=0, help="up to so many parameters all eigenvalues are computed")
     ] = EXACT,
     seed: Annotated[int, typer.Option(help="of the random vectors")] = 0,
-    out: Annotated[Path | None, typer.Option(help="a plot to write: .png, .pdf or .svg")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="a plot to write: .png, .pdf or .svg")
+    ] = None,
     has_aux: HasAux = False,
     as_json: AsJson = False,
 ) -> None:

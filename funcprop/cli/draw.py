@@ -33,7 +33,7 @@ def draw(
     target: TargetName,
     out: Annotated[
         Path | None,
-        typer.Option(help="file to write: .svg .html .png .pdf .dot .gv .mmd .json"),
+        typer.Option("--out", "-o", help="file to write: .svg .html .png .pdf .dot .gv .mmd .json"),
     ] = None,
     written_as: Annotated[
         str | None, typer.Option("--format", help="svg (the default), html, png, pdf, dot, mermaid or json")

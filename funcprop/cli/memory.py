@@ -17,7 +17,7 @@ from funcprop.cli.target import Target, TargetError, load, users_code
 from funcprop.progress import bar
 
 # For memory only the kind of an optimizer matters, not its rates.
-_OPTIMIZERS = {
+OPTIMIZERS = {
     "sgd": optax.sgd(0.1),
     "momentum": optax.sgd(0.1, momentum=0.9),
     "adam": optax.adam(1e-3),
@@ -32,11 +32,13 @@ def memory(
     optimizer: Annotated[
         str, typer.Option(help="sgd, momentum, adam or adamw: account a train step, not the gradient alone")
     ] = "none",
-    measure: Annotated[bool, typer.Option(help="compile: rows are XLA's buffers; without, an estimate")] = True,
+    measure: Annotated[
+        bool, typer.Option(help="compile: rows are XLA's buffers; without, an estimate")
+    ] = True,
     budget: Annotated[
         str | None, typer.Option(help="bytes, as 64MB: also the largest batch that fits, by leading axes")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="file to write the JSON to")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="file to write the JSON to")] = None,
     has_aux: HasAux = False,
     as_json: AsJson = False,
 ) -> None:
@@ -58,9 +60,9 @@ def report(
     out: Path | None,
 ) -> Output:
     """The tables of `fp.memory.footprint`, and `fp.memory.batch_limit` where there is a budget."""
-    if optimizer not in _OPTIMIZERS:
-        raise TargetError(f"--optimizer {optimizer!r} is not known; choose one of {', '.join(_OPTIMIZERS)}.")
-    chosen = _OPTIMIZERS[optimizer]
+    if optimizer not in OPTIMIZERS:
+        raise TargetError(f"--optimizer {optimizer!r} is not known; choose one of {', '.join(OPTIMIZERS)}.")
+    chosen = OPTIMIZERS[optimizer]
     at = argnums if argnums is None or len(argnums) > 1 else argnums[0]
     using = "" if chosen is None else f" with --optimizer {optimizer}"
     with (
@@ -73,7 +75,8 @@ def report(
     if budget is not None:
         limits = _limits(target, at, chosen, budget, tuple(found.ledgers), measure)
         text += "\n\n" + "\n".join(
-            f"largest batch within {budget:,} bytes, {name}: {limit if isinstance(limit, str) else f'{limit:,}'}"
+            f"largest batch within {budget:,} bytes, {name}: "
+            + (limit if isinstance(limit, str) else f"{limit:,}")
             for name, limit in limits.items()
         )
         data |= {"budget": budget, "batch_limit": limits}

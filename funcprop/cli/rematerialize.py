@@ -31,7 +31,7 @@ def rematerialize(
     ] = False,
     measure: Annotated[bool, typer.Option(help="compile the gradient both ways, as a proof")] = True,
     has_aux: HasAux = False,
-    out: Annotated[Path | None, typer.Option(help="file to write the JSON to")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="file to write the JSON to")] = None,
     as_json: AsJson = False,
 ) -> None:
     """A plan of what is saved and what is recomputed so that the gradient fits, and its proof."""

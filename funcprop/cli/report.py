@@ -25,7 +25,9 @@ from funcprop.training.loop import Setup
 
 def report(
     target: TargetName,
-    out: Annotated[Path | None, typer.Option(help="file to write; the function's name if not given")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="file to write; the function's name if not given")
+    ] = None,
     argnums: ArgnumsOrAll = "0",
     epochs: Annotated[int, typer.Option(min=1, help="of the training run that setup() describes")] = 10,
     examples: Annotated[

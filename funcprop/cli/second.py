@@ -22,7 +22,9 @@ def second(
         str | None, typer.Option(help="the model's output, by its name in `funcprop forward`")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="how often each program is run")] = 10,
-    out: Annotated[Path | None, typer.Option(help="file to write: .txt the table, .json the data")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="file to write: .txt the table, .json the data")
+    ] = None,
     has_aux: HasAux = False,
     as_json: AsJson = False,
 ) -> None:

@@ -110,10 +110,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 def _plan(setup: Setup, mesh: dict[str, int], key: Any) -> Any:
     """Plan the step of a setup on a mesh."""
-    try:
-        partition = importlib.import_module("funcprop.partition")
-    except ModuleNotFoundError as error:
-        raise TargetError(f"--mesh: {error.name!r} is not there; train on one device without it.") from None
+    partition = importlib.import_module("funcprop.partition")
     batches = setup.batches(epoch_key(key, 1)) if callable(setup.batches) else setup.batches
     batch = next(iter(batches))
 

@@ -1,6 +1,8 @@
 from .accumulation import Accumulated as Accumulated
 from .accumulation import accumulate as accumulate
 from .accumulation import merge as merge
+from .clipping import ClippedSum as ClippedSum
+from .clipping import clipped_sum as clipped_sum
 from .data_set import DataOperator as DataOperator
 from .data_set import over as over
 from .data_set import over_batches as over_batches

@@ -80,7 +80,7 @@ def accumulate(
         >>> print(total.mean, total.examples)
         {'mean': Array(3., dtype=float32)} 3
     """
-    compiled = CompiledByTypes(lambda data: applied(quantity, data))
+    compiled = CompiledByTypes(lambda data: require_arrays(applied(quantity, data), "accumulate"))
     loader = Loader("accumulate", batches, weighted, progress is True)
     tell = progress if callable(progress) else None
     return accumulated(lambda batch: compiled(batch.data), loader, state, tell)
@@ -177,16 +177,25 @@ def require_mergeable(found: PyTree, doing: str) -> None:
 
     Raises:
         ValueError: it is such an operator or spectrum.
-        TypeError: it is no pytree of arrays.
     """
     for node in jax.tree.leaves(found, is_leaf=_merges_itself):
         if _merges_itself(node):
             node.merged(node, 0.5)
-        elif not hasattr(node, "dtype"):
+
+
+def require_arrays(found: PyTree, doing: str) -> PyTree:
+    """Return a pytree of arrays or numbers.
+
+    Raises:
+        TypeError: it is none.
+    """
+    for node in jax.tree.leaves(found):
+        if not hasattr(node, "dtype") and not isinstance(node, int | float):
             raise TypeError(
                 f"{doing}: the quantity has a {type(node).__name__}, which is no array; return arrays, or "
                 "use fp.curvature.over(batches)(…), which knows fp.curvature.influence and others."
             )
+    return found
 
 
 def _require_finite(found: PyTree, number: int, doing: str) -> None:

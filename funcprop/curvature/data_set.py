@@ -84,8 +84,7 @@ class DataSet:
                 "over: state= continues a mean over the data, but every product of an operator is a pass of "
                 "its own; leave it out, and give solve() the last solution as start=."
             )
-        data = self.first.data
-        made = jax.eval_shape(lambda: applied(factory, data, **_options(key, 1)))
+        made = self._types(factory, key)
         return DataOperator(OperatorOfMinibatch(self, factory, key), made.parameters)
 
     def of(self, factory: Callable[..., Any], params: PyTree, more: Any, options: dict[str, Any]) -> Any:
@@ -95,11 +94,28 @@ class DataSet:
         def at(*arguments: Any, **given: Any) -> Any:
             return factory(params, *arguments, *more, **options, **given)
 
-        data = self.first.data
-        made = jax.eval_shape(lambda: applied(at, data, **_options(key, 1)))
+        made = self._types(at, key)
         if isinstance(made, LinearOperator) and not made.has_mean:
             return self.operator(at, key=key)
         return self.mean(at, key=key).mean
+
+    def _types(self, factory: Callable[..., Any], key: Any) -> Any:
+        """The types of what a factory returns for the first minibatch.
+
+        Raises:
+            TypeError: there are weights, and it does not take them.
+        """
+        data = self.first.data
+        try:
+            return jax.eval_shape(lambda: applied(factory, data, **_options(key, 1)))
+        except TypeError as error:
+            if "weights" not in data or "unexpected keyword argument 'weights'" not in str(error):
+                raise
+            raise TypeError(
+                "over: with weighted=True the factory is given weights=, and fp.hessian hands them on to "
+                f"the loss, which does not take them ({error}); let it take weights=None and return the "
+                "weighted mean."
+            ) from error
 
     def evaluated(self, quantity: Callable[..., PyTree], key: Any) -> Callable[..., PyTree]:
         """`quantity(data, options, *more)` of one minibatch, compiled, on all devices."""
@@ -330,13 +346,14 @@ def over(
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
-        >>> batches = [(jnp.array([[1.0, 0.0]]),), (jnp.array([[0.0, 2.0], [0.0, 2.0]]),)]
+        >>> batches = [(jnp.array([[1.0, 0.0]]),), (jnp.array([[0.0, 2.0]] * 3),)]
         >>> H = fp.curvature.over(batches)(fp.hessian(lambda w, x: jnp.mean((x @ w) ** 2)))(jnp.zeros(2))
-        >>> print(H.dense().round(3))
-        [[0.667 0.   ]
-         [0.    5.333]]
-        >>> print(H.solve(jnp.array([2.0, 16.0]), damping=0.0).round(3))
-        [3. 3.]
+        >>> print(H.dense())
+        [[0.5 0. ]
+         [0.  6. ]]
+        >>> x = H.solve(jnp.array([1.5, 18.5]), damping=0.5)
+        >>> print(f"{x[0]:.3f} {x[1]:.3f}")
+        1.500 2.846
     """
     loader = Loader("over", batches, weighted, progress is True)
 

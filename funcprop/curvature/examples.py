@@ -64,6 +64,28 @@ def loss_of_all(loss: Function, batched: bool) -> Function:
     return _called_as(loss, mean)
 
 
+def batch_size(x: Any, y: Any, of: str = "per_example") -> int:
+    """The common length of the leading axes.
+
+    Raises:
+        ValueError: there is none.
+    """
+    sizes = {}
+    for name, tree in (("x", x), ("y", y)):
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            where = name + jax.tree_util.keystr(path)
+            if not jnp.ndim(leaf):
+                instead = "; make it an array" if isinstance(tree, list | tuple) else ""
+                raise ValueError(
+                    f"{of}: {where} is a scalar{instead}; the leading axis of x and y is the examples."
+                )
+            sizes[where] = jnp.shape(leaf)[0]
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        listed = ", ".join(f"{where} has {n}" for where, n in sizes.items())
+        raise ValueError(f"{of}: the leading axis of x and y is the examples, but {listed or 'x is empty'}.")
+    return next(iter(sizes.values()))
+
+
 def weights_of(weights: Any, size: int, of: str) -> Any:
     """The weights of examples as an array, or None.
 

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 from funcprop.curvature.binding import Bound, ruled
 from funcprop.curvature.derived import Derived
 from funcprop.curvature.diagonal.exact_diagonal import hessian_diagonal
-from funcprop.curvature.examples import explained, loss_of_all, model_of_all, weights_of
+from funcprop.curvature.examples import batch_size, explained, loss_of_all, model_of_all, weights_of
 from funcprop.curvature.hessian_operator import require_scalar
 from funcprop.operators.parameters import Where
 from funcprop.operators.subset import Point
@@ -143,6 +143,8 @@ def ggn(
     def at(params: PyTree, x: Any, y: Any, *, weights: Any = None) -> GaussNewton:
         point = Point.of(params, where)
         model_, loss_ = model_of_all(model, batched), loss_of_all(loss, batched)
+        if not batched:
+            batch_size(x, y, "ggn")
         if weights is not None:
             if batched:
                 raise ValueError(

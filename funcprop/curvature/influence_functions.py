@@ -80,8 +80,10 @@ class TrainingMinibatches:
 
     def shares(self) -> Float[Array, " N"]:
         """Of a mean over the data."""
-        batches = list(self.data.loader.visit("the examples' weights"))
-        counts = [np.ones(b.size) if b.weights is None else b.weights for b in batches]
+        counts = [
+            np.ones(batch.size) if batch.weights is None else batch.weights
+            for batch in self.data.loader.visit("the examples' weights")
+        ]
         weights = jnp.asarray(np.concatenate(counts))
         return weights / total_of(weights, 0)
 

@@ -7,8 +7,8 @@ A parameter that enters as `W[n] = Σ_t a[n, t] ⊗ g[n, t]` has the Gauss-Newto
     reduce:  A = 1/N Σ_n (1/R Σ_t a)(1/R Σ_t a)ᵀ,      G = 1/N Σ_{n,c} (Σ_t g)(Σ_t g)ᵀ
 
 Only positions count that the loss sees: R is the number of those of example n that have a cotangent other
-than zero, and `Σ_t a` is over them (over all, if none has). So nothing depends on how far sequences are
-padded.
+than zero, `Σ_t a` is over them, and of several positions `A` is the mean over the N examples that have any.
+So nothing depends on how far sequences are padded.
 
 `g` are cotangents of the *unaveraged* loss of one example for the columns `c` of its root, so that `A ⊗ G` is
 of the loss's **mean** over the batch, without a factor ½. A parameter without an outer product (a bias, a
@@ -55,11 +55,28 @@ def multiply(factor: Any, blocks: Any, axis: int) -> Any:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class KroneckerProduct:
-    """`A ⊗ G` of one parameter, with both factors."""
+    """`A ⊗ G` of one parameter, with both factors.
 
-    a: Array
+    `total` is `A` times `seen`, the share of the examples that it has a part of (some positions of an example
+    are seen by the loss, but of an example none may be): both are means over all examples, and so can be
+    averaged over batches.
+    """
+
+    total: Array
     g: Array
+    seen: Array
     layout: MatrixLayout = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, a: Array, g: Array, layout: MatrixLayout) -> KroneckerProduct:
+        """That of two factors."""
+        return cls(a, g, jnp.ones(a.shape[:1] if a.ndim == 3 else (), a.dtype), layout)
+
+    @property
+    def a(self) -> Array:
+        """The factor of activations."""
+        seen = jnp.where(self.seen > 0, self.seen, 1)
+        return self.total / (seen[:, None, None] if seen.ndim else seen)
 
     def __call__(self, leaf: Any) -> Any:
         """The product with one parameter."""
@@ -79,11 +96,11 @@ class KroneckerProduct:
         """
         if self.a.shape[-1] == 1:
             g = self.g * (self.a if self.g.ndim == 1 else self.a.reshape(*self.a.shape[:-1], 1)[..., :1])
-            return KroneckerProduct(jnp.ones_like(self.a), _inverse(g, damping), self.layout)
+            return KroneckerProduct.of(jnp.ones_like(self.a), _inverse(g, damping), self.layout)
         mean_a, mean_g = _mean_eigenvalue(self.a), _mean_eigenvalue(self.g)
         ratio = jnp.where((mean_a > 0) & (mean_g > 0), mean_a / jnp.where(mean_g > 0, mean_g, 1), 1)
         pi, root = jnp.sqrt(ratio), jnp.sqrt(damping)
-        return KroneckerProduct(_inverse(self.a, pi * root), _inverse(self.g, root / pi), self.layout)
+        return KroneckerProduct.of(_inverse(self.a, pi * root), _inverse(self.g, root / pi), self.layout)
 
 
 @jax.tree_util.register_dataclass
@@ -283,7 +300,8 @@ class Kronecker(LinearOperator):
         for mine, new in zip(self.blocks, other.blocks, strict=True):
             if isinstance(mine, KroneckerProduct) and isinstance(new, KroneckerProduct):
                 average = lambda a, b: decay * a + (1 - decay) * b  # noqa: E731
-                blocks.append(KroneckerProduct(average(mine.a, new.a), average(mine.g, new.g), mine.layout))
+                total, g, seen = map(average, (mine.total, mine.g, mine.seen), (new.total, new.g, new.seen))
+                blocks.append(KroneckerProduct(total, g, seen, mine.layout))
             elif isinstance(mine, Eigen) and isinstance(new, Eigen):
                 past = mine.diagonal_in(new.ua, new.ug)
                 blocks.append(replace(new, values=decay * past + (1 - decay) * new.values))

@@ -19,7 +19,6 @@ from funcprop.curvature.example_gradients.per_example import (
     AUDIT,
     LIMIT,
     SweepOptions,
-    batch_size,
     programs,
     require_drawn,
     sweep,
@@ -33,7 +32,7 @@ from funcprop.curvature.example_gradients.quantities import (
     SAMPLED,
     Part,
 )
-from funcprop.curvature.examples import loss_of_one, model_of_one, total_of, weights_of
+from funcprop.curvature.examples import batch_size, loss_of_one, model_of_one, total_of, weights_of
 from funcprop.curvature.kronecker import Eigen, Kronecker, KroneckerProduct
 from funcprop.curvature.likelihood import Likelihood
 from funcprop.operators.parameters import Parameters, Where
@@ -183,7 +182,7 @@ class KroneckerFactors:
     ) -> tuple[Kronecker, Any]:
         """The factors, or with `bases` the eigenvalues in them; and for which examples they are NaN."""
         require_values("kfac", {"params": params, "x": x, "y": y}, AUDIT)
-        weights = weights_of(weights, batch_size(x, y), "kfac")
+        weights = weights_of(weights, batch_size(x, y, "kfac"), "kfac")
         of_chosen, params = restricted(self.model, params, self.where)
         Parameters.of(params)
         if self.part.group == SAMPLED and key is None:
@@ -248,7 +247,11 @@ def _factors(
     for i, here in enumerate(factors):
         both = here[part]
         layout = found.study.layout(i, both)
-        blocks.append(KroneckerProduct(both.activations / total, both.cotangents / total, layout))
+        mean, g = both.activations / total, both.cotangents / total
+        if both.seen is None:
+            blocks.append(KroneckerProduct.of(mean, g, layout))
+        else:
+            blocks.append(KroneckerProduct(mean, g, both.seen / total, layout))
     return Kronecker(tuple(blocks), names), rootless
 
 

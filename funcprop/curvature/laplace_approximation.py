@@ -15,7 +15,7 @@ from funcprop.curvature.convexity import require_convex
 from funcprop.curvature.data_set import DataSet
 from funcprop.curvature.example_gradients.mixed_examples import example_of
 from funcprop.curvature.example_gradients.per_example import per_example
-from funcprop.curvature.examples import model_of_one, total_of, weights_of
+from funcprop.curvature.examples import batch_size, model_of_one, total_of, weights_of
 from funcprop.curvature.fisher_operator import fisher
 from funcprop.curvature.kronecker_factors import kfac
 from funcprop.curvature.laplace_posterior import Laplace
@@ -29,6 +29,7 @@ from funcprop.operators.subset import Point
 from funcprop.program.program import Program
 from funcprop.rules.rule_set import RuleSet
 
+RANK = 10  # of "low-rank", unless it is given
 STRUCTURES = ("full", "diagonal", "low-rank", "kronecker")
 
 
@@ -51,13 +52,13 @@ class LaplaceApproximation:
     name: str | None
     noise: Any
     structure: str
-    rank: int
+    rank: int | None
     where: Where | None
     rules: RuleSet | None
 
     def __call__(self, params: PyTree, x: Any, y: Any, *, weights: Any = None) -> Laplace:
         """The posterior of one batch of data."""
-        point, size = self._point(params), len(jax.tree.leaves(x)[0])
+        point, size = self._point(params), batch_size(x, y, "laplace")
         weights = weights_of(weights, size, "laplace")
         fit = self._fit(point, x, y, weights)
         count = total_of(weights, size)
@@ -78,7 +79,7 @@ class LaplaceApproximation:
 
     def _point(self, params: PyTree) -> Point:
         point = Point.of(params, self.where)
-        if self.rank > point.parameters.size and self.structure == "low-rank":
+        if self.rank is not None and self.rank > point.parameters.size:
             raise ValueError(f"laplace: rank={self.rank}, but there are {point.parameters.size} parameters.")
         return point
 
@@ -93,10 +94,11 @@ class LaplaceApproximation:
 
     def _fit(self, point: Point, x: Any, y: Any, weights: Any) -> Fit:
         model = self._of_chosen(point)
-        outputs = jax.eval_shape(model, point.chosen, example_of(x))
+        program = Program.of(model, point.chosen, example_of(x))
+        outputs = program.results
         require_array("laplace", outputs)
         size = len(jax.tree.leaves(x)[0])
-        found = jax.vmap(model, (None, 0))(point.chosen, x)
+        found = jax.vmap(program, (None, 0))(point.chosen, x)
         wide = found.astype(single_at_least(found.dtype))
         misfits = jax.vmap(self.likelihood.negative_log)(wide, y)
         misfits = misfits if weights is None else weights * misfits
@@ -153,7 +155,7 @@ class LaplaceApproximation:
             return DiagonalPrecision(tuple(count * leaf for leaf in jax.tree.leaves(mean)), names)
         if self.structure == "kronecker":
             return KroneckerPrecision.of(mean, count)
-        values, vectors = operator().eigsh(min(self.rank, names.size))
+        values, vectors = operator().eigsh(min(self.rank or RANK, names.size))
         return LowRank(count * values, names.ravel_columns(vectors), names)
 
 
@@ -233,4 +235,4 @@ def laplace(
             )
         density = gaussian(noise)
     one = model_of_one(model, batched)
-    return LaplaceApproximation(one, density, name, noise, structure, rank or 10, where, rules)
+    return LaplaceApproximation(one, density, name, noise, structure, rank, where, rules)

@@ -19,6 +19,7 @@ from funcprop.curvature.precision import Full, Precision, Prior
 from funcprop.operators.convergence import is_traced
 from funcprop.operators.linear_operator import Dense
 from funcprop.operators.parameters import shown, single_at_least
+from funcprop.operators.plots import axes_or_new, plot_entries
 from funcprop.operators.subset import Point
 from funcprop.program.program import Program
 from funcprop.rules.rule_set import RuleSet
@@ -182,6 +183,40 @@ class Laplace:
         drawn = [(θ + m.reshape(θ.shape)).astype(θ.dtype) for θ, m in zip(leaves, moved, strict=True)]
         return self.point.whole(self.point.parameters.unflatten(drawn))
 
+    def plot(
+        self,
+        x: Any = None,
+        prior_precision: Any = 1.0,
+        noise: Any = 1.0,
+        *,
+        key: PRNGKeyArray | None = None,
+        samples: int = 1000,
+        axes: Any = None,
+    ) -> Any:
+        """Draw predictive intervals at inputs `x`, or without `x` the posterior; returns matplotlib's axes.
+
+        Of each output the mean and two bands of two standard deviations: of the model, and for a Gaussian
+        likelihood of the targets; against `x` if that has one number for each example, else against the
+        number of the example. Without `x`, for each parameter how the standard deviations of its entries,
+        from `samples` draws, are distributed, as shares of the prior's: 1 where the data say nothing.
+
+        Raises:
+            ValueError: `prior_precision` is a matrix, and there is no `x`.
+            ModuleNotFoundError: matplotlib is not installed (the extra `draw`).
+        """
+        if x is not None:
+            found = self.predictive(x, prior_precision, noise)
+            noisy = self.likelihood == "gaussian"
+            return _plot_intervals(x, found, 1 / self._scale(noise) if noisy else None, axes)
+        prior = self._prior(prior_precision)
+        if isinstance(prior, jax.Array):
+            raise ValueError("plot: the prior is a matrix; give x, or a number as prior_precision.")
+        keys = jax.random.split(jax.random.key(0) if key is None else key, samples)
+        draws = jax.vmap(lambda key: self.precision.sample(key, self._scale(noise), prior))(keys)
+        shares = [jnp.std(d, 0).reshape(δ.shape) * jnp.sqrt(δ) for d, δ in zip(draws, prior, strict=True)]
+        paths, what = self.point.parameters.paths, "posterior ÷ prior standard deviation"
+        return plot_entries(paths, shares, what, axes)
+
     def as_prior(self, prior_precision: Any = 1.0, noise: Any = 1.0) -> GaussianPrior:
         """The posterior as the prior of the next data, of structure "full" or "diagonal".
 
@@ -326,6 +361,33 @@ def _drawn(found: Predictive, samples: int, key: PRNGKeyArray) -> Float[Array, "
     root = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None]
     noise = jax.random.normal(key, (samples, count, size), root.dtype)
     return found.mean + jnp.einsum("nij,snj->sni", root, noise).reshape(samples, count, *shape)
+
+
+def _plot_intervals(x: Any, found: Predictive, noise: Any, axes: Any) -> Any:
+    axes = axes_or_new(axes)
+    inputs = [np.asarray(leaf) for leaf in jax.tree.leaves(x)]
+    count = len(inputs[0])
+    one = len(inputs) == 1 and inputs[0].size == count
+    at = inputs[0].reshape(-1) if one else np.arange(count)
+    order = np.argsort(at)
+    means = np.asarray(found.mean).reshape(count, -1)[order]
+    variances = np.asarray(found.variance).reshape(count, -1)[order]
+    for i, (mean, variance) in enumerate(zip(means.T, variances.T, strict=True)):
+        color, half = f"C{i % 10}", 2 * np.sqrt(variance)
+        axes.plot(at[order], mean, color=color, label=f"output {i}" if means.shape[1] > 1 else "mean")
+        axes.fill_between(at[order], mean - half, mean + half, color=color, alpha=0.3, linewidth=0)
+        if noise is not None:
+            wide = 2 * np.sqrt(variance + float(noise))
+            axes.fill_between(at[order], mean - wide, mean + wide, color=color, alpha=0.12, linewidth=0)
+    bands = "± 2 standard deviations: of the model" + ("" if noise is None else ", of the targets")
+    axes.set(xlabel="input" if one else "example", ylabel="output")
+    axes.set_title(bands, fontsize="medium")
+    if means.shape[1] <= _MOST_LABELLED:
+        axes.legend(frameon=False)
+    return axes
+
+
+_MOST_LABELLED = 10  # outputs that a legend lists
 
 
 def _structure(tree: PyTree) -> Any:

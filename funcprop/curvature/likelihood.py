@@ -56,9 +56,10 @@ def _paired(what: str, outputs: Array, y: Any, expected: tuple[int, ...]) -> Any
 def require_array(what: str, outputs: Any) -> None:
     """Raise a TypeError if the outputs of one example are not one array."""
     if not hasattr(outputs, "shape"):
+        own = "" if what == "laplace" else ", or make an fp.curvature.Likelihood of such outputs"
         raise TypeError(
             f"{what}: the output of one example is a {type(outputs).__name__}, but it has to be one array; "
-            "return that alone, or make an fp.curvature.Likelihood of such outputs."
+            f"return that alone{own}."
         )
 
 

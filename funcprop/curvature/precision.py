@@ -170,14 +170,16 @@ class LowRank(Precision):
     def logdet(self, scale: Any, prior: Prior) -> Scalar:
         """`Σ log δ + log det(I + Vᵀ V)`."""
         root, V = self._half(scale, prior)
-        return 2 * jnp.sum(jnp.log(root)) + jnp.linalg.slogdet(jnp.eye(V.shape[1]) + V.T @ V)[1]
+        return (
+            2 * jnp.sum(jnp.log(root)) + jnp.linalg.slogdet(jnp.eye(V.shape[1], dtype=V.dtype) + V.T @ V)[1]
+        )
 
     def covariance(self, jacobian: Jacobian, scale: Any, prior: Prior) -> Float[Array, "o o"]:
         """`R Rᵀ − R V (I + Vᵀ V)⁻¹ Vᵀ Rᵀ` with `R = J D^(−½)`."""
         root, V = self._half(scale, prior)
         R = self._rows(jacobian) / root
         small = R @ V
-        return R @ R.T - small @ jnp.linalg.solve(jnp.eye(V.shape[1]) + V.T @ V, small.T)
+        return R @ R.T - small @ jnp.linalg.solve(jnp.eye(V.shape[1], dtype=V.dtype) + V.T @ V, small.T)
 
     def sample(self, key: PRNGKeyArray, scale: Any, prior: Prior) -> list[Array]:
         """`D^(−½) (I + V Vᵀ)^(−½) z`, by the eigenvectors of `Vᵀ V`."""

@@ -26,12 +26,18 @@ from jax import lax
 from jaxtyping import Array, Bool, Inexact
 
 from funcprop import _jax
+from funcprop.layers import attention_kernels
+from funcprop.layers.attention_kernels import KernelCall, KernelResiduals
 from funcprop.layers.tiling import Tiling, all_of, reach_of, seen, sum_to
 from funcprop.program.dtypes import common_dtype, product_dtype, single_at_least
+from funcprop.rules.attach import attach
+from funcprop.rules.bound_rule import BoundRule
 from funcprop.rules.expressions import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import layer
 from funcprop.rules.machine import Machine, costs_traffic, dtype_of_factors, host, least_logits
 from funcprop.rules.rule import Rule
+from funcprop.rules.running import with_rules
+from funcprop.rules.sets import autodiff
 
 # --- layout -----------------------------------------------------------------------------------
 
@@ -161,9 +167,14 @@ class AttentionResiduals(NamedTuple):
 
 def _forward(
     q: Any, k: Any, v: Any, bias: Any = None, mask: Any = None, *, scale: Any, blocks: Any, offset: int,
-    causal: bool, window: Any, machine: Machine | None = None,
-) -> tuple[Any, AttentionResiduals]:  # fmt: skip
+    causal: bool, window: Any, implementation: Any, machine: Machine | None = None,
+) -> tuple[Any, AttentionResiduals | KernelResiduals]:  # fmt: skip
     machine = machine or host()
+    call = KernelCall(q, k, v, bias, mask, causal, window, offset, _scale(q, scale))
+    name = attention_kernels.chosen(implementation, call, blocks, machine)
+    if name != "xla":
+        attend = attention_kernels.kernel(name, call)
+        return attention_kernels.forward(attend, _by_blocks(causal, scale, machine), q, k, v)
     tiling = Tiling.of(q, k, reach_of(causal, window), offset, blocks, machine)
     x = _operands(q, k, v, bias, mask, dtype_of_factors(machine, q, k, v))
     out, normalizer = _attend(x, tiling, _scale(q, scale))
@@ -202,12 +213,40 @@ def _attend(x: AttentionOperands, tiling: Tiling, scale: float) -> tuple[Any, An
     return out / divisor, jnp.where(empty, jnp.inf, largest + jnp.log(divisor))
 
 
+def _by_blocks(causal: bool, scale: float | None, machine: Machine) -> Any:
+    """Attention in blocks as a function of queries, keys and values, with its rule: what kernels compute."""
+    rules = autodiff.replace({attention: _RULE}).on(machine)
+    return with_rules(partial(attention, causal=causal, scale=scale, implementation="xla"), rules)
+
+
+def _value(q: Any, k: Any, v: Any, bias: Any = None, mask: Any = None, **static: Any) -> Any:
+    """The result where nothing is differentiated."""
+    given = {key: static[key] for key in ("causal", "window", "offset")}
+    call = KernelCall(q, k, v, bias, mask, **given, scale=_scale(q, static["scale"]))
+    machine = static.get("machine") or host()
+    name = attention_kernels.chosen(static["implementation"], call, static["blocks"], machine)
+    if name != "xla":
+        return attention_kernels.kernel(name, call)(q, k, v)
+    return _forward(q, k, v, bias, mask, **static)[0]
+
+
+def _by_kernel(q: Any, k: Any, v: Any, bias: Any, mask: Any, **static: Any) -> Any:
+    """The layer by the kernel that is asked for, with its derivatives, whatever rules there are."""
+    leaves, tree = jax.tree.flatten((q, k, v, bias, mask))
+    names = tuple(f"operand {i}" for i in range(len(leaves)))
+    (y,) = attach(BoundRule(_RULE, "attention", static, tree, names, machine=host()), leaves)
+    return y
+
+
 def _backward(
-    residuals: AttentionResiduals, g: Any, needs: Any, *, scale: Any, blocks: Any, offset: int, causal: bool,
-    window: Any, machine: Machine | None = None,
+    residuals: AttentionResiduals | KernelResiduals, g: Any, needs: Any, *, scale: Any, blocks: Any, offset:
+    int, causal: bool, window: Any, implementation: Any, machine: Machine | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
-    q, k, v, bias, mask, out, normalizer = residuals
     machine = machine or host()
+    if isinstance(residuals, KernelResiduals):
+        same = _by_blocks(causal, scale, machine)
+        return *attention_kernels.backward(same, residuals, g), None, None
+    q, k, v, bias, mask, out, normalizer = residuals
     tiling = Tiling.of(q, k, reach_of(causal, window), offset, blocks, machine)
     x = _operands(q, k, v, bias, mask, dtype_of_factors(machine, q, k, v))
     kv, factor = k.shape[-2], _scale(q, scale)
@@ -253,10 +292,10 @@ def _pull(
 
 def _applies(
     q: Any, k: Any, v: Any, bias: Any = None, mask: Any = None, *, blocks: Any,
-    machine: Machine | None = None, **static: Any,
+    implementation: Any, machine: Machine | None = None, **static: Any,
 ) -> bool | str:  # fmt: skip
     queries, keys = q.shape[-3], k.shape[-3]
-    if blocks is not None:
+    if blocks is not None or implementation not in (None, "xla"):
         return True
     machine = machine or host()
     if queries * keys < least_logits(machine) or queries * keys <= q.shape[-1] * (queries + keys):
@@ -334,7 +373,10 @@ def _weights(q: Any, k: Any, bias: Any, mask: Any, static: dict[str, Any]) -> An
     return p / jnp.where(total == 0, 1, total)
 
 
-def _check(q: Any, k: Any, v: Any, bias: Any, mask: Any, blocks: Any) -> None:
+def _check(q: Any, k: Any, v: Any, bias: Any, mask: Any, blocks: Any, implementation: Any) -> None:
+    if implementation not in (None, *attention_kernels.IMPLEMENTATIONS):
+        names = ", ".join(map(repr, attention_kernels.IMPLEMENTATIONS))
+        raise ValueError(f"attention: implementation={implementation!r}; pass {names}, or None.")
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if q.ndim < 3 or k.ndim != q.ndim or v.shape[:-1] != k.shape[:-1] or q.shape[:-3] != k.shape[:-3]:
         raise ValueError(
@@ -371,7 +413,16 @@ def _ways() -> dict[str, Rule]:
     return {f"blocks of {rows} × {cols}": _RULE.with_static(blocks=(rows, cols)) for rows, cols in sizes}
 
 
-_RULE = Rule(_forward, _backward, _equations, applies=_applies, pure=True, sized=True, ways=_ways)
+_RULE = Rule(
+    _forward,
+    _backward,
+    _equations,
+    applies=_applies,
+    value=_value,
+    pure=True,
+    sized=True,
+    ways=_ways,
+)
 
 
 @layer(rule=_RULE)
@@ -387,6 +438,7 @@ def attention(
     offset: int = 0,
     scale: float | None = None,
     blocks: tuple[int, int] | None = None,
+    implementation: str | None = None,
 ) -> Inexact[Array, "*batch queries heads dv"]:
     """Multi-head attention, `Y = softmax(s Q Kᵀ + B) V` for every head.
 
@@ -409,11 +461,17 @@ def attention(
         offset: position of the first query among the keys: `keys − queries` if the queries are the last.
         scale: `s`; `1/√d` if None.
         blocks: queries × keys in one block of the rule; by default those for the machine that is compiled for
-        (`rules.machine.attention_blocks`), and the rule
-            leaves small logits (below 2¹⁶ a head, or fewer than entries in `q` and `k`) to autodiff.
+            (`rules.machine.attention_blocks`), and the rule leaves small logits (below 2¹⁶ a head, or fewer
+            than entries in `q` and `k`) to autodiff.
+        implementation: a kernel, `"cudnn"`, `"pallas"` (the flash attention that JAX has for TPUs) or
+            `"tokamax"` (where it is installed), which take neither bias, mask, window nor offset; or `"xla"`.
+            By default the rule takes the first that the target has and that takes the arguments (Pallas' on a
+            TPU, cuDNN's on a GPU of this process), else blocks of XLA. The first derivative is the kernel's
+            own, the second is that of the blocks.
 
     Raises:
-        ValueError: the shapes do not fit, or a block is empty.
+        ValueError: the shapes do not fit, a block is empty, or a kernel does not take the arguments.
+        ModuleNotFoundError: the kernel is not installed.
         TypeError: the mask is not boolean.
 
     References: Vaswani et al., "Attention is all you need", 2017; Ainslie et al., "GQA", 2023; Beltagy et
@@ -425,7 +483,10 @@ def attention(
         >>> print(fp.layers.attention(jnp.zeros((2, 1, 1)), x, x, causal=True).ravel())
         [0. 1.]
     """
-    _check(q, k, v, bias, mask, blocks)
+    _check(q, k, v, bias, mask, blocks, implementation)
+    if implementation not in (None, "xla"):
+        static = {"causal": causal, "window": window, "offset": offset, "scale": scale, "blocks": blocks}
+        return _by_kernel(q, k, v, bias, mask, **static, implementation=implementation)
     p = _weights(q, k, bias, mask, {"causal": causal, "window": window, "offset": offset, "scale": scale})
     mixed = _mixed(p, jnp.moveaxis(v, -2, -3))
     return _by_query(mixed).astype(common_dtype(q, k, v))

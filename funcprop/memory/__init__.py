@@ -1,5 +1,5 @@
 """What a program holds in memory: predicted from its jaxpr, measured on the compiled program."""
 
-import lazy_loader
+from funcprop.public_names import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -15,6 +15,7 @@ from funcprop.graph.references import require_no_references
 from funcprop.graph.tracing import Arguments
 from funcprop.memory import notes
 from funcprop.memory.cases import KINDS, AccountedProgram, Kind, Subject
+from funcprop.memory.estimate import MemoryEstimate
 from funcprop.memory.ledger import Footprint, Ledger, Row
 from funcprop.memory.rows import compiled_rows, estimated_rows, total_rows
 from funcprop.rules.rule_set import RuleSet
@@ -54,8 +55,8 @@ def footprint(
     are given as arguments. A whole train step, which contains a backward sweep of its own, is `training`
     alone.
 
-    The estimate follows XLA's CPU backend. Of 122 programs of megabytes (`experiments/memory_figures.py`) nine
-    in ten are within 15 %; of kilobytes, some are a third off.
+    The estimate follows XLA's CPU backend. Of drawn programs of megabytes nine in ten are
+    within 15 % (`experiments/memory_figures.py`); of kilobytes, some are a third off.
 
     Args:
         fun: a loss, a prediction, or a train step, jitted or not.
@@ -160,7 +161,7 @@ def _ledger(
     compiled = None
     if measure:
         program = case.compiled(options)
-        fields, rows, more = _measured(case, program, options, trains)
+        fields, rows, more = _measured(case, program, found, options, trains)
         compiled = sum(row.nbytes for row in rows)
         said += [*more, *notes.undone(case, found, options), *notes.counted_once(case, program)]
     warnings += (f"{name}: {text}" for text in said)
@@ -168,7 +169,7 @@ def _ledger(
 
 
 def _measured(
-    case: AccountedProgram, program: Any, options: Mapping[str, Any], trains: bool
+    case: AccountedProgram, program: Any, ours: MemoryEstimate, options: Mapping[str, Any], trains: bool
 ) -> tuple[dict[str, int], tuple[Row, ...], list[str]]:
     """Read the bytes of a compiled program, its rows, and what they do not show."""
     fields = _jax.memory_fields(program)
@@ -177,7 +178,7 @@ def _measured(
     except NoBuffersError as error:
         rows = total_rows(case, fields, constant_bytes(_jax.program_text(program)))
         return {**fields, "hidden": 0}, rows, [str(error)]
-    rows = compiled_rows(case, assignment, trains)
+    rows = compiled_rows(case, assignment, ours, trains)
     constant = sum(row.nbytes for row in rows if row.category == "constants")
     held = _jax.held_bytes(fields)
     hidden = notes.hidden_bytes(case, held, options) if assignment.hides else 0

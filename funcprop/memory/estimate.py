@@ -178,10 +178,8 @@ class _StepsOf:
             self.known[key] = results
         return results
 
-    def _behind_barrier(
-        self, body: Any, given: list[Value | None], scope: str
-    ) -> Sequence[Value | None]:
-        """A checkpoint that is kept: nothing in it is shared, and it starts when all that goes in is there."""
+    def _behind_barrier(self, body: Any, given: list[Value | None], scope: str) -> Sequence[Value | None]:
+        """A checkpoint that is kept: nothing in it is shared, and it starts when its inputs are there."""
         barrier = self.add("optimization_barrier", scope, given, [jax.core.ShapedArray((), bool)])
         self.salt += 1
         start = len(self.steps)
@@ -193,7 +191,7 @@ class _StepsOf:
         return results
 
     def _product(self, eqn: Any, operands: list[Value | None], scope: str) -> Value:
-        """A product, behind copies of operands whose axes are in another order, or, on the CPU, of 16 bits."""
+        """A product, behind copies of operands whose axes are in another order, or, on a CPU, of 16 bits."""
         result, wide, arranged = eqn.outvars[0].aval, jnp.dtype("float32"), []
         orders = _orders(eqn)
         for value, order, atom in zip(operands, orders, eqn.invars, strict=False):
@@ -236,9 +234,7 @@ class _StepsOf:
         given = [Value(v.aval) for v in _jax.open_jaxpr(body).invars]
         return Liveness(inner.steps, inner.walk(body, given, "")).peak({}).nbytes
 
-    def _scan(
-        self, eqn: Any, operands: list[Value | None], body: Any, scope: str
-    ) -> Sequence[Value | None]:
+    def _scan(self, eqn: Any, operands: list[Value | None], body: Any, scope: str) -> Sequence[Value | None]:
         """A loop: unrolled where XLA unrolls it, or one step that writes carries in place."""
         length, reverse = eqn.params["length"], eqn.params["reverse"]
         unroll = min(int(eqn.params["unroll"]), length)
@@ -275,7 +271,14 @@ class _StepsOf:
         return self.add("stack", scope, values, [aval], fuses=True, expensive=True)[0]
 
     def _unrolled(
-        self, body: Any, operands: list[Value], consts: int, carries: int, times: int, reverse: bool, scope: str
+        self,
+        body: Any,
+        operands: list[Value],
+        consts: int,
+        carries: int,
+        times: int,
+        reverse: bool,
+        scope: str,
     ) -> tuple[list[Value], list[list[Value]]]:
         """Append so many steps of a loop; the carry after them, and what each stacks."""
         inner = _jax.open_jaxpr(body)

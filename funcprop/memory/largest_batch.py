@@ -95,8 +95,12 @@ def batch_limit(
     account = functools.partial(
         footprint,
         *(fun, argnums, has_aux),
-        **{"optimizer": optimizer, "donate": donate, "rules": rules, "kind": kind},
-        **{"programs": (program,), "compiler_options": compiler_options},
+        optimizer=optimizer,
+        donate=donate,
+        rules=rules,
+        kind=kind,
+        programs=(program,),
+        compiler_options=compiler_options,
     )
 
     def limit(*args: Any, **kwargs: Any) -> int | float:
@@ -139,7 +143,11 @@ def batch_limit(
         needs = compiled if by == "compiled" else estimated
         start = max(1, max(sizes) // unit)
         if needs(1) <= budget:
-            found = _checked(needs, compiled, budget, start) if by == "checked" else _searched(needs, budget, start)
+            found = (
+                _checked(needs, compiled, budget, start)
+                if by == "checked"
+                else _searched(needs, budget, start)
+            )
             if found:
                 return unit * found
         one = ledger(1, by != "estimate")
@@ -197,8 +205,8 @@ def _searched(needs: Callable[[int], float], budget: int, start: int) -> int | f
             equal = equal + 1 if known[high] == known[low] else 0
             if equal == 3:
                 raise ValueError(
-                    f"batch_limit: {known[high]:,.0f} bytes at a batch of {low:,} and of {high:,}; the memory "
-                    "does not depend on batch_axes."
+                    f"batch_limit: {known[high]:,.0f} bytes at a batch of {low:,} and of {high:,}; the "
+                    "memory does not depend on batch_axes."
                 )
             if high >= _LARGEST:
                 return math.inf

@@ -36,7 +36,7 @@ _MEANING = {
     "saved": "of the forward sweep, kept for the backward sweep",
     "activations": "of the forward sweep, only for the forward sweep",
     "cotangents": "of the backward sweep",
-    "gradients": "of the parameters; fewer where the peak comes before they are made, or their memory is shared",
+    "gradients": "of the parameters; fewer if not yet made at the peak, or written over others",
     "results": "what the program returns in memory of its own",
     "workspace": "what the compiler needs besides",
     "unused": "gaps between buffers",
@@ -104,7 +104,9 @@ class Ledger:
         """
         known = [f.name for f in fields(Row) if f.name != "nbytes"]
         if attribute not in known:
-            raise ValueError(f"by({attribute!r}): rows have no such attribute; use one of {', '.join(known)}.")
+            raise ValueError(
+                f"by({attribute!r}): rows have no such attribute; use one of {', '.join(known)}."
+            )
         total = Counter[str]()
         for row in self.rows:
             total[str(getattr(row, attribute))] += row.nbytes

@@ -1,9 +1,9 @@
 """Which values of a program are written to memory, and how many bytes of them are live at a time.
 
-A compiler writes to memory what products, long sums, loops and other steps that it does not fuse make or read,
-what is expensive and read in several places, arguments and results. Everything else is computed inside of the
-kernels that read it. A value lives from the kernel that makes it to the last that reads it; kernels run in the
-order in which what they read becomes ready.
+A compiler writes to memory what products, long sums, loops and other steps that it does not fuse make or
+read, what is expensive and read in several places, arguments and results. Everything else is computed inside
+of the kernels that read it. A value lives from the kernel that makes it to the last that reads it; they run
+in the order in which what they read becomes ready.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from funcprop.program.sizes import nbytes
 
-# Sums of so many entries are computed by a library, which reads from memory what others read, too; shorter ones
-# compute what they read inside if they add up no more than so many for each result.
+# Sums of so many entries are computed by a library, which reads from memory what others read, too; shorter
+# ones compute what they read inside if they add up no more than so many for each result.
 _LIBRARY_ENTRIES = 4096
 _WINDOW = 32
 # An entry is computed at no more than so many indices inside of one kernel.
@@ -163,9 +163,10 @@ class Liveness:
         return found[::-1]
 
     def _unshared(self) -> set[int]:
-        """Find the steps that are not computed twice: they read more than they write, and paths leave kernels.
+        """Find the steps that read more than they write, and of which a path leaves a kernel.
 
-        A path from such a step to one of its readers leaves the reader's kernel if a step on it does not
+        They are not computed twice. A path from such a step to one of its readers leaves the reader's kernel
+        if a step on it does not
         join the next.
         """
         behind: dict[int, int] = {}  # of a step: a bit for each that it depends on, and its own
@@ -221,16 +222,16 @@ class Liveness:
                 if id(v) in found or v.nbytes > result.nbytes:
                     continue
                 over = end == written and v.nbytes == result.nbytes and writer.writes_over(v, result)
-                gap = next((g for g in free if g[0] < start and (end < g[1] or (over and g[1] == written))), None)
+                gap = next(
+                    (g for g in free if g[0] < start and (end < g[1] or (over and g[1] == written))), None
+                )
                 if gap is not None:
                     free.remove(gap)
                     free += [(gap[0], start), (end, gap[1])]
                     found.add(id(v))
         return found
 
-    def peak(
-        self, donated: dict[int, Value], outside: Collection[Value] = (), in_loop: bool = False
-    ) -> Peak:
+    def peak(self, donated: dict[int, Value], outside: Collection[Value] = (), in_loop: bool = False) -> Peak:
         """Find when most bytes are live, of what is neither argument nor result.
 
         `donated` says over which argument a result is written; `outside` is not counted. In a loop, results
@@ -288,7 +289,7 @@ def _without_views(found: Sequence[Kernel]) -> list[Kernel]:
 
 
 def _in_order(found: Sequence[Kernel]) -> list[Kernel]:
-    """The kernels in the order in which what they read becomes ready: first what is given, then breadth first."""
+    """The kernels in the order in which what they read becomes ready, breadth first."""
     source = {id(v): kernel for kernel in found for v in kernel.step.results}
     waiting: dict[int, int] = {}
     readers: dict[int, list[Kernel]] = defaultdict(list)

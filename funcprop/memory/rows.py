@@ -42,23 +42,26 @@ def _first_scope(op_names: Iterable[str]) -> str:
     return next((scope for scope in map(scope_of, op_names) if scope), "")
 
 
-def compiled_rows(case: AccountedProgram, found: Assignment, trains: bool) -> tuple[Row, ...]:
+def compiled_rows(
+    case: AccountedProgram, found: Assignment, ours: MemoryEstimate, trains: bool
+) -> tuple[Row, ...]:
     """The rows of a compiled program; `trains` says whether it has two sweeps."""
-    rows = [_row(case, buffer, trains) for buffer in found.buffers]
+    rows = [_row(case, buffer, ours, trains) for buffer in found.buffers]
     if found.unused:
         rows.append(Row("gaps", "", "unused", found.unused, (found.unused,), "uint8", "placement"))
     return tuple(rows)
 
 
-def _row(case: AccountedProgram, buffer: Buffer, trains: bool) -> Row:
-    name, category = buffer.op_name.split("/")[-1] or buffer.opcode, "workspace"
+def _row(case: AccountedProgram, buffer: Buffer, ours: MemoryEstimate, trains: bool) -> Row:
+    name = buffer.op_name.split("/")[-1] or buffer.opcode
+    category: Category = "workspace"
     sweep, scope = sweep_of(buffer.op_name), scope_of(buffer.op_name)
     path = "" if buffer.source is None else _owner(case, case.read[buffer.source])
     operator = name
     if buffer.argument is not None:
         i = case.read[buffer.argument]
         name, category, path = case.names[i], case.categories[i], _owner(case, i)
-        operator, sweep, scope = "input", "", _first_scope(buffer.readers)
+        operator, sweep, scope = "input", "", _first_scope(ours.readers(ours.arguments[i]))
     elif buffer.kind == "constant":
         name, category = "constant", "constants"
     elif buffer.kind == "result":
@@ -69,9 +72,7 @@ def _row(case: AccountedProgram, buffer: Buffer, trains: bool) -> Row:
             name, scope, path, sweep = "pointers", "", "", ""
     elif buffer.op_name and buffer.opcode != "tuple":
         category = _purpose(sweep, buffer.readers, trains)
-    return Row(
-        *(name, scope, category, buffer.nbytes, buffer.shape, buffer.dtype, operator), sweep=sweep, path=path
-    )
+    return Row(name, scope, category, buffer.nbytes, buffer.shape, buffer.dtype, operator, sweep, path)
 
 
 def _owner(case: AccountedProgram, i: int) -> str:
@@ -164,5 +165,3 @@ def largest(rows: Iterable[Row], count: int = 3) -> str:
     """The largest rows as text."""
     chosen = sorted(rows, key=lambda row: -row.nbytes)[:count]
     return ", ".join(f"{row.name} {row.nbytes:,} ({row.category})" for row in chosen)
-
-

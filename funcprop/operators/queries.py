@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from funcprop.operators import products
@@ -19,6 +20,7 @@ from funcprop.operators.convergence import is_traced
 from funcprop.operators.eigenpairs import eigenpairs
 from funcprop.operators.estimate import Estimate
 from funcprop.operators.finite import require_finite
+from funcprop.operators.plots import interval_widths, plot_entries, plot_traces
 from funcprop.operators.solvers import require_damping, solve
 from funcprop.operators.spectral_density import Spectrum, spectrum
 from funcprop.operators.stochastic_estimates import estimate, squared_to_norm
@@ -251,6 +253,41 @@ class Queries(SymmetricMap):
         """
         products = min(64, self.parameters.size) if products is None else products
         return spectrum(self, samples, products, jax.random.key(0) if key is None else key)
+
+    def plot(
+        self,
+        what: str = "spectrum",
+        *,
+        samples: int | None = None,
+        key: Array | None = None,
+        axes: Any = None,
+    ) -> Any:
+        """Draw the spectrum, the diagonal or the traces by parameter; returns matplotlib's axes.
+
+        Args:
+            what: "spectrum", the density of the eigenvalues with an error band, by `spectrum`; "diagonal",
+                how its entries are distributed in each parameter; "traces", a bar for each parameter.
+            samples, key: of the estimates, as of these methods; the diagonal and the traces are exact
+            without. axes: those that are drawn on; new ones if None.
+
+        Raises:
+            ValueError: `what` is not known.
+            ModuleNotFoundError: matplotlib is not installed (the extra `draw`).
+        """
+        names = self.parameters
+        if what == "spectrum":
+            return self.spectrum(samples=samples or 10, key=key).plot(axes=axes)
+        if what == "diagonal":
+            found = self.diagonal(samples=samples, key=key)
+            leaves = jax.tree.leaves(found.value if isinstance(found, Estimate) else found)
+            return plot_entries(names.paths, leaves, "entries of the diagonal", axes)
+        if what == "traces":
+            found = self.traces(samples=samples, key=key)
+            if isinstance(found, Estimate):
+                values = np.array([float(x) for x in jax.tree.leaves(found.value)])
+                return plot_traces(names.paths, values, interval_widths(found), axes)
+            return plot_traces(names.paths, np.array([float(x) for x in jax.tree.leaves(found)]), None, axes)
+        raise ValueError(f"plot: what={what!r} is not known; choose 'spectrum', 'diagonal' or 'traces'.")
 
     # --- its inverse --------------------------------------------------------------------------
 

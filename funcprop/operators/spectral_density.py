@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from funcprop.operators.estimate import Estimate
 from funcprop.operators.finite import require_finite
 from funcprop.operators.lanczos import Tridiagonal, tridiagonal, tridiagonals
+from funcprop.operators.plots import plot_density
 from funcprop.operators.products import flat_map, mapped
 from funcprop.operators.stochastic_estimates import require_samples, signs
 from funcprop.operators.symmetric_map import SymmetricMap
@@ -71,6 +72,22 @@ class Spectrum:
             "accumulate: the spectra of minibatches have no mean; use fp.curvature.over(batches)(factory)"
             "(params).spectrum(), which is of all data."
         )
+
+    def plot(self, *, points: int = 400, width: float | None = None, axes: Any = None) -> Any:
+        """Draw the density with its error band, on a logarithmic scale; returns matplotlib's axes.
+
+        Args:
+            points: how many there are on the grid.
+            width: of the smoothing, as in `density`.
+            axes: those that are drawn on; new ones if None.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed (the extra `draw`).
+        """
+        low, high = (float(end) for end in self.range)
+        margin = max(0.05 * (high - low), 5 * float(self.width if width is None else width))
+        grid = np.linspace(low - margin, high + margin, points)
+        return plot_density(grid, self.density(grid, width), axes)
 
     @property
     def width(self) -> Array:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from funcprop.operators.estimate import Estimate
 from funcprop.operators.linear_operator import LinearOperator
+from funcprop.operators.plots import interval_widths, plot_density, plot_traces
 from funcprop.operators.spectral_density import Spectrum
 
 EXACT = 1024  # up to so many parameters, all eigenvalues are computed
@@ -28,6 +29,7 @@ class Summary:
         spectrum: nodes and weights; if exact, one row of all eigenvalues.
         traces: of each parameter's own block, and their standard errors (zeros if exact).
         trace: their sum, and its standard error.
+        samples: how many random vectors the traces are estimated from; 0 if exact.
     """
 
     paths: tuple[str, ...]
@@ -38,6 +40,7 @@ class Summary:
     spectrum: Spectrum
     traces: tuple[Float[np.ndarray, " l"], Float[np.ndarray, " l"]]
     trace: tuple[float, float]
+    samples: int
 
     @property
     def shares(self) -> Float[np.ndarray, " l"]:
@@ -64,6 +67,21 @@ class Summary:
     def _rounding(self) -> float:
         largest = max(abs(float(self.smallest[0])), abs(float(self.largest[-1])))
         return 100 * float(jnp.finfo(self.spectrum.nodes.dtype).eps) * largest
+
+    def plot(self, *, axes: Any = None) -> Any:
+        """Draw the density of the eigenvalues and the traces by parameter, on two axes that are returned.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed (the extra `draw`).
+        """
+        of_density, of_traces = (None, None) if axes is None else axes
+        grid, value, error = self.density()
+        samples = self.spectrum.nodes.shape[0]
+        density = plot_density(grid, Estimate(value, error, samples), of_density)
+        if self.exact:
+            return density, plot_traces(self.paths, self.traces[0], None, of_traces)
+        half = interval_widths(Estimate(list(self.traces[0]), list(self.traces[1]), self.samples))
+        return density, plot_traces(self.paths, self.traces[0], half, of_traces)
 
     def density(self, points: int = 400) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A grid over the spectrum, the smoothed density there, and its standard error."""
@@ -126,7 +144,7 @@ def summary(
         traces = np.array([float(jnp.trace(matrix[part, part])) for part in names.slices])
         zeros = np.zeros_like(traces)
         ends = np.asarray(values[-k:]), np.asarray(values[:k])
-        return Summary(names.paths, names.sizes, True, *ends, found, (traces, zeros), (traces.sum(), 0.0))
+        return Summary(names.paths, names.sizes, True, *ends, found, (traces, zeros), (traces.sum(), 0.0), 0)
     key = jax.random.key(0) if key is None else key
     start, probes, vectors = jax.random.split(key, 3)
     operator = operator.linearize()
@@ -136,4 +154,6 @@ def summary(
     total: Any = operator.trace(samples=4 * samples, key=probes)
     value, error = (np.array([float(x) for x in jax.tree.leaves(part)]) for part in (each.value, each.error))
     whole = float(total.value), float(total.error)
-    return Summary(names.paths, names.sizes, False, values[-k:], values[:k], found, (value, error), whole)
+    return Summary(
+        names.paths, names.sizes, False, values[-k:], values[:k], found, (value, error), whole, 4 * samples
+    )

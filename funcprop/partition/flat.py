@@ -68,13 +68,13 @@ def _renewed(jaxpr: Any, opens: Callable[[Any], bool]) -> tuple[Any, list[Any]]:
             atoms.update(zip(eqn.outvars, results, strict=True))
         return [v if isinstance(v, _jax.Literal) else atoms[v] for v in inner.outvars]
 
-    results = body(jaxpr, inputs, None)
+    results: list[Any] = body(jaxpr, inputs, None)
     variables = [*inputs[:count], *captured, *inputs[count:]]
     return _jax.jaxpr_of(equations, variables, results, "flat"), consts
 
 
 def _behind_barrier(equations: list[Any], eqn: Any, operands: list[Any], stack: Any) -> list[Any]:
-    """What a checkpoint that is computed again reads: the same values, which the compiler takes for others."""
+    """What a checkpoint reads that is computed again: values that the compiler takes for others."""
     places = [i for i, v in enumerate(operands) if not isinstance(v, _jax.Literal)]
     types = [jax.ShapeDtypeStruct(operands[i].aval.shape, operands[i].aval.dtype) for i in places]
     (barrier,) = _jax.open_jaxpr(jax.make_jaxpr(jax.lax.optimization_barrier)(types)).eqns
@@ -112,7 +112,7 @@ def simplified(jaxpr: Any) -> Any:
         if key is not None:
             seen[key] = list(eqn.outvars)
         equations.append(eqn)
-    results = [v if isinstance(v, _jax.Literal) else same.get(v, v) for v in pruned.outvars]
+    results: list[Any] = [v if isinstance(v, _jax.Literal) else same.get(v, v) for v in pruned.outvars]
     return _jax.jaxpr_of(equations, pruned.invars, results, "flat")
 
 

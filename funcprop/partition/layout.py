@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from funcprop import _jax
 from funcprop.partition.links import Place, rank, shape
-from funcprop.partition.logical_axes import Axes, Program
+from funcprop.partition.logical_axes import Axes, AxisProgram
 from funcprop.program.flops import flops
 from funcprop.program.sizes import nbytes
 
@@ -30,7 +30,7 @@ DATA, MODEL, STAGE = "data", "model", "stage"
 class MeshLayout:
     """A mesh, by the sizes of its axes, and what is split over each of these."""
 
-    program: Program
+    program: AxisProgram
     sizes: Mapping[str, int]
     split: Mapping[Place, str]
 
@@ -74,7 +74,9 @@ class MeshLayout:
         """Operations of one device; what no axis splits is done by all."""
         total = 0
         for eqn, trips in self.program.equations:
-            if not any(True for _ in _jax.sub_jaxprs(eqn)) or eqn.primitive.name.startswith(("reduce", "scatter")):
+            if not any(True for _ in _jax.sub_jaxprs(eqn)) or eqn.primitive.name.startswith(
+                ("reduce", "scatter")
+            ):
                 atoms = _jax.variables([*eqn.invars, *eqn.outvars])
                 names = {name for v in atoms for name in self.over(v) if name is not None}
                 total += trips * flops(eqn) // math.prod(self.sizes[name] for name in names)
@@ -92,7 +94,9 @@ def example_axis(axes: Axes, batch_variables: Sequence[Any]) -> Place | None:
     return max(candidates, key=lambda root: (work[root].flops, found.count(root)), default=None)
 
 
-def batch_places(program: Program, root: Place | None, batch_variables: Sequence[Any]) -> list[int | None]:
+def batch_places(
+    program: AxisProgram, root: Place | None, batch_variables: Sequence[Any]
+) -> list[int | None]:
     """Along which of its axes each array of the batch holds the examples; None for one that does not."""
     return [
         next((d for d in range(rank(v)) if shape(v)[d] > 1 and program.find((v, d)) == root), None)

@@ -88,8 +88,21 @@ def links_of(eqn: Any) -> Links:
 
 # Operators whose results have entries that depend on their place alone: each device makes its own.
 _MAKERS = frozenset(
-    "iota random_bits random_seed random_wrap random_unwrap random_split random_fold_in threefry2x32 "
-    "create_token after_all empty debug_callback debug_print".split()
+    [
+        "iota",
+        "random_bits",
+        "random_seed",
+        "random_wrap",
+        "random_unwrap",
+        "random_split",
+        "random_fold_in",
+        "threefry2x32",
+        "create_token",
+        "after_all",
+        "empty",
+        "debug_callback",
+        "debug_print",
+    ]
 )
 
 
@@ -249,9 +262,7 @@ def _scatter(eqn: Any, found: Links) -> None:
         else:
             found.block(result, d, "a slice of it is written by an index")
             found.block(updates, place, "a slice that is written by an index")
-    batching = dict(
-        zip(numbers.scatter_indices_batching_dims, numbers.operand_batching_dims, strict=True)
-    )
+    batching = dict(zip(numbers.scatter_indices_batching_dims, numbers.operand_batching_dims, strict=True))
     rest = [d for d in range(rank(updates)) if d not in numbers.update_window_dims]
     for d, place in enumerate(rest):
         found.link(indices, d, updates, place)
@@ -309,7 +320,9 @@ _TABLE: dict[str, Callable[[Any, Links], None]] = {
     "gather": _gather,
     **dict.fromkeys(("scatter-add", "scatter_add", "scatter-sub", "scatter", "scatter-mul"), _scatter),
     **dict.fromkeys(("scatter-min", "scatter-max"), _scatter),
-    **dict.fromkeys(("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window"), _window),
+    **dict.fromkeys(
+        ("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window"), _window
+    ),
     **dict.fromkeys(("select_and_scatter_add", "select_and_gather_add", "select_and_scatter"), _window),
     **dict.fromkeys(("sort", "top_k"), _sort),
     "concatenate": _parts("parts are joined along it (`concatenate`), such as gates in one weight"),

@@ -1,9 +1,9 @@
 """The logical axes of a model: which axes of which arrays are one, and which of them can be split.
 
-Nodes are pairs (variable, axis) of the program of loss and gradient; every operator joins those that are equal
-(`funcprop.partition.links`), and a class of them is an axis of the model. Splitting one over devices costs
-nothing but an all-reduce where an operator sums over it. An axis that occurs twice in one array, or that an
-operator cannot leave split, is not split, and says why.
+Nodes are pairs (variable, axis) of the program of loss and gradient; every operator joins those that are
+equal (`funcprop.partition.links`), and a class of them is an axis of the model. Splitting one over devices
+costs nothing but an all-reduce where an operator sums over it. An axis that occurs twice in one array, or
+that an operator cannot leave split, is not split, and says why.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Axis:
     key: Place
 
 
-class Program:
+class AxisProgram:
     """The flat program of loss and gradient, with the class of every axis of every variable."""
 
     def __init__(self, jaxpr: Any, consts: list[Any]) -> None:
@@ -174,7 +174,7 @@ class Program:
                     elif root != other:
                         conflicts[root].add(other)
                         conflicts[other].add(root)
-        reasons = {}
+        reasons: dict[Place, str] = {}
         for place, why in self._why.items():
             reasons.setdefault(self.find(place), why)
         return twice | {root: why for root, why in reasons.items() if root not in twice}, conflicts
@@ -252,7 +252,7 @@ class Axes:
     """The axes of a model, those of most operations first. `print(axes)` is a table, `.json()` the same."""
 
     axes: tuple[Axis, ...]
-    program: Program
+    program: AxisProgram
 
     def __iter__(self) -> Iterator[Axis]:
         return iter(self.axes)
@@ -270,14 +270,20 @@ class Axes:
     def __str__(self) -> str:
         rows = [("size", "FLOPs", "members", "cannot be split because")]
         for axis in self.axes:
-            shown = ", ".join(axis.members[:4]) + (f", … {len(axis.members)} in all" if axis.members[4:] else "")
+            shown = ", ".join(axis.members[:4]) + (
+                f", … {len(axis.members)} in all" if axis.members[4:] else ""
+            )
             rows.append((f"{axis.size}", f"{axis.flops:,}", shown, axis.why or ""))
         return aligned(rows, right={0, 1}, widest=100)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        names = "size", "members", "why", "flops"
+        return {"axes": [{name: getattr(axis, name) for name in names} for axis in self.axes]}
+
     def json(self) -> str:
         """The table as JSON."""
-        names = "size", "members", "why", "flops"
-        return json.dumps({"axes": [{name: getattr(axis, name) for name in names} for axis in self.axes]})
+        return json.dumps(self.as_dict())
 
 
 def axes(fun: Callable[..., Any], *, rules: RuleSet | None = None) -> Callable[..., Axes]:
@@ -309,14 +315,14 @@ def axes(fun: Callable[..., Any], *, rules: RuleSet | None = None) -> Callable[.
     return found
 
 
-def program_of(fun: Callable[..., Any], params: Any, batch: Any, rules: RuleSet | None) -> Program:
+def program_of(fun: Callable[..., Any], params: Any, batch: Any, rules: RuleSet | None) -> AxisProgram:
     """The program of value and gradient of a loss at given arguments, or at their shapes."""
     closed = jax.make_jaxpr(value_and_grad(fun, rules=rules))(params, batch)
     jaxpr, consts = flattened(closed)
-    return Program(with_makers_apart(simplified(jaxpr)), consts)
+    return AxisProgram(with_makers_apart(simplified(jaxpr)), consts)
 
 
-def axes_of(program: Program, params: Any, batch: Any, arguments: Sequence[Any] | None = None) -> Axes:
+def axes_of(program: AxisProgram, params: Any, batch: Any, arguments: Sequence[Any] | None = None) -> Axes:
     """The axes of a program by the names of its arguments; those of parameters and batch if it has others."""
     members: dict[Place, list[str]] = defaultdict(list)
     first: dict[Place, int] = {}

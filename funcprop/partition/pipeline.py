@@ -1,8 +1,8 @@
 """A pipeline of an unchanged loss: one program for each stage and sweep, run in the order of a timeline.
 
 The programs are ordinary jitted functions (several programs, several data), so stages may be unequal, and a
-parameter may be read by several of them: each has a copy, the gradients are added on the first, which owns it,
-and the copies are made anew from what the owner's optimizer has updated.
+parameter may be read by several of them: each has a copy, the gradients are added on the first, which owns
+it, and the copies are made anew from what the owner's optimizer has updated.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from funcprop import _jax
 from funcprop.partition.device_bytes import DeviceBytes
 from funcprop.partition.layout import DATA
 from funcprop.partition.problem import TrainingProblem
-from funcprop.partition.segments import Cuttable, Segment
+from funcprop.partition.segments import Cuttable, LossSegment
 from funcprop.partition.stages import StageProgram, StageUpdates, replicated, stage_meshes
-from funcprop.partition.task_order import Order, PipelineTask, Timeline, timeline
-from funcprop.partition.traffic import Collective
+from funcprop.partition.task_order import Order, PipelineTask, PipelineTimeline, timeline
+from funcprop.partition.traffic import Collective, compiled_collectives
 from funcprop.program.sizes import nbytes
 
 Watch = Callable[[PipelineTask], None]
@@ -52,7 +52,7 @@ class PipelinedProgram:
         return self.places or self.count
 
     @cached_property
-    def timeline(self) -> Timeline:
+    def timeline(self) -> PipelineTimeline:
         """Who does what when."""
         return timeline(self.order, self.count, self.microbatches, self._places)
 
@@ -62,23 +62,22 @@ class PipelinedProgram:
         return self.problem.part_shapes(self.microbatches)
 
     @cached_property
-    def segments(self) -> list[Segment]:
+    def segments(self) -> list[LossSegment]:
         """The loss of a microbatch, cut."""
         return Cuttable(self.problem.loss, self.problem.shapes[0], self.microbatch).segments(self.count)
 
     @cached_property
     def stages(self) -> list[StageProgram]:
         """The programs."""
-        return [
-            StageProgram(segment, self.problem.rules, self.recompute) for segment in self.segments
-        ]
+        return [StageProgram(segment, self.problem.rules, self.recompute) for segment in self.segments]
 
     @cached_property
     def owners(self) -> tuple[int, ...]:
         """The first stage that reads each parameter; the first of all for one that none reads."""
         count = len(jax.tree.leaves(self.problem.params))
         return tuple(
-            next((s for s, segment in enumerate(self.segments) if i in segment.params), 0) for i in range(count)
+            next((s for s, segment in enumerate(self.segments) if i in segment.params), 0)
+            for i in range(count)
         )
 
     # --- running it ---------------------------------------------------------------------------
@@ -92,7 +91,8 @@ class PipelinedProgram:
         needed = self._places * self.replicas
         if any(d.process_index != jax.process_index() for d in list(devices)[:needed]):
             raise ValueError(
-                "a pipeline over devices of several processes is not supported; use the devices of one process "
+                "a pipeline over devices of several processes is not supported; use the devices "
+                "of one process "
                 "(jax.local_devices()), or a plan of data or tensor parallelism over all."
             )
         return RunningPipeline(self, stage_meshes(devices, self._places, self.replicas))
@@ -153,12 +153,10 @@ class PipelinedProgram:
 
     @cached_property
     def predicted_traffic(self) -> list[Collective]:
-        """What stages hand each other in a step, forwards and backwards, and what is reduced over replicas."""
+        """What stages hand each other in a step, both ways, and what is reduced over replicas."""
         found = []
         for s, segment in enumerate(self.segments[:-1]):
-            for v in segment.outputs:
-                trips = self.microbatches * (2 if jnp.issubdtype(v.dtype, jnp.inexact) else 1)
-                found.append(Collective("send", nbytes(v) // self.replicas, f"stage {s} to {s + 1}", trips))
+            found += [_sent(v, s, self) for v in segment.outputs]
         if self.replicas > 1:
             leaves, _ = self._leaves
             found += [
@@ -172,7 +170,8 @@ class PipelinedProgram:
     def flops(self) -> int:
         """Operations of the busiest device in one step: its segments forward, twice as much backward."""
         work = [
-            sum(self.segments[s].flops for s in range(place, self.count, self._places)) for place in range(self._places)
+            sum(self.segments[s].flops for s in range(place, self.count, self._places))
+            for place in range(self._places)
         ]
         return max(work) * (4 if self.recompute else 3) * self.microbatches // self.replicas
 
@@ -192,14 +191,12 @@ class RunningPipeline:
     def place(self, params: Any, state: Any = None, optimizer: Any = None) -> tuple[Any, Any]:
         """Parameters, and the optimizer's state, each leaf on the devices of the stage that owns it."""
         leaves, tree = jax.tree.flatten(params)
-        placed = [
-            jax.device_put(x, replicated(self._mesh[s])) for x, s in zip(leaves, self.program.owners, strict=True)
-        ]
+        placed = [_copied(x, self._mesh[s]) for x, s in zip(leaves, self.program.owners, strict=True)]
         if state is None:
             return jax.tree.unflatten(tree, placed), None
         rest, state_tree = jax.tree.flatten(state)
         owners = self.program.updates(optimizer).state_owners
-        held = [jax.device_put(x, replicated(self._mesh[s or 0])) for x, s in zip(rest, owners, strict=True)]
+        held = [_copied(x, self._mesh[s or 0]) for x, s in zip(rest, owners, strict=True)]
         return jax.tree.unflatten(tree, placed), jax.tree.unflatten(state_tree, held)
 
     def _to(self, s: int, x: Any) -> Any:
@@ -227,9 +224,12 @@ class RunningPipeline:
         """The loss, and the leaves of the gradient, each where the parameter is."""
         program, last = self.program, self.program.count - 1
         leaves = jax.tree.leaves(params)
-        held = [[self._to(s, leaves[i]) for i in segment.params] for s, segment in enumerate(program.segments)]
+        held = [
+            [self._to(s, leaves[i]) for i in segment.params] for s, segment in enumerate(program.segments)
+        ]
         total = [
-            [jnp.zeros(x.shape, x.dtype, device=replicated(self._mesh[s])) for x in own] for s, own in enumerate(held)
+            [jnp.zeros(x.shape, x.dtype, device=replicated(self._mesh[s])) for x in own]
+            for s, own in enumerate(held)
         ]
         parts, weights = self._parts(batch)
         places = program.problem.batch_axes
@@ -245,7 +245,9 @@ class RunningPipeline:
                 outputs, kept = stage.forward(held[s], examples, inputs)
                 saved[s, m] = kept, examples, inputs
                 if s == last:
-                    weight = jax.device_put(jnp.asarray(weights[m], outputs[0].dtype), replicated(self._mesh[s]))
+                    weight = jax.device_put(
+                        jnp.asarray(weights[m], outputs[0].dtype), replicated(self._mesh[s])
+                    )
                     losses.append(weight * outputs[0])
                     handed["B", s, m] = [weight]
                 else:
@@ -309,33 +311,58 @@ class RunningPipeline:
 
         return step
 
-    def compiled_bytes(self) -> list[DeviceBytes]:
-        """The peak of the devices of each place, by what XLA says of its programs."""
+    def compiled(self) -> tuple[list[DeviceBytes], list[Collective]]:
+        """The peak of the devices of each place, and all collectives of a step, by the compiled programs."""
         program = self.program
         leaves, batch = program._leaves
         places = program.problem.batch_axes
         saved, extra = [], []
+        moved: list[Collective] = []
         shapes: list[Any] = []
         for s, stage in enumerate(program.stages):
             params, examples, _ = stage.types(leaves, batch)
             whole = replicated(self._mesh[s])
-            at = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-            params = [at(x, whole) for x in params]
+            params = [_at(x, whole) for x in params]
             split = [places[i] for i in stage.segment.batch]
             examples = [
-                at(x, NamedSharding(self._mesh[s], PartitionSpec() if d is None else PartitionSpec(*[None] * d, DATA)))
+                _at(
+                    x,
+                    NamedSharding(
+                        self._mesh[s], PartitionSpec() if d is None else PartitionSpec(*[None] * d, DATA)
+                    ),
+                )
                 for x, d in zip(examples, split, strict=True)
             ]
-            inputs = [at(x, NamedSharding(self._mesh[s], spec)) for x, spec in shapes]
+            inputs = [_at(x, NamedSharding(self._mesh[s], spec)) for x, spec in shapes]
             lowered = stage.forward.lower(params, examples, inputs)
             forward = lowered.compile()
-            outputs, pull = jax.tree.map(lambda x, sharding: at(x, sharding), lowered.out_info, forward.output_shardings)
+            outputs, pull = jax.tree.map(_at, lowered.out_info, forward.output_shardings)
             shapes = [(x, x.sharding.spec) for x in outputs]
+            if s < program.count - 1:
+                moved += [_sent(x, s, program) for x in outputs]
             backward = stage.backward.lower(params, pull, outputs, params, examples, inputs).compile()
+            for compiled in (forward, backward):
+                inside = compiled_collectives(_jax.program_text(compiled))
+                moved += [replace(c, trips=c.trips * program.microbatches) for c in inside]
             fields = _jax.memory_fields(forward), _jax.memory_fields(backward)
             handed = sum(nbytes(x) for x in outputs) // program.replicas
             received = sum(nbytes(x) for x in [*examples, *inputs]) // program.replicas
             saved.append(fields[0]["output"] - handed + received)
             new = fields[1]["output"] - fields[1]["alias"]
             extra.append(max(fields[0]["temporary"] + handed, fields[1]["temporary"] + new))
-        return program.bytes_with(saved, extra)
+        return program.bytes_with(saved, extra), moved
+
+
+def _sent(x: Any, stage: int, program: PipelinedProgram) -> Collective:
+    """What a stage hands to the next for each microbatch, and gets the cotangent of, if it has one."""
+    trips = program.microbatches * (2 if jnp.issubdtype(x.dtype, jnp.inexact) else 1)
+    return Collective("send", nbytes(x) // program.replicas, f"stage {stage} to {stage + 1}", trips)
+
+
+def _at(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _copied(x: Any, mesh: Mesh) -> Any:
+    """A copy: steps overwrite what they are given, and `device_put` shares what is already in its place."""
+    return jax.device_put(jnp.array(x, copy=True), replicated(mesh))

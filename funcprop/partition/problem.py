@@ -15,7 +15,7 @@ import optax
 
 from funcprop.partition.flat import flattened, simplified, with_makers_apart
 from funcprop.partition.layout import batch_places, example_axis
-from funcprop.partition.logical_axes import Axes, Program, axes_of, program_of
+from funcprop.partition.logical_axes import Axes, AxisProgram, axes_of, program_of
 from funcprop.program.call import has_values
 from funcprop.program.sizes import nbytes
 from funcprop.rules.rule_set import RuleSet
@@ -52,7 +52,7 @@ class TrainingProblem:
         return axes_of(program, *self.shapes)
 
     @property
-    def program(self) -> Program:
+    def program(self) -> AxisProgram:
         """The flat program of loss and gradient."""
         return self.axes.program
 
@@ -84,7 +84,8 @@ class TrainingProblem:
     def parts_of(self, batch: Any, parts: int, strided: bool) -> Any:
         """The batch with a new leading axis of so many parts; what holds no examples is repeated.
 
-        Strided parts have every `parts`-th example, so that the parts of a batch that is split over devices are.
+        Strided parts have every `parts`-th example, so that the parts of a batch that is split over
+        devices are.
         """
 
         def cut(x: Any, d: int | None) -> Any:
@@ -138,13 +139,17 @@ class TrainingProblem:
     @cached_property
     def state_bytes(self) -> int:
         """Bytes of the optimizer's state."""
-        return 0 if self.optimizer is None else sum(map(nbytes, jax.tree.leaves(self.state_shapes(self.optimizer))))
+        return (
+            0
+            if self.optimizer is None
+            else sum(map(nbytes, jax.tree.leaves(self.state_shapes(self.optimizer))))
+        )
 
 
-def flat_program(fun: Callable[..., Any], *shapes: Any) -> Program:
+def flat_program(fun: Callable[..., Any], *shapes: Any) -> AxisProgram:
     """The flat program of any function of pytrees, with the classes of its axes."""
     jaxpr, consts = flattened(jax.make_jaxpr(fun)(*shapes))
-    return Program(with_makers_apart(simplified(jaxpr)), consts)
+    return AxisProgram(with_makers_apart(simplified(jaxpr)), consts)
 
 
 def require_mean(problem: TrainingProblem, most: int = 64) -> None:
@@ -162,7 +167,11 @@ def require_mean(problem: TrainingProblem, most: int = 64) -> None:
     leaves, tree = jax.tree.flatten(problem.batch)
     places = problem.batch_axes
     pick = lambda at: jax.tree.unflatten(  # noqa: E731
-        tree, [x if d is None else jnp.take(jnp.asarray(x), at, axis=d) for x, d in zip(leaves, places, strict=True)]
+        tree,
+        [
+            x if d is None else jnp.take(jnp.asarray(x), at, axis=d)
+            for x, d in zip(leaves, places, strict=True)
+        ],
     )
     loss = jax.jit(problem.loss)
     weigh = problem.weight or (lambda batch: 1.0)
@@ -178,7 +187,9 @@ def require_mean(problem: TrainingProblem, most: int = 64) -> None:
     given = "weight=" if problem.weight is not None else "a weight of 1/2 each"
     raise ValueError(
         f"the loss is not the mean over examples: of {len(chosen)} examples it is {whole:.6g}, of the halves "
-        f"{first:.6g} and {second:.6g}, with {given} {mean:.6g}; it needs the weight {needed:.4g} for the first "
-        "half. Pass weight=, the function of a batch that says how much it counts (for instance its number of "
+        f"{first:.6g} and {second:.6g}, with {given} {mean:.6g}; it needs the weight "
+        f"{needed:.4g} for the first "
+        "half. Pass weight=, the function of a batch that says how much it counts (for instance "
+        "its number of "
         "tokens), or use plans without microbatches (data, tensor)."
     )

@@ -121,7 +121,9 @@ class SteppedProgram:
         leaves = layout.shardings(mesh, layout.program.jaxpr.invars[len(layout.program.consts) :])
         return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
-    def jitted(self, devices: Sequence[Any], optimizer: Any, gradient_only: bool = False) -> tuple[Any, tuple[Any, ...]]:
+    def jitted(
+        self, devices: Sequence[Any], optimizer: Any, gradient_only: bool = False
+    ) -> tuple[Any, tuple[Any, ...]]:
         """The program as a jitted function, and the layouts of its arguments."""
         optimizer = None if gradient_only else optimizer
         layout = self.layout if optimizer is self.problem.optimizer else self.laid_out(optimizer)
@@ -132,7 +134,11 @@ class SteppedProgram:
         donated = () if optimizer is None else (0, 1)
         options = dict(self.options) or None
         fun = jax.jit(
-            self.whole(optimizer), in_shardings=ins, out_shardings=outs, donate_argnums=donated, compiler_options=options
+            self.whole(optimizer),
+            in_shardings=ins,
+            out_shardings=outs,
+            donate_argnums=donated,
+            compiler_options=options,
         )
         return fun, ins
 
@@ -140,7 +146,9 @@ class SteppedProgram:
         """The program compiled for some devices, which need not be there."""
         fun, ins = self.jitted(devices, self.problem.optimizer)
         shapes = self.arguments(self.problem.optimizer)
-        placed = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, ins)
+        placed = jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, ins
+        )
         return fun.lower(*placed).compile()
 
     @cached_property

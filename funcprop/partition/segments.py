@@ -26,7 +26,7 @@ _NARROW = 1.01
 
 
 @dataclass(frozen=True, eq=False)
-class Segment:
+class LossSegment:
     """A part of a loss: `run(params, batch, inputs) -> outputs`, lists of arrays; the last returns the loss.
 
     Attributes:
@@ -62,10 +62,14 @@ class CutError(ValueError):
 
 
 def opened(eqn: Any) -> bool:
-    """Whether a call is opened before cutting: not one with a derivative, or a checkpoint, of the user's own."""
+    """Whether a call is opened before cutting: not one with a derivative of its own, nor a checkpoint."""
     if eqn.primitive.name not in CALLS:
         return False
-    return not any(e.primitive.name == "funcprop_layer" for _, body in _jax.sub_jaxprs(eqn) for e in _jax.open_jaxpr(body).eqns)
+    return not any(
+        e.primitive.name == "funcprop_layer"
+        for _, body in _jax.sub_jaxprs(eqn)
+        for e in _jax.open_jaxpr(body).eqns
+    )
 
 
 class Cuttable:
@@ -87,7 +91,8 @@ class Cuttable:
     def _split(self) -> tuple[list[Any], list[Any]]:
         """The equations that depend on both parameters and batch, and the others."""
         of_params, of_batch = set(self.params), set(self.batch)
-        main, free = [], []
+        main: list[Any] = []
+        free: list[Any] = []
         for eqn in self.jaxpr.eqns:
             read = _jax.variables(eqn.invars)
             by_params, by_batch = any(v in of_params for v in read), any(v in of_batch for v in read)
@@ -143,7 +148,8 @@ class Cuttable:
         most = len(points) - 1
         if count > most:
             raise CutError(
-                f"the loss can be cut into {most} segments where few bytes cross, not into {count}; use at most "
+                f"the loss can be cut into {most} segments where few bytes cross, not into "
+                f"{count}; use at most "
                 f"{most} stages.",
                 most,
             )
@@ -159,21 +165,25 @@ class Cuttable:
             best = new
         return [points[j] for j in [0, *best[most][1]]]
 
-    def segments(self, count: int) -> list[Segment]:
+    def segments(self, count: int) -> list[LossSegment]:
         """The loss in so many segments; errors as of `cuts`."""
         cuts = self.cuts(count)
-        found: list[Segment] = []
+        found: list[LossSegment] = []
         inputs: list[Any] = []
         for s, (start, end) in enumerate(itertools.pairwise(cuts)):
             last = s == count - 1
             outputs = list(self.jaxpr.outvars) if last else self.crossing(end)
-            found.append(self._segment(self.main[start:end], inputs, outputs, self.work[end] - self.work[start]))
+            found.append(
+                self._segment(self.main[start:end], inputs, outputs, self.work[end] - self.work[start])
+            )
             inputs = outputs
         return found
 
-    def _segment(self, main: Sequence[Any], inputs: list[Any], outputs: list[Any], work: int) -> Segment:
+    def _segment(self, main: Sequence[Any], inputs: list[Any], outputs: list[Any], work: int) -> LossSegment:
         inside = {v for eqn in main for v in eqn.outvars}
-        wanted = [v for eqn in main for v in _jax.variables(eqn.invars) if v not in inside and v not in inputs]
+        wanted = [
+            v for eqn in main for v in _jax.variables(eqn.invars) if v not in inside and v not in inputs
+        ]
         given = {*self.jaxpr.invars, *inputs, *inside}
         body = [*_jax.needed_equations(self.free, [*wanted, *outputs], given), *main]
         read = {v for eqn in body for v in _jax.variables(eqn.invars)} | set(_jax.variables(outputs))
@@ -193,7 +203,9 @@ class Cuttable:
             return _jax.evaluate(jaxpr, (), [*params, *batch, *inputs, *consts])
 
         types = [[_type(v) for v in atoms] for atoms in (inputs, outputs)]
-        return Segment(run, params, batch, tuple(types[0]), tuple(types[1]), work, len(body), tuple(outputs))
+        return LossSegment(
+            run, params, batch, tuple(types[0]), tuple(types[1]), work, len(body), tuple(outputs)
+        )
 
 
 def _type(v: Any) -> jax.ShapeDtypeStruct:

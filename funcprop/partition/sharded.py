@@ -1,8 +1,10 @@
-"""ZeRO-3 of an unchanged loss: every device keeps a part of each parameter, its gradient and its optimizer state.
+"""ZeRO-3 of an unchanged loss: every device keeps a part of each parameter, its gradient and its optimizer
+state.
 
-The loss is cut into segments. Each gathers its parameters when its input has arrived (a barrier ties them), is
-a checkpoint, so that they are gathered again in the backward sweep and not kept, and hands back its gradients
-reduce-scattered, which is the transpose of gathering. Without the barrier XLA starts all gathers at once.
+The loss is cut into segments. Each gathers its parameters when its input has arrived (a barrier ties
+them), is a checkpoint, so that they are gathered again in the backward sweep and not kept, and hands back
+its gradients reduce-scattered, which is the transpose of gathering. Without the barrier XLA starts all
+gathers at once.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from funcprop import _jax
 from funcprop._jax.xla_options import barrier_options
@@ -61,9 +63,14 @@ class ShardedProgram:
         )
 
     def local_loss(self, shards: Any, batch: Any) -> Any:
-        """The loss of one device's part of the batch with its shards of the parameters, inside `shard_map`."""
+        """The loss of one device's examples with its shards of the parameters, inside `shard_map`."""
         problem, places = self.problem, self.places
         leaves, tree = jax.tree.flatten(shards)
+        # What is kept whole is used as what varies over the devices, so that its gradient is added up once.
+        leaves = [
+            jax.lax.pcast(x, DATA, to="varying") if d is None else x
+            for x, d in zip(leaves, places, strict=True)
+        ]
         gather = lambda x, d: x if d is None else jax.lax.all_gather(x, DATA, axis=d, tiled=True)  # noqa: E731
         # Traced here: a jaxpr that was made outside has no casts to what varies over the devices.
         whole = [gather(x, d) for x, d in zip(leaves, places, strict=True)]
@@ -86,7 +93,7 @@ class ShardedProgram:
         weight = jnp.asarray(problem.weight(batch), values[0].dtype)
         return jax.lax.psum(weight * values[0], DATA) / jax.lax.psum(weight, DATA)
 
-    def gradient(self, mesh: Mesh) -> Callable[..., Any]:
+    def gradient(self, mesh: Any) -> Callable[..., Any]:
         """Value and gradient of split parameters and batch; the gradient is split as they are."""
         specs = self._specs(self.problem.shapes[0])
         return jax.shard_map(
@@ -96,34 +103,40 @@ class ShardedProgram:
             out_specs=(PartitionSpec(), specs),
         )
 
-    def jitted(self, devices: Sequence[Any], optimizer: Any, gradient_only: bool = False) -> tuple[Any, tuple[Any, ...]]:
+    def jitted(
+        self, devices: Sequence[Any], optimizer: Any, gradient_only: bool = False
+    ) -> tuple[Any, tuple[Any, ...]]:
         """The program as a jitted function, and the layouts of its arguments."""
         mesh = mesh_of(devices, {DATA: self.parts})
         at = lambda specs: jax.tree.map(lambda s: NamedSharding(mesh, s), specs)  # noqa: E731
         params, batch = at(self._specs(self.problem.shapes[0])), at(self._batch_specs)
         one = NamedSharding(mesh, PartitionSpec())
-        options = barrier_options(self.platform)
-        gradient = self.gradient(mesh)
+        options = barrier_options(self.platform) or None
+        fun, ins, outs = self.gradient(mesh), (params, batch), (one, params)
         if optimizer is None or gradient_only:
-            ins, outs, donated, fun = (params, batch), (one, params), (), gradient
-        else:
-            state = at(self._specs(self.problem.state_shapes(optimizer)))
-            ins, outs, donated = (params, state, batch), (params, state, one), (0, 1)
-            fun = updated(gradient, optimizer)
-        return (
-            jax.jit(
-                fun, in_shardings=ins, out_shardings=outs, donate_argnums=donated, compiler_options=options or None
-            ),
-            ins,
+            return jax.jit(fun, in_shardings=ins, out_shardings=outs, compiler_options=options), ins
+        state = at(self._specs(self.problem.state_shapes(optimizer)))
+        whole = (params, state, batch)
+        step = jax.jit(
+            updated(fun, optimizer),
+            in_shardings=whole,
+            out_shardings=(params, state, one),
+            donate_argnums=(0, 1),
+            compiler_options=options,
         )
+        return step, whole
 
     def compiled(self, devices: Sequence[Any]) -> Any:
         """The program compiled for some devices."""
         optimizer = self.problem.optimizer
         fun, ins = self.jitted(devices, optimizer)
         params, batch = self.problem.shapes
-        shapes = (params, batch) if optimizer is None else (params, self.problem.state_shapes(optimizer), batch)
-        placed = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, ins)
+        shapes = (
+            (params, batch) if optimizer is None else (params, self.problem.state_shapes(optimizer), batch)
+        )
+        placed = jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, ins
+        )
         return fun.lower(*placed).compile()
 
     @cached_property

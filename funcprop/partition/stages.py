@@ -18,7 +18,7 @@ from funcprop import _jax
 from funcprop.partition.device_bytes import flat_jaxpr, peak_of
 from funcprop.partition.flat import flattened
 from funcprop.partition.layout import DATA
-from funcprop.partition.segments import Segment
+from funcprop.partition.segments import LossSegment
 from funcprop.program.sizes import nbytes
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
@@ -29,11 +29,11 @@ class StageProgram:
     """A segment of a loss on the devices of one stage.
 
     `forward(params, batch, inputs) -> outputs, saved` and `backward(total, saved, cotangents, params, batch,
-    inputs) -> total, cotangents of inputs`, in which the gradients are added to `total`. `saved` is the pullback
-    without what it was given; with `recompute` it is empty, and the segment is run again.
+    inputs) -> total, cotangents of inputs`, in which the gradients are added to `total`. `saved` is the
+    pullback without what it was given; with `recompute` it is empty, and the segment is run again.
     """
 
-    segment: Segment
+    segment: LossSegment
     rules: RuleSet | None
     recompute: bool
 
@@ -86,7 +86,7 @@ class StageProgram:
         return sum(map(nbytes, jax.tree.leaves((saved, given[1:]))))
 
     def extra_bytes(self, params: Sequence[Any], batch: Sequence[Any]) -> int:
-        """Bytes that a sweep needs besides what it reads, is saved, and is added up: the larger of the two."""
+        """Bytes that a sweep needs besides what it reads, saves and adds up: the larger of the two."""
         given = self.types(params, batch)
         _, saved = jax.eval_shape(self.forward, *given)
         cotangents = list(self.segment.outputs)
@@ -113,7 +113,7 @@ def _extra(fun: Any, arguments: Any, donated: int) -> int:
     return found.total - sum(map(nbytes, jaxpr.invars))
 
 
-class Coupled(ValueError):
+class CoupledError(ValueError):
     """An optimizer whose update of one parameter depends on the gradients of those of other stages."""
 
 
@@ -122,7 +122,7 @@ class StageUpdates:
     """The optimizer's update, taken apart into one for each stage; `owners` is the stage of each parameter.
 
     Raises:
-        Coupled: when it is made, if the update of a parameter reads gradients of several stages.
+        CoupledError: when it is made, if the update of a parameter reads gradients of several stages.
     """
 
     optimizer: optax.GradientTransformation
@@ -161,8 +161,9 @@ class StageUpdates:
                 break
             state = [old | new for old, new in zip(state, found[count:], strict=True)]
         if any(mask & (mask - 1) for mask in found):
-            raise Coupled(
-                "the optimizer's update of a parameter reads gradients of several stages of the pipeline (such as "
+            raise CoupledError(
+                "the optimizer's update of a parameter reads gradients of several stages of the "
+                "pipeline (such as "
                 "optax.clip_by_global_norm); use optax.clip, or a plan without a pipeline."
             )
         return [mask.bit_length() - 1 if mask else None for mask in state]
@@ -187,9 +188,7 @@ class StageUpdates:
 
             def update(params: Any, state: Any, grads: Any, part: Any = part, split: int = len(own)) -> Any:
                 values = _jax.evaluate(part, (), [*consts, *params, *state, *grads])
-                values = [
-                    jnp.asarray(x, v.aval.dtype) for x, v in zip(values, part.outvars, strict=True)
-                ]
+                values = [jnp.asarray(x, v.aval.dtype) for x, v in zip(values, part.outvars, strict=True)]
                 return values[:split], values[split:]
 
             found.append(jax.jit(update, donate_argnums=(0, 2)))

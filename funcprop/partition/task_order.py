@@ -1,7 +1,7 @@
 """In which order the stages of a pipeline do their work: GPipe, 1F1B, interleaved.
 
-A schedule is data: for each device the order of its tasks, each the forward or backward sweep of a stage for a
-microbatch. It is checked to end, and drawn.
+A schedule is data: for each device the order of its tasks, each the forward or backward sweep of a stage
+for a microbatch. It is checked to end, and drawn.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PipelineTask(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Timeline:
+class PipelineTimeline:
     """All tasks of a step in an order in which they can be run. `svg()` draws it, `print` writes it.
 
     `devices` says which device each stage is on; several stages on one are run one at a time.
@@ -65,9 +65,13 @@ class Timeline:
 
     def __str__(self) -> str:
         width = len(f"F{self.microbatches - 1}") + (2 if len(set(self.devices)) < len(self.devices) else 0)
-        label = lambda t: "." if t is None else f"{t.sweep}{t.microbatch}" + (  # noqa: E731
-            f"/{t.stage}" if len(set(self.devices)) < len(self.devices) else ""
-        )
+        several = len(set(self.devices)) < len(self.devices)
+
+        def label(task: PipelineTask | None) -> str:
+            if task is None:
+                return "."
+            return f"{task.sweep}{task.microbatch}" + (f"/{task.stage}" if several else "")
+
         lines = [" ".join(label(task).ljust(width) for task in row).rstrip() for row in self._rows()]
         return "\n".join(f"device {i}: {line}" for i, line in enumerate(lines))
 
@@ -85,11 +89,12 @@ class Timeline:
                     x = left + unit * task.tick
                     colour = "#cfe3f7" if task.sweep == "F" else "#f7d9c4"
                     what = "forward" if task.sweep == "F" else "backward"
-                    title = f"{what} sweep of stage {task.stage}, microbatch {task.microbatch}, tick {task.tick}"
+                    title = f"{what} sweep of stage {task.stage}, microbatch {task.microbatch}"
                     boxes.append(
                         f'<g><title>{escape(title)}</title><rect x="{x}" y="{y}" width="{unit - 2}" '
                         f'height="{height - 4}" rx="3" fill="{colour}" stroke="#667"/>'
-                        f'<text x="{x + unit / 2 - 1:g}" y="{y + 16}" text-anchor="middle">{task.microbatch}</text></g>'
+                        f'<text x="{x + unit / 2 - 1:g}" y="{y + 16}" text-anchor="middle">'
+                        f"{task.microbatch}</text></g>"
                     )
         caption = (
             f"{self.microbatches} microbatches, {self.ticks} ticks, bubble {self.bubble:.0%}; "
@@ -97,8 +102,9 @@ class Timeline:
         )
         boxes.append(f'<text x="{left}" y="{bottom - 8}">{escape(caption)}</text>')
         return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{bottom}" viewBox="0 0 {width} {bottom}" '
-            'role="img" font-family="Helvetica, Arial, sans-serif" font-size="11">'
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{bottom}" '
+            f'viewBox="0 0 {width} {bottom}" role="img" '
+            'font-family="Helvetica, Arial, sans-serif" font-size="11">'
             "<title>Pipeline schedule</title>" + "".join(boxes) + "</svg>"
         )
 
@@ -111,12 +117,13 @@ class Timeline:
             file.write(self.svg())
 
 
-def timeline(order: Order, stages: int, microbatches: int, devices: int | None = None) -> Timeline:
+def timeline(order: Order, stages: int, microbatches: int, devices: int | None = None) -> PipelineTimeline:
     """The tasks of a pipeline of `stages` stages.
 
-    "gpipe": all forward sweeps, then all backward sweeps: every microbatch is held. "1f1b": a stage begins its
-    backward sweeps as soon as it can, so that it holds at most `stages − stage` microbatches. "interleaved":
-    each of `devices` devices has several stages that are not neighbours, which shortens the bubble.
+    "gpipe": all forward sweeps, then all backward sweeps: every microbatch is held. "1f1b": a stage begins
+    its backward sweeps as soon as it can, so that it holds at most `stages − stage` microbatches.
+    "interleaved": each of `devices` devices has several stages that are not neighbours, which shortens the
+    bubble.
 
     Raises:
         ValueError: the order is not known, or the stages cannot be shared out among the devices.
@@ -125,40 +132,48 @@ def timeline(order: Order, stages: int, microbatches: int, devices: int | None =
         raise ValueError(f"schedule={order!r} is not known; use one of {', '.join(ORDERS)}.")
     places = stages if devices is None else devices
     if stages % places:
-        raise ValueError(f"{stages} stages cannot be shared out among {places} devices; use a multiple of {places}.")
+        raise ValueError(
+            f"{stages} stages cannot be shared out among {places} devices; use a multiple of {places}."
+        )
     on = tuple(s % places for s in range(stages))
     each = stages // places
     if each > 1 and order != "gpipe" and microbatches % places:
         raise ValueError(
-            f"schedule={order!r} with {each} stages on each device: {microbatches} microbatches are no multiple of "
-            f"{places} devices; use {places * max(1, microbatches // places)}, or schedule='gpipe'."
+            f"schedule={order!r} with {each} stages on each device: {microbatches} microbatches are no "
+            f"multiple of {places} devices; use {places * max(1, microbatches // places)}, or "
+            "schedule='gpipe'."
         )
     make = _all_forward_first if order == "gpipe" else _one_forward_one_backward
-    return Timeline(_merged([make(d, stages, places, microbatches) for d in range(places)], stages), on, microbatches)
+    queues = [make(d, stages, places, microbatches) for d in range(places)]
+    return PipelineTimeline(_merged(queues, stages), on, microbatches)
 
 
-def _all_forward_first(device: int, stages: int, places: int, microbatches: int) -> list[tuple[str, int, int]]:
+def _all_forward_first(
+    device: int, stages: int, places: int, microbatches: int
+) -> list[tuple[str, int, int]]:
     own = range(device, stages, places)
     forward = [("F", s, m) for s in own for m in range(microbatches)]
     return forward + [("B", s, m) for s in reversed(own) for m in range(microbatches)]
 
 
-def _one_forward_one_backward(device: int, stages: int, places: int, microbatches: int) -> list[tuple[str, int, int]]:
+def _one_forward_one_backward(
+    device: int, stages: int, places: int, microbatches: int
+) -> list[tuple[str, int, int]]:
     """Some forward sweeps to fill the pipeline, then one backward for each forward.
 
-    With several stages on a device, as many microbatches as there are devices pass through one before the next.
+    With several stages on a device, as many microbatches as there are devices pass one before the next.
     """
     each, count = stages // places, microbatches * (stages // places)
 
     def task(k: int, sweep: str) -> tuple[str, int, int]:
+        if each == 1:
+            return sweep, device, k
         own = k % (places * each) // places
         own = own if sweep == "F" else each - 1 - own
         return sweep, own * places + device, k // (places * each) * places + k % places
 
     filling = places - device - 1
     filling = min(count, filling if each == 1 else 2 * filling + (each - 1) * places)
-    if each == 1:
-        task = lambda k, sweep: (sweep, device, k)  # noqa: E731
     found = [task(k, "F") for k in range(filling)]
     for k in range(count):
         if k + filling < count:

@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from funcprop._jax import hlo
 from funcprop.partition.layout import MeshLayout

@@ -5,6 +5,6 @@
 * `autodiff`: none; every operator is differentiated by JAX.
 """
 
-import lazy_loader
+from funcprop.public_names import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

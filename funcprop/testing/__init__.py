@@ -4,6 +4,6 @@
 transformation; `check_gradient` does the same for the gradient of a whole function.
 """
 
-import lazy_loader
+from funcprop.public_names import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

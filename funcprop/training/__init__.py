@@ -1,5 +1,5 @@
 """Training: minibatch stochastic gradient descent as pure functions, and data that needs no network."""
 
-import lazy_loader
+from funcprop.public_names import attach
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

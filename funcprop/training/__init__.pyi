@@ -1,5 +1,4 @@
 from .chapter_data import chapter as chapter
-from .checkpoints import CheckpointError as CheckpointError
 from .checkpoints import Checkpoints as Checkpoints
 from .data import Dataset as Dataset
 from .data import Minibatches as Minibatches
@@ -19,6 +18,7 @@ from .loop import Epoch as Epoch
 from .loop import Setup as Setup
 from .loop import apply_loss as apply_loss
 from .loop import make_step as make_step
+from .manifest import CheckpointError as CheckpointError
 from .mixed_precision import LossScale as LossScale
 from .mixed_precision import MixedPrecision as MixedPrecision
 from .newton import NewtonCGState as NewtonCGState

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
-import re
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +22,7 @@ import numpy as np
 
 from funcprop.training.manifest import (
     MANIFEST,
+    CheckpointError,
     DamagedError,
     Manifest,
     file_checksums,
@@ -32,13 +30,11 @@ from funcprop.training.manifest import (
     versions,
 )
 from funcprop.training.peers import Peers
+from funcprop.training.quiet_orbax import cause, quiet
+from funcprop.training.saved_arrays import in_structure, named_arrays, require_same
 
 DAMAGED, REPLACED = ".damaged", ".removed"
 MARK = ".funcprop"  # Where it is, unfinished steps are ours; a run holds a lock on it.
-
-
-class CheckpointError(Exception):
-    """A step can be neither written nor read; the message names the directory or the file, and the remedy."""
 
 
 class Restored(NamedTuple):
@@ -108,7 +104,7 @@ class Checkpoints:
                 name=error.name,
             ) from error
         self._peers = Peers() if peers is None else peers
-        with self._owned(), _quiet():
+        with self._owned(), quiet():
             handler = ocp.PyTreeCheckpointHandler()
             self._writer = ocp.AsyncCheckpointer(handler, timeout_secs=600)
             try:
@@ -174,7 +170,7 @@ class Checkpoints:
             CheckpointError: the step before it, or this one, cannot be written.
         """
         self.wait()
-        arrays = _named_arrays(tree)
+        arrays = named_arrays(tree)
         leaves = {name: leaf_facts(array) for name, array in arrays.items()}
         mesh = next((a.sharding.mesh for a in arrays.values() if hasattr(a.sharding, "mesh")), None)
         devices = {
@@ -216,7 +212,7 @@ class Checkpoints:
             last = self.steps()
             kept = f"step {last[-1]} is the last good one" if last else "no step has been saved yet"
             raise CheckpointError(
-                f"checkpoints: step {step} could not be written to {self._path(step)}: {_cause(error)}; "
+                f"checkpoints: step {step} could not be written to {self._path(step)}: {cause(error)}; "
                 f"{kept}."
             ) from error
 
@@ -283,8 +279,8 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         manifest = Manifest.read(path)
-        wanted = _named_arrays(like)
-        _require_same(path, manifest, wanted)
+        wanted = named_arrays(like)
+        require_same(path, manifest, wanted)
         manifest.verify_files(path)
         restored = {name: array for name, array in wanted.items() if array.size}
         how = {
@@ -296,10 +292,10 @@ class Checkpoints:
         try:
             found = self._writer.restore(path, args=ocp.args.PyTreeRestore(item=restored, restore_args=how))
         except Exception as error:
-            raise DamagedError(f"{path} cannot be read: {_cause(error)}") from error
+            raise DamagedError(f"{path} cannot be read: {cause(error)}") from error
         arrays = wanted | {name: jnp.asarray(array) for name, array in found.items()}
         manifest.verify_leaves(path, arrays)
-        return Restored(_like(like, arrays), manifest)
+        return Restored(in_structure(like, arrays), manifest)
 
     def _path(self, step: int) -> Path:
         return self.directory / str(step)
@@ -313,89 +309,3 @@ class Checkpoints:
             path.rename(aside)
             if suffix == REPLACED:
                 shutil.rmtree(aside)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep orbax from logging, and its threads from printing, what we say in one line."""
-
-    def by_another(record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname
-
-    def hook(unraisable: Any) -> None:
-        # When several files fail at once, the second failure finds nobody who waits for it.
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    logger, before = logging.getLogger("absl"), sys.unraisablehook
-    logger.addFilter(by_another)
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        logger.removeFilter(by_another)
-        if sys.unraisablehook is hook:
-            sys.unraisablehook = before
-
-
-def _cause(error: BaseException) -> str:
-    """What the system says of a file, if the error is from there; else the error's first line."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-    text = str(error)
-    code, files = re.search(r"os_error_code='(\d+)'", text), re.findall(r'"(/[^"]+)"', text)
-    if code is not None and files:
-        return f"{os.strerror(int(code[1]))} ({files[-1]})"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
-
-
-def _named_arrays(tree: Any) -> dict[str, jax.Array]:
-    """The leaves by their paths, as arrays of numbers.
-
-    Raises:
-        TypeError: a leaf is no array.
-    """
-    found: dict[str, jax.Array] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator=".") or "array"
-        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
-            raise TypeError(
-                f"checkpoints: {name} is of type {type(leaf).__name__}; only arrays can be saved. Keep what "
-                "is no array outside of params and state, as eqx.partition does."
-            )
-        array = jnp.asarray(leaf)
-        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-            array = jax.random.key_data(array)
-        while name in found:
-            name += "_"
-        found[name] = array
-    return found
-
-
-def _like(tree: Any, arrays: dict[str, jax.Array]) -> Any:
-    leaves, structure = jax.tree.flatten(tree)
-
-    def leaf(old: Any, new: jax.Array) -> Any:
-        if isinstance(old, jax.Array) and jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(new, impl=jax.random.key_impl(old))
-        return new
-
-    return jax.tree.unflatten(structure, map(leaf, leaves, arrays.values()))
-
-
-def _require_same(path: Path, manifest: Manifest, wanted: dict[str, jax.Array]) -> None:
-    """Require the arrays of a step to be those that are asked for.
-
-    Raises:
-        CheckpointError: they have other names, shapes or dtypes.
-    """
-    remedy = "go on with the model and optimizer that wrote it, or choose another directory."
-    saved = {name: f"{leaf['dtype']}{leaf['shape']}" for name, leaf in manifest.leaves.items()}
-    asked = {name: f"{array.dtype}{list(array.shape)}" for name, array in wanted.items()}
-    for name in dict.fromkeys([*asked, *saved]):
-        if saved.get(name) != asked.get(name):
-            raise CheckpointError(
-                f"checkpoints: {path} has {saved.get(name, 'no')} {name}, this run has "
-                f"{asked.get(name, 'no such array')}; {remedy}"
-            )

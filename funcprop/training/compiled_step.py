@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from funcprop._jax.compiled_programs import held_bytes, memory_fields
+from funcprop.training.training_loss import arguments as in_order
 from funcprop.training.update_step import Carried, Outcome
 
 
@@ -70,15 +72,15 @@ class PlannedStep:
 
     nbytes: int | None = None
 
-    def __init__(self, step: Callable[..., Any]) -> None:
-        self._step = step
+    def __init__(self, step: Callable[..., Any], loss: Callable[..., Any], params: Any) -> None:
+        self._step, self._loss, self._params = step, loss, params
 
     def compile(self, *arguments: Any) -> None:
         """Do nothing: a plan compiles its programs itself."""
 
-    def text(self, *arguments: Any) -> str:
-        """Return nothing: a plan's programs are its own."""
-        return ""
+    def text(self, params: Any, carried: Any, batch: Any, *_: Any) -> str:
+        """Return the loss that was planned, as a program; that of the plan is made from it."""
+        return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(self._loss)(self._params, *in_order(batch))))
 
     def __call__(self, params: Any, carried: Carried, batch: Any, key: Any, number: Any) -> Any:
         """Take a step as the plan does."""

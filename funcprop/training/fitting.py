@@ -50,6 +50,10 @@ def fit(
     are clipped by the optimizer: `optax.chain(optax.clip_by_global_norm(1.0), …)`. What a step is given
     depends on `key` and on its number alone.
 
+    Several processes (`join_processes`) that call this with the same arguments train as one. They are
+    compared at the start; where one of them is gone, dead or stopped, the others say so in one line and
+    leave with exit code 75.
+
     Args:
         loss, params, batches, optimizer, evaluate: see `Setup`. Parameters may be placed on several devices
             (`jax.device_put` with a `NamedSharding`); batches are placed by `batches`.

@@ -23,6 +23,7 @@ from funcprop.rules.transforms import value_and_grad
 from funcprop.training.position import Batches
 from funcprop.training.training_loss import arguments
 from funcprop.training.training_state import TrainingState
+from funcprop.training.update_step import with_extra_arguments
 
 Loss: TypeAlias = Callable[..., Any]
 Evaluate: TypeAlias = Callable[..., Mapping[str, Any]]
@@ -125,10 +126,7 @@ def make_step(
         >>> print(w, loss)
         [0.5 0.5] 2.0
     """
-
-    if isinstance(optimizer, optax.MultiSteps):  # It hands extra arguments on, but its type does not say so.
-        optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
-    transformation = optax.with_extra_args_support(optimizer)
+    transformation = with_extra_arguments(optimizer)
 
     def step(params: Any, state: Any, batch: Any, *carried: Any) -> tuple[Any, ...]:
         if len(carried) > 1 or (carried and not has_aux):

@@ -22,6 +22,10 @@ MANIFEST = "manifest.json"
 BLOCK = 1 << 20
 
 
+class CheckpointError(Exception):
+    """A step can be neither written nor read; the message names the directory or the file, and the remedy."""
+
+
 class DamagedError(Exception):
     """A saved step is not what was written; the message names the file."""
 

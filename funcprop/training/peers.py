@@ -26,7 +26,7 @@ from funcprop._jax import processes as _processes
 
 EXIT = 75  # EX_TEMPFAIL of sysexits.h: the same start may succeed later
 HEARTBEAT = 30  # seconds, after which JAX itself aborts a process that has lost another
-SILENCE = 20.0  # seconds without a sign, after which a process counts as stopped
+SILENCE = 8.0  # seconds without a sign, after which a process counts as gone, dead or stopped
 PULSE = 0.5  # seconds between signs
 DEAD = 3.0  # seconds without a sign, after which it is named as the one that broke a collective
 ARRIVAL = 3600  # seconds that processes wait for each other, such as for compilations
@@ -76,7 +76,6 @@ def join_processes(
         )
     try:
         _processes.initialize(
-            _lost,
             coordinator_address=coordinator,
             num_processes=processes,
             process_id=process_id,
@@ -169,11 +168,6 @@ def leave(what: str) -> NoReturn:
     print(line, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(EXIT)
-
-
-def _lost(status: Any) -> None:
-    """What JAX calls in a thread of its own where it has lost process 0, or is told that another is lost."""
-    leave(f"a process is gone ({str(status).splitlines()[0][:200]})")
 
 
 class Watch:

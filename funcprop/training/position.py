@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 Batches: TypeAlias = "Iterable[Any] | Callable[[Any], Iterable[Any]]"
 
@@ -56,3 +58,9 @@ def remaining_batches(batches: Batches, key: Any, position: Position) -> Iterato
     if isinstance(found, Sequence):
         return (found[i] for i in range(position.batch, len(found)))
     return itertools.islice(iter(found), position.batch, None)
+
+
+def key_numbers(key: Any) -> list[int]:
+    """Return the numbers of a PRNG key, whether it is typed or not."""
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return [int(x) for x in np.ravel(jax.random.key_data(key) if typed else key)]

@@ -21,15 +21,15 @@ import optax
 
 from funcprop.progress import bar
 from funcprop.rules.rule_set import RuleSet
-from funcprop.training.checkpoints import CheckpointError, Checkpoints
+from funcprop.training.checkpoints import Checkpoints
 from funcprop.training.compiled_step import CompiledStep, PlannedStep, copied, mesh_of, placed_like
 from funcprop.training.interruption import Terminated, until_terminated
 from funcprop.training.loop import Epoch, Evaluate
-from funcprop.training.manifest import versions
+from funcprop.training.manifest import CheckpointError, versions
 from funcprop.training.nonfinite_step import nonfinite_step
 from funcprop.training.peers import Peers, fingerprint
-from funcprop.training.position import Batches, Position, remaining_batches, with_last
-from funcprop.training.run_records import Recorder
+from funcprop.training.position import Batches, Position, key_numbers, remaining_batches, with_last
+from funcprop.training.run_records import Means, Recorder
 from funcprop.training.stopping import Stop
 from funcprop.training.training_loss import TrainingLoss, examples
 from funcprop.training.training_state import TrainingState
@@ -43,24 +43,6 @@ class _Pending(NamedTuple):
     before: Position
     batch: Any
     outcome: Outcome
-
-
-@dataclass
-class Means:
-    """Sums of the numbers of an epoch's steps so far, in their order."""
-
-    count: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-
-    def add(self, numbers: dict[str, float]) -> None:
-        """Add the numbers of one step."""
-        self.count += 1
-        for name, value in numbers.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def means(self) -> dict[str, float]:
-        """Return the means, in the order in which the names came."""
-        return {name: total / self.count for name, total in self.sums.items()}
 
 
 @dataclass(eq=False)
@@ -136,14 +118,16 @@ class TrainingRun:
     def _begin(self, params: Any, state: TrainingState) -> None:
         precision = self.objective.precision
         scale = state.scale if state.scale is not None or precision is None else precision.first_scale()
-        optimizer = state.optimizer
+        optimizer, shapes = state.optimizer, jax.eval_shape(lambda: params)
         if self.plan is None:
             self.program = CompiledStep(update_step(self.objective, self.optimizer, self.rules))
         else:
             params, optimizer = self.plan.place(*copied((params, optimizer)))
-            self.program = PlannedStep(self.plan.step(self.optimizer))
+            self.program = PlannedStep(self.plan.step(self.optimizer), self.objective.loss, shapes)
         carried = Carried(optimizer, state.model, scale, jnp.bool_(True))
-        self.params, self.carried = placed_like(mesh_of(params), copied((params, carried)))
+        # A plan has put its arrays where it wants them, and they are copies.
+        mesh = mesh_of(params) if self.plan is None else None
+        self.params, self.carried = placed_like(mesh, copied((params, carried)))
         self.position = state.position
         if self.peers.together and all(leaf.is_fully_addressable for leaf in jax.tree.leaves(self.params)):
             raise ValueError(
@@ -346,9 +330,3 @@ class TrainingRun:
 
 def _silent(**_: Any) -> None:
     pass
-
-
-def key_numbers(key: Any) -> list[int]:
-    """Return the numbers of a PRNG key, whether it is typed or not."""
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return [int(x) for x in np.ravel(jax.random.key_data(key) if typed else key)]

@@ -29,10 +29,13 @@ class Factors(NamedTuple):
     """The two factors of one leaf's curvature, summed over the batch: of activations and of cotangents.
 
     A factor is a matrix, a stack of matrices for independent blocks, or a vector that stands for a diagonal.
+    `seen` is what the examples count together of which the factor of activations has a part, for each block;
+    None if it has one of all.
     """
 
     activations: Any
     cotangents: Any
+    seen: Any = None
 
 
 class GradientForm(Protocol):
@@ -247,7 +250,7 @@ def kronecker(forms: Sequence[OuterProducts], group: Group, reduce: bool) -> Fac
     """Kronecker factors of taps whose blocks are alike: their positions are one set."""
     first = forms[0]
     cotangents = [replace(form, g=group.scaled(form.g)).folded_cotangents(slice(None)) for form in forms]
-    shares = position_shares(cotangents, reduce)
+    shares, seen = position_shares(cotangents, reduce)
 
     def square(folded: Sequence[Any]) -> Any:
         """`Σ x xᵀ` over the rows of `x[k, …, t, i]`, with `reduce` over their sums over all `t`."""
@@ -272,23 +275,30 @@ def kronecker(forms: Sequence[OuterProducts], group: Group, reduce: bool) -> Fac
     A = contractions.in_parts(part, first.size, first.limit // max(1, each))["A", SUM]
     # Cotangents are there, whatever their bytes; a bias has the same, and XLA sees that in one product alone.
     G = square(cotangents)
-    return Factors(*(x[0] if len(x) == 1 else x for x in (A, G)))
+    if seen is not None:
+        seen = seen_total(seen, group).astype(A.dtype)
+    return Factors(*(x if x is None else x[0] if len(x) == 1 else x for x in (A, G, seen)))
 
 
-def position_shares(cotangents: Sequence[Any], reduce: bool) -> list[Any]:
+def position_shares(cotangents: Sequence[Any], reduce: bool) -> tuple[list[Any], Any]:
     """What each position of an example weighs in the factor of activations, `[k, n, t]` for each form.
 
     Of the R positions of an example whose cotangents are not all zero each has `1/R` of the squares, or with
-    `reduce` of the sum: padding, which the loss does not see, counts for nothing. Where no cotangent is other
-    than zero, all count.
+    `reduce` of the sum: padding, which the loss does not see, counts for nothing. The second result says of
+    which examples any position is seen, `[k, n]`: the factor is the mean over these. Where an example has one
+    position alone it always counts, and nothing is returned.
     """
     if sum(g.shape[-2] for g in cotangents) == 1:
-        return [None for _ in cotangents]
+        return [None for _ in cotangents], None
     seen = [jnp.any(g != 0, axis=(1, 4)) for g in cotangents]
-    unseen = ~functools.reduce(jnp.logical_or, [s.any(-1) for s in seen])[..., None]
-    seen = [s | unseen for s in seen]
-    positions = sum(s.sum(-1, keepdims=True) for s in seen)
-    return [s / (positions if reduce else jnp.sqrt(positions)) for s in seen]
+    positions = functools.reduce(jnp.add, [s.sum(-1, keepdims=True) for s in seen])
+    each = jnp.maximum(positions, 1)
+    return [s / (each if reduce else jnp.sqrt(each)) for s in seen], positions[..., 0] > 0
+
+
+def seen_total(seen: Any, group: Group) -> Any:
+    """What the examples that are seen count together, for each block."""
+    return jnp.sum(seen if group.examples is None else seen * group.examples, 1)
 
 
 def both(forms: Sequence[OuterProducts], reduce: bool) -> str:

@@ -41,7 +41,7 @@ class Losses(NamedTuple):
         drawn: `(o, key)`, the gradient of the negative logarithm at a target that is drawn.
     """
 
-    value: Program | None
+    value: Loss | None
     fisher: Program | None = None
     drawn: Program | None = None
 
@@ -84,18 +84,19 @@ class SharesGradient(Protocol):
         """All columns but the first."""
 
 
-def root_of(losses: Losses, output: Any, y: Any) -> LossRoot:
-    """The root for one example, whose output and label have these types."""
+def root_of(loss: Loss | Losses, output: Any, y: Any) -> LossRoot:
+    """The root of a loss, or of a likelihood, for one example whose output and label have these types."""
+    losses = loss if isinstance(loss, Losses) else Losses(loss)
     if losses.fisher is not None:
         return FisherRoot(losses, output)
-    loss = losses.value
-    assert loss is not None
-    form = cross_entropy_form(loss, output, y)
+    value = losses.value
+    assert value is not None
+    form = cross_entropy_form(value, output, y)
     if form is not None:
         return Labelled(form) if form.picks_label() else Softmax(form)
-    if is_sum_of_entries(loss, output, y):
-        return DiagonalRoot(loss, output)
-    return DenseRoot(loss, output)
+    if is_sum_of_entries(value, output, y):
+        return DiagonalRoot(value, output)
+    return DenseRoot(value, output)
 
 
 # --- softmax cross-entropy --------------------------------------------------------------------

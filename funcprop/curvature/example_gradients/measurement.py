@@ -167,8 +167,8 @@ class Sweep:
         members = self.members(first_weight, weights)
         found = [self._contracted(i, form, members) for i, form in enumerate(forms)]
         if self.draws and SAMPLED not in self.groups:
-            drawn = [self._combined(cotangents, keys[:, s], members[EXACT]) for s in range(self.samples)]
-            sampled = jax.tree.map(lambda *g: jnp.stack(g) / math.sqrt(self.samples), *drawn)
+            drawn = jax.vmap(lambda keys: self._combined(cotangents, keys, members[EXACT]), 1)(keys)
+            sampled = jax.tree.map(lambda g: g / math.sqrt(self.samples), drawn)
             others = self.study.forms(activations, sampled, size, self.limit)
             one = {SAMPLED: Group((WeightedColumns(slice(0, self.samples)),), examples=weights)}
             found = [found[i] | self._contracted(i, form, one) for i, form in enumerate(others)]

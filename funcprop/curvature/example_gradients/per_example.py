@@ -32,7 +32,7 @@ from funcprop.curvature.example_gradients.quantities import (
     VALUE,
     Part,
 )
-from funcprop.curvature.examples import loss_of_one, model_of_one, total_of, weights_of
+from funcprop.curvature.examples import batch_size, loss_of_one, model_of_one, total_of, weights_of
 from funcprop.curvature.likelihood import Likelihood, likelihood_of
 from funcprop.graph.graph import aligned
 from funcprop.operators.parameters import Parameters, Where, single_at_least
@@ -121,6 +121,12 @@ class PerExample:
                 f"per_example: {pairs[0]!r} is of all pairs of examples, which are in different minibatches; "
                 "ask for it of one batch."
             )
+        factors = [name for name in names if name.startswith(("kfac", "kflr"))]
+        if factors:
+            raise ValueError(
+                f"per_example: {factors[0]!r} of a data set is "
+                "fp.curvature.over(batches)(fp.kfac(…))(params).factors."
+            )
         rows = {name for name in names if name in ROWS}
         means = {part for name in names if name not in ROWS for part in MEANS_OF.get(name, (name,))}
 
@@ -149,7 +155,7 @@ class PerExample:
                 f"per_example: {sampled[0]!r} is an estimate by random signs; pass key=jax.random.key(…)."
             )
         require_values("per_example", {"params": params, "x": x, "y": y}, AUDIT)
-        size = batch_size(x, y)
+        size = batch_size(x, y, "per_example")
         weights = weights_of(weights, size, "per_example")
         of_chosen, params = restricted(self.model, params, self.where)
         Parameters.of(params)
@@ -350,30 +356,6 @@ def per_example(
     loss = loss_of_one(loss, batched) if callable(loss) else loss
     limit = budget_bytes(budget, "budget")
     return PerExample(model_of_one(model, batched), loss, where, rules, limit, samples)
-
-
-def batch_size(x: Any, y: Any) -> int:
-    """The common length of the leading axes.
-
-    Raises:
-        ValueError: there is none.
-    """
-    sizes = {}
-    for name, tree in (("x", x), ("y", y)):
-        for path, leaf in jax.tree.leaves_with_path(tree):
-            where = name + jax.tree_util.keystr(path)
-            if not jnp.ndim(leaf):
-                instead = "; make it an array" if isinstance(tree, list | tuple) else ""
-                raise ValueError(
-                    f"per_example: {where} is a scalar{instead}; the leading axis of x and y is the examples."
-                )
-            sizes[where] = jnp.shape(leaf)[0]
-    if len(set(sizes.values())) != 1 or 0 in sizes.values():
-        listed = ", ".join(f"{where} has {n}" for where, n in sizes.items())
-        raise ValueError(
-            f"per_example: the leading axis of x and y is the examples, but {listed or 'x is empty'}."
-        )
-    return next(iter(sizes.values()))
 
 
 def require_drawn(samples: int) -> int:

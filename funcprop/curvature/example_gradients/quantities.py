@@ -58,7 +58,15 @@ def _signal_to_noise(total: Any, squares: Any, size: int) -> Any:
 
 
 def _factors(found: Any, size: int) -> Any:
-    return tuple(factor / size for factor in found)
+    return normal_activations(found.activations, found.seen, size), found.cotangents / size
+
+
+def normal_activations(total: Any, seen: Any, size: Any) -> Any:
+    """The mean of the factor of activations, over the examples that it has a part of."""
+    if seen is None:
+        return total / size
+    count = jnp.where(seen > 0, seen, 1)
+    return total / (count[:, None, None] if count.ndim else count)
 
 
 _TOTAL, _SQUARES, _NORMS = (Part(GRADIENT, kind) for kind in (SUM, SQUARES, NORMS))

@@ -12,7 +12,12 @@ from jax import lax
 
 from funcprop.curvature.example_gradients import contractions
 from funcprop.curvature.example_gradients.contractions import NORMS, SQUARES, SUM, Group, Moments
-from funcprop.curvature.example_gradients.gradient_forms import Factors, position_shares, rows_of
+from funcprop.curvature.example_gradients.gradient_forms import (
+    Factors,
+    position_shares,
+    rows_of,
+    seen_total,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,17 +75,20 @@ class Rows:
     def factors(self, group: Group, reduce: bool) -> Factors:
         """What is taken is one-hot: with the positions as examples, the factor of activations is diagonal."""
         g = group.scaled(self.g)
-        (share,) = position_shares([g[None]], reduce)
+        (share,), seen = position_shares([g[None]], reduce)
+        counted = None if seen is None else seen_total(seen, group)[0].astype(g.dtype)
         share = jnp.ones(self.ids.shape, g.dtype) if share is None else share[0].astype(g.dtype)
         if group.examples is not None:
             share = share * jnp.sqrt(group.examples)[:, None].astype(g.dtype)
         if reduce:
             means = jax.vmap(lambda ids, share: jnp.zeros(self.rows, g.dtype).at[ids].add(share))
             summed = g.sum(2).reshape(-1, g.shape[-1])
-            return Factors((means(self.ids, share) ** 2).sum(0), contractions.product(summed, summed))
+            return Factors(
+                (means(self.ids, share) ** 2).sum(0), contractions.product(summed, summed), counted
+            )
         taken = jnp.zeros(self.rows, g.dtype).at[self.ids.reshape(-1)].add((share**2).reshape(-1))
         flat = g.reshape(-1, g.shape[-1])
-        return Factors(taken, contractions.product(flat, flat))
+        return Factors(taken, contractions.product(flat, flat), counted)
 
     def kept(self, reduce: bool) -> str:
         """A diagonal, and a matrix."""

@@ -1,4 +1,4 @@
-"""Which of several schedules lowers the peak of the compiled program, and what stands in the way of the others.
+"""Which of several schedules lowers the peak of the compiled program, and what stands in its way.
 
 What is held between the sweeps is not what a program holds at its peak: there are the cotangents, what a
 derivative makes while it runs, and a segment that is recomputed. So schedules are made under lower limits on
@@ -22,8 +22,8 @@ from funcprop.memory.estimate import estimate
 from funcprop.memory.remat.chain import StepChain
 from funcprop.memory.remat.schedule import CutChain, Schedule, cheapest, in_chunks
 
-# Limits on a schedule's peak that are tried, as shares of the cheapest one's; shares of the budget; numbers of
-# equal chunks; how many of all these are compiled, those of the fewest bytes and the cheapest of few enough.
+# Limits on a schedule's peak that are tried, as shares of the cheapest one's; shares of the budget; numbers
+# of equal chunks; how many of all these are compiled: of the fewest bytes, and the cheapest.
 _PEAKS = (1.0, 0.8, 0.6, 0.45, 0.33, 0.25)
 _BUDGETS = (1.0, 0.5)
 _CHUNKS = (2, 3, 4, 6, 8)
@@ -100,9 +100,7 @@ class GradientProgram:
             return found, pullback(cotangents)
 
         types = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in avals]
-        seeds = [
-            jax.ShapeDtypeStruct(t.shape, t.dtype) for t, s in zip(results, smooth, strict=True) if s
-        ]
+        seeds = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t, s in zip(results, smooth, strict=True) if s]
         return both_sweeps, [types, seeds]
 
     def compiled(self, schedule: Schedule | None, options: dict[str, str]) -> CompiledGradient:
@@ -133,7 +131,7 @@ def options_of(schedule: Schedule) -> dict[str, str]:
 
 
 def can_compile(closed: Any) -> bool:
-    """Whether a program means the same by itself: without references and the axis names of its surroundings."""
+    """Whether a program means the same by itself: without references and outer axis names."""
     avals = [v.aval for v in _jax.open_jaxpr(closed).invars]
     if any(_jax.is_reference(a) or _jax.varying_axes(a) or _jax.explicitly_sharded(a) for a in avals):
         return False
@@ -189,6 +187,6 @@ def _tried(chain: CutChain, base: Schedule, budget: float, peak: float) -> Itera
                 yield found
     for count in _CHUNKS:
         found = in_chunks(chain, count)
-        if found is not None and found.segments not in seen:
+        if found is not None and found.peak <= peak and found.segments not in seen:
             seen.add(found.segments)
             yield found

@@ -54,10 +54,16 @@ def rematerialize(
 
         minimise Σ_{o ∈ R} flops(o)   subject to   Σ_{v ∈ S} bytes(v) ≤ budget,
 
-    where `R` makes everything that the backward sweep reads from `S`, in segments between cut points. Among
-    the schedules of fewest FLOPs it takes one of a low peak. Gradients are the same numbers. The result is an
-    ordinary function, made of `jax.checkpoint`s, of bodies of `scan` that hold less, and of scans in chunks;
-    it composes with `jit`, `grad`, `jvp`, `vmap`, `fp.grad` and frameworks' own transformations.
+    where `R` makes everything that the backward sweep reads from `S`, in segments between cut points. What is
+    held is not all: a program's peak has cotangents, scratch, and what a segment needs while it is run again.
+    So schedules of lower peaks and equal chunks are compared with this one by the temporary bytes of their
+    compiled gradients. Of those that reach the budget's share of the plain program's bytes the one of fewest
+    FLOPs is taken, or else the one of fewest bytes. If none holds less than the plain program, or the budget
+    is met anyway, the function is left as it is.
+
+    Gradients are the same numbers. The result is an ordinary function, made of `jax.checkpoint`s, of bodies
+    of `scan` that hold less, and of scans in chunks; it composes with `jit`, `grad`, `jvp`, `vmap`, `fp.grad`
+    and frameworks' own transformations.
 
     The bytes are those of the leaves of `jax.vjp(f, *x)[1]` that are neither arguments nor constants of the
     function, differentiated in all its traced arguments: parameters and data exist anyway. It is planned
@@ -69,11 +75,16 @@ def rematerialize(
 
     Args:
         fun: any JAX function, also a method.
-        budget: bytes if it is an int; if it is a float, a share of what the function holds as it stands.
+        budget: bytes if it is an int or text ("8GB"); if it is a float or "25%", a share of what the function
+            holds as it stands.
         peak: a second limit in the same units, on the predicted peak: what is held, and what one segment
             needs while it is recomputed and differentiated. Without, it only decides between equal FLOPs.
         chunks: instead of a budget, recompute everything in so many pieces of about equal size.
         count_arguments: count arguments and constants that are held as well, and in shares.
+        argnums: the arguments of the gradient that is compiled, as in `fp.grad`.
+        measure: whether programs are compiled, about six, while the function is traced. If not, the schedule
+            is the one of fewest FLOPs by what is held. So it is where nothing can be compiled by itself (in
+            the body of a `shard_map`, or with references), and below 64 KiB held.
 
     Raises:
         BudgetError: nothing fits; says how many bytes would.
@@ -244,14 +255,14 @@ class _Limits:
         else:
             schedule, held = self._within(found, plain, budget, peak, name)
             if self._measures(closed, plain, gradient):
-                limits = (np.inf if limit is None else limit for limit in (budget, peak))
-                target = (peak if budget is None else budget) or 0
-                choice = self._chosen(gradient, schedule, *limits, target / max(counted, 1))
+                target = ((peak if budget is None else budget) or 0) / max(counted, 1)
+                most, highest = (np.inf if limit is None else limit for limit in (budget, peak))
+                choice = self._chosen(gradient, schedule, most, highest, target)
                 if choice.schedule is None:
                     schedule, held = as_it_is, plain
                 elif choice.schedule is not schedule:
                     schedule, held = choice.schedule, self._held(found, choice.schedule)
-                reason = _reason(choice, name, target / max(counted, 1))
+                reason = _reason(choice, name, target)
         return RematPlan(
             name,
             counted if budget is None else budget,
@@ -273,7 +284,12 @@ class _Limits:
     def _differentiated(self, avals: Sequence[Any], call: Call, args: Sequence[Any]) -> tuple[int, ...]:
         """The variables in which the gradient is taken: those at `argnums`, or all if there are none."""
         ends = list(itertools.accumulate((len(jax.tree.leaves(a)) for a in args), initial=0))
-        wanted = {i for p in self.argnums if -len(args) <= p < len(args) for i in range(ends[p % len(args)], ends[p % len(args) + 1])}
+        wanted = {
+            i
+            for p in self.argnums
+            if -len(args) <= p < len(args)
+            for i in range(ends[p % len(args)], ends[p % len(args) + 1])
+        }
         smooth = [k for k, aval in enumerate(avals) if _jax.is_differentiable(aval)]
         return tuple(k for k in smooth if call.variables[k] in wanted) or tuple(smooth)
 
@@ -353,8 +369,8 @@ def _reason(choice: Choice, name: str, target: float) -> str | None:
     way = f" In the way are, at the peak: {largest} bytes." if largest else ""
     if choice.schedule is None:
         return (
-            f"no schedule within the budget lowers the peak of {name}, {plain:,} temporary bytes, so it is left "
-            f"as it is.{way} A smaller batch, or rules that hold less (fp.with_rules), may help."
+            f"no schedule within the budget lowers the peak of {name}, {plain:,} temporary bytes, so it is "
+            f"left as it is.{way} A smaller batch, or rules that hold less (fp.with_rules), may help."
         )
     return f"the program's peak falls to {temp / plain:.0%} of {plain:,} temporary bytes.{way}"
 

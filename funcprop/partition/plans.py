@@ -1,0 +1,296 @@
+"""Plans: ways to train with a loss on several devices, what each needs, and the function that does it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from funcprop import _jax
+from funcprop.graph.graph import aligned
+from funcprop.partition.device_bytes import DeviceBytes
+from funcprop.partition.pipeline import PipelinedProgram
+from funcprop.partition.problem import TrainingProblem
+from funcprop.partition.programs import SteppedProgram
+from funcprop.partition.proof import PartitionProof, deviation
+from funcprop.partition.sharded import ShardedProgram
+from funcprop.partition.task_order import PipelineTimeline
+from funcprop.partition.topology import DeviceTarget
+from funcprop.partition.traffic import compiled_collectives, unpredicted, volume
+
+PlanProgram = SteppedProgram | ShardedProgram | PipelinedProgram
+
+
+@dataclass(frozen=True, eq=False)
+class PartitionPlan:
+    """One way to do a train step on several devices. `print(plan)` says what it needs.
+
+    Attributes:
+        name: its kinds, as "data 4 × tensor 2", "zero 8", "pipeline 4 (1f1b)", "accumulation 8".
+        mesh: the devices, by the sizes of the axes `data`, `model` and `stage`.
+        budget: bytes that a device has; None if nobody said.
+        updates: how many updates a step makes; more than 1 for smaller minibatches.
+    """
+
+    name: str
+    mesh: Mapping[str, int]
+    problem: TrainingProblem
+    program: PlanProgram
+    target: DeviceTarget
+    budget: int | None
+    updates: int = 1
+    extra_flops: int = 0
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def predicted(self) -> DeviceBytes:
+        """Bytes of the device that holds most, at the peak, by purpose."""
+        return self.program.predicted_bytes
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it fits into the budget; None if there is none."""
+        return None if self.budget is None else self.predicted.total <= self.budget
+
+    @property
+    def flops(self) -> int:
+        """Operations of one device in a step."""
+        return self.program.flops + self.extra_flops
+
+    @property
+    def communicated(self) -> int:
+        """Bytes that a device takes part in sending in a step."""
+        return volume(self.program.predicted_traffic)
+
+    @property
+    def bubble(self) -> float:
+        """The share of time in which a device waits for others; 0 without a pipeline."""
+        return self.program.bubble if isinstance(self.program, PipelinedProgram) else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """A rough time of a step, by the machine's figures; plans are ordered by it."""
+        machine = self.target.machine
+        return self.flops / machine.flops / (1 - self.bubble) + self.communicated / machine.link
+
+    def timeline(self) -> PipelineTimeline:
+        """The schedule of a pipeline.
+
+        Raises:
+            ValueError: the plan has none.
+        """
+        if not isinstance(self.program, PipelinedProgram):
+            raise ValueError(f"plan {self.name!r} has no timeline; only pipelines have.")
+        return self.program.timeline
+
+    # --- doing it -----------------------------------------------------------------------------
+
+    @property
+    def _count(self) -> int:
+        return math.prod(self.mesh.values())
+
+    def _devices(self) -> list[Any]:
+        if not self.target.is_present:
+            raise ValueError(
+                f"plan {self.name!r} is for {self.target.on}, which is not there; it can be compiled only."
+            )
+        return self.target.devices(self._count)
+
+    def place(self, params: Any, state: Any = None, optimizer: Any = None) -> tuple[Any, Any]:
+        """Put parameters, and the state of the optimizer, where the plan keeps them: `(params, state)`.
+
+        `optimizer` is the one that the plan was made for if it is None.
+        """
+        optimizer = optimizer or self.problem.optimizer
+        if isinstance(self.program, PipelinedProgram):
+            return self.program.on(self._devices()).place(params, state, optimizer)
+        ins = self.program.jitted(self._devices(), None if state is None else optimizer)[1]
+        placed = jax.tree.map(_placed, params, ins[0])
+        return placed, None if state is None else jax.tree.map(_placed, state, ins[1])
+
+    def step(self, optimizer: Any) -> Callable[..., Any]:
+        """A train step, `step(params, state, batch) -> params, state, loss`; it overwrites the first two."""
+        if isinstance(self.program, PipelinedProgram):
+            return self.program.on(self._devices()).step(optimizer)
+        fun, ins = self.program.jitted(self._devices(), optimizer)
+
+        def step(params: Any, state: Any, batch: Any) -> Any:
+            return fun(params, state, jax.device_put(batch, ins[-1]))
+
+        return step
+
+    def gradient(self, params: Any, batch: Any) -> tuple[Any, Any]:
+        """The loss and its gradient by the plan, at parameters wherever they are."""
+        tree = jax.tree.structure(params)
+        if isinstance(self.program, PipelinedProgram):
+            running = self.program.on(self._devices())
+            value, leaves = running.gradient(running.place(params)[0], batch)
+            return value, jax.tree.unflatten(tree, leaves)
+        fun, ins = self.program.jitted(self._devices(), None, gradient_only=True)
+        return fun(*jax.device_put((params, batch), ins))
+
+    def compile(self) -> PartitionProof:
+        """Compile the plan, and compare it with what was predicted; with values, run its gradient as well."""
+        expected = self.program.predicted_traffic
+        if isinstance(self.program, PipelinedProgram):
+            held, found = self.program.on(self._devices()).compiled()
+            total = max(place.total for place in held)
+        else:
+            compiled = self.program.compiled(self.target.devices(self._count))
+            total = _jax.held_bytes(_jax.memory_fields(compiled))
+            found = compiled_collectives(_jax.program_text(compiled))
+        errors: tuple[float | None, float | None] = None, None
+        if self.problem.has_values and self.target.is_present:
+            value, grads = self.gradient(self.problem.params, self.problem.batch)
+            true, reference = jax.jit(jax.value_and_grad(self.problem.loss))(
+                self.problem.params, self.problem.batch
+            )
+            errors = (
+                deviation(jax.tree.leaves(grads), jax.tree.leaves(reference)),
+                abs(float(value) - float(true)),
+            )
+        return PartitionProof(
+            self.name, self.predicted, total, found, expected, unpredicted(expected, found), *errors
+        )
+
+    # --- saying it ----------------------------------------------------------------------------
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "name": self.name,
+            "mesh": dict(self.mesh),
+            "fits": self.fits,
+            "bytes_per_device": self.predicted.total,
+            "by_purpose": dict(self.predicted.by_purpose),
+            "flops_per_device": self.flops,
+            "communicated": self.communicated,
+            "bubble": self.bubble,
+            "updates": self.updates,
+            "notes": list(self.notes),
+        }
+
+    def json(self) -> str:
+        """The plan as JSON."""
+        return json.dumps(self.as_dict())
+
+    def __str__(self) -> str:
+        mesh = " × ".join(f"{name} {size}" for name, size in self.mesh.items()) or "one device"
+        budget = (
+            "" if self.budget is None else f", of {self.budget:,}: {'fits' if self.fits else 'does not fit'}"
+        )
+        held = ", ".join(f"{name} {n:,}" for name, n in self.predicted.by_purpose.items())
+        lines = [
+            f"{self.name} on {mesh}",
+            f"  bytes per device: {self.predicted.total:,}{budget} ({held})",
+            f"  FLOPs per device {self.flops:,}, bytes communicated {self.communicated:,}, "
+            f"bubble {self.bubble:.0%}, "
+            f"updates for each batch {self.updates}",
+        ]
+        if isinstance(self.program, SteppedProgram):
+            lines += [f"  {path}: {spec}" for path, spec in self._split()]
+        if isinstance(self.program, PipelinedProgram):
+            lines += [
+                f"  stage {s}: {segment.equations} operators, {len(segment.params)} parameters, "
+                f"{segment.flops:,} FLOPs, sends {segment.sends:,} bytes"
+                for s, segment in enumerate(self.program.segments)
+            ]
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+    def _split(self) -> list[tuple[str, str]]:
+        """The parameters that are split, with their layout."""
+        layout = self.program.layout  # type: ignore[union-attr]
+        start = len(layout.program.consts)
+        paths = jax.tree.leaves_with_path(self.problem.shapes[0])
+        variables = layout.program.jaxpr.invars[start : start + len(paths)]
+        return [
+            (jax.tree_util.keystr(path, simple=True, separator="/"), str(tuple(layout.over(v))))
+            for (path, _), v in zip(paths, variables, strict=True)
+            if any(layout.over(v))
+        ]
+
+
+def _placed(x: Any, sharding: Any) -> Any:
+    # A copy: steps overwrite what they are given, and `device_put` shares what is already in its place.
+    return jax.device_put(jnp.array(x, copy=True), sharding)
+
+
+@dataclass(frozen=True)
+class RejectedPlan:
+    """A kind of plan that cannot be made, and why."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True, eq=False)
+class Plans(Sequence[PartitionPlan]):
+    """Plans, best first: what fits, by its rough time; then what does not. `print(plans)` is a table."""
+
+    plans: tuple[PartitionPlan, ...]
+    rejected: tuple[RejectedPlan, ...]
+    examples: int
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.plans[i]
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def __iter__(self) -> Iterator[PartitionPlan]:
+        return iter(self.plans)
+
+    def named(self, name: str) -> PartitionPlan:
+        """The first plan whose name begins so.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for plan in self.plans:
+            if plan.name.startswith(name):
+                return plan
+        raise KeyError(
+            f"no plan is called {name!r}; there are {', '.join(plan.name for plan in self.plans)}."
+        )
+
+    def json(self) -> str:
+        """The table as JSON."""
+        return json.dumps(self.as_dict())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "examples": self.examples,
+            "plans": [plan.as_dict() for plan in self.plans],
+            "rejected": [vars(r) for r in self.rejected],
+        }
+
+    def __str__(self) -> str:
+        rows = [
+            ("plan", "devices", "bytes/device", "fits", "FLOPs/device", "communicated", "bubble", "updates")
+        ]
+        for plan in self.plans:
+            fits = {
+                None: "",
+                True: "yes",
+                False: f"{plan.predicted.total / (plan.budget or 1):.1f} × too large",
+            }
+            rows.append(
+                (
+                    plan.name,
+                    f"{math.prod(plan.mesh.values())}",
+                    f"{plan.predicted.total:,}",
+                    fits[plan.fits],
+                    f"{plan.flops:,}",
+                    f"{plan.communicated:,}",
+                    f"{plan.bubble:.0%}",
+                    f"{plan.updates}",
+                )
+            )
+        text = aligned(rows, right={1, 2, 4, 5, 6, 7}, widest=60)
+        return "\n".join([text, *(f"{r.name}: {r.why}" for r in self.rejected)])

@@ -1,0 +1,304 @@
+"""`fp.partition.plan`: every kind of plan for a loss on some devices, in order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import optax
+
+from funcprop.memory.remat.rematerialize import BudgetError, remat_plan, rematerialize
+from funcprop.partition.layout import DATA, MODEL, STAGE
+from funcprop.partition.pipeline import PipelinedProgram
+from funcprop.partition.plans import PartitionPlan, PlanProgram, Plans, RejectedPlan
+from funcprop.partition.problem import TrainingProblem, Weight, require_mean
+from funcprop.partition.programs import SteppedProgram, accumulated
+from funcprop.partition.segments import Cuttable
+from funcprop.partition.sharded import ShardedProgram
+from funcprop.partition.task_order import Order
+from funcprop.partition.topology import DeviceTarget, target_of
+from funcprop.program.sizes import budget_bytes
+from funcprop.rules.rule_set import RuleSet
+from funcprop.rules.transforms import value_and_grad
+
+# Segments of ZeRO-3: more of them gather less at a time.
+_SEGMENTS = 12
+_SHARES = (0.5, 0.25, 0.1)
+
+
+def plan(
+    loss: Callable[..., Any],
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    budget: int | str | None = None,
+    rules: RuleSet | None = None,
+    weight: Weight | None = None,
+    mesh: Mapping[str, int] | None = None,
+    microbatches: int | None = None,
+    schedule: Order = "1f1b",
+    shard_parameters: bool = False,
+) -> Callable[..., Plans]:
+    """Plan a train step on several devices: `plan(loss)(params, batch, devices=8) -> Plans`.
+
+    The loss is used as it is. Each plan says bytes of one device at the peak, operations, bytes communicated,
+    the bubble of a pipeline and updates for each batch; `plans[0].compile()` proves it, `.place` and `.step`
+    do it. Arguments may be shapes, and `on=` names devices that are not there.
+
+    With `mesh`, the one plan of that mesh: `{"data": 4, "model": 2}`, `{"stage": 4, "data": 2}`. Without,
+    data and tensor parallelism and both, ZeRO-3, pipelines, and on one device smaller minibatches,
+    accumulation and rematerialisation, which are the alternatives at equal bytes.
+
+    Plans that cut the batch (all but data and tensor parallelism) need a loss that is a mean over
+    examples; with `weight`, a weighted one, in which a part of the batch counts `weight(part)`. It is
+    checked on numbers.
+
+    Args:
+        loss: of parameters and batch, both pytrees.
+        optimizer: any optax optimizer; without, only the gradient is accounted.
+        budget: bytes of one device, or text as "16GB"; the device's memory for `on=`.
+        rules: the rules of the gradient; `fp.rules.default` if None.
+        weight: how much a part of the batch counts, its number of tokens for instance.
+        mesh: the sizes of the axes "data", "model" and "stage".
+        microbatches: into how many parts a pipeline, or accumulation, cuts the batch.
+        schedule: of a pipeline: "1f1b", "gpipe" or "interleaved" (two stages on each device).
+        shard_parameters: with `mesh={"data": n}`, ZeRO-3.
+
+    Raises:
+        ValueError: there are not so many devices, an axis of the mesh is not known or cannot be split, the
+        batch
+            cannot be cut, or the loss is no mean over examples.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, funcprop as fp
+        >>> loss = lambda w, x: jnp.mean(jnp.tanh(x @ w[0]) @ w[1])
+        >>> shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, "float32")
+        >>> shapes = [shape(64, 256), shape(256, 64)], shape(32, 64)
+        >>> plans = fp.partition.plan(loss, optimizer=optax.adam(1e-3), budget="1MB")(*shapes, on="v5e:2x2")
+        >>> plans[0].name, plans[0].fits
+        ('tensor 4', True)
+    """
+
+    def planned(
+        params: Any, batch: Any, devices: int | Sequence[Any] | None = None, on: str | None = None
+    ) -> Plans:
+        target = target_of(devices, on)
+        limit = target.machine.memory if budget is None else budget_bytes(budget, "budget")
+        problem = TrainingProblem(loss, params, batch, optimizer, rules, weight)
+        search = _Search(problem, target, limit, microbatches, schedule)
+        if mesh is not None:
+            return Plans((search.on_mesh(mesh, shard_parameters),), (), problem.examples)
+        return search.all()
+
+    return planned
+
+
+class _Search:
+    """The plans of one problem."""
+
+    def __init__(
+        self,
+        problem: TrainingProblem,
+        target: DeviceTarget,
+        budget: int | None,
+        microbatches: int | None,
+        schedule: Order,
+    ) -> None:
+        self.problem, self.target, self.budget = problem, target, budget
+        self.microbatches, self.schedule = microbatches, schedule
+
+    def _plan(self, name: str, mesh: Mapping[str, int], program: PlanProgram, **more: Any) -> PartitionPlan:
+        notes: tuple[str, ...] = ()
+        if not self.problem.has_values and not _is_plain(program, self.problem):
+            notes = ("not checked: whether the loss is a mean over examples needs values, not shapes",)
+        return PartitionPlan(
+            name, dict(mesh), self.problem, program, self.target, self.budget, notes=notes, **more
+        )
+
+    @cached_property
+    def _mean(self) -> None:
+        require_mean(self.problem)
+
+    # --- single plans -------------------------------------------------------------------------
+
+    def on_mesh(self, mesh: Mapping[str, int], shard_parameters: bool) -> PartitionPlan:
+        """The plan of a mesh.
+
+        Raises:
+            ValueError: an axis is not known, or there are not so many devices.
+        """
+        if unknown := set(mesh) - {DATA, MODEL, STAGE}:
+            raise ValueError(
+                f"mesh={dict(mesh)!r}: the model has no axis "
+                f"{', '.join(sorted(map(repr, unknown)))}; use data "
+                "(examples), model (parameters) and stage (a pipeline)."
+            )
+        count = math.prod(mesh.values())
+        if count > self.target.count:
+            raise ValueError(
+                f"mesh={dict(mesh)!r} needs {count} devices, and there are {self.target.count}; "
+                f"use fewer, or "
+                "on='v5e:4x4' for devices that are not there."
+            )
+        if mesh.get(STAGE, 1) > 1:
+            if mesh.get(MODEL, 1) > 1:
+                raise ValueError(
+                    f"mesh={dict(mesh)!r}: a pipeline is combined with data, not with model; drop one."
+                )
+            return self.pipeline(mesh[STAGE], mesh.get(DATA, 1))
+        if shard_parameters:
+            if mesh.get(MODEL, 1) > 1:
+                raise ValueError(f"mesh={dict(mesh)!r}: shard_parameters=True is for data alone; drop model.")
+            return self.zero(mesh.get(DATA, 1))
+        parts = self.microbatches or 1
+        return self.layout(mesh.get(DATA, 1), mesh.get(MODEL, 1), parts)
+
+    def layout(self, data: int, model: int, parts: int = 1) -> PartitionPlan:
+        """Data and tensor parallelism, with accumulation over `parts` microbatches."""
+        names = ([f"data {data}"] if data > 1 else []) + ([f"tensor {model}"] if model > 1 else [])
+        gradient = self.problem.gradient
+        if parts > 1:
+            self.problem.require_parts(parts, "microbatches")
+            self.problem.require_parts(parts * data, "microbatches × data")
+            self._mean  # noqa: B018
+            gradient = accumulated(self.problem, gradient, parts)
+            names.append(f"accumulation {parts}")
+        sizes = {DATA: data, MODEL: model} if model > 1 else {DATA: data}
+        program = SteppedProgram(self.problem, gradient, sizes)
+        program.layout  # noqa: B018 (an axis that cannot be split is an error here)
+        return self._plan(" × ".join(names) or "one device", sizes, program)
+
+    def minibatch(self, parts: int) -> PartitionPlan:
+        """A smaller minibatch on one device: so many updates with a part of the batch each."""
+        self.problem.require_parts(parts, "minibatches")
+        program = SteppedProgram(self.problem, self.problem.gradient, {DATA: 1}, minibatches=parts)
+        size = self.problem.examples // parts
+        return self._plan(f"minibatch of {size}", {DATA: 1}, program, updates=parts)
+
+    def remat(self, share: float) -> PartitionPlan:
+        """Rematerialisation on one device, within a share of what is held between the sweeps."""
+        found = remat_plan(self.problem.loss, budget=share)(*self.problem.shapes)
+        lean = value_and_grad(rematerialize(self.problem.loss, budget=share), rules=self.problem.rules)
+        options = found.compiler_options if self.target.is_present else {}
+        program = SteppedProgram(self.problem, lean, {DATA: 1}, options=options or {})
+        return self._plan(f"rematerialisation {share:.0%}", {DATA: 1}, program)
+
+    def zero(self, parts: int) -> PartitionPlan:
+        """ZeRO-3 over so many devices."""
+        self.problem.require_parts(parts, "data")
+        self._mean  # noqa: B018
+        most = len(self._cuttable.positions()) - 1
+        platform = self.target.machine.platform
+        program = ShardedProgram(self.problem, parts, min(most, _SEGMENTS), platform)
+        return self._plan(f"zero {parts}", {DATA: parts}, program)
+
+    def pipeline(self, stages: int, replicas: int) -> PartitionPlan:
+        """A pipeline, each stage on `replicas` devices."""
+        parts = self.microbatches or self._microbatches(stages, replicas)
+        self.problem.require_parts(parts, "microbatches")
+        self.problem.require_parts(parts * replicas, "microbatches × data")
+        self._mean  # noqa: B018
+        count = stages * 2 if self.schedule == "interleaved" else stages
+        program = PipelinedProgram(self.problem, count, parts, self.schedule, stages, replicas)
+        program.timeline  # noqa: B018
+        program.segments  # noqa: B018
+        name = f"pipeline {stages} ({self.schedule})" + (f" × data {replicas}" if replicas > 1 else "")
+        mesh = {STAGE: stages, DATA: replicas} if replicas > 1 else {STAGE: stages}
+        return self._plan(name, mesh, program)
+
+    @cached_property
+    def _cuttable(self) -> Cuttable:
+        return Cuttable(self.problem.loss, *self.problem.shapes)
+
+    def _microbatches(self, stages: int, replicas: int) -> int:
+        """The largest number up to four for each stage into which the batch can be cut."""
+        each = self.problem.examples // replicas
+        fit = [
+            m
+            for m in range(1, 4 * stages + 1)
+            if each % m == 0 and self.problem.examples % (m * replicas) == 0
+        ]
+        if self.schedule == "interleaved":
+            fit = [m for m in fit if m % stages == 0] or fit
+        return max(fit, default=1)
+
+    # --- all plans ----------------------------------------------------------------------------
+
+    def all(self) -> Plans:
+        """Every kind of plan that can be made, best first."""
+        found: list[PartitionPlan] = []
+        rejected: list[RejectedPlan] = []
+        for name, make in self._candidates():
+            try:
+                made = make()
+            except ValueError as error:
+                rejected.append(RejectedPlan(name, str(error)))
+                continue
+            found.append(made)
+        found.sort(key=lambda p: (p.fits is False, p.seconds / p.updates if p.fits else p.predicted.total))
+        return Plans(tuple(found), tuple(rejected), self.problem.examples)
+
+    def _candidates(self) -> Iterator[tuple[str, Callable[[], PartitionPlan]]]:
+        n = self.target.count
+        yield "one device", partial(self.layout, 1, 1)
+        if n > 1:
+            yield f"data {n}", partial(self.layout, n, 1)
+            for model in _divisors(n):
+                yield f"data {n // model} × tensor {model}", partial(self.layout, n // model, model)
+            yield f"zero {n}", partial(self.zero, n)
+            for stages in _stage_counts(n):
+                yield f"pipeline {stages}", partial(self.pipeline, stages, n // stages)
+            yield (
+                f"data {n} × accumulation",
+                lambda: self._smallest(lambda parts: self.layout(n, 1, parts), n),
+            )
+        yield "accumulation", partial(self._smallest, partial(self.layout, 1, 1), 1)
+        if self.problem.optimizer is not None:
+            yield "minibatch", partial(self._smallest, self.minibatch, 1)
+        yield "rematerialisation", self._cheapest_remat
+
+    def _smallest(self, make: Callable[[int], PartitionPlan], among: int) -> PartitionPlan:
+        """The plan of the fewest parts that fits; of the most parts if none does."""
+        each = self.problem.examples // among
+        parts = [k for k in range(2, each + 1) if each % k == 0 and self.problem.examples % (k * among) == 0]
+        if not parts:
+            raise ValueError(f"{self.problem.examples} examples on {among} devices cannot be cut further.")
+        chosen = [k for k in parts if k & (k - 1) == 0] or parts
+        if self.budget is None:
+            return make(chosen[min(1, len(chosen) - 1)])
+        low, high = 0, len(chosen) - 1
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if make(chosen[middle]).fits else (middle + 1, high)
+        return make(chosen[low])
+
+    def _cheapest_remat(self) -> PartitionPlan:
+        """The largest share that fits; the smallest that can be planned if none does."""
+        found = None
+        for share in _SHARES:
+            try:
+                found = self.remat(share)
+            except BudgetError:
+                break
+            if self.budget is None or found.fits:
+                return found
+        if found is None:
+            raise ValueError("no half of what is held between the sweeps can be computed again.")
+        return found
+
+
+def _is_plain(program: PlanProgram, problem: TrainingProblem) -> bool:
+    """Whether a plan gives the loss of the whole batch, whatever it is."""
+    return isinstance(program, SteppedProgram) and program.gradient is problem.gradient
+
+
+def _divisors(n: int) -> list[int]:
+    """Over how many of n devices parameters are split: powers of two, few of them, and all."""
+    found = [m for m in (2, 4, 8, 16, 32) if m < n and n % m == 0]
+    return [*found, n] if n <= 32 else found
+
+
+def _stage_counts(n: int) -> list[int]:
+    """How many stages of a pipeline n devices make: all, a half, and for many at most 16."""
+    return [s for s in (16, 8, 4, 2) if s <= n and n % s == 0][:3] if n > 3 else [n]

@@ -1,0 +1,132 @@
+"""Devices to plan for: those of this process, a number of them, or accelerators that are not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+
+@dataclass(frozen=True)
+class DeviceKind:
+    """A kind of device, by the figures of its maker; plans are only ordered by them.
+
+    Attributes:
+        platform: "cpu", "tpu" or "cuda".
+        memory: bytes of one device; None for a host, whose memory the user knows.
+        flops: operations in a second.
+        link: bytes in a second that a device sends its neighbours.
+    """
+
+    platform: str
+    memory: int | None
+    flops: float
+    link: float
+
+
+_GIB = 2**30
+MACHINES = {
+    "host": DeviceKind("cpu", None, 5e10, 5e9),
+    "v4": DeviceKind("tpu", 32 * _GIB, 275e12, 300e9),
+    "v5e": DeviceKind("tpu", 16 * _GIB, 197e12, 200e9),
+    "v5p": DeviceKind("tpu", 95 * _GIB, 459e12, 600e9),
+    "v6e": DeviceKind("tpu", 32 * _GIB, 918e12, 450e9),
+    "h100": DeviceKind("cuda", 80 * 10**9, 989e12, 450e9),
+}
+
+_H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+ shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+ block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+ memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84929347584
+ shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
+ registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3" """
+
+
+@dataclass(frozen=True)
+class DeviceTarget:
+    """How many devices of which kind: a topology `on` that is not there, or devices that are `present`."""
+
+    count: int
+    machine: DeviceKind
+    on: str | None = None
+    present: tuple[Any, ...] = ()
+
+    def devices(self, count: int) -> list[Any]:
+        """So many of the devices, real or described by a compiler.
+
+        Raises:
+            ModuleNotFoundError: the compiler for a topology is not installed.
+            RuntimeError: the compiler does not know the topology.
+        """
+        return list(self.present[:count]) if self.on is None else _described(self.on, self.machine)[:count]
+
+    @property
+    def is_present(self) -> bool:
+        """Whether programs can be run on them."""
+        return self.on is None
+
+
+def target_of(devices: int | Sequence[Any] | None, on: str | None) -> DeviceTarget:
+    """The devices that `devices=` or `on=` names.
+
+    Raises:
+        TypeError: both are given.
+        ValueError: there are not so many devices, or the topology is not known.
+    """
+    if on is not None:
+        if devices is not None:
+            raise TypeError(f"devices={devices!r} and on={on!r}: give one of them.")
+        found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", on)
+        if found is None or found[1] not in MACHINES or found[1] == "host":
+            known = ", ".join(name for name in MACHINES if name != "host")
+            raise ValueError(f"on={on!r} is not known; write kind:shape, as v5e:4x4 or h100:8, of {known}.")
+        return DeviceTarget(math.prod(map(int, found[2].split("x"))), MACHINES[found[1]], on)
+    present = jax.devices() if devices is None or isinstance(devices, int) else list(devices)
+    count = len(present) if devices is None or not isinstance(devices, int) else devices
+    if count < 1 or count > len(present):
+        raise ValueError(
+            f"devices={count}: there are {len(present)}; use 1 to {len(present)}, or "
+            f"on='v5e:4x4' for devices that "
+            "are not there (for more host devices, XLA_FLAGS=--xla_force_host_platform_device_count)."
+        )
+    return DeviceTarget(count, MACHINES["host"], None, tuple(present[:count]))
+
+
+def _described(on: str, machine: DeviceKind) -> list[Any]:
+    from jax.experimental import topologies
+
+    if machine.platform == "tpu":
+        _require("libtpu", on, "libtpu")
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=on).devices)
+    _require("jax_plugins.xla_cuda12", on, "jax-cuda12-plugin jax-cuda12-pjrt")
+    count = math.prod(map(int, on.partition(":")[2].split("x")))
+    found = topologies.get_topology_desc(platform="cuda", target_config=_H100, topology=f"1x{count}x1")
+    return list(found.devices)
+
+
+def _require(module: str, on: str, packages: str) -> None:
+    """Raise unless the compiler for a kind of device is installed.
+
+    Raises:
+        ModuleNotFoundError: with what to install.
+    """
+    try:
+        there = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        there = False
+    if not there:
+        raise ModuleNotFoundError(
+            f"on={on!r}: plans are made without, but compiling one needs its compiler: pip "
+            f"install {packages} "
+            "(the extra funcprop[accelerators])."
+        )

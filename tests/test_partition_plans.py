@@ -1,0 +1,209 @@
+"""Plans of unchanged models: gradients, losses, bytes and collectives, against one device and XLA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from partition_models import MODELS
+
+import funcprop as fp
+
+MESHES: dict[str, dict[str, Any]] = {
+    "data": {"mesh": {"data": 8}},
+    "tensor": {"mesh": {"model": 4}},
+    "both": {"mesh": {"data": 2, "model": 4}},
+    "zero": {"mesh": {"data": 4}, "shard_parameters": True},
+    "accumulation": {"mesh": {"data": 2}, "microbatches": 4},
+    "pipeline": {"mesh": {"stage": 2}, "microbatches": 4},
+    "pipeline_data": {"mesh": {"stage": 2, "data": 2}, "microbatches": 4, "schedule": "gpipe"},
+}
+
+
+@pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_gradient_is_that_of_one_device(name: str, kind: str) -> None:
+    loss, params, batch = MODELS[name]()
+    make = fp.partition.plan(loss, **MESHES[kind])
+    (plan,) = make(params, batch)
+    value, gradient = plan.gradient(params, batch)
+    true, reference = jax.jit(jax.value_and_grad(loss))(params, batch)
+    assert abs(float(value) - float(true)) <= 1e-12
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(reference))
+    for (path, x), y in zip(jax.tree.leaves_with_path(gradient), jax.tree.leaves(reference), strict=True):
+        np.testing.assert_allclose(jax.device_get(x), y, atol=1e-12 * largest, rtol=0, err_msg=str(path))
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_twenty_steps_have_the_losses_of_one_device(kind: str) -> None:
+    loss, params, batch = MODELS["tied"]()
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def one(params: Any, state: Any) -> Any:
+        value, gradient = jax.value_and_grad(loss)(params, batch)
+        changes, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, changes), state, value
+
+    (plan,) = fp.partition.plan(loss, optimizer=optimizer, **MESHES[kind])(params, batch)
+    placed, state = plan.place(params, optimizer.init(params))
+    step = plan.step(optimizer)
+    reference, other = params, optimizer.init(params)
+    for _ in range(20):
+        placed, state, value = step(placed, state, batch)
+        reference, other, expected = one(reference, other)
+        assert abs(float(value) - float(expected)) <= 1e-11
+    assert float(expected) < 3.0
+    jax.tree.map(lambda x: x.block_until_ready(), params)  # The given parameters are not overwritten.
+
+
+@pytest.mark.parametrize("kind", ["data", "both"])
+@pytest.mark.parametrize("name", MODELS)
+def test_bytes_and_collectives_are_predicted(name: str, kind: str) -> None:
+    loss, params, batch = MODELS[name](32)
+    (plan,) = fp.partition.plan(loss, **MESHES[kind])(params, batch)
+    proof = plan.compile()
+    assert 0.95 <= proof.ratio <= 1.05, f"{proof}\n{plan}"
+    assert proof.unpredicted == []
+    assert sum(c.nbytes * c.trips for c in proof.collectives) == plan.communicated
+    assert proof.gradient_error is not None
+    assert proof.gradient_error <= 1e-12
+
+
+def test_a_collective_that_was_not_predicted_is_named() -> None:
+    """XLA does not split autodiff's max-pooling by examples: it gathers them."""
+    loss, params, batch = MODELS["cnn"]()
+    (plan,) = fp.partition.plan(loss, rules=fp.rules.autodiff, mesh={"data": 8})(params, batch)
+    proof = plan.compile()
+    assert {c.kind for c in proof.unpredicted} == {"all-gather"}
+    assert any("max_pool" in c.operator or "select_and_scatter" in c.operator for c in proof.unpredicted), (
+        proof
+    )
+    assert "not predicted: all-gather" in str(proof)
+
+
+def test_zero_holds_a_quarter_of_what_split_arguments_hold() -> None:
+    loss, params, batch = MODELS["tied"]()
+    (plan,) = fp.partition.plan(loss, mesh={"data": 8}, shard_parameters=True)(params, batch)
+    devices = jax.devices()
+    ours = plan.program.compiled(devices).memory_analysis()
+    placed = plan.program.jitted(devices, None)[1]
+    plain = jax.jit(jax.value_and_grad(loss), in_shardings=placed, out_shardings=(None, placed[0]))
+    theirs = plain.lower(params, batch).compile().memory_analysis()
+    assert ours.argument_size_in_bytes == theirs.argument_size_in_bytes
+    assert ours.temp_size_in_bytes <= 0.5 * theirs.temp_size_in_bytes
+
+
+def test_the_table_has_every_kind_best_first() -> None:
+    loss, params, batch = MODELS["mlp"]()
+    plans = fp.partition.plan(loss, optimizer=optax.adam(1e-3), budget="28kB")(params, batch, devices=4)
+    names = " ".join(plan.name for plan in plans)
+    kinds = "one device", "data 4", "tensor 4", "zero 4", "pipeline", "accumulation", "minibatch", "remat"
+    assert [kind for kind in kinds if kind not in names] == []
+    fits = [bool(plan.fits) for plan in plans]
+    assert fits == sorted(fits, reverse=True)
+    assert plans[0].predicted.total <= 28_000 < plans[-1].predicted.total
+    assert "× too large" in str(plans)
+    assert plans.named("minibatch").updates > 1
+    assert plans.as_dict()["plans"][0]["name"] == plans[0].name
+
+
+def test_smaller_minibatches_make_several_updates() -> None:
+    loss, params, batch = MODELS["mlp"]()
+    optimizer = optax.sgd(0.1)
+    plans = fp.partition.plan(loss, optimizer=optimizer)(params, batch, devices=1)
+    plan = plans.named("minibatch")
+    placed, state = plan.place(params, optimizer.init(params))
+    placed, state, value = plan.step(optimizer)(placed, state, batch)
+    expected, values = params, []
+    for part in range(plan.updates):
+        size = 16 // plan.updates
+        own = jax.tree.map(lambda x, part=part, size=size: x[part * size : (part + 1) * size], batch)
+        true, gradient = jax.value_and_grad(loss)(expected, own)
+        expected = jax.tree.map(lambda p, g: p - 0.1 * g, expected, gradient)
+        values.append(float(true))
+    assert abs(float(value) - np.mean(values)) <= 1e-12
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-12), placed, expected)
+
+
+def weighted(params: Any, batch: Any) -> Any:
+    x, mask = batch
+    return jnp.sum(jnp.tanh(x @ params).mean(1) * mask) / jnp.sum(mask)
+
+
+@pytest.mark.parametrize("kind", ["zero", "accumulation", "pipeline"])
+def test_a_weighted_mean_needs_its_weight(kind: str) -> None:
+    params, batch = jnp.ones((8, 8)) * 0.1, (jax.random.normal(jax.random.key(0), (16, 8)), jnp.arange(16.0))
+
+    def loss(params: Any, batch: Any) -> Any:
+        hidden = jnp.tanh(batch[0] @ params["a"])
+        return weighted(params["b"], (hidden, batch[1]))
+
+    params = {"a": params, "b": params + 0.1}
+    with pytest.raises(
+        ValueError, match=r"not the mean over examples.*it needs the weight 0\.2333 for the first"
+    ):
+        fp.partition.plan(loss, **MESHES[kind])(params, batch)
+    weigh = lambda batch: jnp.sum(batch[1])  # noqa: E731
+    (plan,) = fp.partition.plan(loss, weight=weigh, **MESHES[kind])(params, batch)
+    _, gradient = plan.gradient(params, batch)
+    reference = jax.grad(loss)(params, batch)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(jax.device_get(x), y, atol=1e-14), gradient, reference
+    )
+
+
+BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (
+        {"mesh": {"data": 3}},
+        {},
+        r"data=3: 16 examples cannot be divided among 3 devices; use a batch of 15 or 18",
+    ),
+    ({}, {"devices": 9}, r"devices=9: there are 8; use 1 to 8, or on='v5e:4x4'"),
+    ({"mesh": {"data": 16}}, {}, r"needs 16 devices, and there are 8"),
+    ({"mesh": {"expert": 2}}, {}, r"the model has no axis 'expert'; use data .*model .*stage"),
+    ({"mesh": {"model": 7}}, {}, r"model=7: no axis of the parameters can be split into 7 parts"),
+    (
+        {"mesh": {"stage": 2}, "microbatches": 3},
+        {},
+        r"microbatches=3: 16 examples leave a ragged last part of 1; use",
+    ),
+    ({"mesh": {"stage": 8}, "schedule": "zigzag"}, {}, r"schedule='zigzag' is not known; use one of 1f1b"),
+    ({"mesh": {"stage": 2, "model": 2}}, {}, r"a pipeline is combined with data, not with model"),
+    ({}, {"on": "v9:1x1"}, r"on='v9:1x1' is not known; write kind:shape, as v5e:4x4"),
+    ({"budget": "much"}, {}, r"budget='much' is not a number of bytes"),
+]
+
+
+@pytest.mark.parametrize(("options", "where", "message"), BAD)
+def test_bad_input_is_refused_in_a_line(options: Any, where: Any, message: str) -> None:
+    loss, params, batch = MODELS["mlp"]()
+    with pytest.raises(ValueError, match=message) as error:
+        fp.partition.plan(loss, **options)(params, batch, **where)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pipeline_refuses_an_optimizer_that_couples_its_stages() -> None:
+    loss, params, batch = MODELS["mlp"]()
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
+    (plan,) = fp.partition.plan(loss, **MESHES["pipeline"])(params, batch)
+    with pytest.raises(
+        ValueError, match=r"reads gradients of several stages .*use optax\.clip, or a plan without"
+    ):
+        plan.step(optimizer)
+
+
+def test_plans_for_devices_that_are_not_there() -> None:
+    loss, params, batch = MODELS["mlp"](64)
+    shapes = jax.eval_shape(lambda *args: args, params, batch)
+    plans = fp.partition.plan(loss, optimizer=optax.adam(1e-3))(*shapes, on="v5e:4x4")
+    assert plans[0].fits
+    assert plans[0].budget == 16 * 2**30
+    assert {"data": 16} in [plan.mesh for plan in plans]
+    with pytest.raises(ValueError, match="is for v5e:4x4, which is not there; it can be compiled only"):
+        plans[0].step(optax.adam(1e-3))
+    assert any("needs values" in note for note in plans.named("zero").notes)
