@@ -21,6 +21,7 @@ from funcprop.program.call import has_values, without_aux
 from funcprop.reporting.curves import train
 from funcprop.reporting.inspection import first_nonfinite, inspect
 from funcprop.reporting.layers import data_shapes, memory
+from funcprop.reporting.on_machine import on_this_machine
 from funcprop.reporting.report_data import ReportData
 from funcprop.reporting.scale import picture_of
 from funcprop.reporting.spectrum import is_smooth, top
@@ -167,6 +168,8 @@ def report(
         costs = second_order_cost(scalar, argnums, rules=rules, repeats=3, patience=2.0)(*args, **kwargs)
         doing("memory")
         footprints = memory(scalar, numbers, args, kwargs, setup)
+        doing("rules and recomputation")
+        machine = on_this_machine(scalar, numbers, args, kwargs, rules)
         doing("the Hessian's spectrum")
         spectrum = top(scalar, numbers, args, kwargs, costs) if is_concrete else None
         doing("a training run")
@@ -186,6 +189,7 @@ def report(
             spectrum,
             curves,
             data_shapes(args, kwargs, numbers),
+            machine,
         )
 
     return write

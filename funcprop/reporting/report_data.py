@@ -16,10 +16,11 @@ from funcprop.reporting.curves import Curves
 from funcprop.reporting.inspection import InspectedValue, Inspection
 from funcprop.reporting.layers import Memory
 from funcprop.reporting.loop_contents import Opened
+from funcprop.reporting.on_machine import OnThisMachine
 from funcprop.reporting.spectrum import Top
 
 # All pictures of a page together have at most so many nodes, so that it stays below 2 MB.
-MOST_PICTURED = 500
+MOST_PICTURED = 300
 # So many gradients are named as examples.
 SHOWN_GRADIENTS = 4
 # Up to this many values are all in the table.
@@ -43,6 +44,7 @@ class ReportData:
     spectrum: Top | None = field(repr=False, default=None)
     curves: Curves | None = field(repr=False, default=None)
     data: str = ""
+    machine: OnThisMachine | None = field(repr=False, default=None)
 
     @cached_property
     def pictures(self) -> list[PagePicture]:
