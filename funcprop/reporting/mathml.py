@@ -22,15 +22,9 @@ _IDENTIFIERS = {
     "varphi": "φ", "tau": "τ", "rho": "ρ", "omega": "ω", "pi": "π", "Delta": "Δ", "Sigma": "Σ", "Phi": "Φ",
 }  # fmt: skip
 _OPERATORS = {
-<<<<<<< HEAD
     "partial": "∂", "odot": "⊙", "top": "⊤", "cdot": "·", "times": "×", "ast": "∗", "geq": "≥",
     "leftarrow": "←", "leq": "≤", "neq": "≠", "circ": "∘", "otimes": "⊗", "mid": "|", "ldots": "…",
     "dots": "…", "cdots": "⋯", "in": "∈", "prime": "′",
-=======
-    "partial": "∂", "odot": "⊙", "top": "⊤", "cdot": "·", "times": "×", "ast": "∗", "geq": "≥", "leq": "≤",
-    "leftarrow": "←", "neq": "≠", "circ": "∘", "otimes": "⊗", "mid": "|", "ldots": "…", "dots": "…",
-    "cdots": "⋯", "in": "∈", "prime": "′",
->>>>>>> s
 }  # fmt: skip
 _FENCES = {"lVert": "‖", "rVert": "‖"}
 _SPACES = {",": "0.17em", "!": None}
