@@ -32,7 +32,7 @@ def test_names_stay_as_they_are_in_formulas(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "latex", ["\\sqrt{x}", "\\frac{a", "x}", "\\left(x", "\\mathrm x", "\\mathrm{\\alpha}"]
+    "latex", ["\\oint{x}", "\\frac{a", "x}", "\\left(x", "\\mathrm x", "\\mathrm{\\alpha}"]
 )
 def test_what_is_no_formula_is_an_error(latex: str) -> None:
     with pytest.raises(MathError, match="the formula"):

@@ -180,14 +180,23 @@ class _Condenser:
     ) -> tuple[Region, NamedFunction] | None:
         first, best = self.flow.dominators.get(last.name), None
         while first is not None:
-            regions = [self.flow.region(last, first, inner) for inner in (False, True)]
-            found = next(((r, k) for r in regions if r and (k := self._known(r, cache))), None)
-            best = found or best
+            region = self.flow.region(last, first, False)
+            if region is not None and (len(region.operators) == 1 or self._is_start(first)):
+                regions = (region, self.flow.region(last, first, True))
+                found = next(((r, k) for r in regions if r and (k := self._known(r, cache))), None)
+                best = found or best
             maker = self.flow.maker.get(first)
-            if regions[0] is None or maker is None or self._is_named(first):
+            if region is None or maker is None or self._is_named(first):
                 break
             first = self.flow.dominators.get(first)
         return best
+
+    def _is_start(self, name: str) -> bool:
+        """Whether a function may begin at a variable: not in the middle of a chain of entrywise operators."""
+        op = self.flow.maker.get(name)
+        if op is None or op.equation is None or op.call is not None or not facts_of(op.equation).elementwise:
+            return True
+        return len(self.flow.readers[name]) > 1 or self._is_named(name)
 
     def _is_named(self, name: str) -> bool:
         return any(v.named for v in self.flow.maker[name].outputs if v.name == name)

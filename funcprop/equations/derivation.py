@@ -74,11 +74,14 @@ class Derivation:
             "",
             *section("Backpropagation", self.backward),
         ]
-        where = [f"{name} = {form.text()}" for name, form in self.functions]
-        where += [f"{names} = {path}" for names, path in self.grouped_legend()]
-        if where:
+        if where := self.where():
             parts += ["", "where", *(f"  {row}" for row in where)]
         return "\n".join(parts)
+
+    def where(self) -> list[str]:
+        """What the functions and the short names stand for, a row each."""
+        functions = [f"{name} = {form.text()}" for name, form in self.functions]
+        return [*functions, *(f"{names} = {path}" for names, path in self.grouped_legend())]
 
     def grouped_legend(self) -> list[tuple[str, str]]:
         """The short names with their paths, one row a module: `W₁, b₁` and `Dense_0/{kernel, bias}`."""

@@ -121,12 +121,20 @@ class Flow:
             elif op not in inside:
                 inside[op] = None
                 stack.extend(op.inputs)
-        ordered = tuple(op for op in self.operators if op in inside)
+        ordered = tuple(sorted(inside, key=self._place.__getitem__))
         given = [v for op in ordered for v in op.inputs if v.name == first][:1]
         if not given or any(v.name in self.active and v.name not in self.parameters for v in others.values()):
             return None
-        rank = {v.name: i for i, v in enumerate(self.graph.variables)}
-        return Region(ordered, (given[0], *sorted(others.values(), key=lambda v: rank[v.name])), last)
+        rest = sorted(others.values(), key=lambda v: self._rank[v.name])
+        return Region(ordered, (given[0], *rest), last)
+
+    @cached_property
+    def _place(self) -> dict[Operator, int]:
+        return {op: i for i, op in enumerate(self.operators)}
+
+    @cached_property
+    def _rank(self) -> dict[str, int]:
+        return {v.name: i for i, v in enumerate(self.graph.variables)}
 
     def _is_literal(self, variable: Variable) -> bool:
         """Whether a value is made of literals alone, such as a number in every entry of an array."""
@@ -137,7 +145,7 @@ class Flow:
 
 
 # A region with more operators is no single function that has a name.
-_LARGEST_REGION = 100
+_LARGEST_REGION = 60
 
 _OUTSIDE = frozenset({"dot_general", "conv_general_dilated", "scan", "while", "cond", "custom_vjp_call"})
 

@@ -7,6 +7,7 @@ own function under that name.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,16 @@ ELEMENTWISE: dict[str, Sequence[Callable[[Any], Any]]] = {
 }
 
 
+# No function in the table is written by more operators.
+_LONGEST_ACTIVATION = 20
+
+
+@functools.cache
+def _values(name: str, spelling: int, dtype: np.dtype) -> np.ndarray:
+    """The values of a function of the table at the points."""
+    return np.asarray(ELEMENTWISE[name][spelling](jnp.asarray(_POINTS, dtype)), np.float64)
+
+
 def elementwise(name: str) -> Write:
     """The equations of a function of each entry: `h = φ(z)`, `z̄ = h̄ ⊙ φ′(z)`."""
 
@@ -117,10 +128,15 @@ def find(region: Region) -> NamedFunction | None:
 
 def _candidates(region: Region, names: set[str]) -> Iterator[NamedFunction]:
     if is_elementwise(region):
-        # One operator that has a name of its own is called by that.
-        if len(names) > 1 or not facts_of(region.operators[-1].equation).elementwise:
+        # One operator with a name of its own is called by that; a long chain is no function with a name.
+        is_short = len(region.operators) <= _LONGEST_ACTIVATION
+        if (is_short and len(names) > 1) or not facts_of(region.operators[-1].equation).elementwise:
+            found = np.asarray(jax.vmap(region)(_at_points(region)), np.float64).ravel()
             for name, spellings in ELEMENTWISE.items():
-                for function in spellings:
+                for k, function in enumerate(spellings):
+                    expected = np.resize(_values(name, k, np.dtype(region.inputs[0].dtype)), found.shape)
+                    if not np.allclose(found, expected, rtol=0.02, atol=0.02, equal_nan=True):
+                        continue
                     yield NamedFunction(name, "activation", function, elementwise(name))
         return
     x, *others = region.inputs
@@ -138,6 +154,13 @@ def _candidates(region: Region, names: set[str]) -> Iterator[NamedFunction]:
         yield from _with_soft_labels(region)
 
 
+def _at_points(region: Region) -> Any:
+    """The points in arrays of the shape of a region's input."""
+    x = region.inputs[0]
+    repeats = -(-_POINTS.size // max(1, int(np.prod(x.shape or ()))))
+    return jnp.asarray(np.resize(_POINTS, (repeats, *(x.shape or ()))), x.dtype)
+
+
 class _AtRandomPoints:
     """A region at random points, to which functions are compared in value and pullback."""
 
@@ -145,11 +168,8 @@ class _AtRandomPoints:
         self.region = region
         x, *others = region.inputs
         random = np.random.default_rng(0)
-        size = max(1, int(np.prod(x.shape or ())))
         if is_elementwise(region):
-            repeats = min(-(-_POINTS.size // size), _POINTS.size)
-            points = np.resize(_POINTS, (repeats, *(x.shape or ())))
-            self.values = [jnp.asarray(points, x.dtype)]
+            self.values = [_at_points(region)]
         else:
             scales = np.reshape([2.0, 20.0], (2, *(1 for _ in x.shape or ())))
             points = random.normal(size=(2, *(x.shape or ()))) * scales

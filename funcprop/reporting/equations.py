@@ -28,13 +28,17 @@ class Equation:
 class TypesetEquations:
     """Both sweeps, and a step of the open loops.
 
-    `omitted` lines are those of repeated blocks and what is beyond the limit.
+    `omitted` lines are those of repeated blocks and what is beyond the limit. `readable` are both sweeps with
+    a line for what a person would write down, and `where` what their symbols stand for; None where these are
+    the same lines.
     """
 
     forward: tuple[Equation, ...]
     backward: tuple[Equation, ...]
     inside: tuple[Equation, ...]
     omitted: int
+    readable: tuple[tuple[Equation, ...], tuple[Equation, ...]] | None = None
+    where: tuple[str, ...] = ()
 
 
 def equations(report: ReportData, most: int) -> TypesetEquations:
@@ -47,11 +51,20 @@ def equations(report: ReportData, most: int) -> TypesetEquations:
     inside = [line for line in steps if line.key in chosen]
     omitted = len(derivation.forward) + len(derivation.backward) + len(steps)
     forward, backward, inside = forward[:most], backward[:most], inside[:most]
+    sweeps = None
+    if report.readable is not None and len(report.readable.backward) <= most:
+        of_readable = (report.readable.forward, report.readable.backward)
+        sweeps = tuple(
+            tuple(_equation(f"{name}{i}", line) for i, line in enumerate(lines))
+            for name, lines in zip("rs", of_readable, strict=True)
+        )
     return TypesetEquations(
         tuple(_equation(f"f{i}", line) for i, line in enumerate(forward)),
         tuple(_equation(f"b{i}", line) for i, line in enumerate(backward)),
         tuple(_equation(f"f{i}", line) for i, line in enumerate(inside, len(forward))),
         omitted - len(forward) - len(backward) - len(inside),
+        (sweeps[0], sweeps[1]) if sweeps is not None else None,
+        tuple(report.readable.where()) if sweeps is not None and report.readable is not None else (),
     )
 
 

@@ -29,6 +29,9 @@ from funcprop.rules.rule_set import RuleSet
 from funcprop.sweeps.backprop import backprop
 from funcprop.training.loop import Setup
 
+# A function with more operators is written operator by operator alone.
+MOST_LINES = 1000
+
 
 class ReportError(RuntimeError):
     """The page cannot be written; the message says why and what to do."""
@@ -156,6 +159,9 @@ def report(
         require_no_references("report", fun, args, kwargs)
         doing("equations")
         derivation = derive(scalar, argnums, detail="operators")(*args, **kwargs)
+        # Of a larger function the page has a part of the lines alone.
+        few = len(derivation.traced.graph) <= MOST_LINES
+        readable = derive(scalar, argnums)(*args, **kwargs) if few else None
         traced = derivation.traced
         is_concrete = has_values(traced.leaves)
         doing("both sweeps")
@@ -190,6 +196,7 @@ def report(
             curves,
             data_shapes(args, kwargs, numbers),
             machine,
+            readable if readable is not None and readable.text() != derivation.text() else None,
         )
 
     return write

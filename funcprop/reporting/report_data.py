@@ -45,6 +45,7 @@ class ReportData:
     curves: Curves | None = field(repr=False, default=None)
     data: str = ""
     machine: OnThisMachine | None = field(repr=False, default=None)
+    readable: Derivation | None = field(repr=False, default=None)
 
     @cached_property
     def pictures(self) -> list[PagePicture]:
