@@ -13,6 +13,10 @@ from funcprop.reporting.mathml import mathml
 from funcprop.reporting.report_data import ReportData
 
 
+# So many lines of a sweep are read by a person; more are left to `fp.derive`.
+_MOST_READABLE = 100
+
+
 @dataclass(frozen=True)
 class Equation:
     """A line: `key` is its id on the page, `name` what it defines, `forms` what stands after `=`."""
@@ -52,7 +56,7 @@ def equations(report: ReportData, most: int) -> TypesetEquations:
     omitted = len(derivation.forward) + len(derivation.backward) + len(steps)
     forward, backward, inside = forward[:most], backward[:most], inside[:most]
     sweeps = None
-    if report.readable is not None and len(report.readable.backward) <= most:
+    if report.readable is not None and len(report.readable.backward) <= min(most, _MOST_READABLE):
         of_readable = (report.readable.forward, report.readable.backward)
         sweeps = tuple(
             tuple(_equation(f"{name}{i}", line) for i, line in enumerate(lines))
