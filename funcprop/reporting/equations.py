@@ -12,7 +12,6 @@ from funcprop.equations.verification import Line
 from funcprop.reporting.mathml import mathml
 from funcprop.reporting.report_data import ReportData
 
-
 # So many lines of a sweep are read by a person; more are left to `fp.derive`.
 _MOST_READABLE = 100
 
