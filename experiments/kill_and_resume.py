@@ -172,6 +172,7 @@ def compare(directory: Path, kills: int, seed: int, epochs: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="two kills alone")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=8)
@@ -181,7 +182,8 @@ def main() -> None:
         train(options.train, options.epochs)
         return
     with tempfile.TemporaryDirectory() as directory:
-        sys.exit(compare(Path(directory), options.kills, options.seed, options.epochs))
+        kills, epochs = (2, 3) if options.smoke else (options.kills, options.epochs)
+        sys.exit(compare(Path(directory), kills, options.seed, epochs))
 
 
 if __name__ == "__main__":

@@ -80,13 +80,13 @@ def draw(content: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, and write `results/memory_figures.json` and `.png`."""
-    parser = command_line(__doc__, smoke="three drawn models, one rematerialised")
+    parser = command_line(__doc__, smoke="one drawn model, one rematerialised")
     parser.add_argument("--seed", type=int, default=20261129)
     parser.add_argument("--count", type=int, default=40, help="drawn models")
     options = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.default_backend()}")
     footprints: list[dict[str, Any]] = []
-    for i, model in enumerate(drawn(options.seed, 3 if options.smoke else options.count)):
+    for i, model in enumerate(drawn(options.seed, 1 if options.smoke else options.count)):
         for line in accounted(model, i):
             footprints.append(line)
             same = "=" if line["rows"] == line["xla"] else "≠"

@@ -51,7 +51,7 @@ def losing_rules(model: Drawn, repeats: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Measure, print, and write `results/never_worse.json` and `.png`."""
-    parser = command_line(__doc__, smoke="eight models, bytes alone")
+    parser = command_line(__doc__, smoke="three models, bytes alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=15)
@@ -62,7 +62,7 @@ def main() -> None:
     print(f"{machine()}; {options.count} models of seed {options.seed}, rules {fp.rules.default.name}")
     print(f"{'time':>6}{'bytes':>7}{'rules':>7}  model")
     results: dict[str, Any] = {}
-    for make in drawn(options.seed, 8 if options.smoke else options.count):
+    for make in drawn(options.seed, 3 if options.smoke else options.count):
         model = make()
         if options.only and not any(part in model.name for part in options.only):
             continue

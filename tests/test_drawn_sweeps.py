@@ -74,7 +74,7 @@ def held(fun: Any, args: tuple[Any, ...]) -> list[Any]:
     return jax.tree.leaves(jax.eval_shape(lambda a, *r: jax.vjp(lambda a: fun(a, *r), a)[1], first, *rest))
 
 
-@pytest.mark.parametrize("rules", [fp.rules.default, HANDWRITTEN, fp.rules.autodiff])
+@pytest.mark.parametrize("rules", [fp.rules.default.on("cpu"), HANDWRITTEN, fp.rules.autodiff])
 @pytest.mark.parametrize("model", MODELS)
 def test_residuals_are_what_the_pullback_holds(model: str, rules: fp.RuleSet) -> None:
     fun, args = MODELS[model]
@@ -119,10 +119,10 @@ def test_residuals_are_what_our_own_tape_holds() -> None:
     assert sum(len(content) for _, content in held_values) == sum(x.nbytes for x in drawn.values())
 
 
-@pytest.mark.parametrize("rules", [fp.rules.default, HANDWRITTEN])
+@pytest.mark.parametrize("rules", [fp.rules.default.on("cpu"), HANDWRITTEN])
 def test_residuals_flow_from_left_to_right(rules: fp.RuleSet) -> None:
     graph = fp.backward_graph(fp.models.chapter, rules=rules)(*chapter_example())
-    drawing = fp.draw(graph, depth=0, engine="graphviz-pure")
+    drawing = fp.draw(graph, depth=0, engine="graphviz-pure", wrap=False)
     kinds = [edge.kind for edge in drawing.picture.edges]
     routes = [r for r, kind in zip(drawing.layout.edges, kinds, strict=True) if kind == "residual"]
     assert routes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +143,7 @@ class KroneckerFactors:
     part: Part
     where: Where | None
     options: SweepOptions
+    name: ClassVar[str] = "kfac"
 
     def __call__(
         self, params: Any, x: Any, y: Any = None, key: Any = None, *, weights: Any = None
@@ -181,7 +182,7 @@ class KroneckerFactors:
         self, params: Any, x: Any, y: Any, key: Any, weights: Any, bases: Sequence[Eigen] | None = None
     ) -> tuple[Kronecker, Any]:
         """The factors, or with `bases` the eigenvalues in them; and for which examples they are NaN."""
-        require_values("kfac", {"params": params, "x": x, "y": y}, AUDIT)
+        require_values(self.name, {"params": params, "x": x, "y": y}, AUDIT)
         weights = weights_of(weights, batch_size(x, y, "kfac"), "kfac")
         of_chosen, params = restricted(self.model, params, self.where)
         Parameters.of(params)
@@ -199,6 +200,8 @@ class KroneckerFactors:
 @dataclass(frozen=True, eq=False)
 class EigenFactors(KroneckerFactors):
     """What `fp.ekfac` returns."""
+
+    name: ClassVar[str] = "ekfac"
 
     def __call__(
         self, params: Any, x: Any, y: Any = None, key: Any = None, *, weights: Any = None

@@ -89,11 +89,12 @@ def backward_graph(
 
     def built(*args: Any, **kwargs: Any) -> BackwardGraph:
         positions = [i for i, _ in differentiated(fun, argnums, args, kwargs)]
+        own = (default if rules is None else rules).for_arguments(jax.tree.leaves((args, kwargs)))
         traces: list[tuple[Any, ...]] = []
 
         @functools.wraps(fun)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            function, chosen = marked(fun, positions, args, kwargs, default if rules is None else rules)
+            function, chosen = marked(fun, positions, args, kwargs, own)
             results, pullback = jax.vjp(function, *chosen)
             saved, tree = jax.tree.flatten(pullback)
             traces.append((tree, list(map(shape_of, saved)), list(map(jax.typeof, results))))

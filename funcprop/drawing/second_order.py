@@ -94,7 +94,7 @@ def second_order_graph(
         raise ValueError(f"order={order!r} is not known; choose one of {', '.join(get_args(Order))}.")
 
     def built(*args: Any, **kwargs: Any) -> SecondOrderGraph:
-        rule_set = default if rules is None else rules
+        rule_set = (default if rules is None else rules).for_arguments(jax.tree.leaves((args, kwargs)))
         primal = trace_function(fun, args, kwargs).graph
         (result,) = _scalar(primal)
         chosen = differentiated(fun, argnums, args, kwargs)

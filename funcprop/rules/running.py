@@ -13,7 +13,7 @@ them their rules.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,7 +62,7 @@ def with_rules(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callabl
     @functools.wraps(fun)
     def ruled(*args: Any, **kwargs: Any) -> Any:
         def trace(parent: Any) -> RuleTrace:
-            given = () if rules.target else jax.tree.leaves((args, kwargs))
+            given = () if rules.target else _first_arrays((*args, *kwargs.values()))
             target = CompileTarget.of(rules.target, given, _jax.is_staged_out(parent))
             return RuleTrace(parent, Rewriter(rules, target=target))
 
@@ -71,6 +71,20 @@ def with_rules(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callabl
 
     ruled.__name__ = name_of(fun, "<unnamed function>")  # as JAX calls it
     return ruled
+
+
+def _first_arrays(arguments: Sequence[Any]) -> list[Any]:
+    """An array of each argument, if one is found without going through what the argument holds.
+
+    All arrays of a call are on devices of one platform, and a container may be large, or count its uses.
+    """
+    found = []
+    for x in arguments:
+        while type(x) in (list, tuple, dict) and x:
+            x = next(iter(x.values())) if type(x) is dict else x[0]
+        if isinstance(x, jax.Array):
+            found.append(x)
+    return found
 
 
 class RuleTrace(_jax.PassingTrace):

@@ -110,8 +110,8 @@ def measured(
         >>> import jax.numpy as jnp, funcprop as fp, tempfile
         >>> with tempfile.TemporaryDirectory() as place:
         ...     found = fp.rules.measured(jnp.sum, objective="bytes", file=f"{place}/file.json")(jnp.ones(3))
-        >>> print(found)
-        RuleSet 'measured' on cpu…
+        >>> print(found.name)
+        measured
     """
     weight = _weight(objective)
     if repeats < 1:
