@@ -11,7 +11,8 @@ import pytest
 
 import funcprop as fp
 from funcprop.equations.verification import DerivationError
-from funcprop.rules.expressions import Equations, apply, latex_name
+from funcprop.rules.expressions import Equations, apply
+from funcprop.rules.notation import latex_name
 
 FORWARD = [
     "z = W1 x",

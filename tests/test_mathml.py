@@ -9,7 +9,7 @@ import pytest
 import funcprop as fp
 from funcprop.cli.target import chapter_example
 from funcprop.reporting.mathml import MathError, mathml
-from funcprop.rules.expressions import latex_name
+from funcprop.rules.notation import latex_name
 
 
 def test_mathml_of_the_chapters_last_line() -> None:

@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 
 import funcprop as fp
-from funcprop.equations.known_functions import ELEMENTWISE
+from funcprop.equations.elementwise import ELEMENTWISE
 
 KEY = jax.random.key(0)
 SIZES = [4, 5, 6, 3]
@@ -290,6 +290,16 @@ def test_latex_balances_and_has_no_character_that_tex_does_not_know():
     assert latex.count("\\left") == latex.count("\\right")
     assert not re.search(r"[^\x00-\x7f]", latex)
     assert "where $" in latex
+
+
+@pytest.mark.parametrize(("axis", "text"), [(0, "axis 0"), ((0, 2), "axes 0, 2"), (None, "")])
+def test_sums_and_means_name_their_axes_in_every_notation(axis, text):
+    x = jnp.arange(24.0).reshape(2, 3, 4)
+    for name, reduce in (("sum", jnp.sum), ("mean", jnp.mean)):
+        derivation = fp.derive(lambda w, reduce=reduce: jnp.sum(reduce(jnp.tanh(w), axis) ** 2))(x)
+        assert f"{name}(tanh(w){', ' if text else ''}{text})" in derivation.text()
+        assert (f"_{{\\text{{{text}}}}}" in derivation.latex()) == bool(text)
+        derivation.verify()
 
 
 def test_a_long_sum_is_broken_into_rows():

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop import _jax
+from funcprop.equations.elementwise import elementwise, is_elementwise, slope
 from funcprop.equations.flow import Region, is_trivial
-from funcprop.equations.known_functions import Write, elementwise, is_elementwise
+from funcprop.equations.named_function import Write
 from funcprop.graph.graph import Operator, Variable
 from funcprop.program.facts import facts_of
 from funcprop.rules import primitives
@@ -26,17 +27,23 @@ from funcprop.rules.expressions import (
     unwritten,
     written,
 )
+from funcprop.rules.notation import reduction
 
 
 @dataclass(frozen=True, eq=False)
 class LinePart:
-    """What computes one variable inside a line: an operator, or a region that is written as one function."""
+    """What computes one variable inside a line: an operator, or a region that is written as one function.
+
+    A function that was recognised has its `name` and its `kind`.
+    """
 
     output: Variable
     inputs: tuple[Variable, ...]
     operator: Operator | None = None
     region: Region | None = None
     write: Write | None = None
+    name: str | None = None
+    kind: str | None = None
 
     def equations(self, args: Sequence[Expression], output: Any, cotangent: Expression) -> Equations:
         """Write the part; an operand whose cotangent is not known has None."""
@@ -100,7 +107,7 @@ def derived_equations(op: Operator, args: Sequence[Expression], cotangent: Expre
     def function(*values: Any) -> Any:
         return _jax.evaluate(op.jaxpr, (), values)[0]
 
-    forward = apply(name, function, *args, type_=_type(output))
+    forward = apply(name, function, *args, type_=type_of(output))
     cotangents: list[Expression | None] = [None] * len(args)
     if op.equation is None or op.call is not None or op.bodies or not _jax.is_differentiable(output.aval):
         return Equations(forward, tuple(cotangents))
@@ -110,22 +117,12 @@ def derived_equations(op: Operator, args: Sequence[Expression], cotangent: Expre
     for i in smooth:
         if facts.elementwise and is_real and args[i].shape == forward.shape:
             mark = "′" if len(smooth) == 1 else f"′{'₁₂₃₄'[i]}"
-            cotangents[i] = cotangent * apply(f"{name}{mark}", _slope(function, i), *args, type_=args[i].type)
+            cotangents[i] = cotangent * apply(f"{name}{mark}", slope(function, i), *args, type_=args[i].type)
         elif any(i in group for group in facts.linear_in):
             others = [x for k, x in enumerate(args) if k != i]
             back = apply(f"{name}ᵀ", _transposed(function, i, args[i].type), cotangent, *others)
             cotangents[i] = back
     return Equations(forward, tuple(cotangents))
-
-
-def _slope(function: Callable[..., Any], i: int) -> Callable[..., Any]:
-    """The derivative of an entrywise function by its operand `i`, entry by entry."""
-
-    def slope(*values: Any) -> Any:
-        y, pull = jax.vjp(lambda v: function(*values[:i], v, *values[i + 1 :]), values[i])
-        return pull(jnp.ones_like(y))[0]
-
-    return slope
 
 
 def _transposed(function: Callable[..., Any], i: int, like: Any) -> Callable[..., Any]:
@@ -151,17 +148,15 @@ def _unseen(op: Operator, x: Expression, cotangent: Expression) -> Equations:
 
     if op.op == "transpose" and len(x.shape) == 2:
         return Equations(x.T, (cotangent.T,))
-    forward = unwritten(function, x, _type(output))
+    forward = unwritten(function, x, type_of(output))
     if not _jax.is_differentiable(op.inputs[0].aval):
         return Equations(forward, (None,))
     if np.prod(output.shape or ()) == np.prod(x.shape):
         return Equations(forward, (unwritten(back, cotangent, x.type),))
     kept = op.static["broadcast_dimensions"]
     new = [axis for axis in range(len(output.shape or ())) if axis not in kept]
-    axes = "axis " + ", ".join(map(str, new)) if new and x.shape != () else ""
-    index = "_{{\\text{{" + axes + "}}}}" if axes else ""
-    text = f"sum({{0}}, {axes})" if axes else "sum({0})"
-    return Equations(forward, (written(back, (cotangent,), text, f"\\sum{index} {{0}}", x.type),))
+    text, latex = reduction("sum", new if new and x.shape != () else None)
+    return Equations(forward, (written(back, (cotangent,), text, latex, x.type),))
 
 
 def literal(variable: Variable) -> Expression:
@@ -175,7 +170,8 @@ def literal(variable: Variable) -> Expression:
     return opaque(lambda: value, (), text, latex, jax.typeof(value))
 
 
-def _type(variable: Variable) -> jax.ShapeDtypeStruct:
+def type_of(variable: Variable) -> jax.ShapeDtypeStruct:
+    """The type of a variable's value."""
     return jax.ShapeDtypeStruct(variable.shape or (), variable.dtype)
 
 
@@ -197,7 +193,7 @@ class Composition:
         for part in self.parts:
             operands = [literal(v) if v.kind == "literal" else known[v.name] for v in part.inputs]
             given.append(operands)
-            type_ = _type(part.output)
+            type_ = type_of(part.output)
             unknown = opaque(lambda t=type_: jnp.zeros(t.shape, t.dtype), (), "?", "?", type_)
             known[part.output.name] = part.equations(operands, unknown, unknown).forward
         last = self.parts[-1].output.name

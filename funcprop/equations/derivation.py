@@ -13,12 +13,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 
 from funcprop import _jax
 from funcprop.equations.chain_rule import ChainTerm, call_operator
-from funcprop.equations.composition import LinePart, literal, own_equations
+from funcprop.equations.composition import LinePart, literal, own_equations, type_of
 from funcprop.equations.condense import WriteLine, condense
 from funcprop.equations.line_breaks import broken
 from funcprop.equations.line_names import short_names
@@ -34,12 +33,11 @@ from funcprop.rules.expressions import (
     Symbol,
     apply,
     is_one,
-    latex_name,
-    latex_path,
     number,
     opaque,
     symbol,
 )
+from funcprop.rules.notation import latex_name, latex_path
 from funcprop.sweeps.activity import active_variables
 from funcprop.sweeps.propagation import completion_order
 
@@ -405,14 +403,12 @@ def _total(terms: Sequence[Expression]) -> Expression:
 
 
 def _symbol(variable: Variable, written: str) -> Symbol:
-    type_ = jax.ShapeDtypeStruct(variable.shape or (), variable.dtype)
-    return symbol(variable.name, written, latex_name(written), type_)
+    return symbol(variable.name, written, latex_name(written), type_of(variable))
 
 
 def _cotangent(variable: Variable, objective: Symbol, of: Symbol) -> Symbol:
-    type_ = jax.ShapeDtypeStruct(variable.shape or (), variable.dtype)
     written = f"∂{objective.text()}/∂{of.text()}"
-    return symbol(f"∂{objective.key}/∂{of.key}", written, _fraction(objective, of), type_)
+    return symbol(f"∂{objective.key}/∂{of.key}", written, _fraction(objective, of), type_of(variable))
 
 
 def _fraction(y: Symbol, x: Symbol) -> str:

@@ -10,7 +10,7 @@ dominator, of parameters, and of what has no derivative.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -91,6 +91,16 @@ class Flow:
                         parent[v.name], depth[v.name] = nearest, depth[nearest] + 1
         return parent
 
+    @cached_property
+    def draws(self) -> set[str]:
+        """What is made from random numbers, and has no derivative."""
+        found: set[str] = set()
+        for op in self.operators:
+            is_draw = op.equation is not None and facts_of(op.equation).random
+            if is_draw or any(v.name in found for v in op.inputs):
+                found.update(v.name for v in op.outputs if v.name not in self.active)
+        return found
+
     def source(self, variable: Variable) -> Variable:
         """What a variable is, but for its shape and type."""
         while (op := self.maker.get(variable.name)) is not None and is_trivial(op) and not variable.named:
@@ -125,15 +135,28 @@ class Flow:
         given = [v for op in ordered for v in op.inputs if v.name == first][:1]
         if not given or any(v.name in self.active and v.name not in self.parameters for v in others.values()):
             return None
-        rest = sorted(others.values(), key=lambda v: self._rank[v.name])
+        rest = sorted(others.values(), key=lambda v: self.rank[v.name])
         return Region(ordered, (given[0], *rest), last)
+
+    def between(self, outputs: Iterable[Variable], given: Container[str] = ()) -> list[Operator]:
+        """The operators that compute variables from `given` ones, in order."""
+        found: dict[Operator, None] = {}
+        stack = list(outputs)
+        while stack:
+            v = stack.pop()
+            op = None if v.name in given else self.maker.get(v.name)
+            if op is not None and op not in found:
+                found[op] = None
+                stack.extend(w for w in op.inputs if w.kind != "literal")
+        return sorted(found, key=self._place.__getitem__)
 
     @cached_property
     def _place(self) -> dict[Operator, int]:
         return {op: i for i, op in enumerate(self.operators)}
 
     @cached_property
-    def _rank(self) -> dict[str, int]:
+    def rank(self) -> dict[str, int]:
+        """The place of every variable among those of the graph."""
         return {v.name: i for i, v in enumerate(self.graph.variables)}
 
     def _is_literal(self, variable: Variable) -> bool:
@@ -176,7 +199,7 @@ class Region:
 
     def __call__(self, *values: Any) -> Any:
         """The value of the output, from those of the inputs."""
-        return run(self.operators, self.inputs, self.output)(*values)
+        return run(self.operators, self.inputs, [self.output])(*values)[0]
 
     def primitives(self) -> Iterator[str]:
         """The names of all primitives in it, those of bodies included."""
@@ -196,10 +219,12 @@ class Region:
         return f"{[v.type for v in self.inputs]} {rows}"
 
 
-def run(operators: Sequence[Operator], inputs: Sequence[Variable], output: Variable) -> Callable[..., Any]:
-    """The function that computes `output` from `inputs` by some operators."""
+def run(
+    operators: Sequence[Operator], inputs: Sequence[Variable], outputs: Sequence[Variable]
+) -> Callable[..., list[Any]]:
+    """The function that computes `outputs` from `inputs` by some operators."""
 
-    def function(*values: Any) -> Any:
+    def function(*values: Any) -> list[Any]:
         known = {v.name: x for v, x in zip(inputs, values, strict=True)}
         for op in operators:
             given = [v.value if v.kind == "literal" else known[v.name] for v in op.inputs]
@@ -207,6 +232,6 @@ def run(operators: Sequence[Operator], inputs: Sequence[Variable], output: Varia
             # An input of the function may be computed on the way to another one.
             for v, result in zip(op.outputs, results, strict=True):
                 known.setdefault(v.name, result)
-        return known[output.name]
+        return [known[v.name] for v in outputs]
 
     return function

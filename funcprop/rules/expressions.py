@@ -6,7 +6,6 @@ their equations with the ordinary operators: `g @ w.T`, `g * apply("tanh′", de
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop.program.dtypes import common_dtype, is_weak
+from funcprop.rules.notation import decimal, latex_name, literally, reduction
 
 Environment = Mapping[str, Any]
 
@@ -213,18 +213,8 @@ class Expression:
         axes = (axes,) if isinstance(axes, int) else axes
         if axes is not None and not len(axes):
             return self
-        names = "" if axes is None else ", axes " + ", ".join(map(str, axes))
-        if axes is not None and len(axes) == 1:
-            names = f", axis {axes[0]}"
-        index = "" if axes is None else "_{{\\text{{" + names[2:] + "}}}}"
-        return _node(
-            lambda x: jnp.sum(x, axes, keepdims=keepdims),
-            (self,),
-            f"sum({{0}}{names})",
-            f"\\sum{index} {{0}}",
-            _ATOM,
-            _SUM,
-        )
+        text, latex = reduction("sum", axes)
+        return _node(lambda x: jnp.sum(x, axes, keepdims=keepdims), (self,), text, latex, _ATOM, _SUM)
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,13 +278,9 @@ def _of_one_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
     return promoted
 
 
-def _literally(text: str) -> str:
-    return text.replace("{", "{{").replace("}", "}}")
-
-
 def symbol(key: str, text: str, latex: str, type_: jax.ShapeDtypeStruct) -> Symbol:
     """A named value of a given type."""
-    return Symbol(lambda: None, (), _literally(text), _literally(latex), _ATOM, _ATOM, type_, key=key)
+    return Symbol(lambda: None, (), literally(text), literally(latex), _ATOM, _ATOM, type_, key=key)
 
 
 def number(value: float, dtype: Any = None) -> Expression:
@@ -318,15 +304,6 @@ def _constant(value: float, *operands: Expression) -> Expression:
     types = [o.type for o in operands]
     result = number(value, None if all(map(is_weak, types)) else common_dtype(*types))
     return spread_over(result, np.broadcast_shapes(*(t.shape for t in types)))
-
-
-def decimal(value: float, dtype: Any = None) -> str:
-    """The shortest decimal number that is `value` in a dtype."""
-    if abs(value) < 1e6 and value == int(value):
-        return str(int(value))
-    is_half = dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-    written = repr(float(value)) if dtype is None or is_half else str(np.dtype(dtype).type(value))
-    return f"{value:.4g}" if is_half or (len(written) > 12 and abs(value) > 1e6) else written
 
 
 def as_expression(value: Any) -> Expression:
@@ -365,8 +342,8 @@ def apply(
     return _node(
         function,
         tuple(map(as_expression, operands)),
-        f"{_literally(name)}({arguments})",
-        f"{_literally(written)}\\!\\left({arguments}\\right)",
+        f"{literally(name)}({arguments})",
+        f"{literally(written)}\\!\\left({arguments}\\right)",
         _ATOM,
         _SUM,
         type_,
@@ -424,42 +401,4 @@ def opaque(
     type_: Any = None,
 ) -> Expression:
     """An expression that is written in its own way; `type_` is its result's, where that is known."""
-    return _node(function, tuple(operands), _literally(text), _literally(latex), _ATOM, _SUM, type_)
-
-
-_GREEK = {
-    "λ": "\\lambda", "φ": "\\phi", "η": "\\eta", "σ": "\\sigma", "α": "\\alpha", "β": "\\beta",
-    "γ": "\\gamma", "μ": "\\mu", "θ": "\\theta", "ε": "\\epsilon", "ψ": "\\psi", "χ": "\\chi",
-    "ℓ": "\\ell",
-}  # fmt: skip
-
-
-_DIGITS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-
-_ESCAPES = {c: f"\\{c}" for c in "_%&#${}"} | {"\\": "\\backslash ", "^": "\\wedge ", "~": "\\sim "}
-
-
-def latex_name(name: str) -> str:
-    """A variable's name in LaTeX: one letter with digits as a subscript, Greek letters, or upright text."""
-    stem = name.rstrip("′ᵀ")
-    marks = "'" * name.count("′") + ("^{\\top}" if name.endswith("ᵀ") else "")
-    stem = stem.translate(_DIGITS)
-    if match := re.fullmatch(f"([{''.join(_GREEK)}])_?(\\d*)", stem):
-        written = _GREEK[match[1]] + (f"_{{{match[2]}}}" if match[2] else "")
-    elif match := re.fullmatch(r"([A-Za-z])_?(\d*)", stem):
-        letter, digits = match.groups()
-        letter = f"\\mathbf{{{letter}}}" if letter.isupper() and digits else letter
-        written = f"{letter}_{{{digits}}}" if digits else letter
-    else:
-        words = re.split(f"([{''.join(_GREEK)}])", stem)
-        written = "".join(_GREEK.get(word) or _upright(word) for word in words if word)
-    return written + marks
-
-
-def _upright(text: str) -> str:
-    return f"\\mathrm{{{''.join(_ESCAPES.get(c, c) for c in text)}}}"
-
-
-def latex_path(path: str) -> str:
-    """A path of a pytree as upright text."""
-    return f"\\texttt{{{''.join(_ESCAPES.get(c, c) for c in path)}}}"
+    return _node(function, tuple(operands), literally(text), literally(latex), _ATOM, _SUM, type_)

@@ -1,0 +1,99 @@
+"""Which regions of a graph are functions that have a name; the user's own are called `φ`."""
+
+from __future__ import annotations
+
+from funcprop.equations.composition import Composition, LinePart, type_of
+from funcprop.equations.elementwise import elementwise, is_elementwise
+from funcprop.equations.flow import Flow, Region, is_trivial, may_be_inside
+from funcprop.equations.known_functions import find
+from funcprop.equations.line_parts import LineParts
+from funcprop.equations.named_function import NamedFunction
+from funcprop.graph.graph import Variable
+from funcprop.program.facts import facts_of
+from funcprop.rules.expressions import Expression, symbol
+
+_SYMBOLS = ("φ", "ψ", "χ")
+
+
+class Recognition:
+    """Writes the known functions of a flow into its parts.
+
+    `functions` are the user's own, by their symbol: the formula of each. `roles` are those of variables that
+    a known function reads as its `scale` or `shift`, with the variable that it computes.
+    """
+
+    def __init__(self, flow: Flow, parts: LineParts) -> None:
+        self.flow, self.parts = flow, parts
+        self.functions: dict[str, Expression] = {}
+        self.roles: dict[str, tuple[str, str]] = {}
+        # Equal regions, such as the activations of equal layers, are compared once.
+        self._found: dict[str, NamedFunction | None] = {}
+        covered: set[str] = set()
+        for op in reversed(flow.operators):
+            (v, *others) = op.outputs or (None,)
+            if v is None or others or v.name in covered or v.name not in flow.active:
+                continue
+            if is_trivial(op) or not may_be_inside(op):
+                continue
+            region = self._recognise(v) or parts[v.name].region
+            if region is not None:
+                covered.update(w.name for inner in region.operators for w in inner.outputs)
+
+    def _recognise(self, v: Variable) -> Region | None:
+        """Find the largest region that ends at a variable and is a known function."""
+        found = self._largest(v)
+        if found is None:
+            return None
+        region, known = found
+        self.parts[v.name] = LinePart(v, region.inputs, None, region, known.write, known.name, known.kind)
+        for role, w in zip(known.roles, region.inputs[1:], strict=False):
+            if role is not None:
+                self.roles[self.flow.source(w).name] = role, v.name
+        return region
+
+    def _largest(self, last: Variable) -> tuple[Region, NamedFunction] | None:
+        first, best = self.flow.dominators.get(last.name), None
+        while first is not None:
+            region = self.flow.region(last, first, False)
+            if region is not None and (len(region.operators) == 1 or self._is_start(first)):
+                regions = (region, self.flow.region(last, first, True))
+                found = next(((r, k) for r in regions if r and (k := self._known(r))), None)
+                best = found or best
+            if region is None or first not in self.flow.maker or self._is_named(first):
+                break
+            first = self.flow.dominators.get(first)
+        return best
+
+    def _is_start(self, name: str) -> bool:
+        """Whether a function may begin at a variable: not in the middle of a chain of entrywise operators."""
+        op = self.flow.maker.get(name)
+        if op is None or op.equation is None or op.call is not None or not facts_of(op.equation).elementwise:
+            return True
+        return len(self.flow.readers[name]) > 1 or self._is_named(name)
+
+    def _is_named(self, name: str) -> bool:
+        return any(v.named for v in self.flow.maker[name].outputs if v.name == name)
+
+    def _known(self, region: Region) -> NamedFunction | None:
+        if all(map(is_trivial, region.operators)):
+            return None
+        key = region.key
+        if key not in self._found:
+            self._found[key] = find(region) or self._own_function(region)
+        return self._found[key]
+
+    def _own_function(self, region: Region) -> NamedFunction | None:
+        """A function of each entry that has no name is `φ`, if it is more than a short formula."""
+        plain = [op for op in region.operators if not is_trivial(op)]
+        uses = sum(v.name == region.inputs[0].name for op in plain for v in op.inputs)
+        if not is_elementwise(region) or len(plain) < 3 or uses < 2:
+            return None
+        parts = [self.parts.of_operator(op, op.outputs[0]) for op in region.operators]
+        z = symbol(region.inputs[0].name, "z", "z", type_of(region.inputs[0]))
+        formula = Composition(parts, region.inputs[:1], ()).write([z], z, z).forward
+        same = (name for name, known in self.functions.items() if known.text() == formula.text())
+        if (name := next(same, None)) is None:
+            count = len(self.functions)
+            name = _SYMBOLS[count] if count < len(_SYMBOLS) else f"φ{count}"
+            self.functions[name] = formula
+        return NamedFunction(name, "activation", region, elementwise(name))

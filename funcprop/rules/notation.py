@@ -1,0 +1,71 @@
+"""How names, numbers and axes are written, as text and as LaTeX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+_GREEK = {
+    "λ": "\\lambda", "φ": "\\phi", "η": "\\eta", "σ": "\\sigma", "α": "\\alpha", "β": "\\beta",
+    "γ": "\\gamma", "μ": "\\mu", "θ": "\\theta", "ε": "\\epsilon", "ψ": "\\psi", "χ": "\\chi",
+    "ℓ": "\\ell",
+}  # fmt: skip
+
+
+_DIGITS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+
+_ESCAPES = {c: f"\\{c}" for c in "_%&#${}"} | {"\\": "\\backslash ", "^": "\\wedge ", "~": "\\sim "}
+
+
+def latex_name(name: str) -> str:
+    """A variable's name in LaTeX: one letter with digits as a subscript, Greek letters, or upright text."""
+    stem = name.rstrip("′ᵀ")
+    marks = "'" * name.count("′") + ("^{\\top}" if name.endswith("ᵀ") else "")
+    stem = stem.translate(_DIGITS)
+    if match := re.fullmatch(f"([{''.join(_GREEK)}])_?(\\d*)", stem):
+        written = _GREEK[match[1]] + (f"_{{{match[2]}}}" if match[2] else "")
+    elif match := re.fullmatch(r"([A-Za-z])_?(\d*)", stem):
+        letter, digits = match.groups()
+        letter = f"\\mathbf{{{letter}}}" if letter.isupper() and digits else letter
+        written = f"{letter}_{{{digits}}}" if digits else letter
+    else:
+        words = re.split(f"([{''.join(_GREEK)}])", stem)
+        written = "".join(_GREEK.get(word) or _upright(word) for word in words if word)
+    return written + marks
+
+
+def _upright(text: str) -> str:
+    return f"\\mathrm{{{''.join(_ESCAPES.get(c, c) for c in text)}}}"
+
+
+def latex_path(path: str) -> str:
+    """A path of a pytree as upright text."""
+    return f"\\texttt{{{''.join(_ESCAPES.get(c, c) for c in path)}}}"
+
+
+def literally(text: str) -> str:
+    """Text as a template that has no operands."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def decimal(value: float, dtype: Any = None) -> str:
+    """The shortest decimal number that is `value` in a dtype."""
+    if abs(value) < 1e6 and value == int(value):
+        return str(int(value))
+    is_half = dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    written = repr(float(value)) if dtype is None or is_half else str(np.dtype(dtype).type(value))
+    return f"{value:.4g}" if is_half or (len(written) > 12 and abs(value) > 1e6) else written
+
+
+def reduction(name: str, axes: Sequence[int] | None) -> tuple[str, str]:
+    """Templates of a sum or a mean, as text and LaTeX, with the axes if they are not all of them."""
+    index = "" if axes is None else f"{'axis' if len(axes) == 1 else 'axes'} {', '.join(map(str, axes))}"
+    text = f"{name}({{0}}, {index})" if index else f"{name}({{0}})"
+    below = "_{{\\text{{" + index + "}}}}" if index else ""
+    if name == "sum":
+        return text, f"\\sum{below} {{0}}"
+    return text, "\\mathrm{{" + name + "}}" + below + "\\!\\left({0}\\right)"
