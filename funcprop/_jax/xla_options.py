@@ -41,6 +41,30 @@ def barrier_options(platform: str) -> dict[str, str] | None:
     return None
 
 
+# Most of the time of a program that runs once goes into compiling it.
+_ONCE = {
+    "xla_allow_excess_precision": False,
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1,
+    "xla_cpu_use_fusion_emitters": False,
+}
+
+
+def jit_once(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit` of a function that runs once: its code is not optimised, and there sooner.
+
+    Unlike in other programs, every value is rounded to its type, as if each operator ran by itself.
+    """
+    return jax.jit(fun, compiler_options=_options(jax.default_backend()))
+
+
+@functools.cache
+def _options(platform: str) -> dict[str, Any]:
+    """The options that the compiler of a platform knows."""
+    return {name: value for name, value in _ONCE.items() if accepted(((name, value),))}
+
+
 @functools.cache
 def accepted(options: tuple[tuple[str, Any], ...]) -> bool:
     """Whether this compiler knows some options."""

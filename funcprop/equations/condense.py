@@ -124,8 +124,8 @@ class _Merging:
             made = {w.name for o in inner for w in o.outputs}
             given = {w.name for o in inner for w in o.inputs if w.kind != "literal" and w.name not in made}
             if given == {key.name}:
-                function = run(inner, [key], [v])
-                if (name := draw(lambda k, of=function: of(k)[0], key, v)) is not None:
+                name = draw(Region(tuple(inner), (key,), v), key, v)
+                if name is not None:
                     return name
         return "random"
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop import _jax
+from funcprop._jax.xla_options import jit_once
 from funcprop.equations.flow import Region
 from funcprop.equations.named_function import NamedFunction, Write
 from funcprop.program.facts import CALLS, CUSTOM_RULES, facts_of
@@ -46,9 +47,12 @@ _LONGEST_ACTIVATION = 20
 
 
 @functools.cache
-def _values(name: str, spelling: int, dtype: np.dtype) -> np.ndarray:
-    """The values of a function of the table at the points."""
-    return np.asarray(ELEMENTWISE[name][spelling](jnp.asarray(_POINTS, dtype)), np.float64)
+def _values(dtype: np.dtype) -> dict[tuple[str, int], np.ndarray]:
+    """The values of all functions of the table at the points, each by its name and spelling."""
+    functions = {(name, k): f for name, spellings in ELEMENTWISE.items() for k, f in enumerate(spellings)}
+    compiled = jit_once(lambda x: [f(x) for f in functions.values()])
+    values = compiled(jnp.asarray(_POINTS, dtype))
+    return {key: np.asarray(y, np.float64) for key, y in zip(functions, values, strict=True)}
 
 
 def elementwise(name: str) -> Write:
@@ -96,12 +100,10 @@ def elementwise_functions(region: Region) -> Iterator[NamedFunction]:
     is_short = len(region.operators) <= _LONGEST_ACTIVATION and len(set(region.primitives())) > 1
     if not is_short and facts_of(region.operators[-1].equation).elementwise:
         return
-    found = np.asarray(jax.vmap(region)(at_points(region)), np.float64).ravel()
-    for name, spellings in ELEMENTWISE.items():
-        for k, function in enumerate(spellings):
-            expected = np.resize(_values(name, k, np.dtype(region.inputs[0].dtype)), found.shape)
-            if np.allclose(found, expected, rtol=0.02, atol=0.02, equal_nan=True):
-                yield NamedFunction(name, "activation", function, elementwise(name))
+    found = np.asarray(jit_once(jax.vmap(region))(at_points(region)), np.float64).ravel()
+    for (name, k), values in _values(np.dtype(region.inputs[0].dtype)).items():
+        if np.allclose(found, np.resize(values, found.shape), rtol=0.02, atol=0.02, equal_nan=True):
+            yield NamedFunction(name, "activation", ELEMENTWISE[name][k], elementwise(name))
 
 
 def at_points(region: Region) -> Any:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop import _jax
+from funcprop._jax.xla_options import jit_once
 from funcprop.equations.elementwise import at_points, elementwise_functions, is_elementwise
 from funcprop.equations.flow import Region
 from funcprop.equations.losses import cross_entropies, soft_losses, softmaxes
@@ -84,7 +85,7 @@ class _AtRandomPoints:
             y, pull = jax.vjp(lambda v: function(v, *given[1:]), given[0])
             return y, pull(g.astype(y.dtype))[0]
 
-        return jax.vmap(both)(*self.values, jnp.asarray(self.cotangent, self.region.output.dtype))
+        return jit_once(jax.vmap(both))(*self.values, jnp.asarray(self.cotangent, self.region.output.dtype))
 
     def agrees(self, reference: Callable[..., Any]) -> bool:
         """Whether values and pullbacks are those of the reference, but for rounding."""

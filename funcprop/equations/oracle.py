@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from funcprop import _jax
+from funcprop._jax.xla_options import jit_once
 from funcprop.equations.chain_rule import call_operator, pullback
 from funcprop.equations.deviations import deviation
 from funcprop.equations.rounding import spread
@@ -49,7 +50,7 @@ class Oracle:
         held = [v.name for v in (*graph.inputs, *graph.constants) if _jax.is_reference(v.aval)]
         references = {name: jax.new_ref(inputs[name]) for name in held}
 
-        def run(taps: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        def run(taps: dict[str, Any], inputs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
             values: dict[str, Any] = {}
             called_back: dict[str, Any] = {}
 
@@ -67,17 +68,27 @@ class Oracle:
                         called_back[v.name] = result
             return read(output, values), called_back
 
-        taps = {v.name: jnp.zeros(v.shape, v.dtype) for v in graph.variables if v.name in wanted}
-        result, pull, called_back = jax.vjp(run, taps, has_aux=True)
-        one = jnp.ones_like(result)
-        self.cotangents: dict[str, Any] = pull(one)[0] | {self.result: one}
+        @jit_once
+        def backward(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+            taps = {v.name: jnp.zeros(v.shape, v.dtype) for v in graph.variables if v.name in wanted}
+            result, pull, called_back = jax.vjp(lambda taps: run(taps, inputs), taps, has_aux=True)
+            one = jnp.ones_like(result)
+            return pull(one)[0] | {self.result: one}, called_back
+
+        @jit_once
+        def forward(inputs: Mapping[str, Any], called_back: Mapping[str, Any]) -> dict[str, Any]:
+            values = dict(inputs)
+            for op in graph.operators:
+                results: Sequence[Any] = [called_back.get(v.name) for v in op.outputs]
+                if any(x is None for x in results):
+                    results = call_operator(op, [read(v, values) for v in op.inputs])
+                values.update(zip([v.name for v in op.outputs], results, strict=True))
+            return values
+
+        self.cotangents, called_back = backward(inputs)
         # Values are computed once more without derivatives, which may come with other entries where a
         # result is not specified, such as above the diagonal of a Cholesky factor.
-        self.values = inputs
-        for op in graph.operators:
-            known = [called_back.get(v.name) for v in op.outputs]
-            results = known if all(x is not None for x in known) else call_operator(op, self._inputs(op))
-            self.values.update(zip([v.name for v in op.outputs], results, strict=True))
+        self.values = forward(inputs, called_back)
 
     def cotangent_key(self, name: str) -> str:
         """Name the cotangent of a variable as a line does."""

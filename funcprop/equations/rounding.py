@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from funcprop import _jax
+from funcprop._jax.xla_options import jit_once
 from funcprop.program.facts import CALLS, CHECKPOINTS, CUSTOM_RULES, facts_of
 
 RUNS = 8
@@ -41,12 +42,12 @@ def spread(fun: Callable[..., Any], *args: Any) -> np.ndarray:
     closed = jax.make_jaxpr(lambda *values: fun(*jax.tree.unflatten(tree, values)))(*leaves)
     consts = _jax.array_constants(closed)
 
-    @jax.jit
+    @jit_once
     def run(seed: Any, consts: Sequence[Any], values: Sequence[Any]) -> Any:
         return _Rounded(seed).evaluate(_jax.open_jaxpr(closed), consts, values)[0]
 
     results = [np.asarray(run(np.uint32(seed), consts, leaves)) for seed in range(1, RUNS + 1)]
-    expected = np.asarray(fun(*args))
+    expected = np.asarray(jit_once(fun)(*args))
     wide = np.result_type(expected.dtype if expected.dtype.kind in "fc" else np.float32, np.float32)
     with np.errstate(all="ignore"):
         distances = [np.abs(result.astype(wide) - expected.astype(wide)) for result in results]

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from funcprop._jax.xla_options import jit_once
 from funcprop.equations.deviations import Deviation, deviation
 from funcprop.equations.oracle import Oracle, split_key
 from funcprop.equations.rounding import spread
@@ -87,23 +88,44 @@ def verify(
     errors: dict[str, float] = {}
     unchecked: dict[str, str] = {}
     with _shown(progress, len(lines)) as done:
-        for number, line in enumerate(lines, 1):
-            reason = oracle.not_run_again(line.key)
-            if reason is None:
-                found = [_check(line, i, oracle, environment, tolerance) for i in range(len(line.forms))]
-                if any(one.compared for one in found):
-                    errors[line.left] = max(one.error for one in found)
-                else:
-                    reason = "no entries" if 0 in line.shape else "no finite entry to compare"
-            if reason is not None:
-                unchecked[line.left] = reason
-            done(number)
+        for start in range(0, len(lines), _MANY_LINES):
+            group = lines[start : start + _MANY_LINES]
+            reasons = {line.key: oracle.not_run_again(line.key) for line in group}
+            values = _evaluated([line for line in group if reasons[line.key] is None], environment)
+            for number, line in enumerate(group, start + 1):
+                reason = reasons[line.key]
+                if reason is None:
+                    found = [
+                        _check(line, i, value, oracle, environment, tolerance)
+                        for i, value in enumerate(values[line.key])
+                    ]
+                    if any(one.compared for one in found):
+                        errors[line.left] = max(one.error for one in found)
+                    else:
+                        reason = "no entries" if 0 in line.shape else "no finite entry to compare"
+                if reason is not None:
+                    unchecked[line.left] = reason
+                done(number)
     _require_numbers(lines, oracle, unchecked)
     return Verification(errors, unchecked)
 
 
+def _evaluated(lines: Sequence[Line], environment: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The values of all forms of some lines, by the lines' keys."""
+    read = {key for line in lines for form in line.forms for key in form.symbols()}
+    run = jit_once(
+        lambda values: {line.key: [form.evaluate(values) for form in line.forms] for line in lines}
+    )
+    return run({key: environment[key] for key in read})
+
+
 def _check(
-    line: Line, index: int, oracle: Oracle, environment: Mapping[str, Any], tolerance: float | None
+    line: Line,
+    index: int,
+    value: Any,
+    oracle: Oracle,
+    environment: Mapping[str, Any],
+    tolerance: float | None,
 ) -> Deviation:
     """How far one form is from autodiff.
 
@@ -118,7 +140,7 @@ def _check(
         of_form = spread(form.evaluate, {key: environment[key] for key in form.symbols()})
         return np.maximum(spread(fun, *args), of_form)
 
-    found = deviation(form.evaluate(environment), oracle.truth(line.key), tolerance, rounding)
+    found = deviation(value, oracle.truth(line.key), tolerance, rounding)
     if found.is_allowed:
         return found
     if (op := oracle.not_linear(line.key)) is not None:
