@@ -121,12 +121,7 @@ PRIMITIVES: dict[str, tuple[Callable[..., Any], list[Example]]] = {
 X, W, B = numbers(4, 3), numbers(3, 2, seed=1), numbers(2, seed=2)
 ACTIVATION = [Example((numbers(3, 4),))]
 LABELS = jnp.array([0, 6, -1, 3, -100])
-POOL = {
-    "window_dimensions": (1, 3, 2, 1),
-    "window_strides": (1, 3, 2, 1),
-    "padding": ((0, 0), (0, 1), (1, 1), (0, 0)),
-    "window_dilation": (1, 1, 1, 1),
-}
+POOL = {"window": (3, 2), "padding": ((0, 1), 1)}
 LAYERS: dict[str, list[Example]] = {
     "relu": ACTIVATION,
     "tanh": ACTIVATION,
@@ -142,7 +137,7 @@ LAYERS: dict[str, list[Example]] = {
     ],
     "relu_max_pool": [Example((numbers(2, 5, 6, 2),), POOL)],
     "dense": [Example((X, W, B)), Example((X, W)), Example((X[0], W, B)), Example((numbers(2, 4, 3), W, B))],
-    "linear": [Example((W.T, X[0], B)), Example((W.T, X[0]))],
+    "linear": [Example((X[0], W.T, B)), Example((X[0], W.T))],
     "softmax_cross_entropy": [
         Example((X, jnp.array([0, 2, 1, 1]))),
         Example((X, positive(4, 3))),
