@@ -6,18 +6,28 @@ from funcprop.drawing.arrows import Arrows
 from funcprop.drawing.labels import merged, origin
 from funcprop.drawing.nodes import Nodes
 from funcprop.drawing.picture import Box, Picture
-from funcprop.drawing.representatives import FEW, Fold, Representatives
+from funcprop.drawing.representatives import FEW, Fold, Representatives, blocks_of
 from funcprop.drawing.request import Shown
+from funcprop.drawing.scopes import Folding, Scope
 
 
-def assemble(
-    shown: Shown, depth: int | None, fold: Fold, unnamed: bool | None, closed: bool = False
+def assemble(shown: Shown, depth: int | None, fold: Fold, unnamed: bool | None) -> Picture:
+    """The picture of a graph; the arguments are those of `fp.draw`."""
+    return assembled(shown, depth, blocks_of(shown, fold), unnamed)
+
+
+def assembled(
+    shown: Shown,
+    depth: int | None,
+    blocks: tuple[Scope, Folding],
+    unnamed: bool | None,
+    closed: bool = False,
 ) -> Picture:
-    """The picture of a graph; the arguments are those of `fp.draw`.
+    """The picture of a graph whose `blocks` (`blocks_of`) are known: several pictures may have the same.
 
     `closed` also makes one node of repeated blocks that nobody named, at the depth at which scopes are.
     """
-    known = Representatives(shown, depth, fold, unnamed, closed)
+    known = Representatives(shown, depth, blocks, unnamed, closed)
     nodes = Nodes(known)
     arrows = Arrows(known, nodes)
     arrows.draw()

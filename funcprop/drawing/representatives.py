@@ -25,16 +25,17 @@ class Representatives:
     """
 
     def __init__(
-        self, shown: Shown, depth: int | None, fold: Fold, unnamed: bool | None, closed: bool
+        self,
+        shown: Shown,
+        depth: int | None,
+        blocks: tuple[Scope, Folding],
+        unnamed: bool | None,
+        closed: bool,
     ) -> None:
         self.shown, self.graph = shown, shown.graph
         self.depth, self.closed = depth, closed
         # What an operator is in is asked of the operators themselves, also of those that are folded away.
-        self.root, self.folding = (
-            repeated(shown, len(self.graph) > FEW, types=fold != "sizes")
-            if fold
-            else (scope_tree(self.graph.operators, lambda op: shown.sections.get(op.name, "")), Folding())
-        )
+        self.root, self.folding = blocks
         self.scope_of = {op.name: scope for scope, op in self.root.placed()}
         self.unnamed = len(self.scope_of) <= FEW if unnamed is None else unnamed
         self.keys = {id(scope): f"s{i}" for i, scope in enumerate([self.root, *self.root.scopes()])}
@@ -173,6 +174,13 @@ class Representatives:
     def box_key(self, scope: Scope) -> str | None:
         """The key of the box that a scope is; None for the outermost."""
         return None if scope is self.root else self.keys[id(scope)]
+
+
+def blocks_of(shown: Shown, fold: Fold) -> tuple[Scope, Folding]:
+    """The scopes of a drawing, and which of them are folded."""
+    if not fold:
+        return scope_tree(shown.graph.operators, lambda op: shown.sections.get(op.name, "")), Folding()
+    return repeated(shown, len(shown.graph) > FEW, types=fold != "sizes")
 
 
 def innermost_common(scopes: Iterable[Scope]) -> Scope | None:
