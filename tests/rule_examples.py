@@ -137,7 +137,7 @@ LAYERS: dict[str, list[Example]] = {
     ],
     "relu_max_pool": [Example((numbers(2, 5, 6, 2),), POOL)],
     "dense": [Example((X, W, B)), Example((X, W)), Example((X[0], W, B)), Example((numbers(2, 4, 3), W, B))],
-    "linear": [Example((X[0], W.T, B)), Example((X[0], W.T))],
+    "linear": [Example((W.T, X[0], B)), Example((W.T, X[0]))],
     "softmax_cross_entropy": [
         Example((X, jnp.array([0, 2, 1, 1]))),
         Example((X, positive(4, 3))),

@@ -20,8 +20,8 @@ SAME = {
     "dense": (lambda: fp.layers.dense(X, W, B), lambda: X @ W + B),
     "dense without bias": (lambda: fp.layers.dense(X, W), lambda: X @ W),
     "dense of more axes": (lambda: fp.layers.dense(X[None], W, B), lambda: X[None] @ W + B),
-    "linear": (lambda: fp.layers.linear(B, W), lambda: W @ B),
-    "linear with bias": (lambda: fp.layers.linear(X[0], W.T, B), lambda: W.T @ X[0] + B),
+    "linear": (lambda: fp.layers.linear(W, B), lambda: W @ B),
+    "linear with bias": (lambda: fp.layers.linear(W.T, X[0], B), lambda: W.T @ X[0] + B),
     "relu": (lambda: fp.layers.relu(X), lambda: jax.nn.relu(X)),
     "tanh": (lambda: fp.layers.tanh(X), lambda: np.tanh(X)),
     "sigmoid": (lambda: fp.layers.sigmoid(X), lambda: 1 / (1 + np.exp(-X))),
@@ -118,15 +118,15 @@ SHAPES = {
     "dense, stack": (L.dense, (X, W[None]), r"dense: w has shape \(1, 4, 3\), but it is a matrix"),
     "linear of a batch": (
         L.linear,
-        (B[:, None], W),
+        (W, B[:, None]),
         r"linear: x has shape \(3, 1\).*one vector of 3 .*`jax.vmap`",
     ),
     "linear, transposed": (
         L.linear,
-        (B, W.T),
+        (W.T, B),
         r"linear: x has shape \(3,\) but w has \(3, 4\); x is one vector of 4",
     ),
-    "linear, bias": (L.linear, (X[0], W.T, 1.0), r"linear: b has shape \(\) but w has 3 outputs"),
+    "linear, bias": (L.linear, (W.T, X[0], 1.0), r"linear: b has shape \(\) but w has 3 outputs"),
     "linear, vector": (L.linear, (B, B), r"linear: w has shape \(3,\), but it is a matrix, outputs × inputs"),
     "cross-entropy, broadcast": (
         L.softmax_cross_entropy,
@@ -178,7 +178,7 @@ def test_initialisers_have_the_scale_of_their_source():
     assert (params["w"].shape, params["b"].shape) == ((400, 300), (300,))
     np.testing.assert_allclose(np.std(params["w"]), np.sqrt(2 / 400), rtol=0.02)
     assert not np.any(params["b"])
-    column = fp.layers.linear.init(jax.random.key(0), 400, 300)
+    column = fp.layers.linear.init(jax.random.key(0), 300, 400)
     assert column["w"].shape == (300, 400)
     np.testing.assert_allclose(np.std(column["w"]), np.sqrt(2 / 400), rtol=0.02)
     assert "b" not in column

@@ -124,7 +124,7 @@ EMPTY = {
     "product, no rows": (lambda x, w: x @ w, zeros(2, 0, 4), P),
     "product, no inputs": (lambda x, w: x @ w, zeros(2, 3, 0), zeros(0, 6)),
     "product, no outputs": (lambda x, w: x @ w, zeros(2, 3, 4), zeros(4, 0)),
-    "dense and linear": (lambda x, w, b: (L.dense(x, w, b), L.linear(b[:4], w.T, b)), E, P, jnp.ones(6)),
+    "dense and linear": (lambda x, w, b: (L.dense(x, w, b), L.linear(w.T, b[:4], b)), E, P, jnp.ones(6)),
     "pools, no examples": (pool, zeros(0, 4, 4, 16)),
     "pools, no channels": (pool, zeros(2, 4, 4, 0)),
     "convolution, no examples": (image_convolution, zeros(0, 4, 4, 3), jnp.ones((3, 3, 3, 2))),

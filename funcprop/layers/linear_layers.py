@@ -129,7 +129,7 @@ def dense(
 
 
 def init_linear(
-    key: PRNGKeyArray, inputs: int, outputs: int, *, bias: bool = False, dtype: Any = None
+    key: PRNGKeyArray, outputs: int, inputs: int, *, bias: bool = False, dtype: Any = None
 ) -> dict[str, Any]:
     """He-normal weights `w: outputs × inputs` (weights multiply from the left) and optional zeros `b`."""
     he_normal = jax.nn.initializers.he_normal(in_axis=-1, out_axis=-2)
@@ -137,26 +137,26 @@ def init_linear(
     return {**params, "b": jnp.zeros(outputs, dtype or float)} if bias else params
 
 
-def _linear_forward(x: Any, w: Any, b: Any = None) -> tuple[Any, LinearOperands]:
+def _linear_forward(w: Any, x: Any, b: Any = None) -> tuple[Any, LinearOperands]:
     return _affine(w, x, b), LinearOperands(x, w, b)
 
 
 def _linear_backward(residuals: LinearOperands, g: Any, needs: Any) -> tuple[Any, Any, Any]:
     x, w, b = residuals
-    need_x, need_w, need_b = needs
+    need_w, need_x, need_b = needs
     return (
-        (w.T @ g).astype(x.dtype) if need_x else None,
         # Not `jnp.outer`: its transpose under vmap has a weight matrix for every example.
         jnp.tensordot(g, x, 0).astype(w.dtype) if need_w else None,
+        (w.T @ g).astype(x.dtype) if need_x else None,
         g.astype(b.dtype) if need_b else None,
     )
 
 
 def _linear_equations(op: OperatorSymbols) -> Equations:
-    x, w, b = op.args
+    w, x, b = op.args
     g = op.cotangent
     forward = w @ x if b is None else w @ x + b
-    return Equations(forward, (w.T @ g, outer(g, x), None if b is None else g))
+    return Equations(forward, (outer(g, x), w.T @ g, None if b is None else g))
 
 
 @layer(
@@ -165,20 +165,23 @@ def _linear_equations(op: OperatorSymbols) -> Equations:
     symbol=_affine_symbol,
 )
 def linear(
-    x: Inexact[Array, " inputs"],
     w: Inexact[Array, "outputs inputs"],
+    x: Inexact[Array, " inputs"],
     b: Inexact[Array, " outputs"] | None = None,
 ) -> Inexact[Array, " outputs"]:
     """The chapter's affine map of one column vector, `y = w x + b`; `b` is optional.
 
-    Backward: `x̄ = wᵀ ȳ`, `w̄ = ȳ xᵀ`, `b̄ = ȳ`. Saves `x` and `w`.
+    Its arguments stand in the order of the formula, from which the chapter's list of gradients follows: the
+    weights' before the vector's.
+
+    Backward: `w̄ = ȳ xᵀ`, `x̄ = wᵀ ȳ`, `b̄ = ȳ`. Saves `x` and `w`.
 
     Raises:
         ValueError: a shape is not one of these; nothing is broadcast.
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
-        >>> print(fp.layers.linear(jnp.array([3.0, 4.0]), jnp.array([[1.0, 2.0]])))
+        >>> print(fp.layers.linear(jnp.array([[1.0, 2.0]]), jnp.array([3.0, 4.0])))
         [11.]
     """
     outputs, inputs = _check_matrix("linear", w, "outputs × inputs")

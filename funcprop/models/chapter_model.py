@@ -63,9 +63,9 @@ def chapter(
         >>> list(p.values), list(p.gradients)
         (['z', 'h', 'o', 'L', 's', 'J'], ['L', 's', 'o', 'W2', 'h', 'z', 'W1'])
     """
-    z = name(layers.linear(x, params["W1"], params.get("b")), "z")
+    z = name(layers.linear(params["W1"], x, params.get("b")), "z")
     h = name(φ(z), "h")
-    o = name(layers.linear(h, params["W2"]), "o")
+    o = name(layers.linear(params["W2"], h), "o")
     L = name(l(o, y), "L")
     s = name(layers.l2_penalty(decay, (params["W1"], params["W2"])), "s")
     return name(L + s, "J")
@@ -86,6 +86,6 @@ def init_chapter(
         {'W1': (4, 3), 'W2': (2, 4), 'b': (4,)}
     """
     first, second = jax.random.split(key)
-    hidden_layer = layers.linear.init(first, inputs, hidden, bias=bias)
-    params = {"W1": hidden_layer["w"], "W2": layers.linear.init(second, hidden, outputs)["w"]}
+    hidden_layer = layers.linear.init(first, hidden, inputs, bias=bias)
+    params = {"W1": hidden_layer["w"], "W2": layers.linear.init(second, outputs, hidden)["w"]}
     return {**params, "b": hidden_layer["b"]} if bias else params

@@ -64,7 +64,7 @@ def chapter(
     @jax.jit
     def evaluate(params: Any) -> dict[str, Any]:
         x, y = jnp.asarray(data.test.images), jnp.asarray(data.test.labels)
-        o = jax.vmap(lambda x: layers.linear(φ(layers.linear(x, params["W1"])), params["W2"]))(x)
+        o = jax.vmap(lambda x: layers.linear(params["W2"], φ(layers.linear(params["W1"], x))))(x)
         losses = layers.softmax_cross_entropy(o, y)
         return {"test_loss": jnp.mean(losses), "test_accuracy": jnp.mean(jnp.argmax(o, -1) == y)}
 
