@@ -18,7 +18,7 @@ import subprocess
 import sys
 from typing import Any
 
-from compiled_programs import TARGETS, environment, figures, missing, topology, versions
+from compiled_programs import TARGETS, device_of, environment, figures, missing, versions
 
 SETS = ("autodiff", "default", "handwritten")
 TIME_LIMIT = 600.0
@@ -33,7 +33,7 @@ def compiled(target: str, name: str, smoke: bool, sets: list[str]) -> dict[str, 
 
     row = ROWS[name]
     case = (row.small if smoke else row.full)()
-    device = topology(target).devices[0]
+    device = device_of(target)
     sharding = jax.sharding.SingleDeviceSharding(device)
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.args)
     found: dict[str, Any] = {}

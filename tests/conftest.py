@@ -1,5 +1,6 @@
 """Every test runs in float64 and sees eight devices."""
 
+import gc
 import os
 from importlib.metadata import version
 
@@ -26,3 +27,6 @@ settings.register_profile("random", print_blob=True, deadline=None, database=Non
 settings.load_profile("random" if os.environ.get("FUNCPROP_RANDOM") else "fixed")
 
 jax.config.update("jax_enable_x64", True)
+
+# Programs and traces live until the end: they need not be looked through for garbage every moment.
+gc.set_threshold(50_000, 20, 20)

@@ -23,6 +23,16 @@ from zoo.entry import filled, integers, normal, random_key
 EXAMPLES = 4
 
 
+def squared(output: Any, y: Any) -> Any:
+    """Half of the squared distance, of one example: its Hessian by the output is 1."""
+    return jnp.sum((output - y) ** 2) / 2
+
+
+def linear(w: Any, x: Any) -> Any:
+    """The model whose parameters are its matrix."""
+    return x @ w
+
+
 class Model(NamedTuple):
     """A model of one example, its parameters, a batch of inputs, and how many numbers it returns."""
 

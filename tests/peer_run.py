@@ -26,25 +26,9 @@ def me() -> bool:
 
 
 training.join_processes(f"127.0.0.1:{PORT}", 2, RANK)
-rng = np.random.default_rng(1 if WHAT == "data" and me() else 0)
-X = rng.normal(size=(32, 6)).astype("float32")
-Y = np.sin(X.sum(1))
 mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 split = NamedSharding(mesh, PartitionSpec(None, "data"))
-params: Any = {"up": np.linspace(-1, 1, 48, dtype="float32").reshape(6, 8), "down": np.ones(8, "float32") / 8}
-if WHAT == "parameters" and me():
-    params["down"][3] += 1e-6
-if WHAT != "local":
-    down = jax.make_array_from_callback((8,), whole, lambda _: params["down"])
-    params = {"up": jax.device_put(params["up"], split), "down": down}
-
-
-def loss(params: Any, x: Any, y: Any) -> Any:
-    h = jnp.tanh(x @ params["up"])
-    if WHAT == "code" and me():
-        h = h * 1.0000001
-    return jnp.mean((h @ params["down"] - y) ** 2)
 
 
 def act(step: int) -> None:
@@ -62,27 +46,55 @@ def act(step: int) -> None:
         raise KeyError("a fault of this process alone")
 
 
-made = itertools.count()
+def run(fault: str, epochs: int, directory: Path) -> Any:
+    """The last epoch; `fault` is in what this process is unlike the other one, if it is the victim."""
+    rng = np.random.default_rng(1 if fault == "data" and me() else 0)
+    x = rng.normal(size=(32, 6)).astype("float32")
+    y = np.sin(x.sum(1))
+    up = np.linspace(-1, 1, 48, dtype="float32").reshape(6, 8)
+    params: Any = {"up": up, "down": np.ones(8, "float32") / 8}
+    if fault == "parameters" and me():
+        params["down"][3] += 1e-6
+    if fault != "local":
+        down = jax.make_array_from_callback((8,), whole, lambda _: params["down"])
+        params = {"up": jax.device_put(params["up"], split), "down": down}
+
+    def loss(params: Any, x: Any, y: Any) -> Any:
+        h = jnp.tanh(x @ params["up"])
+        if fault == "code" and me():
+            h = h * 1.0000001
+        return jnp.mean((h @ params["down"] - y) ** 2)
+
+    made = itertools.count()
+
+    def batches(key: Any) -> Any:
+        for batch in training.minibatches((x, y), 8, key):
+            act(next(made))
+            yield tuple(part if fault in ("data", "local") else jax.device_put(part, rows) for part in batch)
+            time.sleep(0.05)
+
+    *_, last = training.fit(
+        loss,
+        params,
+        batches,
+        optax.adam(1e-2),
+        epochs=epochs,
+        checkpoints=training.Checkpoints(directory, every=2),
+        log=directory.parent / "log.jsonl",
+    )
+    return last
 
 
-def batches(key: Any) -> Any:
-    for batch in training.minibatches((X, Y), 8, key):
-        act(next(made))
-        yield tuple(part if WHAT in ("data", "local") else jax.device_put(part, rows) for part in batch)
-        time.sleep(0.05)
-
-
-epochs = training.fit(
-    loss,
-    params,
-    batches,
-    optax.adam(1e-2),
-    epochs=3 if WHAT in ("plain", "resume") else 100,
-    checkpoints=training.Checkpoints(DIRECTORY, every=2),
-    log=DIRECTORY.parent / "log.jsonl",
-)
-for epoch in epochs:
-    last = epoch
-up = jax.jit(lambda tree: tree["up"], out_shardings=whole)(last.params)
-found = {"epoch": last.number, "loss": last.metrics["loss"], "sum": float(np.asarray(up).sum())}
-print(json.dumps(found))
+if WHAT == "differ":
+    refusals = {}
+    for fault in ("code", "data", "parameters", "local"):
+        try:
+            run(fault, 1, DIRECTORY / fault)
+        except ValueError as error:
+            refusals[fault] = str(error)
+    print(json.dumps(refusals))
+else:
+    last = run("", 3 if WHAT in ("plain", "resume") else 100, DIRECTORY)
+    up = jax.jit(lambda tree: tree["up"], out_shardings=whole)(last.params)
+    found = {"epoch": last.number, "loss": last.metrics["loss"], "sum": float(np.asarray(up).sum())}
+    print(json.dumps(found))

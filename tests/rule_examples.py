@@ -121,12 +121,7 @@ PRIMITIVES: dict[str, tuple[Callable[..., Any], list[Example]]] = {
 X, W, B = numbers(4, 3), numbers(3, 2, seed=1), numbers(2, seed=2)
 ACTIVATION = [Example((numbers(3, 4),))]
 LABELS = jnp.array([0, 6, -1, 3, -100])
-POOL = {
-    "window_dimensions": (1, 3, 2, 1),
-    "window_strides": (1, 3, 2, 1),
-    "padding": ((0, 0), (0, 1), (1, 1), (0, 0)),
-    "window_dilation": (1, 1, 1, 1),
-}
+POOL = {"window": (3, 2), "padding": ((0, 1), 1)}
 LAYERS: dict[str, list[Example]] = {
     "relu": ACTIVATION,
     "tanh": ACTIVATION,

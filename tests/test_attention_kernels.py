@@ -147,8 +147,8 @@ def test_messages():
 
 COMPILED = """
 import jax, jax.numpy as jnp, funcprop as fp
-from jax.experimental import topologies
-device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+from funcprop._jax.topologies import tpu_devices
+device = tpu_devices("v5e:2x2")[0]
 x = jax.ShapeDtypeStruct((1, 512, 2, 128), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device))
 loss = lambda q, k, v: jnp.sum(fp.layers.attention(q, k, v, causal=True).astype(jnp.float32) ** 2)
 rules = fp.rules.default.on(device)

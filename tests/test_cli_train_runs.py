@@ -13,8 +13,6 @@ import pytest
 from command import module as module  # the fixture
 from command import run, run_json
 
-import funcprop as fp
-
 SETUP = """
     import numpy as np, optax
     X = np.linspace(-1, 1, 120).reshape(30, 4)
@@ -49,10 +47,6 @@ def test_a_run_goes_on_where_it_was(module: Any, tmp_path: Path) -> None:
     assert norms(data) == norms(whole)
 
 
-needs_plans = pytest.mark.skipif(not hasattr(fp.partition, "plan"), reason="partitions have no plans yet")
-
-
-@needs_plans
 @pytest.mark.parametrize("mesh", ["data=2", "data=2,model=3"])
 def test_a_mesh_of_devices(module: Any, mesh: str) -> None:
     target = f"{module(SETUP)}:setup"
@@ -64,7 +58,6 @@ def test_a_mesh_of_devices(module: Any, mesh: str) -> None:
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-9)
 
 
-@needs_plans
 def test_a_mesh_that_is_not_there(module: Any) -> None:
     result = run("train", f"{module(SETUP)}:setup", "--mesh", "data=64")
     assert result.exit_code == 1

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,11 +19,16 @@ ROOT = Path(funcprop.__file__).parent
 README = Path(__file__).parents[1] / "README.md"
 
 
+@cache
+def parsed(path: Path) -> list[ast.AST]:
+    """Every node of a file."""
+    return list(ast.walk(ast.parse(path.read_text("utf-8"))))
+
+
 def imported(path: Path, modules: set[str]) -> set[str]:
     """The modules of the library that a file imports, wherever in the file, also for annotations alone."""
     found = set()
-    tree = ast.parse(path.read_text("utf-8"))
-    for node in ast.walk(tree):
+    for node in parsed(path):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -72,6 +79,34 @@ def test_the_readme_lists_every_room_after_those_that_it_imports(graph: dict[str
     assert backwards == []
 
 
+# Modules that JAX does not promise to keep, and what else stands on its own objects for its own use.
+SEMI_PUBLIC = re.compile(r"jax\.(_src|core|extend|interpreters|lib)\b|jaxlib\b|.*\._src\b")
+PUBLIC = re.compile(r"jax\.core(\.Tracer)?|jaxlib(\.__version__)?")
+OF_EQUATIONS = {"ctx", "debug_info", "name_stack", "source_info"}
+
+
+def dotted(node: ast.AST) -> Iterator[tuple[int, str]]:
+    """What a piece of code imports or reads by a dotted name, with its line."""
+    if isinstance(node, ast.Import):
+        yield from ((node.lineno, alias.name) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+    elif isinstance(node, ast.Attribute):
+        yield node.lineno, ast.unparse(node)
+
+
+def test_one_room_alone_knows_what_jax_does_not_promise() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in ROOT.rglob("*.py")
+        if path.parent.name != "_jax"
+        for node in parsed(path)
+        for line, name in dotted(node)
+        if (SEMI_PUBLIC.match(name) and not PUBLIC.fullmatch(name)) or name.rpartition(".")[2] in OF_EQUATIONS
+    ]
+    assert found == []
+
+
 def test_functions_do_not_shadow_modules(graph: dict[str, set[str]]) -> None:
     rooms = [
         funcprop,
@@ -116,9 +151,6 @@ def test_importing_loads_nothing_else() -> None:
 
 def test_no_class_has_the_name_of_another() -> None:
     classes = [
-        node.name
-        for path in ROOT.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
-        if isinstance(node, ast.ClassDef)
+        node.name for path in ROOT.rglob("*.py") for node in parsed(path) if isinstance(node, ast.ClassDef)
     ]
     assert [name for name, count in Counter(classes).items() if count > 1] == []

@@ -364,3 +364,18 @@ def test_what_only_moves_a_hoisted_product_follows_it():
     like = jax.make_jaxpr(step)(jnp.ones((3, 3)), jnp.ones(3), jnp.ones(3), jnp.ones(3)).jaxpr
     cut = loop_bodies.split(like, 2, 1, lambda eqn: True)
     assert [eqn.primitive.name for eqn in cut.rest.eqns] == ["add", "tanh"]
+
+
+def test_zero_and_minus_zero_are_two_numbers():
+    """Equal equations are one, but `x · 0` and `x · (−0)` are equal only as numbers: their signs are not."""
+
+    def loss(w, xs):
+        def step(c, x):
+            signs = jnp.copysign(1.0, x * 0.0), jnp.copysign(1.0, x * -0.0)
+            return c * w, c * w * (signs[0] + 2 * signs[1])
+
+        return jnp.sum(jax.lax.scan(step, 1.0, xs)[1])
+
+    value, gradient = fp.value_and_grad(loss, rules=RULES)(0.5, jnp.ones(3))
+    np.testing.assert_allclose(value, -(0.5 + 0.25 + 0.125))
+    np.testing.assert_allclose(gradient, -(1 + 2 * 0.5 + 3 * 0.25))

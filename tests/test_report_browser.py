@@ -7,77 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
-import optax
 import pytest
-from chromium import Opened, contrasts, launched, opened, saved
-from flax import linen as nn
+from chromium import Opened, opened
 from playwright.sync_api import Browser, Page
+from report_pages import browser as browser
+from report_pages import chapter as chapter
+from report_pages import hostile as hostile
+from report_pages import loop as loop
 
 import funcprop as fp
 from funcprop.cli.target import chapter_example
-
-HOSTILE = "</script><img src=x onerror=alert(1)>"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    yield from launched()
-
-
-@pytest.fixture(scope="module")
-def chapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[fp.Report, Path]:
-    setup = fp.training.Setup(
-        lambda w, x: jnp.mean((w - x) ** 2), jnp.array(0.0), [(jnp.ones(3),)], optax.sgd(0.1)
-    )
-    report = fp.report(fp.models.chapter, setup=setup, epochs=3)(*chapter_example())
-    return report, saved(report, tmp_path_factory)
-
-
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x: Any) -> Any:
-        return x + nn.Dense(3, param_dtype=float)(nn.tanh(nn.LayerNorm(param_dtype=float)(x)))
-
-
-class Blocks(nn.Module):
-    @nn.compact
-    def __call__(self, x: Any) -> Any:
-        for _ in range(3):
-            x = Block()(x)
-        return x
-
-
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[fp.Report, Path]:
-    """Three equal Flax blocks, a loop, and names that would be markup."""
-    model, x = Blocks(), jnp.ones((2, 3))
-    params = model.init(jax.random.key(0), x)
-
-    def loss(weights: Any, x: Any) -> Any:
-        hidden = model.apply(weights["model"], x) @ weights[HOSTILE]
-        with jax.named_scope("<b>scope</b>"):
-            total = fp.name(jnp.tanh(hidden), "<i>&amp;</i>")
-        return fp.name(jax.lax.scan(lambda c, h: (c + jnp.sum(h**2), None), 0.0, total)[0], "J")
-
-    report = fp.report(loss, title=HOSTILE)({"model": params, HOSTILE: jnp.ones((3, 2))}, x)
-    return report, saved(report, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def loop(tmp_path_factory: pytest.TempPathFactory) -> tuple[fp.Report, Path]:
-    """A scan whose values are known: `c = w c + x`."""
-
-    def looped(w: Any, x: Any) -> Any:
-        c, _ = jax.lax.scan(lambda c, x: (fp.name(w * c + x, "c"), None), jnp.zeros(2), x)
-        return fp.name(jnp.sum(c), "J")
-
-    x = jnp.tile(jnp.arange(1.0, 5.0)[:, None], 2)
-    report = fp.report(looped)(jnp.array(0.5), x)
-    return report, saved(report, tmp_path_factory)
 
 
 @pytest.fixture(params=["chapter", "hostile"])
@@ -310,124 +251,3 @@ def test_the_keyboard_reaches_and_opens_every_node(page: Opened) -> None:
     page.page.locator(".skip").focus()
     page.page.keyboard.press("Enter")
     assert page.page.evaluate("document.activeElement.id") == "after-graph"
-
-
-# --- text -------------------------------------------------------------------------------------
-
-
-def test_hostile_names_stay_text(browser: Browser, hostile: tuple[fp.Report, Path]) -> None:
-    for page, *_ in opened(browser, hostile):
-        assert page.title() == f"{HOSTILE} · funcprop"
-        assert page.locator("h1").text_content() == HOSTILE
-        assert page.locator("img, b:not(.brand b), main i").count() == 0
-        square = page.locator(f'#canvas [data-name="{HOSTILE}"]')
-        square.dispatch_event("click")
-        assert page.locator("#panel h3").text_content() == HOSTILE
-        assert page.locator("#equations mi", has_text=HOSTILE[-20:]).count() > 0
-        page.locator("#values button", has_text=HOSTILE).click()
-        assert page.locator("#panel img").count() == 0
-        page.locator("#position").fill(page.locator("#position").get_attribute("max"))
-        assert page.locator("img").count() == 0
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast(browser: Browser, hostile: tuple[fp.Report, Path], scheme: str) -> None:
-    for page, *_ in opened(browser, hostile, color_scheme=scheme, reduced_motion="reduce"):
-        last = int(page.locator("#position").get_attribute("max"))
-        page.locator('#canvas [data-name="J"]').first.dispatch_event("click")
-        page.locator("details summary").first.click()
-        for position in (0, last // 4, 3 * last // 4, last):
-            page.locator("#position").fill(str(position))
-            measured = contrasts(page)
-            assert len(measured) > 200
-            assert [text for ratio, text in measured if ratio < 4.5] == []
-
-
-def test_the_theme_is_the_systems_until_it_is_chosen(
-    browser: Browser, chapter: tuple[fp.Report, Path]
-) -> None:
-    dark = "getComputedStyle(document.body).backgroundColor"
-    for page, *_ in opened(browser, chapter, color_scheme="dark"):
-        night = page.evaluate(dark)
-        page.click("#theme")
-        day = page.evaluate(dark)
-        assert day != night
-        assert page.locator("#theme").text_content() == "Dark theme"
-        page.emulate_media(color_scheme="light")
-        assert page.evaluate(dark) == day
-        page.click("#theme")
-        assert page.evaluate(dark) == night
-
-
-def test_a_phone(browser: Browser, hostile: tuple[fp.Report, Path]) -> None:
-    size = {"width": 390, "height": 844}
-    for page, report, *_ in opened(browser, hostile, viewport=size, has_touch=True, is_mobile=True):
-        assert page.evaluate("document.documentElement.scrollWidth") == 390
-        for button in page.locator("button:visible:not(.link)").all():
-            box = button.bounding_box()
-            assert min(box["width"], box["height"]) >= 24
-            assert 0 <= box["x"] <= box["x"] + box["width"] <= 390
-        first = page.locator(f'#canvas [data-key="{report.drawing.picture.origin}"]')
-        first.tap()
-        assert page.locator("#panel h3").text_content() == first.get_attribute("data-name")
-        page.tap("#next")
-        assert "Forward 1 of" in page.locator("#caption").text_content()
-
-
-_CLIPPED = """() => [...document.querySelectorAll("body *")].filter((e) => {
-  const style = getComputedStyle(e);
-  const hides = ["hidden", "clip"].includes(style.overflowX);
-  return hides && e.clientWidth && e.scrollWidth > e.clientWidth + 1 && !e.closest("svg, math")
-    && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
-}).map((e) => e.className + ": " + e.textContent.trim().slice(0, 40))"""
-
-
-@pytest.mark.parametrize("width", [390, 768, 1280, 1920])
-def test_nothing_is_clipped(
-    browser: Browser, chapter: tuple[fp.Report, Path], hostile: tuple[fp.Report, Path], width: int
-) -> None:
-    for made in (chapter, hostile):
-        for found in opened(browser, made, viewport={"width": width, "height": 900}):
-            assert found.page.evaluate(_CLIPPED) == []
-            assert found.page.evaluate("document.documentElement.scrollWidth") <= width
-            # The whole picture is seen at once, and there is no panel until a node is chosen.
-            canvas = found.page.locator("#canvas").bounding_box()
-            box = found.page.locator("#canvas > svg:visible").bounding_box()
-            assert canvas is not None
-            assert box is not None
-            assert box["width"] <= canvas["width"] + 1
-            assert found.page.locator("#panel").is_hidden()
-            nodes = found.page.evaluate(
-                """() => [...document.querySelectorAll("#canvas > svg:not([hidden]) [data-node]")]
-                  .map((g) => g.getBoundingClientRect()).map((r) => [r.left, r.right, r.top, r.bottom])"""
-            )
-            assert nodes
-            for left, right, top, bottom in nodes:
-                assert left >= canvas["x"] - 1
-                assert right <= canvas["x"] + canvas["width"] + 1
-                assert top >= canvas["y"] - 1
-                assert bottom <= canvas["y"] + canvas["height"] + 1
-
-
-def test_modules_open_and_close(browser: Browser, tmp_path: Path) -> None:
-    """A model of modules is seen as these, and each opens in the place of the whole."""
-    layers = [(jnp.full((6, 6), 0.1 * i), jnp.zeros(6)) for i in range(1, 9)]
-
-    def loss(layers: Any, x: Any) -> Any:
-        for w, b in layers:
-            x = jnp.tanh(x @ w + b) * jnp.cos(x @ w) + jnp.sin(x)
-        return jnp.sum(x**2)
-
-    report = fp.report(loss, fold=True)(layers, jnp.ones((2, 6)))
-    assert all(len(picture.drawing.picture.nodes) <= 60 for picture in report.pictures)
-    path = tmp_path / "page.html"
-    report.save(path)
-    for found in opened(browser, (report, path)):
-        page = found.page
-        module = page.locator("#canvas > svg:visible .opens").first
-        if len(report.pictures) > 1:
-            module.click()
-            assert page.locator("#path button").count() == 2
-            assert page.locator("#panel").is_visible()
-            page.locator("#path button").first.click()
-        assert page.locator("#canvas > svg:visible").count() == 1

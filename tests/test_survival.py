@@ -10,6 +10,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,12 @@ def run(directory: Path | None, epochs: int = 3, *, dies: int | None = None, **o
     return found
 
 
+@cache
+def uninterrupted(epochs: int = 3) -> list[Any]:
+    """The epochs of the run that nothing interrupts."""
+    return run(None, epochs)
+
+
 def same(found: Any, expected: Any) -> None:
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
@@ -78,7 +85,7 @@ def same(found: Any, expected: Any) -> None:
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, dies: int, saved: int) -> None:
     """Five minibatches are an epoch; it dies while it asks for the next one."""
-    whole = run(None)
+    whole = uninterrupted()
     run(tmp_path, dies=dies)
     records: list[Any] = []
     resumed = run(tmp_path, log=records.append)
@@ -90,7 +97,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, dies: int, saved
 def test_interrupted_again_and_again(tmp_path: Path) -> None:
     for _ in range(12):
         run(tmp_path, dies=4)
-    same(run(tmp_path)[-1], run(None)[-1])
+    same(run(tmp_path)[-1], uninterrupted()[-1])
 
 
 def test_a_finished_run_yields_its_outcome_and_more_epochs_go_on(tmp_path: Path) -> None:
@@ -98,7 +105,7 @@ def test_a_finished_run_yields_its_outcome_and_more_epochs_go_on(tmp_path: Path)
     (again,) = run(tmp_path, 2)
     same(again, first[-1])
     assert [epoch.number for epoch in run(tmp_path, 4)] == [3, 4]
-    same(run(tmp_path, 4)[-1], run(None, 4)[-1])
+    same(run(tmp_path, 4)[-1], uninterrupted(4)[-1])
 
 
 def test_early_stop_counts_the_epochs_before_the_interruption(tmp_path: Path) -> None:
@@ -168,7 +175,7 @@ def test_on_8_then_4_then_1_devices(tmp_path: Path) -> None:
         )
         assert last.number == epochs
         assert last.params["up"].sharding.is_equivalent_to(split, 2)
-    expected = run(None)[-1]
+    expected = uninterrupted()[-1]
     for a, b in zip(jax.tree.leaves(last.params), jax.tree.leaves(expected.params), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-9, atol=1e-12)
 
@@ -191,7 +198,7 @@ def test_sigterm_saves_and_leaves(tmp_path: Path, at: int, capsys: pytest.Captur
     assert at <= last <= at + 2
     said = capsys.readouterr().err
     assert said == f"fit: SIGTERM after step {last}; step {last} is saved in {tmp_path}.\n"
-    same(run(tmp_path)[-1], run(None)[-1])
+    same(run(tmp_path)[-1], uninterrupted()[-1])
 
 
 def test_sigkill_at_random_moments() -> None:
@@ -219,7 +226,7 @@ def test_a_damaged_step_is_told_and_the_one_before_it_used(tmp_path: Path) -> No
     ):
         resumed = run(tmp_path, log=records.append)
     assert [r["step"] for r in records if r["event"] == "resumed"] == [last - 1]
-    same(resumed[-1], run(None)[-1])
+    same(resumed[-1], uninterrupted()[-1])
 
 
 def test_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ Everything here is plain plumbing around jaxprs and primitives; no other module 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +40,13 @@ from funcprop._jax.platforms import device_of as device_of
 from funcprop._jax.platforms import is_staged_out as is_staged_out
 from funcprop._jax.platforms import lowered_for as lowered_for
 from funcprop._jax.platforms import platform_of as platform_of
+from funcprop._jax.scopes import context as context
+from funcprop._jax.scopes import context_of as context_of
+from funcprop._jax.scopes import in_place_of as in_place_of
+from funcprop._jax.scopes import placed as placed
+from funcprop._jax.scopes import scope as scope
+from funcprop._jax.scopes import scopes_of as scopes_of
+from funcprop._jax.scopes import without_scope as without_scope
 from funcprop._jax.source_lines import here as here
 from funcprop._jax.source_lines import source_line as source_line
 from funcprop._jax.surrounding import JIT as JIT
@@ -290,12 +296,12 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-# --- where an equation comes from -------------------------------------------------------------
+# --- names -----------------------------------------------------------------------------------
 
 
-def scope(eqn: Equation) -> str:
-    """The named scopes around an equation, outermost first, joined by `/`."""
-    return str(eqn.source_info.name_stack)
+def jaxpr_name(jaxpr: Any) -> str:
+    """The name of the function that was traced."""
+    return open_jaxpr(jaxpr).debug_info.func_name
 
 
 def function_name(eqn: Equation) -> str:
@@ -303,25 +309,8 @@ def function_name(eqn: Equation) -> str:
     body = eqn.params.get("call_jaxpr")
     if not eqn.primitive.name.startswith("custom_") or body is None:
         return eqn.primitive.name
-    name = open_jaxpr(body).debug_info.func_name
+    name = jaxpr_name(body)
     return name if name.isidentifier() else eqn.primitive.name
-
-
-def without_scope(eqn: Equation) -> Equation:
-    """The equation outside of all named scopes."""
-    stack = eqn.source_info.name_stack
-    return eqn.replace(source_info=eqn.source_info.replace(name_stack=type(stack)()))
-
-
-@contextlib.contextmanager
-def context_of(eqn: Equation) -> Iterator[None]:
-    """Trace under an equation's own scopes, mesh and compute placement."""
-    names = scope(eqn)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(eqn.ctx.manager)
-        if names:
-            stack.enter_context(jax.named_scope(names))
-        yield
 
 
 # --- primitives -------------------------------------------------------------------------------

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from funcprop import training
+from funcprop import partition, training
 from funcprop.cli.target import TargetError
 from funcprop.training.loop import Setup
 from funcprop.training.position import epoch_key
@@ -110,7 +109,6 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 def _plan(setup: Setup, mesh: dict[str, int], key: Any) -> Any:
     """Plan the step of a setup on a mesh."""
-    partition = importlib.import_module("funcprop.partition")
     batches = setup.batches(epoch_key(key, 1)) if callable(setup.batches) else setup.batches
     batch = next(iter(batches))
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from funcprop.drawing.nodes_and_boxes import FEW, Fold, assemble
+from funcprop.drawing.nodes_and_boxes import FEW, Fold, assemble, assembled
 from funcprop.drawing.picture import Node, Picture
+from funcprop.drawing.representatives import blocks_of
 from funcprop.drawing.request import Shown
 from funcprop.drawing.scopes import scope_path
 from funcprop.graph.graph import Graph, Operator, Variable
@@ -47,20 +48,24 @@ def _smaller(shown: Shown, fold: Fold, unnamed: bool | None) -> Iterator[Fitted]
     deepest = max((len(scope_path(op.scope)) for op in shown.graph), default=0)
     first = _first_depth(shown, deepest)
     for depth in range(first, -1, -1) if deepest else ():
-        grouped = _with_functions(shown, depth)
-        for kind in dict.fromkeys((fold, sizes)):
-            yield Fitted(assemble(grouped, depth, kind, unnamed), grouped)
-            yield Fitted(assemble(grouped, depth, kind, unnamed, True), grouped)
+        yield from _as_modules(shown, depth, fold, unnamed)
     if not deepest:
         yield Fitted(assemble(shown, None, sizes, unnamed), shown)
-        grouped = _with_functions(shown, 0)
-        for kind in dict.fromkeys((fold, sizes)):
-            yield Fitted(assemble(grouped, 0, kind, unnamed), grouped)
-            yield Fitted(assemble(grouped, 0, kind, unnamed, True), grouped)
+        yield from _as_modules(shown, 0, fold, unnamed)
     if len(shown.graph) <= _RUNS:
         return
     in_runs = replace(shown, graph=_in_runs(shown.graph), links=(), places={})
     yield Fitted(assemble(in_runs, 0, False, unnamed), in_runs)
+
+
+def _as_modules(shown: Shown, depth: int, fold: Fold, unnamed: bool | None) -> Iterator[Fitted]:
+    """Pictures of the modules at a depth: blocks of other sizes folded too, unnamed blocks closed too."""
+    grouped = _with_functions(shown, depth)
+    kinds: tuple[Fold, ...] = (fold, "sizes") if fold else (False,)
+    for kind in dict.fromkeys(kinds):
+        blocks = blocks_of(grouped, kind)
+        for closed in (False, True):
+            yield Fitted(assembled(grouped, depth, blocks, unnamed, closed), grouped)
 
 
 def _first_depth(shown: Shown, deepest: int) -> int:

@@ -215,7 +215,7 @@ def _fold(scope: Scope, signatures: _Signatures, folding: Folding) -> None:
                     if i:
                         folding.representative[op.name] = first
             box = _counted(block, blocks[-1], count, scope)
-            types = [[v.type for op in ops for v in op.outputs] for ops in members]
+            types = [[_type(v) for op in ops for v in op.outputs] for ops in members]
             box.sizes_differ = any(found != types[0] for found in types)
             folding.groups.append(FoldedBlocks(members, box, period))
             block = [box]
@@ -355,20 +355,27 @@ class _Signatures:
                 return inside[made[0].name], made[1]
             return "outside"
 
-        def type_(v: Variable) -> str:
-            return v.type if self.equality.types else str(v.dtype)
-
+        type_ = _type if self.equality.types else _dtype
         role = self.equality.role
         wiring = tuple(
             (
                 op.op,
                 role.get(op.name, ""),
-                tuple(type_(v) for v in op.outputs),
+                tuple(map(type_, op.outputs)),
                 tuple((source(v), type_(v)) for v in op.inputs),
             )
             for op in ops
         )
         return self._numbers.setdefault((tuple(map(_shape, block)), wiring), len(self._numbers))
+
+
+def _type(v: Variable) -> Any:
+    """What equal types have in common, without the time that it takes to write them."""
+    return v.type if v.shape is None else (v.shape, v.dtype)
+
+
+def _dtype(v: Variable) -> Any:
+    return v.dtype
 
 
 def _shape(child: Scope | Operator) -> Any:

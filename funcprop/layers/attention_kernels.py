@@ -1,7 +1,7 @@
 """Attention by the kernels of the field: cuDNN's and Pallas' through JAX, and tokamax's.
 
 A kernel brings its own first derivative. It has no second: where it is differentiated twice, the derivative
-of its backward is that of the blocks of XLA (`attention_layer`), which compute the same function. So the
+of its backward is that of the blocks of XLA (`attention_blocks`), which compute the same function. So the
 gradient runs by kernels alone, and Hessian-vector products are exact.
 
 Source of the idea of a list of implementations, ours last: tokamax.

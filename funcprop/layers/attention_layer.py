@@ -1,16 +1,6 @@
-"""Softmax attention in blocks of queries and keys: no array of queries × keys is ever held.
+"""Softmax attention as a layer: its rule, by blocks or by a kernel, its equations, and what it refuses.
 
-With logits `S = s Q Kᵀ + B` (`−∞` where a query does not see a key), `P = softmax(S)` and `Y = P V`, the
-forward walks over blocks of `S` and keeps for every query the running maximum, the sum of exponentials and
-the weighted sum of values (the online softmax). It saves `Y` and the logarithm of the normalizer, `L`. The
-backward walks over the same blocks, each computed again by `P = exp(S − L)`:
-
-    V̄ = Pᵀ Ȳ        S̄ = P ∘ (Ȳ Vᵀ − rowsum(Ȳ ∘ Y))        Q̄ = s S̄ K        K̄ = s S̄ᵀ Q        B̄ = S̄
-
-Blocks that causality or the window mask wholly are not visited: half of the work of causal attention.
-
-Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Rabe and Staats,
-"Self-attention does not need O(n²) memory", 2021; Dao et al., "FlashAttention", NeurIPS 2022.
+The rule saves the result and the logarithm of every query's normalizer; `attention_blocks` computes both.
 """
 
 from __future__ import annotations
@@ -22,14 +12,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Inexact
 
-from funcprop import _jax
 from funcprop.layers import attention_kernels
+from funcprop.layers.attention_blocks import attend, cotangents
 from funcprop.layers.attention_kernels import KernelCall, KernelResiduals
-from funcprop.layers.tiling import Tiling, all_of, reach_of, seen, sum_to
-from funcprop.program.dtypes import common_dtype, product_dtype, single_at_least
+from funcprop.layers.attention_operands import (
+    by_group,
+    by_query,
+    like_logits,
+    mixed,
+    mixed_transposed,
+    operands_of,
+    scale_of,
+    scores,
+    weights_of,
+)
+from funcprop.layers.tiling import Tiling, reach_of, sum_to
+from funcprop.program.dtypes import common_dtype
 from funcprop.rules.attach import attach
 from funcprop.rules.bound_rule import BoundRule
 from funcprop.rules.expressions import Equations, OperatorSymbols, apply
@@ -39,118 +39,7 @@ from funcprop.rules.rule import Rule
 from funcprop.rules.running import with_rules
 from funcprop.rules.sets import autodiff
 
-# --- layout -----------------------------------------------------------------------------------
-
-
-class AttentionOperands(NamedTuple):
-    """Heads outside: `q: … × kv × group × queries × d`; `k, v: … × kv × keys × d`, all three in their common
-    precision; bias and mask with all axes of the logits, those along which they are broadcast of length 1."""
-
-    q: Any
-    k: Any
-    v: Any
-    bias: Any
-    mask: Any
-
-    @property
-    def sums(self) -> Any:
-        """The precision of the sums: single at least."""
-        return single_at_least(self.q)
-
-
-def _scale(q: Any, scale: float | None) -> float:
-    return 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
-
-
-def _by_group(x: Any, kv: int) -> Any:
-    """`… × queries × heads × d` as `… × kv × group × queries × d`."""
-    *batch, queries, heads, d = x.shape
-    return jnp.moveaxis(x.reshape(*batch, queries, kv, heads // kv, d), -4, -2)
-
-
-def _by_query(x: Any) -> Any:
-    """The inverse of `_by_group`."""
-    x = jnp.moveaxis(x, -2, -4)
-    return x.reshape(*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1])
-
-
-def _like_logits(x: Any, q: Any, kv: int) -> Any:
-    """A bias or mask, broadcastable to `… × heads × queries × keys`, with the axes of the logits."""
-    if x is None:
-        return None
-    x = x.reshape((1,) * (q.ndim - x.ndim) + x.shape)
-    heads = x.shape[-3]
-    split = (1, 1) if heads == 1 else (kv, heads // kv)
-    return x.reshape(*x.shape[:-3], *split, *x.shape[-2:])
-
-
-def _operands(q: Any, k: Any, v: Any, bias: Any, mask: Any, dtype: Any) -> AttentionOperands:
-    kv = k.shape[-2]
-    return AttentionOperands(
-        _by_group(q.astype(dtype), kv),
-        jnp.moveaxis(k.astype(dtype), -2, -3),
-        jnp.moveaxis(v.astype(dtype), -2, -3),
-        _like_logits(bias, q, kv),
-        _like_logits(mask, q, kv),
-    )
-
-
-# A group's queries are rows of one matrix: the products that XLA's CPU backend is quick at. Operands of 16
-# bits stay so, as matrix units want them, and their products are summed in single precision.
-
-
-def _rows(x: Any) -> Any:
-    return x.reshape(*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1])
-
-
-def _scores(q: Any, k: Any) -> Any:
-    """`Q Kᵀ`: `… × group × queries × d` and `… × keys × d` to `… × group × queries × keys`."""
-    s = _product("...qd,...kd->...qk", _rows(q), k)
-    return s.reshape(*q.shape[:-1], k.shape[-2])
-
-
-def _mixed(p: Any, v: Any) -> Any:
-    """`P V`, of `… × group × queries × d`."""
-    mixed = _product("...qk,...kd->...qd", _rows(p), v)
-    return mixed.reshape(*p.shape[:-1], v.shape[-1])
-
-
-def _mixed_transposed(p: Any, g: Any) -> Any:
-    """`Pᵀ G`, of `… × keys × d`, summed over the group."""
-    return _product("...qk,...qd->...kd", _rows(p), _rows(g))
-
-
-def _product(axes: str, a: Any, b: Any) -> Any:
-    dtype = common_dtype(a, b)
-    return jnp.einsum(axes, a.astype(dtype), b.astype(dtype), preferred_element_type=single_at_least(a, b))
-
-
-def _logits(x: AttentionOperands, scale: float, tiling: Tiling, i: Any, j: Any) -> Any:
-    """One block of the logits."""
-    s = _scores(tiling.row(x.q, i), tiling.col(x.k, j)) * scale
-    if x.bias is not None:
-        s = s + tiling.tile(x.bias, i, j).astype(s.dtype)
-    conditions = [] if x.mask is None else [tiling.tile(x.mask, i, j)]
-    visible = tiling.visible(i, j)
-    shown = all_of(conditions if visible is None else [*conditions, visible])
-    return s if shown is None else jnp.where(shown, s, -jnp.inf)
-
-
-def _over_blocks(tiling: Tiling, step: Any, totals: Any, like: Any) -> Any:
-    """Run `step(totals, i, j)` over all blocks.
-
-    The step is checkpointed: the reverse derivative of the backward computes its blocks again, too.
-    """
-    leaves, tree = jax.tree.flatten(totals)
-    totals = jax.tree.unflatten(tree, _jax.align_varying_axes([like, *leaves])[1:])
-    body = jax.checkpoint(lambda carry, pair: (step(carry, *pair), None), prevent_cse=False)
-    return lax.scan(body, totals, tiling.pairs())[0]
-
-
 # --- the rule ---------------------------------------------------------------------------------
-
-# Where the rule is evaluated operator by operator, its loops are compiled once for each size.
-_staged = partial(jax.jit, inline=True)
 
 
 class AttentionResiduals(NamedTuple):
@@ -170,47 +59,16 @@ def _forward(
     causal: bool, window: Any, implementation: Any, machine: Machine | None = None,
 ) -> tuple[Any, AttentionResiduals | KernelResiduals]:  # fmt: skip
     machine = machine or host()
-    call = KernelCall(q, k, v, bias, mask, causal, window, offset, _scale(q, scale))
+    call = KernelCall(q, k, v, bias, mask, causal, window, offset, scale_of(q, scale))
     name = attention_kernels.chosen(implementation, call, blocks, machine)
     if name != "xla":
-        attend = attention_kernels.kernel(name, call)
-        return attention_kernels.forward(attend, _by_blocks(causal, scale, machine), q, k, v)
+        kernel = attention_kernels.kernel(name, call)
+        return attention_kernels.forward(kernel, _by_blocks(causal, scale, machine), q, k, v)
     tiling = Tiling.of(q, k, reach_of(causal, window), offset, blocks, machine)
-    x = _operands(q, k, v, bias, mask, dtype_of_factors(machine, q, k, v))
-    out, normalizer = _attend(x, tiling, _scale(q, scale))
-    out = _by_query(out)
+    x = operands_of(q, k, v, bias, mask, dtype_of_factors(machine, q, k, v))
+    out, normalizer = attend(x, tiling, scale_of(q, scale))
+    out = by_query(out)
     return out.astype(common_dtype(q, k, v)), AttentionResiduals(q, k, v, bias, mask, out, normalizer)
-
-
-@partial(_staged, static_argnames=("tiling", "scale"))
-def _attend(x: AttentionOperands, tiling: Tiling, scale: float) -> tuple[Any, Any]:
-    """The result and the logarithm of the normalizer of every query, by the online softmax."""
-
-    def step(totals: Any, i: Any, j: Any) -> Any:
-        out, largest, total = totals
-        s = _logits(x, scale, tiling, i, j)
-        before = tiling.row(largest, i)
-        # What is subtracted from the logits cancels, and so it has no derivative.
-        after = lax.stop_gradient(jnp.maximum(before, s.max(-1, keepdims=True)))
-        p, faded = jnp.exp(s - after), jnp.exp(before - after)
-        mixed = _mixed(p.astype(x.v.dtype), tiling.col(x.v, j))
-        return (
-            tiling.put_row(out, i, tiling.row(out, i) * faded + mixed),
-            tiling.put_row(largest, i, after),
-            tiling.put_row(total, i, tiling.row(total, i) * faded + p.sum(-1, keepdims=True)),
-        )
-
-    queries = x.q.shape[:-1]
-    start = (
-        jnp.zeros((*queries, x.v.shape[-1]), x.sums),
-        jnp.full((*queries, 1), jnp.finfo(x.sums).min, x.sums),
-        jnp.zeros((*queries, 1), x.sums),
-    )
-    out, largest, total = _over_blocks(tiling, step, start, x.q)
-    # A query that sees nothing: its normalizer is ∞, and every exp(S − L) of the backward 0.
-    empty = total == 0
-    divisor = jnp.where(empty, 1, total)
-    return out / divisor, jnp.where(empty, jnp.inf, largest + jnp.log(divisor))
 
 
 def _by_blocks(causal: bool, scale: float | None, machine: Machine) -> Any:
@@ -222,7 +80,7 @@ def _by_blocks(causal: bool, scale: float | None, machine: Machine) -> Any:
 def _value(q: Any, k: Any, v: Any, bias: Any = None, mask: Any = None, **static: Any) -> Any:
     """The result where nothing is differentiated."""
     given = {key: static[key] for key in ("causal", "window", "offset")}
-    call = KernelCall(q, k, v, bias, mask, **given, scale=_scale(q, static["scale"]))
+    call = KernelCall(q, k, v, bias, mask, **given, scale=scale_of(q, static["scale"]))
     machine = static.get("machine") or host()
     name = attention_kernels.chosen(static["implementation"], call, static["blocks"], machine)
     if name != "xla":
@@ -248,46 +106,19 @@ def _backward(
         return *attention_kernels.backward(same, residuals, g), None, None
     q, k, v, bias, mask, out, normalizer = residuals
     tiling = Tiling.of(q, k, reach_of(causal, window), offset, blocks, machine)
-    x = _operands(q, k, v, bias, mask, dtype_of_factors(machine, q, k, v))
-    kv, factor = k.shape[-2], _scale(q, scale)
+    x = operands_of(q, k, v, bias, mask, dtype_of_factors(machine, q, k, v))
+    kv, factor = k.shape[-2], scale_of(q, scale)
     # rowsum(P ∘ P̄) = rowsum(Ȳ ∘ Y): no block is needed for it.
     delta = (g.astype(x.sums) * out).sum(-1, keepdims=True)
-    g = _by_group(g.astype(x.q.dtype), kv)
-    found = _pull(x, normalizer, g, _by_group(delta, kv), tiling, factor, tuple(needs))
+    g = by_group(g.astype(x.q.dtype), kv)
+    found = cotangents(x, normalizer, g, by_group(delta, kv), tiling, factor, tuple(needs))
     return (
-        (_by_query(found["q"]) * factor).astype(q.dtype) if needs[0] else None,
+        (by_query(found["q"]) * factor).astype(q.dtype) if needs[0] else None,
         (jnp.moveaxis(found["k"], -3, -2) * factor).astype(k.dtype) if needs[1] else None,
         jnp.moveaxis(found["v"], -3, -2).astype(v.dtype) if needs[2] else None,
         found["bias"].reshape(bias.shape).astype(bias.dtype) if needs[3] else None,
         None,
     )
-
-
-@partial(_staged, static_argnames=("tiling", "scale", "needs"))
-def _pull(
-    x: AttentionOperands, normalizer: Any, g: Any, delta: Any, tiling: Tiling, scale: float,
-    needs: tuple[bool, ...],
-) -> dict[str, Any]:  # fmt: skip
-    """The wanted operands' cotangents, each summed over the blocks; of `q` and `k` without the scale."""
-    wanted = [name for name, need in zip(AttentionOperands._fields, needs, strict=True) if need]
-
-    def step(totals: dict[str, Any], i: Any, j: Any) -> dict[str, Any]:
-        q, k, v = tiling.row(x.q, i), tiling.col(x.k, j), tiling.col(x.v, j)
-        p = jnp.exp(_logits(x, scale, tiling, i, j) - tiling.row(normalizer, i))
-        g_row = tiling.row(g, i)
-        p_bar = _scores(g_row, v)
-        s_bar = p * (p_bar - tiling.row(delta, i))
-        factor, weights = s_bar.astype(q.dtype), p.astype(q.dtype)
-        added = {
-            "q": lambda total: tiling.add_row(total, i, _mixed(factor, k)),
-            "k": lambda total: tiling.add_col(total, j, _mixed_transposed(factor, q)),
-            "v": lambda total: tiling.add_col(total, j, _mixed_transposed(weights, g_row)),
-            "bias": lambda total: tiling.add_tile(total, i, j, s_bar),
-        }
-        return {name: added[name](total) for name, total in totals.items()}
-
-    start = {name: jnp.zeros(getattr(x, name).shape, x.sums) for name in wanted}
-    return _over_blocks(tiling, step, start, g)
 
 
 def _applies(
@@ -313,25 +144,25 @@ def _applies(
 def _equations(op: OperatorSymbols) -> Equations:
     q, k, v, bias, mask = op.args
     static = dict(op.static)
-    kv, scale = k.shape[-2], _scale(q, static["scale"])
+    kv, scale = k.shape[-2], scale_of(q, static["scale"])
     given = [x for x in (bias, mask) if x is not None]
 
     def weights(q: Any, k: Any, *rest: Any) -> Any:
         values = iter(rest)
         of_bias, of_mask = (None if x is None else next(values) for x in (bias, mask))
-        return _weights(q, k, of_bias, of_mask, static)
+        return weights_of(q, k, of_bias, of_mask, static)
 
     def mix(p: Any, x: Any) -> Any:
-        return _by_query(_mixed(p, jnp.moveaxis(x, -2, -3)))
+        return by_query(mixed(p, jnp.moveaxis(x, -2, -3)))
 
     def mix_transposed(p: Any, x: Any) -> Any:
-        return jnp.moveaxis(_mixed_transposed(p, _by_group(x, kv)), -3, -2)
+        return jnp.moveaxis(mixed_transposed(p, by_group(x, kv)), -3, -2)
 
     def score(x: Any, k: Any) -> Any:
-        return _scores(_by_group(x, kv), jnp.moveaxis(k, -2, -3))
+        return scores(by_group(x, kv), jnp.moveaxis(k, -2, -3))
 
     def to_bias(s_bar: Any) -> Any:
-        like = jax.eval_shape(lambda x: _like_logits(x, q.type, kv), bias.type)
+        like = jax.eval_shape(lambda x: like_logits(x, q.type, kv), bias.type)
         return sum_to(s_bar, like.shape).reshape(bias.shape)
 
     p = apply("softmax", weights, q, k, *given, latex="\\mathrm{softmax}")
@@ -354,23 +185,6 @@ def _equations(op: OperatorSymbols) -> Equations:
 
 
 # --- the layer --------------------------------------------------------------------------------
-
-
-def _weights(q: Any, k: Any, bias: Any, mask: Any, static: dict[str, Any]) -> Any:
-    """The attention weights `… × kv × group × queries × keys`, all of them."""
-    x = _operands(q, k, k, bias, mask, product_dtype(q, k))
-    s = _scores(x.q, x.k) * _scale(q, static["scale"])
-    if x.bias is not None:
-        s = s + x.bias.astype(s.dtype)
-    row, col = jnp.arange(q.shape[-3])[:, None], jnp.arange(k.shape[-3])[None]
-    conditions = seen(row, col, reach_of(static["causal"], static["window"]), static["offset"])
-    shown = all_of(conditions if x.mask is None else [*conditions, x.mask])
-    if shown is not None:
-        s = jnp.where(shown, s, -jnp.inf)
-    largest = lax.stop_gradient(s.max(-1, keepdims=True, initial=jnp.finfo(s.dtype).min))
-    p = jnp.exp(s - largest)
-    total = p.sum(-1, keepdims=True)
-    return p / jnp.where(total == 0, 1, total)
 
 
 def _check(q: Any, k: Any, v: Any, bias: Any, mask: Any, blocks: Any, implementation: Any) -> None:
@@ -487,6 +301,5 @@ def attention(
     if implementation not in (None, "xla"):
         static = {"causal": causal, "window": window, "offset": offset, "scale": scale, "blocks": blocks}
         return _by_kernel(q, k, v, bias, mask, **static, implementation=implementation)
-    p = _weights(q, k, bias, mask, {"causal": causal, "window": window, "offset": offset, "scale": scale})
-    mixed = _mixed(p, jnp.moveaxis(v, -2, -3))
-    return _by_query(mixed).astype(common_dtype(q, k, v))
+    p = weights_of(q, k, bias, mask, {"causal": causal, "window": window, "offset": offset, "scale": scale})
+    return by_query(mixed(p, jnp.moveaxis(v, -2, -3))).astype(common_dtype(q, k, v))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,7 @@ from funcprop.layers.composed import composed_rule
 from funcprop.program.dtypes import common_dtype, plus
 from funcprop.rules.expressions import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import layer
-
-Padding: TypeAlias = "str | int | tuple[int | tuple[int, int], ...]"
+from funcprop.rules.primitives.windows import Padding, each, paddings
 
 
 def init_conv(
@@ -54,24 +53,6 @@ def init_conv(
     w = jax.nn.initializers.he_normal()(key, shape, dtype or float)
     params = {"w": w if channels_last else jnp.moveaxis(w, (-1, -2), (0, 1))}
     return {**params, "b": jnp.zeros(outputs, dtype or float)} if bias else params
-
-
-def each(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    """Repeat one number for every spatial axis, or check that there is one for each."""
-    return (value,) * rank if isinstance(value, int) else tuple(value)
-
-
-def paddings(padding: Padding, rank: int) -> Any:
-    """As `lax` takes it: `"SAME"`, `"VALID"`, or a pair for every spatial axis."""
-    if isinstance(padding, str):
-        if padding.upper() not in ("SAME", "SAME_LOWER", "VALID"):
-            raise ValueError(
-                f"padding={padding!r} is not known; use 'SAME', 'VALID', a number, or for each axis a number "
-                "or a pair."
-            )
-        return padding
-    both = (padding,) * rank if isinstance(padding, int) else padding
-    return tuple((p, p) if isinstance(p, int) else tuple(p) for p in both)
 
 
 def _convolve(

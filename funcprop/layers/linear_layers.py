@@ -171,6 +171,9 @@ def linear(
 ) -> Inexact[Array, " outputs"]:
     """The chapter's affine map of one column vector, `y = w x + b`; `b` is optional.
 
+    Its arguments stand in the order of the formula, from which the chapter's list of gradients follows: the
+    weights' before the vector's.
+
     Backward: `w̄ = ȳ xᵀ`, `x̄ = wᵀ ȳ`, `b̄ = ȳ`. Saves `x` and `w`.
 
     Raises:

@@ -24,45 +24,25 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from funcprop.layers.composed import composed_rule
-from funcprop.layers.convolution import Padding, each, paddings
 from funcprop.rules.expressions import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import layer
+from funcprop.rules.primitives.windows import Padding, pool_window
 
 
-def _windows(
-    x: Any, window: tuple[int, ...], strides: Any, padding: Padding, channels_last: bool
-) -> tuple[tuple[int, ...], tuple[int, ...], Any]:
-    """Window, strides and padding of all axes of `x`."""
-    rank = len(window)
-    before, after = (x.ndim - rank - 1, 1) if channels_last else (x.ndim - rank, 0)
-    if rank < 1 or before < 0:
-        raise ValueError(
-            f"pooling: window={window} has more axes than x of shape {x.shape} has beside its channels."
-        )
-    steps = window if strides is None else each(strides, rank)
-    pads = paddings(padding, rank)
-    if not isinstance(pads, str):
-        pads = ((0, 0),) * before + pads + ((0, 0),) * after
-    return (1,) * before + window + (1,) * after, (1,) * before + steps + (1,) * after, pads
-
-
-def _max(x: Any, *, window: Any, strides: Any, padding: Padding, channels_last: bool) -> Any:
+def _max(x: Any, **window: Any) -> Any:
     # Concrete, so that JAX knows the maximum with its neutral element and can differentiate it.
     lowest = np.array(-np.inf, x.dtype)
-    return lax.reduce_window(x, lowest, lax.max, *_windows(x, window, strides, padding, channels_last))
+    return lax.reduce_window(x, lowest, lax.max, **pool_window(x.shape, **window))
 
 
-def _sum(x: Any, geometry: Any) -> Any:
-    return lax.reduce_window(x, np.zeros((), x.dtype), lax.add, *geometry)
+def _sum(x: Any, window: dict[str, Any]) -> Any:
+    return lax.reduce_window(x, np.zeros((), x.dtype), lax.add, **pool_window(x.shape, **window))
 
 
-def _mean(
-    x: Any, *, window: Any, strides: Any, padding: Padding, channels_last: bool, count_padding: bool
-) -> Any:
-    geometry = _windows(x, window, strides, padding, channels_last)
+def _mean(x: Any, *, count_padding: bool, **window: Any) -> Any:
     if count_padding:
-        return _sum(x, geometry) / math.prod(window)
-    return _sum(x, geometry) / _sum(jnp.ones_like(x), geometry)
+        return _sum(x, window) / math.prod(window["window"])
+    return _sum(x, window) / _sum(jnp.ones_like(x), window)
 
 
 def _equations(function: Callable[..., Any], name: str, op: OperatorSymbols) -> Equations:

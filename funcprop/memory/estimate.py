@@ -180,7 +180,7 @@ class _StepsOf:
 
     def _behind_barrier(self, body: Any, given: list[Value | None], scope: str) -> Sequence[Value | None]:
         """A checkpoint that is kept: nothing in it is shared, and it starts when its inputs are there."""
-        barrier = self.add("optimization_barrier", scope, given, [jax.core.ShapedArray((), bool)])
+        barrier = self.add("optimization_barrier", scope, given, [jax.ShapeDtypeStruct((), bool)])
         self.salt += 1
         start = len(self.steps)
         results = self.walk(body, given, scope)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from funcprop import _jax
+from funcprop.program.equal_equations import merged
 from funcprop.program.facts import CALLS, CHECKPOINTS, CUSTOM_RULES
 
 # Whatever only calls its one body.
@@ -48,8 +48,7 @@ def _renewed(jaxpr: Any, opens: Callable[[Any], bool]) -> tuple[Any, list[Any]]:
         atoms = dict(zip([*inner.constvars, *inner.invars], given, strict=True))
         for eqn in inner.eqns:
             operands = [v if isinstance(v, _jax.Literal) else atoms[v] for v in eqn.invars]
-            stack = eqn.source_info.name_stack
-            stack = stack if outer is None else outer + stack
+            stack = _jax.scopes_of(eqn, outer)
             if opens(eqn):
                 called = next(called for _, called in _jax.sub_jaxprs(eqn))
                 opened = _jax.open_jaxpr(called)
@@ -61,11 +60,8 @@ def _renewed(jaxpr: Any, opens: Callable[[Any], bool]) -> tuple[Any, list[Any]]:
                 results = body(opened, [*closed_over, *operands[: len(opened.invars)]], stack)
             else:
                 results = [_jax.Var(v.aval) for v in eqn.outvars]
-                where = eqn.source_info.replace(name_stack=stack)
                 params = _jax.map_jaxprs(eqn.params, lambda nested: _renewed_body(nested, opens))
-                equations.append(
-                    eqn.replace(invars=operands, outvars=results, source_info=where, params=params)
-                )
+                equations.append(_jax.placed(eqn.replace(params=params), operands, results, stack))
             atoms.update(zip(eqn.outvars, results, strict=True))
         return [v if isinstance(v, _jax.Literal) else atoms[v] for v in inner.outvars]
 
@@ -80,9 +76,7 @@ def _behind_barrier(equations: list[Any], eqn: Any, operands: list[Any], stack: 
     types = [jax.ShapeDtypeStruct(operands[i].aval.shape, operands[i].aval.dtype) for i in places]
     (barrier,) = _jax.open_jaxpr(jax.make_jaxpr(jax.lax.optimization_barrier)(types)).eqns
     results = [_jax.Var(operands[i].aval) for i in places]
-    where = eqn.source_info.replace(name_stack=stack)
-    invars = [operands[i] for i in places]
-    equations.append(barrier.replace(invars=invars, outvars=results, source_info=where))
+    equations.append(_jax.placed(barrier, [operands[i] for i in places], results, stack))
     renamed = dict(zip(places, results, strict=True))
     return [renamed.get(i, v) for i, v in enumerate(operands)]
 
@@ -100,21 +94,7 @@ def _renewed_body(nested: Any, opens: Callable[[Any], bool]) -> Any:
 def simplified(jaxpr: Any) -> Any:
     """The jaxpr without what no result needs, in which equal equations are one, as in a compiled program."""
     pruned, _ = _jax.without_unread_inputs(jaxpr, [True] * len(jaxpr.invars))
-    same: dict[Any, Any] = {}
-    seen: dict[Any, list[Any]] = {}
-    equations = []
-    for eqn in pruned.eqns:
-        operands = [v if isinstance(v, _jax.Literal) else same.get(v, v) for v in eqn.invars]
-        eqn = eqn.replace(invars=operands)
-        key = None if eqn.effects or any(True for _ in _jax.sub_jaxprs(eqn)) else _key(eqn)
-        if key is not None and key in seen:
-            same.update(zip(eqn.outvars, seen[key], strict=True))
-            continue
-        if key is not None:
-            seen[key] = list(eqn.outvars)
-        equations.append(eqn)
-    results: list[Any] = [v if isinstance(v, _jax.Literal) else same.get(v, v) for v in pruned.outvars]
-    return _jax.jaxpr_of(equations, pruned.invars, results, "flat")
+    return merged(pruned, lambda eqn: not any(True for _ in _jax.sub_jaxprs(eqn)))
 
 
 def with_makers_apart(jaxpr: Any) -> Any:
@@ -143,19 +123,3 @@ def _is_maker(eqn: Any) -> bool:
     """Whether an equation makes arrays of numbers, or of nothing, without effects."""
     no_arrays = all(not getattr(v.aval, "shape", ()) for v in eqn.invars)
     return no_arrays and not eqn.effects and eqn.primitive.name in ("broadcast_in_dim", "iota")
-
-
-def _key(eqn: Any) -> Any:
-    """What two equal equations have in common; None where that cannot be compared."""
-    operands = tuple(_literal(v) if isinstance(v, _jax.Literal) else v for v in eqn.invars)
-    key = (eqn.primitive, operands, tuple(sorted(eqn.params.items(), key=lambda item: item[0])))
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
-
-
-def _literal(atom: Any) -> Any:
-    value = np.asarray(atom.val)
-    return (value.tobytes(), str(atom.aval))

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from funcprop._jax.topologies import h100_devices, tpu_devices
+
 
 @dataclass(frozen=True)
 class DeviceKind:
@@ -39,15 +41,6 @@ MACHINES = {
     "v6e": DeviceKind("tpu", 32 * _GIB, 918e12, 450e9),
     "h100": DeviceKind("cuda", 80 * 10**9, 989e12, 450e9),
 }
-
-_H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
- shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
- block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
- memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84929347584
- shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
- registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3" """
 
 
 @dataclass(frozen=True)
@@ -101,17 +94,13 @@ def target_of(devices: int | Sequence[Any] | None, on: str | None) -> DeviceTarg
 
 
 def _described(on: str, machine: DeviceKind) -> list[Any]:
-    from jax.experimental import topologies
-
     if machine.platform == "tpu":
         _require("libtpu", on, "libtpu")
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=on).devices)
+        return tpu_devices(on)
     _require("jax_plugins.xla_cuda12", on, "jax-cuda12-plugin jax-cuda12-pjrt")
-    count = math.prod(map(int, on.partition(":")[2].split("x")))
-    found = topologies.get_topology_desc(platform="cuda", target_config=_H100, topology=f"1x{count}x1")
-    return list(found.devices)
+    return h100_devices(math.prod(map(int, on.partition(":")[2].split("x"))))
 
 
 def _require(module: str, on: str, packages: str) -> None:

@@ -66,8 +66,7 @@ class _Scope:
     def add(self, eqn: Any, operands: Sequence[Any], stack: Any) -> list[Any]:
         """An equation with other operands; its results."""
         results = [_jax.Var(v.aval) for v in eqn.outvars]
-        where = eqn.source_info.replace(name_stack=stack)
-        self.equations.append(eqn.replace(invars=list(operands), outvars=results, source_info=where))
+        self.equations.append(_jax.placed(eqn, operands, results, stack))
         return results
 
     def jaxpr(self, inputs: Sequence[Any], results: Sequence[Any], name: str) -> tuple[Any, list[Any]]:
@@ -125,7 +124,7 @@ class _Closer:
         inner, scope = _jax.open_jaxpr(jaxpr), _Scope()
         inputs = [_jax.Var(v.aval) for v in inner.invars]
         results = self._inline(jaxpr, inputs, scope, None)
-        return scope.jaxpr(inputs, results, inner.debug_info.func_name)
+        return scope.jaxpr(inputs, results, _jax.jaxpr_name(inner))
 
     def _hides(self, jaxpr: Any) -> bool:
         """Whether there is anything inside but equations on the jaxpr's own variables."""
@@ -155,8 +154,7 @@ class _Closer:
             return atom if isinstance(atom, _jax.Literal) else atoms[atom]
 
         for eqn in inner.eqns:
-            stack = eqn.source_info.name_stack
-            stack = stack if outer is None else outer + stack
+            stack = _jax.scopes_of(eqn, outer)
             results = self._equation(eqn, list(map(read, eqn.invars)), scope, stack)
             atoms.update(zip(eqn.outvars, results, strict=True))
         return list(map(read, inner.outvars))

@@ -121,7 +121,7 @@ class _KeyWriter:
 
     def _operator(self, eqn: Any) -> Any:
         name = eqn.primitive.name
-        kind = self.object(eqn.primitive), self.object(eqn.ctx)
+        kind = self.object(eqn.primitive), self.object(_jax.context(eqn))
         rule = next((self.rules[id(v)] for v in eqn.params.values() if id(v) in self.rules), None)
         if rule is not None:
             return (*kind, self.key(rule))

@@ -58,4 +58,4 @@ def in_chunks(eqn: Any, count: int) -> Any:
 
     traced = jax.make_jaxpr(jax.jit(loop))(*(v.aval for v in eqn.invars))
     (call,) = _jax.open_jaxpr(traced).eqns
-    return call.replace(invars=list(eqn.invars), outvars=list(eqn.outvars), source_info=eqn.source_info)
+    return _jax.in_place_of(eqn, call, eqn.invars)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 import numpy as np
 
 from funcprop import _jax
@@ -321,7 +322,7 @@ def _key(program: RuledProgram, session: _Session, sites: Sequence[MeasuredSite]
     device = session.device or jax.devices(None)[0]
     what = f"{machine.name}, {machine.cores} cores, {device.device_kind}"
     ways = sorted(f"{s.match.operator}:{s.geometry}:{len(s.ways)}" for s in sites)
-    versions = f"jax {jax.__version__}, jaxlib {jax.lib.__version__}"
+    versions = f"jax {jax.__version__}, jaxlib {jaxlib.__version__}"
     digest = hashlib.sha256("\n".join(ways).encode()).hexdigest()[:16]
     return f"{what} | {versions} | time {session.weight:g} | {key.digest.hex()} | {digest}"
 

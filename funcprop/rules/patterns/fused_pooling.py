@@ -26,42 +26,53 @@ from funcprop.rules.layer import Layer, layer
 from funcprop.rules.patterns.activation import relu
 from funcprop.rules.patterns.recognition import Pattern, Producer, Replacement, equal_to, layer_equation
 from funcprop.rules.primitives import pooling
+from funcprop.rules.primitives.windows import Padding, pool_window
 
 
 @layer(rule=pooling.rule(relu=True))
 def relu_max_pool(
     x: Float[Array, "..."],
     *,
-    window_dimensions: tuple[int, ...],
-    window_strides: tuple[int, ...],
-    padding: tuple[tuple[int, int], ...],
-    window_dilation: tuple[int, ...],
+    window: tuple[int, ...],
+    strides: int | tuple[int, ...] | None = None,
+    padding: Padding = "VALID",
+    dilation: int | tuple[int, ...] = 1,
+    channels_last: bool = True,
 ) -> Float[Array, "..."]:
-    """Max-pooling of `relu(x)`, with one entry for each axis of `x` in every parameter.
+    """Max-pooling of `relu(x)`; arguments as of `max_pool`, and `dilation` between the taps of a window.
 
     `y[i] = max_k relu(x[i·s + k·d − p])`. Between relu and pool nothing is saved: neither the input, nor its
     sign, nor the relu. Recognised in any function where `lax.reduce_window` with `lax.max` follows
     `jax.nn.relu` (Flax, Equinox and Haiku pool in this way).
 
     Raises:
-        TypeError: a parameter has not one entry for each axis (from `lax.reduce_window`).
+        ValueError: the window has more axes than `x`.
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
         >>> x = jnp.array([1.0, 3.0, -1.0, -2.0])
-        >>> pairs = dict(window_dimensions=(2,), window_strides=(2,), padding=((0, 0),), window_dilation=(1,))
-        >>> print(fp.layers.relu_max_pool(x, **pairs))
+        >>> print(fp.layers.relu_max_pool(x[:, None], window=(2,)).ravel())
         [3. 0.]
     """
-    return lax.reduce_window(
-        jax.nn.relu(x),
-        -jnp.inf,
-        lax.max,
-        window_dimensions,
-        window_strides,
-        padding,
-        window_dilation=window_dilation,
+    x = jnp.asarray(x)
+    geometry = pool_window(
+        x.shape,
+        window=window,
+        strides=strides,
+        padding=padding,
+        dilation=dilation,
+        channels_last=channels_last,
     )
+    return lax.reduce_window(jax.nn.relu(x), -jnp.inf, lax.max, **geometry)
+
+
+# The layer's arguments by the parameters of `lax.reduce_window`.
+_PARAMETERS = {
+    "window": "window_dimensions",
+    "strides": "window_strides",
+    "padding": "padding",
+    "dilation": "window_dilation",
+}
 
 
 @dataclass(frozen=True)
@@ -87,8 +98,9 @@ class ReluBeforePool:
         for move in between:
             moved.append(move.replace(invars=[x], outvars=[type(move.outvars[0])(move.outvars[0].aval)]))
             (x,) = moved[-1].outvars
-        keys = ("window_dimensions", "window_strides", "padding", "window_dilation")
-        call = layer_equation(relu_max_pool, {k: _hashable(eqn.params[k]) for k in keys}, [x], eqn)
+        # Without channels, a window is of all axes.
+        static = {key: _hashable(eqn.params[parameter]) for key, parameter in _PARAMETERS.items()}
+        call = layer_equation(relu_max_pool, {**static, "channels_last": False}, [x], eqn)
         return Replacement([made, *between, eqn], [*moved, call], requires=[eqn])
 
 

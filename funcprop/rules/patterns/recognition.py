@@ -96,9 +96,7 @@ def layer_equation(layer: Layer, static: Mapping[str, Any], invars: Sequence[Any
     with jax.disable_jit(False):  # A layer's call is a jit.
         traced = _called.trace(layer, tuple(static.items()), *[v.aval for v in invars]).jaxpr
     (call,) = _jax.open_jaxpr(traced).eqns
-    return call.replace(
-        invars=list(invars), outvars=list(like.outvars), source_info=like.source_info, ctx=like.ctx
-    )
+    return _jax.in_place_of(like, call, invars)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

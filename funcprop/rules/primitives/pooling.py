@@ -43,6 +43,7 @@ from jax import lax
 
 from funcprop.rules.expressions import Equations, OperatorSymbols, apply
 from funcprop.rules.machine import Machine, host, lanes, least_pooled
+from funcprop.rules.primitives.windows import pool_window
 from funcprop.rules.rule import Rule
 from funcprop.rules.rule_set import OperatorKey
 
@@ -61,6 +62,7 @@ class Positions(NamedTuple):
 def _forward(
     x: Any, *, relu: bool = False, minimum: bool = False, machine: Machine | None = None, **window: Any
 ) -> tuple[Any, Positions]:
+    window = _of_every_axis(x.shape, window)
     if minimum:
         negated, positions = _forward(lax.neg(x), machine=machine, **window)
         return lax.neg(negated), positions._replace(x=x)
@@ -115,6 +117,7 @@ def _made_once(tap: Any) -> Any:
 def _jvp(residuals: Positions, tangents: Any, *, machine: Machine | None = None, **window: Any) -> Any:
     """The tangent at the position of each maximum."""
     (x_dot,) = tangents
+    window = _of_every_axis(x_dot.shape, window)
     order = _layout(x_dot.shape, window, machine).order
     y_dot = _taken(residuals.tap, lax.transpose(x_dot, order), _reordered(window, order))
     return lax.transpose(y_dot, _inverse(order))
@@ -141,6 +144,7 @@ def _backward(
     residuals: Positions, g: Any, needs: Any, *, machine: Machine | None = None, **window: Any
 ) -> tuple[Any]:
     shape = residuals.x.shape
+    window = _of_every_axis(shape, window)
     order = _layout(shape, window, machine).order
     own_shape = [shape[a] for a in order]
     x_bar = _unpooled(residuals.tap, lax.transpose(g, order), own_shape, _reordered(window, order))
@@ -244,6 +248,11 @@ def _tap_here(
     return np.where(lies, code, _NO_TAP).astype(dtype)
 
 
+def _of_every_axis(shape: Sequence[int], window: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of the primitive, if these are a layer's."""
+    return window if "window_dimensions" in window else pool_window(shape, **window)
+
+
 def _window(window: dict[str, Any]) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
     return window["window_dimensions"], window["window_strides"], window["window_dilation"]
 
@@ -260,6 +269,7 @@ def _tap_type(dimensions: Sequence[int]) -> Any:
 def _applies(
     x: Any, *, relu: bool = False, everywhere: bool = False, machine: Machine | None = None, **window: Any
 ) -> bool | str:
+    window = _of_every_axis(x.shape, window)
     if any(d != 1 for d in window.get("base_dilation", ())):
         return "the input is dilated"
     if any(lo < 0 or hi < 0 for lo, hi in window["padding"]):
