@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from funcprop import _jax
 from funcprop.program.facts import CALLS, CHECKPOINTS, CUSTOM_RULES
+from funcprop.program.merged import merged
 
 # Whatever only calls its one body.
 # Of a function in two forms (`by_platform`) the body is the form of the platform of this process.
@@ -99,22 +99,7 @@ def _renewed_body(nested: Any, opens: Callable[[Any], bool]) -> Any:
 
 def simplified(jaxpr: Any) -> Any:
     """The jaxpr without what no result needs, in which equal equations are one, as in a compiled program."""
-    pruned, _ = _jax.without_unread_inputs(jaxpr, [True] * len(jaxpr.invars))
-    same: dict[Any, Any] = {}
-    seen: dict[Any, list[Any]] = {}
-    equations = []
-    for eqn in pruned.eqns:
-        operands = [v if isinstance(v, _jax.Literal) else same.get(v, v) for v in eqn.invars]
-        eqn = eqn.replace(invars=operands)
-        key = None if eqn.effects or any(True for _ in _jax.sub_jaxprs(eqn)) else _key(eqn)
-        if key is not None and key in seen:
-            same.update(zip(eqn.outvars, seen[key], strict=True))
-            continue
-        if key is not None:
-            seen[key] = list(eqn.outvars)
-        equations.append(eqn)
-    results: list[Any] = [v if isinstance(v, _jax.Literal) else same.get(v, v) for v in pruned.outvars]
-    return _jax.jaxpr_of(equations, pruned.invars, results, "flat")
+    return merged(_jax.without_unread_inputs(jaxpr, [True] * len(jaxpr.invars))[0])
 
 
 def with_makers_apart(jaxpr: Any) -> Any:
@@ -143,19 +128,3 @@ def _is_maker(eqn: Any) -> bool:
     """Whether an equation makes arrays of numbers, or of nothing, without effects."""
     no_arrays = all(not getattr(v.aval, "shape", ()) for v in eqn.invars)
     return no_arrays and not eqn.effects and eqn.primitive.name in ("broadcast_in_dim", "iota")
-
-
-def _key(eqn: Any) -> Any:
-    """What two equal equations have in common; None where that cannot be compared."""
-    operands = tuple(_literal(v) if isinstance(v, _jax.Literal) else v for v in eqn.invars)
-    key = (eqn.primitive, operands, tuple(sorted(eqn.params.items(), key=lambda item: item[0])))
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
-
-
-def _literal(atom: Any) -> Any:
-    value = np.asarray(atom.val)
-    return (value.tobytes(), str(atom.aval))

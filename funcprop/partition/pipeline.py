@@ -21,10 +21,11 @@ from funcprop.partition.device_bytes import DeviceBytes
 from funcprop.partition.layout import DATA
 from funcprop.partition.problem import TrainingProblem
 from funcprop.partition.segments import Cuttable, LossSegment
-from funcprop.partition.stages import StageProgram, StageUpdates, replicated, stage_meshes
+from funcprop.partition.stages import StageSweeps, StageUpdates, replicated, stage_meshes
 from funcprop.partition.task_order import Order, PipelineTask, PipelineTimeline, timeline
 from funcprop.partition.traffic import Collective, compiled_collectives
 from funcprop.program.sizes import nbytes
+from funcprop.program.structural_key import StructuralKey
 
 Watch = Callable[[PipelineTask], None]
 
@@ -67,9 +68,13 @@ class PipelinedProgram:
         return Cuttable(self.problem.loss, self.problem.shapes[0], self.microbatch).segments(self.count)
 
     @cached_property
-    def stages(self) -> list[StageProgram]:
-        """The programs."""
-        return [StageProgram(segment, self.problem.rules, self.recompute) for segment in self.segments]
+    def stages(self) -> list[StageSweeps]:
+        """The programs; stages that compute the same have the same."""
+        found: dict[StructuralKey, StageSweeps] = {}
+        for segment in self.segments:
+            if segment.key not in found:
+                found[segment.key] = StageSweeps(segment, self.problem.rules, self.recompute)
+        return [found[segment.key] for segment in self.segments]
 
     @cached_property
     def owners(self) -> tuple[int, ...]:
@@ -97,6 +102,10 @@ class PipelinedProgram:
             )
         return RunningPipeline(self, stage_meshes(devices, self._places, self.replicas))
 
+    def compiled(self, devices: Sequence[Any]) -> tuple[list[DeviceBytes], list[Collective]]:
+        """Compile it for devices that need not be there: bytes of each place, and all collectives."""
+        return RunningPipeline(self, stage_meshes(devices, self._places, self.replicas)).compiled()
+
     # --- what it costs ------------------------------------------------------------------------
 
     @cached_property
@@ -115,8 +124,8 @@ class PipelinedProgram:
         """The peak of the devices of each place."""
         one = self._one_replica
         leaves = one._leaves
-        saved = [stage.saved_bytes(*leaves) for stage in one.stages]
-        extra = [stage.extra_bytes(*leaves) for stage in one.stages]
+        each = {stage: stage.nbytes(*leaves) for stage in set(one.stages)}
+        saved, extra = ([each[stage][i] for stage in one.stages] for i in (0, 1))
         if self.replicas > 1:  # The sums of gradients before and after the all-reduce.
             weights = [sum(nbytes(leaves[0][i]) for i in segment.params) for segment in one.segments]
             extra = [n + w for n, w in zip(extra, weights, strict=True)]
@@ -323,7 +332,7 @@ class RunningPipeline:
             params, examples, _ = stage.types(leaves, batch)
             whole = replicated(self._mesh[s])
             params = [_at(x, whole) for x in params]
-            split = [places[i] for i in stage.segment.batch]
+            split = [places[i] for i in program.segments[s].batch]
             examples = [
                 _at(
                     x,

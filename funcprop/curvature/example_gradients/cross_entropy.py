@@ -20,8 +20,8 @@ import numpy as np
 from funcprop import _jax
 from funcprop.program.facts import keeps_order
 from funcprop.program.layer_calls import without_marks
+from funcprop.program.merged import merged
 from funcprop.program.program import Program
-from funcprop.rules.primitives.stacking import merged
 
 # With more classes, one sweep less is no gain.
 _MOST_LABELS = 1024

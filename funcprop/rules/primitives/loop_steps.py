@@ -17,6 +17,7 @@ from jax import lax
 
 from funcprop import _jax
 from funcprop.program.facts import PRODUCTS
+from funcprop.program.merged import merged
 from funcprop.program.sizes import nbytes
 from funcprop.rules.machine import Machine
 from funcprop.rules.primitives.loop_bodies import (
@@ -27,7 +28,7 @@ from funcprop.rules.primitives.loop_bodies import (
     split,
     with_arranged_products,
 )
-from funcprop.rules.primitives.stacking import merged, to_stack
+from funcprop.rules.primitives.stacking import to_stack
 
 Arrays = list[Any]
 
