@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ import optax
 
 from funcprop.partition.layout import batch_places, example_axis
 from funcprop.partition.logical_axes import Axes, AxisProgram, axes_of, flat_program
+from funcprop.partition.segments import Cuttable
 from funcprop.program.call import has_values
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.transforms import value_and_grad
@@ -32,6 +33,7 @@ class TrainingProblem:
     optimizer: optax.GradientTransformation | None = None
     rules: RuleSet | None = None
     weight: Weight | None = None
+    _cuttables: dict[int, Cuttable] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def has_values(self) -> bool:
@@ -107,6 +109,12 @@ class TrainingProblem:
         stacked = jax.eval_shape(lambda batch: self.parts_of(batch, parts, True), self.shapes[1])
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), stacked)
 
+    def cuttable(self, parts: int) -> Cuttable:
+        """The forward program of one of so many parts of the batch, to be cut."""
+        if parts not in self._cuttables:
+            self._cuttables[parts] = Cuttable(self.loss, self.shapes[0], self.part_shapes(parts))
+        return self._cuttables[parts]
+
     def require_parts(self, parts: int, what: str) -> None:
         """Raise unless the batch can be cut into so many equal parts.
 
@@ -124,6 +132,11 @@ class TrainingProblem:
                 f"{what}={parts}: {self.examples} examples leave a ragged last part of "
                 f"{self.examples % parts}; use one of {', '.join(map(str, fit[:12]))}."
             )
+
+    @cached_property
+    def value_type(self) -> Any:
+        """The type of the loss."""
+        return jax.eval_shape(self.loss, *self.shapes).dtype
 
     @cached_property
     def gradient(self) -> Callable[..., Any]:
@@ -174,7 +187,7 @@ def require_mean(problem: TrainingProblem, most: int = 64) -> None:
     first, second = (float(loss(problem.params, half)) for half in halves)
     w, v = (float(weigh(half)) for half in halves)
     mean = (w * first + v * second) / (w + v)
-    eps = float(jnp.finfo(jax.eval_shape(problem.loss, *problem.shapes).dtype).eps)
+    eps = float(jnp.finfo(problem.value_type).eps)
     if abs(whole - mean) <= 1e4 * eps * max(abs(whole), abs(first), abs(second)):
         return
     needed = (whole - second) / (first - second) if first != second else math.nan

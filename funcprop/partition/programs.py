@@ -34,9 +34,8 @@ def accumulated(problem: TrainingProblem, gradient: Gradient, parts: int) -> Gra
             new = jax.tree.map(lambda t, x: t + weight.astype(x.dtype) * x, total[1:], (value, grads))
             return (total[0] + weight, *new), None
 
-        shapes = jax.eval_shape(gradient, params, problem.part_shapes(parts))
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        start = (jnp.zeros((), shapes[0].dtype), *zero)
+        zero = jnp.zeros((), problem.value_type)
+        start = (zero, zero, jax.tree.map(jnp.zeros_like, params))
         total, value, grads = jax.lax.scan(one, start, problem.parts_of(batch, parts, strided=True))[0]
         return jax.tree.map(lambda x: x / total.astype(x.dtype), (value, grads))
 

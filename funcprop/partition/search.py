@@ -15,11 +15,11 @@ from funcprop.partition.pipeline import PipelinedProgram
 from funcprop.partition.plans import PartitionPlan, PlanProgram, Plans, RejectedPlan
 from funcprop.partition.problem import TrainingProblem, Weight, require_mean
 from funcprop.partition.programs import SteppedProgram
-from funcprop.partition.segments import Cuttable
 from funcprop.partition.sharded import ShardedProgram
 from funcprop.partition.task_order import Order
 from funcprop.partition.topology import DeviceTarget, target_of
-from funcprop.program.sizes import budget_bytes
+from funcprop.program.facts import PRODUCTS
+from funcprop.program.sizes import budget_bytes, nbytes
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.sets import default
 
@@ -192,7 +192,7 @@ class _Search:
         """ZeRO-3 over so many devices."""
         self.problem.require_parts(parts, "data")
         self._mean  # noqa: B018
-        most = len(self._cuttable.positions()) - 1
+        most = len(self.problem.cuttable(parts).positions()) - 1
         platform = self.target.machine.platform
         program = ShardedProgram(self.problem, parts, min(most, _SEGMENTS), platform)
         return self._plan(f"zero {parts}", {DATA: parts}, program)
@@ -206,14 +206,10 @@ class _Search:
         count = stages * 2 if self.schedule == "interleaved" else stages
         program = PipelinedProgram(self.problem, count, parts, self.schedule, stages, replicas)
         program.timeline  # noqa: B018
-        program.segments  # noqa: B018
+        program.one_replica  # noqa: B018 (a loss that cannot be cut is an error here)
         name = f"pipeline {stages} ({self.schedule})" + (f" × data {replicas}" if replicas > 1 else "")
         mesh = {STAGE: stages, DATA: replicas} if replicas > 1 else {STAGE: stages}
         return self._plan(name, mesh, program)
-
-    @cached_property
-    def _cuttable(self) -> Cuttable:
-        return Cuttable(self.problem.loss, *self.problem.shapes)
 
     def _microbatches(self, stages: int, replicas: int) -> int:
         """The largest number up to four for each stage into which the batch can be cut."""
@@ -271,9 +267,11 @@ class _Search:
         chosen = [k for k in parts if k & (k - 1) == 0] or parts
         if self.budget is None:
             return make(chosen[min(1, len(chosen) - 1)])
+        if len(chosen) == 1:
+            return make(chosen[0])
         # The bytes of k parts lie below the chord from the whole batch to the smallest part.
         whole, least = (self._bytes_of_part(among, k) for k in (1, chosen[-1]))
-        for k in chosen:
+        for k in chosen[:-1]:
             share = (1 / k - 1 / chosen[-1]) / (1 - 1 / chosen[-1])
             if least + share * (whole - least) <= self.budget and (found := make(k)).fits:
                 return found
@@ -287,9 +285,26 @@ class _Search:
             self._part_bytes[key] = program.predicted_bytes.total
         return self._part_bytes[key]
 
+    def _bytes_that_stay(self) -> int:
+        """What one device holds at some time, whatever is computed again."""
+        held = self.layout(1, 1).predicted.by_purpose
+        kept = ("parameters", "optimizer state", "batch", "results")
+        products = (eqn for eqn, _ in self.problem.axes.program.equations if eqn.primitive.name in PRODUCTS)
+        largest = max((nbytes(eqn.outvars[0]) for eqn in products), default=0)
+        return sum(held.get(name, 0) for name in kept) + largest
+
     def _cheapest_remat(self) -> PartitionPlan:
-        """The largest share that fits; the smallest that can be planned if none does."""
+        """The largest share that fits; the smallest that can be planned if none does.
+
+        Raises:
+            ValueError: nothing can be computed again, or that would not be enough.
+        """
         found = None
+        if self.budget is not None and (least := self._bytes_that_stay()) > self.budget:
+            raise ValueError(
+                f"parameters, what goes with them, and the largest product's result are {least:,} bytes, more "
+                f"than {self.budget:,}, whatever is computed again."
+            )
         for share in _SHARES:
             try:
                 found = self.remat(share)

@@ -173,7 +173,10 @@ class TrainingRun:
             self._leave()
 
     def _prepare(self, arguments: tuple[Any, ...]) -> None:
-        self.objective.require_mean(arguments[0], arguments[2])
+        params = arguments[0]
+        if self.objective.accumulate > 1 and not isinstance(self.program, CompiledStep):
+            params = jax.device_get(params)  # Those of a pipeline lie on different devices.
+        self.objective.require_mean(params, arguments[2])
         if self.peers.together:
             text = self.program.text(*arguments)
             self.peers.require_same({"code": fingerprint(text), "data": fingerprint(arguments[2])})
