@@ -135,7 +135,7 @@ def compare(directory: Path, kills: int, seed: int, epochs: int) -> int:
     """Run both, and print what differs; the exit code."""
     rng = np.random.default_rng(seed)
     whole, broken = directory / "whole", directory / "broken"
-    undisturbed = start(whole, epochs)
+    uninterrupted = start(whole, epochs)  # At the same time, on another core.
     lost = done = known = 0
     for _ in range(kills):
         found = kill(broken, epochs, rng)
@@ -147,7 +147,8 @@ def compare(directory: Path, kills: int, seed: int, epochs: int) -> int:
         known = max(known, found["last saved"])
         lost += found["finished"] < known
         known = max(known, found["finished"])
-    if start(broken, epochs).wait() or undisturbed.wait():
+    failed = start(broken, epochs).wait()
+    if uninterrupted.wait() or failed:
         return 1
     expected = {r["step"]: r["loss"] for r in records(whole) if r["event"] == "step"}
     steps = [r for r in records(broken) if r["event"] == "step"]

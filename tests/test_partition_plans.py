@@ -96,7 +96,7 @@ def test_zero_holds_a_quarter_of_what_split_arguments_hold() -> None:
     plain = jax.jit(jax.value_and_grad(loss), in_shardings=placed, out_shardings=(None, placed[0]))
     theirs = plain.lower(params, batch).compile().memory_analysis()
     assert ours.argument_size_in_bytes == theirs.argument_size_in_bytes
-    assert ours.temp_size_in_bytes <= 0.5 * theirs.temp_size_in_bytes
+    assert ours.temp_size_in_bytes <= 0.25 * theirs.temp_size_in_bytes
 
 
 def test_the_table_has_every_kind_best_first() -> None:
@@ -186,6 +186,17 @@ def test_bad_input_is_refused_in_a_line(options: Any, where: Any, message: str) 
     with pytest.raises(ValueError, match=message) as error:
         fp.partition.plan(loss, **options)(params, batch, **where)
     assert "\n" not in str(error.value)
+
+
+def test_a_batch_without_examples_is_refused_with_the_reason() -> None:
+    ranked = lambda w, x: jnp.mean(jnp.sort(x @ w, axis=0) * jnp.arange(1.0, 9.0)[:, None])  # noqa: E731
+    arguments = jnp.ones((4, 5)), jax.random.normal(jax.random.key(0), (8, 4))
+    with pytest.raises(ValueError, match=r"no axis of the batch can be split; batch\[0\]: `sort` compares"):
+        fp.partition.plan(ranked, mesh={"data": 2})(*arguments)
+    with pytest.raises(ValueError, match=r"data=2: no axis of the batch can be cut into examples; print"):
+        fp.partition.plan(ranked, mesh={"data": 2}, shard_parameters=True)(*arguments)
+    rejected = {r.name: r.why for r in fp.partition.plan(ranked)(*arguments, devices=2).rejected}
+    assert "compares places along it" in rejected["data 2"]
 
 
 def test_a_pipeline_refuses_an_optimizer_that_couples_its_stages() -> None:

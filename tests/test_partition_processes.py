@@ -42,6 +42,8 @@ try:
     fp.partition.plan(loss, mesh={"stage": 2}, microbatches=2)(params, batch)[0].step(optimizer)
 except ValueError as error:
     assert "devices of several processes is not supported" in str(error)
+else:
+    raise AssertionError("a pipeline over two processes was not refused")
 print("losses", *losses)
 """
 

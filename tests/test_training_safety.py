@@ -121,7 +121,7 @@ def test_the_replay_of_a_step_with_parts_and_precision() -> None:
             "state has a model state, and model_state is given as well",
         ),
         ({"has_aux": True}, TypeError, r"has_aux=True, but loss returns .*return the pair"),
-        ({"has_aux": True, "plan": Plan()}, TypeError, "a plan has a step of its own; has_aux, model_state"),
+        ({"has_aux": True, "plan": Plan()}, TypeError, "has_aux: a plan of one.s own has a step of its own"),
         ({"log": 3}, TypeError, "log=3; pass a path, a function of a record, or a list"),
         ({"stop": training.early_stop("test_los")}, KeyError, "no metric 'test_los'; there are loss"),
     ],

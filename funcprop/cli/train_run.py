@@ -10,6 +10,7 @@ from funcprop import partition, training
 from funcprop.cli.target import TargetError
 from funcprop.training.loop import Setup
 from funcprop.training.position import epoch_key
+from funcprop.training.training_loss import TrainingLoss
 
 
 class RunOptions(NamedTuple):
@@ -112,8 +113,12 @@ def _plan(setup: Setup, mesh: dict[str, int], key: Any) -> Any:
     batches = setup.batches(epoch_key(key, 1)) if callable(setup.batches) else setup.batches
     batch = next(iter(batches))
 
+    own = {name: setup.options[name] for name in ("has_aux", "keyed") if name in setup.options}
+    state = setup.options.get("model_state")
+    whole = TrainingLoss(setup.loss, stateful=state is not None, **own).whole
+
     def loss(params: Any, batch: Any) -> Any:
-        return training.apply_loss(setup.loss, params, batch)
+        return whole(params, state, batch, key)[0]
 
     loss.__name__ = getattr(setup.loss, "__name__", "loss")
     try:

@@ -55,6 +55,7 @@ class MemoryEstimate:
     arguments: tuple[Value, ...]
     constants: tuple[Value, ...]
     users: Mapping[int, Sequence[Step]] = field(repr=False)
+    results: tuple[Value | None, ...] = ()
 
     def readers(self, value: Value) -> list[str]:
         """The names of the steps that read a value, each behind its scope."""
@@ -78,7 +79,9 @@ def estimate(
     live = Liveness(program.steps, results)
     peak = live.peak(pairs)
     read = (v for v in program.constants if live.users[id(v)] and v.size > 1)
-    return MemoryEstimate(peak.nbytes, peak.live, peak.op, tuple(arguments), tuple(read), live.users)
+    return MemoryEstimate(
+        peak.nbytes, peak.live, peak.op, tuple(arguments), tuple(read), live.users, tuple(results)
+    )
 
 
 def peak_bytes(closed: Any) -> int:

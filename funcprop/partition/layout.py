@@ -17,10 +17,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from funcprop import _jax
 from funcprop.partition.links import Place, rank, shape
 from funcprop.partition.logical_axes import Axes, AxisProgram
-from funcprop.program.flops import flops
 from funcprop.program.sizes import nbytes
 
 DATA, MODEL, STAGE = "data", "model", "stage"
@@ -69,18 +67,6 @@ class MeshLayout:
     def shardings(self, mesh: Mesh, variables: Sequence[Any]) -> list[NamedSharding]:
         """The layouts of some variables on a mesh."""
         return [NamedSharding(mesh, self.spec(v)) for v in variables]
-
-    def flops_per_device(self) -> int:
-        """Operations of one device; what no axis splits is done by all."""
-        total = 0
-        for eqn, trips in self.program.equations:
-            if not any(True for _ in _jax.sub_jaxprs(eqn)) or eqn.primitive.name.startswith(
-                ("reduce", "scatter")
-            ):
-                atoms = _jax.variables([*eqn.invars, *eqn.outvars])
-                names = {name for v in atoms for name in self.over(v) if name is not None}
-                total += trips * flops(eqn) // math.prod(self.sizes[name] for name in names)
-        return total
 
 
 def example_axis(axes: Axes, batch_variables: Sequence[Any]) -> Place | None:

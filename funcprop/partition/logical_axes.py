@@ -318,27 +318,25 @@ def axes(fun: Callable[..., Any], *, rules: RuleSet | None = None) -> Callable[.
     """
 
     def found(params: Any, batch: Any) -> Axes:
-        return axes_of(program_of(fun, params, batch, rules), params, batch)
+        program = flat_program(value_and_grad(fun, rules=rules), params, batch)
+        inputs = program.jaxpr.invars[len(program.consts) :]
+        program.join(program.jaxpr.outvars[1:], inputs[: len(jax.tree.leaves(params))])
+        return axes_of(program, params, batch, inputs)
 
     return found
 
 
-def program_of(fun: Callable[..., Any], params: Any, batch: Any, rules: RuleSet | None) -> AxisProgram:
-    """The program of value and gradient of a loss at given arguments, or at their shapes."""
-    closed = jax.make_jaxpr(value_and_grad(fun, rules=rules))(params, batch)
-    jaxpr, consts = flattened(closed)
-    program = AxisProgram(with_makers_apart(simplified(jaxpr)), consts)
-    inputs, count = program.jaxpr.invars[len(consts) :], len(jax.tree.leaves(params))
-    program.join(program.jaxpr.outvars[1:], inputs[:count])
-    return program
+def flat_program(fun: Callable[..., Any], *shapes: Any) -> AxisProgram:
+    """The flat program of any function of pytrees, with the classes of its axes."""
+    jaxpr, consts = flattened(jax.make_jaxpr(fun)(*shapes))
+    return AxisProgram(with_makers_apart(simplified(jaxpr)), consts)
 
 
-def axes_of(program: AxisProgram, params: Any, batch: Any, arguments: Sequence[Any] | None = None) -> Axes:
-    """The axes of a program by the names of its arguments; those of parameters and batch if it has others."""
+def axes_of(program: AxisProgram, params: Any, batch: Any, variables: Sequence[Any]) -> Axes:
+    """The axes of a program by the names of parameters and batch, whose variables are given."""
     members: dict[Place, list[str]] = defaultdict(list)
     first: dict[Place, int] = {}
     leaves = [*named("params", params), *named("batch", batch)]
-    variables = program.jaxpr.invars[len(program.consts) :] if arguments is None else arguments
     for (name, _), v in zip(leaves, variables, strict=True):
         for d, size in enumerate(shape(v)):
             if size > 1:

@@ -20,11 +20,12 @@ from funcprop import _jax
 from funcprop.partition.device_bytes import DeviceBytes
 from funcprop.partition.layout import DATA
 from funcprop.partition.problem import TrainingProblem
-from funcprop.partition.segments import Cuttable, LossSegment
-from funcprop.partition.stages import StageProgram, StageUpdates, replicated, stage_meshes
+from funcprop.partition.segments import LossSegment
+from funcprop.partition.stages import StageSweeps, StageUpdates, replicated, stage_meshes
 from funcprop.partition.task_order import Order, PipelineTask, PipelineTimeline, timeline
 from funcprop.partition.traffic import Collective, compiled_collectives
 from funcprop.program.sizes import nbytes
+from funcprop.program.structural_key import StructuralKey
 
 Watch = Callable[[PipelineTask], None]
 
@@ -57,19 +58,18 @@ class PipelinedProgram:
         return timeline(self.order, self.count, self.microbatches, self._places)
 
     @cached_property
-    def microbatch(self) -> Any:
-        """The shapes of a microbatch."""
-        return self.problem.part_shapes(self.microbatches)
-
-    @cached_property
     def segments(self) -> list[LossSegment]:
         """The loss of a microbatch, cut."""
-        return Cuttable(self.problem.loss, self.problem.shapes[0], self.microbatch).segments(self.count)
+        return self.problem.cuttable(self.microbatches).segments(self.count)
 
     @cached_property
-    def stages(self) -> list[StageProgram]:
-        """The programs."""
-        return [StageProgram(segment, self.problem.rules, self.recompute) for segment in self.segments]
+    def stages(self) -> list[StageSweeps]:
+        """The programs; stages that compute the same have the same."""
+        found: dict[StructuralKey, StageSweeps] = {}
+        for segment in self.segments:
+            if segment.key not in found:
+                found[segment.key] = StageSweeps(segment, self.problem.rules, self.recompute)
+        return [found[segment.key] for segment in self.segments]
 
     @cached_property
     def owners(self) -> tuple[int, ...]:
@@ -97,26 +97,33 @@ class PipelinedProgram:
             )
         return RunningPipeline(self, stage_meshes(devices, self._places, self.replicas))
 
+    def compiled(self, devices: Sequence[Any]) -> tuple[list[DeviceBytes], list[Collective]]:
+        """Compile it for devices that need not be there: bytes of each place, and all collectives."""
+        return RunningPipeline(self, stage_meshes(devices, self._places, self.replicas)).compiled()
+
     # --- what it costs ------------------------------------------------------------------------
 
     @cached_property
     def _leaves(self) -> tuple[list[Any], list[Any]]:
-        return jax.tree.leaves(self.problem.shapes[0]), jax.tree.leaves(self.microbatch)
+        parts = self.problem.part_shapes(self.microbatches)
+        return jax.tree.leaves(self.problem.shapes[0]), jax.tree.leaves(parts)
 
     @cached_property
-    def _one_replica(self) -> PipelinedProgram:
-        """The same pipeline of one device's examples."""
-        if self.replicas == 1:
-            return self
-        return replace(self, microbatches=self.microbatches * self.replicas, replicas=1)
+    def one_replica(self) -> PipelinedProgram:
+        """The same pipeline of one device's examples, cut: what it needs is seen there."""
+        one = self
+        if self.replicas > 1:
+            one = replace(self, microbatches=self.microbatches * self.replicas, replicas=1)
+        one.segments  # noqa: B018
+        return one
 
     @cached_property
     def stage_bytes(self) -> list[DeviceBytes]:
         """The peak of the devices of each place."""
-        one = self._one_replica
+        one = self.one_replica
         leaves = one._leaves
-        saved = [stage.saved_bytes(*leaves) for stage in one.stages]
-        extra = [stage.extra_bytes(*leaves) for stage in one.stages]
+        each = {stage: stage.nbytes(*leaves) for stage in set(one.stages)}
+        saved, extra = ([each[stage][i] for stage in one.stages] for i in (0, 1))
         if self.replicas > 1:  # The sums of gradients before and after the all-reduce.
             weights = [sum(nbytes(leaves[0][i]) for i in segment.params) for segment in one.segments]
             extra = [n + w for n, w in zip(extra, weights, strict=True)]
@@ -128,7 +135,7 @@ class PipelinedProgram:
         found = []
         for place in range(self._places):
             own = range(place, self.count, self._places)
-            weights = sum(nbytes(leaves[i]) for s in own for i in self.segments[s].params)
+            weights = sum(nbytes(leaves[i]) for s in own for i in self.one_replica.segments[s].params)
             held = sum(saved[s] * self.timeline.in_flight[s] for s in own)
             purposes = {"parameters": weights, "optimizer state": self._state_bytes(own), "saved": held}
             purposes |= {"results": weights, "temporaries": max(extra[s] for s in own)}
@@ -139,12 +146,16 @@ class PipelinedProgram:
         if self.problem.optimizer is None:
             return 0
         leaves = jax.tree.leaves(self.problem.state_shapes(self.problem.optimizer))
-        owners = self.updates(self.problem.optimizer).state_owners
+        owners = self._planned_updates.state_owners
         return sum(nbytes(x) for x, s in zip(leaves, owners, strict=True) if s is None or s in own)
 
     def updates(self, optimizer: Any) -> StageUpdates:
         """The optimizer's update, for each stage."""
         return StageUpdates(optimizer, self.problem.shapes[0], self.owners, self.count)
+
+    @cached_property
+    def _planned_updates(self) -> StageUpdates:
+        return self.one_replica.updates(self.problem.optimizer)
 
     @cached_property
     def predicted_bytes(self) -> DeviceBytes:
@@ -155,13 +166,14 @@ class PipelinedProgram:
     def predicted_traffic(self) -> list[Collective]:
         """What stages hand each other in a step, both ways, and what is reduced over replicas."""
         found = []
-        for s, segment in enumerate(self.segments[:-1]):
-            found += [_sent(v, s, self) for v in segment.outputs]
+        segments = self.one_replica.segments
+        for s, segment in enumerate(segments[:-1]):
+            found += [_sent(v, nbytes(v), s, self.microbatches) for v in segment.outputs]
         if self.replicas > 1:
             leaves, _ = self._leaves
             found += [
                 Collective("all-reduce", nbytes(leaves[i]), f"gradients of stage {s}", self.microbatches)
-                for s, segment in enumerate(self.segments)
+                for s, segment in enumerate(segments)
                 for i in segment.params
             ]
         return found
@@ -170,10 +182,10 @@ class PipelinedProgram:
     def flops(self) -> int:
         """Operations of the busiest device in one step: its segments forward, twice as much backward."""
         work = [
-            sum(self.segments[s].flops for s in range(place, self.count, self._places))
+            sum(self.one_replica.segments[s].flops for s in range(place, self.count, self._places))
             for place in range(self._places)
         ]
-        return max(work) * (4 if self.recompute else 3) * self.microbatches // self.replicas
+        return max(work) * (4 if self.recompute else 3) * self.microbatches
 
     @property
     def bubble(self) -> float:
@@ -323,7 +335,7 @@ class RunningPipeline:
             params, examples, _ = stage.types(leaves, batch)
             whole = replicated(self._mesh[s])
             params = [_at(x, whole) for x in params]
-            split = [places[i] for i in stage.segment.batch]
+            split = [places[i] for i in program.segments[s].batch]
             examples = [
                 _at(
                     x,
@@ -339,7 +351,8 @@ class RunningPipeline:
             outputs, pull = jax.tree.map(_at, lowered.out_info, forward.output_shardings)
             shapes = [(x, x.sharding.spec) for x in outputs]
             if s < program.count - 1:
-                moved += [_sent(x, s, program) for x in outputs]
+                each = program.replicas
+                moved += [_sent(x, nbytes(x) // each, s, program.microbatches) for x in outputs]
             backward = stage.backward.lower(params, pull, outputs, params, examples, inputs).compile()
             for compiled in (forward, backward):
                 inside = compiled_collectives(_jax.program_text(compiled))
@@ -353,10 +366,10 @@ class RunningPipeline:
         return program.bytes_with(saved, extra), moved
 
 
-def _sent(x: Any, stage: int, program: PipelinedProgram) -> Collective:
+def _sent(x: Any, size: int, stage: int, microbatches: int) -> Collective:
     """What a stage hands to the next for each microbatch, and gets the cotangent of, if it has one."""
-    trips = program.microbatches * (2 if jnp.issubdtype(x.dtype, jnp.inexact) else 1)
-    return Collective("send", nbytes(x) // program.replicas, f"stage {stage} to {stage + 1}", trips)
+    trips = microbatches * (2 if jnp.issubdtype(x.dtype, jnp.inexact) else 1)
+    return Collective("send", size, f"stage {stage} to {stage + 1}", trips)
 
 
 def _at(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:

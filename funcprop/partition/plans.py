@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -15,14 +16,16 @@ import numpy as np
 from funcprop import _jax
 from funcprop.graph.graph import aligned
 from funcprop.partition.device_bytes import DeviceBytes
+from funcprop.partition.layout import mesh_of
 from funcprop.partition.pipeline import PipelinedProgram
-from funcprop.partition.problem import TrainingProblem
+from funcprop.partition.problem import TrainingProblem, Weight
 from funcprop.partition.programs import SteppedProgram
 from funcprop.partition.proof import PartitionProof, deviation
 from funcprop.partition.sharded import ShardedProgram
 from funcprop.partition.task_order import PipelineTimeline
 from funcprop.partition.topology import DeviceTarget
 from funcprop.partition.traffic import compiled_collectives, unpredicted, volume
+from funcprop.rules.rule_set import RuleSet
 
 PlanProgram = SteppedProgram | ShardedProgram | PipelinedProgram
 
@@ -106,8 +109,15 @@ class PartitionPlan:
         """Put parameters, and the state of the optimizer, where the plan keeps them: `(params, state)`.
 
         `optimizer` is the one that the plan was made for if it is None.
+
+        Raises:
+            TypeError: there is a state, and no optimizer.
         """
         optimizer = optimizer or self.problem.optimizer
+        if state is not None and optimizer is None:
+            raise TypeError(
+                f"plan {self.name!r} was made without an optimizer; pass optimizer= with its state."
+            )
         if isinstance(self.program, PipelinedProgram):
             return self.program.on(self._devices()).place(params, state, optimizer)
         ins = self.program.jitted(self._devices(), None if state is None else optimizer)[1]
@@ -135,11 +145,102 @@ class PartitionPlan:
         fun, ins = self.program.jitted(self._devices(), None, gradient_only=True)
         return fun(*jax.tree.map(_put, (params, batch), ins))
 
+    # --- what `fp.training.fit` asks for ------------------------------------------------------
+
+    @property
+    def is_of_parts(self) -> bool:
+        """Whether each device computes the loss of its own examples, and not a part of the whole loss."""
+        return not isinstance(self.program, SteppedProgram)
+
+    def fitted(self, loss: Callable[..., Any]) -> tuple[Callable[..., Any], int]:
+        """What is differentiated for a loss, and in how many parts a batch is taken.
+
+        Raises:
+            ValueError: the plan makes several updates of a batch, which is for who makes the batches.
+        """
+        if not isinstance(self.program, SteppedProgram):
+            return loss, 1
+        if self.updates > 1:
+            raise ValueError(
+                f"plan {self.name!r} makes {self.updates} updates of each batch; pass smaller batches, and "
+                "the plan 'one device' or none."
+            )
+        lean = self.program.lean
+        return loss if lean is None else lean(loss), self.program.parts
+
+    def put(self, batch: Any) -> Any:
+        """A batch where the plan's step reads it.
+
+        Raises:
+            ValueError: an array of it cannot be divided as the plan says.
+        """
+        if isinstance(self.program, PipelinedProgram):
+            return batch
+        for (path, x), layout in zip(
+            jax.tree.leaves_with_path(batch), jax.tree.leaves(self._batch_layout), strict=True
+        ):
+            if any(
+                n % layout.mesh.shape[name] for n, name in zip(np.shape(x), layout.spec, strict=False) if name
+            ):
+                raise ValueError(
+                    f"plan {self.name!r}: the batch's array {jax.tree_util.keystr(path)} of shape "
+                    f"{np.shape(x)} cannot be divided among the devices of {dict(self.mesh)}; use batches of "
+                    "equal sizes that they divide, and leave out a ragged last one."
+                )
+        return jax.tree.map(_put, batch, self._batch_layout)
+
+    @cached_property
+    def _batch_layout(self) -> Any:
+        assert not isinstance(self.program, PipelinedProgram)
+        return self.program.jitted(self._devices(), self.problem.optimizer)[1][-1]
+
+    @property
+    def compiler_options(self) -> Mapping[str, Any] | None:
+        """What the jit of a step needs."""
+        return None if isinstance(self.program, PipelinedProgram) else self.program.compiler_options or None
+
+    def gradient_of(self, loss: Callable[..., Any], rules: RuleSet | None) -> Callable[..., Any]:
+        """`gradient(params, batch, factor) -> factor · (value, gradient)` of another loss by ZeRO-3."""
+        assert isinstance(self.program, ShardedProgram)
+        program, mesh = self.program, mesh_of(self._devices(), self.mesh)
+        weigh = self.problem.weight and (lambda given: self.problem.weight(given[0]))  # type: ignore[misc]
+
+        def scaled(params: Any, given: Any) -> Any:
+            value = loss(params, given[0])
+            return value if len(given) == 1 else value * given[1].astype(value.dtype)
+
+        def gradient(params: Any, batch: Any, factor: Any = None) -> Any:
+            given = (batch,) if factor is None else (batch, factor)
+            problem = self._problem_of(scaled, rules, params=params, batch=given, weight=weigh)
+            return replace(program, problem=problem).gradient(mesh)(params, given)
+
+        return gradient
+
+    def step_of(
+        self,
+        loss: Callable[..., Any],
+        optimizer: Any,
+        parts: int,
+        weight: Weight | None,
+        rules: RuleSet | None,
+    ) -> Callable[..., Any]:
+        """A step of a pipeline with another loss, which takes a batch in so many times more parts."""
+        assert isinstance(self.program, PipelinedProgram)
+        problem = self._problem_of(loss, rules, weight=weight or self.problem.weight)
+        count = self.program.microbatches * parts
+        problem.require_parts(count, "microbatches × accumulate")
+        problem.require_parts(count * self.program.replicas, "microbatches × accumulate × data")
+        return replace(self.program, problem=problem, microbatches=count).on(self._devices()).step(optimizer)
+
+    def _problem_of(self, loss: Callable[..., Any], rules: RuleSet | None, **more: Any) -> TrainingProblem:
+        chosen = self.problem.rules if rules is None else rules
+        return replace(self.problem, loss=loss, rules=chosen, optimizer=None, **more)
+
     def compile(self) -> PartitionProof:
         """Compile the plan, and compare it with what was predicted; with values, run its gradient as well."""
         expected = self.program.predicted_traffic
         if isinstance(self.program, PipelinedProgram):
-            held, found = self.program.on(self._devices()).compiled()
+            held, found = self.program.compiled(self.target.devices(self._count))
             total = max(place.total for place in held)
         else:
             compiled = self.program.compiled(self.target.devices(self._count))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from funcprop.partition.flat import flattened, simplified, with_makers_apart
 from funcprop.partition.layout import batch_places, example_axis
-from funcprop.partition.logical_axes import Axes, AxisProgram, axes_of, program_of
+from funcprop.partition.logical_axes import Axes, AxisProgram, axes_of, flat_program
+from funcprop.partition.segments import Cuttable
 from funcprop.program.call import has_values
-from funcprop.program.sizes import nbytes
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.transforms import value_and_grad
 
@@ -34,6 +33,7 @@ class TrainingProblem:
     optimizer: optax.GradientTransformation | None = None
     rules: RuleSet | None = None
     weight: Weight | None = None
+    _cuttables: dict[int, Cuttable] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def has_values(self) -> bool:
@@ -47,32 +47,37 @@ class TrainingProblem:
 
     @cached_property
     def axes(self) -> Axes:
-        """The logical axes of loss and gradient."""
-        program = program_of(self.loss, *self.shapes, self.rules)
-        return axes_of(program, *self.shapes)
+        """The logical axes of the step, or of loss and gradient if there is no optimizer."""
+        whole = self.gradient if self.optimizer is None else updated(self.gradient, self.optimizer)
+        return self.axes_of(whole, self.optimizer)
 
-    @property
-    def program(self) -> AxisProgram:
-        """The flat program of loss and gradient."""
-        return self.axes.program
+    def arguments(self, optimizer: optax.GradientTransformation | None) -> tuple[Any, ...]:
+        """The shapes of what a step reads: parameters, the optimizer's state if there is one, and batch."""
+        params, batch = self.shapes
+        return (params, batch) if optimizer is None else (params, self.state_shapes(optimizer), batch)
 
-    @property
-    def parameter_variables(self) -> list[Any]:
-        """The variables of the parameters in the program of loss and gradient."""
-        start = len(self.program.consts)
-        return list(self.program.jaxpr.invars[start : start + len(jax.tree.leaves(self.params))])
+    def axes_of(self, fun: Callable[..., Any], optimizer: optax.GradientTransformation | None) -> Axes:
+        """The axes of a step with an optimizer, or of value and gradient, without one."""
+        shapes = self.arguments(optimizer)
+        program = flat_program(fun, *shapes)
+        variables = list(program.jaxpr.invars[len(program.consts) :])
+        params, batch = len(jax.tree.leaves(shapes[0])), len(jax.tree.leaves(shapes[-1]))
+        results = program.jaxpr.outvars
+        program.join(results[1:] if optimizer is None else results[:params], variables[:params])
+        ends = [*variables[:params], *variables[len(variables) - batch :]]
+        return axes_of(program, shapes[0], shapes[-1], ends)
 
-    @property
-    def batch_variables(self) -> list[Any]:
-        """Those of the batch."""
+    def batch_variables(self, program: AxisProgram) -> list[Any]:
+        """The variables of the batch in the program of a step."""
         count = len(jax.tree.leaves(self.batch))
-        return list(self.program.jaxpr.invars[len(self.program.jaxpr.invars) - count :])
+        return list(program.jaxpr.invars[len(program.jaxpr.invars) - count :])
 
     @cached_property
     def batch_axes(self) -> list[int | None]:
         """Along which axis each array of the batch holds the examples; None where it holds none."""
-        root = example_axis(self.axes, self.batch_variables)
-        return batch_places(self.program, root, self.batch_variables)
+        program = self.axes.program
+        variables = self.batch_variables(program)
+        return batch_places(program, example_axis(self.axes, variables), variables)
 
     @cached_property
     def examples(self) -> int:
@@ -104,6 +109,12 @@ class TrainingProblem:
         stacked = jax.eval_shape(lambda batch: self.parts_of(batch, parts, True), self.shapes[1])
         return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), stacked)
 
+    def cuttable(self, parts: int) -> Cuttable:
+        """The forward program of one of so many parts of the batch, to be cut."""
+        if parts not in self._cuttables:
+            self._cuttables[parts] = Cuttable(self.loss, self.shapes[0], self.part_shapes(parts))
+        return self._cuttables[parts]
+
     def require_parts(self, parts: int, what: str) -> None:
         """Raise unless the batch can be cut into so many equal parts.
 
@@ -123,6 +134,11 @@ class TrainingProblem:
             )
 
     @cached_property
+    def value_type(self) -> Any:
+        """The type of the loss."""
+        return jax.eval_shape(self.loss, *self.shapes).dtype
+
+    @cached_property
     def gradient(self) -> Callable[..., Any]:
         """Value and gradient of the loss as it is."""
         return value_and_grad(self.loss, rules=self.rules)
@@ -131,31 +147,22 @@ class TrainingProblem:
         """The shapes of an optimizer's state."""
         return jax.eval_shape(optimizer.init, self.shapes[0])
 
-    @cached_property
-    def parameter_bytes(self) -> int:
-        """Bytes of all parameters."""
-        return sum(nbytes(x) for x in jax.tree.leaves(self.shapes[0]))
 
-    @cached_property
-    def state_bytes(self) -> int:
-        """Bytes of the optimizer's state."""
-        return (
-            0
-            if self.optimizer is None
-            else sum(map(nbytes, jax.tree.leaves(self.state_shapes(self.optimizer))))
-        )
+def updated(gradient: Callable[..., Any], optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+    """A train step: `step(params, state, batch) -> params, state, loss`."""
 
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        value, grads = gradient(params, batch)
+        changes, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, changes), state, value
 
-def flat_program(fun: Callable[..., Any], *shapes: Any) -> AxisProgram:
-    """The flat program of any function of pytrees, with the classes of its axes."""
-    jaxpr, consts = flattened(jax.make_jaxpr(fun)(*shapes))
-    return AxisProgram(with_makers_apart(simplified(jaxpr)), consts)
+    return step
 
 
 def require_mean(problem: TrainingProblem, most: int = 64) -> None:
     """Check on numbers that the loss of a batch is the mean of the losses of its parts.
 
-    It is done for half of the batch and the other half, of at most `most` examples, and of each pair of them.
+    It is done for the two halves of at most `most` examples, taken evenly from the batch.
 
     Raises:
         ValueError: it is not, with the weight that the first half would need.
@@ -180,7 +187,7 @@ def require_mean(problem: TrainingProblem, most: int = 64) -> None:
     first, second = (float(loss(problem.params, half)) for half in halves)
     w, v = (float(weigh(half)) for half in halves)
     mean = (w * first + v * second) / (w + v)
-    eps = float(jnp.finfo(jax.eval_shape(problem.loss, *problem.shapes).dtype).eps)
+    eps = float(jnp.finfo(problem.value_type).eps)
     if abs(whole - mean) <= 1e4 * eps * max(abs(whole), abs(first), abs(second)):
         return
     needed = (whole - second) / (first - second) if first != second else math.nan

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from funcprop.partition.device_bytes import DeviceBytes, peak_of
+from funcprop.partition.device_bytes import DeviceBytes, peak_of_step
 from funcprop.partition.layout import MeshLayout, layout_of, mesh_of
-from funcprop.partition.logical_axes import axes_of
-from funcprop.partition.problem import TrainingProblem, flat_program
+from funcprop.partition.local import local_program
+from funcprop.partition.problem import TrainingProblem, updated
 from funcprop.partition.traffic import Collective, predicted_collectives
+from funcprop.program.flops import of_jaxpr
+from funcprop.rules.transforms import value_and_grad
 
 Gradient = Callable[..., Any]
 
@@ -32,24 +34,12 @@ def accumulated(problem: TrainingProblem, gradient: Gradient, parts: int) -> Gra
             new = jax.tree.map(lambda t, x: t + weight.astype(x.dtype) * x, total[1:], (value, grads))
             return (total[0] + weight, *new), None
 
-        shapes = jax.eval_shape(gradient, params, problem.part_shapes(parts))
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        start = (jnp.zeros((), shapes[0].dtype), *zero)
+        zero = jnp.zeros((), problem.value_type)
+        start = (zero, zero, jax.tree.map(jnp.zeros_like, params))
         total, value, grads = jax.lax.scan(one, start, problem.parts_of(batch, parts, strided=True))[0]
         return jax.tree.map(lambda x: x / total.astype(x.dtype), (value, grads))
 
     return run
-
-
-def updated(gradient: Gradient, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    """A train step: `step(params, state, batch) -> params, state, loss`."""
-
-    def step(params: Any, state: Any, batch: Any) -> Any:
-        value, grads = gradient(params, batch)
-        changes, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, changes), state, value
-
-    return step
 
 
 def in_minibatches(
@@ -75,17 +65,33 @@ class SteppedProgram:
     """A step that is one program on a mesh, partitioned by XLA.
 
     Attributes:
-        gradient: value and gradient of parameters and batch.
         sizes: the mesh, by the sizes of its axes.
+        parts: into how many microbatches the batch is cut, whose gradients are accumulated.
         minibatches: how many updates a step makes, each with a part of the batch.
-        options: compiler options that the outermost jit needs.
+        lean: what is differentiated for a loss, such as the loss rematerialised; None for the loss itself.
+        compiler_options: what the outermost jit needs.
     """
 
     problem: TrainingProblem
-    gradient: Gradient
     sizes: Mapping[str, int]
+    parts: int = 1
     minibatches: int = 1
-    options: Mapping[str, Any] = field(default_factory=dict)
+    lean: Callable[[Gradient], Gradient] | None = None
+    compiler_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the loss is that of the whole batch as it is."""
+        return self.parts == self.minibatches == 1 and self.lean is None
+
+    @cached_property
+    def gradient(self) -> Gradient:
+        """Value and gradient of parameters and batch."""
+        if self.is_plain:
+            return self.problem.gradient
+        loss = self.problem.loss if self.lean is None else self.lean(self.problem.loss)
+        gradient = value_and_grad(loss, rules=self.problem.rules)
+        return gradient if self.parts == 1 else accumulated(self.problem, gradient, self.parts)
 
     def whole(self, optimizer: optax.GradientTransformation | None) -> Callable[..., Any]:
         """The function that is compiled: a step, or value and gradient if there is no optimizer."""
@@ -95,23 +101,14 @@ class SteppedProgram:
             return in_minibatches(self.problem, self.gradient, optimizer, self.minibatches)
         return updated(self.gradient, optimizer)
 
-    def arguments(self, optimizer: optax.GradientTransformation | None) -> tuple[Any, ...]:
-        """The shapes of its arguments."""
-        params, batch = self.problem.shapes
-        return (params, batch) if optimizer is None else (params, self.problem.state_shapes(optimizer), batch)
-
     def laid_out(self, optimizer: optax.GradientTransformation | None) -> MeshLayout:
         """The layout of the whole program: what the model's axes say, and what the optimizer's follow."""
-        shapes = self.arguments(optimizer)
-        program = flat_program(self.whole(optimizer), *shapes)
-        variables = list(program.jaxpr.invars[len(program.consts) :])
-        count = len(jax.tree.leaves(shapes[0])), len(jax.tree.leaves(shapes[-1]))
-        results = program.jaxpr.outvars
-        new = results[1:] if optimizer is None else results[: count[0]]
-        program.join(new, variables[: count[0]])
-        ends = variables[: count[0]], variables[len(variables) - count[1] :]
-        axes = axes_of(program, shapes[0], shapes[-1], [*ends[0], *ends[1]])
-        return layout_of(axes, self.sizes, ends[1])
+        problem = self.problem
+        if self.is_plain and optimizer is problem.optimizer:
+            axes = problem.axes
+        else:
+            axes = problem.axes_of(self.whole(optimizer), optimizer)
+        return layout_of(axes, self.sizes, problem.batch_variables(axes.program))
 
     @cached_property
     def layout(self) -> MeshLayout:
@@ -120,7 +117,7 @@ class SteppedProgram:
 
     def shardings(self, layout: MeshLayout, mesh: Mesh, optimizer: Any) -> tuple[Any, ...]:
         """The layouts of the arguments, as trees."""
-        shapes = self.arguments(optimizer)
+        shapes = self.problem.arguments(optimizer)
         leaves = layout.shardings(mesh, layout.program.jaxpr.invars[len(layout.program.consts) :])
         return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
@@ -135,7 +132,7 @@ class SteppedProgram:
         one = NamedSharding(mesh, PartitionSpec())
         outs = (one, ins[0]) if optimizer is None else (ins[0], ins[1], one)
         donated = () if optimizer is None else (0, 1)
-        options = dict(self.options) or None
+        options = dict(self.compiler_options) or None
         fun = jax.jit(
             self.whole(optimizer),
             in_shardings=ins,
@@ -148,24 +145,21 @@ class SteppedProgram:
     def compiled(self, devices: Sequence[Any]) -> Any:
         """The program compiled for some devices, which need not be there."""
         fun, ins = self.jitted(devices, self.problem.optimizer)
-        shapes = self.arguments(self.problem.optimizer)
+        shapes = self.problem.arguments(self.problem.optimizer)
         placed = jax.tree.map(
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, ins
         )
         return fun.lower(*placed).compile()
 
     @cached_property
+    def _local(self) -> Any:
+        """The program of one device."""
+        return local_program(self.layout)
+
+    @cached_property
     def predicted_bytes(self) -> DeviceBytes:
         """The peak of one device."""
-        shapes = self.arguments(self.problem.optimizer)
-        program, layout = self.layout.program, self.layout
-        names = ("parameters", "batch") if len(shapes) == 2 else ("parameters", "optimizer state", "batch")
-        purposes = ["parameters"] * len(program.consts)
-        for name, tree in zip(names, shapes, strict=True):
-            purposes += [name] * len(jax.tree.leaves(tree))
-        donated = [len(shapes) == 3 and purpose != "batch" for purpose in purposes]
-        value = program.jaxpr.outvars[0 if len(shapes) == 2 else -1]
-        return peak_of(program.jaxpr, purposes, layout.bytes_of, layout.reduced, donated, value)
+        return peak_of_step(self._local, self.problem.arguments(self.problem.optimizer))
 
     @cached_property
     def predicted_traffic(self) -> list[Collective]:
@@ -175,4 +169,4 @@ class SteppedProgram:
     @cached_property
     def flops(self) -> int:
         """Operations of one device in one step."""
-        return self.layout.flops_per_device()
+        return of_jaxpr(self._local)

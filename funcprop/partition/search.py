@@ -14,14 +14,14 @@ from funcprop.partition.layout import DATA, MODEL, STAGE
 from funcprop.partition.pipeline import PipelinedProgram
 from funcprop.partition.plans import PartitionPlan, PlanProgram, Plans, RejectedPlan
 from funcprop.partition.problem import TrainingProblem, Weight, require_mean
-from funcprop.partition.programs import SteppedProgram, accumulated
-from funcprop.partition.segments import Cuttable
+from funcprop.partition.programs import SteppedProgram
 from funcprop.partition.sharded import ShardedProgram
 from funcprop.partition.task_order import Order
 from funcprop.partition.topology import DeviceTarget, target_of
-from funcprop.program.sizes import budget_bytes
+from funcprop.program.facts import PRODUCTS
+from funcprop.program.sizes import budget_bytes, nbytes
 from funcprop.rules.rule_set import RuleSet
-from funcprop.rules.transforms import value_and_grad
+from funcprop.rules.sets import default
 
 # Segments of ZeRO-3: more of them gather less at a time.
 _SEGMENTS = 12
@@ -85,7 +85,10 @@ def plan(
     ) -> Plans:
         target = target_of(devices, on)
         limit = target.machine.memory if budget is None else budget_bytes(budget, "budget")
-        problem = TrainingProblem(loss, params, batch, optimizer, rules, weight)
+        chosen = default if rules is None else rules
+        if not target.is_present and chosen.target is None:
+            chosen = chosen.on(target.machine.platform)
+        problem = TrainingProblem(loss, params, batch, optimizer, chosen, weight)
         search = _Search(problem, target, limit, microbatches, schedule)
         if mesh is not None:
             return Plans((search.on_mesh(mesh, shard_parameters),), (), problem.examples)
@@ -107,10 +110,11 @@ class _Search:
     ) -> None:
         self.problem, self.target, self.budget = problem, target, budget
         self.microbatches, self.schedule = microbatches, schedule
+        self._part_bytes: dict[int, int] = {}
 
     def _plan(self, name: str, mesh: Mapping[str, int], program: PlanProgram, **more: Any) -> PartitionPlan:
         notes: tuple[str, ...] = ()
-        if not self.problem.has_values and not _is_plain(program, self.problem):
+        if not self.problem.has_values and not (isinstance(program, SteppedProgram) and program.is_plain):
             notes = ("not checked: whether the loss is a mean over examples needs values, not shapes",)
         return PartitionPlan(
             name, dict(mesh), self.problem, program, self.target, self.budget, notes=notes, **more
@@ -157,38 +161,38 @@ class _Search:
     def layout(self, data: int, model: int, parts: int = 1) -> PartitionPlan:
         """Data and tensor parallelism, with accumulation over `parts` microbatches."""
         names = ([f"data {data}"] if data > 1 else []) + ([f"tensor {model}"] if model > 1 else [])
-        gradient = self.problem.gradient
         if parts > 1:
             self.problem.require_parts(parts, "microbatches")
             self.problem.require_parts(parts * data, "microbatches × data")
             self._mean  # noqa: B018
-            gradient = accumulated(self.problem, gradient, parts)
             names.append(f"accumulation {parts}")
         sizes = {DATA: data, MODEL: model} if model > 1 else {DATA: data}
-        program = SteppedProgram(self.problem, gradient, sizes)
+        program = SteppedProgram(self.problem, sizes, parts)
         program.layout  # noqa: B018 (an axis that cannot be split is an error here)
         return self._plan(" × ".join(names) or "one device", sizes, program)
 
     def minibatch(self, parts: int) -> PartitionPlan:
         """A smaller minibatch on one device: so many updates with a part of the batch each."""
         self.problem.require_parts(parts, "minibatches")
-        program = SteppedProgram(self.problem, self.problem.gradient, {DATA: 1}, minibatches=parts)
+        program = SteppedProgram(self.problem, {DATA: 1}, minibatches=parts)
         size = self.problem.examples // parts
         return self._plan(f"minibatch of {size}", {DATA: 1}, program, updates=parts)
 
     def remat(self, share: float) -> PartitionPlan:
         """Rematerialisation on one device, within a share of what is held between the sweeps."""
-        found = remat_plan(self.problem.loss, budget=share)(*self.problem.shapes)
-        lean = value_and_grad(rematerialize(self.problem.loss, budget=share), rules=self.problem.rules)
+        # Schedules are compared by what they compile to only where that is what will run.
+        how = {"budget": share, "measure": self.target.is_present}
+        found = remat_plan(self.problem.loss, **how)(*self.problem.shapes)
         options = found.compiler_options if self.target.is_present else {}
-        program = SteppedProgram(self.problem, lean, {DATA: 1}, options=options or {})
+        lean = partial(rematerialize, **how)
+        program = SteppedProgram(self.problem, {DATA: 1}, lean=lean, compiler_options=options or {})
         return self._plan(f"rematerialisation {share:.0%}", {DATA: 1}, program)
 
     def zero(self, parts: int) -> PartitionPlan:
         """ZeRO-3 over so many devices."""
         self.problem.require_parts(parts, "data")
         self._mean  # noqa: B018
-        most = len(self._cuttable.positions()) - 1
+        most = len(self.problem.cuttable(parts).positions()) - 1
         platform = self.target.machine.platform
         program = ShardedProgram(self.problem, parts, min(most, _SEGMENTS), platform)
         return self._plan(f"zero {parts}", {DATA: parts}, program)
@@ -202,14 +206,10 @@ class _Search:
         count = stages * 2 if self.schedule == "interleaved" else stages
         program = PipelinedProgram(self.problem, count, parts, self.schedule, stages, replicas)
         program.timeline  # noqa: B018
-        program.segments  # noqa: B018
+        program.one_replica  # noqa: B018 (a loss that cannot be cut is an error here)
         name = f"pipeline {stages} ({self.schedule})" + (f" × data {replicas}" if replicas > 1 else "")
         mesh = {STAGE: stages, DATA: replicas} if replicas > 1 else {STAGE: stages}
         return self._plan(name, mesh, program)
-
-    @cached_property
-    def _cuttable(self) -> Cuttable:
-        return Cuttable(self.problem.loss, *self.problem.shapes)
 
     def _microbatches(self, stages: int, replicas: int) -> int:
         """The largest number up to four for each stage into which the batch can be cut."""
@@ -267,15 +267,44 @@ class _Search:
         chosen = [k for k in parts if k & (k - 1) == 0] or parts
         if self.budget is None:
             return make(chosen[min(1, len(chosen) - 1)])
-        low, high = 0, len(chosen) - 1
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if make(chosen[middle]).fits else (middle + 1, high)
-        return make(chosen[low])
+        if len(chosen) == 1:
+            return make(chosen[0])
+        # The bytes of k parts lie below the chord from the whole batch to the smallest part.
+        whole, least = (self._bytes_of_part(among, k) for k in (1, chosen[-1]))
+        for k in chosen[:-1]:
+            share = (1 / k - 1 / chosen[-1]) / (1 - 1 / chosen[-1])
+            if least + share * (whole - least) <= self.budget and (found := make(k)).fits:
+                return found
+        return make(chosen[-1])
+
+    def _bytes_of_part(self, among: int, parts: int) -> int:
+        """The bytes of a device that has an equal part of the batch of each of `among` devices."""
+        key = among * parts
+        if key not in self._part_bytes:
+            program = SteppedProgram(self.problem, {DATA: key})
+            self._part_bytes[key] = program.predicted_bytes.total
+        return self._part_bytes[key]
+
+    def _bytes_that_stay(self) -> int:
+        """What one device holds at some time, whatever is computed again."""
+        held = self.layout(1, 1).predicted.by_purpose
+        kept = ("parameters", "optimizer state", "batch", "results")
+        products = (eqn for eqn, _ in self.problem.axes.program.equations if eqn.primitive.name in PRODUCTS)
+        largest = max((nbytes(eqn.outvars[0]) for eqn in products), default=0)
+        return sum(held.get(name, 0) for name in kept) + largest
 
     def _cheapest_remat(self) -> PartitionPlan:
-        """The largest share that fits; the smallest that can be planned if none does."""
+        """The largest share that fits; the smallest that can be planned if none does.
+
+        Raises:
+            ValueError: nothing can be computed again, or that would not be enough.
+        """
         found = None
+        if self.budget is not None and (least := self._bytes_that_stay()) > self.budget:
+            raise ValueError(
+                f"parameters, what goes with them, and the largest product's result are {least:,} bytes, more "
+                f"than {self.budget:,}, whatever is computed again."
+            )
         for share in _SHARES:
             try:
                 found = self.remat(share)
@@ -286,11 +315,6 @@ class _Search:
         if found is None:
             raise ValueError("no half of what is held between the sweeps can be computed again.")
         return found
-
-
-def _is_plain(program: PlanProgram, problem: TrainingProblem) -> bool:
-    """Whether a plan gives the loss of the whole batch, whatever it is."""
-    return isinstance(program, SteppedProgram) and program.gradient is problem.gradient
 
 
 def _divisors(n: int) -> list[int]:

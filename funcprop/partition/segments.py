@@ -20,6 +20,7 @@ from funcprop.partition.flat import flattened
 from funcprop.program.facts import CALLS
 from funcprop.program.flops import flops
 from funcprop.program.sizes import nbytes
+from funcprop.program.structural_key import SameObject, StructuralKey, structural_key
 
 # A position is narrow if at most so many times the bytes of the narrowest one cross it.
 _NARROW = 1.01
@@ -36,6 +37,7 @@ class LossSegment:
         outputs: the types of what it hands over.
         flops: operations of the forward sweep.
         equations: how many of them there are.
+        key: equal for segments that compute the same, such as the equal layers of a deep model.
     """
 
     run: Callable[..., list[Any]]
@@ -45,7 +47,7 @@ class LossSegment:
     outputs: tuple[Any, ...]
     flops: int
     equations: int
-    crossing: tuple[Any, ...] = ()
+    key: StructuralKey
 
     @property
     def sends(self) -> int:
@@ -203,9 +205,8 @@ class Cuttable:
             return _jax.evaluate(jaxpr, (), [*params, *batch, *inputs, *consts])
 
         types = [[_type(v) for v in atoms] for atoms in (inputs, outputs)]
-        return LossSegment(
-            run, params, batch, tuple(types[0]), tuple(types[1]), work, len(body), tuple(outputs)
-        )
+        key = structural_key(jaxpr, *map(SameObject, consts))
+        return LossSegment(run, params, batch, tuple(types[0]), tuple(types[1]), work, len(body), key)
 
 
 def _type(v: Any) -> jax.ShapeDtypeStruct:

@@ -20,10 +20,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from funcprop import _jax
 from funcprop._jax.xla_options import barrier_options
-from funcprop.partition.device_bytes import DeviceBytes, flat_jaxpr, peak_of
+from funcprop.partition.device_bytes import DeviceBytes, peak_of_step
+from funcprop.partition.flat import flattened, simplified
 from funcprop.partition.layout import DATA, mesh_of
-from funcprop.partition.problem import TrainingProblem
-from funcprop.partition.programs import updated
+from funcprop.partition.problem import TrainingProblem, updated
 from funcprop.partition.segments import Cuttable
 from funcprop.partition.traffic import Collective
 from funcprop.program.flops import of_jaxpr
@@ -108,6 +108,11 @@ class ShardedProgram:
             out_specs=(PartitionSpec(), specs),
         )
 
+    @cached_property
+    def compiler_options(self) -> dict[str, str] | None:
+        """What the outermost jit needs, so that parameters are gathered when they are needed."""
+        return barrier_options(self.platform)
+
     def jitted(
         self, devices: Sequence[Any], optimizer: Any, gradient_only: bool = False
     ) -> tuple[Any, tuple[Any, ...]]:
@@ -116,7 +121,7 @@ class ShardedProgram:
         at = lambda specs: jax.tree.map(lambda s: NamedSharding(mesh, s), specs)  # noqa: E731
         params, batch = at(self._specs(self.problem.shapes[0])), at(self._batch_specs)
         one = NamedSharding(mesh, PartitionSpec())
-        options = barrier_options(self.platform) or None
+        options = self.compiler_options or None
         fun, ins, outs = self.gradient(mesh), (params, batch), (one, params)
         if optimizer is None or gradient_only:
             return jax.jit(fun, in_shardings=ins, out_shardings=outs, compiler_options=options), ins
@@ -135,40 +140,39 @@ class ShardedProgram:
         """The program compiled for some devices."""
         optimizer = self.problem.optimizer
         fun, ins = self.jitted(devices, optimizer)
-        params, batch = self.problem.shapes
-        shapes = (
-            (params, batch) if optimizer is None else (params, self.problem.state_shapes(optimizer), batch)
-        )
+        shapes = self.problem.arguments(optimizer)
         placed = jax.tree.map(
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, ins
         )
         return fun.lower(*placed).compile()
 
     @cached_property
-    def _local(self) -> Any:
-        """The flat program of loss and gradient on one device."""
+    def _body(self) -> Any:
+        """The program of one device: a step, or value and gradient if there is no optimizer."""
+        optimizer, one = self.problem.optimizer, PartitionSpec()
+        params, batch = self._specs(self.problem.shapes[0]), self._batch_specs
+        fun, ins, outs = self._local_gradient, (params, batch), (one, params)
+        if optimizer is not None:
+            state = self._specs(self.problem.state_shapes(optimizer))
+            # Where the optimizer adds up over parameters its numbers are wrong here, but not its bytes.
+            fun, ins, outs = updated(fun, optimizer), (params, state, batch), (params, state, one)
         mesh = jax.sharding.AbstractMesh((self.parts,), (DATA,), axis_types=(jax.sharding.AxisType.Auto,))
-        closed = jax.make_jaxpr(self.gradient(mesh))(*self.problem.shapes)
+        whole = jax.shard_map(fun, mesh=mesh, check_vma=False, in_specs=ins, out_specs=outs)
+        closed = jax.make_jaxpr(whole)(*self.problem.arguments(optimizer))
         (eqn,) = [e for e in _jax.open_jaxpr(closed).eqns if e.primitive.name == "shard_map"]
         (_, body), *_ = _jax.sub_jaxprs(eqn)
-        return flat_jaxpr(body)
+        return body
+
+    @cached_property
+    def _flat(self) -> Any:
+        """The same without calls."""
+        return simplified(flattened(self._body)[0])
 
     @cached_property
     def predicted_bytes(self) -> DeviceBytes:
         """The peak of one device."""
-        jaxpr, count = self._local, len(self.places)
-        purposes = ["parameters"] * count + ["batch"] * (len(jaxpr.invars) - count)
-        has_optimizer = self.problem.optimizer is not None
-        found = peak_of(jaxpr, purposes, forward_until=jaxpr.outvars[0], handed_on=has_optimizer)
-        state = self._state_bytes
-        return DeviceBytes({**found.by_purpose, **({"optimizer state": state} if state else {})})
-
-    @property
-    def _state_bytes(self) -> int:
-        if self.problem.optimizer is None:
-            return 0
-        leaves = jax.tree.leaves(self.problem.state_shapes(self.problem.optimizer))
-        return sum(nbytes(x) // (1 if self._place(x) is None else self.parts) for x in leaves)
+        arguments = self.problem.arguments(self.problem.optimizer)
+        return peak_of_step(_jax.open_jaxpr(self._body), arguments, barriers=True, platform=self.platform)
 
     @cached_property
     def predicted_traffic(self) -> list[Collective]:
@@ -177,7 +181,7 @@ class ShardedProgram:
         kinds |= dict.fromkeys(("psum", "psum_invariant", "pmax", "pmin"), "all-reduce")
         return [
             Collective(kinds[eqn.primitive.name], nbytes(v), f"{_jax.scope(eqn)}/{eqn.primitive.name}")
-            for eqn in self._local.eqns
+            for eqn in self._flat.eqns
             if eqn.primitive.name in kinds
             for v in eqn.outvars
         ]
@@ -185,4 +189,4 @@ class ShardedProgram:
     @cached_property
     def flops(self) -> int:
         """Operations of one device in one step, with those that are done again."""
-        return of_jaxpr(self._local)
+        return of_jaxpr(self._flat)

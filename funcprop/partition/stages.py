@@ -1,4 +1,4 @@
-"""The programs of one stage of a pipeline: its forward sweep, its backward sweep, and its update."""
+"""The programs of a pipeline's stages: forward sweeps, backward sweeps, and updates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
 from funcprop import _jax
-from funcprop.partition.device_bytes import flat_jaxpr, peak_of
+from funcprop.memory.estimate import estimate
 from funcprop.partition.flat import flattened
 from funcprop.partition.layout import DATA
 from funcprop.partition.segments import LossSegment
@@ -25,8 +25,8 @@ from funcprop.rules.running import with_rules
 
 
 @dataclass(frozen=True, eq=False)
-class StageProgram:
-    """A segment of a loss on the devices of one stage.
+class StageSweeps:
+    """The two sweeps of all stages that compute the same.
 
     `forward(params, batch, inputs) -> outputs, saved` and `backward(total, saved, cotangents, params, batch,
     inputs) -> total, cotangents of inputs`, in which the gradients are added to `total`. `saved` is the
@@ -75,24 +75,21 @@ class StageProgram:
         return jax.jit(backward, donate_argnums=0)
 
     def types(self, params: Sequence[Any], batch: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        """The types of what the stage reads, from those of all leaves."""
+        """The types of what the stage of the segment reads, from those of all leaves."""
         own = [params[i] for i in self.segment.params], [batch[i] for i in self.segment.batch]
         return *own, list(self.segment.inputs)
 
-    def saved_bytes(self, params: Sequence[Any], batch: Sequence[Any]) -> int:
-        """Bytes of one microbatch between its two sweeps: what the stage read, and what it made for later."""
-        given = self.types(params, batch)
-        _, saved = jax.eval_shape(self.forward, *given)
-        return sum(map(nbytes, jax.tree.leaves((saved, given[1:]))))
+    def nbytes(self, params: Sequence[Any], batch: Sequence[Any]) -> tuple[int, int]:
+        """Bytes of one microbatch between its two sweeps, and what a sweep needs besides, at most.
 
-    def extra_bytes(self, params: Sequence[Any], batch: Sequence[Any]) -> int:
-        """Bytes that a sweep needs besides what it reads, saves and adds up: the larger of the two."""
+        The first are what the stage read, and what it made for later; the second are not what it adds up.
+        """
         given = self.types(params, batch)
-        _, saved = jax.eval_shape(self.forward, *given)
-        cotangents = list(self.segment.outputs)
+        outputs, saved = jax.eval_shape(self.forward, *given)
         made = sum(map(nbytes, jax.tree.leaves(saved)))
         forward = _extra(self.forward, given, 0) - made
-        return max(forward, _extra(self.backward, (given[0], saved, cotangents, *given), len(given[0])))
+        backward = _extra(self.backward, (given[0], saved, outputs, *given), len(given[0]))
+        return made + sum(map(nbytes, jax.tree.leaves(given[1:]))), max(forward, backward)
 
 
 def _again(given: Any) -> Any:
@@ -107,10 +104,10 @@ def _rebuilt(tree: Any, places: Sequence[int | None], kept: Sequence[Any], given
 
 def _extra(fun: Any, arguments: Any, donated: int) -> int:
     """The peak of a program without its arguments, of which the first may be overwritten."""
-    jaxpr = flat_jaxpr(jax.make_jaxpr(fun)(*arguments))
-    count = len(jaxpr.invars)
-    found = peak_of(jaxpr, ["batch"] * count, donated=[i < donated for i in range(count)])
-    return found.total - sum(map(nbytes, jaxpr.invars))
+    closed = jax.make_jaxpr(fun)(*arguments)
+    found = estimate(closed, {i: i for i in range(donated)})
+    new = _jax.open_jaxpr(closed).outvars[donated:]
+    return found.temporary + sum(map(nbytes, new))
 
 
 class CoupledError(ValueError):

@@ -22,8 +22,11 @@ class CompiledStep:
     holds during a step, by the compiler's account; None before a step is compiled.
     """
 
-    def __init__(self, step: Callable[..., Any]) -> None:
-        self._step = step
+    def __init__(
+        self, step: Callable[..., Any], put: Callable[[Any], Any] | None = None, options: Any = None
+    ) -> None:
+        """`put` puts a batch where the step reads it, and `options` are the compiler's."""
+        self._step, self._put, self._options = step, put, options
         self._jitted: Any = None
         self._lowered: tuple[Any, Any] | None = None
         self._compiled: dict[Any, Any] = {}
@@ -31,16 +34,20 @@ class CompiledStep:
 
     def compile(self, *arguments: Any) -> Any:
         """Compile the step for arguments like these, and return the compiled program."""
+        return self._program(self._placed(arguments))
+
+    def _program(self, arguments: Any) -> Any:
         signature = _signature(arguments)
         if signature not in self._compiled:
-            compiled = self.lowered(*arguments).compile()
+            compiled = self._lower(arguments).compile()
             self._compiled[signature], self._lowered = compiled, None
             self.nbytes = max(self.nbytes or 0, held_bytes(memory_fields(compiled)))
         return self._compiled[signature]
 
     def __call__(self, *arguments: Any) -> Any:
         """Take a step, compiled if it is the first for arguments like these."""
-        return self.compile(*arguments)(*arguments)
+        placed = self._placed(arguments)
+        return self._program(placed)(*placed)
 
     def text(self, *arguments: Any) -> str:
         """Return the step's program for arguments like these, before it is compiled."""
@@ -48,6 +55,15 @@ class CompiledStep:
 
     def lowered(self, *arguments: Any) -> Any:
         """Lower the step for arguments like these, without compiling it."""
+        return self._lower(self._placed(arguments))
+
+    def _placed(self, arguments: Any) -> Any:
+        if self._put is None:
+            return arguments
+        params, carried, batch, *rest = arguments
+        return params, carried, self._put(batch), *rest
+
+    def _lower(self, arguments: Any) -> Any:
         signature = _signature(arguments)
         if self._lowered is None or self._lowered[0] != signature:
             self._lowered = signature, self._jit(*arguments[:2]).lower(*arguments)
@@ -60,7 +76,9 @@ class CompiledStep:
             if mesh is not None:
                 places = jax.tree.map(lambda x: x.sharding, (params, carried))
                 places = (*places, None)
-            self._jitted = jax.jit(self._step, donate_argnums=(0, 1), out_shardings=places)
+            self._jitted = jax.jit(
+                self._step, donate_argnums=(0, 1), out_shardings=places, compiler_options=self._options
+            )
         return self._jitted
 
 

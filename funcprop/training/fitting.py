@@ -72,8 +72,10 @@ def fit(
         accumulate: in how many parts a batch is taken, one after the other, with one update from their mean.
         weight: how much a part counts, `weight(*part)`, if its loss is not the mean over its examples.
         stop: `stop(metrics of all epochs) -> bool`, after every epoch; such as `early_stop("test_loss")`.
-        plan: where and how the step runs: an object with `place(params, state)`, `step(optimizer)` and
-            `mesh`, such as those of a partition.
+        plan: where and how the step runs: one of `fp.partition.plan(loss)(params, batch)`, whose loss takes
+            the batch as one argument; or an object with `place(params, state)` and `step(optimizer)`. Plans
+            of ZeRO-3 and pipelines take losses that are means over examples: no `has_aux`, `model_state` or
+            `keyed`.
         checkpoints: a directory, or `Checkpoints(directory, every=…)`, in which steps are saved while
             training goes on. If there are steps of this run, it goes on after the last of them, as if it had
             never been interrupted; on any number of devices. After SIGTERM it saves and leaves.
@@ -117,11 +119,6 @@ def fit(
         state = TrainingState(state.optimizer, model_state, state.scale, state.position)
     found = MixedPrecision.of(precision)
     objective = TrainingLoss(loss, has_aux, state.model is not None, keyed, found, accumulate, weight)
-    if plan is not None and objective != TrainingLoss(loss):
-        raise TypeError(
-            "fit: a plan has a step of its own; has_aux, model_state, keyed, precision and accumulate are "
-            "not for it. Plan a loss that does it, or ask for microbatches when the plan is made."
-        )
     saved = None
     if checkpoints is not None:
         saved = checkpoints if isinstance(checkpoints, Checkpoints) else Checkpoints(checkpoints)

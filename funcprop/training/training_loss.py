@@ -77,13 +77,7 @@ class TrainingLoss:
         self, rules: RuleSet | None, params: Any, model: Any, batch: Any, key: Any, factor: Any
     ) -> tuple[Any, Any, tuple[Any, Any]]:
         """Compute `(value, gradient of factor · value, (model state, aux))`, part by part if it is split."""
-
-        def scaled(params: Any, model: Any, batch: Any, key: Any) -> tuple[Any, Any]:
-            value, rest = self.whole(params, model, batch, key)
-            return (value, (value, rest)) if factor is None else (value * factor, (value, rest))
-
-        scaled.__name__ = name_of(self.loss)
-        derivative = value_and_grad(scaled, has_aux=True, rules=rules)
+        derivative = self._derivative(rules, factor)
         if self.accumulate == 1:
             (_, (value, rest)), gradient = derivative(params, model, batch, key)
             return value, gradient, rest
@@ -105,6 +99,16 @@ class TrainingLoss:
         (total, (model, *summed)), _ = jax.lax.scan(body, start, jnp.arange(self.accumulate))
         value, gradient, aux = jax.tree.map(lambda x: x / total.astype(x.dtype), summed)
         return value, gradient, (model, aux)
+
+    def _derivative(self, rules: RuleSet | None, factor: Any) -> Callable[..., Any]:
+        """Make the function `((factor · value, (value, (model state, aux))), gradient)` of a part."""
+
+        def scaled(params: Any, model: Any, batch: Any, key: Any) -> tuple[Any, Any]:
+            value, rest = self.whole(params, model, batch, key)
+            return (value, (value, rest)) if factor is None else (value * factor, (value, rest))
+
+        scaled.__name__ = name_of(self.loss)
+        return value_and_grad(scaled, has_aux=True, rules=rules)
 
     def _weight(self, part: Any) -> Any:
         return 1.0 if self.weight is None else self.weight(*arguments(part))

@@ -28,6 +28,7 @@ from funcprop.training.loop import Epoch, Evaluate
 from funcprop.training.manifest import CheckpointError, versions
 from funcprop.training.nonfinite_step import nonfinite_step
 from funcprop.training.peers import Peers, fingerprint
+from funcprop.training.planned import step_under
 from funcprop.training.position import Batches, Position, key_numbers, remaining_batches, with_last
 from funcprop.training.run_records import Means, Recorder
 from funcprop.training.stopping import Stop
@@ -122,11 +123,13 @@ class TrainingRun:
         if self.plan is None:
             self.program = CompiledStep(update_step(self.objective, self.optimizer, self.rules))
         else:
-            params, optimizer = self.plan.place(*copied((params, optimizer)))
-            self.program = PlannedStep(self.plan.step(self.optimizer), self.objective.loss, shapes)
+            self.objective, self.program, place = step_under(
+                self.plan, self.objective, self.optimizer, self.rules, shapes
+            )
+            params, optimizer = place(*copied((params, optimizer)))
         carried = Carried(optimizer, state.model, scale, jnp.bool_(True))
-        # A plan has put its arrays where it wants them, and they are copies.
-        mesh = mesh_of(params) if self.plan is None else None
+        # Where stages have programs of their own, each array lies where its stage is.
+        mesh = mesh_of(params) if isinstance(self.program, CompiledStep) else None
         self.params, self.carried = placed_like(mesh, copied((params, carried)))
         self.position = state.position
         if self.peers.together and all(leaf.is_fully_addressable for leaf in jax.tree.leaves(self.params)):
@@ -170,7 +173,10 @@ class TrainingRun:
             self._leave()
 
     def _prepare(self, arguments: tuple[Any, ...]) -> None:
-        self.objective.require_mean(arguments[0], arguments[2])
+        params = arguments[0]
+        if self.objective.accumulate > 1 and not isinstance(self.program, CompiledStep):
+            params = jax.device_get(params)  # Those of a pipeline lie on different devices.
+        self.objective.require_mean(params, arguments[2])
         if self.peers.together:
             text = self.program.text(*arguments)
             self.peers.require_same({"code": fingerprint(text), "data": fingerprint(arguments[2])})
@@ -206,7 +212,7 @@ class TrainingRun:
     def _fail(self, at: Position, batch: Any, loss: float) -> None:
         self.position = at
         self._pending.clear()
-        if self.plan is None:
+        if isinstance(self.program, CompiledStep):
             kept = "`params` and `state` of this error are those before it"
             self._save()
             kept += "" if self._saved != at.step else f", saved as step {at.step}"

@@ -1,0 +1,176 @@
+"""`fit` under plans: every way to train gives what it gives on one device, or is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import funcprop as fp
+from funcprop import training
+
+X = np.asarray(jax.random.normal(jax.random.key(0), (64, 6)))
+Y = np.sin(X.sum(1))
+KEYS = jax.random.split(jax.random.key(1), 3)
+PARAMS = {
+    "up": jax.random.normal(KEYS[0], (6, 16)) / 2,
+    "across": jax.random.normal(KEYS[1], (16, 16)) / 4,
+    "down": jax.random.normal(KEYS[2], (16,)) / 4,
+}
+ADAM = optax.adam(1e-2)
+
+PLANS: dict[str, dict[str, Any]] = {
+    "data": {"mesh": {"data": 8}},
+    "tensor": {"mesh": {"model": 4}},
+    "data and tensor": {"mesh": {"data": 2, "model": 4}},
+    "accumulation": {"mesh": {"data": 2}, "microbatches": 2},
+    "zero": {"mesh": {"data": 4}, "shard_parameters": True},
+    "pipeline": {"mesh": {"stage": 2}, "microbatches": 2},
+    "pipeline and data": {"mesh": {"stage": 2, "data": 2}, "microbatches": 2},
+}
+SCALED = training.MixedPrecision("float64", 2.0**15, growth=3)
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"accumulate": 2},
+    "scaled": {"precision": SCALED},
+    "scaled and accumulated": {"precision": SCALED, "accumulate": 2},
+    "aux": {"has_aux": True},
+    "state, keys and all": {
+        "has_aux": True,
+        "keyed": True,
+        "model_state": jnp.zeros(16),
+        "precision": SCALED,
+        "accumulate": 2,
+    },
+}
+
+
+def hidden(params: Any, x: Any) -> Any:
+    return jnp.tanh(jnp.tanh(x @ params["up"]) @ params["across"])
+
+
+def plain(params: Any, x: Any, y: Any) -> Any:
+    return jnp.mean((hidden(params, x) @ params["down"] - y) ** 2)
+
+
+def with_aux(params: Any, x: Any, y: Any) -> Any:
+    return plain(params, x, y), {"largest": jnp.max(hidden(params, x))}
+
+
+def with_all(params: Any, average: Any, x: Any, y: Any, *, key: Any) -> Any:
+    h = hidden(params, x)
+    average = 0.9 * average + 0.1 * h.mean(0)
+    h = jnp.where(jax.random.bernoulli(key, 0.8, h.shape), h - average, 0)
+    return jnp.mean((h @ params["down"] - y) ** 2), (average, {"largest": jnp.max(h)})
+
+
+def plan(kind: str, optimizer: Any = ADAM) -> Any:
+    batch = X[:16], Y[:16]
+    return fp.partition.plan(lambda w, b: plain(w, *b), optimizer=optimizer, **PLANS[kind])(PARAMS, batch)[0]
+
+
+def trained(way: dict[str, Any], **more: Any) -> list[Any]:
+    loss = with_all if "keyed" in way else with_aux if "has_aux" in way else plain
+    batches = lambda key: training.minibatches((X, Y), 16, key)  # noqa: E731
+    return list(training.fit(loss, PARAMS, batches, ADAM, epochs=2, **way, **more))
+
+
+def is_refused(kind: str, way: str) -> bool:
+    return (kind == "zero" or "pipeline" in kind) and "has_aux" in WAYS[way]
+
+
+def no_scale(kind: str, way: str) -> bool:
+    return "pipeline" in kind and "precision" in WAYS[way]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", PLANS)
+def test_every_way_to_train_is_that_of_one_device(kind: str, way: str) -> None:
+    if is_refused(kind, way):
+        with pytest.raises(TypeError, match=r"has_aux.*computes losses of parts of a batch.*; use a plan of"):
+            trained(WAYS[way], plan=plan(kind))
+        return
+    if no_scale(kind, way):
+        with pytest.raises(TypeError, match=r"precision='float64': the plan 'pipeline.*an overflow on one"):
+            trained(WAYS[way], plan=plan(kind))
+        return
+    options = dict(WAYS[way])
+    if kind == "accumulation":  # The plan's two parts are parts of a batch for its state and keys as well.
+        options["accumulate"] = 2 * options.get("accumulate", 1)
+    for found, expected in zip(trained(WAYS[way], plan=plan(kind)), trained(options), strict=True):
+        assert found.metrics.keys() == expected.metrics.keys()
+        for name, value in expected.metrics.items():
+            np.testing.assert_allclose(found.metrics[name], value, rtol=1e-12, err_msg=name)
+        for (path, a), b in zip(
+            jax.tree.leaves_with_path((found.params, found.state.model, found.state.scale)),
+            jax.tree.leaves((expected.params, expected.state.model, expected.state.scale)),
+            strict=True,
+        ):
+            np.testing.assert_allclose(jax.device_get(a), b, rtol=1e-11, atol=1e-13, err_msg=str(path))
+
+
+@pytest.mark.parametrize("kind", ["data", "data and tensor", "zero"])
+def test_an_overflow_leaves_out_the_update_of_all(kind: str) -> None:
+    way = {"precision": training.MixedPrecision("float16", 2.0**24, growth=2)}
+    found, expected = trained(way, plan=plan(kind))[-1], trained(way)[-1]
+    assert float(found.state.scale.factor) == float(expected.state.scale.factor) < 2.0**24
+    for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_allclose(jax.device_get(a), b, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["data and tensor", "zero", "pipeline"])
+def test_half_precision_under_a_plan(kind: str) -> None:
+    found, expected, full = (
+        [epoch.metrics["loss"] for epoch in trained(way, **more)]
+        for way, more in (
+            ({"precision": "bfloat16"}, {"plan": plan(kind)}),
+            ({"precision": "bfloat16"}, {}),
+            ({}, {}),
+        )
+    )
+    assert found != full
+    np.testing.assert_allclose(found, expected, rtol=0.02)
+
+
+def test_a_rematerialised_loss_is_trained_as_it_was_planned() -> None:
+    batch = X[:16], Y[:16]
+    plans = fp.partition.plan(lambda w, b: plain(w, *b), optimizer=ADAM)(PARAMS, batch, devices=1)
+    found = trained({}, plan=plans.named("rematerialisation"))[-1]
+    for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(trained({})[-1].params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"plan 'minibatch of \d' makes \d updates of each batch; pass sm"):
+        trained({}, plan=plans.named("minibatch"))
+
+
+@pytest.mark.parametrize("kind", ["data and tensor", "zero"])
+def test_the_parameters_before_a_bad_step_are_kept(kind: str) -> None:
+    batches = [(X[:16], Y[:16]), (X[:16] * np.nan, Y[:16])]
+    with pytest.raises(training.NonFiniteStepError, match="are those before it") as error:
+        list(training.fit(plain, PARAMS, batches, ADAM, plan=plan(kind)))
+    first = next(training.fit(plain, PARAMS, batches[:1], ADAM))
+    for a, b in zip(jax.tree.leaves(error.value.params), jax.tree.leaves(first.params), strict=True):
+        np.testing.assert_allclose(jax.device_get(a), b, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kinds", [("data and tensor", "zero"), ("zero", "tensor"), ("data", "pipeline")])
+def test_a_run_goes_on_under_another_plan(kinds: tuple[str, str], tmp_path: Any) -> None:
+    batches = lambda key: training.minibatches((X, Y), 16, key)  # noqa: E731
+    for epochs, kind in enumerate(kinds, 1):
+        *_, last = training.fit(
+            plain, PARAMS, batches, ADAM, epochs=epochs, plan=plan(kind), checkpoints=tmp_path
+        )
+    assert last.number == 2
+    for a, b in zip(jax.tree.leaves(last.params), jax.tree.leaves(trained({})[-1].params), strict=True):
+        np.testing.assert_allclose(jax.device_get(a), b, rtol=1e-11)
+
+
+def test_a_plan_without_an_optimizer_takes_that_of_the_run() -> None:
+    found = trained({}, plan=plan("zero", None))[-1]
+    for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(trained({})[-1].params), strict=True):
+        np.testing.assert_allclose(jax.device_get(a), b, rtol=1e-12)
+    with pytest.raises(TypeError, match="was made without an optimizer; pass optimizer= with its state"):
+        plan("data", None).place(PARAMS, ADAM.init(PARAMS))
