@@ -401,4 +401,4 @@ def influence(
     require_damping(damping, "influence")
     require_solver(solver, "influence")
     one = loss_of_one(loss, batched, first=1)
-    return InfluenceOf(one, regularizer, curvature, damping, solver, where, rules)
+    return InfluenceOf(one, regularizer, curvature, damping, where, rules, solver)
