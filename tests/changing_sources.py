@@ -167,7 +167,9 @@ QUERIES: dict[str, tuple[Callable[[Any], Any], Callable[[np.ndarray], Any]]] = {
     "logdet": (lambda A: A.logdet(), lambda M: np.linalg.slogdet(M)[1]),
     "solve": (lambda A: A.solve(V, tolerance=1e-12), lambda M: np.linalg.solve(M, V)),
     "solve by cg": (
-        lambda A: A.solve(V, method="cg", preconditioner=lambda v: v, tolerance=1e-12),
+        lambda A: A.solve(
+            V, solver=fp.curvature.ConjugateGradients(preconditioner=lambda v: v, tolerance=1e-12)
+        ),
         lambda M: np.linalg.solve(M, V),
     ),
     "sqrt": (lambda A: A.sqrt() @ V, lambda M: root(M) @ V),

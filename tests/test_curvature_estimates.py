@@ -47,6 +47,21 @@ def test_diagonal() -> None:
     np.testing.assert_allclose(width, deviation * stats.t.ppf(0.975, SAMPLES - 1), rtol=0.03)
 
 
+def test_traces() -> None:
+    matrix = symmetric(4)
+    A = operator(matrix)
+    blocks = [A.block(path) for path in A.parameters.paths]
+    truth = np.array([np.trace(block) for block in blocks])
+    share, width = coverage(lambda key: A.traces(samples=SAMPLES, key=key), truth)
+    assert 0.93 < share < 0.97
+    # Of vᵀ A v over the rows of a block: entries inside count twice, those beside it once.
+    total = np.array([np.sum(matrix[at] ** 2) for at in A.parameters.slices])
+    inside = np.array([np.sum(np.asarray(block) ** 2) for block in blocks])
+    diagonal = np.array([np.sum(np.diag(block) ** 2) for block in blocks])
+    deviation = np.sqrt((total + inside - 2 * diagonal) / SAMPLES)
+    np.testing.assert_allclose(width, deviation * stats.t.ppf(0.975, SAMPLES - 1), rtol=0.03)
+
+
 def test_frobenius_norm() -> None:
     matrix = symmetric(3)
     A = operator(matrix)

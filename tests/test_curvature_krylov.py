@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,8 @@ POSITIVE = with_eigenvalues(np.geomspace(0.1, 30, LARGE), 2)
 LOW_RANK = with_eigenvalues(np.concatenate([np.zeros(LARGE - 5), [1.0, 2.0, 5.0, 5.0, 5.0]]), 3)
 B = np.random.default_rng(4).standard_normal(LARGE)
 ConvergenceWarning = fp.curvature.ConvergenceWarning
+CG, Minres, Direct = fp.curvature.ConjugateGradients, fp.curvature.Minres, fp.curvature.Direct
+Lanczos, Lobpcg = fp.curvature.Lanczos, fp.curvature.Lobpcg
 
 
 def expected(matrix: np.ndarray, k: int, which: str) -> np.ndarray:
@@ -33,16 +37,16 @@ def expected(matrix: np.ndarray, k: int, which: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("method", "which"),
+    ("solver", "which"),
     [
-        *(("lanczos", which) for which in ("LA", "SA", "BE", "LM")),
-        *(("lobpcg", which) for which in ("LA", "LM")),  # the second runs from both ends
-        *(("dense", which) for which in ("SA", "BE")),
+        *(("Lanczos", which) for which in ("LA", "SA", "BE", "LM")),
+        *(("Lobpcg", which) for which in ("LA", "LM")),  # the second runs from both ends
+        *(("Direct", which) for which in ("SA", "BE")),
     ],
 )
-def test_eigenpairs(method: str, which: str) -> None:
+def test_eigenpairs(solver: str, which: str) -> None:
     A = operator(INDEFINITE)
-    values, vectors = A.eigsh(5, which, method=method)
+    values, vectors = A.eigsh(5, which, solver=getattr(fp.curvature, solver)())
     np.testing.assert_allclose(values, expected(INDEFINITE, 5, which), rtol=1e-10)
     np.testing.assert_allclose(INDEFINITE @ vectors, vectors * values, atol=1e-8)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(5), atol=1e-8)
@@ -58,9 +62,9 @@ def test_eigenvectors_are_pytrees() -> None:
     np.testing.assert_allclose(entries(one), values[0] * entries(vectors).reshape(SIZE, 3)[:, 0], atol=1e-9)
 
 
-@pytest.mark.parametrize(("method", "which"), [("lanczos", "LA"), ("lanczos", "BE"), ("lobpcg", "SA")])
-def test_low_rank_and_repeated_eigenvalues(method: str, which: str) -> None:
-    values, vectors = operator(LOW_RANK).eigsh(6, which, method=method)
+@pytest.mark.parametrize(("solver", "which"), [("Lanczos", "LA"), ("Lanczos", "BE"), ("Lobpcg", "SA")])
+def test_low_rank_and_repeated_eigenvalues(solver: str, which: str) -> None:
+    values, vectors = operator(LOW_RANK).eigsh(6, which, solver=getattr(fp.curvature, solver)())
     np.testing.assert_allclose(values, expected(LOW_RANK, 6, which), atol=1e-9)
     np.testing.assert_allclose(LOW_RANK @ vectors, vectors * values, atol=1e-7)
 
@@ -98,17 +102,16 @@ def test_eigenvalues_pass_through_jit_and_are_scipys() -> None:
     [
         (lambda A: A.eigsh(61), "k=61, but the operator has 60 eigenvalues; take 1 ≤ k ≤ 60"),
         (lambda A: A.eigsh(0), "k=0, but"),
-        (lambda A: A.eigsh(12, method="lobpcg"), "k=12 is too many for LOBPCG on 60 parameters"),
+        (lambda A: A.eigsh(12, solver=Lobpcg()), "k=12 is too many for Lobpcg on 60 parameters"),
         (lambda A: A.eigsh(2, "top"), r"which='top' is not known; choose one of LA \(largest\), SA"),
-        (lambda A: A.eigsh(2, method="power"), "method='power' is not known; choose one of lanczos, lobpcg"),
-        (lambda A: A.eigsh(5, products=3), "products=3 are fewer than k=5"),
+        (lambda A: A.eigsh(5, solver=Lanczos(products=3)), "products=3 are fewer than k=5"),
         (lambda A: A.solve(B, -0.5), r"damping=-0.5 is negative; \(A \+ damping I\) needs a finite damping"),
         (
             lambda A: A.solve(B, np.nan),
             r"damping=nan is not finite; \(A \+ damping I\) needs a finite damping",
         ),
         (lambda A: A.solve(B, np.ones(3)), r"damping has shape \(3,\), but it is one number"),
-        (lambda A: A.solve(B, method="lu"), "method='lu' is not known; choose one of minres, cg"),
+        (lambda A: A.solve(B, solver=Direct(budget=100)), "the matrix has 60 × 60 entries, .* budget=100"),
         (lambda A: A.logdet(-1.0), "damping=-1.0 is negative"),
         (
             lambda A: A.logdet(),
@@ -123,6 +126,16 @@ def test_bad_input(ask, message: str) -> None:
         ask(operator(INDEFINITE))
 
 
+def test_what_is_no_solver_is_refused() -> None:
+    A = operator(POSITIVE)
+    for given in ("cg", Minres, Lanczos()):
+        with pytest.raises(TypeError, match=r"solve: solver=.* is none; pass fp.curvature.Minres\(\)"):
+            A.solve(B, solver=given)
+    for given in ("power", Minres()):
+        with pytest.raises(TypeError, match=r"eigsh: solver=.* is none; pass fp.curvature.Lanczos\(\)"):
+            A.eigsh(2, solver=given)
+
+
 def test_a_right_hand_side_that_is_not_finite_is_named() -> None:
     with pytest.raises(FloatingPointError, match="solve: b is not finite in the entries of params"):
         operator(INDEFINITE).solve(np.where(np.arange(LARGE) == 3, np.nan, 1.0), 1.0)
@@ -135,18 +148,18 @@ def test_a_right_hand_side_that_is_not_finite_is_named() -> None:
     ("ask", "message"),
     [
         (
-            lambda A: A.eigsh(3, products=5),
+            lambda A: A.eigsh(3, solver=Lanczos(products=5)),
             r"eigsh: the largest residual .* k=3 pairs \(LA\) is \d.* 5 products",
         ),
-        (lambda A: A.eigsh(3, method="lobpcg", products=2), "after 2 iterations, above tolerance"),
+        (lambda A: A.eigsh(3, solver=Lobpcg(iterations=2)), "after 2 iterations, above tolerance"),
         (
-            lambda A: A.solve(B, products=3),
-            r"solve: the residual .* is \d.* 3 products by method='minres'; raise damping= or products=, "
-            "give a preconditioner=",
+            lambda A: A.solve(B, solver=Minres(products=3)),
+            r"solve: the residual .* by Minres is \d.*; raise damping= or products=, "
+            "give a positive definite preconditioner=",
         ),
         (
-            lambda A: A.solve(B, method="cg", products=3),
-            "method='cg'; raise .* or use method='minres' if the operator is indefinite",
+            lambda A: A.solve(B, solver=CG(products=3)),
+            r"ConjugateGradients is .*; raise .* or use Minres\(\) if the operator is indefinite",
         ),
         (lambda A: A.sqrt(products=4) @ B, r"sqrt: the last of 4 products still changed the result by \d"),
     ],
@@ -157,15 +170,17 @@ def test_what_has_not_converged_warns_with_its_residual(ask, message: str) -> No
 
 
 def test_a_compiled_program_warns_when_it_runs() -> None:
-    compiled = jax.jit(lambda A, b: A.solve(b, products=3)).lower(operator(POSITIVE), B).compile()
-    with pytest.warns(ConvergenceWarning, match="at most 3 products"):
+    compiled = (
+        jax.jit(lambda A, b: A.solve(b, solver=Minres(products=3))).lower(operator(POSITIVE), B).compile()
+    )
+    with pytest.warns(ConvergenceWarning, match="by Minres is"):
         jax.block_until_ready(compiled(operator(POSITIVE), B))
 
 
 def test_the_residual_that_is_reported_is_true() -> None:
     A = operator(POSITIVE)
     with pytest.warns(ConvergenceWarning) as warned:
-        x = A.solve(B, products=3)
+        x = A.solve(B, solver=Minres(products=3))
     shown = float(str(warned[0].message).split(" is ")[1].split(",")[0])
     np.testing.assert_allclose(shown, np.linalg.norm(POSITIVE @ x - B), rtol=1e-2)
 
@@ -173,22 +188,22 @@ def test_the_residual_that_is_reported_is_true() -> None:
 # --- linear systems ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["cg", "minres"])
-def test_solve(method: str) -> None:
-    matrix = POSITIVE if method == "cg" else INDEFINITE
-    x = operator(matrix).solve(B, 0.3, method=method)
+@pytest.mark.parametrize("solver", [CG(), Minres(), Direct()], ids=str)
+def test_solve(solver: Any) -> None:
+    matrix = POSITIVE if isinstance(solver, CG) else INDEFINITE
+    x = operator(matrix).solve(B, 0.3, solver=solver)
     np.testing.assert_allclose(x, np.linalg.solve(matrix + 0.3 * np.eye(LARGE), B), rtol=1e-6, atol=1e-8)
-    np.testing.assert_array_equal(operator(matrix).solve(0 * B, 0.3, method=method), 0 * B)
+    np.testing.assert_array_equal(operator(matrix).solve(0 * B, 0.3, solver=solver), 0 * B)
 
 
-@pytest.mark.parametrize("method", ["cg", "minres"])
-def test_a_preconditioner_saves_products(method: str) -> None:
+@pytest.mark.parametrize("solver", [CG, Minres])
+def test_a_preconditioner_saves_products(solver: Any) -> None:
     """With the inverse itself one product is enough; as an operator, and as a function."""
     A = operator(POSITIVE)
     inverse = operator(np.linalg.inv(POSITIVE))
     exact = np.linalg.solve(POSITIVE, B)
     for preconditioner in (inverse, lambda v: inverse @ v):
-        x = A.solve(B, method=method, preconditioner=preconditioner, products=2)
+        x = A.solve(B, solver=solver(preconditioner=preconditioner, products=2))
         np.testing.assert_allclose(x, exact, rtol=1e-8)
 
 
@@ -196,11 +211,13 @@ def test_an_indefinite_operator_is_solved_without_being_asked_to(recwarn: pytest
     """Conjugate gradients break down: along b there is no curvature."""
     A, b = operator(np.diag([1.0, -1.0])), jnp.ones(2)
     np.testing.assert_allclose(A.solve(b), [1, -1], rtol=1e-12)
-    with pytest.raises(FloatingPointError, match=r"method='cg' broke down, .* use method='minres', or raise"):
-        A.solve(b, method="cg")
+    with pytest.raises(FloatingPointError, match=r"conjugate gradients break down; use Minres\(\), or raise"):
+        A.solve(b, solver=CG())
     preconditioner = operator(np.diag(1 / np.abs(np.linspace(-3, 4, LARGE))))
     A = operator(np.diag(np.linspace(-3, 4, LARGE)))
-    x = A.solve(B, preconditioner=preconditioner, products=4)  # an indefinite A with two eigenvalues, ±1
+    x = A.solve(
+        B, solver=Minres(preconditioner=preconditioner, products=4)
+    )  # an indefinite A with two eigenvalues, ±1
     np.testing.assert_allclose(x, B / np.linspace(-3, 4, LARGE), rtol=1e-8)
     assert not recwarn.list
 
@@ -216,17 +233,24 @@ def test_a_singular_system_without_a_solution_has_a_small_residual() -> None:
         assert np.linalg.norm(matrix @ x - b) < least + 0.02 * np.linalg.norm(b)
 
 
-@pytest.mark.parametrize("method", ["cg", "minres"])
+def test_a_singular_matrix_is_said() -> None:
+    with pytest.raises(
+        FloatingPointError, match=r"A \+ damping I, with damping=0.0, is singular; raise damping"
+    ):
+        operator(np.diag([1.0, 0])).solve(jnp.ones(2), solver=Direct())
+
+
+@pytest.mark.parametrize("solver", [CG(), Minres(), Direct()], ids=str)
 @pytest.mark.parametrize("size", [1e-200, 1e200])
-def test_a_right_hand_side_whose_square_is_no_number(method: str, size: float) -> None:
+def test_a_right_hand_side_whose_square_is_no_number(solver: Any, size: float) -> None:
     b = jnp.array([1.0, 2.0])
-    np.testing.assert_allclose(operator(np.diag([1.0, 4])).solve(size * b, method=method) / size, [1, 0.5])
+    np.testing.assert_allclose(operator(np.diag([1.0, 4])).solve(size * b, solver=solver) / size, [1, 0.5])
 
 
 def test_minres_is_scipys() -> None:
     """After few products, far from convergence, the iterate is that of SciPy."""
     with pytest.warns(ConvergenceWarning):
-        ours = operator(INDEFINITE).solve(B, products=7)
+        ours = operator(INDEFINITE).solve(B, solver=Minres(products=7))
     theirs = scipy.sparse.linalg.minres(INDEFINITE, B, maxiter=7)[0]
     np.testing.assert_allclose(ours, theirs, rtol=1e-8)
 

@@ -94,7 +94,7 @@ def test_every_query(both: Any) -> None:
         lambda A: (A.diagonal(), A.trace(), A.traces(), A.frobenius_norm()),
         lambda A: [e.value for e in (A.trace(**drawn), A.diagonal(**drawn), A.frobenius_norm(**drawn))],
         lambda A: A.traces(**drawn).value,
-        lambda A: A.eigsh(2, method="dense")[0],
+        lambda A: A.eigsh(2, solver=fp.curvature.Direct())[0],
         lambda A: A.eigsh(2, which="BE")[0],
         lambda A: A.spectrum(samples=3).nodes,
         lambda A: (A.logdet(5.0), A.logdet(5.0, **drawn).value),
@@ -107,17 +107,20 @@ def test_every_query(both: Any) -> None:
         assert_same(ask(ours), ask(whole), atol=1e-11)
 
 
-@pytest.mark.parametrize("method", ["minres", "cg"])
-def test_solutions(both: Any, method: str) -> None:
+@pytest.mark.parametrize("solver", [fp.curvature.Minres, fp.curvature.ConjugateGradients])
+def test_solutions(both: Any, solver: Any) -> None:
     ours, whole = both
     b = jax.tree.map(jnp.ones_like, PARAMS)
     matrix = whole.dense() + 0.1 * jnp.eye(20)
     expected = jnp.linalg.solve(matrix, jnp.ones(20))
     inverse = fp.kfac(model, squared, kind="exact")(PARAMS, X, Y).inverse(0.1)
     for operator in (ours, whole):
-        for options in ({}, {"preconditioner": inverse}, {"start": 0.9 * expected}):
-            x = operator.solve(b, 0.1, method=method, tolerance=1e-12, **options)
+        for preconditioner, start in ((None, None), (inverse, None), (None, 0.9 * expected)):
+            by = solver(preconditioner=preconditioner, tolerance=1e-12)
+            x = operator.solve(b, 0.1, solver=by, start=start)
             np.testing.assert_allclose(ravel_pytree(x)[0], expected, rtol=1e-8, atol=1e-9)
+        x = operator.solve(b, 0.1, solver=fp.curvature.Direct())
+        np.testing.assert_allclose(ravel_pytree(x)[0], expected, rtol=1e-10)
 
 
 def test_a_warm_start_takes_fewer_products(both: Any) -> None:
@@ -125,9 +128,9 @@ def test_a_warm_start_takes_fewer_products(both: Any) -> None:
     b = jnp.ones(20)
     x = whole.solve(b, 0.1)
     # From the solution nothing is left to do, however few products are allowed.
-    assert_same(whole.solve(b, 0.1, start=x, products=0), x)
+    assert_same(whole.solve(b, 0.1, start=x, solver=fp.curvature.Minres(products=0)), x)
     with pytest.warns(fp.curvature.ConvergenceWarning):
-        whole.solve(b, 0.1, products=0)
+        whole.solve(b, 0.1, solver=fp.curvature.Minres(products=0))
     with pytest.raises(ValueError, match=r"start has shape \(3,\), but a flat start has shape \(20,\)"):
         whole.solve(b, 0.1, start=jnp.ones(3))
 
@@ -244,8 +247,8 @@ def test_errors() -> None:
         TypeError, match="cannot be used inside of jit, grad or vmap: its products are passes"
     ):
         jax.jit(lambda v: operator.linear_map()(v))(PARAMS)
-    with pytest.raises(ValueError, match="method='lobpcg' is not for an operator over a data set"):
-        operator.eigsh(2, method="lobpcg")
+    with pytest.raises(ValueError, match="Lobpcg is not for an operator over a data set"):
+        operator.eigsh(2, solver=fp.curvature.Lobpcg())
     with pytest.raises(ValueError, match="sqrt: products= is not for an operator over a data set"):
         operator.sqrt(products=3)
     with pytest.raises(TypeError, match=r"over: devices=8; pass jax\.devices\(\), a jax\.sharding\.Mesh"):

@@ -31,12 +31,17 @@ from .likelihood import Likelihood as Likelihood
 from .likelihood import gaussian as gaussian
 from .minibatches import LoaderError as LoaderError
 from .minibatches import check_deterministic as check_deterministic
+from .operators import ConjugateGradients as ConjugateGradients
 from .operators import ConvergenceWarning as ConvergenceWarning
 from .operators import Dense as Dense
+from .operators import Direct as Direct
 from .operators import Estimate as Estimate
 from .operators import Identity as Identity
+from .operators import Lanczos as Lanczos
 from .operators import Linearized as Linearized
 from .operators import LinearOperator as LinearOperator
+from .operators import Lobpcg as Lobpcg
+from .operators import Minres as Minres
 from .operators import Scaled as Scaled
 from .operators import Spectrum as Spectrum
 from .operators import Sum as Sum

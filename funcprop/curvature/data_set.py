@@ -330,7 +330,8 @@ def over(
     Args:
         batches: the minibatches, as a list or a function that returns an iterator; each a tuple of arguments
             (or one argument), whose arrays have the examples as their first axis.
-        weighted: the last item of every minibatch is its examples' weights, numbers ≥ 0, 0 for padding. They
+        weighted: the last item of every minibatch is its examples' weights, numbers ≥ 0, 0 for padding, or
+            those of their positions. They
             are given to the factory as `weights=`; a loss of a whole batch, as in `fp.hessian`, has to take
             them and to return the weighted mean.
         devices: those that share every minibatch, `jax.devices()` or a `jax.sharding.Mesh`; one by default.

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from funcprop.curvature.likelihood import likelihood_of
 from funcprop.operators.convergence import is_traced
 from funcprop.operators.parameters import single_at_least
 from funcprop.program.call import name_of, succeeds
@@ -59,6 +60,8 @@ def loss_of_all(loss: Function, batched: bool) -> Function:
 
     def mean(outputs: Any, y: Any, weights: Any) -> Any:
         values = jax.vmap(loss)(outputs, y)
+        if weights is not None and weights.ndim > 1:
+            require_loss_of_positions(values.shape[1:], weights.shape[1:])
         return jnp.mean(values) if weights is None else jnp.sum(weights * values) / total_of(weights, 0)
 
     return _called_as(loss, mean)
@@ -86,8 +89,52 @@ def batch_size(x: Any, y: Any, of: str = "per_example") -> int:
     return next(iter(sizes.values()))
 
 
-def weights_of(weights: Any, size: int, of: str) -> Any:
-    """The weights of examples as an array, or None.
+def require_loss_of_positions(shape: tuple[int, ...], positions: tuple[int, ...]) -> None:
+    """Raise a ValueError if the loss of one example has not a value for each of its positions."""
+    if shape != positions:
+        raise ValueError(
+            f"the weights of one example have shape {positions}, one for each position, so its loss has to "
+            f"return an array of this shape, but it returns one of shape {shape}."
+        )
+
+
+def of_positions(loss: Any, y: Any, weights: Any, of: str) -> tuple[Any, Any, Any]:
+    """A loss, its labels and the weights of examples, from weights of their positions, `[n, *positions]`.
+
+    An example's loss is the weighted mean of its positions', and it counts as the sum of their weights. The
+    loss is a function that returns one value for each position, or the name of a likelihood of one.
+
+    Raises:
+        ValueError: there is neither, or no labels.
+    """
+    if weights is None or weights.ndim == 1:
+        return loss, y, weights
+    if isinstance(loss, str) and jax.tree.leaves(y):
+        loss = over_positions(likelihood_of(loss).negative_log, weights.ndim - 1)
+    if not callable(loss):
+        raise ValueError(
+            f"{of}: weights of positions are for a loss, or for a likelihood by its name and with labels; "
+            "let the loss of one example return one value for each position."
+        )
+    of_each: Function = loss
+
+    def mean(output: Any, label: tuple[Any, Any]) -> Any:
+        values = of_each(output, label[0])
+        require_loss_of_positions(jnp.shape(values), label[1].shape)
+        return jnp.sum(values * label[1]) / total_of(label[1], 0)
+
+    return _called_as(of_each, mean), (y, weights), weights.sum(tuple(range(1, weights.ndim)))
+
+
+def over_positions(function: Function, axes: int) -> Function:
+    """A function of one position, for arrays with so many axes of positions in front."""
+    for _ in range(axes):
+        function = jax.vmap(function)
+    return function
+
+
+def weights_of(weights: Any, size: int, of: str, positions: bool = False) -> Any:
+    """The weights of examples as an array, or None; with `positions`, maybe of the positions of each.
 
     Raises:
         ValueError: there is not one number ≥ 0 for each example.
@@ -95,7 +142,7 @@ def weights_of(weights: Any, size: int, of: str) -> Any:
     if weights is None:
         return None
     weights = jnp.asarray(weights)
-    if weights.shape != (size,):
+    if weights.shape[:1] != (size,) or (weights.ndim > 1 and not positions):
         raise ValueError(
             f"{of}: weights have shape {weights.shape}, but there are {size} examples; give one number for "
             "each, 0 for padding."

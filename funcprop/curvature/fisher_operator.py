@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from funcprop.curvature.binding import Bound
-from funcprop.curvature.examples import explained, model_of_all, total_of, weights_of
+from funcprop.curvature.examples import explained, model_of_all, over_positions, total_of, weights_of
 from funcprop.curvature.gauss_newton import GaussNewton, Map, traced_model
 from funcprop.curvature.likelihood import Likelihood, likelihood_of
 from funcprop.operators.parameters import Where
@@ -28,8 +28,9 @@ def _shares(weights: Any, count: int) -> Any:
 
 def _exact(likelihood: Likelihood, outputs: PyTree, weights: Any) -> Map:
     """`u ↦ F_o u / N`, the outputs' own Fisher matrix for each example."""
-    product = jax.vmap(lambda o, u, share: _scaled(likelihood.fisher(o, u), share))
-    return lambda u: product(outputs, u, _shares(weights, examples(outputs)))
+    shares = _shares(weights, examples(outputs))
+    product = over_positions(lambda o, u, share: _scaled(likelihood.fisher(o, u), share), shares.ndim)
+    return lambda u: product(outputs, u, shares)
 
 
 def _sampled(likelihood: Likelihood, samples: int, outputs: PyTree, given: tuple[Array, Any]) -> Map:
@@ -40,16 +41,18 @@ def _sampled(likelihood: Likelihood, samples: int, outputs: PyTree, given: tuple
         y = jax.lax.stop_gradient(likelihood.sample(key, outputs))
         return jax.grad(likelihood.negative_log)(outputs, y)
 
-    count = examples(outputs)
-    keys = jax.random.split(key, (samples, count))
-    return _outer(jax.vmap(jax.vmap(gradients), (0, None))(keys, outputs), _shares(weights, count))
+    shares = _shares(weights, examples(outputs))
+    keys = jax.random.split(key, (samples, *shares.shape))
+    drawn = jax.vmap(over_positions(gradients, shares.ndim), (0, None))(keys, outputs)
+    return _outer(drawn, shares)
 
 
 def _empirical(likelihood: Likelihood, outputs: PyTree, given: tuple[PyTree, Any]) -> Map:
     """`u ↦ g gᵀ u / N` for each example, `g` the gradient at its target."""
     y, weights = given
-    gradients = jax.vmap(jax.grad(likelihood.negative_log))(outputs, y)
-    return _outer(jax.tree.map(lambda g: g[None], gradients), _shares(weights, examples(outputs)))
+    shares = _shares(weights, examples(outputs))
+    gradients = over_positions(jax.grad(likelihood.negative_log), shares.ndim)(outputs, y)
+    return _outer(jax.tree.map(lambda g: g[None], gradients), shares)
 
 
 def fisher(
@@ -66,8 +69,9 @@ def fisher(
 
     `fisher(model, likelihood)(params, x)`: `outputs = model(params, x)` of ONE example, or (`batched=True`)
     of a whole batch; the leading axis of `x` is the examples either way. With `weights=w`, one number ≥ 0 for
-    each example, the mean is `Σ_n w_n … / Σ_n w_n`. `J_n` is the Jacobian of the outputs
-    of example n by the parameters, and `F_o` is the Fisher matrix of its outputs, by `kind`:
+    each example, the mean is `Σ_n w_n … / Σ_n w_n`; with weights of positions, `[n, *positions]`, the
+    likelihood is of one position, of which the outputs of an example have an array. `J_n` is the Jacobian of
+    the outputs of example n by the parameters, and `F_o` is the Fisher matrix of its outputs, by `kind`:
 
     * "exact": `F_o = E_y[∇_o log p(y|o) (∇_o log p(y|o))ᵀ]`. With "categorical" F equals `fp.ggn` of the mean
       softmax cross-entropy, with "bernoulli" that of the mean over examples of the summed binary
@@ -119,7 +123,7 @@ def fisher(
         with explained("fisher", model, batched, params, x):
             written = traced_model(bound, point)
         count = examples(written.results)
-        weights = weights_of(weights, count, "fisher")
+        weights = weights_of(weights, count, "fisher", positions=True)
         more, curvature = weights, partial(_exact, density)
         if kind == "mc":
             if key is None:
@@ -164,7 +168,7 @@ def _outer(gradients: PyTree, shares: Array) -> Map:
             inner = sum(jnp.vdot(g, part) for g, part in pairs)
             return _scaled(gradients, share * inner / samples)
 
-        summands = jax.vmap(jax.vmap(one), (0, None, None))(gradients, u, shares)
+        summands = jax.vmap(over_positions(one, shares.ndim), (0, None, None))(gradients, u, shares)
         return jax.tree.map(lambda leaf: leaf.sum(0), summands)
 
     return product

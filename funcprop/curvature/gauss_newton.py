@@ -19,7 +19,7 @@ from funcprop.curvature.examples import batch_size, explained, loss_of_all, mode
 from funcprop.curvature.hessian_operator import require_scalar
 from funcprop.operators.parameters import Where
 from funcprop.operators.subset import Point
-from funcprop.program.call import in_order, name_of
+from funcprop.program.call import in_order, name_of, shown_types
 from funcprop.program.program import Program
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
@@ -110,7 +110,8 @@ def ggn(
     `ggn(model, loss)(params, x, y)`, with functions of ONE example: `outputs = model(params, x)`, a pytree,
     and `loss(outputs, y)`, one real scalar; the leading axis of `x` and `y` is the examples. `G` is that of
     the mean loss, `(1/N) Σ_n J_nᵀ (∇²_o loss_n) J_n`, `J_n` the outputs' Jacobian by the parameters; with
-    `ggn(model, loss)(params, x, y, weights=w)` of the weighted mean, `Σ_n w_n … / Σ_n w_n`. With
+    `ggn(model, loss)(params, x, y, weights=w)` of the weighted mean, `Σ_n w_n … / Σ_n w_n`; weights of
+    positions, `[n, *positions]`, are for a loss that returns one value for each of them. With
     `batched=True` both are functions of a whole batch, and the scale is the loss's own. Squared error without
     a factor ½ has `∇²_o loss = 2 I`. `G` is positive semi-definite for a loss that is convex in the outputs,
     and is the Hessian where the model is linear in the parameters.
@@ -151,7 +152,7 @@ def ggn(
                     "ggn: weights are given, but with batched=True the loss is of a whole batch; weigh the "
                     "examples in the loss, or give functions of one example."
                 )
-            weights = weights_of(weights, len(jax.tree.leaves(x)[0]), "ggn")
+            weights = weights_of(weights, len(jax.tree.leaves(x)[0]), "ggn", positions=True)
         of_model, of_loss = Bound.of(model_, (x,), {}, point), Bound.of(loss_, (y, weights), {})
         unweighted = lambda outputs, y: loss_(outputs, y, weights)  # noqa: E731
         unweighted.__name__ = name_of(loss)
@@ -179,6 +180,7 @@ def traced_model(model: Bound, point: Point) -> Program:
     leaves = jax.tree.leaves(written.results)
     if not leaves or not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
         raise TypeError(
-            f"model {written.name} returns {written.results}, but its outputs have to be real arrays."
+            f"model {written.name} returns {shown_types(written.results)}, but its outputs have to be real "
+            "arrays."
         )
     return written

@@ -16,7 +16,7 @@ from funcprop.curvature.derived import Derived
 from funcprop.curvature.diagonal.exact_diagonal import hessian_diagonal
 from funcprop.operators.parameters import Where
 from funcprop.operators.subset import Point
-from funcprop.program.call import without_aux
+from funcprop.program.call import shown_types, without_aux
 from funcprop.program.program import Program
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
@@ -111,5 +111,6 @@ def require_scalar(result: Any, what: str) -> None:
     leaves = jax.tree.leaves(result)
     if len(leaves) != 1 or leaves[0].shape != () or not jnp.issubdtype(leaves[0].dtype, jnp.floating):
         raise TypeError(
-            f"{what} returns {result}, but curvature is of one real scalar; return a mean or a sum, alone."
+            f"{what} returns {shown_types(result)}, but curvature is of one real scalar; return a mean or a "
+            "sum, alone."
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,7 +21,7 @@ from funcprop.curvature.hessian_operator import hessian
 from funcprop.operators.estimate import Estimate
 from funcprop.operators.linear_operator import LinearOperator
 from funcprop.operators.parameters import Parameters, Where
-from funcprop.operators.solvers import require_damping, require_solver
+from funcprop.operators.solvers import Solver, require_damping, require_solver
 from funcprop.operators.stochastic_estimates import require_samples, signs
 from funcprop.operators.subset import SHAPES, restricted
 from funcprop.program.call import require_values
@@ -122,7 +121,7 @@ class Influence:
     training: Training
     curvature: LinearOperator
     damping: float
-    options: dict[str, Any]
+    solver: Solver | None
 
     @functools.cached_property
     def _shares(self) -> Float[Array, " N"]:
@@ -139,7 +138,7 @@ class Influence:
         return lambda params: _losses(ruled(loss, self.rules), params, data)
 
     def _solve(self, b: PyTree) -> PyTree:
-        return self.curvature.solve(b, self.damping, **self.options)
+        return self.curvature.solve(b, self.damping, solver=self.solver)
 
     def _gradient(self, n: int) -> PyTree:
         return jax.grad(ruled(self.loss, self.rules))(self.params, *self.training.example(n))
@@ -269,7 +268,7 @@ class InfluenceOf:
     damping: float
     where: Where | None
     rules: RuleSet | None
-    options: dict[str, Any]
+    solver: Solver | None
 
     def __call__(self, params: PyTree, *data: Any, weights: Any = None) -> Influence:
         """The influence of the examples of one batch."""
@@ -340,7 +339,7 @@ class InfluenceOf:
             )
         program = Program.again(loss, params, *map(example_of, data))
         return Influence(
-            program, self.rules, params, training, operator.linearize(), self.damping, self.options
+            program, self.rules, params, training, operator.linearize(), self.damping, self.solver
         )
 
 
@@ -350,10 +349,10 @@ def influence(
     regularizer: Callable[[PyTree], Any] | None = None,
     curvature: LinearOperator | None = None,
     damping: float = 0.0,
+    solver: Solver | None = None,
     batched: bool = False,
     where: Where | None = None,
     rules: RuleSet | None = None,
-    **options: Any,
 ) -> InfluenceOf:
     """The influence of training examples on parameters and losses: `influence(loss)(params, x, y,
     weights=None)`.
@@ -369,10 +368,10 @@ def influence(
         curvature: a linear operator to be inverted instead of the Hessian, such as `fp.ggn(…)(…)` of the
             objective. Away from a minimum the Hessian can be indefinite: use this, or `damping`.
         damping: a number ≥ 0; `H + damping I` is inverted.
+        solver: of the linear systems, as in `LinearOperator.solve`.
         batched: the loss is a function of a whole batch, a mean; it is called with batches of one.
         where: a subset of the parameters, as in `fp.hessian`; the others are constants, None in the result.
         rules: a rule set; `fp.rules.default` if None.
-        options: of `LinearOperator.solve`: `method`, `preconditioner`, `tolerance`, `products`.
 
     Returns:
         A function of the parameters and the training data (leading axis: the examples), which returns an
@@ -380,9 +379,9 @@ def influence(
         a data set in minibatches is `fp.curvature.over(batches)(fp.curvature.influence(loss))(params)`.
 
     Raises:
-        ValueError: `damping` is negative or not finite, `method` is not known, the data have no common
-            leading axis, or `curvature` is of other parameters.
-        TypeError: `solve` has no such option.
+        ValueError: `damping` is negative or not finite, the data have no common leading axis, or `curvature`
+            is of other parameters.
+        TypeError: `solver` is none.
         FloatingPointError: the curvature is not finite; the message has the parameter's path.
 
     Warns:
@@ -400,19 +399,6 @@ def influence(
         -1.0
     """
     require_damping(damping, "influence")
-    _require_options(options)
+    require_solver(solver, "influence")
     one = loss_of_one(loss, batched, first=1)
-    return InfluenceOf(one, regularizer, curvature, damping, where, rules, options)
-
-
-def _require_options(options: dict[str, Any]) -> None:
-    """Raise a TypeError or ValueError for what `solve` would refuse, before there is anything to solve."""
-    known = [
-        n for n in inspect.signature(LinearOperator.solve).parameters if n not in ("self", "b", "damping")
-    ]
-    for name in options:
-        if name not in known:
-            raise TypeError(
-                f"influence: {name}={options[name]!r} is no option; there are {', '.join(known)}."
-            )
-    require_solver(options.get("method"), "influence")
+    return InfluenceOf(one, regularizer, curvature, damping, where, rules, solver)

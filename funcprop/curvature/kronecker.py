@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Scalar
 
+from funcprop.curvature.example_gradients.joint_layers import JointLayout
 from funcprop.curvature.example_gradients.matrix_layout import MatrixLayout
 from funcprop.operators.finite import nonfinite_rows, require_finite
 from funcprop.operators.linear_operator import LinearOperator
@@ -55,7 +56,7 @@ def multiply(factor: Any, blocks: Any, axis: int) -> Any:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class KroneckerProduct:
-    """`A ⊗ G` of one parameter, with both factors.
+    """`A ⊗ G` of one parameter, or of a matrix and its bias, with both factors.
 
     `total` is `A` times `seen`, the share of the examples that it has a part of (some positions of an example
     are seen by the loss, but of an example none may be): both are means over all examples, and so can be
@@ -65,10 +66,10 @@ class KroneckerProduct:
     total: Array
     g: Array
     seen: Array
-    layout: MatrixLayout = field(metadata={"static": True})
+    layout: MatrixLayout | JointLayout = field(metadata={"static": True})
 
     @classmethod
-    def of(cls, a: Array, g: Array, layout: MatrixLayout) -> KroneckerProduct:
+    def of(cls, a: Array, g: Array, layout: MatrixLayout | JointLayout) -> KroneckerProduct:
         """That of two factors."""
         return cls(a, g, jnp.ones(a.shape[:1] if a.ndim == 3 else (), a.dtype), layout)
 
@@ -78,10 +79,10 @@ class KroneckerProduct:
         seen = jnp.where(self.seen > 0, self.seen, 1)
         return self.total / (seen[:, None, None] if seen.ndim else seen)
 
-    def __call__(self, leaf: Any) -> Any:
-        """The product with one parameter."""
-        blocks = self.layout.to_matrix(leaf)
-        return self.layout.to_leaf(multiply(self.g, multiply(self.a, blocks, 1), 2))
+    def __call__(self, *leaves: Any) -> list[Any]:
+        """The product with a parameter, or with a matrix and its bias."""
+        blocks = self.layout.to_matrix(*leaves)
+        return self.layout.to_leaves(multiply(self.g, multiply(self.a, blocks, 1), 2))
 
     def eigen(self) -> Eigen:
         """Decompose the block: the same matrix by its eigenvectors."""
@@ -106,17 +107,17 @@ class KroneckerProduct:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Eigen:
-    """`(U_a ⊗ U_g) diag(values) (U_a ⊗ U_g)ᵀ` of one parameter; ones are the basis of a diagonal."""
+    """`(U_a ⊗ U_g) diag(values) (U_a ⊗ U_g)ᵀ`, as `KroneckerProduct`; ones are the basis of a diagonal."""
 
     ua: Array
     ug: Array
     values: Array
-    layout: MatrixLayout = field(metadata={"static": True})
+    layout: MatrixLayout | JointLayout = field(metadata={"static": True})
 
-    def __call__(self, leaf: Any) -> Any:
-        """The product with one parameter."""
-        blocks = multiply(_turned(self.ug), multiply(_turned(self.ua), self.layout.to_matrix(leaf), 1), 2)
-        return self.layout.to_leaf(multiply(self.ug, multiply(self.ua, self.values * blocks, 1), 2))
+    def __call__(self, *leaves: Any) -> list[Any]:
+        """The product with a parameter, or with a matrix and its bias."""
+        blocks = multiply(_turned(self.ug), multiply(_turned(self.ua), self.layout.to_matrix(*leaves), 1), 2)
+        return self.layout.to_leaves(multiply(self.ug, multiply(self.ua, self.values * blocks, 1), 2))
 
     def eigen(self) -> Eigen:
         """Itself."""
@@ -171,11 +172,13 @@ def _inverse(factor: Any, damping: Any) -> Any:
 class Kronecker(LinearOperator):
     """A block-diagonal operator with a Kronecker-factored block for each parameter; `fp.kfac`, `fp.ekfac`.
 
-    It is a pytree, and everything of `LinearOperator` works on it.
+    It is a pytree, and everything of `LinearOperator` works on it. `groups` are the positions of each block's
+    parameters: of one, or of a matrix and its bias.
     """
 
     blocks: tuple[KroneckerProduct | Eigen, ...]
     parameters: Parameters = field(metadata={"static": True})
+    groups: tuple[tuple[int, ...], ...] = field(metadata={"static": True})
 
     has_mean = True
 
@@ -195,29 +198,30 @@ class Kronecker(LinearOperator):
     def linear_map(self) -> Callable[[PyTree], PyTree]:
         """Each block by itself."""
         names = self.parameters
+        return lambda v: names.unflatten(self._products(dict(enumerate(jax.tree.leaves(v)))))
 
-        def apply(v: PyTree) -> PyTree:
-            leaves = zip(self.blocks, jax.tree.leaves(v), strict=True)
-            return names.unflatten([block(leaf).astype(leaf.dtype) for block, leaf in leaves])
-
-        return apply
+    def _products(self, leaves: Mapping[int, Any]) -> list[Any]:
+        """The product's leaves, of those that are not zero."""
+        names = self.parameters
+        found = [jnp.zeros(*pair) for pair in zip(names.shapes, names.dtypes, strict=True)]
+        for block, group in zip(self.blocks, self.groups, strict=True):
+            if leaves.keys() & set(group):
+                for i, product in zip(group, block(*(leaves.get(i, found[i]) for i in group)), strict=True):
+                    found[i] = product.astype(names.dtypes[i])
+        return found
 
     def block_map(self, rows: Sequence[int], columns: Sequence[int]) -> Callable[[Sequence[Any]], list[Any]]:
-        """Zero between different parameters."""
-        names = self.parameters
+        """Zero between different blocks."""
 
         def apply(parts: Sequence[Any]) -> list[Any]:
-            given = dict(zip(columns, parts, strict=True))
-            return [
-                self.blocks[i](given[i]) if i in given else jnp.zeros(names.shapes[i], names.dtypes[i])
-                for i in rows
-            ]
+            found = self._products(dict(zip(columns, parts, strict=True)))
+            return [found[i] for i in rows]
 
         return apply
 
     @property
     def factors(self) -> Mapping[str, tuple[Array, Array]]:
-        """`(A, G)` of each parameter, by its path.
+        """`(A, G)` of each block, by the path of its (first) parameter.
 
         A vector stands for a diagonal, a stack of matrices for independent blocks (layers that a loop stacks,
         groups of a convolution).
@@ -226,12 +230,12 @@ class Kronecker(LinearOperator):
             ValueError: the operator is in its eigenbasis.
         """
         found = {}
-        for path, block in zip(self.parameters.paths, self.blocks, strict=True):
+        for group, block in zip(self.groups, self.blocks, strict=True):
             if not isinstance(block, KroneckerProduct):
                 raise ValueError(
                     "factors: the operator is in its eigenbasis (ekfac, sqrt); it has no factors."
                 )
-            found[path] = (block.a, block.g)
+            found[self.parameters.paths[group[0]]] = (block.a, block.g)
         return found
 
     def inverse(self, damping: Any, *, method: str = "pi") -> Kronecker:
@@ -292,9 +296,8 @@ class Kronecker(LinearOperator):
         """
         if not isinstance(decay, jax.core.Tracer) and not 0 <= decay <= 1:
             raise ValueError(f"update: decay={decay}; pass the share of the past, from 0 to 1.")
-        if self.parameters != other.parameters or list(map(type, self.blocks)) != list(
-            map(type, other.blocks)
-        ):
+        of_both = [(k.parameters, k.groups, [*map(type, k.blocks)]) for k in (self, other)]
+        if of_both[0] != of_both[1]:
             raise ValueError("update: the operators are of different parameters, or of different kinds.")
         blocks: list[KroneckerProduct | Eigen] = []
         for mine, new in zip(self.blocks, other.blocks, strict=True):

@@ -32,7 +32,14 @@ from funcprop.curvature.example_gradients.quantities import (
     SAMPLED,
     Part,
 )
-from funcprop.curvature.examples import batch_size, loss_of_one, model_of_one, total_of, weights_of
+from funcprop.curvature.examples import (
+    batch_size,
+    loss_of_one,
+    model_of_one,
+    of_positions,
+    total_of,
+    weights_of,
+)
 from funcprop.curvature.kronecker import Eigen, Kronecker, KroneckerProduct
 from funcprop.curvature.likelihood import Likelihood
 from funcprop.operators.parameters import Parameters, Where
@@ -52,6 +59,7 @@ def kfac(
     *,
     kind: str = "mc",
     sharing: str = "expand",
+    bias: str = "separate",
     samples: int = 1,
     batched: bool = False,
     where: Where | None = None,
@@ -63,7 +71,8 @@ def kfac(
     For each parameter `A ⊗ G` in place of its block of the Gauss-Newton matrix of the **mean** loss; the
     module `funcprop.curvature.kronecker` has the conventions. Exact for one example, and for linear networks
     with squared error. With `weights`, one number ≥ 0 for each example (0 for padding), means are `Σ w q /
-    Σ w`. Every call traces both functions, as in `fp.per_example`.
+    Σ w`; or one for each position of it, as in `fp.per_example`: in `A` every position with a weight counts
+    once. Every call traces both functions, as there.
 
     Args:
         model, loss: of ONE example, as in `fp.per_example`. With a likelihood in place of the loss, its name
@@ -72,6 +81,9 @@ def kfac(
         kind: "mc", random combinations of the root's columns (needs `key`); "exact", all columns (KFLR);
             "empirical", the gradients themselves.
         sharing: "expand" or "reduce", for weights that are used at several positions.
+        bias: "separate", a block of its own for each parameter, or "joint", one block for a matrix and the
+            bias that is added to its product: `A` has one more row and column, of the activation 1, and
+            stands in `.factors` under the path of the matrix. Other biases keep their own blocks.
         samples: how many random combinations, with "mc".
         batched, where, rules, budget: as in `fp.per_example`.
 
@@ -80,8 +92,8 @@ def kfac(
         `.inverse(damping)`, `.logdet()`, `.sqrt()`, `.update(other, decay)`.
 
     Raises:
-        ValueError: `kind` or `sharing` is not known, there is no key for "mc", or the loss is not convex in
-            the output; also as `fp.per_example`.
+        ValueError: `kind`, `sharing` or `bias` is not known, there is no bias to be joined, there is no key
+            for "mc", or the loss is not convex in the output; also as `fp.per_example`.
 
     References: Martens and Grosse, ICML 2015; Botev, Ritter and Barber, ICML 2017; Eschenhagen et al.,
     NeurIPS 2023.
@@ -96,7 +108,7 @@ def kfac(
          [0.  0.5]]
     """
     loss = loss_of_one(loss, batched) if callable(loss) else loss
-    options = SweepOptions(rules, budget_bytes(budget, "budget"), require_drawn(samples))
+    options = SweepOptions(rules, budget_bytes(budget, "budget"), require_drawn(samples), _joint(bias))
     return KroneckerFactors(model_of_one(model, batched), loss, _chosen(kind, sharing), where, options)
 
 
@@ -106,6 +118,7 @@ def ekfac(
     *,
     kind: str = "mc",
     sharing: str = "expand",
+    bias: str = "separate",
     samples: int = 1,
     batched: bool = False,
     where: Where | None = None,
@@ -130,7 +143,7 @@ def ekfac(
         1.0
     """
     loss = loss_of_one(loss, batched) if callable(loss) else loss
-    options = SweepOptions(rules, budget_bytes(budget, "budget"), require_drawn(samples))
+    options = SweepOptions(rules, budget_bytes(budget, "budget"), require_drawn(samples), _joint(bias))
     return EigenFactors(model_of_one(model, batched), loss, _chosen(kind, sharing), where, options)
 
 
@@ -183,14 +196,15 @@ class KroneckerFactors:
     ) -> tuple[Kronecker, Any]:
         """The factors, or with `bases` the eigenvalues in them; and for which examples they are NaN."""
         require_values(self.name, {"params": params, "x": x, "y": y}, AUDIT)
-        weights = weights_of(weights, batch_size(x, y, "kfac"), "kfac")
+        weights = weights_of(weights, batch_size(x, y, self.name), self.name, positions=True)
+        loss, y, weights = of_positions(self.loss, y, weights, self.name)
         of_chosen, params = restricted(self.model, params, self.where)
         Parameters.of(params)
         if self.part.group == SAMPLED and key is None:
             raise ValueError(
                 "kfac: kind='mc' draws random signs; pass key=jax.random.key(…), or kind='exact'."
             )
-        functions = programs(of_chosen, self.loss, params, x, y)
+        functions = programs(of_chosen, loss, params, x, y)
         arguments = (*functions, params, x, y, key, weights)
         if bases is None:
             return _factors(*arguments, self.part, self.options)
@@ -246,16 +260,20 @@ def _factors(
     total = total_of(weights, size)
     found = sweep(model, loss, params, y, [part], weights, options)
     (_, rootless), factors = found(jax.tree.leaves(params), x, y, key, weights, size)
-    blocks = []
-    for i, here in enumerate(factors):
-        both = here[part]
-        layout = found.study.layout(i, both)
+    groups, blocks = found.study.groups, []
+    if options.joint and len(groups) == len(factors):
+        raise ValueError(
+            "kfac: bias='joint', but no bias is added to the result of a product alone; use bias='separate'."
+        )
+    for group in groups:
+        both = factors[group[0]][part]
+        layout = found.study.layout(group, both)
         mean, g = both.activations / total, both.cotangents / total
         if both.seen is None:
             blocks.append(KroneckerProduct.of(mean, g, layout))
         else:
             blocks.append(KroneckerProduct(mean, g, both.seen / total, layout))
-    return Kronecker(tuple(blocks), names), rootless
+    return Kronecker(tuple(blocks), names, groups), rootless
 
 
 @functools.partial(jax.jit, static_argnames=("part", "options"))
@@ -274,12 +292,21 @@ def _eigenvalues(
     names, size, rotated = Parameters.of(params), batch_size(x, y), Part(part.group, ROTATED)
     total = total_of(weights, size)
     found = sweep(model, loss, params, y, [rotated], weights, options)
-    found = replace(found, bases=[Factors(block.ua, block.ug) for block in bases])
+    groups = found.study.groups
+    of_leaves = {group[0]: Factors(block.ua, block.ug) for group, block in zip(groups, bases, strict=True)}
+    found = replace(found, bases=of_leaves)
     (_, rootless), squares = found(jax.tree.leaves(params), x, y, key, weights, size)
     blocks = [
-        replace(block, values=here[rotated] / total) for block, here in zip(bases, squares, strict=True)
+        replace(block, values=squares[group[0]][rotated] / total)
+        for block, group in zip(bases, groups, strict=True)
     ]
-    return Kronecker(tuple(blocks), names), rootless
+    return Kronecker(tuple(blocks), names, groups), rootless
+
+
+def _joint(bias: str) -> bool:
+    if bias not in ("separate", "joint"):
+        raise ValueError(f"kfac: bias={bias!r} is not known; it is 'separate' or 'joint'.")
+    return bias == "joint"
 
 
 def _chosen(kind: str, sharing: str) -> Part:

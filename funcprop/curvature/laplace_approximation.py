@@ -15,7 +15,7 @@ from funcprop.curvature.convexity import require_convex
 from funcprop.curvature.data_set import DataSet
 from funcprop.curvature.example_gradients.mixed_examples import example_of
 from funcprop.curvature.example_gradients.per_example import per_example
-from funcprop.curvature.examples import batch_size, model_of_one, total_of, weights_of
+from funcprop.curvature.examples import batch_size, model_of_one, over_positions, total_of, weights_of
 from funcprop.curvature.fisher_operator import fisher
 from funcprop.curvature.kronecker_factors import kfac
 from funcprop.curvature.laplace_posterior import Laplace
@@ -59,7 +59,7 @@ class LaplaceApproximation:
     def __call__(self, params: PyTree, x: Any, y: Any, *, weights: Any = None) -> Laplace:
         """The posterior of one batch of data."""
         point, size = self._point(params), batch_size(x, y, "laplace")
-        weights = weights_of(weights, size, "laplace")
+        weights = weights_of(weights, size, "laplace", positions=True)
         fit = self._fit(point, x, y, weights)
         count = total_of(weights, size)
         return self._posterior(point, fit, count, x, lambda: self._operator(point, x, weights))
@@ -100,21 +100,25 @@ class LaplaceApproximation:
         size = len(jax.tree.leaves(x)[0])
         found = jax.vmap(program, (None, 0))(point.chosen, x)
         wide = found.astype(single_at_least(found.dtype))
-        misfits = jax.vmap(self.likelihood.negative_log)(wide, y)
+        axes = 1 if weights is None else weights.ndim
+        misfits = over_positions(self.likelihood.negative_log, axes)(wide, y)
         misfits = misfits if weights is None else weights * misfits
-        noise = jnp.asarray(1.0 if self.noise is None else self.noise)
-        log_noise = jnp.sum(jnp.log(jnp.broadcast_to(noise, outputs.shape)))
+        noise, of_one = jnp.asarray(1.0 if self.noise is None else self.noise), outputs.shape[axes - 1 :]
+        log_noise = jnp.sum(jnp.log(jnp.broadcast_to(noise, of_one)))
         total = total_of(weights, size)
         return Fit(
             self._curvature(point, x, y, weights),
             jnp.sum(misfits) / total,
-            jnp.asarray(float(math.prod(outputs.shape))),
+            jnp.asarray(float(math.prod(of_one))),
             log_noise,
         )
 
     def _curvature(self, point: Point, x: Any, y: Any, weights: Any) -> Any:
         """The mean over the examples, in the structure; None of low rank, which is of all data at once."""
-        given = self.name if self.name and self.noise is None else self.likelihood
+        given: Any = self.name if self.name and self.noise is None else self.likelihood
+        if self.noise is not None and weights is not None and weights.ndim > 1:
+            # Of a Gaussian likelihood the Hessian is the Fisher matrix.
+            given = over_positions(self.likelihood.negative_log, weights.ndim - 1)
         if self.structure == "full":
             return self._operator(point, x, weights).dense()
         if self.structure == "diagonal":
@@ -176,7 +180,8 @@ def laplace(
     The precision at the trained parameters `θ*` is `c H + diag(δ)`, with the Gauss-Newton matrix
     `H = Σ_n J_nᵀ (∇²_f −log p(y_n|f)) J_n` of all examples (a sum, not a mean) and the prior's precision `δ`;
     the outputs are those of the model linearised at `θ*`. With `weights`, one number ≥ 0 for each example (0
-    for padding), every example counts as that many. Of a data set in minibatches it is
+    for padding), every example counts as that many; with weights of positions, `[n, *positions]`, every
+    position does, and the likelihood is of one. Of a data set in minibatches it is
     `fp.curvature.over(batches)(fp.curvature.laplace(…))(params)`.
 
     Args:

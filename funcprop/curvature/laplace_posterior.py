@@ -13,7 +13,10 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
 
 from funcprop.curvature.binding import ruled
+from funcprop.curvature.example_gradients.entering_parameters import Study
+from funcprop.curvature.example_gradients.measurement import entries_of
 from funcprop.curvature.example_gradients.mixed_examples import example_of
+from funcprop.curvature.example_gradients.per_example import LIMIT
 from funcprop.curvature.likelihood import broadcasts
 from funcprop.curvature.precision import Full, Precision, Prior
 from funcprop.operators.convergence import is_traced
@@ -341,10 +344,16 @@ def _predictive(
     def linearised(x: Any) -> tuple[Array, list[Array]]:
         return outputs(point.chosen, x), jax.tree.leaves(jax.jacrev(outputs)(point.chosen, x))
 
+    study = Study.of(model, point.chosen, rules)
+
     def one(x: Any) -> Predictive:
-        mean, jacobian = linearised(x)
-        covariance = precision.covariance(jacobian, scale, prior)
-        return Predictive(mean.reshape(shape), covariance.reshape(*shape, *shape))
+        batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (point.others, x))
+        output, pull, met = study.forward(jax.tree.leaves(point.chosen), batch, 1)
+        (cotangents,) = jax.vmap(pull)(entries_of(output, math.prod(shape)))
+        forms = study.forms(met, cotangents, 1, LIMIT)
+        covariance = precision.covariance_of_forms(study, forms, scale, prior)
+        mean = output.astype(single_at_least(output.dtype)).reshape(shape)
+        return Predictive(mean, covariance.reshape(*shape, *shape))
 
     if not joint:
         return jax.lax.map(one, x, batch_size=min(AT_ONCE, count))

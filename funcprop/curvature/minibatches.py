@@ -65,7 +65,7 @@ class Minibatch:
             arguments, weights = tuple(given), np.asarray(weights)
         found = cls(arguments, weights, number)
         size = found._size(doing)
-        if weights is not None and (weights.shape != (size,) or not bool((weights >= 0).all())):
+        if weights is not None and (weights.shape[:1] != (size,) or not bool((weights >= 0).all())):
             raise ValueError(
                 f"{doing}: the weights of minibatch {number} have shape {weights.shape}, and it has {size} "
                 "examples; give one number ≥ 0 for each, 0 for padding."

@@ -8,7 +8,7 @@ sum over examples; that of two parts of the data is the sum of theirs.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
+from funcprop.curvature.example_gradients.entering_parameters import Study
+from funcprop.curvature.example_gradients.gradient_forms import Factors, GradientForm, OuterProducts
 from funcprop.curvature.kronecker import Eigen, Kronecker
 from funcprop.operators.parameters import Parameters
 
@@ -36,6 +38,12 @@ class Precision(abc.ABC):
     @abc.abstractmethod
     def covariance(self, jacobian: Jacobian, scale: Any, prior: Prior) -> Float[Array, "o o"]:
         """`J (c H + diag(δ))⁻¹ Jᵀ`, for the leaves' Jacobians `[outputs, *leaf]`."""
+
+    def covariance_of_forms(
+        self, study: Study, forms: Sequence[GradientForm], scale: Any, prior: Prior
+    ) -> Float[Array, "o o"]:
+        """The same, for the Jacobian of one example as gradients of its outputs in each leaf."""
+        return self.covariance([form.each(slice(None))[:, 0] for form in forms], scale, prior)
 
     @abc.abstractmethod
     def sample(self, key: PRNGKeyArray, scale: Any, prior: Prior) -> list[Array]:
@@ -125,10 +133,21 @@ class DiagonalPrecision(Precision):
 
     def covariance(self, jacobian: Jacobian, scale: Any, prior: Prior) -> Float[Array, "o o"]:
         """Leaf by leaf."""
+        parts = [_product(j, j / t) for j, t in zip(jacobian, self.total(scale, prior), strict=True)]
+        return sum(parts[1:], parts[0])
+
+    def covariance_of_forms(
+        self, study: Study, forms: Sequence[GradientForm], scale: Any, prior: Prior
+    ) -> Float[Array, "o o"]:
+        """Of a product without the Jacobian, of which `⟨V a gᵀ, a hᵀ⟩ = Σ_o (V ᵀ a²)_o g_o h_o`."""
         parts = []
-        for j, precision in zip(jacobian, self.total(scale, prior), strict=True):
-            rows = j.reshape(j.shape[0], -1)
-            parts.append((rows / jnp.ravel(precision)) @ rows.T)
+        for i, (form, total) in enumerate(zip(forms, self.total(scale, prior), strict=True)):
+            layout = study.product_layout(i)
+            if isinstance(form, OuterProducts) and layout is not None:
+                parts.append(form.weighted_gram(layout.to_matrix(1 / total))[0])
+            else:
+                j = form.each(slice(None))[:, 0]
+                parts.append(_product(j, j / total))
         return sum(parts[1:], parts[0])
 
     def sample(self, key: PRNGKeyArray, scale: Any, prior: Prior) -> list[Array]:
@@ -218,9 +237,13 @@ class KroneckerPrecision(Precision):
 
     def _damped(self, scale: Any, prior: Prior) -> list[Eigen]:
         return [
-            replace(block, values=scale * block.values + jnp.mean(δ))
-            for block, δ in zip(self.blocks, prior, strict=True)
+            replace(block, values=scale * block.values + jnp.mean(self._flat([prior[i] for i in group])))
+            for block, group in self._each(self.blocks)
         ]
+
+    def _each(self, blocks: Sequence[Eigen]) -> Iterator[tuple[Eigen, tuple[int, ...]]]:
+        """The blocks with the positions of their leaves."""
+        return zip(blocks, self.factored.groups, strict=True)
 
     def logdet(self, scale: Any, prior: Prior) -> Scalar:
         """The sum of the eigenvalues' logarithms."""
@@ -230,15 +253,39 @@ class KroneckerPrecision(Precision):
     def covariance(self, jacobian: Jacobian, scale: Any, prior: Prior) -> Float[Array, "o o"]:
         """Leaf by leaf, in the eigenbasis."""
         parts = []
-        for j, block in zip(jacobian, self._damped(scale, prior), strict=True):
-            solved = jax.vmap(block.map(lambda values: 1 / values))(j)
-            parts.append(j.reshape(j.shape[0], -1) @ solved.reshape(j.shape[0], -1).T)
+        for block, group in self._each(self._damped(scale, prior)):
+            mine = [jacobian[i] for i in group]
+            solved = jax.vmap(block.map(lambda values: 1 / values))(*mine)
+            parts += [_product(j, s) for j, s in zip(mine, solved, strict=True)]
+        return sum(parts[1:], parts[0])
+
+    def covariance_of_forms(
+        self, study: Study, forms: Sequence[GradientForm], scale: Any, prior: Prior
+    ) -> Float[Array, "o o"]:
+        """Of a product without the Jacobian, in the eigenbasis."""
+        parts = []
+        for block, group in self._each(self._damped(scale, prior)):
+            mine = [forms[i] for i in group]
+            if len(mine) == 1 and isinstance(mine[0], OuterProducts):
+                turned = mine[0].turned(Factors(block.ua, block.ug))
+                parts.append(turned.weighted_gram(1 / block.values)[0])
+                continue
+            j = [form.each(slice(None))[:, 0] for form in mine]
+            solved = jax.vmap(block.map(lambda values: 1 / values))(*j)
+            parts += [_product(a, b) for a, b in zip(j, solved, strict=True)]
         return sum(parts[1:], parts[0])
 
     def sample(self, key: PRNGKeyArray, scale: Any, prior: Prior) -> list[Array]:
         """The inverse's square root times white noise."""
-        keys = jax.random.split(key, len(self.blocks))
-        return [
-            block.map(lambda values: 1 / jnp.sqrt(values))(jax.random.normal(k, δ.shape, δ.dtype))
-            for k, block, δ in zip(keys, self._damped(scale, prior), prior, strict=True)
-        ]
+        keys = jax.random.split(key, len(prior))
+        noise = [jax.random.normal(k, δ.shape, δ.dtype) for k, δ in zip(keys, prior, strict=True)]
+        for block, group in self._each(self._damped(scale, prior)):
+            drawn = block.map(lambda values: 1 / jnp.sqrt(values))(*(noise[i] for i in group))
+            for i, found in zip(group, drawn, strict=True):
+                noise[i] = found
+        return noise
+
+
+def _product(left: Array, right: Array) -> Float[Array, "o o"]:
+    """Inner products of rows, which are like a leaf."""
+    return left.reshape(len(left), -1) @ right.reshape(len(right), -1).T

@@ -7,8 +7,10 @@ what it did not find: the residual `‖A v − λ v‖` of every pair is compute
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -19,12 +21,12 @@ from jaxtyping import Array, Float
 from funcprop.operators.convergence import is_traced, warn_unless
 from funcprop.operators.finite import require_finite
 from funcprop.operators.lanczos import Tridiagonal, tridiagonal, tridiagonals
-from funcprop.operators.products import block, flat_map, mapped
+from funcprop.operators.products import flat_map, mapped, matrix_of
+from funcprop.operators.solvers import Direct
 from funcprop.operators.symmetric_map import SymmetricMap
 
 ENDS = {"LA": "largest", "SA": "smallest", "BE": "half of each end", "LM": "largest in magnitude"}
 BASIS_BYTES = 2**32  # what the vectors of a Krylov space may take, unless their number is given
-METHODS = ("lanczos", "lobpcg", "dense")
 
 
 class Pairs(NamedTuple):
@@ -36,73 +38,109 @@ class Pairs(NamedTuple):
     norm: Array
 
 
+class EigenSolver(abc.ABC):
+    """A way to some eigenpairs, for `LinearOperator.eigsh`."""
+
+    @abc.abstractmethod
+    def pairs(self, operator: SymmetricMap, k: int, which: str, key: Array) -> Pairs:
+        """k pairs, on flat vectors."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Lanczos(EigenSolver):
+    """With full reorthogonalisation, in spaces that double until all pairs have converged.
+
+    It finds one vector of an eigenvalue that occurs several times, until its space is exhausted.
+
+    Attributes:
+        tolerance: on `‖A v − λ v‖ / ‖A‖`; `ε^(2/3)` of the parameters' dtype if None.
+        products: at most so many; 320 or 10 k if None, or as many vectors as fit 4 GiB.
+
+    Reference: Lanczos, Journal of Research of the National Bureau of Standards 1950.
+    """
+
+    tolerance: float | None = None
+    products: int | None = None
+
+    def pairs(self, operator: SymmetricMap, k: int, which: str, key: Array) -> Pairs:
+        """In Krylov spaces that double until all pairs have converged, or have so many dimensions."""
+        size, most = operator.parameters.size, self.products
+        tolerance = _tolerance(self.tolerance, operator)
+        if most is None:
+            room = BASIS_BYTES // (size * operator.dtype.itemsize)
+            most = max(k, min(max(10 * k, 320), room))
+        most = min(most, size)
+        if most < k:
+            raise ValueError(
+                f"products={most} are fewer than k={k}; allow at least as many, better ten times."
+            )
+        operator = operator.linearize()
+        dimension = most if is_traced((operator, key)) else min(most, max(2 * k + 2, 40))
+        while True:
+            pairs = _lanczos(operator, k, which, dimension, key)
+            # NaN compares as false, and then more products are of no use.
+            if dimension == most or not bool(pairs.residual > tolerance * pairs.norm):
+                break
+            dimension = min(most, 2 * dimension)
+        after = f"{dimension} products"
+        return _checked(operator, pairs, k, which, tolerance, after, "products=, or Lobpcg()")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Lobpcg(EigenSolver):
+    """On blocks of k vectors, which finds all vectors of an eigenvalue; takes 5 k < P.
+
+    Attributes:
+        tolerance: as of `Lanczos`.
+        iterations: at most so many.
+
+    Reference: Knyazev, "Toward the optimal preconditioned eigensolver", SIAM Journal on Scientific Computing
+    2001.
+    """
+
+    tolerance: float | None = None
+    iterations: int = 100
+
+    def pairs(self, operator: SymmetricMap, k: int, which: str, key: Array) -> Pairs:
+        """From the largest down, of the operator or of its negative."""
+        size, tolerance = operator.parameters.size, _tolerance(self.tolerance, operator)
+        if operator.on_host:
+            raise ValueError(
+                "Lobpcg is not for an operator over a data set; use Lanczos(), or Direct(), which is one "
+                "pass over the data."
+            )
+        if 5 * k >= size:
+            raise ValueError(
+                f"k={k} is too many for Lobpcg on {size} parameters, which takes 5 k < P; use Direct() or "
+                "Lanczos()."
+            )
+        pairs = _lobpcg(operator, k, which, tolerance, self.iterations, key)
+        after = f"{self.iterations} iterations"
+        return _checked(operator, pairs, k, which, tolerance, after, "iterations=, or Lanczos()")
+
+
 def eigenpairs(
-    operator: SymmetricMap,
-    k: int,
-    which: str,
-    method: str,
-    tolerance: float | None,
-    most: int | None,
-    key: Array,
+    operator: SymmetricMap, k: int, which: str, solver: EigenSolver | Direct | None, key: Array
 ) -> Pairs:
     """`LinearOperator.eigsh`, where the arguments are explained, on flat vectors."""
     size = operator.parameters.size
     if which not in ENDS:
         said = ", ".join(f"{name} ({meaning})" for name, meaning in ENDS.items())
         raise ValueError(f"which={which!r} is not known; choose one of {said}.")
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is not known; choose one of {', '.join(METHODS)}.")
     if not 0 < k <= size:
         raise ValueError(f"k={k}, but the operator has {size} eigenvalues; take 1 ≤ k ≤ {size}.")
-    if tolerance is None:
-        tolerance = operator.parameters.rounding ** (2 / 3)
-    if method == "lobpcg" and operator.on_host:
-        raise ValueError(
-            "method='lobpcg' is not for an operator over a data set; use method='lanczos', or 'dense', which "
-            "is one pass over the data."
+    if isinstance(solver, Direct):
+        pairs = _of_matrix(matrix_of(operator, solver.budget), k, which)
+        return require_finite(operator, pairs, "eigsh()")
+    if solver is not None and not isinstance(solver, EigenSolver):
+        raise TypeError(
+            f"eigsh: solver={solver!r} is none; pass fp.curvature.Lanczos(), Lobpcg() or Direct()."
         )
-    if method == "dense":
-        return require_finite(operator, _dense(operator, k, which), "eigsh()")
-    if method == "lobpcg":
-        return _by_lobpcg(operator, k, which, tolerance, most, key)
-    return _by_lanczos(operator, k, which, tolerance, most, key)
+    return (solver or Lanczos()).pairs(operator, k, which, key)
 
 
-def _by_lanczos(
-    operator: SymmetricMap, k: int, which: str, tolerance: float, most: int | None, key: Array
-) -> Pairs:
-    """In Krylov spaces that double until all pairs have converged, or have `most` dimensions."""
-    size = operator.parameters.size
-    if most is None:
-        room = BASIS_BYTES // (size * operator.dtype.itemsize)
-        most = max(k, min(max(10 * k, 320), room))
-    most = min(most, size)
-    if most < k:
-        raise ValueError(f"products={most} are fewer than k={k}; allow at least as many, better ten times.")
-    operator = operator.linearize()
-    dimension = most if is_traced((operator, key)) else min(most, max(2 * k + 2, 40))
-    while True:
-        pairs = _lanczos(operator, k, which, dimension, key)
-        # NaN compares as false, and then more products are of no use.
-        if dimension == most or not bool(pairs.residual > tolerance * pairs.norm):
-            break
-        dimension = min(most, 2 * dimension)
-    return _checked(operator, pairs, k, which, tolerance, f"{dimension} products", "method='lobpcg'")
-
-
-def _by_lobpcg(
-    operator: SymmetricMap, k: int, which: str, tolerance: float, most: int | None, key: Array
-) -> Pairs:
-    """By blocks of k vectors, from the largest down, of the operator or of its negative."""
-    size = operator.parameters.size
-    if 5 * k >= size:
-        raise ValueError(
-            f"k={k} is too many for LOBPCG on {size} parameters, which takes 5 k < P; use method='dense' or "
-            "'lanczos'."
-        )
-    iterations = 100 if most is None else most
-    pairs = _lobpcg(operator, k, which, tolerance, iterations, key)
-    return _checked(operator, pairs, k, which, tolerance, f"{iterations} iterations", "method='lanczos'")
+def _tolerance(given: float | None, operator: SymmetricMap) -> float:
+    return operator.parameters.rounding ** (2 / 3) if given is None else given
 
 
 def _checked(
@@ -112,16 +150,11 @@ def _checked(
     warn_unless(
         pairs.residual <= tolerance * pairs.norm,
         f"eigsh: the largest residual ‖A v − λ v‖ of k={k} pairs ({which}) is {{}} after {after}, above "
-        f"tolerance={tolerance:.1e} times ‖A‖={{}}; raise products=, or try {instead}.",
+        f"tolerance={tolerance:.1e} times ‖A‖={{}}; try more {instead}.",
         pairs.residual,
         pairs.norm,
     )
     return pairs
-
-
-def _dense(operator: SymmetricMap, k: int, which: str) -> Pairs:
-    every = tuple(range(len(operator.parameters.paths)))
-    return _of_matrix(block(operator, every, every, None), k, which)
 
 
 @functools.partial(jax.jit, static_argnames=("k", "which"))

@@ -23,7 +23,8 @@ from funcprop.operators.convergence import is_traced, warn_unless
 from funcprop.operators.lanczos import Tridiagonal, tridiagonal
 from funcprop.operators.linearization import split
 from funcprop.operators.parameters import Parameters
-from funcprop.operators.queries import DENSE_BYTES, Queries
+from funcprop.operators.products import DENSE_BYTES
+from funcprop.operators.queries import Queries
 from funcprop.program.program import Program
 
 

@@ -6,6 +6,7 @@ All is compiled, but for an operator on a data loader, whose columns go through 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +17,11 @@ from jaxtyping import Array, Float, PyTree
 
 from funcprop import _jax
 from funcprop.operators.symmetric_map import SymmetricMap
-from funcprop.program.sizes import nbytes
+from funcprop.program.sizes import budget_bytes, nbytes
 
 COLUMN_BYTES = 2**28  # what the intermediate values of columns computed at once may take together
 MOST_COLUMNS = 32  # more gain nothing on a CPU
+DENSE_BYTES = 2**32  # a larger matrix is made only when asked for
 
 
 def product(operator: SymmetricMap, v: PyTree) -> PyTree:
@@ -52,6 +54,25 @@ def block(
     most = _columns_of_pass(operator)
     parts = [at[i : i + most] for i in range(0, len(at), most)]
     return jnp.concatenate([operator.columns(_units(operator, part))[kept] for part in parts], 1)
+
+
+def matrix_of(
+    operator: SymmetricMap, budget: int | str = DENSE_BYTES, at_once: int | None = None
+) -> Float[Array, "P P"]:
+    """The matrix; a ValueError if it has more bytes than `budget`."""
+    require_room(operator, operator.shape, budget, "the matrix")
+    every = tuple(range(len(operator.parameters.paths)))
+    return block(operator, every, every, at_once)
+
+
+def require_room(operator: SymmetricMap, shape: tuple[int, ...], budget: int | str, what: str) -> None:
+    """Raise a ValueError if a matrix of this shape has more bytes than `budget`."""
+    needed = math.prod(shape) * operator.dtype.itemsize
+    if needed > budget_bytes(budget, "budget"):
+        raise ValueError(
+            f"{what} has {shape[0]} × {shape[1]} entries, {needed:.3g} bytes, and budget={budget}; use "
+            "products, block(), diagonal() or where=, or raise budget=."
+        )
 
 
 def diagonal(operator: SymmetricMap, at_once: int | None) -> PyTree:

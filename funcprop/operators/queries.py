@@ -6,8 +6,6 @@ are given, never silently, and comes with its error bar.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,17 +15,15 @@ from jaxtyping import Array, Float, PyTree, Scalar
 
 from funcprop.operators import products
 from funcprop.operators.convergence import is_traced
-from funcprop.operators.eigenpairs import eigenpairs
+from funcprop.operators.eigenpairs import EigenSolver, eigenpairs
 from funcprop.operators.estimate import Estimate
 from funcprop.operators.finite import require_finite
 from funcprop.operators.plots import interval_widths, plot_entries, plot_traces
-from funcprop.operators.solvers import require_damping, solve
+from funcprop.operators.products import DENSE_BYTES
+from funcprop.operators.solvers import Direct, Solver, require_damping, solve
 from funcprop.operators.spectral_density import Spectrum, spectrum
 from funcprop.operators.stochastic_estimates import estimate, squared_to_norm
 from funcprop.operators.symmetric_map import SymmetricMap
-from funcprop.program.sizes import budget_bytes
-
-DENSE_BYTES = 2**32  # a larger matrix is made only when asked for
 
 
 class Queries(SymmetricMap):
@@ -46,9 +42,7 @@ class Queries(SymmetricMap):
             ValueError: the matrix is larger than `budget`.
             FloatingPointError: it is not finite; the message has the parameter's path.
         """
-        _require_room(self, self.shape, budget, "the matrix")
-        every = tuple(range(len(self.parameters.paths)))
-        return require_finite(self, products.block(self, every, every, at_once), "dense()")
+        return require_finite(self, products.matrix_of(self, budget, at_once), "dense()")
 
     def block(
         self, rows: Any, columns: Any = None, *, at_once: int | None = None, budget: int | str = DENSE_BYTES
@@ -71,7 +65,7 @@ class Queries(SymmetricMap):
         r = names.select(rows)
         c = r if columns is None else names.select(columns)
         size = tuple(sum(names.sizes[i] for i in positions) for positions in (r, c))
-        _require_room(self, size, budget, "the block")
+        products.require_room(self, size, budget, "the block")
         return require_finite(self, products.block(self, r, c, at_once), "block()")
 
     def diagonal(
@@ -183,9 +177,7 @@ class Queries(SymmetricMap):
         k: int = 6,
         which: str = "LA",
         *,
-        method: str = "lanczos",
-        tolerance: float | None = None,
-        products: int | None = None,
+        solver: EigenSolver | Direct | None = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, " k"], PyTree]:
         """k eigenvalues, ascending, and their unit eigenvectors, a pytree with a last axis of k.
@@ -194,16 +186,13 @@ class Queries(SymmetricMap):
             k: how many.
             which: "LA" the largest, "SA" the smallest, "BE" half of each end (one more of the largest if k is
                 odd), "LM" the largest in magnitude.
-            method: "lanczos", with full reorthogonalisation, in spaces that double until all pairs have
-                converged; finds one vector of an eigenvalue that occurs several times. "lobpcg", on a block,
-                finds all; takes 5 k < P. "dense", exact, forms the matrix.
-            tolerance: on `‖A v − λ v‖ / ‖A‖`; `ε^(2/3)` of the parameters' dtype if None.
-            products: at most so many products (Lanczos; 320 or 10 k if None, or as many vectors as fit 4 GiB)
-                or iterations (LOBPCG; 100).
+            solver: `fp.curvature.Lanczos()` (if None), `Lobpcg()`, which finds all vectors of an eigenvalue
+                that occurs several times, or `Direct()`, which makes the matrix.
             key: of the starting vectors; `jax.random.key(0)` if None.
 
         Raises:
-            ValueError: `k` is larger than P, or too large for LOBPCG; `which` or `method` is not known.
+            ValueError: `k` is larger than P, or too large for LOBPCG; `which` is not known.
+            TypeError: `solver` is none.
             FloatingPointError: the operator is not finite.
 
         Warns:
@@ -220,7 +209,7 @@ class Queries(SymmetricMap):
             [3. 4.] (5, 2)
         """
         key = jax.random.key(0) if key is None else key
-        pairs = eigenpairs(self, k, which, method, tolerance, products, key)
+        pairs = eigenpairs(self, k, which, solver, key)
         return pairs.values, self.parameters.unravel_columns(pairs.vectors)
 
     def spectrum(
@@ -296,30 +285,24 @@ class Queries(SymmetricMap):
         b: PyTree,
         damping: Any = 0.0,
         *,
-        method: str | None = None,
-        preconditioner: SymmetricMap | Callable[[PyTree], PyTree] | None = None,
+        solver: Solver | None = None,
         start: PyTree | None = None,
-        tolerance: float | None = None,
-        products: int | None = None,
     ) -> PyTree:
         """`x` with `(A + damping I) x = b`; a pytree or flat, as `b` is.
 
         Args:
             b: like the parameters, or flat.
             damping: a number ≥ 0.
-            method: "minres" (if None), for operators of any signs: of all solutions in its Krylov space the
-                one of smallest residual; "cg", conjugate gradients, for a positive definite operator alone.
-            preconditioner: an approximate inverse, positive definite: an operator, or a function of pytrees.
-            start: where the iteration starts, such as the solution of a similar system; zero if None.
-            tolerance: on `‖(A + damping I) x − b‖ / ‖b‖`; `ε^(2/3)` of the
-                parameters' dtype if None.
-            products: at most so many; 10 P if None.
+            solver: `fp.curvature.Minres()` (if None), for operators of any signs;
+                `ConjugateGradients()`, for a positive definite operator alone; both have
+                `preconditioner=`, `tolerance=` and `products=`. Or `Direct()`, which makes the matrix.
+            start: where an iteration starts, such as the solution of a similar system; zero if None.
 
         Raises:
-            ValueError: `damping` is negative or not finite, `method` is not known, or `b` is not like the
-                parameters.
-            FloatingPointError: the operator or `b` is not finite, or method="cg" broke down on an indefinite
-                operator.
+            ValueError: `damping` is negative or not finite, or `b` is not like the parameters.
+            TypeError: `solver` is none.
+            FloatingPointError: the operator or `b` is not finite, conjugate gradients broke down on an
+                indefinite operator, or the matrix is singular.
 
         Warns:
             ConvergenceWarning: the residual is above the tolerance.
@@ -335,7 +318,7 @@ class Queries(SymmetricMap):
         """
         names = self.parameters
         at = None if start is None else names.flat(start, "start")
-        x = solve(self, names.flat(b, "b"), damping, method, preconditioner, at, tolerance, products)
+        x = solve(self, names.flat(b, "b"), damping, solver, at)
         return x if names.is_flat(b) else names.unravel(x)
 
     def to_scipy(self) -> Any:
@@ -350,15 +333,6 @@ class Queries(SymmetricMap):
         from funcprop.operators.scipy_conversion import to_scipy  # SciPy's solvers load slowly.
 
         return to_scipy(self)
-
-
-def _require_room(operator: Any, shape: tuple[int, ...], budget: int | str, what: str) -> None:
-    needed = math.prod(shape) * operator.dtype.itemsize
-    if needed > budget_bytes(budget, "budget"):
-        raise ValueError(
-            f"{what} has {shape[0]} × {shape[1]} entries, {needed:.3g} bytes, and budget={budget}; use "
-            "products, block(), diagonal() or where=, or raise budget=."
-        )
 
 
 def _positive(values: Array, damping: Any, doing: str) -> Array:

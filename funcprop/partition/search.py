@@ -302,8 +302,8 @@ class _Search:
         found = None
         if self.budget is not None and (least := self._bytes_that_stay()) > self.budget:
             raise ValueError(
-                f"parameters, what goes with them, and the largest product's result are {least:,} bytes, more "
-                f"than {self.budget:,}, whatever is computed again."
+                f"parameters, what goes with them, and the largest product's result are {least:,} bytes, "
+                f"more than {self.budget:,}, whatever is computed again."
             )
         for share in _SHARES:
             try:

@@ -56,6 +56,17 @@ def name_of(fun: Any, unnamed: str | None = None) -> str:
     return str(getattr(fun, "__name__", unnamed or type(fun).__name__))
 
 
+class _Bare(str):
+    """Text that a container shows without quotes."""
+
+    __repr__ = str.__str__
+
+
+def shown_types(tree: Any) -> str:
+    """A pytree of arrays or of their types, as `{'a': float32[3]}`."""
+    return str(jax.tree.map(lambda leaf: _Bare(f"{leaf.dtype}{list(leaf.shape)}"), tree))
+
+
 def pair(returned: Any, fun: Callable[..., Any]) -> tuple[Any, Any]:
     """Check the result of a function with auxiliary data: a pair.
 

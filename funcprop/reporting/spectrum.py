@@ -14,6 +14,7 @@ import numpy as np
 from funcprop.cost.programs import FORWARD
 from funcprop.cost.second_order import SecondOrderCost
 from funcprop.curvature.hessian_operator import hessian
+from funcprop.operators.solvers import Direct
 
 COUNT = 10
 # Of more parameters, or if a product takes longer, it is left out: some 64 to 320 products are needed.
@@ -60,10 +61,10 @@ def top(
 
     others = [arg for i, arg in enumerate(args) if i != at]
     operator = hessian(of_parameters)([leaves[i] for i in chosen], *others, **kwargs)
-    method = "dense" if size <= FEW_PARAMETERS else "lanczos"
+    solver = Direct() if size <= FEW_PARAMETERS else None
     with warnings.catch_warnings(record=True) as doubts:
         warnings.simplefilter("always")
-        values, _ = operator.eigsh(min(COUNT, size), method=method)
+        values, _ = operator.eigsh(min(COUNT, size), solver=solver)
     descending = tuple(float(value) for value in values[::-1])
     return Top(descending, size, tuple(dict.fromkeys(str(doubt.message) for doubt in doubts)))
 

@@ -41,6 +41,7 @@ def kfac(
     every: int = 1,
     kind: str = "mc",
     sharing: str = "expand",
+    bias: str = "separate",
     method: str = "pi",
     samples: int = 1,
     where: Where | None = None,
@@ -64,7 +65,7 @@ def kfac(
         damping: a number > 0, or 0 where the factors are not singular.
         decay: between 0 (the last minibatch alone) and 1, exclusive of 1.
         every: after how many updates the factors and their inverse are computed anew.
-        kind, sharing, samples: of `fp.kfac`.
+        kind, sharing, bias, samples: of `fp.kfac`.
         method: how the damping enters, of `Kronecker.inverse`.
         where: the parameters that are moved, as in `fp.hessian`; the updates of the others are zero.
         seed: of the key from which kind="mc" draws.
@@ -94,7 +95,9 @@ def kfac(
         raise ValueError(f"kfac: decay={decay}; pass a number from 0 up to, but not, 1.")
     if every < 1:
         raise ValueError(f"kfac: every={every}; pass a number of updates, 1 or more.")
-    curvature = factored(model, loss, kind=kind, sharing=sharing, samples=samples, where=where, rules=rules)
+    curvature = factored(
+        model, loss, kind=kind, sharing=sharing, bias=bias, samples=samples, where=where, rules=rules
+    )
 
     def factors(params: PyTree, batch: Any, key: PRNGKeyArray) -> Kronecker:
         x, y = batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax.lax import GatherScatterMode
 
 from funcprop import _jax
 from funcprop.curvature.example_gradients.gradient_forms import AtHand, Factors, GradientForm, OuterProducts
+from funcprop.curvature.example_gradients.joint_layers import JointLayer, JointLayout, joint_layers
 from funcprop.curvature.example_gradients.matrix_layout import MatrixLayout
 from funcprop.curvature.example_gradients.mixed_examples import types_of
 from funcprop.curvature.example_gradients.outer_products import OuterForm, outer_form
@@ -42,14 +43,22 @@ class Study:
     taps: list[Tap]
     leaves: Sequence[Any]
     rules: RuleSet | None
+    layers: Sequence[JointLayer] = ()
 
     @classmethod
-    def of(cls, model: Program, params: Any, rules: RuleSet | None) -> Study:
-        """Take a traced model apart."""
+    def of(cls, model: Program, params: Any, rules: RuleSet | None, joint: bool = False) -> Study:
+        """Take a traced model apart; with `joint`, a bias is a row of the matrix that it belongs to."""
         leaves = jax.tree.leaves(types_of(params))
         first = len(model.constants)
         plan, taps = find(model.jaxpr, range(first, first + len(leaves)))
-        return cls(model, plan, taps, leaves, rules)
+        return cls(model, plan, taps, leaves, rules, joint_layers(plan, taps) if joint else ())
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """The leaves of each block of the curvature."""
+        biases = {layer.weight: layer.bias for layer in self.layers}
+        alone = [i for i in range(len(self.leaves)) if i not in biases.values()]
+        return tuple((i, biases[i]) if i in biases else (i,) for i in alone)
 
     @property
     def output(self) -> Any:
@@ -89,6 +98,10 @@ class Study:
             whole = len(found) == 1 and (not mine or self._covers(self.taps[mine[0]], leaf))
             alike, why = (False, "") if whole else self._alike(i)
             forms.append(found[0] if whole else Several(found, leaf, size, limit, alike, why))
+        for layer in self.layers:
+            product = forms[layer.weight]
+            assert isinstance(product, OuterProducts)
+            forms[layer.weight] = replace(product, form=product.form.with_row(layer.constant))
         return forms
 
     def kept(self, leaves: Sequence[Any], x: Any, size: int) -> list[tuple[str, str]]:
@@ -130,8 +143,28 @@ class Study:
         layers = math.prod(loop.length for loop in tap.loops if loop.slices)
         return tap.eqn is None or layers * tap.eqn.invars[tap.operand].aval.size >= leaf.size
 
-    def layout(self, i: int, factors: Factors) -> MatrixLayout:
-        """How the entries of a leaf lie in `[k, i, o]` of its factors."""
+    def layout(self, group: tuple[int, ...], factors: Factors) -> MatrixLayout | JointLayout:
+        """How the entries of a block's leaves lie in `[k, i, o]` of its factors."""
+        weight = self._layout_alone(group[0], factors)
+        if len(group) == 1:
+            return weight
+        bias = self.leaves[group[1]]
+        (tap,) = (tap for tap in self.taps if tap.view.leaf == group[1])
+        form = outer_form(tap)
+        assert form is not None
+        (layers, _, columns), of_bias = weight.matrix, form.to_leaf
+        blocks = jax.eval_shape(form.cotangents, tap.perturbation).shape[0]
+        to_leaf = lambda w: of_bias(w.reshape(blocks, 1, -1))  # noqa: E731
+        return JointLayout(weight, MatrixLayout.of(to_leaf, (layers, 1, columns), bias.shape))
+
+    def product_layout(self, i: int) -> MatrixLayout | None:
+        """How the entries of a leaf lie in `[k, i, o]`, if it enters one product alone, as a whole."""
+        mine = [tap for tap in self.taps if tap.view.leaf == i]
+        form = outer_form(mine[0]) if len(mine) == 1 and self._covers(mine[0], self.leaves[i]) else None
+        alone = form is not None and form.activations is not None
+        return self._layout_of(form, mine[0], self.leaves[i]) if form is not None and alone else None
+
+    def _layout_alone(self, i: int, factors: Factors) -> MatrixLayout:
         leaf = self.leaves[i]
         mine = [tap for tap in self.taps if tap.view.leaf == i]
         # A block of several uses is kept whole if it is small, and then `A` is a number.
@@ -139,10 +172,9 @@ class Study:
             form = outer_form(mine[0])
             assert form is not None
             return self._layout_of(form, mine[0], leaf)
+        if (product := self.product_layout(i)) is not None:
+            return product
         if len(mine) == 1 and self._covers(mine[0], leaf):
-            form = outer_form(mine[0])
-            if form is not None and form.activations is not None:
-                return self._layout_of(form, mine[0], leaf)
             rows = factors.activations.shape[-1]
             if _takes_rows(mine[0]):
                 table = mine[0].eqn.invars[0].aval.shape

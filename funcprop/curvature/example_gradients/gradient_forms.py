@@ -220,6 +220,16 @@ class OuterProducts:
         """Inner products, `[n, c, n, c]`."""
         return jax.vmap(lambda a, g: contractions.gram_blocks(a, g, self.limit))(*self.folded(columns)).sum(0)
 
+    def weighted_gram(self, entries: Any) -> Any:
+        """`⟨V W[c, n], W[d, n]⟩`, `[n, c, d]`; `V` has a number for each entry, `[k, i, o]`."""
+        a, g = self.folded(slice(None))
+        if self.form.positions > 1:
+            w = jnp.einsum("knti,kcnto->kncio", a, g)
+            return jnp.einsum("kncio,kndio->ncd", w * entries[:, None, None], w)
+        g = g[:, :, :, 0]
+        met = jnp.einsum("kni,kio->kno", a[:, :, 0] ** 2, entries)
+        return jnp.einsum("kcno,kdno->ncd", g * met[:, None], g)
+
     def factors(self, group: Group, reduce: bool) -> Factors:
         """Kronecker factors, summed over examples."""
         return kronecker([self], group, reduce)

@@ -58,6 +58,10 @@ class MatrixLayout:
         moved = blocks.reshape([self.sizes[d] for d in self.order])
         return self._flipped(moved.transpose(np.argsort(self.order))).reshape(self.leaf)
 
+    def to_leaves(self, blocks: Any) -> list[Any]:
+        """Blocks as the leaf, which is alone."""
+        return [self.to_leaf(blocks)]
+
     def _flipped(self, split: Any) -> Any:
         """Of NumPy's arrays, one of NumPy's, also under `jit`."""
         ways = (-1 if d in self.flips else 1 for d in range(len(self.sizes)))

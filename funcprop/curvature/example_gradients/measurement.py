@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -60,7 +60,7 @@ class Sweep:
     root: LossRoot | None
     parts: frozenset[Part]
     limit: int
-    bases: Sequence[Any] = ()
+    bases: Mapping[int, Any] = field(default_factory=dict)
     samples: int = 1
     weighted: bool = False
 
@@ -211,7 +211,7 @@ class Sweep:
                     columns, weight = self.root.others, jax.vmap(self.root.first_weight)(output, y)
                 found.append(_scaled(jax.vmap(columns, out_axes=1)(output, y), root))
             else:
-                found.append(_entries(output, self.count(OUTPUTS)))
+                found.append(entries_of(output, self.count(OUTPUTS)))
         joined = jax.tree.map(lambda *c: jnp.concatenate(c), *found) if found else None
         return Examples(values, self._rootless(output, joined)), joined, weight
 
@@ -237,7 +237,7 @@ class Sweep:
                 found[Part(group_of, GRAM)] = form.gram(group.members[0].at)
             for kind in kinds & {EXPAND, REDUCE}:
                 found[Part(group_of, kind)] = form.factors(group, kind == REDUCE)
-            if ROTATED in kinds:
+            if ROTATED in kinds and leaf in self.bases:
                 found[Part(group_of, ROTATED)] = form.squares_in(self.bases[leaf], group)
         if wanted:
             found |= {
@@ -254,7 +254,7 @@ def _scaled(columns: Any, by: Any) -> Any:
     return jax.tree.map(lambda g: g * by.astype(g.dtype).reshape(-1, *(1,) * (g.ndim - 2)), columns)
 
 
-def _entries(output: Any, count: int) -> Any:
+def entries_of(output: Any, count: int) -> Any:
     """One column for every entry of an example's output."""
     leaves, tree = jax.tree.flatten(output)
     found, start = [], 0

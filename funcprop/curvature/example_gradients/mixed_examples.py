@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from funcprop import _jax
-from funcprop.program.call import succeeds
+from funcprop.program.call import shown_types, succeeds
 from funcprop.program.layer_calls import layer_call
 from funcprop.program.program import Program
 
@@ -85,9 +85,9 @@ def trace_loss(loss: Callable[[Any, Any], Any], output: Any, y: Any) -> Program:
     result = program.results
     if not (hasattr(result, "shape") and result.shape == () and jnp.issubdtype(result.dtype, jnp.floating)):
         raise TypeError(
-            f"per_example: loss(output, y) of one example returned {result}; it must return a floating-point "
-            "scalar. `model` and `loss` are for ONE example: per_example itself maps them over the leading "
-            "axis of x and y."
+            f"per_example: loss(output, y) of one example returned {shown_types(result)}; it must return a "
+            "floating-point scalar. `model` and `loss` are for ONE example: per_example itself maps them "
+            "over the leading axis of x and y."
         )
     before, inputs = len(program.constants), len(program.jaxpr.invars)
     read = _jax.without_unread_inputs(program.jaxpr, [False] * inputs)[1][before:]

@@ -36,13 +36,30 @@ class OuterForm:
     to_leaf: Fold
     positions: int
 
+    def with_row(self, constant: float) -> OuterForm:
+        """One more row of every block, whose activation is a constant at every position."""
+        assert self.activations is not None
+        fold = self.activations
+
+        def activations(x: Any) -> Any:
+            a = fold(x)
+            return jnp.concatenate([a, jnp.full((*a.shape[:-1], 1), constant, a.dtype)], -1)
+
+        return replace(self, activations=activations)
+
 
 def outer_form(tap: Tap) -> OuterForm | None:
     """The outer form of a tap, or None if its operator has none."""
+    split = folding(tap)
+    return None if split is None else _with_loops(tap, split)
+
+
+def folding(tap: Tap) -> ProductFolding | None:
+    """The outer form of one iteration of the loops around."""
     if tap.eqn is None or tap.eqn.primitive.name not in _FORMS:
         return None
     split = _FORMS[tap.eqn.primitive.name](tap)
-    return _with_loops(tap, split) if split is not None and split.view.distinct else None
+    return split if split is not None and split.view.distinct else None
 
 
 class ProductFolding(NamedTuple):

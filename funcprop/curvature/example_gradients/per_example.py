@@ -32,7 +32,14 @@ from funcprop.curvature.example_gradients.quantities import (
     VALUE,
     Part,
 )
-from funcprop.curvature.examples import batch_size, loss_of_one, model_of_one, total_of, weights_of
+from funcprop.curvature.examples import (
+    batch_size,
+    loss_of_one,
+    model_of_one,
+    of_positions,
+    total_of,
+    weights_of,
+)
 from funcprop.curvature.likelihood import Likelihood, likelihood_of
 from funcprop.graph.graph import aligned
 from funcprop.operators.parameters import Parameters, Where, single_at_least
@@ -156,10 +163,11 @@ class PerExample:
             )
         require_values("per_example", {"params": params, "x": x, "y": y}, AUDIT)
         size = batch_size(x, y, "per_example")
-        weights = weights_of(weights, size, "per_example")
+        weights = weights_of(weights, size, "per_example", positions=True)
+        loss_of, y, weights = of_positions(self.loss, y, weights, "per_example")
         of_chosen, params = restricted(self.model, params, self.where)
         Parameters.of(params)
-        model, loss = programs(of_chosen, self.loss, params, x, y)
+        model, loss = programs(of_chosen, loss_of, params, x, y)
         wanted = tuple(sorted(set(names)))
         options = SweepOptions(self.rules, self.limit, self.samples)
         found, rootless = _quantities(model, loss, params, x, y, key, weights, wanted, options)
@@ -223,6 +231,7 @@ class SweepOptions(NamedTuple):
     rules: RuleSet | None
     limit: int
     samples: int
+    joint: bool = False
 
 
 def programs(
@@ -279,7 +288,7 @@ def sweep(
         )
     if any(part.group in (SAMPLED, EXACT) for part in parts):
         root = root_of(loss, model.results, example_of(y))
-    study = Study.of(model, params, options.rules)
+    study = Study.of(model, params, options.rules, options.joint)
     weighted = weights is not None
     return Sweep(study, loss, root, frozenset(parts), options.limit, (), options.samples, weighted)
 
@@ -299,7 +308,10 @@ def per_example(
     `per_example(model, loss)(params, x, y, quantities={...}, key=None, weights=None)` returns `{quantity:
     pytree like params}`. With `weights`, one number ≥ 0 for each example (0 for padding), every mean is
     `Σ w q / Σ w`; what is of single examples (`"gradients"`, `"norm"`, `"gram"`, `"ntk"`) has
-    none. With `W[n]` the gradient of example n's loss in a leaf and N examples, all conventions fixed:
+    none. Weights of positions, `[n, *positions]`, are for a loss that returns one value for each of them, or
+    a likelihood of one by its name: an example's loss is the weighted mean of its positions', and it counts
+    as the sum of their weights. With `W[n]` the gradient of example n's loss in a leaf and N examples, all
+    conventions fixed:
 
     * `"value"`: the mean loss. `"gradient"`: `1/N Σ W`, of the mean loss.
     * `"gradients"` (or `"batch_gradients"`): `W`, N × leaf. `"norm"`: `‖W[n]‖`, an array of length N for each
