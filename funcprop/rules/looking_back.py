@@ -43,12 +43,10 @@ class Found(NamedTuple):
 
 
 class Past:
-    """The operators that were applied last, and the functions that they end."""
+    """The operators applied last, and the functions that they end: `patterns`, by their last operator."""
 
-    def __init__(self, patterns: Sequence[Pattern]) -> None:
-        self._by_last: dict[str, list[Pattern]] = {}
-        for pattern in patterns:
-            self._by_last.setdefault(pattern.last, []).append(pattern)
+    def __init__(self, patterns: Mapping[str, Sequence[Pattern]]) -> None:
+        self.patterns = patterns
         self._steps: deque[Applied] = deque()
         self._maker: dict[int, Applied] = {}
         self._seen: dict[str, int] = {}  # by the name of a primitive, the number of the last one
@@ -57,7 +55,7 @@ class Past:
 
     def add(self, primitive: Any, operands: Sequence[Any], params: Mapping[str, Any], results: Any) -> None:
         """Remember an operator."""
-        if not self._by_last:
+        if not self.patterns:
             return
         made = tuple(results) if primitive.multiple_results else (results,)
         step = Applied(primitive, tuple(operands), params, made)
@@ -89,7 +87,7 @@ class Past:
         """The function that an operator ends, if there is one that `accept` takes."""
         names = self._inside(primitive, params)
         last = names[-1] if names else primitive.name
-        candidates = [p for p in self._by_last.get(last, ()) if names and self._may_hold(p, names)]
+        candidates = [p for p in self.patterns.get(last, ()) if names and self._may_hold(p, names)]
         if not candidates or not _ends_with_its_results(primitive, params):
             return None
         view = _View(self._maker)
