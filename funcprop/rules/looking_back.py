@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from funcprop import _jax
-from funcprop.rules.patterns.recognition import Pattern, Replacement
+from funcprop.rules.patterns.recognition import Pattern, Replacement, call_of
 
 # The longest pattern, log-softmax, is of ten operators; a function that is mapped or cast has a few more.
 LENGTH = 32
@@ -156,8 +156,7 @@ class _View:
         """The equations of a step, with the bodies of jits that are inlined in their place."""
         invars = [self._atom(x) for x in step.operands]
         if step.primitive.name == "custom_jvp_call":
-            traced = jax.make_jaxpr(step.params["function"])(*(v.aval for v in invars))
-            eqn = _jax.open_jaxpr(traced).eqns[0].replace(invars=invars)
+            eqn = call_of(step.params["function"], invars)
         else:
             eqn = _jax.equation_of(step.primitive, invars, step.params)
         if step.results:
