@@ -1,6 +1,7 @@
 """Rules belong to the machine that a program is compiled for, not to the one that traces it."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -128,6 +129,33 @@ def test_where_the_platform_is_certain_there_is_no_choice():
         jax.device_put(X, jax.devices()[1])
     )
     assert (traced[0].platform, traced[0].certain) == ("cpu", True)
+
+
+def test_the_first_operand_that_is_bound_to_a_device_says_which_rules_there_are(monkeypatch):
+    """Whether it is an argument, or in an object that the function closes over."""
+    ran = []
+
+    def forward(x, **_):
+        ran.append(x)
+        return jnp.sin(x), (x,)
+
+    sine = fp.Rule(forward, lambda saved, g, needs, **_: (g * jnp.cos(saved[0]),), platforms="cpu")
+    rules = fp.RuleSet("cpu", {"sin": sine}, measured=True)
+    monkeypatch.setattr(_jax, "default_platform", lambda: "tpu")
+    free, held = jnp.ones(2), SimpleNamespace()
+
+    def runs(gradient, x, w):
+        ran.clear()
+        held.w = w
+        close(gradient(x), w * jnp.cos(x * w))
+        return bool(ran)
+
+    gradient = fp.grad(lambda x: jnp.sum(jax.lax.sin(x * held.w)), rules=rules)
+    bound = jax.device_put(free, jax.devices()[0])
+    assert not runs(gradient, free, free)
+    assert runs(gradient, free, bound)
+    assert runs(gradient, bound, free)
+    assert runs(lambda x: jax.vmap(gradient)(x[None])[0], bound, free)
 
 
 ERRORS = {

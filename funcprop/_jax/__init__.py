@@ -38,7 +38,7 @@ from funcprop._jax.compiled_programs import temporary_bytes as temporary_bytes
 from funcprop._jax.platforms import default_platform as default_platform
 from funcprop._jax.platforms import device_of as device_of
 from funcprop._jax.platforms import is_staged_out as is_staged_out
-from funcprop._jax.platforms import lowered_for as lowered_for
+from funcprop._jax.platforms import lowered_by_platform as lowered_by_platform
 from funcprop._jax.platforms import platform_of as platform_of
 from funcprop._jax.scopes import context as context
 from funcprop._jax.scopes import context_of as context_of
@@ -334,13 +334,15 @@ def define_primitive(
 ) -> Primitive:
     """A primitive with several results whose meaning is the traceable function `call`.
 
-    `lowering` is a lowering rule (`lowered_for`), if it is to be lowered otherwise.
+    `lowering` is a lowering rule (`lowered_by_platform`), if it is to be lowered otherwise.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(call)
     primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, lowering or mlir.lower_fun(call, multiple_results=True))
+    lower = lowering or mlir.lower_fun(call, multiple_results=True)
+    # Where it stands, not in a function of its own, by which JAX would look for an equal one.
+    mlir.register_lowering(primitive, lower, cacheable=False)
     ad.primitive_jvps[primitive] = jvp
     ad.primitive_transposes[primitive] = transpose
     batching.fancy_primitive_batchers[primitive] = batch

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.core import Trace, Tracer
+from jax.core import Trace, Tracer, eval_jaxpr
 from jax.interpreters import mlir
 
 # What JAX calls "cuda" and "rocm" where it lowers, it calls "gpu" where it runs.
@@ -51,21 +51,32 @@ def is_staged_out(trace: Trace) -> bool:
     return around is not None
 
 
-def lowered_for(choose: Callable[[str], Callable[..., Any]]) -> Any:
-    """Make a lowering rule of the functions that `choose` gives for the platforms.
+def lowered_by_platform(context: Any, *operands: Any, jaxpr: Any, forms: Any) -> Any:
+    """Lower a program that is in one form for `forms.platforms`, `jaxpr`, and in another for others.
 
-    Where one program is lowered for several, each has its own.
+    Where one program is lowered for several platforms, each has its own.
     """
+    platforms = context.platforms or context.module_context.platforms
+    first = {name: _NAMES.get(name, name) in forms.platforms for name in platforms}
+    if all(first.values()) and not jaxpr.effects:
+        return _lowered_in_place(context, jaxpr, operands)
+    functions = {True: lambda *xs: eval_jaxpr(jaxpr, (), *xs), False: forms.other}
+    if len(set(first.values())) == 1:
+        called = functions[all(first.values())]
+    else:
+        each = {name: functions[is_first] for name, is_first in first.items()}
+        called = lambda *xs: jax.lax.platform_dependent(*xs, **each)  # noqa: E731
+    return mlir.lower_fun(called, multiple_results=True)(context, *operands)
 
-    def lower(context: Any, *operands: Any, **params: Any) -> Any:
-        platforms = context.platforms or context.module_context.platforms
-        functions = {name: choose(_NAMES.get(name, name)) for name in platforms}
-        if len(set(functions.values())) == 1:
-            fun = next(iter(functions.values()))
-            called = lambda *xs: fun(*xs, **params)  # noqa: E731
-        else:
-            each = {name: (lambda *xs, f=f: f(*xs, **params)) for name, f in functions.items()}
-            called = lambda *xs: jax.lax.platform_dependent(*xs, **each)  # noqa: E731
-        return mlir.lower_fun(called, multiple_results=True)(context, *operands)
 
-    return lower
+def _lowered_in_place(context: Any, jaxpr: Any, operands: Sequence[Any]) -> Any:
+    """As `mlir.lower_fun` of what the jaxpr computes, which would trace it again."""
+    module = context.module_context
+    if context.platforms is not None:
+        module = module.replace(platforms=context.platforms)
+    results, tokens = mlir.jaxpr_subcomp(
+        module, jaxpr, context.name_stack, context.tokens_in, (), *operands,
+        dim_var_values=context.dim_var_values, const_lowering=context.const_lowering, outer_traceback=None,
+    )  # fmt: skip
+    context.set_tokens_out(tokens)
+    return results

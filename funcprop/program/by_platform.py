@@ -8,7 +8,6 @@ needed. What is derived of the choice is again a choice, between what is derived
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -53,18 +52,6 @@ def _call(*operands: Any, jaxpr: Any, forms: Forms) -> Arrays:
 
 def _abstract(*operands: Any, jaxpr: Any, forms: Forms) -> Arrays:
     return [v.aval for v in jaxpr.outvars]
-
-
-@functools.cache
-def _lowered(platform: str) -> Any:
-    def call(*operands: Any, jaxpr: Any, forms: Forms) -> Arrays:
-        return (
-            _call(*operands, jaxpr=jaxpr, forms=forms)
-            if platform in forms.platforms
-            else forms.other(*operands)
-        )
-
-    return call
 
 
 def _jvp(primals: Any, tangents: Any, *, jaxpr: Any, forms: Forms) -> Any:
@@ -133,5 +120,5 @@ by_platform_p = _jax.define_primitive(
     jvp=_jvp,
     transpose=_transpose,
     batch=_batch,
-    lowering=_jax.lowered_for(_lowered),
+    lowering=_jax.lowered_by_platform,
 )

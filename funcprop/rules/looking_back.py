@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from funcprop import _jax
-from funcprop.rules.patterns.recognition import Pattern, Replacement
+from funcprop.rules.patterns.recognition import Pattern, Replacement, call_of
 
 # The longest pattern, log-softmax, is of ten operators; a function that is mapped or cast has a few more.
 LENGTH = 32
@@ -43,12 +43,10 @@ class Found(NamedTuple):
 
 
 class Past:
-    """The operators that were applied last, and the functions that they end."""
+    """The operators applied last, and the functions that they end: `patterns`, by their last operator."""
 
-    def __init__(self, patterns: Sequence[Pattern]) -> None:
-        self._by_last: dict[str, list[Pattern]] = {}
-        for pattern in patterns:
-            self._by_last.setdefault(pattern.last, []).append(pattern)
+    def __init__(self, patterns: Mapping[str, Sequence[Pattern]]) -> None:
+        self.patterns = patterns
         self._steps: deque[Applied] = deque()
         self._maker: dict[int, Applied] = {}
         self._seen: dict[str, int] = {}  # by the name of a primitive, the number of the last one
@@ -57,7 +55,7 @@ class Past:
 
     def add(self, primitive: Any, operands: Sequence[Any], params: Mapping[str, Any], results: Any) -> None:
         """Remember an operator."""
-        if not self._by_last:
+        if not self.patterns:
             return
         made = tuple(results) if primitive.multiple_results else (results,)
         step = Applied(primitive, tuple(operands), params, made)
@@ -89,7 +87,7 @@ class Past:
         """The function that an operator ends, if there is one that `accept` takes."""
         names = self._inside(primitive, params)
         last = names[-1] if names else primitive.name
-        candidates = [p for p in self._by_last.get(last, ()) if names and self._may_hold(p, names)]
+        candidates = [p for p in self.patterns.get(last, ()) if names and self._may_hold(p, names)]
         if not candidates or not _ends_with_its_results(primitive, params):
             return None
         view = _View(self._maker)
@@ -158,8 +156,7 @@ class _View:
         """The equations of a step, with the bodies of jits that are inlined in their place."""
         invars = [self._atom(x) for x in step.operands]
         if step.primitive.name == "custom_jvp_call":
-            traced = jax.make_jaxpr(step.params["function"])(*(v.aval for v in invars))
-            eqn = _jax.open_jaxpr(traced).eqns[0].replace(invars=invars)
+            eqn = call_of(step.params["function"], invars)
         else:
             eqn = _jax.equation_of(step.primitive, invars, step.params)
         if step.results:

@@ -123,9 +123,10 @@ def _cannot_forget_layouts(eqn: Any) -> str | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _patterns(rules: RuleSet, platform: str) -> tuple[Pattern, ...]:
-    """Functions of several operators for which a rule set has a rule; asked at every eager call."""
-    return tuple(p for p in PATTERNS if rules.find(p.layer, platform) is not None)
+def _patterns(rules: RuleSet, platform: str) -> tuple[tuple[Pattern, ...], dict[str, list[Pattern]]]:
+    """Functions of several operators with a rule, also by their last operator; asked at every eager call."""
+    patterns = tuple(p for p in PATTERNS if rules.find(p.layer, platform) is not None)
+    return patterns, {last: [p for p in patterns if p.last == last] for last in {p.last for p in patterns}}
 
 
 class Rewriter:
@@ -139,7 +140,7 @@ class Rewriter:
     ) -> None:
         self.rules, self.claimed = rules, claimed
         self.target = CompileTarget.of(rules.target) if target is None else target
-        self.patterns = _patterns(rules, self.target.platform)
+        self.patterns, self.patterns_by_last = _patterns(rules, self.target.platform)
         # Keyed by identity; the object is kept beside the answer so that its identity is not reused.
         self._found: dict[int, tuple[Any, BoundRule | None]] = {}
         self._ruled: dict[int, tuple[Any, bool]] = {}

@@ -62,9 +62,10 @@ def with_rules(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callabl
     @functools.wraps(fun)
     def ruled(*args: Any, **kwargs: Any) -> Any:
         def trace(parent: Any) -> RuleTrace:
-            given = () if rules.target else _first_arrays((*args, *kwargs.values()))
-            target = CompileTarget.of(rules.target, given, _jax.is_staged_out(parent))
-            return RuleTrace(parent, Rewriter(rules, target=target))
+            staged_out = _jax.is_staged_out(parent)
+            target = CompileTarget.of(rules.target, staged_out=staged_out)
+            follows = rules.target is None and not staged_out
+            return RuleTrace(parent, Rewriter(rules, target=target), follows)
 
         with _jax.under(trace):
             return fun(*args, **kwargs)
@@ -73,27 +74,16 @@ def with_rules(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callabl
     return ruled
 
 
-def _first_arrays(arguments: Sequence[Any]) -> list[Any]:
-    """An array of each argument, if one is found without going through what the argument holds.
-
-    All arrays of a call are on devices of one platform, and a container may be large, or count its uses.
-    """
-    found = []
-    for x in arguments:
-        while type(x) in (list, tuple, dict) and x:
-            x = next(iter(x.values())) if type(x) is dict else x[0]
-        if isinstance(x, jax.Array):
-            found.append(x)
-    return found
-
-
 class RuleTrace(_jax.PassingTrace):
-    """Attaches rules to what a function applies to traced values; everything else passes."""
+    """Attaches rules to what a function applies to traced values; everything else passes.
 
-    def __init__(self, parent: Any, rewriter: Rewriter) -> None:
+    Where it `follows` the operands, they say for which platform: the first that is bound to a device.
+    """
+
+    def __init__(self, parent: Any, rewriter: Rewriter, follows: bool = False) -> None:
         super().__init__(parent)
-        self.rewriter = rewriter
-        self.past = Past(rewriter.patterns)
+        self.rewriter, self.follows = rewriter, follows
+        self.past = Past(rewriter.patterns_by_last)
 
     def ended(self) -> None:
         """Forget the operators that were applied, with their values."""
@@ -106,7 +96,7 @@ class RuleTrace(_jax.PassingTrace):
     def process_primitive(self, primitive: Any, operands: Any, params: Any, /) -> Any:
         """Attach a rule, or bind the primitive with new bodies, or as it is."""
         results = None
-        if any(map(_jax.is_traced, operands)):
+        if self.enters(operands):
             results = self.function(primitive, operands, params)
             if results is None:
                 results = self.operator(primitive, operands, params)
@@ -120,13 +110,24 @@ class RuleTrace(_jax.PassingTrace):
         self.past.add(primitive, operands, params, results)
         return results
 
+    def enters(self, operands: Sequence[Any]) -> bool:
+        """Whether any operand is looked at; one that is bound to a device says which rules there are."""
+        if not any(map(_jax.is_traced, operands)):
+            return False
+        platform = _jax.platform_of(operands) if self.follows else None
+        self.follows = self.follows and platform is None
+        if platform not in (None, self.rewriter.target.platform):
+            self.rewriter = Rewriter(self.rewriter.rules, target=CompileTarget.of(None, operands))
+            self.past.patterns = self.rewriter.patterns_by_last
+        return True
+
     def process_custom_jvp_call(
         self, primitive: Any, fun: Any, jvp: Any, operands: Any, /, **options: Any
     ) -> Any:
         """A function with a derivative of its own: the user's stays, a known one of JAX's may have a rule."""
         results = super().process_custom_jvp_call(primitive, fun, jvp, operands, **options)
         function = next((f for f in FUNCTIONS if _jax.is_call_of(f, fun, jvp)), None)
-        if function is not None and any(map(_jax.is_traced, operands)):
+        if function is not None and self.enters(operands):
             params = {"function": function}
             found = self.function(primitive, operands, params)
             results = results if found is None else found
