@@ -228,10 +228,8 @@ class _Limits:
             )
         if chunks is not None and (isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1):
             raise ValueError(f"chunks={chunks!r} is not a number of pieces; pass an int of at least 1.")
-        budget, peak = (_written(name, limit) for name, limit in (("budget", budget), ("peak", peak)))
-        for name, limit in (("budget", budget), ("peak", peak)):
-            _check(name, limit)
-        self.budget, self.peak, self.chunks, self.count_arguments = budget, peak, chunks, count_arguments
+        self.budget, self.peak = _limit("budget", budget), _limit("peak", peak)
+        self.chunks, self.count_arguments = chunks, count_arguments
         self.argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
         self.measure, self.target = measure, target
         if target is not None:
@@ -390,28 +388,23 @@ def _reason(choice: Choice, name: str, target: float) -> str | None:
     return f"the program's peak falls to {temp / plain:.0%} of {plain:,} temporary bytes.{way}"
 
 
-def _written(name: str, limit: Budget) -> int | float | None:
+def _limit(name: str, limit: Budget) -> int | float | None:
     """A limit as a number: `"64MB"` is bytes, `"25%"` a share."""
-    return budget_or_share(limit, name) if isinstance(limit, str) else limit
-
-
-def _check(name: str, limit: Any) -> None:
+    if isinstance(limit, str):
+        limit = budget_or_share(limit, name)
     if limit is None:
-        return
+        return None
+    meaning = "an int is bytes, a float a share of the residual bytes"
     if isinstance(limit, bool) or not isinstance(limit, int | float | np.integer | np.floating):
-        raise TypeError(
-            f"{name}={limit!r} is not a number: an int is bytes, a float a share of the residual bytes."
-        )
+        raise TypeError(f"{name}={limit!r} is not a number: {meaning}.")
     if not limit >= 0:
-        raise ValueError(
-            f"{name}={limit!r} is {'negative' if limit < 0 else 'not a number'}: an int is bytes, a float a "
-            "share of the residual bytes."
-        )
+        raise ValueError(f"{name}={limit!r} is {'negative' if limit < 0 else 'not a number'}: {meaning}.")
     if isinstance(limit, float | np.floating) and limit > 1:
         raise ValueError(
             f"{name}={limit!r}: a float is a share of the residual bytes, between 0 and 1; for bytes pass "
             f"the int {int(limit)}."
         )
+    return limit
 
 
 def _bytes(limit: float | None, whole: int) -> int | None:
