@@ -180,11 +180,11 @@ def test_channels_first_are_moved_last_and_back(shape, padding):
 
 
 def test_overlapping_windows_need_a_long_axis_beside_them():
-    rules = fp.rules.default.on(fp.Machine("cpu", caches=(32 * 1024, 1024**2), vector=64))
+    wide = fp.rules.default.on(fp.Machine("cpu", caches=(2**15, 2**20), vector=64))
 
     def reason(shape, padding="VALID"):
         pool = lambda x: nn.max_pool(x, (3, 3), (2, 2), padding)  # noqa: E731
-        return fp.matches(pool, rules)(jax.ShapeDtypeStruct(shape, "float32"))[0].reason
+        return fp.matches(pool, wide)(jax.ShapeDtypeStruct(shape, "float32"))[0].reason
 
     assert reason((32, 9, 9, 16)) is None
     assert reason((1024, 9, 9, 4)) is None
@@ -213,3 +213,37 @@ print(compiled.memory_analysis().temp_size_in_bytes)
     outputs = 8 * 16 * 16 * 64
     # The taps, and a few arrays of the outputs' size.
     assert int(done.stdout) < 3 * 4 * outputs < 8 * 33 * 33 * 64 * 4
+
+
+def test_shifted_cotangents_are_not_made_where_several_kernels_read_their_sum():
+    """Of 4 × 4 windows by 1 after a normalisation, whose derivative reads the sum of 16 copies thrice."""
+    code = """
+import jax, jax.numpy as jnp, funcprop as fp
+def loss(x, w):
+    y = x - x.mean((0, 1, 2))
+    y = jax.nn.relu(y * jax.lax.rsqrt((y**2).mean((0, 1, 2)) + 1e-6))
+    y = jax.lax.reduce_window(y, -jnp.inf, jax.lax.max, (1, 4, 4, 1), (1, 1, 1, 1), "VALID")
+    return jnp.sum(jnp.dot(y, w) ** 2)
+x, w = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((16, 17, 17, 16), (16, 1)))
+assert [m.operator for m in fp.matches(loss)(x, w) if m.reason is None] == ["relu_max_pool"]
+for grad in (jax.value_and_grad, fp.value_and_grad):
+    print(jax.jit(grad(loss)).lower(x, w).compile().memory_analysis().temp_size_in_bytes)
+"""
+    clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True)
+    theirs, ours = map(int, done.stdout.split())
+    assert ours <= theirs
+
+
+@pytest.mark.parametrize(("window", "stride"), [((4, 4), (1, 1)), ((5, 5), (2, 2)), ((3, 7), (1, 2))])
+def test_many_overlapping_windows(window, stride):
+    """The sum of many shifted cotangents passes through a division by one."""
+    pool = max_pool((1, *window, 1), (1, *stride, 1), "SAME", jax.nn.relu)
+    x = jnp.asarray(data((2, 11, 12, 3), "ties"))
+    loss = lambda x: jnp.sum(jnp.sin(pool(x)) * jnp.arange(pool(x).size).reshape(pool(x).shape))  # noqa: E731
+    by_rules = fp.with_rules(loss, RULES)
+    expected, actual = (compiled(jax.grad(f))(x) for f in (loss, by_rules))
+    np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
+    v = jnp.cos(jnp.arange(x.size)).reshape(x.shape)
+    twice = lambda f: compiled(lambda x: jax.grad(lambda x: jnp.vdot(jax.grad(f)(x), v))(x))(x)  # noqa: E731
+    np.testing.assert_allclose(twice(by_rules), twice(loss), rtol=1e-12, atol=1e-12)

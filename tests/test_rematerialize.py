@@ -344,6 +344,16 @@ def test_shapes_are_enough(plan):
     assert remat_plan(mlp, 0.3)(*shapes).json() == plan.json()
 
 
+def test_a_plan_for_a_platform_that_is_not_here():
+    here, there = (remat_plan(mlp, 0.3, target=target)(WS, X) for target in (None, "tpu"))
+    assert there.compiler_options == {}
+    assert there.advice is None
+    assert "nothing was compiled: this process has no tpu" in there.reason
+    assert (there.residual_bytes, there.extra_flops) == (here.residual_bytes, here.extra_flops)
+    with pytest.raises(fp.RuleError, match="target='tpy' is no platform"):
+        remat_plan(mlp, 0.3, target="tpy")
+
+
 def test_a_policy_for_checkpoint(plan):
     lean = jax.checkpoint(mlp, policy=plan.policy)
     assert held(lean, WS, X)[0] == plan.policy_residual_bytes <= plan.budget

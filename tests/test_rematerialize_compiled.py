@@ -1,5 +1,6 @@
 """What XLA allocates: in a process of its own, because the tests' flags turn off what users compile with."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -120,3 +121,43 @@ def test_no_plan_is_worse_than_none():
     again, options, reason = found["met"]
     assert (again, options) == (0, {})
     assert "the budget is met: accumulated holds 20,000,000 bytes as it stands" in reason
+
+
+TPU = """
+import json
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+import funcprop as fp
+
+device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+on = jax.sharding.SingleDeviceSharding(device)
+ws = [jax.ShapeDtypeStruct((512, 512), "float32", sharding=on)] * 6
+x = jax.ShapeDtypeStruct((32768, 512), "float32", sharding=on)
+
+def loss(ws, x):
+    for w in ws:
+        x = jnp.tanh(x @ w)
+    return jnp.mean(x**2)
+
+plan = fp.memory.remat_plan(loss, 0.25)(ws, x)
+lean = fp.memory.rematerialize(loss, 0.25, target=device)
+def temp(fun, options):
+    compiled = jax.jit(jax.value_and_grad(fun), compiler_options=options).lower(ws, x).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+print(json.dumps({
+    "options": plan.compiler_options, "advice": plan.advice, "told": [plan.plain_temp_bytes, plan.temp_bytes],
+    "found": [temp(loss, None), temp(lean, plan.compiler_options)],
+}))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_plan_for_a_tpu_is_compiled_for_it():
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_X64")}
+    environment |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    result = subprocess.run([sys.executable, "-c", TPU], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert (found["options"], found["advice"]) == ({}, None)
+    assert found["told"] == pytest.approx(found["found"], rel=0.02)
+    assert found["found"][1] < 0.65 * found["found"][0]

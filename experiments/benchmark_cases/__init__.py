@@ -13,3 +13,4 @@ ROWS: dict[str, Row] = {
     **language.ROWS,
     **dense.ROWS,
 }
+CURVES = layers.CURVES

@@ -25,15 +25,16 @@ our_attention = partial(fp.layers.attention, causal=True)
 
 
 def attention(
-    compare: Callable[..., Case], length: int, batch: int = 1, heads: int = 4, width: int = 64
+    compare: Callable[..., Case], length: int, batch: int = 1, heads: int = 4, width: int = 64, **options: Any
 ) -> Case:
-    """A cubic function of the result, so that the Hessian has every term."""
+    """A cubic function of the result, so that the Hessian has every term; `options` are the layer's."""
 
     def loss(qkv: Any, *, by: Callable[..., Any]) -> jax.Array:
         return jnp.sum(by(*qkv) ** 3)
 
     qkv = tuple(normal(batch, length, heads, width, seed=i) for i in range(3))
-    return compare(partial(loss, by=our_attention), qkv, plain=partial(loss, by=plain_attention))
+    ours = partial(our_attention, **options)
+    return compare(partial(loss, by=ours), qkv, plain=partial(loss, by=plain_attention))
 
 
 def plain_head(h: jax.Array, w: jax.Array, labels: jax.Array) -> jax.Array:
@@ -41,13 +42,13 @@ def plain_head(h: jax.Array, w: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(h @ w, labels).mean()
 
 
-def head(compare: Callable[..., Case], tokens: int, width: int, vocabulary: int) -> Case:
+def head(compare: Callable[..., Case], tokens: int, width: int, vocabulary: int, **options: Any) -> Case:
     def loss(params: Any, labels: jax.Array, *, by: Callable[..., Any]) -> jax.Array:
         return by(params["h"], params["w"], labels)
 
     params = {"h": normal(tokens, width), "w": normal(width, vocabulary, seed=1) / width**0.5}
     labels = jax.random.randint(jax.random.key(2), (tokens,), 0, vocabulary)
-    ours = partial(loss, by=fp.layers.linear_cross_entropy)
+    ours = partial(loss, by=partial(fp.layers.linear_cross_entropy, **options))
     return compare(ours, params, labels, plain=partial(loss, by=plain_head))
 
 
@@ -114,4 +115,16 @@ ROWS: dict[str, Row] = {
     "language model, 4 layers d256 T512 B4 V32k": Row(
         lambda: language_model(4, 256, 512, 4, 2**15), lambda: language_model(2, 64, 16, 8, 128), 0.90, 0.25
     ),
+}
+
+# Layers that buy bytes with time, by what their loop takes at a time.
+CURVES: dict[str, dict[str, Callable[[], Case]]] = {
+    "linear + cross-entropy, 4096 × 256 × 32k, by tokens in a chunk": {
+        str(chunk): partial(head, gradients, 4096, 256, 2**15, chunk=chunk)
+        for chunk in (256, 512, 1024, 2048)
+    },
+    "attention, T2048, 4 heads, d 64, causal, by queries × keys in a block": {
+        f"{q}×{k}": partial(attention, gradients, 2048, blocks=(q, k))
+        for q, k in ((256, 256), (512, 512), (512, 1024), (1024, 1024), (2048, 2048))
+    },
 }

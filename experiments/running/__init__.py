@@ -54,14 +54,14 @@ def interleaved(
     *,
     twice: bool = False,
     before: Callable[[], None] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], Any] = time.perf_counter,
 ) -> dict[Step, np.ndarray]:
-    """Seconds of each step in each turn, by a clock.
+    """Seconds of each step in each turn, by a clock or by several (`both_clocks`).
 
     If `twice`, the second of two runs counts: what it finds in memory and caches is then its own, as in a
     training loop, and not what the step before it left. `before` is called before each step and not counted.
     """
-    seconds: dict[Step, list[float]] = {name: [] for name in steps}
+    seconds: dict[Step, list[Any]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             if twice:
@@ -72,6 +72,11 @@ def interleaved(
             step()
             seconds[name].append(clock() - start)
     return {name: np.array(times) for name, times in seconds.items()}
+
+
+def both_clocks() -> np.ndarray:
+    """Seconds of the clock on the wall, and of all cores for this process, which others disturb less."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def machine() -> str:

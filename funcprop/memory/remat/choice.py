@@ -21,6 +21,7 @@ from funcprop._jax.buffers import NoBuffersError, buffers
 from funcprop.memory.estimate import estimate
 from funcprop.memory.remat.chain import StepChain
 from funcprop.memory.remat.schedule import CutChain, Schedule, cheapest, in_chunks
+from funcprop.rules.machine import Machine
 
 # Limits on a schedule's peak that are tried, as shares of the cheapest one's; shares of the budget; numbers
 # of equal chunks; how many of all these are compiled: of the fewest bytes, and the cheapest.
@@ -68,12 +69,35 @@ class CompiledGradient(NamedTuple):
         return cls(*sizes, float("nan") if flops is None else flops, tuple(largest.most_common(3)))
 
 
+class Placement(NamedTuple):
+    """What a program is compiled for: a platform, and the sharding of each argument, None if it has none."""
+
+    platform: str
+    shardings: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[Any], target: Any) -> Placement:
+        """That of a target as in `rematerialize`, or of arguments' own devices, or of JAX's default."""
+        if target is None:
+            own = (None if isinstance(v, jax.core.Tracer) else _jax.sharding_of(v) for v in values)
+            return cls(_jax.platform_of(values) or _jax.default_platform(), tuple(own))
+        device = next(iter(getattr(target, "devices", ())), target)
+        sharding = jax.sharding.SingleDeviceSharding(device) if hasattr(device, "device_kind") else None
+        return cls(Machine.of(target).platform, (sharding,) * len(values))
+
+    @property
+    def has_compiler(self) -> bool:
+        """Whether there is a device, perhaps only described, to compile for."""
+        return self.platform == _jax.default_platform() or any(s is not None for s in self.shardings)
+
+
 @dataclass(frozen=True, eq=False)
 class GradientProgram:
     """The gradient of a program in some of its arguments, by a schedule or as it stands."""
 
     program: StepChain
     chosen: tuple[int, ...]
+    placement: Placement
 
     def sweeps(self, schedule: Schedule | None) -> tuple[Callable[..., Any], list[Any]]:
         """A function of arguments and seeds that runs both sweeps, and their types."""
@@ -99,19 +123,32 @@ class GradientProgram:
             ]
             return found, pullback(cotangents)
 
-        types = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in avals]
+        types = [
+            jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=sharding)
+            for t, sharding in zip(avals, self.placement.shardings, strict=True)
+        ]
         seeds = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t, s in zip(results, smooth, strict=True) if s]
         return both_sweeps, [types, seeds]
 
-    def compiled(self, schedule: Schedule | None, options: dict[str, str]) -> CompiledGradient:
-        """Compile it."""
+    def options(self, schedule: Schedule) -> dict[str, str]:
+        """The compiler options that a schedule needs on this platform."""
+        if not any(s.recomputed for s in schedule.segments):
+            return {}
+        return dict(xla_options.barrier_options(self.placement.platform) or {})
+
+    def compiled(self, schedule: Schedule | None, options: dict[str, str] | None = None) -> CompiledGradient:
+        """Compile it, with the options that its schedule needs if none are given."""
+        if options is None:
+            options = {} if schedule is None else self.options(schedule)
         fun, types = self.sweeps(schedule)
         return CompiledGradient.of(jax.jit(fun, compiler_options=options or None).lower(*types).compile())
 
     def estimated(self, schedule: Schedule | None) -> int:
         """Estimate its temporary bytes."""
         fun, types = self.sweeps(schedule)
-        return estimate(jax.make_jaxpr(fun)(*types), barriers=True, platform=jax.default_backend()).temporary
+        return estimate(
+            jax.make_jaxpr(fun)(*types), barriers=True, platform=self.placement.platform
+        ).temporary
 
 
 @dataclass(frozen=True)
@@ -121,13 +158,6 @@ class Choice:
     schedule: Schedule | None
     plain: CompiledGradient
     chosen: CompiledGradient
-
-
-def options_of(schedule: Schedule) -> dict[str, str]:
-    """The compiler options that a schedule needs on this backend."""
-    if not any(s.recomputed for s in schedule.segments):
-        return {}
-    return dict(xla_options.barrier_options(jax.default_backend()) or {})
 
 
 def can_compile(closed: Any) -> bool:
@@ -157,14 +187,14 @@ def best(
     If none does, the one of the fewest bytes. `base` is the cheapest schedule by what is held; `fits` says
     whether a schedule is within the budget.
     """
-    plain = gradient.compiled(None, {})
+    plain = gradient.compiled(None)
     found = [base, *(s for s in _tried(gradient.program.chain, base, budget, peak) if fits(s))]
     sizes = {s.segments: gradient.estimated(s) for s in found[1:]}
     least = sorted(found[1:], key=lambda s: sizes[s.segments])[:_COMPILED]
     enough = target * gradient.estimated(None)
     cheap = sorted((s for s in found[1:] if sizes[s.segments] <= enough), key=lambda s: s.flops)[:_CHEAP]
     some = {s.segments: s for s in (base, *cheap, *least)}.values()
-    compiled = [(s, gradient.compiled(s, options_of(s))) for s in some]
+    compiled = [(s, gradient.compiled(s)) for s in some]
     reached = [(s, c) for s, c in compiled if c.temp <= target * plain.temp]
     if reached:
         schedule, program = min(reached, key=lambda pair: (pair[0].flops, pair[1].temp))

@@ -9,14 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import jax
-
 from funcprop import _jax
 from funcprop._jax import xla_options
 from funcprop.graph.graph import Graph, Operator, Variable, aligned
 from funcprop.graph.tracing import graph_of
 from funcprop.memory.remat.chain import StepChain
-from funcprop.memory.remat.choice import CompiledGradient, GradientProgram, options_of
+from funcprop.memory.remat.choice import CompiledGradient, GradientProgram
 from funcprop.memory.remat.policy import SaveOperators, policy_within
 from funcprop.memory.remat.saving import Residuals
 from funcprop.memory.remat.schedule import Schedule
@@ -73,12 +71,16 @@ class RematPlan:
     peak_bytes: int
     extra_flops: int
     forward_flops: int
-    program: StepChain = field(repr=False)
+    gradient: GradientProgram = field(repr=False)
     schedule: Schedule = field(repr=False)
-    differentiated: tuple[int, ...] = ()
     temp_bytes: int | None = None
     plain_temp_bytes: int | None = None
     reason: str | None = None
+
+    @property
+    def program(self) -> StepChain:
+        """The function as a chain of steps."""
+        return self.gradient.program
 
     @functools.cached_property
     def saved(self) -> tuple[Variable, ...]:
@@ -111,14 +113,14 @@ class RematPlan:
 
         Empty where none are needed, and where none are known to help; `advice` tells which.
         """
-        return options_of(self.schedule)
+        return self.gradient.options(self.schedule)
 
     @property
     def advice(self) -> str | None:
         """Advise about the compiler and its options."""
         if not any(s.recomputed for s in self.schedule.segments):
             return None
-        if xla_options.barrier_options(jax.default_backend()) is None:
+        if xla_options.barrier_options(self.gradient.placement.platform) is None:
             return (
                 "this XLA shares what is recomputed with the forward sweep, and has no option against it: "
                 "the bytes are those of the program as it is written, not as it is compiled"
@@ -155,9 +157,8 @@ class RematPlan:
 
         It is the gradient in the arguments at `argnums`.
         """
-        gradient, options = GradientProgram(self.program, self.differentiated), self.compiler_options
-        without = gradient.compiled(self.schedule, {}) if options else None
-        return Proof(gradient.compiled(None, {}), gradient.compiled(self.schedule, options), without)
+        without = self.gradient.compiled(self.schedule, {}) if self.compiler_options else None
+        return Proof(self.gradient.compiled(None), self.gradient.compiled(self.schedule), without)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as in `json()`."""

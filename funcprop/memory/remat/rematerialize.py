@@ -20,12 +20,13 @@ import numpy as np
 from funcprop import _jax
 from funcprop._jax import nnx
 from funcprop.memory.remat.chain import StepChain, flat, program
-from funcprop.memory.remat.choice import SMALLEST, Choice, GradientProgram, best, can_compile
+from funcprop.memory.remat.choice import SMALLEST, Choice, GradientProgram, Placement, best, can_compile
 from funcprop.memory.remat.plan import RematPlan
 from funcprop.memory.remat.saving import Residuals, residuals
 from funcprop.memory.remat.schedule import Schedule, cheapest, frontier, in_chunks, kept
 from funcprop.program.call import Call, is_array, name_of, traced
 from funcprop.program.sizes import budget_or_share
+from funcprop.rules.machine import Machine
 
 Budget = int | float | str | None
 
@@ -47,6 +48,7 @@ def rematerialize(
     count_arguments: bool = False,
     argnums: int | Sequence[int] = 0,
     measure: bool = True,
+    target: Any = None,
 ) -> Callable[..., Any]:
     """Bound the bytes that a function's reverse mode holds between its sweeps by `budget`.
 
@@ -85,10 +87,14 @@ def rematerialize(
         measure: whether programs are compiled, about six, while the function is traced. If not, the schedule
             is the one of fewest FLOPs by what is held. So it is where nothing can be compiled by itself (in
             the body of a `shard_map`, or with references), and below 64 KiB held.
+        target: what the gradient is compiled for: a platform's name, a device, a topology (that is only
+            described, too) or an `fp.Machine`; by default the devices of the arguments, or JAX's own. For a
+            platform of which there is no device, nothing is compiled.
 
     Raises:
         BudgetError: nothing fits; says how many bytes would.
         TypeError, ValueError: a budget that is none.
+        RuleError: `target` is no machine.
 
     Reference: Chen, Xu, Zhang, Guestrin, "Training deep nets with sublinear memory cost", 2016; Griewank,
     Walther, "Algorithm 799: revolve", 2000; Beaumont et al., "Optimal checkpointing for heterogeneous
@@ -105,7 +111,7 @@ def rematerialize(
         >>> print(jax.jit(jax.grad(lean))(ws, x)[0][0] == jax.grad(loss)(ws, x)[0][0])
         [ True  True  True]
     """
-    limits = _Limits(budget, peak, chunks, count_arguments, argnums, measure)
+    limits = _Limits(budget, peak, chunks, count_arguments, argnums, measure, target)
 
     def run(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = Call.of(args, kwargs, _jax.is_traced)
@@ -160,6 +166,7 @@ def remat_plan(
     count_arguments: bool = False,
     argnums: int | Sequence[int] = 0,
     measure: bool = True,
+    target: Any = None,
 ) -> Callable[..., RematPlan]:
     """Plan what `rematerialize` does: `remat_plan(fun, budget)(*args, **kwargs) -> RematPlan`.
 
@@ -180,7 +187,7 @@ def remat_plan(
         >>> plan.residual_bytes, plan.forward_flops, 0 < plan.extra_flops < 0.2 * plan.forward_flops
         (96, 174, True)
     """
-    limits = _Limits(budget, peak, chunks, count_arguments, argnums, measure)
+    limits = _Limits(budget, peak, chunks, count_arguments, argnums, measure, target)
 
     def planned(*args: Any, **kwargs: Any) -> RematPlan:
         def plan(fun: Callable[..., Any], args: Any, kwargs: Any) -> RematPlan:
@@ -212,6 +219,7 @@ class _Limits:
         count_arguments: bool,
         argnums: int | Sequence[int],
         measure: bool,
+        target: Any,
     ) -> None:
         if (budget is None and peak is None) == (chunks is None):
             raise ValueError(
@@ -220,12 +228,12 @@ class _Limits:
             )
         if chunks is not None and (isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1):
             raise ValueError(f"chunks={chunks!r} is not a number of pieces; pass an int of at least 1.")
-        budget, peak = (_written(name, limit) for name, limit in (("budget", budget), ("peak", peak)))
-        for name, limit in (("budget", budget), ("peak", peak)):
-            _check(name, limit)
-        self.budget, self.peak, self.chunks, self.count_arguments = budget, peak, chunks, count_arguments
+        self.budget, self.peak = _limit("budget", budget), _limit("peak", peak)
+        self.chunks, self.count_arguments = chunks, count_arguments
         self.argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-        self.measure = measure
+        self.measure, self.target = measure, target
+        if target is not None:
+            Machine.of(target)
         # What was chosen for a program, by the program as text: a function is often traced several times.
         self.chosen: dict[str, Choice] = {}
 
@@ -237,7 +245,8 @@ class _Limits:
         plain = residuals(lambda *values: _jax.evaluate(jaxpr, consts, values), avals)
         counted = plain.all if self.count_arguments else plain.computed
         budget, peak = _bytes(self.budget, counted), _bytes(self.peak, counted)
-        gradient = GradientProgram(found, self._differentiated(avals, call, args))
+        placement = Placement.of(call.values, self.target)
+        gradient = GradientProgram(found, self._differentiated(avals, call, args), placement)
         as_it_is = kept(found.chain)
         choice: Choice | None = None
         reason: str | None = None
@@ -263,6 +272,11 @@ class _Limits:
                 elif choice.schedule is not schedule:
                     schedule, held = choice.schedule, self._held(found, choice.schedule)
                 reason = _reason(choice, name, target)
+            elif self.measure and not placement.has_compiler:
+                reason = (
+                    f"nothing was compiled: this process has no {placement.platform}; with a topology as "
+                    "target=, schedules are compared by what its compiler allocates"
+                )
         return RematPlan(
             name,
             counted if budget is None else budget,
@@ -273,9 +287,8 @@ class _Limits:
             schedule.peak,
             schedule.flops,
             sum(step.flops for step in found.steps),
-            found,
+            gradient,
             schedule,
-            gradient.chosen,
             None if choice is None else choice.chosen.temp,
             None if choice is None else choice.plain.temp,
             reason,
@@ -296,13 +309,13 @@ class _Limits:
     def _measures(self, closed: Any, plain: Residuals, gradient: GradientProgram) -> bool:
         """Whether schedules are compared by what they compile to."""
         is_large = plain.computed >= SMALLEST and bool(gradient.chosen)
-        return self.measure and is_large and can_compile(closed)
+        return self.measure and is_large and gradient.placement.has_compiler and can_compile(closed)
 
     def _chosen(
         self, gradient: GradientProgram, base: Schedule, budget: float, peak: float, target: float
     ) -> Choice:
         """The choice among schedules, once for equal programs."""
-        key = str(gradient.program.closed)
+        key = f"{gradient.placement} {gradient.program.closed}"
         if key not in self.chosen:
             fits = functools.partial(self._fits, gradient.program, budget)
             self.chosen[key] = best(gradient, base, fits, budget, peak, target)
@@ -375,28 +388,23 @@ def _reason(choice: Choice, name: str, target: float) -> str | None:
     return f"the program's peak falls to {temp / plain:.0%} of {plain:,} temporary bytes.{way}"
 
 
-def _written(name: str, limit: Budget) -> int | float | None:
+def _limit(name: str, limit: Budget) -> int | float | None:
     """A limit as a number: `"64MB"` is bytes, `"25%"` a share."""
-    return budget_or_share(limit, name) if isinstance(limit, str) else limit
-
-
-def _check(name: str, limit: Any) -> None:
+    if isinstance(limit, str):
+        limit = budget_or_share(limit, name)
     if limit is None:
-        return
+        return None
+    meaning = "an int is bytes, a float a share of the residual bytes"
     if isinstance(limit, bool) or not isinstance(limit, int | float | np.integer | np.floating):
-        raise TypeError(
-            f"{name}={limit!r} is not a number: an int is bytes, a float a share of the residual bytes."
-        )
+        raise TypeError(f"{name}={limit!r} is not a number: {meaning}.")
     if not limit >= 0:
-        raise ValueError(
-            f"{name}={limit!r} is {'negative' if limit < 0 else 'not a number'}: an int is bytes, a float a "
-            "share of the residual bytes."
-        )
+        raise ValueError(f"{name}={limit!r} is {'negative' if limit < 0 else 'not a number'}: {meaning}.")
     if isinstance(limit, float | np.floating) and limit > 1:
         raise ValueError(
             f"{name}={limit!r}: a float is a share of the residual bytes, between 0 and 1; for bytes pass "
             f"the int {int(limit)}."
         )
+    return limit
 
 
 def _bytes(limit: float | None, whole: int) -> int | None:

@@ -47,6 +47,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
+from funcprop.program.dtypes import single_at_least
 from funcprop.rules.expressions import Equations, OperatorSymbols
 from funcprop.rules.layer import layer
 from funcprop.rules.patterns.recognition import Known, Pattern
@@ -79,6 +80,8 @@ class Activation(NamedTuple):
         def backward(
             residuals: SavedArray, g: Any, needs: Any, *, save: Save = default, **static: Any
         ) -> tuple[Any]:
+            if save == "input":
+                return (self._pulled_back(residuals.value, g, **static),)
             return rules[save].backward(residuals, g, needs, **static)
 
         def equations(op: OperatorSymbols) -> Equations:
@@ -87,6 +90,16 @@ class Activation(NamedTuple):
             return write(op._replace(static=static))
 
         return Rule(forward, backward, equations, platforms=platforms, pure=True)
+
+    def _pulled_back(self, x: Any, g: Any, **static: Any) -> Any:
+        """`g φ′(x)` by autodiff's own operators, in single precision at least.
+
+        Where XLA sees both sweeps it computes what they share once, and the program is autodiff's. With
+        `g φ′(x)` written otherwise, residual networks held 1.01 to 1.05 of its bytes.
+        """
+        wide = single_at_least(x)
+        (cotangent,) = jax.vjp(partial(self.function, **static), x.astype(wide))[1](g.astype(wide))
+        return cotangent.astype(g.dtype)
 
     def __call__(self, name: str, x: Any, save: Save, **static: Any) -> Any:
         """`φ(x)`.

@@ -47,6 +47,11 @@ from funcprop.rules.primitives.windows import pool_window
 from funcprop.rules.rule import Rule
 from funcprop.rules.rule_set import OperatorKey
 
+# XLA makes the shifted copies of a cotangent in memory if several kernels read their sum (16 of the input's
+# size for 4 × 4 windows of stride 1), unless the sum ends in a division, which it does not repeat. Autodiff
+# makes six such arrays: where the maxima lie along four axes, the padded input, and the result.
+_COPIES = 6
+
 # The tap of a window from which no cotangent passes on. What lies outside of all windows is no tap at all.
 NOWHERE = -1
 _NO_TAP = -2
@@ -178,6 +183,12 @@ def _unpooled(tap: Any, g: Any, shape: Sequence[int], window: dict[str, Any]) ->
         hit = shifted(tap, by, NOWHERE) == here
         term = lax.select(hit, shifted(g, by, 0), lax.full(full, 0, g.dtype))
         total = term if total is None else lax.add(total, term)
+    if math.prod(behind) > _COPIES:
+        nowhere = (_NO_TAP - 1 - np.arange(math.prod(full) // math.prod(blocks))).reshape(
+            [1 if i in block_axes else n for i, n in enumerate(full)]
+        )
+        impossible = shifted(tap, [0] * len(blocks), NOWHERE) == nowhere.astype(tap.dtype)
+        total = lax.div(total, lax.select(impossible, lax.full_like(total, 2), lax.full_like(total, 1)))
     flat = lax.reshape(total, [b * s for b, s in zip(blocks, strides, strict=True)])
     low = [lo for lo, _ in padding]
     missing = [max(0, lo + n - m) for lo, n, m in zip(low, shape, flat.shape, strict=True)]
