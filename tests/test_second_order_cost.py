@@ -180,7 +180,9 @@ def test_without_a_loss_layer_the_row_is_left_out_with_the_reason() -> None:
     shapes = jax.ShapeDtypeStruct((3, 2), jnp.float32), jax.ShapeDtypeStruct((4, 3), jnp.float32)
     found = fp.second_order_cost(foreign)(*shapes)
     assert "Gauss-Newton product" not in [row.name for row in found.rows]
-    assert "left out, none of its operators is a loss of fp.layers" in str(found)
+    assert "left out, it is no loss of fp.layers, and past its last parameter convex in no value" in str(
+        found
+    )
     with pytest.raises(KeyError, match="there are value, gradient"):
         found["Gauss-Newton product"]
     with pytest.raises(ValueError, match=r"output='oo' is no value that foreign computes .*; did you mean o"):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from funcprop.cost.split import SplitError, function_of, model_output
+from funcprop.cost.split import SplitError, function_of, model_outputs
 from funcprop.curvature.gauss_newton import gauss_newton_map
 from funcprop.graph.objective import Objective
 from funcprop.rules.rule_set import RuleSet
@@ -30,7 +30,7 @@ class TimedProgram(NamedTuple):
 def programs(
     objective: Objective, output: str | None, rules: RuleSet
 ) -> tuple[list[TimedProgram], str | None, dict[str, str]]:
-    """The programs; the name of the model's output; and what is left out, with the reason.
+    """The programs; the names of the model's outputs; and what is left out, with the reason.
 
     The direction of every product is an operand of its own, with the values of the parameters.
 
@@ -64,7 +64,7 @@ def programs(
         TimedProgram(DENSE, dense, (params, others)),
     ]
     try:
-        split = model_output(objective, output)
+        split = model_outputs(objective, output)
     except SplitError as error:
         if output is not None:
             raise
@@ -73,13 +73,13 @@ def programs(
     loss = with_rules(function_of(objective, replaced=split), rules)
 
     def product(params: Any, direction: Any, others: Any) -> Any:
-        # What reaches the objective past the model's output is, with it, the output of a larger model.
+        # What reaches the objective past the model's outputs is, with them, the output of a larger model.
         whole = lambda p: (model(p, others), p)  # noqa: E731
         slope = jax.grad(lambda outputs: loss(outputs[1], others, outputs[0]))
         return gauss_newton_map(whole, lambda o: jax.linearize(slope, o)[1], params)(direction)
 
     found.insert(-1, TimedProgram(GAUSS_NEWTON, product, (params, params, others)))
-    return found, split.name, {}
+    return found, ", ".join(v.name for v in split), {}
 
 
 def _operand(leaf: Any) -> Any:

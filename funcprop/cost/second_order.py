@@ -178,8 +178,10 @@ def second_order_cost(
     dense Hessian is one of them for each parameter, after what they share.
 
     A Gauss-Newton product needs to know where the model ends and the loss begins: at the value named `output`
-    (a name that `fp.trace` shows), by default at what the last of `fp.layers`' losses reads. What reaches the
-    objective past it, as weight decay does, enters with its exact Hessian.
+    (a name that `fp.trace` shows). By default that is what the last of `fp.layers`' losses reads, else the
+    first value, past the parameters, in which a term of the objective is convex: the logits of any spelling
+    of a cross-entropy, the prediction of a squared error. What reaches the objective past it, as weight decay
+    does, enters with its exact Hessian.
 
     Args:
         fun: returns a real scalar.

@@ -1,10 +1,10 @@
 """Where a function is a model and where it is a loss: the split that a Gauss-Newton product needs.
 
-With the model's output `o(θ)` and the loss `J = l(o, θ)` of it, the generalised Gauss-Newton matrix is
+With the model's outputs `o(θ)` and the loss `J = l(o, θ)` of them, the generalised Gauss-Newton matrix is
 
     G = (∂o/∂θ)ᵀ ∇²ₒl (∂o/∂θ) + ∇²_θ l
 
-without the curvature of the model. What reaches the objective past the output, such as weight decay, is part
+without the curvature of the model. What reaches the objective past the outputs, such as weight decay, is part
 of `l` with its exact Hessian.
 
 Reference: Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", Neural
@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from funcprop import _jax, layers
-from funcprop.graph.graph import Operator, Variable
+from funcprop.cost.convex_terms import convex_outputs, evaluated
+from funcprop.graph.graph import Operator, Variable, needed
 from funcprop.graph.objective import Objective
 
 # A layer is a loss of its first argument if its backward is that of one of these.
@@ -29,8 +30,11 @@ class SplitError(ValueError):
     """The function cannot be split into model and loss; the message says why, and how it can."""
 
 
-def model_output(objective: Objective, name: str | None) -> Variable:
-    """The value that is the model's output: the one of this name, or what the last loss layer reads.
+def model_outputs(objective: Objective, name: str | None) -> tuple[Variable, ...]:
+    """The values that are the model's outputs: the one of this name, or what losses are of.
+
+    A loss is what the last of `fp.layers`' losses computes, or a term of the objective that is convex in a
+    value, past which it depends on no parameter.
 
     Raises:
         SplitError: there is no such value.
@@ -45,7 +49,7 @@ def model_output(objective: Objective, name: str | None) -> Variable:
             computed.update((v.name, v) for v in smooth)
     if name is not None:
         if name in computed:
-            return computed[name]
+            return (computed[name],)
         near = difflib.get_close_matches(name, computed, n=3)
         raise SplitError(
             f"output={name!r} is no value that {graph.name} computes from what is differentiated"
@@ -53,10 +57,14 @@ def model_output(objective: Objective, name: str | None) -> Variable:
         )
     for op in reversed(graph.operators):
         if _is_loss(op) and op.inputs[0].name in computed:
-            return op.inputs[0]
-    raise SplitError(
-        "none of its operators is a loss of fp.layers; name the value that is the model's output (`output=`)"
-    )
+            return (op.inputs[0],)
+    found = convex_outputs(objective)
+    if not found:
+        raise SplitError(
+            "it is no loss of fp.layers, and past its last parameter convex in no value; name the value that "
+            "is the model's output (`output=`)"
+        )
+    return found
 
 
 def _is_loss(op: Operator) -> bool:
@@ -65,39 +73,24 @@ def _is_loss(op: Operator) -> bool:
 
 
 def function_of(
-    objective: Objective, replaced: Variable | None = None, wanted: Variable | None = None
+    objective: Objective, replaced: Sequence[Variable] = (), wanted: Sequence[Variable] | None = None
 ) -> Callable[..., Any]:
-    """The traced function, `f(chosen, others, value)`, of its differentiated inputs and the other ones.
+    """The traced function, `f(chosen, others, values)`, of its differentiated inputs and the other ones.
 
-    `value` stands in the place of the variable `replaced`; the result is the value of `wanted`, the objective
-    if it is None.
+    `values` stand in the places of the variables `replaced`; the results are the values of `wanted`, or the
+    objective alone if it is None.
     """
     traced = objective.traced
-    result = wanted or objective.result
+    results = [objective.result] if wanted is None else wanted
     chosen = [v.name for v in objective.inputs.values()]
     others = [v.name for v in traced.graph.inputs if v.name not in chosen]
     constants = dict(zip([v.name for v in traced.graph.constants], traced.constants, strict=True))
-    given = set() if replaced is None else {replaced.name}
-    operators = _needed(traced.graph.operators, result.name, given)
+    operators = needed(traced.graph.operators, results, replaced)
 
-    def function(of: Sequence[Any], rest: Sequence[Any], value: Any = None) -> Any:
-        values = {**constants, **dict(zip([*chosen, *others], [*of, *rest], strict=True))}
-        for op in operators:
-            values.update(dict.fromkeys(given, value))
-            operands = [v.value if v.kind == "literal" else values[v.name] for v in op.inputs]
-            results = _jax.evaluate(op.jaxpr, (), operands)
-            values.update(zip([v.name for v in op.outputs], results, strict=True))
-        return value if result.name in given else values[result.name]
+    def function(of: Sequence[Any], rest: Sequence[Any], values: Sequence[Any] = ()) -> Any:
+        known = {**constants, **dict(zip([*chosen, *others], [*of, *rest], strict=True))}
+        given = dict(zip([v.name for v in replaced], values, strict=True))
+        found = evaluated(operators, known, given)
+        return found[objective.result.name] if wanted is None else [found[v.name] for v in wanted]
 
     return function
-
-
-def _needed(operators: Sequence[Operator], result: str, given: set[str]) -> list[Operator]:
-    """The operators on which a result depends, where some values are given."""
-    wanted = {result} - given
-    kept = []
-    for op in reversed(operators):
-        if not op.outputs or not wanted.isdisjoint(v.name for v in op.outputs):
-            kept.append(op)
-            wanted.update(v.name for v in op.inputs if v.kind != "literal" and v.name not in given)
-    return kept[::-1]

@@ -23,12 +23,11 @@ from funcprop.drawing.merging import merged
 from funcprop.drawing.nodes_and_boxes import FEW, Fold, assemble
 from funcprop.drawing.opening_page import page
 from funcprop.drawing.picture import Picture, node_ids
-from funcprop.drawing.relabelling import needed
 from funcprop.drawing.request import Shown
 from funcprop.drawing.rows import in_rows
 from funcprop.drawing.second_order import SecondOrderGraph
 from funcprop.drawing.svg import Theme, svg
-from funcprop.graph.graph import Graph
+from funcprop.graph.graph import Graph, needed
 from funcprop.graph.module_scopes import with_module_scopes
 from funcprop.graph.writable import require_writable
 

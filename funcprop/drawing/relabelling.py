@@ -86,14 +86,3 @@ def seed_names(
 def _clean(name: str, scope: str) -> str:
     own = name.removeprefix(scope + "/") if scope else name
     return "/".join(part for part in (clean_scope(scope), own) if part)
-
-
-def needed(operators: Sequence[Operator], results: Iterable[Variable]) -> list[Operator]:
-    """The operators on which the results depend, in order, and those that have no result at all."""
-    wanted = {id(v) for v in results}
-    kept = []
-    for op in reversed(operators):
-        if not op.outputs or any(id(v) in wanted for v in op.outputs):
-            kept.append(op)
-            wanted.update(map(id, op.inputs))
-    return kept[::-1]

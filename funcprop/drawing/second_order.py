@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from funcprop.drawing.classes import CLASSES, Class, classify
-from funcprop.drawing.relabelling import Relabelling, needed, objective_name, replaced, seed_names
+from funcprop.drawing.relabelling import Relabelling, objective_name, replaced, seed_names
 from funcprop.drawing.request import Shown
 from funcprop.drawing.ruled_function import differentiated, marked, shape_of
-from funcprop.graph.graph import Graph, Variable
+from funcprop.graph.graph import Graph, Variable, needed
 from funcprop.graph.tracing import trace_function
 from funcprop.program.call import without_aux
 from funcprop.program.facts import CALLS, CHECKPOINTS

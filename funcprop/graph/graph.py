@@ -7,7 +7,7 @@ propagation computes them. A nested `jit` is shown as its body, a layer (`fp.lay
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -146,6 +146,25 @@ class Graph(Pictured):
 
 def _count(n: int | None) -> str:
     return "-" if n is None else f"{n:,}"
+
+
+def needed(
+    operators: Sequence[Operator], results: Iterable[Variable], given: Iterable[Variable] = ()
+) -> list[Operator]:
+    """The operators on which results depend, in order, where some values are given; and those without one."""
+    known = {id(v) for v in given}
+    wanted = {id(v) for v in results} - known
+    kept = []
+    for op in reversed(operators):
+        if not op.outputs or any(id(v) in wanted for v in op.outputs):
+            kept.append(op)
+            wanted.update({id(v) for v in op.inputs} - known)
+    return kept[::-1]
+
+
+def shape_text(shape: Sequence[int] | None) -> str:
+    """A shape as the chapter writes it: `3 × 4`, or `scalar`."""
+    return " × ".join(map(str, shape or ())) or "scalar"
 
 
 def bytes_text(nbytes: int) -> str:
