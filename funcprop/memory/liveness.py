@@ -46,7 +46,12 @@ class Value:
         """Whether it is one number, or made of single numbers."""
         if self.step is None:
             return self.size <= 1
-        return self.step.op in ("broadcast_in_dim", "iota") and all(v.is_number for v in self.step.operands)
+        return self.is_spread and all(v.is_number for v in self.step.operands)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether it is made of fewer entries, or of none."""
+        return self.step is not None and self.step.op in ("broadcast_in_dim", "iota")
 
 
 @dataclass(eq=False)
@@ -73,10 +78,11 @@ class Step:
 
     @property
     def joins_several(self) -> bool:
-        """Whether it reads more than it writes."""
-        size = self.results[0].size
-        full = {id(v): v.size for v in self.operands if not v.is_number and v.size >= size}
-        return self.op != "select_n" and len(full) > 1
+        """Whether it reads more than it writes; a selection of what is spread out reads little of it."""
+        size, selects = self.results[0].size, self.op == "select_n"
+        full = {id(v) for v in self.operands if not v.is_number and v.size >= size}
+        full -= {id(v) for v in self.operands if selects and v.is_spread}
+        return len(full) > 1
 
     def writes_over(self, operand: Value, result: Value) -> bool:
         """Whether a result may lie where an operand lies that is not read again."""

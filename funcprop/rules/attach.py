@@ -98,7 +98,7 @@ def _map_by_platform(
 
     XLA drops those that the form of the platform does not read.
     """
-    operands, given = len(primals), len(saved)
+    given, count = len(saved), len(primals)
 
     def of_needed(leaves: Sequence[Any], *values: Any) -> Arrays:
         assert bound.elsewhere is not None
@@ -106,38 +106,22 @@ def _map_by_platform(
         full = [next(rest) if need else x for x, need in zip(leaves, needs, strict=True)]
         return [y for y in bound.elsewhere(*full) if _jax.is_differentiable(jax.typeof(y))]
 
-    def parts(values: Sequence[Any]) -> tuple[Arrays, Arrays, Arrays, Arrays]:
-        leaves = list(values[given : given + operands])
-        wanted = [x for x, need in zip(leaves, needs, strict=True) if need]
-        return list(values[:given]), leaves, wanted, list(values[given + operands :])
+    def chosen(by_rule: Callable[..., Arrays], derive: Callable[..., Any]) -> Callable[..., Arrays]:
+        def elsewhere(*values: Any) -> Arrays:
+            leaves = values[given : given + count]
+            wanted = [x for x, need in zip(leaves, needs, strict=True) if need]
+            return list(derive(partial(of_needed, leaves), wanted, list(values[given + count :])))
 
-    def pulled(*values: Any) -> Arrays:
-        own, _, _, cotangents = parts(values)
-        return linear.pullback(own, cotangents)
+        def here(*values: Any) -> Arrays:
+            return by_rule(list(values[:given]), list(values[given + count :]))
 
-    def pulled_elsewhere(*values: Any) -> Arrays:
-        _, leaves, wanted, cotangents = parts(values)
-        return list(jax.vjp(partial(of_needed, leaves), *wanted)[1](cotangents))
+        forms = Forms(_platforms(bound), here, elsewhere)
+        return lambda saved, inputs: forms(*saved, *inputs)
 
-    def pushed(*values: Any) -> Arrays:
-        own, _, _, tangents = parts(values)
-        return linear.pushforward(own, tangents)
-
-    def pushed_elsewhere(*values: Any) -> Arrays:
-        _, leaves, wanted, tangents = parts(values)
-        return list(jax.jvp(partial(of_needed, leaves), tuple(wanted), tuple(tangents))[1])
-
-    backward = Forms(_platforms(bound), pulled, pulled_elsewhere)
-    forward = Forms(_platforms(bound), pushed, pushed_elsewhere)
-
-    def pullback(saved: Arrays, cotangents: Arrays) -> Arrays:
-        return backward(*saved, *cotangents)
-
-    def pushforward(saved: Arrays, tangents: Arrays) -> Arrays:
-        return forward(*saved, *tangents)
-
-    chosen = None if linear.custom_pushforward is None else pushforward
-    return LinearMap(pullback, chosen, linear.results), [*saved, *primals]
+    pullback = chosen(linear.pullback, lambda fun, at, cts: jax.vjp(fun, *at)[1](cts))
+    pushforward = chosen(linear.pushforward, lambda fun, at, dots: jax.jvp(fun, tuple(at), tuple(dots))[1])
+    own = None if linear.custom_pushforward is None else pushforward
+    return LinearMap(pullback, own, linear.results), [*saved, *primals]
 
 
 def why_not(bound: BoundRule, arguments: Sequence[Any]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,8 @@ from funcprop.program.facts import CONTROL_FLOW
 from funcprop.program.layer_calls import layer_call
 from funcprop.program.linear_map import Arrays
 from funcprop.rules.machine import CompileTarget
-from funcprop.rules.patterns.recognition import Replacement
-from funcprop.rules.rewrite import Match, Rewriter, matches_in
+from funcprop.rules.patterns.recognition import Replacement, recognised
+from funcprop.rules.rewrite import ENTERED, Match, Rewriter, match
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import RuleTrace
 from funcprop.rules.sets import default
@@ -51,6 +51,40 @@ def matches(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[.
         return [match for decision in decisions for match in decision.matches]
 
     return listed
+
+
+def matches_in(
+    rewriter: Rewriter, jaxpr: Any, scope: str = "", source: str | None = None, mapped: bool = False
+) -> Iterator[Match]:
+    """Matches in a jaxpr; equations of a body are recorded relative to the equation that holds it."""
+    refused = _refused(rewriter, jaxpr)
+    for eqn in rewriter.equations(jaxpr):
+        found = rewriter.match(eqn)
+        if found is None and eqn.outvars:
+            found = refused.get(eqn.outvars[0])
+        inner_scope = "/".join(filter(None, (scope, _jax.scope(eqn))))
+        inner_source = _jax.source_line(eqn, source)
+        if found is not None:
+            yield replace(found, scope=inner_scope, source=inner_source, mapped=mapped)
+        whole = found is not None and found.bound is not None and layer_call(eqn) is not None
+        if not whole and eqn.primitive.name in ENTERED:
+            inside = mapped or eqn.primitive.name == "shard_map"
+            for _, body in _jax.sub_jaxprs(eqn):
+                yield from matches_in(rewriter.inside(eqn), body, inner_scope, inner_source, inside)
+
+
+def _refused(rewriter: Rewriter, jaxpr: Any) -> dict[Any, Match]:
+    """Functions of several equations whose rule does not apply, and which are left as they are, by result."""
+
+    def reason(eqn: Any) -> Match | None:
+        found = match(eqn, rewriter.rules, rewriter.target)
+        return None if found is None or found.reason is None else found
+
+    opened = _jax.open_jaxpr(jaxpr)
+    own = set(map(id, opened.eqns))
+    found = recognised(opened, rewriter.patterns, lambda eqn: reason(eqn) is not None)
+    calls = ((eqn.outvars[0], reason(eqn)) for eqn in found if id(eqn) not in own and eqn.outvars)
+    return {result: call for result, call in calls if call is not None}
 
 
 class Decision:

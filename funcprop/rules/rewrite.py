@@ -31,7 +31,7 @@ from funcprop.rules.rule_set import RuleSet
 
 # Bodies of control flow are rewritten in place. All others (those of custom derivatives above all: the user's
 # own rule wins) are emitted as they stand.
-_ENTERED = CONTROL_FLOW | {"shard_map"}
+ENTERED = CONTROL_FLOW | {"shard_map"}
 
 _REWRITTEN: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
@@ -192,7 +192,7 @@ class Rewriter:
 
     def enters(self, eqn: Any) -> bool:
         """Whether the equation has a body in which a rule fires."""
-        if eqn.primitive.name not in _ENTERED:
+        if eqn.primitive.name not in ENTERED:
             return False
         return any(self.has_rule(body) for _, body in _jax.sub_jaxprs(eqn))
 
@@ -337,37 +337,3 @@ def _mapped(fun: Callable[..., Any], axis: Any) -> Callable[..., Any]:
         axis_name=axis.name,
         spmd_axis_name=axis.spmd_name,
     )
-
-
-def matches_in(
-    rewriter: Rewriter, jaxpr: Any, scope: str = "", source: str | None = None, mapped: bool = False
-) -> Iterator[Match]:
-    """Matches in a jaxpr; equations of a body are recorded relative to the equation that holds it."""
-    refused = _refused(rewriter, jaxpr)
-    for eqn in rewriter.equations(jaxpr):
-        found = rewriter.match(eqn)
-        if found is None and eqn.outvars:
-            found = refused.get(eqn.outvars[0])
-        inner_scope = "/".join(filter(None, (scope, _jax.scope(eqn))))
-        inner_source = _jax.source_line(eqn, source)
-        if found is not None:
-            yield replace(found, scope=inner_scope, source=inner_source, mapped=mapped)
-        whole = found is not None and found.bound is not None and layer_call(eqn) is not None
-        if not whole and eqn.primitive.name in _ENTERED:
-            inside = mapped or eqn.primitive.name == "shard_map"
-            for _, body in _jax.sub_jaxprs(eqn):
-                yield from matches_in(rewriter.inside(eqn), body, inner_scope, inner_source, inside)
-
-
-def _refused(rewriter: Rewriter, jaxpr: Any) -> dict[Any, Match]:
-    """Functions of several equations whose rule does not apply, and which are left as they are, by result."""
-
-    def reason(eqn: Any) -> Match | None:
-        found = match(eqn, rewriter.rules, rewriter.target)
-        return None if found is None or found.reason is None else found
-
-    opened = _jax.open_jaxpr(jaxpr)
-    own = set(map(id, opened.eqns))
-    found = recognised(opened, rewriter.patterns, lambda eqn: reason(eqn) is not None)
-    calls = ((eqn.outvars[0], reason(eqn)) for eqn in found if id(eqn) not in own and eqn.outvars)
-    return {result: call for result, call in calls if call is not None}
