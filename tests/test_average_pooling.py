@@ -34,32 +34,41 @@ def sum_pool(geometry, **dilations):
     return lambda x: lax.reduce_window(x, np.zeros((), x.dtype), lax.add, *geometry, **dilations)
 
 
-@settings(max_examples=40)
-@given(windows())
 # Nothing to sum; one entry under padding alone; a window on every second entry, cut by negative padding.
-@example(((0, 3), ((1, 2), (1, 1), ((0, 0), (0, 0))), {}, 0.0))
-@example(((1,), ((3,), (3,), ((2, 2),)), {}, np.inf))
-@example(((6, 5), ((2, 3), (3, 1), ((-1, -1), (2, -1))), {"window_dilation": (2, 1)}, np.nan))
-@example(((3,), ((2,), (1,), ((-1, 1),)), {"base_dilation": (2,)}, 0.0))
-def test_equals_jax(case):
-    shape, geometry, dilations, special = case
-    pool = sum_pool(geometry, **dilations)
-    rng = np.random.default_rng(0)
-    x, v = rng.normal(size=(2, *shape))
-    g = rng.normal(size=jax.eval_shape(pool, x).shape)
-    x, v, g = (np.where(rng.random(a.shape) < 0.1, special, a) for a in (x, v, g))
+CORNERS = [
+    ((0, 3), ((1, 2), (1, 1), ((0, 0), (0, 0))), {}, 0.0),
+    ((1,), ((3,), (3,), ((2, 2),)), {}, np.inf),
+    ((6, 5), ((2, 3), (3, 1), ((-1, -1), (2, -1))), {"window_dilation": (2, 1)}, np.nan),
+    ((3,), ((2,), (1,), ((-1, 1),)), {"base_dilation": (2,)}, 0.0),
+]
+
+
+@settings(max_examples=8)
+@given(st.lists(windows(), min_size=5, max_size=5))
+@example(CORNERS)
+def test_equals_jax(cases):
+    """Of several windows at once: one program compiles in less time than one for each."""
+    pools = [sum_pool(geometry, **dilations) for _, geometry, dilations, _ in cases]
+    inputs = []
+    for (shape, _, _, special), pool in zip(cases, pools, strict=True):
+        rng = np.random.default_rng(0)
+        x, v = rng.normal(size=(2, *shape))
+        g = rng.normal(size=jax.eval_shape(pool, x).shape)
+        inputs.append(tuple(np.where(rng.random(a.shape) < 0.1, special, a) for a in (x, v, g)))
+
+    def derivatives(pool, x, v, g):
+        (y, pull), (_, tangent) = jax.vjp(pool, x), jax.jvp(pool, (x,), (v,))
+        return y, pull(g)[0], tangent
 
     @compiled
-    def both(x, v, g):
-        by_jax, by_rule = jax.vjp(pool, x), fp.vjp(pool, x, rules=RULES)
-        ours = fp.with_rules(pool, rules=RULES)
-        return [(y, pull(g)[0]) for y, pull in (by_jax, by_rule)], [
-            jax.jvp(f, (x,), (v,))[1] for f in (pool, ours)
-        ]
+    def both(inputs):
+        pairs = list(zip(pools, inputs, strict=True))
+        by_rule = [derivatives(fp.with_rules(pool, rules=RULES), *arrays) for pool, arrays in pairs]
+        return by_rule, [derivatives(pool, *arrays) for pool, arrays in pairs]
 
-    (expected, actual), (expected_tangent, tangent) = both(x, v, g)
-    for a, e in zip((*actual, tangent), (*expected, expected_tangent), strict=True):
-        np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-12)
+    for case, actual, expected in zip(cases, *both(inputs), strict=True):
+        for a, e in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(a, e, rtol=1e-12, atol=1e-12, err_msg=str(case))
 
 
 @pytest.mark.parametrize("window", [(2, 2), (3, 3)])
