@@ -5,8 +5,9 @@ Independent all-reduces over the same devices are one equation of several arrays
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -14,22 +15,36 @@ import jax
 from funcprop import _jax
 from funcprop.partition.layout import MeshLayout
 from funcprop.partition.links import shape
+from funcprop.program.facts import facts_of
 
 ALL_REDUCE = _jax.Primitive("all_reduce")
 ALL_REDUCE.multiple_results = True
 _WALKED = frozenset({"scan", "cond"})  # In the bodies of others nothing is split.
 
 
-def local_program(layout: MeshLayout) -> Any:
-    """The jaxpr of one device under a layout. It is for reading, not for running."""
-    return _Local(layout).program(layout.program.jaxpr)
+def local_program(layout: MeshLayout, alone: Collection[str] = ()) -> Any:
+    """The jaxpr of one device under a layout. It is for reading, not for running.
+
+    Over the axes in `alone` nothing is reduced: their parts come one after the other.
+    """
+    return _Local(layout, alone).program(layout.program.jaxpr)
+
+
+@functools.cache
+def _a_broadcast() -> Any:
+    """An equation that repeats, for its form."""
+    row = jax.ShapeDtypeStruct((1, 2), "int8")
+    closed = jax.make_jaxpr(lambda x: jax.lax.broadcast_in_dim(x, (2, 2), (0, 1)))(row)
+    return _jax.open_jaxpr(closed).eqns[0]
 
 
 class _Local:
     """Variables of one device for those of the whole, by the layout."""
 
-    def __init__(self, layout: MeshLayout) -> None:
+    def __init__(self, layout: MeshLayout, alone: Collection[str]) -> None:
         self._layout = layout
+        axes = {v: tuple(name for name in names if name not in alone) for v, names in layout.reduced.items()}
+        self._reduced = {v: names for v, names in axes.items() if names}
         self._own: dict[Any, Any] = {}
 
     def _atom(self, v: Any) -> Any:
@@ -50,6 +65,18 @@ class _Local:
             )
         )
 
+    def _repeated(self, v: Any, result: Any, equations: list[Any]) -> Any:
+        """An operand with the sizes of the result, repeated by an equation as it is when it is lowered."""
+        sizes = shape(result)
+        if isinstance(v, _jax.Literal) or shape(v) in ((), sizes):
+            return v
+        if (v, sizes) not in self._own:
+            own = self._own[v, sizes] = _jax.Var(v.aval.update(shape=sizes))
+            like = _a_broadcast()
+            params = {**like.params, "shape": sizes, "broadcast_dimensions": tuple(range(len(sizes)))}
+            equations.append(like.replace(invars=[v], outvars=[own], params=params))
+        return self._own[v, sizes]
+
     def program(self, jaxpr: Any) -> Any:
         """A jaxpr, and the bodies of its loops, of one device."""
         reductions = _Reductions()
@@ -57,15 +84,17 @@ class _Local:
         for eqn in jaxpr.eqns:
             results = [self._atom(v) for v in eqn.outvars]
             operands = [self._atom(v) for v in eqn.invars]
+            if facts_of(eqn).elementwise and len(results) == 1:
+                operands = [self._repeated(v, results[0], equations) for v in operands]
             made = list(results)
-            sums = [i for i, v in enumerate(eqn.outvars) if v in self._layout.reduced]
+            sums = [i for i, v in enumerate(eqn.outvars) if v in self._reduced]
             for i in sums:
                 made[i] = _jax.Var(results[i].aval)
             params = _jax.map_jaxprs(eqn.params, self._body) if eqn.primitive.name in _WALKED else eqn.params
             equations.append(eqn.replace(invars=operands, outvars=made, params=params))
             depends = reductions.note(operands, made)
             for i in sums:
-                reductions.add(self._layout.reduced[eqn.outvars[i]], made[i], results[i], depends)
+                reductions.add(self._reduced[eqn.outvars[i]], made[i], results[i], depends)
         inputs = [self._atom(v) for v in [*jaxpr.constvars, *jaxpr.invars]]
         outputs = [self._atom(v) for v in jaxpr.outvars]
         return _jax.jaxpr_of(_in_order([*equations, *reductions.equations()]), inputs, outputs, "local")
