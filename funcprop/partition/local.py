@@ -65,27 +65,29 @@ class _Local:
             )
         )
 
-    def _repeated(self, v: Any, result: Any, equations: list[Any]) -> Any:
-        """An operand with the sizes of the result, repeated by an equation as it is when it is lowered."""
-        sizes = shape(result)
-        if isinstance(v, _jax.Literal) or shape(v) in ((), sizes):
-            return v
-        if (v, sizes) not in self._own:
-            own = self._own[v, sizes] = _jax.Var(v.aval.update(shape=sizes))
-            like = _a_broadcast()
-            params = {**like.params, "shape": sizes, "broadcast_dimensions": tuple(range(len(sizes)))}
-            equations.append(like.replace(invars=[v], outvars=[own], params=params))
-        return self._own[v, sizes]
-
     def program(self, jaxpr: Any) -> Any:
         """A jaxpr, and the bodies of its loops, of one device."""
         reductions = _Reductions()
-        equations = []
+        equations: list[Any] = []
+        repeated: dict[Any, Any] = {}
+
+        def as_large(v: Any, sizes: tuple[int, ...]) -> Any:
+            """An operand repeated by an equation, as it is when it is lowered."""
+            if isinstance(v, _jax.Literal) or shape(v) in ((), sizes):
+                return v
+            if (v, sizes) not in repeated:
+                own = repeated[v, sizes] = _jax.Var(v.aval.update(shape=sizes))
+                like = _a_broadcast()
+                params = {**like.params, "shape": sizes, "broadcast_dimensions": tuple(range(len(sizes)))}
+                equations.append(like.replace(invars=[v], outvars=[own], params=params))
+                reductions.note([v], [own])
+            return repeated[v, sizes]
+
         for eqn in jaxpr.eqns:
             results = [self._atom(v) for v in eqn.outvars]
             operands = [self._atom(v) for v in eqn.invars]
             if facts_of(eqn).elementwise and len(results) == 1:
-                operands = [self._repeated(v, results[0], equations) for v in operands]
+                operands = [as_large(v, shape(results[0])) for v in operands]
             made = list(results)
             sums = [i for i, v in enumerate(eqn.outvars) if v in self._reduced]
             for i in sums:
@@ -159,6 +161,7 @@ class _Reductions:
 def _in_order(equations: list[Any]) -> list[Any]:
     """The equations, each behind those that make what it reads."""
     makers = {v: eqn for eqn in equations for v in eqn.outvars}
+    most = sum(1 + len(eqn.invars) for eqn in equations)
     found, done = [], set()
     for eqn in equations:
         waiting = [eqn]
@@ -170,6 +173,7 @@ def _in_order(equations: list[Any]) -> list[Any]:
             needed = [makers[v] for v in _jax.variables(last.invars) if v in makers]
             needed = [e for e in needed if id(e) not in done]
             if needed:
+                assert len(waiting) <= most, "all-reduces that wait for each other"
                 waiting += needed
             else:
                 found.append(waiting.pop())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import optax
@@ -267,8 +267,8 @@ class _Search:
         chosen = [k for k in parts if k & (k - 1) == 0] or parts
         if self.budget is None:
             return make(chosen[min(1, len(chosen) - 1)])
-        limit = bisect.bisect_left(chosen[:-1], True, key=lambda k: bool(make(k).fits))
-        return make(chosen[limit])
+        made = cache(make)
+        return made(chosen[bisect.bisect_left(chosen[:-1], True, key=lambda k: bool(made(k).fits))])
 
     @cached_property
     def _one_device(self) -> PartitionPlan:
