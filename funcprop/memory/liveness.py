@@ -73,9 +73,9 @@ class Step:
 
     @property
     def joins_several(self) -> bool:
-        """Whether it reads more than it writes."""
+        """Whether it reads more than it writes; what it repeats counts as often as it is read."""
         size = self.results[0].size
-        full = {id(v): v.size for v in self.operands if not v.is_number and v.size >= size}
+        full = {id(v) for v in self.operands if not v.is_number and (self.entrywise or v.size >= size)}
         return self.op != "select_n" and len(full) > 1
 
     def writes_over(self, operand: Value, result: Value) -> bool:

@@ -5,7 +5,6 @@ Independent all-reduces over the same devices are one equation of several arrays
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -15,7 +14,6 @@ import jax
 from funcprop import _jax
 from funcprop.partition.layout import MeshLayout
 from funcprop.partition.links import shape
-from funcprop.program.facts import facts_of
 
 ALL_REDUCE = _jax.Primitive("all_reduce")
 ALL_REDUCE.multiple_results = True
@@ -28,14 +26,6 @@ def local_program(layout: MeshLayout, alone: Collection[str] = ()) -> Any:
     Over the axes in `alone` nothing is reduced: their parts come one after the other.
     """
     return _Local(layout, alone).program(layout.program.jaxpr)
-
-
-@functools.cache
-def _a_broadcast() -> Any:
-    """An equation that repeats, for its form."""
-    row = jax.ShapeDtypeStruct((1, 2), "int8")
-    closed = jax.make_jaxpr(lambda x: jax.lax.broadcast_in_dim(x, (2, 2), (0, 1)))(row)
-    return _jax.open_jaxpr(closed).eqns[0]
 
 
 class _Local:
@@ -69,25 +59,9 @@ class _Local:
         """A jaxpr, and the bodies of its loops, of one device."""
         reductions = _Reductions()
         equations: list[Any] = []
-        repeated: dict[Any, Any] = {}
-
-        def as_large(v: Any, sizes: tuple[int, ...]) -> Any:
-            """An operand repeated by an equation, as it is when it is lowered."""
-            if isinstance(v, _jax.Literal) or shape(v) in ((), sizes):
-                return v
-            if (v, sizes) not in repeated:
-                own = repeated[v, sizes] = _jax.Var(v.aval.update(shape=sizes))
-                like = _a_broadcast()
-                params = {**like.params, "shape": sizes, "broadcast_dimensions": tuple(range(len(sizes)))}
-                equations.append(like.replace(invars=[v], outvars=[own], params=params))
-                reductions.note([v], [own])
-            return repeated[v, sizes]
-
         for eqn in jaxpr.eqns:
             results = [self._atom(v) for v in eqn.outvars]
             operands = [self._atom(v) for v in eqn.invars]
-            if facts_of(eqn).elementwise and len(results) == 1:
-                operands = [as_large(v, shape(results[0])) for v in operands]
             made = list(results)
             sums = [i for i, v in enumerate(eqn.outvars) if v in self._reduced]
             for i in sums:
