@@ -78,9 +78,12 @@ class Step:
 
     @property
     def joins_several(self) -> bool:
-        """Whether it reads more than it writes; a selection of what is spread out reads little of it."""
+        """Whether it reads more than it writes; what it repeats counts as often as it is read.
+
+        A selection of what is spread out reads little of it.
+        """
         size, selects = self.results[0].size, self.op == "select_n"
-        full = {id(v) for v in self.operands if not v.is_number and v.size >= size}
+        full = {id(v) for v in self.operands if not v.is_number and (self.entrywise or v.size >= size)}
         full -= {id(v) for v in self.operands if selects and v.is_spread}
         return len(full) > 1
 

@@ -6,7 +6,7 @@ Independent all-reduces over the same devices are one equation of several arrays
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -20,16 +20,21 @@ ALL_REDUCE.multiple_results = True
 _WALKED = frozenset({"scan", "cond"})  # In the bodies of others nothing is split.
 
 
-def local_program(layout: MeshLayout) -> Any:
-    """The jaxpr of one device under a layout. It is for reading, not for running."""
-    return _Local(layout).program(layout.program.jaxpr)
+def local_program(layout: MeshLayout, alone: Collection[str] = ()) -> Any:
+    """The jaxpr of one device under a layout. It is for reading, not for running.
+
+    Over the axes in `alone` nothing is reduced: their parts come one after the other.
+    """
+    return _Local(layout, alone).program(layout.program.jaxpr)
 
 
 class _Local:
     """Variables of one device for those of the whole, by the layout."""
 
-    def __init__(self, layout: MeshLayout) -> None:
+    def __init__(self, layout: MeshLayout, alone: Collection[str]) -> None:
         self._layout = layout
+        axes = {v: tuple(name for name in names if name not in alone) for v, names in layout.reduced.items()}
+        self._reduced = {v: names for v, names in axes.items() if names}
         self._own: dict[Any, Any] = {}
 
     def _atom(self, v: Any) -> Any:
@@ -53,19 +58,19 @@ class _Local:
     def program(self, jaxpr: Any) -> Any:
         """A jaxpr, and the bodies of its loops, of one device."""
         reductions = _Reductions()
-        equations = []
+        equations: list[Any] = []
         for eqn in jaxpr.eqns:
             results = [self._atom(v) for v in eqn.outvars]
             operands = [self._atom(v) for v in eqn.invars]
             made = list(results)
-            sums = [i for i, v in enumerate(eqn.outvars) if v in self._layout.reduced]
+            sums = [i for i, v in enumerate(eqn.outvars) if v in self._reduced]
             for i in sums:
                 made[i] = _jax.Var(results[i].aval)
             params = _jax.map_jaxprs(eqn.params, self._body) if eqn.primitive.name in _WALKED else eqn.params
             equations.append(eqn.replace(invars=operands, outvars=made, params=params))
             depends = reductions.note(operands, made)
             for i in sums:
-                reductions.add(self._layout.reduced[eqn.outvars[i]], made[i], results[i], depends)
+                reductions.add(self._reduced[eqn.outvars[i]], made[i], results[i], depends)
         inputs = [self._atom(v) for v in [*jaxpr.constvars, *jaxpr.invars]]
         outputs = [self._atom(v) for v in jaxpr.outvars]
         return _jax.jaxpr_of(_in_order([*equations, *reductions.equations()]), inputs, outputs, "local")
@@ -130,6 +135,7 @@ class _Reductions:
 def _in_order(equations: list[Any]) -> list[Any]:
     """The equations, each behind those that make what it reads."""
     makers = {v: eqn for eqn in equations for v in eqn.outvars}
+    most = sum(1 + len(eqn.invars) for eqn in equations)
     found, done = [], set()
     for eqn in equations:
         waiting = [eqn]
@@ -141,6 +147,7 @@ def _in_order(equations: list[Any]) -> list[Any]:
             needed = [makers[v] for v in _jax.variables(last.invars) if v in makers]
             needed = [e for e in needed if id(e) not in done]
             if needed:
+                assert len(waiting) <= most, "all-reduces that wait for each other"
                 waiting += needed
             else:
                 found.append(waiting.pop())

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from funcprop.partition.device_bytes import DeviceBytes, peak_of_step
-from funcprop.partition.layout import MeshLayout, layout_of, mesh_of
+from funcprop.partition.layout import DATA, MODEL, MeshLayout, layout_of, mesh_of
 from funcprop.partition.local import local_program
 from funcprop.partition.problem import TrainingProblem, updated
 from funcprop.partition.traffic import Collective, predicted_collectives
@@ -152,21 +152,48 @@ class SteppedProgram:
         return fun.lower(*placed).compile()
 
     @cached_property
+    def _planned(self) -> MeshLayout:
+        """The layout of a step with one of the parts of the batch, where what this one needs is seen."""
+        if self.lean is not None:
+            return self.layout
+        axes, count = self.problem.axes, self.parts * self.minibatches
+        sizes = {**self.sizes, DATA: self.sizes.get(DATA, 1) * count}
+        return layout_of(axes, sizes, self.problem.batch_variables(axes.program))
+
+    @cached_property
+    def whole_batch(self) -> MeshLayout:
+        """The layout of a step with the whole batch; errors as of `layout_of`."""
+        axes = self.problem.axes
+        return layout_of(axes, self.sizes, self.problem.batch_variables(axes.program))
+
+    @cached_property
     def _local(self) -> Any:
-        """The program of one device."""
-        return local_program(self.layout)
+        """The program of one device for one part of the batch."""
+        alone = () if self.sizes.get(DATA, 1) > 1 else (DATA,)
+        return local_program(self._planned, alone)
 
     @cached_property
     def predicted_bytes(self) -> DeviceBytes:
         """The peak of one device."""
-        return peak_of_step(self._local, self.problem.arguments(self.problem.optimizer))
+        arguments, count = self.problem.arguments(self.problem.optimizer), self.parts * self.minibatches
+        found = dict(peak_of_step(self._local, arguments).by_purpose)
+        found["batch"] = found.get("batch", 0) * count
+        if self.parts > 1:  # The sum of gradients stays beside that of a part.
+            start = len(self._planned.program.consts)
+            own = self._planned.program.jaxpr.invars[start : start + len(jax.tree.leaves(arguments[0]))]
+            found["temporaries"] = found.get("temporaries", 0) + sum(map(self._planned.bytes_of, own))
+        return DeviceBytes(found)
 
     @cached_property
     def predicted_traffic(self) -> list[Collective]:
-        """The collectives of one step."""
-        return predicted_collectives(self.layout)
+        """The collectives of one step.
+
+        Gradients are reduced once, whatever the parts; what tensor parallelism reduces is so in each part.
+        """
+        once = self.lean is None and self.sizes.get(MODEL, 1) == 1
+        return predicted_collectives(self.whole_batch if once else self.layout)
 
     @cached_property
     def flops(self) -> int:
         """Operations of one device in one step."""
-        return of_jaxpr(self._local)
+        return of_jaxpr(self._local) * self.parts * self.minibatches

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import optax
@@ -110,7 +111,6 @@ class _Search:
     ) -> None:
         self.problem, self.target, self.budget = problem, target, budget
         self.microbatches, self.schedule = microbatches, schedule
-        self._part_bytes: dict[int, int] = {}
 
     def _plan(self, name: str, mesh: Mapping[str, int], program: PlanProgram, **more: Any) -> PartitionPlan:
         notes: tuple[str, ...] = ()
@@ -168,7 +168,7 @@ class _Search:
             names.append(f"accumulation {parts}")
         sizes = {DATA: data, MODEL: model} if model > 1 else {DATA: data}
         program = SteppedProgram(self.problem, sizes, parts)
-        program.layout  # noqa: B018 (an axis that cannot be split is an error here)
+        program.whole_batch  # noqa: B018 (an axis that cannot be split is an error here)
         return self._plan(" × ".join(names) or "one device", sizes, program)
 
     def minibatch(self, parts: int) -> PartitionPlan:
@@ -241,7 +241,7 @@ class _Search:
 
     def _candidates(self) -> Iterator[tuple[str, Callable[[], PartitionPlan]]]:
         n = self.target.count
-        yield "one device", partial(self.layout, 1, 1)
+        yield "one device", lambda: self._one_device
         if n > 1:
             yield f"data {n}", partial(self.layout, n, 1)
             for model in _divisors(n):
@@ -267,27 +267,16 @@ class _Search:
         chosen = [k for k in parts if k & (k - 1) == 0] or parts
         if self.budget is None:
             return make(chosen[min(1, len(chosen) - 1)])
-        if len(chosen) == 1:
-            return make(chosen[0])
-        # The bytes of k parts lie below the chord from the whole batch to the smallest part.
-        whole, least = (self._bytes_of_part(among, k) for k in (1, chosen[-1]))
-        for k in chosen[:-1]:
-            share = (1 / k - 1 / chosen[-1]) / (1 - 1 / chosen[-1])
-            if least + share * (whole - least) <= self.budget and (found := make(k)).fits:
-                return found
-        return make(chosen[-1])
+        made = cache(make)
+        return made(chosen[bisect.bisect_left(chosen[:-1], True, key=lambda k: bool(made(k).fits))])
 
-    def _bytes_of_part(self, among: int, parts: int) -> int:
-        """The bytes of a device that has an equal part of the batch of each of `among` devices."""
-        key = among * parts
-        if key not in self._part_bytes:
-            program = SteppedProgram(self.problem, {DATA: key})
-            self._part_bytes[key] = program.predicted_bytes.total
-        return self._part_bytes[key]
+    @cached_property
+    def _one_device(self) -> PartitionPlan:
+        return self.layout(1, 1)
 
     def _bytes_that_stay(self) -> int:
         """What one device holds at some time, whatever is computed again."""
-        held = self.layout(1, 1).predicted.by_purpose
+        held = self._one_device.predicted.by_purpose
         kept = ("parameters", "optimizer state", "batch", "results")
         products = (eqn for eqn, _ in self.problem.axes.program.equations if eqn.primitive.name in PRODUCTS)
         largest = max((nbytes(eqn.outvars[0]) for eqn in products), default=0)
@@ -302,8 +291,8 @@ class _Search:
         found = None
         if self.budget is not None and (least := self._bytes_that_stay()) > self.budget:
             raise ValueError(
-                f"parameters, what goes with them, and the largest product's result are {least:,} bytes, "
-                f"more than {self.budget:,}, whatever is computed again."
+                f"parameters, what goes with them, and the largest product's result are {least:,} bytes; "
+                f"no recomputation makes that {self.budget:,}."
             )
         for share in _SHARES:
             try:
