@@ -104,7 +104,9 @@ def main() -> None:
     found = nbformat.from_dict(notebook((ROOT / "README.md").read_text("utf-8")))
     with tempfile.TemporaryDirectory() as directory:
         where = {"metadata": {"path": directory}}
-        NotebookClient(found, timeout=600, resources=where, record_timing=False).execute()
+        NotebookClient(
+            found, timeout=600, resources=where, record_timing=False, coalesce_streams=True
+        ).execute()
     found.metadata.pop("language_info", None)
     path = folder(True) / NOTEBOOK.name if options.smoke else NOTEBOOK
     nbformat.write(found, path)
