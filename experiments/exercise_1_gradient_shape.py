@@ -4,7 +4,7 @@ For several functions and sizes: the shape that `fp.trace` predicts for the grad
 shape that `fp.grad` returns, and the shape and bytes of the Hessian, n × m × n × m. Both derivatives are
 checked against central differences in double precision.
 
-    python experiments/exercise_1_gradient_shape.py [--smoke]
+    python experiments/exercise_1_gradient_shape.py [file.py:function] [--smoke]
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
-from running import command_line, write
+from running import write
+from running.exercises import answered, exercise_line
 
 import funcprop as fp
 
@@ -102,8 +103,10 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, and write `results/exercise_1_gradient_shape.json` and `.png`."""
-    parser = command_line(__doc__, smoke="two small sizes")
+    parser = exercise_line(__doc__, smoke="two small sizes")
     options = parser.parse_args()
+    if answered(1, options):
+        return
     sizes = [(2, 3), (3, 1)] if options.smoke else [(1, 1), (2, 3), (3, 2), (5, 4), (8, 8), (16, 10)]
     results = []
     print(f"{'function':22}{'X':>9}{'∂f/∂X':>9}{'Hessian':>20}{'(nm)²':>10}{'entries':>10}{'deviations':>20}")

@@ -4,7 +4,7 @@ Forward `z = W1 x + b`; backward one more line, `∂J/∂b = ∂J/∂z`: over a 
 without a λ term, because the bias is not decayed. The difference of the two graphs is drawn, the equations
 are derived and verified, and the gradients are compared with `jax.grad` and with central differences.
 
-    python experiments/exercise_2_bias.py [--smoke]
+    python experiments/exercise_2_bias.py [file.py:function] [--smoke]
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
-from running import command_line, folder, write
+from running import folder, write
+from running.exercises import answered, exercise_line
 
 import funcprop as fp
 
@@ -113,8 +114,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, and write `results/exercise_2_bias.json`, `.png` and two `.svg`."""
-    parser = command_line(__doc__, smoke="a small model")
+    parser = exercise_line(__doc__, smoke="a small model")
     options = parser.parse_args()
+    if answered(2, options):
+        return
     where = folder(options.smoke)
     with jax.enable_x64(True):
         found = measure(where, 3, 4, 2, 3) if options.smoke else measure(where, 8, 6, 3, 32)

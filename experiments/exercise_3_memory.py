@@ -12,6 +12,8 @@ Beside each formula stand the bytes that `fp.memory.footprint` predicts from the
 compiled program. The formula of training holds where `Bh ≥ P`: in a smaller batch, gradients take the place
 of activations that are no longer needed. Programs are compiled without the kernels of XLA's library, which
 hold a few rows more; by default they add 0.7 % at a batch of 4096.
+
+    python experiments/exercise_3_memory.py [file.py:function] [--smoke]
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import optax
 from jax import ShapeDtypeStruct
-from running import command_line, write
+from running import write
+from running.exercises import answered, exercise_line
 
 import funcprop as fp
 
@@ -101,8 +104,10 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, and write `results/exercise_3_memory.json` and `.png`."""
-    parser = command_line(__doc__, smoke="one batch size")
+    parser = exercise_line(__doc__, smoke="one batch size")
     options = parser.parse_args()
+    if answered(3, options):
+        return
     columns = f"{'formula':>14} {'predicted':>14} {'compiled':>14} {'predicted÷':>10} {'compiled÷':>10}"
     print(f"{'program':12} {'batch':>6} {columns}")
     batches = [1024] if options.smoke else [256, 1024, 4096]

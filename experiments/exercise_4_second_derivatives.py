@@ -6,7 +6,7 @@ Hessian of P parameters 2N − 1 + P (6N − 4). Beside them stand what `fp.seco
 jaxpr, what it counts in XLA's program, and the predicted and measured times. The classes of the operators of
 a Hessian-vector product (`fp.second_order_graph`) say what happened to the graph.
 
-    python experiments/exercise_4_second_derivatives.py [--smoke] [--repeats N]
+    python experiments/exercise_4_second_derivatives.py [file.py:function] [--smoke] [--repeats N]
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
-from running import command_line, write
+from running import write
+from running.exercises import answered, exercise_line
 
 import funcprop as fp
 
@@ -113,9 +114,11 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, and write `results/exercise_4_second_derivatives.json` and `.png`."""
-    parser = command_line(__doc__, smoke="two small networks, one turn")
+    parser = exercise_line(__doc__, smoke="two small networks, one turn")
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
+    if answered(4, options):
+        return
     sizes = [(2, 8, 8), (3, 8, 8)] if options.smoke else [(n, 16, 64) for n in (1, 2, 3, 4, 6, 8)]
     sizes += [] if options.smoke else [(n, 256, 256) for n in (2, 4, 8)]
     results = []

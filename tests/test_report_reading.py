@@ -84,6 +84,16 @@ _CLIPPED = """() => [...document.querySelectorAll("body *")].filter((e) => {
 }).map((e) => e.className + ": " + e.textContent.trim().slice(0, 40))"""
 
 
+# Outside of pictures and formulas, nobody has to read letters of less than 12 pixels.
+_SMALL = """() => [...document.querySelectorAll("body *")].filter((e) =>
+  !e.closest("svg, math, sub, sup") && e.checkVisibility() && parseFloat(getComputedStyle(e).fontSize) < 11.9
+    && [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())
+).map((e) => e.className + ": " + e.textContent.trim().slice(0, 40))"""
+# The answers of the exercises are read without scrolling sideways.
+_WIDER = """() => [...document.querySelectorAll(".questions .scroll")].filter((e) =>
+  e.scrollWidth > e.clientWidth + 1).map((e) => e.getAttribute("aria-label"))"""
+
+
 @pytest.mark.parametrize("width", [390, 768, 1280, 1920])
 def test_nothing_is_clipped(
     browser: Browser, chapter: tuple[fp.Report, Path], hostile: tuple[fp.Report, Path], width: int
@@ -91,6 +101,8 @@ def test_nothing_is_clipped(
     for made in (chapter, hostile):
         for found in opened(browser, made, viewport={"width": width, "height": 900}):
             assert found.page.evaluate(_CLIPPED) == []
+            assert found.page.evaluate(_SMALL) == []
+            assert found.page.evaluate(_WIDER) == []
             assert found.page.evaluate("document.documentElement.scrollWidth") <= width
             # The whole picture is seen at once, and there is no panel until a node is chosen.
             canvas = found.page.locator("#canvas").bounding_box()

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import typer
 
 from funcprop.cli.options import ArgnumsOrAll, AsJson, HasAux, TargetName, parse_argnums
-from funcprop.cli.output import Output, describe, digits, dimensions, emit, nonfinite_data, number, table
+from funcprop.cli.output import Output, describe, digits, emit, nonfinite_data, number, table
 from funcprop.cli.target import Target, load, users_code
 from funcprop.equations.derivation import Derivation, derive
 from funcprop.equations.verification import Line
+from funcprop.graph.graph import shape_text
 from funcprop.sweeps.backprop import backprop
 from funcprop.sweeps.propagation import Propagation
 
@@ -130,7 +131,7 @@ def gradients_table(found: Sequence[Gradient]) -> str:
 
 
 def _size(value: Any) -> tuple[str, str]:
-    return dimensions(jnp.shape(value)), digits(describe(value, 0)["norm"])
+    return shape_text(jnp.shape(value)), digits(describe(value, 0)["norm"])
 
 
 def _data(gradient: Gradient, limit: int | None) -> dict[str, Any]:

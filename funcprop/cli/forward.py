@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import typer
 
 from funcprop.cli.options import AsJson, TargetName
-from funcprop.cli.output import Output, describe, digits, dimensions, emit, entries, is_numeric, table
+from funcprop.cli.output import Output, describe, digits, emit, entries, is_numeric, table
 from funcprop.cli.target import Target, load, users_code
-from funcprop.graph.graph import Graph, Variable
+from funcprop.graph.graph import Graph, Variable, shape_text
 from funcprop.graph.tracing import trace_function
 from funcprop.rules.sets import autodiff
 from funcprop.sweeps.sweeps import Tape, forward_sweep
@@ -53,7 +53,7 @@ def values_table(values: dict[str, Any], limit: int) -> str:
         size = jnp.size(value) if is_numeric(value) else 0
         norm = describe(value, 0)["norm"]
         shown = entries(value) if size <= limit else "…"
-        rows.append((name, dimensions(jnp.shape(value)), digits(norm), shown))
+        rows.append((name, shape_text(jnp.shape(value)), digits(norm), shown))
     return table(rows, right=[2])
 
 

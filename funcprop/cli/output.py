@@ -133,11 +133,6 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     )
 
 
-def dimensions(shape: Sequence[int]) -> str:
-    """A shape as the chapter writes it: `3 × 4`, or `scalar`."""
-    return " × ".join(map(str, shape)) or "scalar"
-
-
 def digits(number: Any) -> str:
     """Five significant digits; `NaN` and the like as they are, `-` for none."""
     return f"{number:.5g}" if isinstance(number, int | float) else str(number or "-")

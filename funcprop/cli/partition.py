@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import optax
 import typer
@@ -15,6 +14,7 @@ from funcprop.cli.options import AsJson, TargetName, parse_bytes
 from funcprop.cli.output import Output, emit, json_text
 from funcprop.cli.target import Target, TargetError, load, users_code
 from funcprop.progress import bar
+from funcprop.reporting.exercises import of_batch
 
 
 def partition(
@@ -70,7 +70,7 @@ def report(
             "and data, loss(params, *data)."
         )
     params, *rest = target.args
-    loss = _of_batch(target.function, len(rest), tuple(target.kwargs))
+    loss = of_batch(target.function, tuple(target.kwargs))
     batch = (*rest, *target.kwargs.values())
     with (
         bar(f"{target.label}: plans", counted=False),
@@ -87,12 +87,3 @@ def report(
             proof = plans[0].compile()
             text, data = f"{text}\n\n{proof}", {**data, "proof": proof.as_dict()}
     return Output(text, data, json_text(data, 2) + "\n")
-
-
-def _of_batch(function: Callable[..., Any], count: int, names: tuple[str, ...]) -> Callable[..., Any]:
-    """The target as a function of parameters and one batch, a tuple of all other arguments."""
-
-    def loss(params: Any, batch: Any) -> Any:
-        return function(params, *batch[:count], **dict(zip(names, batch[count:], strict=True)))
-
-    return loss

@@ -127,9 +127,9 @@ def _load_module(target: str, name: str) -> ModuleType:
 
 
 def _load_file(target: str, path: Path) -> ModuleType:
-    path = path.resolve()
     if not path.is_file():
         raise TargetError(f"target {target!r}: there is no file {path}; {USAGE}.")
+    given, path = path, path.resolve()
     # Its neighbours can be imported, as when the file is run as a script.
     sys.path.insert(0, str(path.parent))
     name = path.stem if path.stem not in sys.modules else f"{path.stem} ({path})"
@@ -138,7 +138,7 @@ def _load_file(target: str, path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    with users_code(f"target {target!r}: cannot import {path}", None):
+    with users_code(f"target {target!r}: cannot import {given}", None):
         spec.loader.exec_module(module)
     return module
 

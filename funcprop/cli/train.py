@@ -14,9 +14,10 @@ import typer
 
 from funcprop import training
 from funcprop.cli.options import AsJson
-from funcprop.cli.output import Output, describe, digits, dimensions, emit, nonfinite_data, number, table
+from funcprop.cli.output import Output, describe, digits, emit, nonfinite_data, number, table
 from funcprop.cli.target import TargetError, load_function, users_code
 from funcprop.cli.train_run import RunOptions, fit_options, join
+from funcprop.graph.graph import shape_text
 from funcprop.progress import bar
 from funcprop.sweeps.backprop import backprop
 from funcprop.sweeps.propagation import Propagation
@@ -252,5 +253,5 @@ def variables_table(variables: list[dict[str, Any]]) -> str:
     for variable in variables:
         value, gradient = variable["value"], variable["gradient"]
         norm = None if gradient is None else gradient["norm"]
-        rows.append((variable["name"], dimensions(value["shape"]), digits(value["norm"]), digits(norm)))
+        rows.append((variable["name"], shape_text(value["shape"]), digits(value["norm"]), digits(norm)))
     return table(rows, right=[2, 3])

@@ -36,6 +36,17 @@ class Objective:
     argnums: int | tuple[int, ...] | None
     chosen: tuple[int, ...]
 
+    @classmethod
+    def of(cls, traced: Traced, argnums: Argnums) -> Objective:
+        """A traced function as an objective.
+
+        Raises:
+            TypeError, ValueError: as `trace_objective`.
+        """
+        at = None if argnums is None else positions(argnums)
+        _check_scalar(traced.graph)
+        return cls(traced, at, differentiable(traced.signature, traced.arguments, traced.leaves, at))
+
     @property
     def result(self) -> Variable:
         """The scalar."""
@@ -80,12 +91,9 @@ def trace_objective(
         TypeError: the result is not one real scalar, or an argument at `argnums` has no derivative.
         ValueError: there is no argument at a position in `argnums`.
     """
-    at = None if argnums is None else positions(argnums)
 
     def used(traced: Traced) -> tuple[Any, Any]:
-        _check_scalar(traced.graph)
-        chosen = differentiable(traced.signature, traced.arguments, traced.leaves, at)
-        return use(Objective(traced, at, chosen))
+        return use(Objective.of(traced, argnums))
 
     return trace_call(used, fun, args, kwargs, inline=inline, name_result="J", has_aux=has_aux)
 
@@ -116,13 +124,19 @@ def differentiable(
         if not -count <= p < count:
             raise ValueError(f"argnums={p}, but the function was called with {count} positional arguments.")
         if not held[p] & smooth:
-            holds = ", ".join(repr(leaves[i]) for i in sorted(held[p])) or "nothing"
+            holds = ", ".join(_shown(leaves[i]) for i in sorted(held[p])) or "nothing"
             raise TypeError(
                 f"the argument at argnums={p} holds {holds}, which has no derivative; choose arguments with "
                 "floating-point arrays, or argnums=None to differentiate what can be differentiated."
             )
         chosen |= held[p] & smooth
     return tuple(sorted(chosen))
+
+
+def _shown(leaf: Any) -> str:
+    """A number as it is, an array by its type."""
+    is_array = isinstance(leaf, jax.ShapeDtypeStruct) or getattr(leaf, "ndim", 0) > 0
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" if is_array else repr(leaf)
 
 
 def _check_scalar(graph: Graph) -> None:

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from funcprop.equations.derivation import forward_lines
 from funcprop.equations.verification import Line
+from funcprop.graph.graph import shape_text
 from funcprop.reporting.mathml import mathml
 from funcprop.reporting.report_data import ReportData
 
@@ -107,7 +108,7 @@ def _equation(key: str, line: Line) -> Equation:
         line.key,
         Markup(mathml(line.left_latex, line.left)),
         tuple(Markup(mathml(form.latex(), form.text())) for form in line.forms),
-        " × ".join(map(str, line.shape)) or "scalar",
+        shape_text(line.shape),
     )
 
 

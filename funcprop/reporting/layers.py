@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from funcprop.graph.graph import shape_text
+from funcprop.graph.naming import argument_names
 from funcprop.memory.accounting import footprint
 from funcprop.memory.ledger import Footprint, Ledger, Row
 from funcprop.training.loop import Setup
@@ -90,34 +92,42 @@ def memory(
 ) -> Memory:
     """The memory of a function and its gradient, or of a step of the training run on one minibatch."""
     if setup is None:
-        given = data_shapes(args, kwargs, argnums)
+        given = data_shapes(fun, args, kwargs, argnums)
         return _bars("the function and its gradient", given, footprint(fun, argnums)(*args, **kwargs))
-    batches = setup.batches(jax.random.key(0)) if callable(setup.batches) else setup.batches
-    batch = next(iter(batches))
-    parts = batch if type(batch) in (tuple, list) else (batch,)
+    parts = first_minibatch(setup)
     found = footprint(setup.loss, optimizer=setup.optimizer)(setup.params, *parts)
-    given = data_shapes((None, *parts), {}, 0)
+    given = data_shapes(setup.loss, (None, *parts), {}, 0)
     return _bars("the loss of one minibatch, and a whole training step", given, found)
 
 
-def data_shapes(args: Sequence[Any], kwargs: Any, argnums: int | Sequence[int]) -> str:
-    """The shapes of the arrays that are not differentiated by: of what a batch is made."""
+def first_minibatch(setup: Setup) -> tuple[Any, ...]:
+    """What the loss of a training run is first called with, besides the parameters."""
+    batches = setup.batches(jax.random.key(0)) if callable(setup.batches) else setup.batches
+    batch = next(iter(batches))
+    return tuple(batch) if type(batch) in (tuple, list) else (batch,)
+
+
+def data_shapes(
+    fun: Callable[..., Any], args: Sequence[Any], kwargs: Any, argnums: int | Sequence[int]
+) -> str:
+    """The names and shapes of the arrays that are not differentiated by: of what a batch is made."""
     chosen = {argnums} if isinstance(argnums, int) else set(argnums)
     chosen = {i % max(len(args), 1) for i in chosen}
-    leaves = jax.tree.leaves([x for i, x in enumerate(args) if i not in chosen]) + jax.tree.leaves(kwargs)
-    texts = [" × ".join(map(str, leaf.shape)) or "a number" for leaf in leaves if hasattr(leaf, "shape")]
+    others = tuple(None if i in chosen else x for i, x in enumerate(args))
+    leaves = [(path, x) for path, x in jax.tree.leaves_with_path((others, kwargs)) if hasattr(x, "shape")]
+    names = argument_names(fun, [path for path, _ in leaves])
+    texts = [f"{name}: {shape_text(x.shape)}" for name, (_, x) in zip(names, leaves, strict=True)]
     return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "") or "none"
 
 
 def _bars(subject: str, data: str, found: Footprint) -> Memory:
     rows = [row for ledger in found.ledgers.values() for row in ledger.rows]
-    depth = _depth(rows)
-    unit = "layer" if depth else "value"
+    layer_of = _layers(rows)
 
     def group(row: Row) -> str:
         if row.category == "unused":
             return "gaps between buffers"
-        return "/".join(row.scope.split("/")[:depth]) or "outside of layers" if depth else row.name
+        return row.name if layer_of is None else layer_of(row) or "outside of layers"
 
     totals: dict[str, int] = defaultdict(int)
     for row in rows:
@@ -125,15 +135,15 @@ def _bars(subject: str, data: str, found: Footprint) -> Memory:
     largest = sorted(totals, key=lambda name: -totals[name])[:MOST_LAYERS]
     visible = SMALLEST * sum(totals.values())
     kept = [name for name in totals if name in largest and totals[name] >= visible]
-    kept = sorted(kept, key=_natural) if depth else kept
+    kept = kept if layer_of is None else sorted(kept, key=_natural)
     outermost = {name.partition("/")[0] for name in kept if "/" in name}
     # What all layers are in says nothing of any.
-    shared = outermost.pop() + "/" if depth and len(outermost) == 1 else ""
+    shared = outermost.pop() + "/" if layer_of is not None and len(outermost) == 1 else ""
     layers = [LayerBars(n.removeprefix(shared), _of(found.ledgers, {n}, group)) for n in kept]
     if len(kept) < len(totals):
         rest = _of(found.ledgers, totals.keys() - kept, group)
-        layers.append(LayerBars(f"{len(totals) - len(kept)} others", rest))
-    return Memory(subject, data, found, unit, tuple(layers))
+        layers.append(LayerBars(f"{len(totals) - len(kept)} more", rest))
+    return Memory(subject, data, found, "value" if layer_of is None else "layer", tuple(layers))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -156,13 +166,30 @@ def _by_category(rows: Iterable[Row]) -> dict[str, int]:
     return sums
 
 
-def _depth(rows: Sequence[Row]) -> int:
-    """How many parts of a scope's name tell layers apart; 0 if there are no layers."""
-    paths = [row.scope.split("/") for row in rows if row.scope]
+def _layers(rows: Sequence[Row]) -> Callable[[Row], str] | None:
+    """What tells the layer of a row: its scope, or the module of its parameter where there are more of these.
+
+    None if there are no layers.
+    """
+    ways: tuple[Callable[[Row], str], ...] = (lambda row: row.scope, lambda row: row.path.rpartition("/")[0])
+    found = []
+    for way in ways:
+        paths = [way(row).split("/") for row in rows if way(row)]
+        depth, count = _depth(paths)
+        found.append((count, depth, way))
+    count, depth, way = max(found, key=lambda one: one[0])
+    return (lambda row: "/".join(way(row).split("/")[:depth])) if count > 1 else None
+
+
+def _depth(paths: Sequence[Sequence[str]]) -> tuple[int, int]:
+    """How many parts of the names tell layers apart, and how many layers these are.
+
+    The most parts by which there are no more than can be shown, or the fewest by which there are several.
+    """
     deepest = max(map(len, paths), default=0)
-    names = [len({tuple(path[:depth]) for path in paths}) for depth in range(deepest + 1)]
-    found = 0
-    for depth, count in enumerate(names):
-        if 1 < count <= MOST_LAYERS:
-            found = depth
-    return found
+    counts = {depth: len({tuple(path[:depth]) for path in paths}) for depth in range(1, deepest + 1)}
+    several = [depth for depth, count in counts.items() if count > 1]
+    if not several:
+        return 0, 0
+    depth = max((depth for depth in several if counts[depth] <= MOST_LAYERS), default=several[0])
+    return depth, counts[depth]

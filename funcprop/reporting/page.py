@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 from importlib import resources
-from typing import Any
 
 import jax
 import jinja2
@@ -20,6 +19,7 @@ from funcprop.drawing.svg import svg
 from funcprop.graph.graph import bytes_text
 from funcprop.reporting.contents import DETAILS, contents
 from funcprop.reporting.equations import equations
+from funcprop.reporting.number_text import amount, count, digits
 from funcprop.reporting.report_data import ReportData
 
 # A page that would be larger has fewer numbers of values that nobody named.
@@ -39,7 +39,7 @@ def render(report: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": bytes_text, "digits": digits, "count": _count, "amount": _amount}
+    environment.filters |= {"bytes": bytes_text, "digits": digits, "count": count, "amount": amount}
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     script = "(() => {\n" + "\n".join(map(_asset, _SCRIPTS)) + "\n})();"
     pictures = Markup("\n".join(_svg(picture.drawing) for picture in report.pictures))
@@ -74,28 +74,3 @@ def _svg(drawing: Drawing) -> str:
 
 def _asset(name: str) -> str:
     return (_ASSETS / name).read_text("utf-8")
-
-
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def _count(number: int) -> str:
-    return f"{number:,}"
-
-
-def _amount(number: int, unit: str) -> str:
-    """A number in a table of costs: bytes, or a count that is rounded when it is large."""
-    if unit == "bytes":
-        return bytes_text(number)
-    return _count(number) if number < 1_000_000 else _scientific(f"{number:.2e}")
-
-
-def digits(number: Any) -> str:
-    """Four significant digits, or a dash."""
-    return "–" if number is None else _scientific(f"{number:.4g}").replace("-", "−")
-
-
-def _scientific(text: str) -> str:
-    """`1.5e-07` as `1.5 · 10⁻⁷`."""
-    mantissa, e, exponent = text.partition("e")
-    return f"{mantissa} · 10{str(int(exponent)).translate(_SUPERSCRIPT)}" if e else text

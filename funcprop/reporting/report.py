@@ -14,11 +14,12 @@ import jax
 
 from funcprop.cost.second_order import second_order_cost
 from funcprop.equations.derivation import derive
-from funcprop.graph.objective import Argnums, positions
+from funcprop.graph.objective import Argnums, Objective, positions
 from funcprop.graph.references import require_no_references
 from funcprop.graph.writable import require_writable
 from funcprop.program.call import has_values, without_aux
 from funcprop.reporting.curves import train
+from funcprop.reporting.exercises import LEFT_TO_THE_COMMAND, all_exercises, planned
 from funcprop.reporting.inspection import first_nonfinite, inspect
 from funcprop.reporting.layers import data_shapes, memory
 from funcprop.reporting.on_machine import on_this_machine
@@ -29,7 +30,8 @@ from funcprop.rules.rule_set import RuleSet
 from funcprop.sweeps.backprop import backprop
 from funcprop.training.loop import Setup
 
-# A function with more operators is written operator by operator alone.
+# A function with more operators is written operator by operator alone, and what rules gain, slopes and plans
+# are left out.
 MOST_LINES = 1000
 
 
@@ -64,6 +66,7 @@ class Report(ReportData):
             "cost": self.cost.as_dict(),
             "operators": [asdict(kind) for kind in self.kinds],
             "memory": {"of": self.memory.subject, **self.memory.footprint.as_dict()},
+            "exercises": [asdict(exercise) for exercise in self.exercises],
             "eigenvalues": None if self.spectrum is None else asdict(self.spectrum),
             "training": None if self.curves is None else asdict(self.curves),
         }
@@ -116,8 +119,9 @@ def report(
 
     The page has the computational graph to zoom into, with shape, bytes, equation, statistics and histograms
     of value and gradient of every node; both sweeps step by step; the typeset equations; the memory of
-    inference and training by layer; costs; the largest eigenvalues of the Hessian where they take seconds;
-    and with `setup` the curves of a short training run. It needs no network and no server.
+    inference and training by layer; costs; the chapter's five exercises; the largest eigenvalues of the
+    Hessian where they take seconds; and with `setup` the curves of a short training run. It needs no network
+    and no server.
 
     Arguments may be shapes (`jax.ShapeDtypeStruct`); then there are no values and no statistics. Of what is
     not differentiated by (data and labels) the page has statistics only, unless `examples`.
@@ -175,7 +179,11 @@ def report(
         doing("memory")
         footprints = memory(scalar, numbers, args, kwargs, setup)
         doing("rules and recomputation")
-        machine = on_this_machine(scalar, numbers, args, kwargs, rules)
+        machine = on_this_machine(scalar, numbers, args, kwargs, rules, few)
+        doing("the five exercises")
+        plans, why = planned(scalar, args, kwargs, numbers, setup) if few else ([], LEFT_TO_THE_COMMAND)
+        objective = Objective.of(traced, argnums)
+        answers = all_exercises(objective, propagation if few else None, costs, footprints, plans, why)
         doing("the Hessian's spectrum")
         spectrum = top(scalar, numbers, args, kwargs, costs) if is_concrete else None
         doing("a training run")
@@ -194,9 +202,10 @@ def report(
             footprints,
             spectrum,
             curves,
-            data_shapes(args, kwargs, numbers),
+            data_shapes(scalar, args, kwargs, numbers),
             machine,
             readable if readable is not None and readable.text() != derivation.text() else None,
+            answers,
         )
 
     return write

@@ -13,6 +13,7 @@ from funcprop.equations.derivation import Derivation
 from funcprop.graph.graph import Graph
 from funcprop.reporting.cost import Kind, kinds
 from funcprop.reporting.curves import Curves
+from funcprop.reporting.exercises import Exercise
 from funcprop.reporting.inspection import InspectedValue, Inspection
 from funcprop.reporting.layers import Memory
 from funcprop.reporting.loop_contents import Opened
@@ -21,8 +22,6 @@ from funcprop.reporting.spectrum import Top
 
 # All pictures of a page together have at most so many nodes, so that it stays below 2 MB.
 MOST_PICTURED = 300
-# So many gradients are named as examples.
-SHOWN_GRADIENTS = 4
 # Up to this many values are all in the table.
 FEW = 60
 
@@ -46,6 +45,7 @@ class ReportData:
     data: str = ""
     machine: OnThisMachine | None = field(repr=False, default=None)
     readable: Derivation | None = field(repr=False, default=None)
+    exercises: tuple[Exercise, ...] = field(repr=False, default=())
 
     @cached_property
     def pictures(self) -> list[PagePicture]:
@@ -60,36 +60,11 @@ class ReportData:
     @property
     def parameters(self) -> int:
         """How many numbers are differentiated by."""
-        found = [q for q in self.inspection.quantities.values() if q.is_parameter]
-        return sum(math.prod(q.shape or ()) for q in found)
+        return sum(math.prod(q.shape or ()) for q in self._parameters)
 
     @property
     def _parameters(self) -> list[InspectedValue]:
         return [q for q in self.inspection.quantities.values() if q.is_parameter]
-
-    @property
-    def parameter_bytes(self) -> int:
-        """The bytes of what is differentiated by."""
-        return sum(q.nbytes or 0 for q in self._parameters)
-
-    @property
-    def gradient_shapes(self) -> list[tuple[str, str]]:
-        """The first gradients with their shapes."""
-        found = self._parameters[:SHOWN_GRADIENTS]
-        return [(q.name, " × ".join(map(str, q.shape or ())) or "a number") for q in found]
-
-    @property
-    def further_gradients(self) -> int:
-        """How many gradients there are besides those shown."""
-        return max(len(self._parameters) - SHOWN_GRADIENTS, 0)
-
-    @property
-    def biases(self) -> list[str]:
-        """Parameters called a bias."""
-        names = [
-            q.name for q in self._parameters if q.name.rpartition("/")[2] in ("b", "bias", "offset", "beta")
-        ]
-        return names[:6] + (["…"] if len(names) > 6 else [])
 
     @property
     def value_bytes(self) -> int:

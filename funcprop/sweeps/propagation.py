@@ -93,6 +93,12 @@ class Propagation:
     active: frozenset[str]
     aux: Any = None
 
+    def __repr__(self) -> str:
+        return (
+            f"both sweeps of {self.graph.name}: .values[…] has {len(self.values)} values by their names, "
+            f".gradients[…] {len(self.gradients)} gradients"
+        )
+
     def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Arrays, and what is known without them."""
         return (self.value, self.gradient, self.tape, self.cotangents, self.aux), (
