@@ -5,7 +5,8 @@ Two classifiers at batch 128, mean cross-entropy: an MLP 784-512-256-10, and a C
 constants (XLA would fold them). All programs of a model take turns, in which the second of two runs counts;
 each turn gives one ratio of a quantity's time to the gradient's of the same turn, and the table shows the
 median of these paired ratios with its quartiles, beside the fastest time. A star marks a bound that is not
-reached.
+reached. `law` is what a quantity's products take at the least in floating-point operations, and `done` what
+the compiled program takes in all, both ÷ the gradient's law.
 
 `--peer` adds BackPACK, curvlinops and laplace-torch for PyTorch and kfac-jax for JAX, as far as they are
 installed, with the same weights and data. What they compute is compared with ours before any time is taken:
@@ -30,12 +31,23 @@ from typing import Any, NamedTuple
 import jax
 import matplotlib as mpl
 import numpy as np
-from benchmark_cases.curvature import JOINT, JOINT_BOUND, PARTS, PROBLEMS, QUANTITIES, Problem, gradient
+from benchmark_cases.curvature import (
+    JOINT,
+    JOINT_BOUND,
+    PARTS,
+    PROBLEMS,
+    QUANTITIES,
+    Layers,
+    Problem,
+    gradient,
+    gradient_law,
+)
 from benchmark_cases.hessian_diagonal import DIAGONALS, Case
 from jax.flatten_util import ravel_pytree
 from running import blocking, command_line, interleaved, write
 
 import funcprop as fp
+from funcprop.cost.work import of_compiled
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -47,7 +59,11 @@ AGREEMENT = 1e-4
 
 
 class Measured(NamedTuple):
-    """Fastest seconds, quartiles of the paired ratios to the gradient, temporary bytes, and the bound."""
+    """Fastest seconds, quartiles of the paired ratios to the gradient, temporary bytes, and the bound.
+
+    `law` is what the products of the quantity take at the least, and `done` what the compiled program takes,
+    both as shares of the gradient's law.
+    """
 
     seconds: float
     lower_quartile: float
@@ -55,14 +71,17 @@ class Measured(NamedTuple):
     upper_quartile: float
     temporary_bytes: int
     bound: float | None
+    law: float | None = None
+    done: float | None = None
 
 
-def measured(seconds: np.ndarray, beside: np.ndarray, program: Any, bound: float | None) -> Measured:
+def measured(
+    seconds: np.ndarray, beside: np.ndarray, program: Any, bound: float | None, *shares: float
+) -> Measured:
     """What the turns of a compiled program and those of what it is measured against say."""
     lower, median, upper = map(float, np.percentile(seconds / beside, [25, 50, 75]))
-    return Measured(
-        float(seconds.min()), lower, median, upper, fp.memory.CompiledGradient.of(program).temp, bound
-    )
+    temporary = fp.memory.CompiledGradient.of(program).temp
+    return Measured(float(seconds.min()), lower, median, upper, temporary, bound, *shares)
 
 
 def measure(
@@ -75,10 +94,13 @@ def measure(
     for step in steps.values():
         step()
     times = interleaved(steps, repeats, twice=True)
-    found = {}
+    found, layers = {}, Layers.of(p)
+    unit = gradient_law(layers)
     for name, seconds in times.items():
         bound = None if name == GRADIENT else QUANTITIES[name].bounds.get(model)
-        found[name] = measured(seconds, times[GRADIENT], compiled[name], bound)
+        law = unit if name == GRADIENT else QUANTITIES[name].law(layers)
+        shares = law / unit, of_compiled(compiled[name]).flops / unit
+        found[name] = measured(seconds, times[GRADIENT], compiled[name], bound, *shares)
     if {JOINT, *PARTS} <= set(times):
         ratio = float(np.median(times[JOINT] / sum(times[part] for part in PARTS)))
         missed = "*" if ratio > JOINT_BOUND else ""
@@ -155,7 +177,8 @@ def line(model: str, name: str, m: Measured) -> str:
     quartiles = f"{m.lower_quartile:.2f}–{m.upper_quartile:.2f}"
     return (
         f"{model:5} {name:37}{m.seconds * 1e3:9.1f}{m.median:8.2f} {quartiles:>13}{bound:>8}"
-        f"{m.temporary_bytes / 2**20:10.1f}"
+        + "".join(f"{'' if share is None else f'{share:.2f}':>8}" for share in (m.law, m.done))
+        + f"{m.temporary_bytes / 2**20:10.1f}"
     )
 
 
@@ -195,7 +218,7 @@ def main() -> None:
     repeats = 1 if options.smoke else options.repeats
     quantities = [q for q in QUANTITIES if not options.only or any(part in q for part in options.only)]
     print(f"jax {jax.__version__}, {jax.default_backend()}, rules {fp.rules.default.name}")
-    print(f"{'':43}{'ms':>9}{'ratio':>8}{'quartiles':>14}{'≤':>8}{'temp MB':>10}")
+    print(f"{'':43}{'ms':>9}{'ratio':>8}{'quartiles':>14}{'≤':>8}{'law':>8}{'done':>8}{'temp MB':>10}")
     results: dict[str, dict[str, Measured]] = {}
     peers: dict[str, dict[str, dict[str, float | None]]] = {}
     for model, (full, small) in PROBLEMS.items():

@@ -21,7 +21,7 @@ POSITIVE = with_eigenvalues(np.geomspace(0.1, 30, LARGE), 2)
 LOW_RANK = with_eigenvalues(np.concatenate([np.zeros(LARGE - 5), [1.0, 2.0, 5.0, 5.0, 5.0]]), 3)
 B = np.random.default_rng(4).standard_normal(LARGE)
 ConvergenceWarning = fp.curvature.ConvergenceWarning
-CG, Minres, Direct = fp.curvature.ConjugateGradients, fp.curvature.Minres, fp.curvature.Direct
+CG, Minres, DenseSolver = fp.curvature.ConjugateGradients, fp.curvature.Minres, fp.curvature.DenseSolver
 Lanczos, Lobpcg = fp.curvature.Lanczos, fp.curvature.Lobpcg
 
 
@@ -41,7 +41,7 @@ def expected(matrix: np.ndarray, k: int, which: str) -> np.ndarray:
     [
         *(("Lanczos", which) for which in ("LA", "SA", "BE", "LM")),
         *(("Lobpcg", which) for which in ("LA", "LM")),  # the second runs from both ends
-        *(("Direct", which) for which in ("SA", "BE")),
+        *(("DenseSolver", which) for which in ("SA", "BE")),
     ],
 )
 def test_eigenpairs(solver: str, which: str) -> None:
@@ -111,7 +111,10 @@ def test_eigenvalues_pass_through_jit_and_are_scipys() -> None:
             r"damping=nan is not finite; \(A \+ damping I\) needs a finite damping",
         ),
         (lambda A: A.solve(B, np.ones(3)), r"damping has shape \(3,\), but it is one number"),
-        (lambda A: A.solve(B, solver=Direct(budget=100)), "the matrix has 60 × 60 entries, .* budget=100"),
+        (
+            lambda A: A.solve(B, solver=DenseSolver(budget=100)),
+            "the matrix has 60 × 60 entries, .* budget=100",
+        ),
         (lambda A: A.logdet(-1.0), "damping=-1.0 is negative"),
         (
             lambda A: A.logdet(),
@@ -188,7 +191,7 @@ def test_the_residual_that_is_reported_is_true() -> None:
 # --- linear systems ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", [CG(), Minres(), Direct()], ids=str)
+@pytest.mark.parametrize("solver", [CG(), Minres(), DenseSolver()], ids=str)
 def test_solve(solver: Any) -> None:
     matrix = POSITIVE if isinstance(solver, CG) else INDEFINITE
     x = operator(matrix).solve(B, 0.3, solver=solver)
@@ -237,10 +240,10 @@ def test_a_singular_matrix_is_said() -> None:
     with pytest.raises(
         FloatingPointError, match=r"A \+ damping I, with damping=0.0, is singular; raise damping"
     ):
-        operator(np.diag([1.0, 0])).solve(jnp.ones(2), solver=Direct())
+        operator(np.diag([1.0, 0])).solve(jnp.ones(2), solver=DenseSolver())
 
 
-@pytest.mark.parametrize("solver", [CG(), Minres(), Direct()], ids=str)
+@pytest.mark.parametrize("solver", [CG(), Minres(), DenseSolver()], ids=str)
 @pytest.mark.parametrize("size", [1e-200, 1e200])
 def test_a_right_hand_side_whose_square_is_no_number(solver: Any, size: float) -> None:
     b = jnp.array([1.0, 2.0])

@@ -268,12 +268,12 @@ def test_nan_is_reported_with_the_parameters_path() -> None:
         lambda: A.frobenius_norm(),
         lambda: A.trace(samples=4, key=jax.random.key(0)),
         lambda: A.eigsh(1),
-        lambda: A.eigsh(1, solver=fp.curvature.Direct()),
+        lambda: A.eigsh(1, solver=fp.curvature.DenseSolver()),
         lambda: A.spectrum(products=2),
         lambda: A.logdet(),
         lambda: A.sqrt(),
         lambda: A.solve(jnp.ones(5)),
-        lambda: A.solve(jnp.ones(5), solver=fp.curvature.Direct()),
+        lambda: A.solve(jnp.ones(5), solver=fp.curvature.DenseSolver()),
     ):
         with pytest.raises(FloatingPointError, match="not finite in the rows of 'scale'; "):
             ask()

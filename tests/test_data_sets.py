@@ -94,7 +94,7 @@ def test_every_query(both: Any) -> None:
         lambda A: (A.diagonal(), A.trace(), A.traces(), A.frobenius_norm()),
         lambda A: [e.value for e in (A.trace(**drawn), A.diagonal(**drawn), A.frobenius_norm(**drawn))],
         lambda A: A.traces(**drawn).value,
-        lambda A: A.eigsh(2, solver=fp.curvature.Direct())[0],
+        lambda A: A.eigsh(2, solver=fp.curvature.DenseSolver())[0],
         lambda A: A.eigsh(2, which="BE")[0],
         lambda A: A.spectrum(samples=3).nodes,
         lambda A: (A.logdet(5.0), A.logdet(5.0, **drawn).value),
@@ -119,7 +119,7 @@ def test_solutions(both: Any, solver: Any) -> None:
             by = solver(preconditioner=preconditioner, tolerance=1e-12)
             x = operator.solve(b, 0.1, solver=by, start=start)
             np.testing.assert_allclose(ravel_pytree(x)[0], expected, rtol=1e-8, atol=1e-9)
-        x = operator.solve(b, 0.1, solver=fp.curvature.Direct())
+        x = operator.solve(b, 0.1, solver=fp.curvature.DenseSolver())
         np.testing.assert_allclose(ravel_pytree(x)[0], expected, rtol=1e-10)
 
 
@@ -151,7 +151,7 @@ def test_influence(weighted: bool) -> None:
         lambda p, x, y: squared(model(p, x), y),
         regularizer=lambda p: jnp.sum(p["a"] ** 2) + jnp.sum(p["b"] ** 2),
         damping=3.0,
-        tolerance=1e-13,
+        solver=fp.curvature.Minres(tolerance=1e-13),
     )
     found, whole = over(batches(weighted), weighted=weighted)(factory)(PARAMS), of_all(factory, weighted)
     effects = whole.on_losses(X, Y)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import funcprop as fp
-from funcprop.curvature import Direct, Minres, influence
+from funcprop.curvature import Minres, influence
 
 N, D, λ = 30, 3, 0.3
 X = jax.random.normal(jax.random.key(0), (N, D))
@@ -85,24 +85,6 @@ def test_another_curvature_and_its_damping(found: Any) -> None:
     gauss_newton = fp.ggn(lambda w, x: x @ w, mean, batched=True)(W, X, Y)
     other = influence(squared, curvature=gauss_newton, damping=λ, solver=Minres(tolerance=1e-13))(W, X, Y)
     np.testing.assert_allclose(other.on_losses(*TEST), found.on_losses(*TEST), rtol=1e-9)
-
-
-def test_intervals_of_random_projections_cover() -> None:
-    """Of 1000 seeds 93 to 97 in 100 hold the exact influence; on each test loss, and on itself."""
-    keys = jax.random.split(jax.random.key(7), 3)
-    x, w = jax.random.normal(keys[0], (5, 8)), jax.random.normal(keys[1], (8,))
-    y = x @ w + jax.random.normal(keys[2], (5,))
-    found = influence(squared, damping=0.5, solver=Direct())(w, x, y)
-    for ask in (lambda **how: found.on_losses(x[:2], y[:2], **how), found.on_itself):
-        exact = ask()
-
-        def covered(key: Any, ask: Any = ask, exact: Any = exact) -> Any:
-            low, high = ask(samples=40, key=key).interval()
-            return (low <= exact) & (exact <= high)
-
-        shares = jax.jit(jax.vmap(covered))(jax.random.split(jax.random.key(8), 1000)).mean(0)
-        assert 0.93 < shares.mean() < 0.97
-        assert shares.min() > 0.91
 
 
 def test_errors(found: Any) -> None:

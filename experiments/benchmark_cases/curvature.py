@@ -1,4 +1,8 @@
-"""The quantities of `curvature_benchmark.py`: a program for each, and the bounds that are sought.
+"""The quantities of `curvature_benchmark.py`: a program for each, the bounds that are sought, and its law.
+
+The law is what a quantity takes in products at the least, in floating-point operations. With `f` those of all
+layers for the batch, and `b` those of all but the first, whose input needs no cotangent, a gradient takes
+`f + b + f`; a column more to go backward takes `b`; symmetric matrices take half.
 
 A quantity is added by one entry of `QUANTITIES`; if a neighbour has it, by one of `curvature_peers.SHOWN` and
 of the neighbour's `WAYS`.
@@ -47,13 +51,72 @@ class Program(NamedTuple):
     args: tuple[Any, ...]
 
 
+class Layer(NamedTuple):
+    """A layer as a product: rows of all examples and positions, inputs and outputs; and the examples."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    examples: int
+
+    @property
+    def flops(self) -> int:
+        """Of the product."""
+        return 2 * self.rows * self.inputs * self.outputs
+
+    @property
+    def single(self) -> bool:
+        """Whether an example has one position, so that no gradient of one example is made for its square."""
+        return self.rows == self.examples
+
+    def factors(self, columns: int = 1) -> int:
+        """Of the symmetric matrices of inputs, and of cotangents of so many columns."""
+        return self.rows * (self.inputs**2 + columns * self.outputs**2)
+
+
+class Layers(NamedTuple):
+    """The layers of a model, and what their products take."""
+
+    all: tuple[Layer, ...]
+
+    @classmethod
+    def of(cls, p: Problem) -> Layers:
+        """Read off the products and convolutions of the traced model."""
+        found = []
+        for eqn in jax.make_jaxpr(p.model)(p.params, p.x).jaxpr.eqns:
+            if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+                outputs = eqn.outvars[0].aval.shape[-1]
+                rows = eqn.outvars[0].aval.size // outputs
+                found.append(Layer(rows, eqn.invars[1].aval.size // outputs, outputs, len(p.x)))
+        return cls(tuple(found))
+
+    @property
+    def forward(self) -> int:
+        """`f`."""
+        return sum(layer.flops for layer in self.all)
+
+    @property
+    def back(self) -> int:
+        """`b`."""
+        return self.forward - self.all[0].flops
+
+    def squares(self, columns: int) -> int:
+        """Sums of squares of gradients of so many columns."""
+        return sum(layer.flops * (1 if layer.single else columns) for layer in self.all)
+
+    def factors(self, columns: int = 1) -> int:
+        """Kronecker factors."""
+        return sum(layer.factors(columns) for layer in self.all)
+
+
 class Quantity(NamedTuple):
-    """How a quantity is computed, and for each problem the bound on its time ÷ the gradient's.
+    """How a quantity is computed, for each problem the bound on its time ÷ the gradient's, and its law.
 
     Where a problem is left out, `left_out` says why.
     """
 
     program: Callable[[Problem], Program]
+    law: Callable[[Layers], int]
     bounds: dict[str, float]
     left_out: Mapping[str, str] = MappingProxyType({})
 
@@ -64,7 +127,7 @@ def _classifier(model: nn.Module, x: jax.Array) -> Problem:
     def loss(outputs: jax.Array, y: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(outputs, y).mean()
 
-    return Problem(model.apply, loss, params, x, jnp.arange(len(x)) % 10)
+    return Problem(model.apply, loss, params, x, jnp.arange(len(x)) % CLASSES)
 
 
 def _mlp(batch: int) -> Problem:
@@ -132,18 +195,63 @@ PARTS = (
     "KFAC factors, Monte-Carlo",
 )
 PREDICTED = 2  # examples whose outputs' covariances are computed
+CLASSES = 10
 JOINT, JOINT_BOUND = "norms, variance, diagonal, KFAC", 0.65
 
+
+def gradient_law(m: Layers) -> int:
+    """Forward, backward, and the weights' gradients."""
+    return 2 * m.forward + m.back
+
+
+def _predictive_law(m: Layers) -> int:
+    of_one = m.forward + CLASSES * m.back
+    covariances = sum(2 * (a.inputs + CLASSES**2) * a.outputs for a in m.all)
+    return PREDICTED * (of_one // m.all[0].examples + covariances)
+
+
+_COLUMNS = CLASSES - 1  # of the root of the cross-entropy's Hessian
 QUANTITIES: dict[str, Quantity] = {
-    "Hessian-vector product": Quantity(_hessian_product, {"MLP": 2.0, "CNN": 1.25}),
-    "Gauss-Newton product": Quantity(_ggn_product, {"MLP": 1.6, "CNN": 1.4}),
-    "one more, linearised": Quantity(_next_ggn_product, {"MLP": 1.1, "CNN": 0.9}),
-    "norms, with gradient": Quantity(_per_example("norm", "gradient"), {"MLP": 1.15, "CNN": 0.75}),
-    "variance, with gradient": Quantity(_per_example("variance", "gradient"), {"MLP": 1.6, "CNN": 0.8}),
-    "Gauss-Newton diagonal": Quantity(_per_example("diag_ggn"), {"MLP": 2.2, "CNN": 5.0}),
-    "diagonal, Monte-Carlo": Quantity(_per_example("diag_ggn_mc"), {"MLP": 1.2, "CNN": 0.8}),
-    "KFAC factors, Monte-Carlo": Quantity(_per_example("kfac"), {"MLP": 1.6, "CNN": 1.1}),
-    "KFAC factors, exact": Quantity(_per_example("kflr"), {}),
-    "posterior variances": Quantity(_predictive, {}, {"CNN": "left out: fitting takes minutes (MLP alone)"}),
-    JOINT: Quantity(_per_example("norm", "variance", "diag_ggn", "kfac"), {}),
+    "Hessian-vector product": Quantity(
+        # A relu has no second derivative: the cotangent of the first layer's result is not needed.
+        _hessian_product,
+        lambda m: 3 * m.forward + 5 * m.back - m.all[1].flops,
+        {"MLP": 2.0, "CNN": 1.25},
+    ),
+    "Gauss-Newton product": Quantity(
+        _ggn_product, lambda m: 3 * m.forward + 2 * m.back, {"MLP": 1.6, "CNN": 1.4}
+    ),
+    "one more, linearised": Quantity(
+        _next_ggn_product, lambda m: 2 * m.forward + 2 * m.back, {"MLP": 1.1, "CNN": 0.9}
+    ),
+    "norms, with gradient": Quantity(
+        _per_example("norm", "gradient"), gradient_law, {"MLP": 1.15, "CNN": 0.75}
+    ),
+    "variance, with gradient": Quantity(
+        _per_example("variance", "gradient"),
+        lambda m: gradient_law(m) + sum(layer.flops for layer in m.all if layer.single),
+        {"MLP": 1.6, "CNN": 0.8},
+    ),
+    "Gauss-Newton diagonal": Quantity(
+        _per_example("diag_ggn"),
+        lambda m: m.forward + _COLUMNS * m.back + m.squares(_COLUMNS),
+        {"MLP": 2.2, "CNN": 5.0},
+    ),
+    "diagonal, Monte-Carlo": Quantity(_per_example("diag_ggn_mc"), gradient_law, {"MLP": 1.2, "CNN": 0.8}),
+    "KFAC factors, Monte-Carlo": Quantity(
+        _per_example("kfac"), lambda m: m.forward + m.back + m.factors(), {"MLP": 1.6, "CNN": 1.1}
+    ),
+    "KFAC factors, exact": Quantity(
+        _per_example("kflr"), lambda m: m.forward + _COLUMNS * m.back + m.factors(_COLUMNS), {}
+    ),
+    "posterior variances": Quantity(
+        _predictive, _predictive_law, {}, {"CNN": "left out: fitting takes minutes (MLP alone)"}
+    ),
+    JOINT: Quantity(
+        _per_example("norm", "variance", "diag_ggn", "kfac"),
+        lambda m: (
+            m.forward + _COLUMNS * m.back + m.squares(1) + m.forward + m.squares(_COLUMNS) + m.factors()
+        ),
+        {},
+    ),
 }

@@ -34,7 +34,7 @@ from .minibatches import check_deterministic as check_deterministic
 from .operators import ConjugateGradients as ConjugateGradients
 from .operators import ConvergenceWarning as ConvergenceWarning
 from .operators import Dense as Dense
-from .operators import Direct as Direct
+from .operators import DenseSolver as DenseSolver
 from .operators import Estimate as Estimate
 from .operators import Identity as Identity
 from .operators import Lanczos as Lanczos

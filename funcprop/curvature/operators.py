@@ -12,7 +12,7 @@ from funcprop.operators.linear_operator import Scaled as Scaled
 from funcprop.operators.linear_operator import Sum as Sum
 from funcprop.operators.linear_operator import identity as identity
 from funcprop.operators.solvers import ConjugateGradients as ConjugateGradients
-from funcprop.operators.solvers import Direct as Direct
+from funcprop.operators.solvers import DenseSolver as DenseSolver
 from funcprop.operators.solvers import Minres as Minres
 from funcprop.operators.spectral_density import Spectrum as Spectrum
 from funcprop.operators.spectrum_summary import Summary as Summary

@@ -22,7 +22,7 @@ from funcprop.operators.convergence import is_traced, warn_unless
 from funcprop.operators.finite import require_finite
 from funcprop.operators.lanczos import Tridiagonal, tridiagonal, tridiagonals
 from funcprop.operators.products import flat_map, mapped, matrix_of
-from funcprop.operators.solvers import Direct
+from funcprop.operators.solvers import DenseSolver
 from funcprop.operators.symmetric_map import SymmetricMap
 
 ENDS = {"LA": "largest", "SA": "smallest", "BE": "half of each end", "LM": "largest in magnitude"}
@@ -106,13 +106,13 @@ class Lobpcg(EigenSolver):
         size, tolerance = operator.parameters.size, _tolerance(self.tolerance, operator)
         if operator.on_host:
             raise ValueError(
-                "Lobpcg is not for an operator over a data set; use Lanczos(), or Direct(), which is one "
-                "pass over the data."
+                "Lobpcg is not for an operator over a data set; use Lanczos(), or DenseSolver(), which is "
+                "one pass over the data."
             )
         if 5 * k >= size:
             raise ValueError(
-                f"k={k} is too many for Lobpcg on {size} parameters, which takes 5 k < P; use Direct() or "
-                "Lanczos()."
+                f"k={k} is too many for Lobpcg on {size} parameters, which takes 5 k < P; use Lanczos() "
+                "or DenseSolver()."
             )
         pairs = _lobpcg(operator, k, which, tolerance, self.iterations, key)
         after = f"{self.iterations} iterations"
@@ -120,7 +120,7 @@ class Lobpcg(EigenSolver):
 
 
 def eigenpairs(
-    operator: SymmetricMap, k: int, which: str, solver: EigenSolver | Direct | None, key: Array
+    operator: SymmetricMap, k: int, which: str, solver: EigenSolver | DenseSolver | None, key: Array
 ) -> Pairs:
     """`LinearOperator.eigsh`, where the arguments are explained, on flat vectors."""
     size = operator.parameters.size
@@ -129,12 +129,12 @@ def eigenpairs(
         raise ValueError(f"which={which!r} is not known; choose one of {said}.")
     if not 0 < k <= size:
         raise ValueError(f"k={k}, but the operator has {size} eigenvalues; take 1 ≤ k ≤ {size}.")
-    if isinstance(solver, Direct):
+    if isinstance(solver, DenseSolver):
         pairs = _of_matrix(matrix_of(operator, solver.budget), k, which)
         return require_finite(operator, pairs, "eigsh()")
     if solver is not None and not isinstance(solver, EigenSolver):
         raise TypeError(
-            f"eigsh: solver={solver!r} is none; pass fp.curvature.Lanczos(), Lobpcg() or Direct()."
+            f"eigsh: solver={solver!r} is none; pass fp.curvature.Lanczos(), Lobpcg() or DenseSolver()."
         )
     return (solver or Lanczos()).pairs(operator, k, which, key)
 

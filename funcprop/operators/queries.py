@@ -20,7 +20,7 @@ from funcprop.operators.estimate import Estimate
 from funcprop.operators.finite import require_finite
 from funcprop.operators.plots import interval_widths, plot_entries, plot_traces
 from funcprop.operators.products import DENSE_BYTES
-from funcprop.operators.solvers import Direct, Solver, require_damping, solve
+from funcprop.operators.solvers import DenseSolver, Solver, require_damping, solve
 from funcprop.operators.spectral_density import Spectrum, spectrum
 from funcprop.operators.stochastic_estimates import estimate, squared_to_norm
 from funcprop.operators.symmetric_map import SymmetricMap
@@ -177,7 +177,7 @@ class Queries(SymmetricMap):
         k: int = 6,
         which: str = "LA",
         *,
-        solver: EigenSolver | Direct | None = None,
+        solver: EigenSolver | DenseSolver | None = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, " k"], PyTree]:
         """k eigenvalues, ascending, and their unit eigenvectors, a pytree with a last axis of k.
@@ -187,7 +187,7 @@ class Queries(SymmetricMap):
             which: "LA" the largest, "SA" the smallest, "BE" half of each end (one more of the largest if k is
                 odd), "LM" the largest in magnitude.
             solver: `fp.curvature.Lanczos()` (if None), `Lobpcg()`, which finds all vectors of an eigenvalue
-                that occurs several times, or `Direct()`, which makes the matrix.
+                that occurs several times, or `DenseSolver()`, which makes the matrix.
             key: of the starting vectors; `jax.random.key(0)` if None.
 
         Raises:
@@ -295,7 +295,7 @@ class Queries(SymmetricMap):
             damping: a number ≥ 0.
             solver: `fp.curvature.Minres()` (if None), for operators of any signs;
                 `ConjugateGradients()`, for a positive definite operator alone; both have
-                `preconditioner=`, `tolerance=` and `products=`. Or `Direct()`, which makes the matrix.
+                `preconditioner=`, `tolerance=` and `products=`. Or `DenseSolver()`, which makes the matrix.
             start: where an iteration starts, such as the solution of a similar system; zero if None.
 
         Raises:

@@ -84,7 +84,7 @@ class Krylov(Solver):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Direct(Solver):
+class DenseSolver(Solver):
     """The matrix, by P products, and its LU decomposition; for eigenpairs all of them.
 
     Attributes:
@@ -136,7 +136,8 @@ def require_solver(solver: Any, of: str = "solve") -> None:
     """Raise a TypeError if that is no solver; None stands for the default."""
     if solver is not None and not isinstance(solver, Solver):
         raise TypeError(
-            f"{of}: solver={solver!r} is none; pass fp.curvature.Minres(), ConjugateGradients() or Direct()."
+            f"{of}: solver={solver!r} is none; pass fp.curvature.Minres(), ConjugateGradients() or "
+            "DenseSolver()."
         )
 
 

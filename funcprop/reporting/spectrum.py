@@ -14,7 +14,7 @@ import numpy as np
 from funcprop.cost.programs import FORWARD
 from funcprop.cost.second_order import SecondOrderCost
 from funcprop.curvature.hessian_operator import hessian
-from funcprop.operators.solvers import Direct
+from funcprop.operators.solvers import DenseSolver
 
 COUNT = 10
 # Of more parameters, or if a product takes longer, it is left out: some 64 to 320 products are needed.
@@ -61,7 +61,7 @@ def top(
 
     others = [arg for i, arg in enumerate(args) if i != at]
     operator = hessian(of_parameters)([leaves[i] for i in chosen], *others, **kwargs)
-    solver = Direct() if size <= FEW_PARAMETERS else None
+    solver = DenseSolver() if size <= FEW_PARAMETERS else None
     with warnings.catch_warnings(record=True) as doubts:
         warnings.simplefilter("always")
         values, _ = operator.eigsh(min(COUNT, size), solver=solver)
