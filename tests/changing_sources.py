@@ -162,7 +162,7 @@ QUERIES: dict[str, tuple[Callable[[Any], Any], Callable[[np.ndarray], Any]]] = {
     "frobenius": (lambda A: A.frobenius_norm(), np.linalg.norm),
     "block": (lambda A: A.block(A.parameters.paths[0]), lambda M: M),
     "eigsh": (lambda A: A.eigsh(2)[0], lambda M: np.linalg.eigvalsh(M)[1:]),
-    "eigsh dense": (lambda A: A.eigsh(3, solver=fp.curvature.Direct())[0], np.linalg.eigvalsh),
+    "eigsh dense": (lambda A: A.eigsh(3, solver=fp.curvature.DenseSolver())[0], np.linalg.eigvalsh),
     "spectrum": (lambda A: A.spectrum(samples=2).range[1], lambda M: np.linalg.eigvalsh(M)[-1]),
     "logdet": (lambda A: A.logdet(), lambda M: np.linalg.slogdet(M)[1]),
     "solve": (lambda A: A.solve(V, tolerance=1e-12), lambda M: np.linalg.solve(M, V)),

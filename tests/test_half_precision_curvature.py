@@ -26,7 +26,7 @@ def test_operators_of_half_precision(dtype: Any) -> None:
     near = {"rtol": 0.02, "atol": 0.02}
     assert H.dense().dtype == H.diagonal()["a"].dtype == jnp.float32
     np.testing.assert_allclose(H.dense(), exact, **near)
-    for solver in (fp.curvature.Lanczos(), fp.curvature.Direct()):
+    for solver in (fp.curvature.Lanczos(), fp.curvature.DenseSolver()):
         np.testing.assert_allclose(H.eigsh(2, solver=solver)[0], values[-2:], **near)
     of_spectrum = lambda A: A.spectrum(samples=2).mean(lambda v: v**2).value  # noqa: E731
     single = fp.hessian(loss)(jax.tree.map(lambda x: x.astype(jnp.float32), w))
