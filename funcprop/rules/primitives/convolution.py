@@ -114,8 +114,8 @@ def plan(g: Geometry) -> ConvolutionPlan:
     and 0.52. What is missed are examples larger than a chunk, and margins for a few padded or small shapes.
 
     Kernels' cotangents by patches can cost bytes: a residual network of 64, 128 and 256 channels at batch 32
-    held 1.03 of autodiff's, the convolutions of PPO at batch 357 hold 1.06. No more is alive there; XLA places
-    the same arrays with gaps between them, which no sizes of one operator foretell.
+    held 1.03 of autodiff's (one array more was alive at its peak), the convolutions of PPO at batch 357 hold
+    1.06 (no more is alive, but XLA places it with gaps). No sizes of one operator foretell either.
     """
     sizes = {
         "batch": g.batch, "rows": g.batch * g.rows, "columns": g.columns, "taps": math.prod(g.kernel),
