@@ -181,7 +181,7 @@ class _Search:
     def remat(self, share: float) -> PartitionPlan:
         """Rematerialisation on one device, within a share of what is held between the sweeps."""
         # Schedules are compared by what they compile to only where that is what will run.
-        how = {"budget": share, "measure": self.target.is_present}
+        how: dict[str, Any] = {"budget": share, "measure": self.target.is_present}
         found = remat_plan(self.problem.loss, **how)(*self.problem.shapes)
         options = found.compiler_options if self.target.is_present else {}
         lean = partial(rematerialize, **how)
