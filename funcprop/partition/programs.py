@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from funcprop import _jax
 from funcprop.partition.device_bytes import DeviceBytes, peak_of_step
 from funcprop.partition.layout import DATA, MODEL, MeshLayout, layout_of, mesh_of
 from funcprop.partition.local import local_program
@@ -176,6 +177,9 @@ class SteppedProgram:
     def predicted_bytes(self) -> DeviceBytes:
         """The peak of one device."""
         arguments, count = self.problem.arguments(self.problem.optimizer), self.parts * self.minibatches
+        if self.lean is not None:  # Of one device; what is computed again is not shared.
+            closed = jax.make_jaxpr(self.whole(self.problem.optimizer))(*arguments)
+            return peak_of_step(_jax.with_constants_as_inputs(closed)[0], arguments, barriers=True)
         found = dict(peak_of_step(self._local, arguments).by_purpose)
         found["batch"] = found.get("batch", 0) * count
         if self.parts > 1:  # The sum of gradients stays beside that of a part.

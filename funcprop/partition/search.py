@@ -181,7 +181,7 @@ class _Search:
     def remat(self, share: float) -> PartitionPlan:
         """Rematerialisation on one device, within a share of what is held between the sweeps."""
         # Schedules are compared by what they compile to only where that is what will run.
-        how = {"budget": share, "measure": self.target.is_present}
+        how: dict[str, Any] = {"budget": share, "measure": self.target.is_present}
         found = remat_plan(self.problem.loss, **how)(*self.problem.shapes)
         options = found.compiler_options if self.target.is_present else {}
         lean = partial(rematerialize, **how)
@@ -289,10 +289,12 @@ class _Search:
             ValueError: nothing can be computed again, or that would not be enough.
         """
         found = None
-        if self.budget is not None and (least := self._bytes_that_stay()) > self.budget:
+        # A schedule for a model of billions takes minutes; for machines to be bought it must be of some use.
+        asks = self.budget is not None and not self.target.is_present
+        if asks and (least := self._bytes_that_stay()) > (self.budget or 0):
             raise ValueError(
                 f"parameters, what goes with them, and the largest product's result are {least:,} bytes; "
-                f"no recomputation makes that {self.budget:,}."
+                f"no recomputation makes that {self.budget or 0:,}."
             )
         for share in _SHARES:
             try:

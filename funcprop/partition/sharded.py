@@ -151,7 +151,9 @@ class ShardedProgram:
         """The program of one device: a step, or value and gradient if there is no optimizer."""
         optimizer, one = self.problem.optimizer, PartitionSpec()
         params, batch = self._specs(self.problem.shapes[0]), self._batch_specs
-        fun, ins, outs = self._local_gradient, (params, batch), (one, params)
+        fun: Callable[..., Any] = self._local_gradient
+        ins: tuple[Any, ...] = (params, batch)
+        outs: tuple[Any, ...] = (one, params)
         if optimizer is not None:
             state = self._specs(self.problem.state_shapes(optimizer))
             # Where the optimizer adds up over parameters its numbers are wrong here, but not its bytes.
