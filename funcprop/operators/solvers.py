@@ -69,7 +69,10 @@ class Krylov(Solver):
     tolerance: float | None = None
     products: int | None = None
 
-    iteration: ClassVar[Callable[[LinearSystem, Array], Array]]
+    @staticmethod
+    @abc.abstractmethod
+    def iteration(system: LinearSystem, b: Array) -> Array:
+        """The solution for `b`."""
 
     def solved(self, operator: SymmetricMap, b: Array, damping: Any, start: Array | None) -> Solved:
         """By iterations, until the residual is small or there were too many."""
@@ -79,8 +82,10 @@ class Krylov(Solver):
         if inverse is not None and not hasattr(inverse, "linear_map"):
             inverse = Program.of(inverse, names.structs)
         iterate = _on_host if operator.on_host else _compiled
-        how = {"iteration": type(self).iteration, "tolerance": tolerance, "most": most}
-        return Solved(*iterate(operator, b, damping, inverse, start, **how), tolerance)
+        x, residual, length = iterate(
+            operator, b, damping, inverse, start, iteration=self.iteration, tolerance=tolerance, most=most
+        )
+        return Solved(x, residual, length, tolerance)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -98,8 +103,8 @@ class DenseSolver(Solver):
 
     def solved(self, operator: SymmetricMap, b: Array, damping: Any, start: Array | None) -> Solved:
         """By a decomposition; nothing is gained by a start."""
-        found = _by_matrix(matrix_of(operator, self.budget), b, damping)
-        return Solved(*found, operator.parameters.rounding ** (2 / 3))
+        x, residual, length = _by_matrix(matrix_of(operator, self.budget), b, damping)
+        return Solved(x, residual, length, operator.parameters.rounding ** (2 / 3))
 
 
 def solve(

@@ -290,7 +290,7 @@ def sweep(
         root = root_of(loss, model.results, example_of(y))
     study = Study.of(model, params, options.rules, options.joint)
     weighted = weights is not None
-    return Sweep(study, loss, root, frozenset(parts), options.limit, (), options.samples, weighted)
+    return Sweep(study, loss, root, frozenset(parts), options.limit, {}, options.samples, weighted)
 
 
 def per_example(
