@@ -339,3 +339,11 @@ def test_auxiliary_data():
         TypeError, match=r"return a mean or a sum, and other results .* auxiliary data \(has_aux\)"
     ):
         fp.backprop(lambda w: (w, 2 * w))(w)
+
+
+def test_a_gradient_of_shapes_says_what_gives_its_types() -> None:
+    shape = jax.ShapeDtypeStruct((3,), float)
+    gradient = fp.grad(lambda w: jnp.sum(w**2))
+    with pytest.raises(TypeError, match=r"is called with shapes .* jax.eval_shape of the gradient gives"):
+        gradient(shape)
+    assert jax.eval_shape(gradient, shape).shape == (3,)

@@ -97,6 +97,7 @@ def test_a_file_is_written_by_its_suffix(tmp_path: Path, suffix: str) -> None:
 
 def test_another_suffix_is_an_error_before_anything_is_done(tmp_path: Path) -> None:
     for name, said in {
+        "graph.gif": r"For a picture that moves: fp\.animate",
         "graph.jpg": r"ends in '\.jpg'; write one of \.svg, .* Did you mean \.png\?",
         "graph": "has no suffix that says what to write; write one of",
         "nowhere/graph.svg": "there is no directory '.*nowhere'; make it first",

@@ -185,7 +185,9 @@ def written_by(path: str | os.PathLike[str]) -> str:
     try:
         require_writable("fp.draw: path", path, tuple(SUFFIXES))
     except OSError as error:
-        raise DrawingError(str(error)) from None
+        moving = Path(path).suffix in (".gif", ".mp4")
+        hint = " For a picture that moves: fp.animate(fun)(*args).save('x.gif')." if moving else ""
+        raise DrawingError(f"{error}{hint}") from None
     return SUFFIXES[Path(path).suffix]
 
 

@@ -38,10 +38,12 @@ def picture_of(graph: Graph, depth: int | None, fold: bool) -> ScaledPicture:
             has_closed = levels == 0 and has_loops(graph)
             return ScaledPicture(drawing, opened(graph, levels), (closed,) if has_closed else ())
     inside = opened(graph, 0)
-    notes = (closed,) if has_loops(graph) else ()
+    notes: tuple[str, ...] = (closed,) if has_loops(graph) else ()
     if fold and depth is None:
-        note = "Grey boxes are modules, or operators together: choose one to see what is inside."
-        return ScaledPicture(draw(graph, loops=0), inside, (*notes, note))
+        drawing = draw(graph, loops=0)
+        if any(node.inside for node in drawing.picture.nodes):
+            notes += ("Grey boxes are modules, or operators together: choose one to see what is inside.",)
+        return ScaledPicture(drawing, inside, notes)
     if depth is not None:
         return ScaledPicture(drawing, inside, notes)
     deepest = max(op.scope.count("/") for op in graph.operators)

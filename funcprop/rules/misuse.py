@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from funcprop.program.call import name_of
+from funcprop.program.call import has_values, name_of
 
 
 class _NotScalarError(TypeError):
@@ -95,6 +95,11 @@ def _fault_of_arguments(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> str | None:
+    if not has_values((args, kwargs)):
+        return (
+            f"{name} is called with shapes (jax.ShapeDtypeStruct), but a gradient needs arrays; "
+            "jax.eval_shape of the gradient gives the types of its results."
+        )
     count = len(args)
     several = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     for position in several:
@@ -110,7 +115,7 @@ def _fault_of_arguments(
             try:
                 dtype = jax.typeof(leaf).dtype
             except (TypeError, AttributeError):
-                return f"{where} is {leaf!r}, which is no array; close over it, or choose argnums without it."
+                return f"{where} is {_kind(leaf)}, no array; close over it, or choose argnums without it."
             if not of_integers and not jnp.issubdtype(dtype, jnp.inexact):
                 shown = f"{leaf!r} ({dtype})" if isinstance(leaf, bool | int) else _kind(leaf)
                 return (
