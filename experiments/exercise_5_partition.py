@@ -19,12 +19,12 @@ from typing import Any
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from running.exercises import answered, exercise_line
+from running.language_model import LanguageModel
 
 import funcprop as fp
 
@@ -39,23 +39,6 @@ KINDS = (
     "minibatch",
     "rematerialisation",
 )
-
-
-class LanguageModel(nn.Module):
-    width: int
-    layers: int
-    length: int
-
-    @nn.compact
-    def __call__(self, tokens: Any) -> Any:
-        embed = nn.Embed(256, self.width)
-        places = self.param("places", nn.initializers.normal(0.02), (self.length, self.width))
-        x = embed(tokens) + places
-        mask = nn.make_causal_mask(tokens)
-        for _ in range(self.layers):
-            x = x + nn.MultiHeadDotProductAttention(4)(nn.LayerNorm()(x), mask=mask)
-            x = x + nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x))))
-        return embed.attend(nn.LayerNorm()(x))
 
 
 def text(count: int) -> np.ndarray:

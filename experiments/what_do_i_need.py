@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from running.language_model import LanguageModel
 
 import funcprop as fp
 
@@ -33,29 +33,10 @@ SIZES = {
 }
 
 
-class LanguageModel(nn.Module):
-    width: int
-    layers: int
-    heads: int
-    vocabulary: int
-    length: int
-
-    @nn.compact
-    def __call__(self, tokens: Any) -> Any:
-        embed = nn.Embed(self.vocabulary, self.width)
-        places = self.param("places", nn.initializers.normal(0.02), (self.length, self.width))
-        x = embed(tokens) + places
-        mask = nn.make_causal_mask(tokens)
-        for _ in range(self.layers):
-            x = x + nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(x), mask=mask)
-            x = x + nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x))))
-        return embed.attend(nn.LayerNorm()(x))
-
-
 def problem(size: str) -> tuple[Any, Any, Any]:
     """The loss, and the shapes of its parameters and of a batch."""
-    *sizes, length, examples = SIZES[size]
-    model = LanguageModel(*sizes, length)
+    width, layers, heads, vocabulary, length, examples = SIZES[size]
+    model = LanguageModel(width, layers, length, heads, vocabulary)
     tokens = jax.ShapeDtypeStruct((examples, length), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
 
