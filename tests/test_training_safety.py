@@ -78,7 +78,7 @@ def test_parameters_before_the_bad_step_are_kept_and_the_operator_is_named(at: i
     error = caught.value
     assert f"the loss (nan) of step {at} (epoch 1, batch {at}) is not finite" in str(error)
     assert "value of logarithm" in str(error)
-    assert "test_training_steps.py" in str(error)
+    assert "test_training_safety.py" in str(error)
     assert error.first.name == "logarithm"
     expected = last(of_dict, start, batches[: at - 1], sgd, epochs=1) if at > 1 else None
     close(error.params, start if expected is None else expected.params)
