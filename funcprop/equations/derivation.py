@@ -147,7 +147,7 @@ class Derivation:
         with promoting():
             return verify([*self.forward, *self.backward], self.traced, tolerance, progress)
 
-    __str__ = text
+    __repr__ = __str__ = text
 
 
 def derive(
