@@ -165,7 +165,10 @@ QUERIES: dict[str, tuple[Callable[[Any], Any], Callable[[np.ndarray], Any]]] = {
     "eigsh dense": (lambda A: A.eigsh(3, solver=fp.curvature.DenseSolver())[0], np.linalg.eigvalsh),
     "spectrum": (lambda A: A.spectrum(samples=2).range[1], lambda M: np.linalg.eigvalsh(M)[-1]),
     "logdet": (lambda A: A.logdet(), lambda M: np.linalg.slogdet(M)[1]),
-    "solve": (lambda A: A.solve(V, tolerance=1e-12), lambda M: np.linalg.solve(M, V)),
+    "solve": (
+        lambda A: A.solve(V, solver=fp.curvature.Minres(tolerance=1e-12)),
+        lambda M: np.linalg.solve(M, V),
+    ),
     "solve by cg": (
         lambda A: A.solve(
             V, solver=fp.curvature.ConjugateGradients(preconditioner=lambda v: v, tolerance=1e-12)
