@@ -44,10 +44,10 @@ def condense(graph: Graph, result: Variable, inputs: Collection[str]) -> Condens
     flow = Flow(graph, result, inputs)
     parts = LineParts(flow)
     recognition = Recognition(flow, parts)
-    return _Merging(flow, parts, chosen_lines(flow, parts)).condensed(recognition)
+    return _Condensing(flow, parts, chosen_lines(flow, parts)).condensed(recognition)
 
 
-class _Merging:
+class _Condensing:
     """Merges what is between the variables that have `lines`."""
 
     def __init__(self, flow: Flow, parts: LineParts, lines: Collection[str]) -> None:
