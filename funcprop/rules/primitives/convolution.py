@@ -82,7 +82,7 @@ Chooser = Callable[[Geometry], ConvolutionPlan]
 _REGIONS: tuple[tuple[str, dict[str, int], dict[str, int]], ...] = (
     ("margin", {"taps": 2, "width": 8, "inputs": 32}, {"padded": 0}),
     ("margin", {"taps": 2, "width": 8, "outputs": 32, "columns": 128}, {"padded": 0}),
-    ("weight", {"rows": 1024}, {"taps": 1, "stride": 1}),
+    ("weight", {"rows": 1024}, {"taps": 1}),
     ("weight", {"taps": 2, "rows": 6144, "outputs": 64}, {"chunks": 1}),
     ("weight", {"taps": 2, "rows": 8192, "outputs": 48}, {"chunks": 1}),
     ("weight", {"taps": 2, "rows": 8192, "outputs": 16}, {"chunks": 1, "padded": 0}),
@@ -101,9 +101,7 @@ def plan(g: Geometry) -> ConvolutionPlan:
 
     * The margin: pointwise, XLA is as good; where sums are short, writing takes longer than computing.
     * The kernel's cotangent: XLA's is slow where the sum is long, and slowest without padding. The product is
-      slow where it has few columns (output channels) for many rows (`columns`). Pointwise, the patches are
-      the input itself only where the stride is 1; with another they are a copy, which is held besides and by
-      which residual networks held 1.01 to 1.02 of autodiff's bytes.
+      slow where it has few columns (output channels) for many rows (`columns`).
     * The input's: XLA convolves many channels to few slowly, and with strides multiplies with the zeros in
       between. (Other padded strides took 0.80 to 0.99 of its time, which is not worth a chunk of memory.)
     * An example larger than a chunk is left to XLA. By patches the kernel's cotangent took 0.35 to 0.64 of
@@ -113,9 +111,9 @@ def plan(g: Geometry) -> ConvolutionPlan:
     values, kernels' and inputs' cotangents took 0.55, 0.75 and 0.53 of its time, the best choices 0.49, 0.53
     and 0.52. What is missed are examples larger than a chunk, and margins for a few padded or small shapes.
 
-    Kernels' cotangents by patches can cost bytes: a residual network of 64, 128 and 256 channels at batch 32
-    held 1.03 of autodiff's (one array more was alive at its peak), the convolutions of PPO at batch 357 hold
-    1.06 (no more is alive, but XLA places it with gaps). No sizes of one operator foretell either.
+    Residual networks hold 1.01 to 1.02 of autodiff's bytes, but 1.03 with 64, 128 and 256 channels at batch
+    32: XLA's schedule then has one 4 MB array more alive at its peak, though the program has fewer copies.
+    Leaving some of the convolutions to XLA gave 1.02 to 1.06 there, without any order.
     """
     sizes = {
         "batch": g.batch, "rows": g.batch * g.rows, "columns": g.columns, "taps": math.prod(g.kernel),
