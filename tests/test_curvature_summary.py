@@ -40,7 +40,9 @@ def test_an_exact_summary() -> None:
     np.testing.assert_allclose(found.traces[0], parts, rtol=1e-10)
     np.testing.assert_allclose(found.shares, parts / np.trace(matrix), rtol=1e-10)
     edges, counts, errors = found.counts(4)
-    np.testing.assert_allclose(counts, np.histogram(values, edges)[0], atol=1e-9)
+    # The outer edges are eigenvalues by another routine, which rounds otherwise.
+    wider = edges + 1e-9 * np.array([-1, 0, 0, 0, 1])
+    np.testing.assert_allclose(counts, np.histogram(values, wider)[0], atol=1e-9)
     grid, density, _ = found.density()
     np.testing.assert_allclose(np.trapezoid(density, grid), 1, rtol=1e-3)
     assert not errors.any()
@@ -140,5 +142,5 @@ def test_targets_whose_curvature_cannot_be_computed(module: Any) -> None:
         def example():
             return ({"s": jnp.zeros(2)},)
         """)
-    assert "vector returns ShapeDtypeStruct(shape=(2,)" in run("curvature", f"{name}:vector").stderr
+    assert "vector returns float64[2]" in run("curvature", f"{name}:vector").stderr
     assert "the curvature is not finite in the rows of 's'" in run("curvature", f"{name}:nan").stderr
