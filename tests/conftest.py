@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections import defaultdict
 from importlib.metadata import version
 
 FLAGS = [
@@ -19,14 +20,42 @@ if version("jaxlib").startswith("0.10."):
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-# The same cases in every run; with FUNCPROP_RANDOM set new ones, and a failure says how to draw it again.
+NIGHTLY = bool(os.environ.get("FUNCPROP_NIGHTLY"))
+
+# The same cases in every run; in the nightly one new ones, and a failure says how to draw it again.
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("random", print_blob=True, deadline=None, database=None)
-settings.load_profile("random" if os.environ.get("FUNCPROP_RANDOM") else "fixed")
+settings.load_profile("random" if NIGHTLY else "fixed")
 
 jax.config.update("jax_enable_x64", True)
 
 # Programs and traces live until the end: they need not be looked through for garbage every moment.
 gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Say what the mark is."""
+    config.addinivalue_line(
+        "markers", "sampled(count): of more cases, only so many run unless FUNCPROP_NIGHTLY"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave all but some evenly spaced cases of a sampled test to the nightly run."""
+    cases: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if not NIGHTLY and item.get_closest_marker("sampled"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    left: set[pytest.Item] = set()
+    for found in cases.values():
+        mark = found[0].get_closest_marker("sampled")
+        assert mark is not None
+        count = min(mark.args[0], len(found))
+        chosen = {round(i * (len(found) - 1) / max(1, count - 1)) for i in range(count)}
+        left.update(item for i, item in enumerate(found) if i not in chosen)
+    if left:
+        config.hook.pytest_deselected(items=list(left))
+        items[:] = [item for item in items if item not in left]

@@ -160,6 +160,7 @@ PROGRAMS = [
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_equinox_and_haiku(program):
     assert_as_jax(program)

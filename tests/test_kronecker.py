@@ -54,6 +54,7 @@ def test_deep_linear_network_with_squared_error():
     assert_blocks(fp.ekfac(deep, SQUARED, kind="exact")(DEEP, x, y), expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("make", [fp.kfac, fp.ekfac])
 def test_half_precision(make, dtype):
