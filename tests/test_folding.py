@@ -116,6 +116,7 @@ def assert_true(graph: fp.Graph, **options: Any) -> Picture:
     return picture
 
 
+@pytest.mark.sampled(11)
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_folded_unfolds_to_the_same_function(name: str) -> None:
     assert_true(MODELS[name]())
@@ -127,6 +128,7 @@ def test_blocks_of_other_sizes_unfold_to_the_same_function(name: str) -> None:
     assert any(box.sizes_differ and "sizes differ" in box_label(box) for box in picture.boxes)
 
 
+@pytest.mark.sampled(11)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_picture_and_all_that_open_in_it_have_few_nodes(name: str) -> None:
     """Every operator of the first repetition is a circle in just one of the pictures."""

@@ -163,6 +163,7 @@ def test_every_operator_that_keeps_an_axis_is_tried() -> None:
     assert {*_KEEPS, *listed} <= set(OPERATORS)
 
 
+@pytest.mark.sampled(33)
 @pytest.mark.parametrize(("name", "i"), CASES)
 def test_operators_keep_the_axes_apart_that_the_dense_hessian_does(name: str, i: int) -> None:
     operator, z = OPERATORS[name][i], normal(4, 3, 2)
@@ -171,6 +172,7 @@ def test_operators_keep_the_axes_apart_that_the_dense_hessian_does(name: str, i:
     assert separable_axes(loss, z) == [not coupled for coupled in coupled_axes(loss, z)]
 
 
+@pytest.mark.sampled(33)
 @pytest.mark.parametrize(("name", "i"), CASES)
 def test_what_adds_up_slices_is_no_product_of_them(name: str, i: int) -> None:
     loss, z = loss_of(OPERATORS[name][i], lambda y: y), normal(4, 3, 2)

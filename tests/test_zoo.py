@@ -57,6 +57,7 @@ def test_gradient(entry):
         assert_close(gradient, expected, entry.tolerance, f"{entry.name}: {name}")
 
 
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("entry", [e for e in ZOO.values() if e.twice], ids=lambda e: e.name)
 def test_hessian_vector_product(entry):
     fun, (params, *rest) = entry.build()
@@ -71,6 +72,7 @@ def test_hessian_vector_product(entry):
     assert_close(actual, expected, 10 * entry.tolerance, f"{entry.name}: hvp")
 
 
+@pytest.mark.sampled(20)
 @every_entry
 def test_gradient_lowers_for_accelerators(entry):
     fun, args = entry.build()
