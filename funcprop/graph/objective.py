@@ -134,8 +134,9 @@ def differentiable(
 
 
 def _shown(leaf: Any) -> str:
-    """A number as it is, an array by its type."""
+    """A number or a reference as it is, an array by its type."""
     is_array = isinstance(leaf, jax.ShapeDtypeStruct) or getattr(leaf, "ndim", 0) > 0
+    is_array = is_array and not isinstance(leaf, jax.Ref)
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" if is_array else repr(leaf)
 
 
