@@ -67,7 +67,7 @@ def main() -> None:
     if answered(5, chosen):
         return
     width, layers, length, examples, size, epochs = (
-        (16, 2, 8, 16, 3_000, 1) if chosen.smoke else (64, 4, 64, 32, 400_000, 2)
+        (16, 1, 8, 16, 3_000, 1) if chosen.smoke else (64, 4, 64, 32, 400_000, 2)
     )
     model = LanguageModel(width, layers, length)
     data = text(size)
@@ -81,8 +81,10 @@ def main() -> None:
     optimizer = optax.adam(3e-3)
     make = lambda budget: fp.partition.plan(loss, optimizer=optimizer, budget=budget)  # noqa: E731
     one = make(None)(params, first, devices=1).named("one device").predicted.total
-    plans = make(int(chosen.share * one))(params, first, devices=8 if not chosen.smoke else 2)
-    print(f"one device needs {one:,} bytes; each has {int(chosen.share * one):,}\n\n{plans}\n")
+    # Where everything fits, no schedule of recomputation is looked for beyond the first.
+    budget = int((1.0 if chosen.smoke else chosen.share) * one)
+    plans = make(budget)(params, first, devices=8 if not chosen.smoke else 2)
+    print(f"one device needs {one:,} bytes; each has {budget:,}\n\n{plans}\n")
     curves = {}
     for kind in KINDS[:4] if chosen.smoke else KINDS:
         plan = next((plan for plan in plans if plan.name.startswith(kind)), None)
