@@ -137,6 +137,7 @@ def assert_exports_as_jax(program, rtol=1e-12):
         assert_same_outcome(outcome(program, ours(rules)), expected, rules.name, rtol)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("row", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_symbolic_batch(row):
     fun, w, rest = row

@@ -46,6 +46,7 @@ EXACT = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("structure", "x", "options"), EXACT)
 def test_bayesian_linear_regression_in_closed_form(structure: str, x: Any, options: Any) -> None:
     params = {"w": posterior_mean(x, PRIOR, NOISE)}
@@ -136,6 +137,7 @@ def kronecker_products() -> Any:
     return block_diag(np.kron(x.T @ x, of_hidden), np.kron(hidden.T @ hidden, G), N * G)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("structure", ["full", "diagonal", "low-rank", "kronecker"])
 def test_classifier_with_a_prior_for_every_leaf(dense: Any, structure: str) -> None:
     H, J = dense

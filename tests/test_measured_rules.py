@@ -44,6 +44,7 @@ def clock(monkeypatch):
     return install
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("fun", "args"), [(pooled, (W, X)), (looped, LOOP)])
 @pytest.mark.parametrize("objective", ["time", 0.9])
 def test_what_wins_is_kept_and_its_gradient_is_right(fun, args, objective, clock, tmp_path):
@@ -109,6 +110,7 @@ def test_the_file_is_read_and_another_function_or_objective_is_not_in_it(clock, 
     assert len(json.loads(file.read_text())["entries"]) == 3
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("content", ["{", "[]", '{"version": 1}', '{"version": 0, "entries": {}}', "\udcff"])
 def test_a_damaged_file_is_ignored_with_a_warning_and_mended(content, clock, tmp_path):
     clock(lambda i, text: 1.0 if i == 0 else 0.5)

@@ -91,6 +91,7 @@ def test_two_processes_train_as_one_and_go_on_from_each_others_files(tmp_path: P
     assert all(f"{data} is damaged" in one.err for one in again)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_peer_is_one_line_and_a_code_within_10_seconds(tmp_path: Path, victim: int) -> None:
     processes = started(tmp_path, "kill", victim, 11)
@@ -108,6 +109,7 @@ def test_a_dead_peer_is_one_line_and_a_code_within_10_seconds(tmp_path: Path, vi
     )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_peer_is_one_line_within_60_seconds(tmp_path: Path, victim: int) -> None:
     processes = started(tmp_path, "stop", victim, 11)
