@@ -184,7 +184,12 @@ class _Search:
         how: dict[str, Any] = {"budget": share, "measure": self.target.is_present}
         found = remat_plan(self.problem.loss, **how)(*self.problem.shapes)
         options = found.compiler_options if self.target.is_present else {}
-        lean = partial(rematerialize, **how)
+        # Schedules are looked for once, however often the step is traced.
+        of_loss = rematerialize(self.problem.loss, **how)
+
+        def lean(loss: Callable[..., Any]) -> Callable[..., Any]:
+            return of_loss if loss is self.problem.loss else rematerialize(loss, **how)
+
         program = SteppedProgram(self.problem, {DATA: 1}, lean=lean, compiler_options=options or {})
         return self._plan(f"rematerialisation {share:.0%}", {DATA: 1}, program)
 
