@@ -67,7 +67,7 @@ def main() -> None:
     if answered(5, chosen):
         return
     width, layers, length, examples, size, epochs = (
-        (16, 1, 8, 16, 3_000, 1) if chosen.smoke else (64, 4, 64, 32, 400_000, 2)
+        (16, 1, 4, 4, 500, 1) if chosen.smoke else (64, 4, 64, 32, 400_000, 2)
     )
     model = LanguageModel(width, layers, length)
     data = text(size)
