@@ -13,8 +13,8 @@ from funcprop.cli.memory import OPTIMIZERS
 from funcprop.cli.options import AsJson, TargetName, parse_bytes
 from funcprop.cli.output import Output, emit, json_text
 from funcprop.cli.target import Target, TargetError, load, users_code
+from funcprop.partition.problem import of_batch
 from funcprop.progress import bar
-from funcprop.reporting.exercises import of_batch
 
 
 def partition(

@@ -12,18 +12,18 @@ alone are random classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcprop import _jax
 from funcprop.graph.graph import Operator, Variable, needed
 from funcprop.graph.objective import Objective
 from funcprop.program.facts import is_linear
 from funcprop.sweeps.activity import active_variables
+from funcprop.sweeps.evaluation import drawn, evaluated
 
 # In one term so many values are tried, each by a program of its own, and none if they are larger.
 _MOST_TRIED, _LARGEST = 8, 2**26
@@ -47,19 +47,6 @@ def convex_outputs(objective: Objective) -> tuple[Variable, ...]:
                 found.add(v.name)
                 break
     return tuple(v for v in graph.variables if v.name in found)
-
-
-def evaluated(
-    operators: Sequence[Operator], known: Mapping[str, Any], given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The values by name that operators compute from known ones; those that are given stay as they are."""
-    values = {**known, **given}
-    for op in operators:
-        operands = [v.value if v.kind == "literal" else values[v.name] for v in op.inputs]
-        results = _jax.evaluate(op.jaxpr, (), operands)
-        values.update(zip([v.name for v in op.outputs], results, strict=True))
-        values.update(given)
-    return values
 
 
 def _moving(op: Operator, active: Collection[str]) -> dict[str, Variable]:
@@ -136,17 +123,10 @@ def _of_value(
     known = {v.name: x for v, x in given_arrays if not isinstance(x, jax.ShapeDtypeStruct)}
     random = np.random.default_rng(0)
     classes = (variable.shape or (2,))[-1]
-    values = {name: known[name] if name in known else _drawn(random, v, classes) for name, v in read.items()}
-    return lambda x: evaluated(operators, values, {variable.name: x})[objective.result.name]
-
-
-def _drawn(random: np.random.Generator, v: Variable, classes: int) -> Any:
-    """Random numbers of a variable's type: classes, or numbers between 0 and 1."""
-    if jnp.issubdtype(v.dtype, jax.dtypes.prng_key):
-        return jax.random.split(jax.random.key(0), v.shape or ())
-    integer = jnp.issubdtype(v.dtype, jnp.integer)
-    drawn = random.integers(0, max(1, classes), v.shape) if integer else random.uniform(0.1, 0.9, v.shape)
-    return jnp.asarray(drawn).astype(v.dtype)
+    values = {
+        n: known[n] if n in known else drawn(random, v, classes, v.shape or ()) for n, v in read.items()
+    }
+    return lambda x: evaluated(operators, {**values, variable.name: x})[objective.result.name]
 
 
 def _is_convex(function: Callable[[Any], Any], variable: Variable) -> bool:

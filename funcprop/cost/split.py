@@ -18,9 +18,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from funcprop import _jax, layers
-from funcprop.cost.convex_terms import convex_outputs, evaluated
+from funcprop.cost.convex_terms import convex_outputs
 from funcprop.graph.graph import Operator, Variable, needed
 from funcprop.graph.objective import Objective
+from funcprop.sweeps.evaluation import evaluated
 
 # A layer is a loss of its first argument if its backward is that of one of these.
 _LOSSES = (layers.softmax_cross_entropy, layers.mean_squared_error, layers.focal_loss, layers.huber_loss)
@@ -89,8 +90,8 @@ def function_of(
 
     def function(of: Sequence[Any], rest: Sequence[Any], values: Sequence[Any] = ()) -> Any:
         known = {**constants, **dict(zip([*chosen, *others], [*of, *rest], strict=True))}
-        given = dict(zip([v.name for v in replaced], values, strict=True))
-        found = evaluated(operators, known, given)
+        known |= zip([v.name for v in replaced], values, strict=True)
+        found = evaluated(operators, known)
         return found[objective.result.name] if wanted is None else [found[v.name] for v in wanted]
 
     return function

@@ -16,23 +16,19 @@ from functools import cached_property
 from typing import Any
 
 from funcprop import _jax
-from funcprop.graph.graph import Graph, Operator, Variable
+from funcprop.graph.graph import Graph, Operator, Variable, needed
 from funcprop.graph.references import has_references
 from funcprop.program.facts import facts_of, is_view
 from funcprop.sweeps.activity import active_variables
+from funcprop.sweeps.evaluation import evaluated
 
 
 class Flow:
     """The operators that a result needs, and how its value flows through them."""
 
     def __init__(self, graph: Graph, result: Variable, inputs: Collection[str]) -> None:
-        needed, operators = {result.name}, []
-        for op in reversed(graph.operators):
-            if any(v.name in needed for v in op.outputs):
-                operators.append(op)
-                needed.update(v.name for v in op.inputs if v.kind != "literal")
         self.graph, self.result = graph, result
-        self.operators: tuple[Operator, ...] = tuple(reversed(operators))
+        self.operators = tuple(op for op in needed(graph.operators, [result]) if op.outputs)
         self.maker = {v.name: op for op in self.operators for v in op.outputs}
         self.active = active_variables(graph, inputs)
 
@@ -225,13 +221,8 @@ def run(
     """The function that computes `outputs` from `inputs` by some operators."""
 
     def function(*values: Any) -> list[Any]:
-        known = {v.name: x for v, x in zip(inputs, values, strict=True)}
-        for op in operators:
-            given = [v.value if v.kind == "literal" else known[v.name] for v in op.inputs]
-            results = _jax.evaluate(op.jaxpr, (), given)
-            # An input of the function may be computed on the way to another one.
-            for v, result in zip(op.outputs, results, strict=True):
-                known.setdefault(v.name, result)
-        return [known[v.name] for v in outputs]
+        # An input of the function may be computed on the way to another one.
+        found = evaluated(operators, {v.name: x for v, x in zip(inputs, values, strict=True)})
+        return [found[v.name] for v in outputs]
 
     return function

@@ -7,7 +7,7 @@ own function under that name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from funcprop.equations.flow import Region
 from funcprop.equations.losses import cross_entropies, soft_losses, softmaxes
 from funcprop.equations.named_function import NamedFunction
 from funcprop.equations.norms import norms
+from funcprop.sweeps.evaluation import drawn
 
 
 def find(region: Region) -> NamedFunction | None:
@@ -70,7 +71,9 @@ class _AtRandomPoints:
         else:
             scales = np.reshape([2.0, 20.0], (2, *(1 for _ in x.shape or ())))
             points = random.normal(size=(2, *(x.shape or ()))) * scales
-            self.values = [jnp.asarray(points, x.dtype), *(_drawn(random, v, x.shape or ()) for v in others)]
+            classes = (x.shape or (1,))[-1]
+            operands = (drawn(random, v, classes, (2, *(v.shape or ()))) for v in others)
+            self.values = [jnp.asarray(points, x.dtype), *operands]
         count = self.values[0].shape[0]
         self.cotangent = random.normal(size=(count, *(region.output.shape or ())))
         self.found = self._of(region)
@@ -96,13 +99,6 @@ class _AtRandomPoints:
             _near(a, b, factor * self.tolerance, is_elementwise(self.region))
             for a, b, factor in zip(self.found, self._of(reference), (1, 16), strict=True)
         )
-
-
-def _drawn(random: np.random.Generator, variable: Any, shape: Sequence[int]) -> Any:
-    """Two values of an operand: labels of classes, or numbers between 0 and 1."""
-    if jnp.issubdtype(variable.dtype, jnp.integer):
-        return jnp.asarray(random.integers(0, max(1, shape[-1]), (2, *variable.shape)), variable.dtype)
-    return jnp.asarray(random.uniform(0.1, 0.9, (2, *variable.shape)), variable.dtype)
 
 
 def _near(a: Any, b: Any, tolerance: float, by_entry: bool) -> bool:

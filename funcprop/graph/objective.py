@@ -135,9 +135,10 @@ def differentiable(
 
 def _shown(leaf: Any) -> str:
     """A number or a reference as it is, an array by its type."""
-    is_array = isinstance(leaf, jax.ShapeDtypeStruct) or getattr(leaf, "ndim", 0) > 0
-    is_array = is_array and not isinstance(leaf, jax.Ref)
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" if is_array else repr(leaf)
+    has_axes = getattr(leaf, "ndim", 0) > 0 and not isinstance(leaf, jax.Ref)
+    if has_axes or isinstance(leaf, jax.ShapeDtypeStruct):
+        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    return repr(leaf)
 
 
 def _check_scalar(graph: Graph) -> None:

@@ -70,13 +70,19 @@ def _renewed(jaxpr: Any, opens: Callable[[Any], bool]) -> tuple[Any, list[Any]]:
     return _jax.jaxpr_of(equations, variables, results, "flat"), consts
 
 
+def barrier(variables: Sequence[Any]) -> Any:
+    """The equation of a barrier in front of arrays like these."""
+    types = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in variables]
+    (eqn,) = _jax.open_jaxpr(jax.make_jaxpr(jax.lax.optimization_barrier)(types)).eqns
+    return eqn
+
+
 def _behind_barrier(equations: list[Any], eqn: Any, operands: list[Any], stack: Any) -> list[Any]:
     """What a checkpoint reads that is computed again: values that the compiler takes for others."""
     places = [i for i, v in enumerate(operands) if not isinstance(v, _jax.Literal)]
-    types = [jax.ShapeDtypeStruct(operands[i].aval.shape, operands[i].aval.dtype) for i in places]
-    (barrier,) = _jax.open_jaxpr(jax.make_jaxpr(jax.lax.optimization_barrier)(types)).eqns
-    results = [_jax.Var(operands[i].aval) for i in places]
-    equations.append(_jax.placed(barrier, [operands[i] for i in places], results, stack))
+    given = [operands[i] for i in places]
+    results = [_jax.Var(v.aval) for v in given]
+    equations.append(_jax.placed(barrier(given), given, results, stack))
     renamed = dict(zip(places, results, strict=True))
     return [renamed.get(i, v) for i, v in enumerate(operands)]
 

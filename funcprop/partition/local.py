@@ -9,9 +9,8 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import jax
-
 from funcprop import _jax
+from funcprop.partition.flat import barrier
 from funcprop.partition.layout import MeshLayout
 from funcprop.partition.links import shape
 
@@ -125,10 +124,8 @@ class _Reductions:
         """An equation for each."""
         found = []
         for arrays in self._arrays:
-            types = [jax.ShapeDtypeStruct(part.aval.shape, part.aval.dtype) for part, _ in arrays]
-            (like,) = _jax.open_jaxpr(jax.make_jaxpr(jax.lax.optimization_barrier)(types)).eqns
-            parts, wholes = zip(*arrays, strict=True)
-            found.append(like.replace(primitive=ALL_REDUCE, invars=list(parts), outvars=list(wholes)))
+            parts, wholes = map(list, zip(*arrays, strict=True))
+            found.append(barrier(parts).replace(primitive=ALL_REDUCE, invars=parts, outvars=wholes))
         return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -146,6 +146,19 @@ class TrainingProblem:
     def state_shapes(self, optimizer: optax.GradientTransformation) -> Any:
         """The shapes of an optimizer's state."""
         return jax.eval_shape(optimizer.init, self.shapes[0])
+
+
+def of_batch(function: Callable[..., Any], names: Sequence[str] = ()) -> Callable[..., Any]:
+    """A loss of parameters and data as one of parameters and a batch, the tuple of all other arguments.
+
+    The last of these are passed by their `names`.
+    """
+
+    def loss(params: Any, batch: Any) -> Any:
+        count = len(batch) - len(names)
+        return function(params, *batch[:count], **dict(zip(names, batch[count:], strict=True)))
+
+    return loss
 
 
 def updated(gradient: Callable[..., Any], optimizer: optax.GradientTransformation) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import optax
 
-from funcprop.memory.remat.rematerialize import BudgetError, remat_plan, rematerialize
+from funcprop.memory.remat.rematerialize import BudgetError, RematLimits
 from funcprop.partition.layout import DATA, MODEL, STAGE
 from funcprop.partition.pipeline import PipelinedProgram
 from funcprop.partition.plans import PartitionPlan, PlanProgram, Plans, RejectedPlan
@@ -181,16 +181,10 @@ class _Search:
     def remat(self, share: float) -> PartitionPlan:
         """Rematerialisation on one device, within a share of what is held between the sweeps."""
         # Schedules are compared by what they compile to only where that is what will run.
-        how: dict[str, Any] = {"budget": share, "measure": self.target.is_present}
-        found = remat_plan(self.problem.loss, **how)(*self.problem.shapes)
+        limits = RematLimits(share, measure=self.target.is_present)
+        found = limits.plan_of(self.problem.loss)(*self.problem.shapes)
         options = found.compiler_options if self.target.is_present else {}
-        # Schedules are looked for once, however often the step is traced.
-        of_loss = rematerialize(self.problem.loss, **how)
-
-        def lean(loss: Callable[..., Any]) -> Callable[..., Any]:
-            return of_loss if loss is self.problem.loss else rematerialize(loss, **how)
-
-        program = SteppedProgram(self.problem, {DATA: 1}, lean=lean, compiler_options=options or {})
+        program = SteppedProgram(self.problem, {DATA: 1}, lean=limits.applied, compiler_options=options or {})
         return self._plan(f"rematerialisation {share:.0%}", {DATA: 1}, program)
 
     def zero(self, parts: int) -> PartitionPlan:
@@ -295,12 +289,13 @@ class _Search:
         """
         found = None
         # A schedule for a model of billions takes minutes; for machines to be bought it must be of some use.
-        asks = self.budget is not None and not self.target.is_present
-        if asks and (least := self._bytes_that_stay()) > (self.budget or 0):
-            raise ValueError(
-                f"parameters, what goes with them, and the largest product's result are {least:,} bytes; "
-                f"no recomputation makes that {self.budget or 0:,}."
-            )
+        if self.budget is not None and not self.target.is_present:
+            least = self._bytes_that_stay()
+            if least > self.budget:
+                raise ValueError(
+                    f"parameters, what goes with them, and the largest product's result are {least:,} bytes; "
+                    f"no recomputation makes that {self.budget:,}."
+                )
         for share in _SHARES:
             try:
                 found = self.remat(share)

@@ -25,6 +25,7 @@ from funcprop.graph.graph import Operator, Variable, bytes_text, shape_text
 from funcprop.graph.objective import Objective
 from funcprop.memory.ledger import Footprint
 from funcprop.partition.plans import PartitionPlan, RejectedPlan
+from funcprop.partition.problem import of_batch
 from funcprop.partition.proof import PartitionProof
 from funcprop.partition.search import plan
 from funcprop.program.facts import PRODUCTS, is_view
@@ -223,19 +224,6 @@ def refusals(plans: Sequence[RejectedPlan]) -> str:
         reason = rejected.why.splitlines()[0].partition(";")[0].rstrip(".")
         kinds.setdefault(reason, []).append(rejected.name)
     return " ".join(f"No {', '.join(names)}: {reason}." for reason, names in kinds.items())
-
-
-def of_batch(function: Callable[..., Any], names: Sequence[str] = ()) -> Callable[..., Any]:
-    """A loss of parameters and data as one of parameters and a batch, the tuple of all other arguments.
-
-    The last of these are passed by their `names`.
-    """
-
-    def loss(params: Any, batch: Any) -> Any:
-        count = len(batch) - len(names)
-        return function(params, *batch[:count], **dict(zip(names, batch[count:], strict=True)))
-
-    return loss
 
 
 # --- slopes -----------------------------------------------------------------------------------

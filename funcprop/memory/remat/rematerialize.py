@@ -111,37 +111,7 @@ def rematerialize(
         >>> print(jax.jit(jax.grad(lean))(ws, x)[0][0] == jax.grad(loss)(ws, x)[0][0])
         [ True  True  True]
     """
-    limits = _Limits(budget, peak, chunks, count_arguments, argnums, measure, target)
-
-    def run(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = Call.of(args, kwargs, _jax.is_traced)
-        structure: list[Any] = []
-
-        def arrays(*values: Any) -> list[Any]:
-            leaves = call.filled(values)
-            given = call.arguments(leaves)
-            result = fun(*given[0], **given[1])
-            _require_unchanged(given, leaves, call.tree)
-            results, tree = jax.tree.flatten(result)
-            kept = [None if _jax.is_traced(x) else (x,) for x in results]
-            structure.append((tree, kept))
-            return [x for x, k in zip(results, kept, strict=True) if k is None]
-
-        closed = traced(arrays, call.values, fun, "a differentiated argument")
-        found = limits.solve(flat(closed), name_of(fun), call, args)
-        outputs = found.program.run(found.schedule, call.values)
-        outvars = _jax.open_jaxpr(closed).outvars
-        computed = iter([_jax.as_array(x, v.aval) for x, v in zip(outputs, outvars, strict=True)])
-        tree, kept = structure[-1]
-        return jax.tree.unflatten(tree, [next(computed) if k is None else k[0] for k in kept])
-
-    @functools.wraps(fun)
-    def lean(*args: Any, **kwargs: Any) -> Any:
-        if nnx.has_models((args, kwargs)):
-            return nnx.call(run, fun, args, kwargs)
-        return run(fun, args, kwargs)
-
-    return lean
+    return RematLimits(budget, peak, chunks, count_arguments, argnums, measure, target).applied(fun)
 
 
 def _require_unchanged(arguments: Any, leaves: Sequence[Any], tree: Any) -> None:
@@ -187,39 +157,24 @@ def remat_plan(
         >>> plan.residual_bytes, plan.forward_flops, 0 < plan.extra_flops < 0.2 * plan.forward_flops
         (96, 174, True)
     """
-    limits = _Limits(budget, peak, chunks, count_arguments, argnums, measure, target)
-
-    def planned(*args: Any, **kwargs: Any) -> RematPlan:
-        def plan(fun: Callable[..., Any], args: Any, kwargs: Any) -> RematPlan:
-            call = Call.of(args, kwargs, is_array)
-
-            def arrays(*values: Any) -> list[Any]:
-                call_args, call_kwargs = call.arguments(call.filled(values))
-                results = jax.tree.leaves(fun(*call_args, **call_kwargs))
-                return [x for x in results if isinstance(x, jax.core.Tracer)]
-
-            closed = flat(traced(arrays, call.values, fun))
-            return limits.solve(closed, name_of(fun), call, args)
-
-        if nnx.has_models((args, kwargs)):
-            return nnx.call(lambda *call: (plan(*call), None), fun, args, kwargs)
-        return plan(fun, args, kwargs)
-
-    return planned
+    return RematLimits(budget, peak, chunks, count_arguments, argnums, measure, target).plan_of(fun)
 
 
-class _Limits:
-    """The limits asked for, checked before anything is traced."""
+class RematLimits:
+    """The limits asked for, checked before anything is traced.
+
+    Among schedules it is chosen once for equal programs, by whatever of both methods is called first.
+    """
 
     def __init__(
         self,
-        budget: Budget,
-        peak: Budget,
-        chunks: int | None,
-        count_arguments: bool,
-        argnums: int | Sequence[int],
-        measure: bool,
-        target: Any,
+        budget: Budget = None,
+        peak: Budget = None,
+        chunks: int | None = None,
+        count_arguments: bool = False,
+        argnums: int | Sequence[int] = 0,
+        measure: bool = True,
+        target: Any = None,
     ) -> None:
         if (budget is None and peak is None) == (chunks is None):
             raise ValueError(
@@ -236,6 +191,60 @@ class _Limits:
             Machine.of(target)
         # What was chosen for a program, by the program as text: a function is often traced several times.
         self.chosen: dict[str, Choice] = {}
+
+    def applied(self, fun: Callable[..., Any]) -> Callable[..., Any]:
+        """Bound what a function holds, as `rematerialize`."""
+
+        def run(fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = Call.of(args, kwargs, _jax.is_traced)
+            structure: list[Any] = []
+
+            def arrays(*values: Any) -> list[Any]:
+                leaves = call.filled(values)
+                given = call.arguments(leaves)
+                result = fun(*given[0], **given[1])
+                _require_unchanged(given, leaves, call.tree)
+                results, tree = jax.tree.flatten(result)
+                kept = [None if _jax.is_traced(x) else (x,) for x in results]
+                structure.append((tree, kept))
+                return [x for x, k in zip(results, kept, strict=True) if k is None]
+
+            closed = traced(arrays, call.values, fun, "a differentiated argument")
+            found = self.solve(flat(closed), name_of(fun), call, args)
+            outputs = found.program.run(found.schedule, call.values)
+            outvars = _jax.open_jaxpr(closed).outvars
+            computed = iter([_jax.as_array(x, v.aval) for x, v in zip(outputs, outvars, strict=True)])
+            tree, kept = structure[-1]
+            return jax.tree.unflatten(tree, [next(computed) if k is None else k[0] for k in kept])
+
+        @functools.wraps(fun)
+        def lean(*args: Any, **kwargs: Any) -> Any:
+            if nnx.has_models((args, kwargs)):
+                return nnx.call(run, fun, args, kwargs)
+            return run(fun, args, kwargs)
+
+        return lean
+
+    def plan_of(self, fun: Callable[..., Any]) -> Callable[..., RematPlan]:
+        """Plan that, as `remat_plan`."""
+
+        def planned(*args: Any, **kwargs: Any) -> RematPlan:
+            def plan(fun: Callable[..., Any], args: Any, kwargs: Any) -> RematPlan:
+                call = Call.of(args, kwargs, is_array)
+
+                def arrays(*values: Any) -> list[Any]:
+                    call_args, call_kwargs = call.arguments(call.filled(values))
+                    results = jax.tree.leaves(fun(*call_args, **call_kwargs))
+                    return [x for x in results if isinstance(x, jax.core.Tracer)]
+
+                closed = flat(traced(arrays, call.values, fun))
+                return self.solve(closed, name_of(fun), call, args)
+
+            if nnx.has_models((args, kwargs)):
+                return nnx.call(lambda *call: (plan(*call), None), fun, args, kwargs)
+            return plan(fun, args, kwargs)
+
+        return planned
 
     def solve(self, closed: Any, name: str, call: Call, args: Sequence[Any]) -> RematPlan:
         """The plan for the jaxpr of a call."""
@@ -315,7 +324,7 @@ class _Limits:
         self, gradient: GradientProgram, base: Schedule, budget: float, peak: float, target: float
     ) -> Choice:
         """The choice among schedules, once for equal programs."""
-        key = f"{gradient.placement} {gradient.program.closed}"
+        key = f"{gradient.chosen} {gradient.placement} {gradient.program.closed}"
         if key not in self.chosen:
             fits = functools.partial(self._fits, gradient.program, budget)
             self.chosen[key] = best(gradient, base, fits, budget, peak, target)
