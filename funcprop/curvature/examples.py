@@ -98,15 +98,16 @@ def require_loss_of_positions(shape: tuple[int, ...], positions: tuple[int, ...]
         )
 
 
-def of_positions(loss: Any, y: Any, weights: Any, of: str) -> tuple[Any, Any, Any]:
-    """A loss, its labels and the weights of examples, from weights of their positions, `[n, *positions]`.
+def of_examples(loss: Any, y: Any, weights: Any, size: int, of: str) -> tuple[Any, Any, Any]:
+    """A loss, its labels and the weights of examples, from these or those of positions, `[n, *positions]`.
 
     An example's loss is the weighted mean of its positions', and it counts as the sum of their weights. The
     loss is a function that returns one value for each position, or the name of a likelihood of one.
 
     Raises:
-        ValueError: there is neither, or no labels.
+        ValueError: there is neither, or no labels; also as `weights_of`.
     """
+    weights = weights_of(weights, size, of, positions=True)
     if weights is None or weights.ndim == 1:
         return loss, y, weights
     if isinstance(loss, str) and jax.tree.leaves(y):

@@ -32,14 +32,7 @@ from funcprop.curvature.example_gradients.quantities import (
     SAMPLED,
     Part,
 )
-from funcprop.curvature.examples import (
-    batch_size,
-    loss_of_one,
-    model_of_one,
-    of_positions,
-    total_of,
-    weights_of,
-)
+from funcprop.curvature.examples import batch_size, loss_of_one, model_of_one, of_examples, total_of
 from funcprop.curvature.kronecker import Eigen, Kronecker, KroneckerProduct
 from funcprop.curvature.likelihood import Likelihood
 from funcprop.operators.parameters import Parameters, Where
@@ -196,8 +189,7 @@ class KroneckerFactors:
     ) -> tuple[Kronecker, Any]:
         """The factors, or with `bases` the eigenvalues in them; and for which examples they are NaN."""
         require_values(self.name, {"params": params, "x": x, "y": y}, AUDIT)
-        weights = weights_of(weights, batch_size(x, y, self.name), self.name, positions=True)
-        loss, y, weights = of_positions(self.loss, y, weights, self.name)
+        loss, y, weights = of_examples(self.loss, y, weights, batch_size(x, y, self.name), self.name)
         of_chosen, params = restricted(self.model, params, self.where)
         Parameters.of(params)
         if self.part.group == SAMPLED and key is None:

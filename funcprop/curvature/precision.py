@@ -43,7 +43,7 @@ class Precision(abc.ABC):
         self, study: Study, forms: Sequence[GradientForm], scale: Any, prior: Prior
     ) -> Float[Array, "o o"]:
         """The same, for the Jacobian of one example as gradients of its outputs in each leaf."""
-        return self.covariance([form.each(slice(None))[:, 0] for form in forms], scale, prior)
+        return self.covariance(list(map(_jacobian, forms)), scale, prior)
 
     @abc.abstractmethod
     def sample(self, key: PRNGKeyArray, scale: Any, prior: Prior) -> list[Array]:
@@ -146,7 +146,7 @@ class DiagonalPrecision(Precision):
             if isinstance(form, OuterProducts) and layout is not None:
                 parts.append(form.weighted_gram(layout.to_matrix(1 / total))[0])
             else:
-                j = form.each(slice(None))[:, 0]
+                j = _jacobian(form)
                 parts.append(_product(j, j / total))
         return sum(parts[1:], parts[0])
 
@@ -270,7 +270,7 @@ class KroneckerPrecision(Precision):
                 turned = mine[0].turned(Factors(block.ua, block.ug))
                 parts.append(turned.weighted_gram(1 / block.values)[0])
                 continue
-            j = [form.each(slice(None))[:, 0] for form in mine]
+            j = list(map(_jacobian, mine))
             solved = jax.vmap(block.map(lambda values: 1 / values))(*j)
             parts += [_product(a, b) for a, b in zip(j, solved, strict=True)]
         return sum(parts[1:], parts[0])
@@ -284,6 +284,11 @@ class KroneckerPrecision(Precision):
             for i, found in zip(group, drawn, strict=True):
                 noise[i] = found
         return noise
+
+
+def _jacobian(form: GradientForm) -> Array:
+    """The gradients of all outputs of the one example."""
+    return form.each(slice(None))[:, 0]
 
 
 def _product(left: Array, right: Array) -> Float[Array, "o o"]:

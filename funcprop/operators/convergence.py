@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from funcprop.operators.symmetric_map import SymmetricMap
+
 
 class ConvergenceWarning(UserWarning):
     """An iteration ended before it reached its tolerance; the message has the residual."""
@@ -25,6 +27,11 @@ def warn_unless(converged: Any, message: str, *numbers: Any) -> None:
         jax.debug.callback(warn, converged, *numbers)
     else:
         warn(bool(converged), *numbers)
+
+
+def tolerance_of(operator: SymmetricMap, given: float | None = None) -> float:
+    """The tolerance that is given, by default `ε^(2/3)` of the parameters' dtype."""
+    return operator.parameters.rounding ** (2 / 3) if given is None else given
 
 
 def is_traced(tree: Any) -> bool:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental.sparse.linalg import lobpcg_standard
 from jaxtyping import Array, Float
 
-from funcprop.operators.convergence import is_traced, warn_unless
+from funcprop.operators.convergence import is_traced, tolerance_of, warn_unless
 from funcprop.operators.finite import require_finite
 from funcprop.operators.lanczos import Tridiagonal, tridiagonal, tridiagonals
 from funcprop.operators.products import flat_map, mapped, matrix_of
@@ -65,7 +65,7 @@ class Lanczos(EigenSolver):
     def pairs(self, operator: SymmetricMap, k: int, which: str, key: Array) -> Pairs:
         """In Krylov spaces that double until all pairs have converged, or have so many dimensions."""
         size, most = operator.parameters.size, self.products
-        tolerance = _tolerance(self.tolerance, operator)
+        tolerance = tolerance_of(operator, self.tolerance)
         if most is None:
             room = BASIS_BYTES // (size * operator.dtype.itemsize)
             most = max(k, min(max(10 * k, 320), room))
@@ -103,7 +103,7 @@ class Lobpcg(EigenSolver):
 
     def pairs(self, operator: SymmetricMap, k: int, which: str, key: Array) -> Pairs:
         """From the largest down, of the operator or of its negative."""
-        size, tolerance = operator.parameters.size, _tolerance(self.tolerance, operator)
+        size, tolerance = operator.parameters.size, tolerance_of(operator, self.tolerance)
         if operator.on_host:
             raise ValueError(
                 "Lobpcg is not for an operator over a data set; use Lanczos(), or DenseSolver(), which is "
@@ -137,10 +137,6 @@ def eigenpairs(
             f"eigsh: solver={solver!r} is none; pass fp.curvature.Lanczos(), Lobpcg() or DenseSolver()."
         )
     return (solver or Lanczos()).pairs(operator, k, which, key)
-
-
-def _tolerance(given: float | None, operator: SymmetricMap) -> float:
-    return operator.parameters.rounding ** (2 / 3) if given is None else given
 
 
 def _checked(

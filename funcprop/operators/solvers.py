@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from funcprop.operators.convergence import is_traced, warn_unless
+from funcprop.operators.convergence import is_traced, tolerance_of, warn_unless
 from funcprop.operators.finite import nonfinite_rows, require_finite
 from funcprop.operators.iterations import (
     Apply,
@@ -77,7 +77,7 @@ class Krylov(Solver):
     def solved(self, operator: SymmetricMap, b: Array, damping: Any, start: Array | None) -> Solved:
         """By iterations, until the residual is small or there were too many."""
         names, inverse = operator.parameters, self.preconditioner
-        tolerance = names.rounding ** (2 / 3) if self.tolerance is None else self.tolerance
+        tolerance = tolerance_of(operator, self.tolerance)
         most = 10 * names.size if self.products is None else self.products
         if inverse is not None and not hasattr(inverse, "linear_map"):
             inverse = Program.of(inverse, names.structs)
@@ -104,7 +104,7 @@ class DenseSolver(Solver):
     def solved(self, operator: SymmetricMap, b: Array, damping: Any, start: Array | None) -> Solved:
         """By a decomposition; nothing is gained by a start."""
         x, residual, length = _by_matrix(matrix_of(operator, self.budget), b, damping)
-        return Solved(x, residual, length, operator.parameters.rounding ** (2 / 3))
+        return Solved(x, residual, length, tolerance_of(operator))
 
 
 def solve(

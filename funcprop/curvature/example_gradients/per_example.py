@@ -32,14 +32,7 @@ from funcprop.curvature.example_gradients.quantities import (
     VALUE,
     Part,
 )
-from funcprop.curvature.examples import (
-    batch_size,
-    loss_of_one,
-    model_of_one,
-    of_positions,
-    total_of,
-    weights_of,
-)
+from funcprop.curvature.examples import batch_size, loss_of_one, model_of_one, of_examples, total_of
 from funcprop.curvature.likelihood import Likelihood, likelihood_of
 from funcprop.graph.graph import aligned
 from funcprop.operators.parameters import Parameters, Where, single_at_least
@@ -163,8 +156,7 @@ class PerExample:
             )
         require_values("per_example", {"params": params, "x": x, "y": y}, AUDIT)
         size = batch_size(x, y, "per_example")
-        weights = weights_of(weights, size, "per_example", positions=True)
-        loss_of, y, weights = of_positions(self.loss, y, weights, "per_example")
+        loss_of, y, weights = of_examples(self.loss, y, weights, size, "per_example")
         of_chosen, params = restricted(self.model, params, self.where)
         Parameters.of(params)
         model, loss = programs(of_chosen, loss_of, params, x, y)
