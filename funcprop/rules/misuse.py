@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -139,5 +140,7 @@ def _kind(value: Any) -> str:
     try:
         aval: Any = jax.typeof(value)
     except TypeError:
+        if isinstance(value, str | bytes):
+            return f"the text {reprlib.repr(value)}"
         return "None" if value is None else f"a {type(value).__name__}"
     return f"{aval.dtype}{list(aval.shape)}"
