@@ -93,7 +93,7 @@ def compare(name: str, model: Callable[..., Any], data: Any, count: int, steps: 
         return optax.softmax_cross_entropy_with_integer_labels(model(params, x), y)
 
     batches = [(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, len(x), BATCH)]
-    options: dict[str, Any] = {"tolerance": 1e-9, "products": 3000}
+    options: dict[str, Any] = {"solver": fp.curvature.Minres(tolerance=1e-9, products=3000)}
     if model is network:
         G = fp.ggn(model, lambda o, y: optax.softmax_cross_entropy_with_integer_labels(o, y))
         operator = fp.curvature.over(batches)(G)(params)
