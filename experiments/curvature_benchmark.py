@@ -209,7 +209,7 @@ def draw(results: dict[str, dict[str, Measured]], path: Path) -> None:
 
 def main() -> None:
     """Measure, print, and write `results/curvature_benchmark.json` and `.png`."""
-    parser = command_line(__doc__, smoke="small batches, one turn")
+    parser = command_line(__doc__, smoke="the MLP and one diagonal, small batches, one turn")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--model", choices=list(PROBLEMS), help="one model alone")
     parser.add_argument("--only", nargs="*", default=[], help="quantities whose name contains one of these")
@@ -222,7 +222,7 @@ def main() -> None:
     results: dict[str, dict[str, Measured]] = {}
     peers: dict[str, dict[str, dict[str, float | None]]] = {}
     for model, (full, small) in PROBLEMS.items():
-        if options.model not in (None, model):
+        if options.model not in (None, model) or (options.smoke and results):
             continue
         p = (small if options.smoke else full)()
         left_out = {q: QUANTITIES[q].left_out[model] for q in quantities if model in QUANTITIES[q].left_out}
@@ -236,7 +236,7 @@ def main() -> None:
     diagonals: dict[str, Measured] = {}
     if options.model is None and (not options.only or any(part in DIAGONAL for part in options.only)):
         print(f"{DIAGONAL} ÷ P products")
-        for name, (whole, part) in DIAGONALS.items():
+        for name, (whole, part) in list(DIAGONALS.items())[: 1 if options.smoke else None]:
             diagonals[name] = measure_diagonal(name, (part if options.smoke else whole)(), repeats)
             print(line("", name, diagonals[name]), flush=True)
     content: dict[str, Any] = {

@@ -37,19 +37,22 @@ gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Say what the mark is."""
+    """Say what the marks are."""
+    config.addinivalue_line("markers", "nightly: runs with FUNCPROP_NIGHTLY alone")
     config.addinivalue_line(
         "markers", "sampled(count): of more cases, only so many run unless FUNCPROP_NIGHTLY"
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave all but some evenly spaced cases of a sampled test to the nightly run."""
+    """Leave to the nightly run what is marked so, and all but some evenly spaced cases of a sampled test."""
+    if NIGHTLY:
+        return
     cases: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if not NIGHTLY and item.get_closest_marker("sampled"):
+        if item.get_closest_marker("sampled"):
             cases[item.nodeid.partition("[")[0]].append(item)
-    left: set[pytest.Item] = set()
+    left = {item for item in items if item.get_closest_marker("nightly")}
     for found in cases.values():
         mark = found[0].get_closest_marker("sampled")
         assert mark is not None

@@ -65,7 +65,7 @@ def operands(length=6, heads=2, kv=1, d=4):
     return [jnp.sin(jnp.arange(float(np.prod(s))) + i).reshape(s) for i, s in enumerate(shapes)]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("rules", [fp.rules.default, fp.rules.autodiff], ids=["by its rule", "without rules"])
 @pytest.mark.parametrize("jit", [False, True])
 def test_a_kernel_is_differentiated_by_its_own_backward_and_twice_by_ours(kernel, rules, jit):

@@ -220,6 +220,7 @@ def test_low_precision_is_no_worse_than_autodiffs(dtype):
     assert error(ours) <= max(1.1 * error(theirs), 1e-6)
 
 
+@pytest.mark.nightly
 def test_gradients_above_the_threshold():
     """Strided, pointwise and grouped convolutions, with the plan that the library makes."""
 

@@ -77,6 +77,7 @@ def attention(p: Any, x: Any) -> Any:
     return jnp.tanh(jax.nn.softmax(scores) @ h) @ p["out"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("of", [fp.kfac, fp.ekfac])
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_nothing_depends_on_the_padding(of: Any, sharing: str) -> None:

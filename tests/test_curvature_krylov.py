@@ -36,7 +36,7 @@ def expected(matrix: np.ndarray, k: int, which: str) -> np.ndarray:
 # --- eigenpairs -------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("solver", "which"),
     [

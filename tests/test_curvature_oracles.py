@@ -65,7 +65,7 @@ def matrices(request: pytest.FixtureRequest) -> dict[str, tuple[jax.Array, jax.A
     return jax.jit(all_of)(model.params, flat, model.x, targets)
 
 
-@pytest.mark.sampled(24)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(("operator", "loss"), [(o, loss) for o in ("hessian", "ggn") for loss in LOSSES])
 def test_dense(matrices: dict[str, tuple[jax.Array, jax.Array]], operator: str, loss: str) -> None:
     assert_equal(*matrices[f"{operator}, {loss}"])

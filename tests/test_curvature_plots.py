@@ -113,7 +113,7 @@ def test_matplotlib_is_an_extra(operator: Any, monkeypatch: pytest.MonkeyPatch) 
         operator.plot("traces")
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("samples", [2, 4, 30])
 @pytest.mark.parametrize("quantity", ["trace", "spectrum"])
 def test_the_coverage_of_intervals(samples: int, quantity: str) -> None:

@@ -58,7 +58,7 @@ OPERATORS = {
 }
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("devices", DEVICES, ids=["one device", "8 devices"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("name", OPERATORS)
@@ -136,7 +136,7 @@ def test_a_warm_start_takes_fewer_products(both: Any) -> None:
         whole.solve(b, 0.1, start=jnp.ones(3))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("structure", ["full", "diagonal", "kronecker", "low-rank"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 def test_laplace(structure: str, weighted: bool) -> None:

@@ -103,7 +103,7 @@ def seconds_of_cpu() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.nightly
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", ["function", "gradient"])
 def test_three_thousand_operators_are_drawn_unfolded_in_ten_seconds(kind: str, engine: Any) -> None:

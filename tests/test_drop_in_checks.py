@@ -86,6 +86,7 @@ CHECKS = {
 }
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("program", CHECKS.values(), ids=CHECKS)
 def test_checks(program):
     assert_as_jax(program)
@@ -156,6 +157,7 @@ def test_a_jitted_gradient_transfers_nothing():
     assert_as_jax(program)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("row", SETTINGS.values(), ids=SETTINGS)
 def test_settings(row):
     context, fun, x = row

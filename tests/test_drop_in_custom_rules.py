@@ -252,7 +252,7 @@ ROWS = {
 }
 
 
-@pytest.mark.sampled(30)
+@pytest.mark.sampled(15)
 @pytest.mark.parametrize("way", ["eager", "jit", "vmap"])
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 def test_custom_rules(row, way):

@@ -77,7 +77,7 @@ def to_scalar(fun):
     return loss
 
 
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("row", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_functions_without_jit(row):
     fun, x = row

@@ -24,7 +24,7 @@ def live_bytes() -> int:
     return sum(x.nbytes for x in jax.live_arrays())
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("rules", [fp.rules.default, fp.rules.handwritten], ids=lambda rules: rules.name)
 def test_no_activation_stays(block, rules):

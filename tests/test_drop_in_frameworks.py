@@ -178,6 +178,7 @@ PROGRAMS = [
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_frameworks(program):
     assert_as_jax(program)

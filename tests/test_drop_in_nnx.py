@@ -90,6 +90,7 @@ def test_plain_attributes(transformation):
     assert_as_jax(program)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["value_and_grad", "grad of jit", "jit of grad", "remat"])
 def test_two_steps_of_a_model(name):
     def program(t):

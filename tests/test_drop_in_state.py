@@ -293,6 +293,7 @@ PROGRAMS = [
 ]
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_side_effects(program):
     assert_as_jax(program)

@@ -56,7 +56,7 @@ def test_norms_that_half_precision_cannot_square(dtype: Any, a: float) -> None:
         np.testing.assert_allclose(half[name], single[name], rtol=0.02)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("structure", ["full", "low-rank", "diagonal", "kronecker"])
 def test_laplace_of_half_precision(dtype: Any, structure: str) -> None:

@@ -67,6 +67,7 @@ def test_dense_layers() -> None:
     np.testing.assert_allclose(G, p["c"] @ p["c"].T, atol=1e-12)
 
 
+@pytest.mark.nightly
 def test_scales_signs_and_views() -> None:
     """A bias that is subtracted, doubled, or seen through a reshape; a product that is negated or moved."""
     p = {"w": normal(3, 4), "b": normal(4)}
@@ -81,6 +82,7 @@ def test_scales_signs_and_views() -> None:
         assert_exact(model, p, x, {(1, 0)})
 
 
+@pytest.mark.nightly
 def test_modules() -> None:
     class Net(nn.Module):
         @nn.compact

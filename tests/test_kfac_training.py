@@ -122,7 +122,7 @@ def test_gauss_newton_diagonal_of_a_linear_model() -> None:
 # --- digits -----------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled(0)
+@pytest.mark.nightly
 def test_kfac_beats_sgd_on_digits() -> None:
     optimizer = kfac(network, cross_entropy, 1.0, digits(), damping=0.01)
     assert trained(optimizer, 40) < by_sgd(120) / 4

@@ -73,7 +73,7 @@ def test_half_precision(make, dtype):
         np.testing.assert_allclose(found.astype("float32"), expected, rtol=0, atol=0.03 * scale)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["mlp", "residual", "equinox"])
 def test_one_example(name):
     """One example whose weights are used once: the block is a Kronecker product. Biases are always exact."""
@@ -194,7 +194,7 @@ def operators():
     return {"kfac": kfac, "ekfac": fp.ekfac(model.apply, loss.of_one, kind="exact")(*arguments)}
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["kfac", "ekfac"])
 def test_algebra(name):
     operator, damping = operators()[name], 0.3

@@ -113,6 +113,7 @@ def cases(draw):
 @settings(max_examples=10)
 @given(cases())
 # A vocabulary of one word; one token; a chunk larger than all; no token that counts.
+@pytest.mark.nightly
 @example(((numbers(3, 2), numbers(2, 1)), jnp.zeros(3, int), {"chunk": 2}))
 @example(((numbers(1, 2), numbers(2, 4)), jnp.array([3]), {"chunk": 9, "label_smoothing": 0.3}))
 @example(((numbers(4, 2), numbers(2, 3)), jnp.full(4, -100), {"chunk": 3, "reduction": "sum", "z_loss": 0.1}))

@@ -127,7 +127,7 @@ LOOPS = {
 ARGS = ({"U": normal(H, H), "V": normal(H, H, seed=1), "b": normal(H, seed=2)}, normal(T, B, H, seed=3))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", LOOPS)
 def test_values_and_gradients(name):
     loop = LOOPS[name]

@@ -40,6 +40,7 @@ def f64(*dims: int) -> ShapeDtypeStruct:
     return ShapeDtypeStruct(dims, "float64")
 
 
+@pytest.mark.nightly
 def test_exercise_3_prediction_is_exact(compiled: dict[str, Any]) -> None:
     d, h, q, b = 784, 256, 10, 1024
     formula = 4 * (h * d + q * h + b * d + b * h + b * q)

@@ -55,6 +55,7 @@ def test_a_timeline_is_drawn() -> None:
     assert found.svg().count("<rect") == len(found.tasks) == 8
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("order", "grows"), [("1f1b", False), ("gpipe", True)])
 def test_live_bytes_are_flat_or_grow(order: Order, grows: bool) -> None:
     """What is alive on each device after each task, for 4 to 32 microbatches of one size."""

@@ -24,7 +24,7 @@ MESHES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sampled(11)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("kind", MESHES)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_gradient_is_that_of_one_device(name: str, kind: str) -> None:
@@ -39,7 +39,7 @@ def test_the_gradient_is_that_of_one_device(name: str, kind: str) -> None:
         np.testing.assert_allclose(jax.device_get(x), y, atol=1e-12 * largest, rtol=0, err_msg=str(path))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", MESHES)
 def test_twenty_steps_have_the_losses_of_one_device(kind: str) -> None:
     loss, params, batch = MODELS["tied"]()
@@ -63,7 +63,7 @@ def test_twenty_steps_have_the_losses_of_one_device(kind: str) -> None:
     jax.tree.map(lambda x: x.block_until_ready(), params)  # The given parameters are not overwritten.
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["data", "both"])
 @pytest.mark.parametrize("name", MODELS)
 def test_bytes_and_collectives_are_predicted(name: str, kind: str) -> None:

@@ -123,6 +123,7 @@ def test_a_stopped_peer_is_one_line_within_60_seconds(tmp_path: Path, victim: in
     assert said(survivor).startswith(f"fit: process {victim} of 2 is gone (no ")
 
 
+@pytest.mark.nightly
 def test_a_peer_that_fails_by_itself(tmp_path: Path) -> None:
     survivor, failed = outcome(tmp_path, "fail", 1, 11)
     assert failed.code != 0
@@ -131,6 +132,7 @@ def test_a_peer_that_fails_by_itself(tmp_path: Path) -> None:
     assert said(survivor).startswith("fit: process 1 of 2 is gone (")
 
 
+@pytest.mark.nightly
 def test_processes_that_are_not_one_run_are_refused(tmp_path: Path) -> None:
     """They differ in one thing after the other, and go on after each refusal."""
     for one in outcome(tmp_path, "differ"):

@@ -79,7 +79,7 @@ def oracle(name, loss):
     return Oracle(*jacobian(name), LOSSES[loss].of_one, LOSSES[loss].targets(EXAMPLES, model.outputs))
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("loss", list(LOSSES))
 def test_exact(name, loss):
@@ -94,6 +94,7 @@ def test_exact(name, loss):
             close(a, e, (name, loss, quantity, k))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("name", "limit"), [("cnn", 10_000), ("tied", 800), ("stacked", 250)])
 def test_in_parts(name, limit):
     """So few bytes that there are several parts, and a rest; nothing changes."""
@@ -372,7 +373,7 @@ ROOTS = {
 }  # fmt: skip
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", list(ROOTS))
 def test_root(case):
     loss, shape, y, kind, columns = ROOTS[case]

@@ -62,6 +62,7 @@ def held():
 PARAMETERS = 4 * (256 * 512 + 512 * 256 + 256 * 10)
 
 
+@pytest.mark.nightly
 def test_norms_hold_no_gradients(held):
     """Batch × parameters would be 64 times the parameters; activations and cotangents are less than one."""
     assert held["gradients"] >= 64 * PARAMETERS

@@ -20,6 +20,7 @@ def both(loss, *args, argnums=0):
     )
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("alpha", [None, 0.25])
 @pytest.mark.parametrize("target", [0, 1])

@@ -170,6 +170,7 @@ def test_a_cross_entropy_with_another_sign_or_scale_is_not_called_one():
         found.verify()
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_activations_are_called_by_their_name(name):
     for function in ELEMENTWISE[name]:
@@ -318,6 +319,7 @@ def test_detail_is_checked():
         fp.derive(lambda x: x, detail="blocks")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("seed", range(6))
 def test_drawn_functions_hold_line_by_line(seed):
     random = np.random.default_rng(seed)

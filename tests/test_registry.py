@@ -170,6 +170,7 @@ CALLS = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_layer_equals_its_function(call):
     actual, expected = call(fp.layer), call(lambda f: f)

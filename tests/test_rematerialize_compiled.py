@@ -59,6 +59,7 @@ def measured():
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.nightly
 def test_equal_layers_in_chunks(measured):
     temp = {int(k): units for k, units in measured["chunks"].items()}
     assert min(temp, key=temp.get) == 4

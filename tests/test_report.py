@@ -284,6 +284,7 @@ def size_without_equations(page: fp.Report) -> int:
     return len(page.html) - (end - start)
 
 
+@pytest.mark.nightly
 def test_repeated_blocks_are_drawn_once_and_add_little_but_their_numbers(three_blocks: fp.Report) -> None:
     small, large = three_blocks, blocks(4)
     data = data_of(large)
@@ -308,6 +309,7 @@ def unlike(w: Any, x: Any) -> Any:
     return jnp.sum(values[-1])
 
 
+@pytest.mark.nightly
 def test_three_thousand_operators_that_do_not_fold_stay_below_two_megabytes(
     chapter: fp.Report, monkeypatch: pytest.MonkeyPatch
 ) -> None:

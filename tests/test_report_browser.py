@@ -34,6 +34,7 @@ def page(browser: Browser, chapter: tuple[fp.Report, Path]) -> Iterator[Opened]:
 # --- nodes ------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1)
 def test_every_nodes_panel_opens(either: Opened) -> None:
     page, nodes = either.page, either.report.drawing.picture.nodes
     groups = page.locator("#canvas [data-node]")

@@ -95,6 +95,7 @@ def compiled() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.nightly
 def test_the_laws_hold_with_the_flags_that_users_have(compiled: dict[str, Any]) -> None:
     assert {row["name"]: row["measured"]["products"] for row in compiled["mlp"]} == laws(3, 3 * 256)
 
@@ -249,6 +250,7 @@ def test_products_in_libraries_and_convolutions_are_counted() -> None:
     assert found.flops == 2 * 8 * 3 + 2 * (9 * 8) * (3 * 3 * 4)
 
 
+@pytest.mark.nightly
 def test_times_are_measured_and_models_are_taken_as_they_are() -> None:
     net = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
 

@@ -94,7 +94,7 @@ def product(loss: Any, *args: Any) -> Any:
     return trace_objective(use, loss, 0, args, {})
 
 
-@pytest.mark.sampled(9)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_is_found_in_every_spelling(name: str) -> None:
     loss, y = LOSSES[name]
@@ -143,6 +143,7 @@ def test_shapes_are_enough() -> None:
     assert cost["Gauss-Newton product"].predicted.products > cost["gradient"].predicted.products
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "loss",
     [

@@ -80,6 +80,7 @@ def same(found: Any, expected: Any) -> None:
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("dies", "saved"), [(1, 0), (2, 0), (3, 2), (4, 2), (5, 5), (6, 5), (8, 6), (11, 10)]
 )
@@ -201,6 +202,7 @@ def test_sigterm_saves_and_leaves(tmp_path: Path, at: int, capsys: pytest.Captur
     same(run(tmp_path)[-1], uninterrupted()[-1])
 
 
+@pytest.mark.nightly
 def test_sigkill_at_random_moments() -> None:
     """The experiment, with fewer kills."""
     command = [sys.executable, ROOT / "experiments" / "kill_and_resume.py", "--kills", "2", "--epochs", "2"]

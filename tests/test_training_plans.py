@@ -87,7 +87,7 @@ def no_scale(kind: str, way: str) -> bool:
     return "pipeline" in kind and "precision" in WAYS[way]
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", PLANS)
 def test_every_way_to_train_is_that_of_one_device(kind: str, way: str) -> None:
@@ -169,6 +169,7 @@ def test_the_parameters_before_a_bad_step_are_kept(kind: str) -> None:
         np.testing.assert_allclose(jax.device_get(a), b, rtol=1e-12)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kinds", [("data and tensor", "zero"), ("zero", "tensor"), ("data", "pipeline")])
 def test_a_run_goes_on_under_another_plan(kinds: tuple[str, str], tmp_path: Any) -> None:
     batches = lambda key: training.minibatches((X, Y), 16, key)  # noqa: E731

@@ -88,6 +88,7 @@ ASKED_FOR = {
 }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", ASKED_FOR)
 def test_no_derivative_is_asked_for_that_the_function_does_not_have(case):
     fun, x = ASKED_FOR[case], jnp.array([1.5, 2.5, 0.5])

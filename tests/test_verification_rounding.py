@@ -55,7 +55,7 @@ CANCELLING = {
 }
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CANCELLING)
 def test_a_gradient_that_cancels_is_no_deviation(case, dtype):
@@ -85,7 +85,7 @@ def centred(backward):
     return fp.layer(rule=rule)(lambda x: x - jnp.mean(x))
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
 @pytest.mark.parametrize("mistake", [None, *CENTRED])
@@ -124,7 +124,7 @@ SOFTENED = {
 }
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mistake", SOFTENED)
 def test_small_mistakes_are_found_whatever_the_size_of_an_entry(mistake, dtype):
