@@ -31,6 +31,10 @@ LOOPS = ("rules_in_loops", "loops")
 ATTACHING = ("attach", "transforms", "rewrite", "primitives", "drop_in_export", "program")
 ALGEBRA = ("equations::test_equations_of_primitives_hold",)
 READING = ("equations", "readable_equations", "verification", "verification_rounding")
+EQUATIONS = (
+    *("chain_rule", "condense", "constants", "derivation", "elementwise", "flow", "known_functions"),
+    *("line_choice", "line_parts", "losses", "named_function", "norms", "recognition", "rounding"),
+)
 BYTES = ("memory_estimate", "memory_footprint", "batch_limit")
 TESTS = {
     "rules/primitives/arithmetic.py": ALGEBRA,
@@ -63,15 +67,17 @@ TESTS = {
     "rules/measuring/ruled_programs.py": ("measured_rules",),
     "memory/estimate.py": BYTES,
     "memory/liveness.py": BYTES,
-    "partition/traffic.py": ("partition_predictions", "partition_plans"),
-    "curvature/data_set.py": ("data_sets",),
+    "partition/traffic.py": ("partition_plans",),
+    "partition/device_bytes.py": ("partition_plans",),
+    "partition/task_order.py": ("partition_pipeline",),
+    "curvature/data_set.py": ("data_sets", "position_weights"),
+    "curvature/kronecker.py": ("kronecker", "joint_layers", "position_weights"),
+    "curvature/laplace_posterior.py": ("laplace", "laplace_edges", "position_weights"),
     "curvature/minibatches.py": ("data_sets",),
-    "equations/chain_rule.py": READING,
-    "equations/condense.py": READING,
-    "equations/derivation.py": READING,
-    "equations/flow.py": READING,
-    "equations/known_functions.py": READING,
-    "equations/rounding.py": READING,
+    "curvature/precision.py": ("laplace", "laplace_edges"),
+    "operators/solvers.py": ("curvature_krylov", "curvature_estimates"),
+    "operators/stochastic_estimates.py": ("curvature_estimates", "curvature_plots"),
+    **{f"equations/{file}.py": READING for file in EQUATIONS},
 }
 SWAPS: list[tuple[Any, Any]] = [
     (ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot), (ast.In, ast.NotIn),
@@ -163,6 +169,7 @@ class Copy:
         # Programs that a fault does not change are compiled once for all.
         cache = {"DIR": str(folder / "cache"), "MIN_COMPILE_TIME_SECS": "0", "MIN_ENTRY_SIZE_BYTES": "-1"}
         self.environment = os.environ | {"PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1"}
+        self.environment |= {"FUNCPROP_NIGHTLY": "1"}  # A sample of the cases would let faults pass.
         self.environment |= {"JAX_COMPILATION_CACHE_DIR": cache.pop("DIR")}
         self.environment |= {f"JAX_PERSISTENT_CACHE_{key}": value for key, value in cache.items()}
         self.passing: set[str] = set()
@@ -216,6 +223,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.sample, options.seed, options.only = 1, 0, "contractions"
+    named = {f"tests/test_{test.partition('::')[0]}.py" for tests in TESTS.values() for test in tests}
+    if missing := [
+        name for name in named | {f"funcprop/{file}" for file in TESTS} if not (ROOT / name).exists()
+    ]:
+        sys.exit(f"the table TESTS names {', '.join(sorted(missing))}, which do not exist.")
     everything = [fault for file in TESTS if options.only in file for fault in faults(file)]
     chosen = random.Random(options.seed).sample(everything, min(options.sample, len(everything)))
     print(f"{len(chosen)} of {len(everything)} faults, --seed {options.seed}", flush=True)
