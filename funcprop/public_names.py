@@ -12,7 +12,7 @@ import lazy_loader
 
 
 def attach(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Make `__getattr__`, `__dir__` and `__all__` of a package; a name that is misspelled or elsewhere is said.
+    """Make `__getattr__`, `__dir__` and `__all__` of a package; it is said where a name of another room is.
 
     Example:
         >>> import funcprop as fp
@@ -34,7 +34,7 @@ def attach(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], 
 
 
 def _near(package: str, name: str, public: list[str]) -> list[str]:
-    """Where this very name is, in whichever package of the library; else the names that are spelled most like it."""
+    """Where this very name is, in whichever room of the library; else the names spelled most like it."""
     top = importlib.import_module(package.partition(".")[0])
     rooms = {package: public, top.__name__: getattr(top, "__all__", [])}
     for found in pkgutil.iter_modules(top.__path__, f"{top.__name__}."):

@@ -135,7 +135,7 @@ def test_names_are_public() -> None:
         (
             funcprop.rules,
             "handwriten",
-            "funcprop.rules has no 'handwriten'; did you mean funcprop.rules.handwritten",
+            "no 'handwriten'; did you mean funcprop.rules.handwritten",
         ),
         (funcprop, "laplace", "did you mean funcprop.curvature.laplace"),
         (funcprop, "laplac", "did you mean funcprop.curvature.laplace"),
