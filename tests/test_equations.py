@@ -353,7 +353,7 @@ def test_quotients_inside_products_are_in_parentheses():
         return fp.name(jnp.sum(fp.name(jnp.log(x), "a") * fp.name(y / x, "b")), "J")
 
     lines = texts(fp.derive(loss)(jnp.ones(2), jnp.ones(2)).backward)
-    assert lines[-1].endswith("= ∂J/∂a ⊙ (1 / x) + (−∂J/∂b ⊙ y) / x²")
+    assert lines[-1].endswith("= ∂J/∂a ⊙ (1 / x) − (∂J/∂b ⊙ y) / x²")
 
 
 def test_a_function_with_a_derivative_of_its_own_is_written_by_its_name():

@@ -53,7 +53,7 @@ def _candidates(region: Region) -> Iterator[NamedFunction]:
         yield from softmaxes(region)
     if len(others) <= 2 and is_of_one_shape and names & {"rsqrt", "sqrt", "pow"}:
         yield from norms(region)
-    if len(others) == 1 and jnp.issubdtype(others[0].dtype, jnp.integer) and {"exp", "log"} <= names:
+    if {"exp", "log"} <= names and all(jnp.issubdtype(v.dtype, jnp.integer) for v in others):
         yield from cross_entropies(region)
     if len(others) == 1 and others[0].shape == x.shape and names & {"exp", "log", "log1p", "logistic"}:
         yield from soft_losses(region)
