@@ -431,10 +431,14 @@ def indexed(
     function: Callable[..., Any], x: Expression, index: Expression | str, type_: Any = None
 ) -> Expression:
     """Some entries of `x`: `x[1:, :3]`, `E[t]`."""
-    known = isinstance(index, str)
-    operands = (x if x.binding == _ATOM else parenthesised(x), *(() if known else (index,)))
-    inner = literally(index) if known else "{1}"
-    return _node(function, operands, f"{{0}}[{inner}]", f"{{0}}\\left[{inner}\\right]", _ATOM, _SUM, type_)
+    operands, inner = [x if x.binding == _ATOM else parenthesised(x)], "{1}"
+    if isinstance(index, str):
+        inner = literally(index)
+    else:
+        operands.append(index)
+    return _node(
+        function, tuple(operands), f"{{0}}[{inner}]", f"{{0}}\\left[{inner}\\right]", _ATOM, _SUM, type_
+    )
 
 
 def outer(a: Expression, b: Expression) -> Expression:

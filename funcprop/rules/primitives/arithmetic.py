@@ -271,7 +271,7 @@ def _positions(op: OperatorSymbols) -> Equations | None:
     if len(shape) != 1:
         return None
     text, latex = f"arange({shape[0]})", f"\\mathrm{{arange}}({shape[0]})"
-    return Equations(opaque(lambda: jnp.arange(*shape, dtype=dtype), (), text, latex, op.output.type), ())
+    return Equations(opaque(lambda: jnp.arange(shape[0], dtype=dtype), (), text, latex, op.output.type), ())
 
 
 def _spread(op: OperatorSymbols) -> Equations | None:
