@@ -431,14 +431,14 @@ def indexed(
     function: Callable[..., Any], x: Expression, index: Expression | str, type_: Any = None
 ) -> Expression:
     """Some entries of `x`: `x[1:, :3]`, `E[t]`."""
-    operands, inner = [x if x.binding == _ATOM else parenthesised(x)], "{1}"
+    operands = [x if x.binding == _ATOM else parenthesised(x)]
+    inner = inner_latex = "{1}"
     if isinstance(index, str):
-        inner = literally(index)
+        inner, inner_latex = literally(index), f"\\texttt{{{{{index}}}}}"
     else:
         operands.append(index)
-    return _node(
-        function, tuple(operands), f"{{0}}[{inner}]", f"{{0}}\\left[{inner}\\right]", _ATOM, _SUM, type_
-    )
+    latex = f"{{0}}\\left[{inner_latex}\\right]"
+    return _node(function, tuple(operands), f"{{0}}[{inner}]", latex, _ATOM, _SUM, type_)
 
 
 def outer(a: Expression, b: Expression) -> Expression:

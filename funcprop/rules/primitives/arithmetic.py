@@ -222,9 +222,12 @@ def _slice(op: OperatorSymbols) -> Equations | None:
 
     is_smooth = jnp.issubdtype(x.type.dtype, jnp.inexact)
     forward = indexed(cut, x, where, op.output.type)
-    text, latex = f"pad({{0}}, [{where}])", f"\\mathrm{{{{pad}}}}\\!\\left({{0}}, [{where}]\\right)"
+    text, latex = f"pad({{0}}, [{where}])", _PAD.replace("#", where)
     back = written(put, (op.cotangent,), text, latex) if is_smooth else None
     return Equations(forward, (back,))
+
+
+_PAD = "\\mathrm{{pad}}\\!\\left({0}, [\\texttt{{#}}]\\right)"
 
 
 def _is_reshaped(x: Expression) -> bool:
