@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from funcprop import _jax
-from funcprop.graph.graph import aligned
+from funcprop.graph.graph import aligned, place_text
 from funcprop.program.call import Call, is_array, traced
 from funcprop.program.facts import CONTROL_FLOW
 from funcprop.program.layer_calls import layer_call
@@ -27,7 +27,9 @@ class Matches(list[Match]):
     """The decisions about the operators of a function, printed as a table with one row for equal ones."""
 
     def __str__(self) -> str:
-        said = Counter((m.operator, m.reason or "the rule is used", m.scope or m.source or "") for m in self)
+        said = Counter(
+            (m.operator, m.reason or "the rule is used", place_text(m.scope, m.source)) for m in self
+        )
         rows = [(operator, f"{count}", *rest) for (operator, *rest), count in said.items()]
         if not rows:
             return "No operator has a rule."
