@@ -130,7 +130,7 @@ def test_errors_of_modules(module: Any, source: str, message: str) -> None:
     ("arguments", "message"),
     [
         (["forward", "chapterr"], "target 'chapterr' is incomplete; write module:function"),
-        (
+        (["forward", __file__], f"is incomplete; write {__file__}:test_example"),
             ["forward", __file__],
             f"is incomplete; write {__file__}:test_example_may_be_a_tuple_a_dict_or_both, or",
         ),
