@@ -372,3 +372,21 @@ def test_parts_of_an_array_are_written_as_indices():
     # A number in every entry of an array stands for the array.
     constant = fp.derive(lambda w: jnp.sum(w @ (jnp.zeros(3) + 0.1)))(jnp.ones((2, 3)))
     assert max(constant.verify().errors.values()) < 1e-12
+
+
+def test_settings_of_a_module_are_no_parameters():
+    """A pool of Equinox holds its initial value, a python float, beside functions."""
+    layers = [eqx.nn.Conv1d(1, 2, 3, key=KEY), eqx.nn.MaxPool1d(2, 2), eqx.nn.Lambda(jnp.tanh)]
+    net = eqx.nn.Sequential(layers)
+    derivation = fp.derive(lambda net, x: jnp.sum(net(x)))(net, jnp.linspace(-1.0, 2.0, 8)[None])
+    assert any("= maxpool(z" in line for line in texts(derivation.forward))
+    assert max(derivation.verify().errors.values()) < 1e-12
+
+
+def test_the_softmax_of_jax_attention_is_one():
+    """It is taken of the scores with their axes in another order than the maximum that is subtracted."""
+    x = jnp.linspace(-1.0, 2.0, 24).reshape(1, 3, 2, 4)
+    derivation = fp.derive(lambda q: jnp.sum(jax.nn.dot_product_attention(q, x, x) ** 2))(x)
+    assert sum("softmax(" in line for line in texts(derivation.forward)) == 1
+    assert "exp" not in derivation.text()
+    assert max(derivation.verify().errors.values()) < 1e-7  # it adds up in float32

@@ -18,21 +18,41 @@ from funcprop.rules.expressions import Equations, Expression, apply, number, unw
 
 
 def softmaxes(region: Region) -> Iterator[NamedFunction]:
-    """Softmax and log-softmax over each axis."""
-    for axis in reversed(range(len(region.output.shape or ()))):
-        yield NamedFunction("softmax", "softmax", partial(jax.nn.softmax, axis=axis), _softmax(axis))
-        if "log" in region.primitives():
-            log_softmax = partial(jax.nn.log_softmax, axis=axis)
-            yield NamedFunction("log_softmax", "log_softmax", log_softmax, _log_softmax(axis))
+    """Softmax and log-softmax over each axis; softmax also with the axes in another order."""
+    (x,) = region.inputs
+    for order in _orders(region):
+        for axis in reversed(range(len(order))):
+            softmax = partial(_moved, partial(jax.nn.softmax, axis=axis), order)
+            yield NamedFunction("softmax", "softmax", softmax, _softmax(axis, order))
+            if "log" in region.primitives() and x.shape == region.output.shape:
+                log_softmax = partial(jax.nn.log_softmax, axis=axis)
+                yield NamedFunction("log_softmax", "log_softmax", log_softmax, _log_softmax(axis))
 
 
-def _softmax(axis: int) -> Write:
+def _orders(region: Region) -> Iterator[tuple[int, ...]]:
+    """The orders of axes in which a region reads its operand, if its result has that shape."""
+    x, shape = region.inputs[0], region.output.shape
+    if x.shape == shape:
+        yield tuple(range(len(shape or ())))
+    for op in region.operators:
+        if op.op == "transpose" and op.inputs[0].name == x.name and op.outputs[0].shape == shape:
+            yield tuple(op.static["permutation"])
+
+
+def _moved(function: Callable[[Any], Any], order: Sequence[int], x: Any) -> Any:
+    return function(jnp.transpose(x, order))
+
+
+def _softmax(axis: int, order: Sequence[int]) -> Write:
     def write(
         function: Callable[..., Any], operands: Sequence[Expression], g: Expression, output: Expression
     ) -> Equations:
         (x,) = operands
         p = output
-        return Equations(apply("softmax", function, x), (p * (g - (g * p).sum(axis, keepdims=True)),))
+        pulled = p * (g - (g * p).sum(axis, keepdims=True))
+        if tuple(order) != tuple(range(len(order))):
+            pulled = unwritten(lambda v: jnp.transpose(v, np.argsort(order)), pulled, x.type)
+        return Equations(apply("softmax", function, x), (pulled,))
 
     return write
 
