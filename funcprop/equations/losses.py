@@ -51,7 +51,8 @@ def _softmax(axis: int, order: Sequence[int]) -> Write:
         p = output
         pulled = p * (g - (g * p).sum(axis, keepdims=True))
         if tuple(order) != tuple(range(len(order))):
-            pulled = unwritten(lambda v: jnp.transpose(v, np.argsort(order)), pulled, x.type)
+            back = tuple(map(int, np.argsort(order)))
+            pulled = unwritten(lambda v: jnp.transpose(v, back), pulled, x.type)
         return Equations(apply("softmax", function, x), (pulled,))
 
     return write

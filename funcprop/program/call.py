@@ -34,8 +34,9 @@ class Call:
         """
         leaves, tree = jax.tree.flatten((tuple(args), dict(kwargs)))
         settings: set[int] = set()
+        structure: Any = tree
         start = 0
-        for argument in (child for whole in tree.children() for child in whole.children()):
+        for argument in (child for whole in structure.children() for child in whole.children()):
             own = range(start, start := start + argument.num_leaves)
             if any(callable(leaves[i]) for i in own):
                 settings |= {i for i in own if type(leaves[i]) is float}
