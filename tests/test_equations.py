@@ -374,3 +374,8 @@ def test_a_mask_that_is_spread_has_no_cotangent():
     derivation = fp.derive(masked)(jnp.ones((3, 2)), jnp.array([True, False]))
     assert not any("allowed" in line.left for line in derivation.backward)
     derivation.verify()
+
+
+def test_a_sum_of_a_sum_has_parentheses_in_latex():
+    latex = fp.derive(lambda x, y: jnp.sum(x - y**2))(jnp.ones(2), jnp.ones(2)).latex()
+    assert r"J &= \sum \left(x - y^{2}\right)" in latex

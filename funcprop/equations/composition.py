@@ -159,7 +159,7 @@ def _unseen(op: Operator, x: Expression, cotangent: Expression) -> Equations:
         return Equations(forward, (unwritten(back, cotangent, x.type),))
     kept = op.static["broadcast_dimensions"]
     new = [axis for axis in range(len(output.shape or ())) if axis not in kept]
-    text, latex = reduction("sum", new if new and x.shape != () else None)
+    text, latex = reduction("sum", new if new and x.shape != () else None, cotangent.is_sum)
     return Equations(forward, (written(back, (cotangent,), text, latex, x.type),))
 
 

@@ -95,6 +95,11 @@ class Expression:
         """Whether it is one number, in one entry or in all of them."""
         return self.shape == () or self.uniform
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is written as a sum, or with a sign: in a sum over entries it stands in parentheses."""
+        return self.binding <= _TERM
+
     def evaluate(self, environment: Environment) -> Any:
         """The value of the expression, with the symbols' values in `environment`."""
         return self.function(*(operand.evaluate(environment) for operand in self.operands))
@@ -236,7 +241,7 @@ class Expression:
             return self
         if self.template == _MINUS:
             return -self.operands[0].sum(axes, keepdims)
-        text, latex = reduction("sum", axes)
+        text, latex = reduction("sum", axes, self.is_sum)
         return _node(lambda x: jnp.sum(x, axes, keepdims=keepdims), (self,), text, latex, _ATOM, _SUM)
 
 
