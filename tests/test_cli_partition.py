@@ -38,7 +38,7 @@ def test_plans_for_devices_that_are_not_here(module: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--devices", "99"], f"devices=99: there are {jax.device_count()}; use 1 to"),
+        (["--devices", "99"], f"devices=99, of which there are {jax.device_count()}; use no more"),
         (["--on", "v9"], "on='v9' is not known; write kind:shape, as v5e:4x4"),
         (["--budget", "much"], "--budget 'much': write bytes, such as 100000, 64MB or 1.5GiB."),
         (["--optimizer", "best"], "--optimizer 'best' is not known; choose one of sgd"),

@@ -130,6 +130,7 @@ def test_errors_of_modules(module: Any, source: str, message: str) -> None:
     ("arguments", "message"),
     [
         (["forward", "chapterr"], "target 'chapterr' is incomplete; write module:function"),
+        (["forward", __file__], f"is incomplete; write {__file__}:test_example"),
         (["forward", "no_such_module:f"], "cannot import module 'no_such_module' (from "),
         (["forward", "nowhere/model.py:f"], "nowhere/model.py; write module:function"),
         (["backward", "chapter", "--argnums", "first"], "--argnums 'first': write positions"),

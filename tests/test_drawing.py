@@ -173,3 +173,20 @@ def test_unnamed_values_need_no_square() -> None:
     names = [n.name for n in fp.draw(graph, unnamed=False).picture.nodes if n.kind == "variable"]
     assert names == ["x", "y", "mul"]
     assert len(fp.draw(graph).picture.nodes) == 7
+
+
+def test_a_penalty_and_a_loss_are_in_no_module() -> None:
+    """Weight decay reads parameters last: what is before it stands outside of the modules all the same."""
+
+    def loss(layers: Any, x: Any) -> Any:
+        for w, b in layers:
+            x = jnp.tanh(x @ w + b)
+        return jnp.sum(jnp.exp(x)) + sum(jnp.sum(w**2) for w, _ in layers)
+
+    layers = [(jnp.ones((3, 3)), jnp.ones(3))] * 2
+    picture = fp.draw(fp.trace(loss)(layers, jnp.ones(3))).picture
+    boxes = {box.key: box.label for box in picture.boxes}
+    inside = {node.label: boxes.get(node.box or "") for node in picture.nodes}
+    assert inside["exp"] is inside["Σ"] is inside["xⁿ"] is None
+    assert sorted(boxes.values()) == ["layers", "layers/0", "layers/1"]
+    assert "1" not in inside  # a number alone is no name of a parameter

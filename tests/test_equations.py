@@ -353,7 +353,7 @@ def test_quotients_inside_products_are_in_parentheses():
         return fp.name(jnp.sum(fp.name(jnp.log(x), "a") * fp.name(y / x, "b")), "J")
 
     lines = texts(fp.derive(loss)(jnp.ones(2), jnp.ones(2)).backward)
-    assert lines[-1].endswith("= ∂J/∂a ⊙ (1 / x) + (−∂J/∂b ⊙ y) / x²")
+    assert lines[-1].endswith("= ∂J/∂a ⊙ (1 / x) − (∂J/∂b ⊙ y) / x²")
 
 
 def test_a_function_with_a_derivative_of_its_own_is_written_by_its_name():
@@ -374,3 +374,8 @@ def test_a_mask_that_is_spread_has_no_cotangent():
     derivation = fp.derive(masked)(jnp.ones((3, 2)), jnp.array([True, False]))
     assert not any("allowed" in line.left for line in derivation.backward)
     derivation.verify()
+
+
+def test_a_sum_of_a_sum_has_parentheses_in_latex():
+    latex = fp.derive(lambda x, y: jnp.sum(x - y**2))(jnp.ones(2), jnp.ones(2)).latex()
+    assert r"J &= \sum \left(x - y^{2}\right)" in latex

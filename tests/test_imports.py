@@ -131,8 +131,15 @@ def test_names_are_public() -> None:
 @pytest.mark.parametrize(
     ("room", "name", "hint"),
     [
-        (funcprop, "hesian", "did you mean 'hessian'"),
-        (funcprop.rules, "handwriten", "funcprop.rules has no 'handwriten'; did you mean 'handwritten'"),
+        (funcprop, "hesian", "did you mean funcprop.hessian"),
+        (
+            funcprop.rules,
+            "handwriten",
+            "no 'handwriten'; did you mean funcprop.rules.handwritten",
+        ),
+        (funcprop, "laplace", "did you mean funcprop.curvature.laplace"),
+        (funcprop, "laplac", "did you mean funcprop.curvature.laplace"),
+        (funcprop.memory, "hessian", "did you mean funcprop.hessian"),
         (funcprop.memory, "xyz", r"dir\(funcprop.memory\) lists its names"),
     ],
 )

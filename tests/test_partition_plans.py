@@ -167,7 +167,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {},
         r"data=3: 16 examples cannot be divided among 3 devices; use a batch of 15 or 18",
     ),
-    ({}, {"devices": 9}, r"devices=9: there are 8; use 1 to 8, or on='v5e:4x4'"),
+    ({}, {"devices": 9}, r"devices=9, of which there are 8; use no more, or on='v5e:4x4'"),
     ({"mesh": {"data": 16}}, {}, r"needs 16 devices, and there are 8"),
     ({"mesh": {"expert": 2}}, {}, r"the model has no axis 'expert'; use data .*model .*stage"),
     ({"mesh": {"model": 7}}, {}, r"model=7: no axis of the parameters can be split into 7 parts"),

@@ -337,3 +337,58 @@ def test_drawn_functions_hold_line_by_line(seed):
     derivation = fp.derive(loss)(ws, jax.random.normal(KEY, (3, 4)))
     assert max(derivation.verify().errors.values()) < 1e-9
     assert max(map(len, derivation.text().splitlines())) <= 110
+
+
+def test_labels_may_be_computed_or_known():
+    """Labels of a language model are tokens, those of a contrastive loss positions; one may be a number."""
+    w, t = jnp.linspace(-1.0, 2.0, 20).reshape(4, 5), jnp.arange(12).reshape(2, 6) % 4
+    entropy = optax.softmax_cross_entropy_with_integer_labels
+    of_tokens = lambda w, t: entropy(w[t[:, :-1]], t[:, 1:]).mean()  # noqa: E731
+    of_rows = lambda w: entropy(w, jnp.arange(4)).mean()  # noqa: E731
+    of_one = lambda w: -jax.nn.log_softmax(w[1])[2] + sum(jnp.sum(v * v) for v in (w, w))  # noqa: E731
+    for loss, arguments, lines in (
+        (of_tokens, (w, t), ["u = w[t[:, :5]]", "J = mean(−log softmax(u)[t[:, 1:]])"]),
+        (of_rows, (w,), ["J = mean(−log softmax(w)[arange(4)])"]),
+        (of_one, (w,), ["u₁ = w[1]", "u₂ = 2 sum(w²)", "J = −log softmax(u₁)[2] + u₂"]),
+    ):
+        derivation = fp.derive(loss)(*arguments)
+        assert texts(derivation.forward) == lines
+        assert max(derivation.verify().errors.values()) < 1e-12
+
+
+def test_parts_of_an_array_are_written_as_indices():
+    """Gates of an LSTM in one product: each is a range of columns, whose cotangent is put there."""
+
+    def loss(w, x, h):
+        i, f = jnp.split(jnp.concatenate([x, h], -1) @ w, 2, -1)
+        return jnp.sum(jax.nn.sigmoid(i) * f)
+
+    args = jnp.linspace(-1.0, 1.0, 30).reshape(5, 6), jnp.ones((2, 3)), jnp.full((2, 2), 0.1)
+    derivation = fp.derive(loss, argnums=(0, 2))(*args)
+    text = derivation.text()
+    assert "u₂ = z[:, :3]" in text
+    assert "= pad(∂J/∂u₂, [:, :3]) + pad(∂J/∂u₃, [:, 3:])" in text
+    assert "∂J/∂h = " in text
+    assert "[:, 3:]" in text.split("∂J/∂h = ")[1].splitlines()[0]
+    assert max(derivation.verify().errors.values()) < 1e-12
+    # A number in every entry of an array stands for the array.
+    constant = fp.derive(lambda w: jnp.sum(w @ (jnp.zeros(3) + 0.1)))(jnp.ones((2, 3)))
+    assert max(constant.verify().errors.values()) < 1e-12
+
+
+def test_settings_of_a_module_are_no_parameters():
+    """A pool of Equinox holds its initial value, a python float, beside functions."""
+    layers = [eqx.nn.Conv1d(1, 2, 3, key=KEY), eqx.nn.MaxPool1d(2, 2), eqx.nn.Lambda(jnp.tanh)]
+    net = eqx.nn.Sequential(layers)
+    derivation = fp.derive(lambda net, x: jnp.sum(net(x)))(net, jnp.linspace(-1.0, 2.0, 8)[None])
+    assert any("= maxpool(z" in line for line in texts(derivation.forward))
+    assert max(derivation.verify().errors.values()) < 1e-12
+
+
+def test_the_softmax_of_jax_attention_is_one():
+    """It is taken of the scores with their axes in another order than the maximum that is subtracted."""
+    x = jnp.linspace(-1.0, 2.0, 24).reshape(1, 3, 2, 4)
+    derivation = fp.derive(lambda q: jnp.sum(jax.nn.dot_product_attention(q, x, x) ** 2))(x)
+    assert sum("softmax(" in line for line in texts(derivation.forward)) == 1
+    assert "exp" not in derivation.text()
+    assert max(derivation.verify().errors.values()) < 1e-7  # it adds up in float32

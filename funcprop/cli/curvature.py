@@ -14,12 +14,10 @@ import typer
 
 import funcprop as fp
 from funcprop.cli.options import AsJson, HasAux, TargetName, parse_argnums
-from funcprop.cli.output import Output, digits, emit, number, table
+from funcprop.cli.output import Output, emit, number
 from funcprop.cli.target import Target, TargetError, load, users_code
 from funcprop.operators.spectrum_summary import EXACT, Summary
 from funcprop.progress import bar
-
-BAR = 40  # characters of the longest bar
 
 
 def curvature(
@@ -63,7 +61,7 @@ def report(target: Target, argnums: Sequence[int] | None, out: Path | None, **op
         warnings.simplefilter("always", fp.curvature.ConvergenceWarning)
         found = fp.curvature.summary(_hessian(target, argnums[0]), **options)
     said = [str(w.message) for w in warned]
-    text = "\n\n".join([_text(found, target.label), *(f"Warning: {message}" for message in said)])
+    text = "\n\n".join([f"{target.label}: Hessian of {found}", *(f"Warning: {message}" for message in said)])
     data = _data(found, target.label) | {"warnings": said, "out": None}
     if out is None:
         return Output(text, data)
@@ -82,46 +80,6 @@ def _hessian(target: Target, position: int) -> fp.curvature.Hessian:
 
     loss.__name__ = target.function.__name__
     return fp.hessian(loss)(params, before, after, **target.kwargs)
-
-
-def _text(found: Summary, label: str) -> str:
-    how = "all eigenvalues" if found.exact else "Lanczos, and estimates ± their standard errors"
-    lines = [
-        f"{label}: Hessian of {sum(found.sizes)} parameters, {found.signs}; {how}",
-        "",
-        f"largest    {'  '.join(digits(float(v)) for v in found.largest[::-1])}",
-        f"smallest   {'  '.join(digits(float(v)) for v in found.smallest)}",
-        f"condition  {digits(found.condition)}",
-        f"trace      {_with_error(*found.trace)}",
-        "",
-        _parameters(found),
-        "",
-        _histogram(found),
-    ]
-    return "\n".join(lines)
-
-
-def _parameters(found: Summary) -> str:
-    rows = [("parameter", "entries", "trace", "share")]
-    for path, size, value, error, share in zip(
-        found.paths, found.sizes, *found.traces, found.shares, strict=True
-    ):
-        rows.append((path or "(all)", str(size), _with_error(value, error), f"{100 * share:.1f} %"))
-    return table(rows, right=[1, 2, 3])
-
-
-def _histogram(found: Summary) -> str:
-    edges, counts, errors = found.counts()
-    longest = max(counts.max(), 1e-300)
-    rows = [("from", "to", "eigenvalues", "")]
-    for low, high, count, error in zip(edges[:-1], edges[1:], counts, errors, strict=True):
-        block = "█" * round(BAR * float(count / longest)) or ("▏" if count > 0 else "")
-        rows.append((digits(float(low)), digits(float(high)), _with_error(count, error), block))
-    return table(rows, right=[0, 1, 2])
-
-
-def _with_error(value: Any, error: Any) -> str:
-    return digits(float(value)) + (f" ± {float(error):.2g}" if error else "")
 
 
 def _data(found: Summary, label: str) -> dict[str, Any]:

@@ -54,11 +54,7 @@ def report(
     text = derivation.latex() if latex else derivation.text()
     if verification is not None:
         mark = "% " if latex else ""
-        lines = [
-            "Largest deviation from autodiff, relative to the largest entry or the terms that cancel in it",
-            *str(verification).splitlines(),
-        ]
-        text += "\n\n" + "\n".join(mark + line for line in lines)
+        text += "\n\n" + "\n".join(mark + line for line in str(verification).splitlines())
     data = {
         "target": target.label,
         "forward": [_data(line) for line in derivation.forward],

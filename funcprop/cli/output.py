@@ -17,6 +17,7 @@ import numpy as np
 import typer
 
 from funcprop.cli.target import TargetError
+from funcprop.graph.graph import aligned
 from funcprop.sweeps.nonfinite import NonFinite
 
 WIDEST = 110  # characters in a cell of a table
@@ -121,16 +122,7 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
 
     Long cells end with `…`; in the JSON nothing is left out.
     """
-    rows = [[cell if len(cell) <= WIDEST else cell[: WIDEST - 1] + "…" for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ["-" * width for width in widths]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [rows[0], rule, *rows[1:]]
-    )
+    return aligned(rows, set(right), WIDEST)
 
 
 def digits(number: Any) -> str:

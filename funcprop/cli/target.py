@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import importlib.util
@@ -97,6 +98,17 @@ def chapter_example() -> tuple[Any, ...]:
     return params, jnp.array([1.0, -0.5, 0.25, 2.0]), jnp.array(1), jnp.array(0.1)
 
 
+def _in_file(target: str) -> str:
+    """What to write for a file without a function; nothing if there is no such file."""
+    try:
+        found = ast.parse(Path(target).read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    functions = [node.name for node in found if isinstance(node, ast.FunctionDef)]
+    names = [name for name in functions if name != "example" and not name.startswith("_")]
+    return f"write {target}:{names[0]}, or another of {', '.join(names[:8])}" if names else ""
+
+
 def load_function(target: str, define: str = "") -> tuple[Callable[..., Any], ModuleType]:
     """The function that `module:function` or `file.py:function` names, and its module.
 
@@ -104,7 +116,7 @@ def load_function(target: str, define: str = "") -> tuple[Callable[..., Any], Mo
     """
     place, separator, path = target.rpartition(":")
     if not (place and separator and path):
-        raise TargetError(f"target {target!r} is incomplete; {USAGE}.")
+        raise TargetError(f"target {target!r} is incomplete; {_in_file(target) or USAGE}.")
     module = _load_file(target, Path(place)) if place.endswith(".py") else _load_module(target, place)
     try:
         found = reduce(getattr, path.split("."), module)

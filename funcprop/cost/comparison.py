@@ -16,7 +16,7 @@ from typing import Any
 
 from funcprop import _jax
 from funcprop.cost.timing import fastest
-from funcprop.graph.graph import aligned
+from funcprop.graph.graph import aligned, place_text
 from funcprop.graph.naming import without_transformations
 from funcprop.graph.objective import Argnums
 from funcprop.graph.references import require_no_references
@@ -107,7 +107,7 @@ class Comparison:
         table = [("operator", "count", "time", "bytes", "autodiff ms", "rules ms", "where")]
         table.append(("the whole", "", *_cells(self.whole), ""))
         table += [
-            (r.operator, f"{r.count}", *_cells(r.measured), r.scope or r.source or "") for r in self.fired
+            (r.operator, f"{r.count}", *_cells(r.measured), place_text(r.scope, r.source)) for r in self.fired
         ]
         parts = [title, aligned(table, right={1, 2, 3, 4, 5}, widest=60)]
         if not self.fired:
@@ -115,7 +115,7 @@ class Comparison:
         if self.left:
             reasons = [("left to autodiff", "count", "reason", "where")]
             reasons += [
-                (r.operator, f"{r.count}", r.reason or "", r.scope or r.source or "") for r in self.left
+                (r.operator, f"{r.count}", r.reason or "", place_text(r.scope, r.source)) for r in self.left
             ]
             parts.append(aligned(reasons, right={1}, widest=60))
         return "\n\n".join(parts)

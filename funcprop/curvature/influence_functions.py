@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from wadler_lindig import pformat
 
 from funcprop.curvature.binding import ruled
 from funcprop.curvature.data_set import DataSet
@@ -49,6 +50,8 @@ class Training(Protocol):
 class TrainingBatch:
     """Training examples that are one batch; `program` is `(params, data, s) ↦ ∇loss_nᵀ s`."""
 
+    __repr__ = pformat  # shapes instead of entries
+
     program: Program
     params: PyTree
     data: tuple[Any, ...]
@@ -73,6 +76,8 @@ class TrainingBatch:
 @dataclass(frozen=True, eq=False)
 class TrainingMinibatches:
     """Training examples of a data set; every answer is a pass over it."""
+
+    __repr__ = pformat  # shapes instead of entries
 
     data: DataSet
     along: Callable[..., Any]
@@ -114,6 +119,8 @@ class Influence:
     The loss is what it was when this was made, what it reads besides its arguments included; for examples of
     other types than the training data it is traced again.
     """
+
+    __repr__ = pformat  # shapes instead of entries
 
     loss: Program
     rules: RuleSet | None
@@ -261,6 +268,8 @@ def _losses(loss: Loss, params: PyTree, data: tuple[Any, ...]) -> Array:
 @dataclass(frozen=True, eq=False)
 class InfluenceOf:
     """What `fp.curvature.influence` returns: `(params, x, y, weights=None) -> Influence`."""
+
+    __repr__ = pformat  # shapes instead of entries
 
     loss: Loss
     regularizer: Loss | None

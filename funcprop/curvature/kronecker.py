@@ -33,6 +33,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Scalar
+from wadler_lindig import pformat
 
 from funcprop.curvature.example_gradients.joint_layers import JointLayout
 from funcprop.curvature.example_gradients.matrix_layout import MatrixLayout
@@ -62,6 +63,8 @@ class KroneckerProduct:
     are seen by the loss, but of an example none may be): both are means over all examples, and so can be
     averaged over batches.
     """
+
+    __repr__ = pformat  # shapes instead of entries
 
     total: Array
     g: Array
@@ -108,6 +111,8 @@ class KroneckerProduct:
 @dataclass(frozen=True, eq=False)
 class Eigen:
     """`(U_a ⊗ U_g) diag(values) (U_a ⊗ U_g)ᵀ`, as `KroneckerProduct`; ones are the basis of a diagonal."""
+
+    __repr__ = pformat  # shapes instead of entries
 
     ua: Array
     ug: Array

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
+from wadler_lindig import pformat
 
 from funcprop.curvature.binding import ruled
 from funcprop.curvature.example_gradients.entering_parameters import Study
@@ -83,6 +84,8 @@ class Laplace:
     what `as_prior` of an earlier posterior returns. All methods can be jitted, and differentiated by
     `prior_precision` and `noise`.
     """
+
+    __repr__ = pformat  # shapes instead of entries
 
     point: Point
     precision: Precision

@@ -128,7 +128,8 @@ class Nodes:
             label = label.removeprefix(variable.scope + "/")
         elif box is not None and box.path and not box.section:
             own = [part for part in scope_path(label) if part not in box.path and part != "params"]
-            label = "/".join(own) or label
+            # A number alone says nothing.
+            label = label if all(map(str.isdigit, own)) else "/".join(own)
         if variable.kind == "input" and not variable.named:
             # What comes into a scope that is drawn by itself.
             label = label.rpartition("/")[2]

@@ -20,6 +20,7 @@ _ASPECT = 2.2
 _MOST_ROWS = 12
 _LANE = 5.0  # between arrows that go on in the next row
 _GAP = 26.0
+_PADDING = 14.0  # around what is in a box
 
 
 def in_rows(layout: Layout, sizes: Mapping[str, Size]) -> Layout:
@@ -29,7 +30,7 @@ def in_rows(layout: Layout, sizes: Mapping[str, Size]) -> Layout:
     if layout.width > _MOST_ROWS * ROW:
         return layout
     cuts = _cuts(layout, sizes)
-    return _Rows(layout, cuts).layout() if cuts else layout
+    return _Rows(layout, cuts, sizes).layout() if cuts else layout
 
 
 def _cuts(layout: Layout, sizes: Mapping[str, Size]) -> list[float]:
@@ -58,9 +59,10 @@ def _cuts(layout: Layout, sizes: Mapping[str, Size]) -> list[float]:
 class _Rows:
     """The picture in pieces from `starts[i]` to `starts[i + 1]`, each moved to a row of its own."""
 
-    def __init__(self, layout: Layout, cuts: Sequence[float]) -> None:
-        self.whole = layout
+    def __init__(self, layout: Layout, cuts: Sequence[float], sizes: Mapping[str, Size]) -> None:
+        self.whole, self.sizes = layout, sizes
         self.starts = [0.0, *cuts, layout.width + 1]
+        self.parts = {key: self.parts_of(box) for key, (box, *_) in layout.boxes.items()}
         pieces = [(route, _pieces(route.points, cuts)) for route in layout.edges]
         crossing = [sum(len(found) > 1 for _, found in pieces)]
         self.margin = _LANE * (crossing[0] + 2)
@@ -84,8 +86,8 @@ class _Rows:
         ys: list[list[float]] = [[] for _ in self.starts[1:]]
         for x, y in self.whole.nodes.values():
             ys[self.row(x)] += [y - 24, y + 24]
-        for (left, top, right, bottom), *_ in self.whole.boxes.values():
-            for i in range(self.row(left), self.row(right) + 1):
+        for parts in self.parts.values():
+            for i, (_, top, _, bottom) in parts:
                 ys[i] += [top, bottom]
         for _, found in self.pieces:
             for i, points in found:
@@ -95,14 +97,27 @@ class _Rows:
     def moved(self, i: int, point: Point) -> Point:
         return point[0] - self.starts[i] + self.margin, point[1] + self.offsets[i]
 
-    def box(self, box: Sequence[Rectangle]) -> tuple[Rectangle, ...]:
-        """The parts of a box in the rows through which it goes."""
-        ((left, top, right, bottom),) = box
-        parts = []
+    def parts_of(self, box: Rectangle) -> list[tuple[int, Rectangle]]:
+        """The parts of a box in the rows in which it has nodes; the first, with the label, has its height."""
+        left, top, right, bottom = box
+        parts: list[tuple[int, Rectangle]] = []
         for i in range(self.row(left), self.row(right) + 1):
             a, b = max(left, self.starts[i] - 2), min(right, self.starts[i + 1] + 2)
-            parts.append((*self.moved(i, (a, top)), *self.moved(i, (b, bottom))))
-        return tuple(parts)
+            inside = [
+                (y - self.sizes[n].height / 2, y + self.sizes[n].height / 2)
+                for n, (x, y) in self.whole.nodes.items()
+                if a < x < b and top < y < bottom
+            ]
+            if not parts:
+                parts.append((i, (a, top, b, bottom)))
+            elif inside:
+                high, low = min(y for y, _ in inside), max(y for _, y in inside)
+                parts.append((i, (a, max(top, high - _PADDING), b, min(bottom, low + _PADDING))))
+        return parts
+
+    def box(self, key: str) -> tuple[Rectangle, ...]:
+        """The parts of a box in their rows."""
+        return tuple((*self.moved(i, part[:2]), *self.moved(i, part[2:])) for i, part in self.parts[key])
 
     def route(self, route: Route, pieces: Sequence[tuple[int, list[Point]]]) -> Route:
         """An arrow, with what leads it from the end of a row to the beginning of the next."""
@@ -136,7 +151,7 @@ class _Rows:
             width=self.width,
             height=self.height,
             nodes={n: self.moved(self.row(p[0]), p) for n, p in self.whole.nodes.items()},
-            boxes={key: self.box(box) for key, box in self.whole.boxes.items()},
+            boxes={key: self.box(key) for key in self.whole.boxes},
             edges=tuple(self.route(route, found) for route, found in self.pieces),
         )
 

@@ -24,6 +24,7 @@ from funcprop.rules.expressions import (
     apply,
     number,
     opaque,
+    spread_over,
     unwritten,
     written,
 )
@@ -56,7 +57,10 @@ class LinePart:
         if found is None and self.activation is not None:
             region = Region((self.operator,), self.inputs, self.output)
             found = elementwise(self.activation)(region, args, cotangent, output)
-        return derived_equations(self.operator, args, cotangent) if found is None else found
+        if found is None:
+            return derived_equations(self.operator, args, cotangent)
+        # Numbers that were read in place of arrays of them.
+        return found._replace(forward=spread_over(found.forward, self.output.shape or ()))
 
     @property
     def activation(self) -> str | None:
@@ -155,7 +159,7 @@ def _unseen(op: Operator, x: Expression, cotangent: Expression) -> Equations:
         return Equations(forward, (unwritten(back, cotangent, x.type),))
     kept = op.static["broadcast_dimensions"]
     new = [axis for axis in range(len(output.shape or ())) if axis not in kept]
-    text, latex = reduction("sum", new if new and x.shape != () else None)
+    text, latex = reduction("sum", new if new and x.shape != () else None, cotangent.is_sum)
     return Equations(forward, (written(back, (cotangent,), text, latex, x.type),))
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
+import numpy as np
+from jax import lax
 
 from funcprop import _jax
 from funcprop.equations.composition import Composition, LinePart
@@ -41,10 +43,27 @@ class Condensed:
 
 def condense(graph: Graph, result: Variable, inputs: Collection[str]) -> Condensed:
     """Merge the operators of a graph into lines."""
-    flow = Flow(graph, result, inputs)
+    flow = Flow(_with_slices(graph), result, inputs)
     parts = LineParts(flow)
     recognition = Recognition(flow, parts)
     return _Condensing(flow, parts, chosen_lines(flow, parts)).condensed(recognition)
+
+
+def _with_slices(graph: Graph) -> Graph:
+    """The graph with a slice for every result of a split."""
+    operators: list[Operator] = []
+    for op in graph.operators:
+        if op.op != "split" or op.call is not None:
+            operators.append(op)
+            continue
+        ends = np.cumsum(op.static["sizes"])
+        for i, (v, end) in enumerate(zip(op.outputs, ends, strict=True)):
+            start = int(end) - op.static["sizes"][i]
+            cut = partial(lax.slice_in_dim, start_index=start, limit_index=int(end), axis=op.static["axis"])
+            jaxpr = _jax.open_jaxpr(jax.make_jaxpr(cut)(op.inputs[0].aval))
+            name = f"{op.name}_{i}"
+            operators.append(replace(op, name=name, op="slice", outputs=(v,), jaxpr=jaxpr))
+    return replace(graph, operators=tuple(operators))
 
 
 class _Condensing:

@@ -103,11 +103,13 @@ class Flow:
             variable = op.inputs[0]
         return variable
 
-    def region(self, last: Variable, first: str, into_constants: bool) -> Region | None:
+    def region(
+        self, last: Variable, first: str, into_constants: bool, stop: str | None = None
+    ) -> Region | None:
         """The operators from `first` to `last`, or None where one of them is no part of a simple function.
 
         Where the region goes `into_constants`, what has no derivative is computed in it from inputs of the
-        graph and from what has a name; otherwise it is read as it is.
+        graph, from what has a name and from `stop`; otherwise it is read as it is.
         """
         inside: dict[Operator, None] = {}
         others: dict[str, Variable] = {}
@@ -117,7 +119,7 @@ class Flow:
             if v.kind == "literal" or v.name == first:
                 continue
             op = self.maker.get(v.name)
-            is_outer = op is None or (v.named and v is not last)
+            is_outer = op is None or (v.named and v is not last) or v.name == stop
             if v.name not in self.active and not is_outer and first in self.active:
                 is_outer = not (into_constants or self._is_literal(v))
             if op is None or is_outer:

@@ -49,11 +49,11 @@ def _candidates(region: Region) -> Iterator[NamedFunction]:
     names = set(region.primitives())
     x, *others = region.inputs
     is_of_one_shape = region.output.shape == x.shape
-    if not others and is_of_one_shape and "exp" in names:
+    if not others and "exp" in names:
         yield from softmaxes(region)
     if len(others) <= 2 and is_of_one_shape and names & {"rsqrt", "sqrt", "pow"}:
         yield from norms(region)
-    if len(others) == 1 and jnp.issubdtype(others[0].dtype, jnp.integer) and {"exp", "log"} <= names:
+    if {"exp", "log"} <= names and all(jnp.issubdtype(v.dtype, jnp.integer) for v in others):
         yield from cross_entropies(region)
     if len(others) == 1 and others[0].shape == x.shape and names & {"exp", "log", "log1p", "logistic"}:
         yield from soft_losses(region)

@@ -147,15 +147,14 @@ class _LineChoice:
         """Give lines to the longest parts of what is too long."""
         self.size: dict[str, int] = {}
         for part in self.used:
-            if is_shape(part):
-                self.size[part.output.name] = self._symbols(part.inputs[0])
-            elif part.output.name in self.flow.active:
+            if not is_shape(part) and part.output.name in self.flow.active:
                 while (long := self._too_long(part)) is not None:
                     self.lines.add(self._cuttable(long).name)
                 self.size[part.output.name] = 1 + sum(map(self._symbols, part.inputs))
 
     def _symbols(self, v: Variable) -> int:
         """The number of symbols that a variable is written by where it is read."""
+        v = self._cuttable(v)
         return 1 if v.kind == "literal" or v.name in self.lines else self.size.get(v.name, 1)
 
     def _too_long(self, part: LinePart) -> Variable | None:

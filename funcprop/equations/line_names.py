@@ -33,11 +33,16 @@ def short_names(
     Letters are numbered in the order of the forward sweep where there are several.
     """
     graph = condensed.graph
-    lines = [v for op in graph.operators for v in op.outputs]
+    used = {v.name for op in graph.operators for v in op.inputs} | {result.name}
+    lines = [v for op in graph.operators for v in op.outputs if v.name in used]
     wanted: dict[str, tuple[str, str | None]] = {}
     kept: dict[str, str] = {}
     weights = Counter[str]()
-    for v in (*graph.inputs, *graph.constants):
+    read_at = {v.name: (i, k) for i, op in enumerate(graph.operators) for k, v in enumerate(op.inputs)}
+    inputs = [*graph.inputs, *graph.constants]
+    # Those that have no role are numbered in the order in which they are read.
+    inputs.sort(key=lambda v: (-1, 0) if v.name in condensed.roles else read_at.get(v.name, (0, 0)))
+    for v in inputs:
         role = condensed.roles.get(v.name)
         if "/" not in v.name:
             kept[v.name] = v.name

@@ -11,27 +11,49 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from funcprop._jax.xla_options import jit_once
 from funcprop.equations.flow import Region
 from funcprop.equations.named_function import NamedFunction, Write
-from funcprop.rules.expressions import Equations, Expression, apply, unwritten, written
+from funcprop.rules.expressions import Equations, Expression, apply, number, unwritten, written
 
 
 def softmaxes(region: Region) -> Iterator[NamedFunction]:
-    """Softmax and log-softmax over each axis."""
-    for axis in reversed(range(len(region.output.shape or ()))):
-        yield NamedFunction("softmax", "softmax", partial(jax.nn.softmax, axis=axis), _softmax(axis))
-        if "log" in region.primitives():
-            log_softmax = partial(jax.nn.log_softmax, axis=axis)
-            yield NamedFunction("log_softmax", "log_softmax", log_softmax, _log_softmax(axis))
+    """Softmax and log-softmax over each axis; softmax also with the axes in another order."""
+    (x,) = region.inputs
+    for order in _orders(region):
+        for axis in reversed(range(len(order))):
+            softmax = partial(_moved, partial(jax.nn.softmax, axis=axis), order)
+            yield NamedFunction("softmax", "softmax", softmax, _softmax(axis, order))
+            if "log" in region.primitives() and x.shape == region.output.shape:
+                log_softmax = partial(jax.nn.log_softmax, axis=axis)
+                yield NamedFunction("log_softmax", "log_softmax", log_softmax, _log_softmax(axis))
 
 
-def _softmax(axis: int) -> Write:
+def _orders(region: Region) -> Iterator[tuple[int, ...]]:
+    """The orders of axes in which a region reads its operand, if its result has that shape."""
+    x, shape = region.inputs[0], region.output.shape
+    if x.shape == shape:
+        yield tuple(range(len(shape or ())))
+    for op in region.operators:
+        if op.op == "transpose" and op.inputs[0].name == x.name and op.outputs[0].shape == shape:
+            yield tuple(op.static["permutation"])
+
+
+def _moved(function: Callable[[Any], Any], order: Sequence[int], x: Any) -> Any:
+    return function(jnp.transpose(x, order))
+
+
+def _softmax(axis: int, order: Sequence[int]) -> Write:
     def write(
         function: Callable[..., Any], operands: Sequence[Expression], g: Expression, output: Expression
     ) -> Equations:
         (x,) = operands
         p = output
-        return Equations(apply("softmax", function, x), (p * (g - (g * p).sum(axis, keepdims=True)),))
+        pulled = p * (g - (g * p).sum(axis, keepdims=True))
+        if tuple(order) != tuple(range(len(order))):
+            back = tuple(map(int, np.argsort(order)))
+            pulled = unwritten(lambda v: jnp.transpose(v, back), pulled, x.type)
+        return Equations(apply("softmax", function, x), (pulled,))
 
     return write
 
@@ -47,49 +69,81 @@ def _log_softmax(axis: int) -> Write:
     return write
 
 
+# Of more classes than these a label that is no argument is not sought.
+_MOST_LABELS = 64
+
+
 def _cross_entropy(z: Any, y: Any) -> Any:
     return -jnp.take_along_axis(jax.nn.log_softmax(z), y[..., None], -1)[..., 0]
 
 
 def cross_entropies(region: Region) -> Iterator[NamedFunction]:
-    """Cross-entropy with labels: of each row, their mean, their sum."""
-    z, y = region.inputs
-    if z.shape is None or y.shape is None or y.shape != z.shape[:-1]:
+    """Cross-entropy with labels, or with one label that is known: of each row, their mean, their sum."""
+    z, *labels = region.inputs
+    rows = (z.shape or ())[:-1]
+    if not z.shape or len(labels) > 1 or any(y.shape != rows for y in labels):
         return
-    text, latex = "−log softmax({0})[{1}]", "-\\log \\mathrm{{softmax}}\\!\\left({0}\\right)_{{{1}}}"
-    if region.output.shape == y.shape:
-        yield NamedFunction("cross_entropy", "loss", _cross_entropy, _label_loss(text, latex, 1))
-    elif region.output.shape == ():
-        size = int(np.prod(y.shape))
-        mean, total = (f"\\mathrm{{{{{name}}}}}\\!\\left({latex}\\right)" for name in ("mean", "sum"))
-        yield NamedFunction(
-            "cross_entropy",
-            "loss",
-            lambda z, y: _cross_entropy(z, y).mean(),
-            _label_loss(f"mean({text})", mean, size),
-        )
-        yield NamedFunction(
-            "cross_entropy",
-            "loss",
-            lambda z, y: _cross_entropy(z, y).sum(),
-            _label_loss(f"sum({text})", total, 1),
-        )
+    reductions: dict[str, Callable[[Any], Any]] = {"mean": jnp.mean, "sum": jnp.sum}
+    if region.output.shape == rows:
+        reductions = {"": lambda v: v}
+    elif np.prod(rows) == 1:
+        reductions = {"": jnp.sum}
+    elif region.output.shape != ():
+        return
+    for name, reduce in reductions.items():
+        count = int(np.prod(rows)) if name == "mean" else 1
+        if labels:
+            known = lambda z, y, reduce=reduce: reduce(_cross_entropy(z, y))  # noqa: E731
+            yield NamedFunction("cross_entropy", "loss", known, _label_loss(name, count))
+        elif (label := _one_label(region, reduce)) is not None:
+            of_label = partial(_loss_of_label, label, reduce)
+            yield NamedFunction("cross_entropy", "loss", of_label, _label_loss(name, count, label))
 
 
-def _label_loss(text: str, latex: str, count: int) -> Write:
+def _loss_of_label(label: int, reduce: Callable[[Any], Any], z: Any) -> Any:
+    return reduce(_cross_entropy(z, jnp.full(z.shape[:-1], label)))
+
+
+def _one_label(region: Region, reduce: Callable[[Any], Any]) -> int | None:
+    """The label of all rows with which a region may be the cross-entropy: the one that is nearest."""
+    z = region.inputs[0]
+    shape = z.shape or (1,)
+    picks = {"gather", "slice", "dynamic_slice"} & set(region.primitives())
+    if shape[-1] > _MOST_LABELS or not picks:
+        return None
+    values = jnp.asarray(np.random.default_rng(0).normal(size=shape), z.dtype)
+    found, of_labels = jit_once(
+        lambda v: (region(v), jnp.stack([_loss_of_label(k, reduce, v) for k in range(shape[-1])]))
+    )(values)
+    distances = jnp.max(jnp.abs(of_labels - found), axis=range(1, of_labels.ndim), initial=0)
+    return int(jnp.argmin(distances))
+
+
+def _label_loss(reduction: str, count: int, label: int | None = None) -> Write:
+    text, latex = "−log softmax({0})[#]", "-\\log \\mathrm{{softmax}}\\!\\left({0}\\right)_{{#}}"
+    text, latex = (t.replace("#", "{1}" if label is None else str(label)) for t in (text, latex))
+    if reduction:
+        text, latex = f"{reduction}({text})", f"\\mathrm{{{{{reduction}}}}}\\!\\left({latex}\\right)"
+
     def write(
         function: Callable[..., Any], operands: Sequence[Expression], g: Expression, output: Expression
     ) -> Equations:
-        z, y = operands
+        z, *labels = operands
         p = apply("softmax", jax.nn.softmax, z)
-        hot = apply("onehot", lambda i: jax.nn.one_hot(i, z.shape[-1], dtype=z.type.dtype), y)
+        y = labels[0] if labels else number(label or 0)
+        hot = apply("onehot", lambda i: _one_hot(i, z), y)
         scale = g / count if count != 1 else g
         if scale.shape != ():
             column = jax.ShapeDtypeStruct((*scale.shape, 1), scale.type.dtype)
             scale = unwritten(lambda v: v[..., None], scale, column)
-        return Equations(written(function, (z, y), text, latex), (scale * (p - hot), None))
+        no_cotangents = (None,) * len(labels)
+        return Equations(written(function, operands, text, latex), (scale * (p - hot), *no_cotangents))
 
     return write
+
+
+def _one_hot(labels: Any, z: Expression) -> Any:
+    return jax.nn.one_hot(jnp.asarray(labels, int), z.shape[-1], dtype=z.type.dtype)
 
 
 # How the losses of entries or rows become one number, or one for each row.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+
 from funcprop.equations.composition import Composition, LinePart, type_of
 from funcprop.equations.elementwise import elementwise, is_elementwise
 from funcprop.equations.flow import Flow, Region, is_trivial, may_be_inside
@@ -56,13 +60,29 @@ class Recognition:
         while first is not None:
             region = self.flow.region(last, first, False)
             if region is not None and (len(region.operators) == 1 or self._is_start(first)):
-                regions = (region, self.flow.region(last, first, True))
-                found = next(((r, k) for r in regions if r and (k := self._known(r))), None)
+                regions = self._regions(region, last, first)
+                found = next(((r, k) for r in regions if (k := self._known(r))), None)
                 best = found or best
             if region is None or first not in self.flow.maker or self._is_named(first):
                 break
             first = self.flow.dominators.get(first)
         return best
+
+    def _regions(self, region: Region, last: Variable, first: str) -> Iterator[Region]:
+        """A region, the same with the constants in it, and those that read labels which are computed."""
+        yield region
+        whole = self.flow.region(last, first, True)
+        if whole is None:
+            return
+        yield whole
+        if {"exp", "log"} <= set(whole.primitives()):
+            rows = (whole.inputs[0].shape or ())[:-1]
+            made = (v for op in whole.operators for v in op.outputs if v.name not in self.flow.active)
+            for label in made:
+                if jnp.issubdtype(label.dtype, jnp.integer) and label.shape == rows:
+                    found = self.flow.region(last, first, True, label.name)
+                    if found is not None:
+                        yield found
 
     def _is_start(self, name: str) -> bool:
         """Whether a function may begin at a variable: not in the middle of a chain of entrywise operators."""

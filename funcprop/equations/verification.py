@@ -27,6 +27,7 @@ Progress: TypeAlias = "bool | Callable[[int, int], Any] | None"
 
 # A derivation with fewer lines is verified before a bar would be looked at.
 _MANY_LINES = 40
+_TITLE = "Largest deviation from autodiff, relative to the largest entry or the terms that cancel in it"
 
 
 class DerivationError(AssertionError):
@@ -71,7 +72,7 @@ class Verification:
     def __str__(self) -> str:
         rows = {key: f"{error:.1e}" for key, error in self.errors.items()} | self.unchecked
         width = max(map(len, rows), default=0)
-        return "\n".join(f"{key:{width}}  {found}" for key, found in rows.items())
+        return "\n".join([_TITLE, *(f"{key:{width}}  {found}" for key, found in rows.items())])
 
 
 def verify(

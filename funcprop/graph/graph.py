@@ -179,6 +179,11 @@ def bytes_text(nbytes: int) -> str:
     return f"{size:.3g} {unit}"
 
 
+def place_text(scope: str, source: str | None) -> str:
+    """Where an operator stands, for people: its scope, or the user's line with the name of the file alone."""
+    return scope or (source or "").rpartition("/")[2]
+
+
 def aligned(rows: Sequence[Sequence[str]], right: set[int], widest: int) -> str:
     """Rows as columns of text under the first row, cut to `widest`; columns in `right` end at the right."""
     clipped = [[c if len(c) <= widest else c[: widest - 1] + "…" for c in row] for row in rows]

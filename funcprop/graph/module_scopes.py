@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from funcprop.graph.graph import Graph, Operator
@@ -73,12 +73,27 @@ def _owners(graph: Graph) -> dict[str, list[Path]]:
     """The modules whose parameters each operator reads, also after they are reshaped or cast."""
     owner = {v.name: tuple(_parts(v.name)[:-1]) for v in graph.inputs}
     found: dict[str, list[Path]] = defaultdict(list)
+    readers: dict[str, list[Operator]] = defaultdict(list)
+    for op in graph.operators:
+        for name in {v.name for v in op.inputs if v.kind != "literal"}:
+            readers[name].append(op)
     for op in graph.operators:
         given = [v.name for v in op.inputs if v.kind != "literal"]
-        found[op.name] = [path for name in given if (path := owner.get(name))]
+        paths = [path for name in given if (path := owner.get(name))]
+        found[op.name] = [] if len(paths) == len(given) and _is_penalty(op, readers) else paths
         if op.op in _MOVING and len(given) == 1 and given[0] in owner:
             owner |= {v.name: owner[given[0]] for v in op.outputs}
     return found
+
+
+def _is_penalty(op: Operator, readers: Mapping[str, list[Operator]]) -> bool:
+    """Whether what is computed of parameters alone becomes one number: a decay, which is in no module."""
+    while len(op.outputs) == 1 and op.outputs[0].shape != ():
+        found = readers[op.outputs[0].name]
+        if len(found) != 1 or len({v.name for v in found[0].inputs if v.kind != "literal"}) != 1:
+            return False
+        (op,) = found
+    return len(op.outputs) == 1
 
 
 def _shared(paths: Iterable[Path]) -> Path:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from wadler_lindig import pformat
 
 from funcprop.operators.estimate import Estimate
 from funcprop.operators.finite import require_finite
@@ -34,6 +35,8 @@ class Spectrum:
         weights: `w`, non-negative, each row sums to 1.
         size: P, the number of eigenvalues.
     """
+
+    __repr__ = pformat  # shapes instead of entries
 
     nodes: Float[Array, "n m"]
     weights: Float[Array, "n m"]

@@ -9,13 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from wadler_lindig import pformat
 
+from funcprop.graph.graph import aligned
 from funcprop.operators.estimate import Estimate
 from funcprop.operators.linear_operator import LinearOperator
 from funcprop.operators.plots import interval_widths, plot_density, plot_traces
 from funcprop.operators.spectral_density import Spectrum
 
 EXACT = 1024  # up to so many parameters, all eigenvalues are computed
+_BAR = 40  # characters of the longest bar of the histogram
+_WIDEST = 110  # characters in a cell of a table
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,35 @@ class Summary:
     traces: tuple[Float[np.ndarray, " l"], Float[np.ndarray, " l"]]
     trace: tuple[float, float]
     samples: int
+
+    __repr__ = pformat  # shapes instead of entries
+
+    def __str__(self) -> str:
+        how = "all eigenvalues" if self.exact else "Lanczos, and estimates ± their standard errors"
+        parameters = [("parameter", "entries", "trace", "share")]
+        for path, size, trace, error, share in zip(
+            self.paths, self.sizes, *self.traces, self.shares, strict=True
+        ):
+            parameters.append((path or "(all)", f"{size}", _with_error(trace, error), f"{100 * share:.1f} %"))
+        edges, counts, errors = self.counts()
+        longest = max(counts.max(), 1e-300)
+        histogram = [("from", "to", "eigenvalues", "")]
+        for low, high, count, error in zip(edges[:-1], edges[1:], counts, errors, strict=True):
+            block = "█" * round(_BAR * float(count / longest)) or ("▏" if count > 0 else "")
+            histogram.append((f"{low:.5g}", f"{high:.5g}", _with_error(count, error), block))
+        lines = [
+            f"{sum(self.sizes)} parameters, {self.signs}; {how}",
+            "",
+            f"largest    {'  '.join(f'{value:.5g}' for value in self.largest[::-1])}",
+            f"smallest   {'  '.join(f'{value:.5g}' for value in self.smallest)}",
+            f"condition  {'-' if self.condition is None else f'{self.condition:.5g}'}",
+            f"trace      {_with_error(*self.trace)}",
+            "",
+            aligned(parameters, {1, 2, 3}, _WIDEST),
+            "",
+            aligned(histogram, {0, 1, 2}, _WIDEST),
+        ]
+        return "\n".join(lines)
 
     @property
     def shares(self) -> Float[np.ndarray, " l"]:
@@ -103,6 +136,10 @@ class Summary:
 
     def _errors(self, estimate: Estimate) -> np.ndarray:
         return np.zeros_like(estimate.error) if self.exact else np.asarray(estimate.error)
+
+
+def _with_error(value: Any, error: Any) -> str:
+    return f"{float(value):.5g}" + (f" ± {float(error):.2g}" if error else "")
 
 
 def summary(

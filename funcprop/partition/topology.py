@@ -86,9 +86,9 @@ def target_of(devices: int | Sequence[Any] | None, on: str | None) -> DeviceTarg
     count = len(present) if devices is None or not isinstance(devices, int) else devices
     if count < 1 or count > len(present):
         raise ValueError(
-            f"devices={count}: there are {len(present)}; use 1 to {len(present)}, or "
-            f"on='v5e:4x4' for devices that "
-            "are not there (for more host devices, XLA_FLAGS=--xla_force_host_platform_device_count)."
+            f"devices={count}, of which there {'is' if len(present) == 1 else 'are'} {len(present)}; use no "
+            "more, or on='v5e:4x4' for devices that are not there "
+            f"(for more host devices, XLA_FLAGS=--xla_force_host_platform_device_count={max(count, 1)})."
         )
     return DeviceTarget(count, MACHINES["host"], None, tuple(present[:count]))
 

@@ -28,9 +28,20 @@ class Call:
 
     @classmethod
     def of(cls, args: Any, kwargs: Mapping[str, Any], is_variable: Callable[[Any], bool]) -> Call:
-        """Flatten the arguments of a call."""
+        """Flatten the arguments of a call.
+
+        Of an argument that holds functions, as modules of Equinox do, python floats are settings.
+        """
         leaves, tree = jax.tree.flatten((tuple(args), dict(kwargs)))
-        return cls(tuple(leaves), tree, tuple(i for i, leaf in enumerate(leaves) if is_variable(leaf)))
+        settings: set[int] = set()
+        structure: Any = tree
+        start = 0
+        for argument in (child for whole in structure.children() for child in whole.children()):
+            own = range(start, start := start + argument.num_leaves)
+            if any(callable(leaves[i]) for i in own):
+                settings |= {i for i in own if type(leaves[i]) is float}
+        found = (i for i, leaf in enumerate(leaves) if i not in settings and is_variable(leaf))
+        return cls(tuple(leaves), tree, tuple(found))
 
     @property
     def values(self) -> list[Any]:

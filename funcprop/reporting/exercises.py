@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,9 @@ def gradient_shapes(objective: Objective, propagation: Propagation | None) -> Ex
     found = None if propagation is None else propagation.gradients
     rows = [
         Compared(
-            f"∂J/∂{v.name}", shape_text(v.shape), "–" if found is None else shape_text(found[v.name].shape)
+            f"gradient of {v.name}",
+            shape_text(v.shape),
+            "–" if found is None else shape_text(found[v.name].shape),
         )
         for v in inputs[:_SHOWN]
     ]
@@ -99,7 +102,7 @@ def gradient_shapes(objective: Objective, propagation: Propagation | None) -> Ex
         rows.append(Compared("length of the gradient, and slope along it", digits(length), digits(slope)))
     rows.append(Compared("entries of the Hessian", amount(parameters**2, "entries")))
     further = f" There are {len(inputs) - _SHOWN} more gradients." if len(inputs) > _SHOWN else ""
-    answer = f"That of what it is taken by; the Hessian has {count(parameters)}² entries.{further}"
+    answer = f"That of the argument it belongs to; the Hessian has {count(parameters)}² entries.{further}"
     return Exercise(1, "What shape has a gradient?", answer, tuple(rows))
 
 
@@ -116,8 +119,8 @@ def bias(objective: Objective, propagation: Propagation | None) -> Exercise:
     over = f", added over {'axes' if len(others) > 1 else 'axis'} {', '.join(map(str, others))}"
     answer = (
         f"{has}One more, b, is added to {z.name}, the first product with a parameter: one square more leads "
-        f"into the sum, and ∂J/∂b = ∂J/∂{z.name}{over if others else ''}. It needs no value of the forward "
-        "sweep, and weight decay leaves it alone."
+        f"into the sum, and ∂J/∂b is the gradient of that product{over if others else ''}. It needs no value "
+        "of the forward sweep, and weight decay leaves it alone."
     )
     shape = shape_text([n for i, n in enumerate(z.shape or ()) if i in axes])
     rows = [Compared("shape of ∂J/∂b", shape)]
@@ -221,9 +224,11 @@ def refusals(plans: Sequence[RejectedPlan]) -> str:
     """Which kinds of plans cannot be made: those that fail for one reason together, in a sentence."""
     kinds: dict[str, list[str]] = {}
     for rejected in plans:
-        reason = rejected.why.splitlines()[0].partition(";")[0].rstrip(".")
+        reason = re.sub(r"^\w+=\d+: ", "", rejected.why.splitlines()[0].partition(";")[0].rstrip("."))
         kinds.setdefault(reason, []).append(rejected.name)
-    return " ".join(f"No {', '.join(names)}: {reason}." for reason, names in kinds.items())
+    return " ".join(
+        f"There is no plan {' and no plan '.join(names)}: {reason}." for reason, names in kinds.items()
+    )
 
 
 # --- slopes -----------------------------------------------------------------------------------

@@ -50,6 +50,8 @@ _SUM, _TERM, _QUOTIENT, _PRODUCT, _POWER, _ATOM = range(6)
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
+_MINUS = "−{0}"
+
 # A product, and how its transpose is written.
 _TRANSPOSED = {
     "{0} {1}": "{1}ᵀ {0}ᵀ", "{0}ᵀ {1}": "{1}ᵀ {0}", "{0} {1}ᵀ": "{1} {0}ᵀ", "{0}ᵀ {1}ᵀ": "{1} {0}",
@@ -93,6 +95,11 @@ class Expression:
         """Whether it is one number, in one entry or in all of them."""
         return self.shape == () or self.uniform
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is written as a sum, or with a sign: in a sum over entries it stands in parentheses."""
+        return self.binding <= _TERM
+
     def evaluate(self, environment: Environment) -> Any:
         """The value of the expression, with the symbols' values in `environment`."""
         return self.function(*(operand.evaluate(environment) for operand in self.operands))
@@ -117,6 +124,13 @@ class Expression:
         other = as_expression(other)
         if other.constant is not None and other.constant < 0:
             return self - _constant(-other.constant, other)
+        if other.template == _MINUS:
+            return self - other.operands[0]
+        for zero, rest in ((self, other), (other, self)):
+            if zero.constant == 0 and rest.type.dtype == common_dtype(zero.type, rest.type):
+                return spread_over(rest, np.broadcast_shapes(zero.shape, rest.shape))
+        if self.template == other.template and self.shape == other.shape and self.text() == other.text():
+            return 2 * self
         return _entrywise(jnp.add, (self, other), "{0} + {1}", "{0} + {1}", _SUM, _SUM)
 
     def __radd__(self, other: Any) -> Expression:
@@ -124,6 +138,8 @@ class Expression:
 
     def __sub__(self, other: Any) -> Expression:
         other = as_expression(other)
+        if other.template == _MINUS:
+            return self + other.operands[0]
         # The right operand of a difference needs parentheses if it is a sum itself.
         subtrahend = parenthesised(other) if other.binding == _SUM else other
         return _entrywise(jnp.subtract, (self, subtrahend), "{0} − {1}", "{0} - {1}", _SUM, _SUM)
@@ -132,11 +148,11 @@ class Expression:
         return as_expression(other) - self
 
     def __neg__(self) -> Expression:
-        if self.template == "−{0}":
+        if self.template == _MINUS:
             return self.operands[0]
         if self.constant is not None:
             return _constant(-self.constant, self)
-        return _entrywise(jnp.negative, (self,), "−{0}", "-{0}", _TERM, _PRODUCT)
+        return _entrywise(jnp.negative, (self,), _MINUS, "-{0}", _TERM, _QUOTIENT)
 
     def __mul__(self, other: Any) -> Expression:
         other = as_expression(other)
@@ -146,6 +162,14 @@ class Expression:
             return self
         if self.constant is not None and other.constant is not None:
             return _constant(self.constant * other.constant, self, other)
+        if all(v.template == "{0} {1}" and v.operands[0].constant is not None for v in (self, other)):
+            (a, x), (b, y) = self.operands, other.operands
+            return (a * b) * (x * y)
+        # A sign stands before the whole product.
+        if (positive := _without_sign(self)) is not None:
+            return -(positive * other)
+        if (positive := _without_sign(other)) is not None:
+            return -(self * positive)
         if (
             self.constant is not None
             and other.template == "{0} {1}"
@@ -175,6 +199,8 @@ class Expression:
         other = as_expression(other)
         if is_one(other):
             return self
+        if self.template == _MINUS:
+            return -(self.operands[0] / other)
         if self.constant is not None and other.constant:
             return _constant(self.constant / other.constant, self, other)
         if other.constant and other.constant < 1 and (1 / other.constant).is_integer():
@@ -213,7 +239,9 @@ class Expression:
         axes = (axes,) if isinstance(axes, int) else axes
         if axes is not None and not len(axes):
             return self
-        text, latex = reduction("sum", axes)
+        if self.template == _MINUS:
+            return -self.operands[0].sum(axes, keepdims)
+        text, latex = reduction("sum", axes, self.is_sum)
         return _node(lambda x: jnp.sum(x, axes, keepdims=keepdims), (self,), text, latex, _ATOM, _SUM)
 
 
@@ -311,6 +339,12 @@ def as_expression(value: Any) -> Expression:
     return value if isinstance(value, Expression) else number(value)
 
 
+def _without_sign(expression: Expression) -> Expression | None:
+    """The negative of an expression that is written with a minus, else None."""
+    is_negative = expression.constant is not None and expression.constant < 0
+    return -expression if is_negative or expression.template == _MINUS else None
+
+
 def is_one(expression: Expression) -> bool:
     """Whether the expression is the constant 1, which a product leaves out."""
     return expression.constant == 1 and expression.shape == ()
@@ -366,12 +400,28 @@ def written(
 def factors(
     function: Callable[..., Any], operands: Sequence[Expression], text: str, latex: str, type_: Any = None
 ) -> Expression:
-    """A product that is written by templates; operands that are sums are put in parentheses."""
-    return _node(function, tuple(operands), text, latex, _PRODUCT, _POWER, type_)
+    """A product that is written by templates; operands that are sums are put in parentheses.
+
+    The transpose of a transpose is the matrix itself.
+    """
+    given, twice = list(operands), set[int]()
+    for i, operand in enumerate(operands):
+        if f"{{{i}}}ᵀ" in text and operand.template == "{0}ᵀ" and len(operand.shape) == 2:
+            text = text.replace(f"{{{i}}}ᵀ", f"{{{i}}}")
+            latex = latex.replace(f"{{{i}}}^{{{{\\top}}}}", f"{{{i}}}")
+            given[i] = operand.operands[0]
+            twice.add(i)
+
+    def of_given(*values: Any) -> Any:
+        return function(*(v.T if i in twice else v for i, v in enumerate(values)))
+
+    return _node(of_given, tuple(given), text, latex, _PRODUCT, _POWER, type_)
 
 
 def unwritten(function: Callable[..., Any], x: Expression, type_: Any) -> Expression:
     """A function of one operand that is not written: a change of shape or type."""
+    if x.template == _MINUS:
+        return -unwritten(function, x.operands[0], type_)
     node = _node(function, (x,), "{0}", "{0}", x.binding, x.binding, type_)
     return replace(node, uniform=x.is_number and node.shape != (), constant=x.constant)
 
@@ -380,6 +430,20 @@ def spread_over(x: Expression, shape: Sequence[int]) -> Expression:
     """A number in every entry of an array, which is written as the number."""
     type_ = jax.ShapeDtypeStruct(tuple(shape), x.type.dtype)
     return x if x.shape == tuple(shape) else unwritten(lambda v: jnp.broadcast_to(v, shape), x, type_)
+
+
+def indexed(
+    function: Callable[..., Any], x: Expression, index: Expression | str, type_: Any = None
+) -> Expression:
+    """Some entries of `x`: `x[1:, :3]`, `E[t]`."""
+    operands = [x if x.binding == _ATOM else parenthesised(x)]
+    inner = inner_latex = "{1}"
+    if isinstance(index, str):
+        inner, inner_latex = literally(index), f"\\texttt{{{{{index}}}}}"
+    else:
+        operands.append(index)
+    latex = f"{{0}}\\left[{inner_latex}\\right]"
+    return _node(function, tuple(operands), f"{{0}}[{inner}]", latex, _ATOM, _SUM, type_)
 
 
 def outer(a: Expression, b: Expression) -> Expression:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 
 from funcprop import _jax
+from funcprop.graph.graph import aligned, place_text
 from funcprop.program.call import Call, is_array, traced
 from funcprop.program.facts import CONTROL_FLOW
 from funcprop.program.layer_calls import layer_call
@@ -21,7 +23,22 @@ from funcprop.rules.running import RuleTrace
 from funcprop.rules.sets import default
 
 
-def matches(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[..., list[Match]]:
+class Matches(list[Match]):
+    """The decisions about the operators of a function, printed as a table with one row for equal ones."""
+
+    def __str__(self) -> str:
+        said = Counter(
+            (m.operator, m.reason or "the rule is used", place_text(m.scope, m.source)) for m in self
+        )
+        rows = [(operator, f"{count}", *rest) for (operator, *rest), count in said.items()]
+        if not rows:
+            return "No operator has a rule."
+        return aligned([("operator", "count", "decision", "where"), *rows], {1}, 100)
+
+    __repr__ = __str__
+
+
+def matches(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[..., Matches]:
     """Every operator for which the rule set has a rule, and whether it fires or why not.
 
     `matches(fun, rules)(*args, **kwargs)`; arguments may be anything that `fun` takes, for arrays also
@@ -35,7 +52,7 @@ def matches(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[.
     """
     rules = default if rules is None else rules
 
-    def listed(*args: Any, **kwargs: Any) -> list[Match]:
+    def listed(*args: Any, **kwargs: Any) -> Matches:
         call = Call.of(args, kwargs, is_array)
         rewriter = Rewriter(rules, target=CompileTarget.of(rules.target, call.values))
         decisions: list[Decision] = []
@@ -48,7 +65,7 @@ def matches(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[.
             return [x for x in results if _jax.is_traced(x)]
 
         traced(flat, call.values, fun)
-        return [match for decision in decisions for match in decision.matches]
+        return Matches(match for decision in decisions for match in decision.matches)
 
     return listed
 

@@ -61,11 +61,14 @@ def decimal(value: float, dtype: Any = None) -> str:
     return f"{value:.4g}" if is_half or (len(written) > 12 and abs(value) > 1e6) else written
 
 
-def reduction(name: str, axes: Sequence[int] | None) -> tuple[str, str]:
-    """Templates of a sum or a mean, as text and LaTeX, with the axes if they are not all of them."""
+def reduction(name: str, axes: Sequence[int] | None, of_sum: bool = False) -> tuple[str, str]:
+    """Templates of a sum or a mean, as text and LaTeX, with the axes if they are not all of them.
+
+    In LaTeX a sum of what is a sum itself (`of_sum`) needs parentheses.
+    """
     index = "" if axes is None else f"{'axis' if len(axes) == 1 else 'axes'} {', '.join(map(str, axes))}"
     text = f"{name}({{0}}, {index})" if index else f"{name}({{0}})"
     below = "_{{\\text{{" + index + "}}}}" if index else ""
     if name == "sum":
-        return text, f"\\sum{below} {{0}}"
+        return text, f"\\sum{below} " + ("\\left({0}\\right)" if of_sum else "{0}")
     return text, "\\mathrm{{" + name + "}}" + below + "\\!\\left({0}\\right)"

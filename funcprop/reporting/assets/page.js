@@ -41,6 +41,17 @@ function bytes(n) {
   return `${unit ? Number(n.toPrecision(3)) : n} ${units[unit]}`;
 }
 
+// A formula that is wider than its column is set smaller, as far as it can be read; then it scrolls.
+function fitFormulas() {
+  const formulas = [...document.querySelectorAll(".equation .form > math:last-child")];
+  for (const formula of formulas) formula.style.fontSize = "";
+  const ratios = formulas.map((formula) => (formula.clientWidth || 1) / (formula.scrollWidth || 1));
+  for (const [i, ratio] of ratios.entries()) if (ratio < 0.995) formulas[i].style.fontSize = `${Math.max(1.04 * ratio, 0.68)}em`;
+}
+addEventListener("resize", fitFormulas);
+addEventListener("toggle", fitFormulas, true);
+fitFormulas();
+
 const theme = byId("theme");
 const prefersDark = matchMedia("(prefers-color-scheme: dark)");
 const isDark = () => (document.documentElement.dataset.theme ?? (prefersDark.matches ? "dark" : "light")) === "dark";

@@ -5,7 +5,8 @@ Operands of a primitive have equal shapes, except that one may be a scalar or ha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from funcprop.rules.expressions import (
     OperatorSymbols,
     apply,
     factors,
+    indexed,
+    opaque,
     outer,
     promoted,
     unwritten,
@@ -118,18 +121,8 @@ def _general_product(a: Expression, b: Expression, g: Expression, op: OperatorSy
         return (f"{text}ᵀ", f"{text}^{{{{\\top}}}}") if flip else (text, text)
 
     def pair(function: Any, x: Any, y: Any, marks: tuple[bool, bool], type_: Any) -> Expression:
-        operands, shapes, words = [], [], []
-        for v, mark, place in ((x, marks[0], "{0}"), (y, marks[1], "{1}")):
-            is_transposed = mark and v.template == "{0}ᵀ" and len(v.shape) == 2
-            operands.append(v.operands[0] if is_transposed else v)
-            shapes.append(is_transposed)
-            words.append(shown(place, mark and not is_transposed))
-
-        def of_operands(x: Any, y: Any) -> Any:
-            return function(*(v.T if flip else v for v, flip in zip((x, y), shapes, strict=True)))
-
-        (left, left_latex), (right, right_latex) = words
-        return factors(of_operands, operands, f"{left} {right}", f"{left_latex}\\, {right_latex}", type_)
+        (left, left_latex), (right, right_latex) = map(shown, ("{0}", "{1}"), marks)
+        return factors(function, (x, y), f"{left} {right}", f"{left_latex}\\, {right_latex}", type_)
 
     # From `y = A B`: `Ā = ȳ Bᵀ`, `B̄ = Aᵀ ȳ`; where an operand is written transposed, so is its cotangent.
     if flips[0]:
@@ -212,6 +205,78 @@ def _transpose(op: OperatorSymbols) -> Equations:
     return Equations(apply("transpose", lambda v: jnp.transpose(v, permutation), x), (back,))
 
 
+def _slice(op: OperatorSymbols) -> Equations | None:
+    """`x[1:, :3]`; one entry of an axis is its index alone, as after the squeeze that follows."""
+    (x,) = op.args
+    if _is_reshaped(x):
+        return None
+    starts, limits = op.static["start_indices"], op.static["limit_indices"]
+    steps = op.static["strides"] or (1,) * len(starts)
+    where = _range(starts, limits, steps, x.shape)
+
+    def cut(v: Any) -> Any:
+        return lax.slice(v, starts, limits, steps)
+
+    def put(g: Any) -> Any:
+        return jax.linear_transpose(cut, jax.ShapeDtypeStruct(x.shape, g.dtype))(g)[0]
+
+    is_smooth = jnp.issubdtype(x.type.dtype, jnp.inexact)
+    forward = indexed(cut, x, where, op.output.type)
+    text, latex = f"pad({{0}}, [{where}])", _PAD.replace("#", where)
+    back = written(put, (op.cotangent,), text, latex) if is_smooth else None
+    return Equations(forward, (back,))
+
+
+_PAD = "\\mathrm{{pad}}\\!\\left({0}, [\\texttt{{#}}]\\right)"
+
+
+def _is_reshaped(x: Expression) -> bool:
+    """Whether it is another shape of what is written: indices would be read as those of the latter."""
+    while x.template == "{0}" and x.operands and x.type.dtype != x.operands[0].type.dtype:
+        x = x.operands[0]
+    return x.template == "{0}" and bool(x.operands)
+
+
+def _range(starts: Sequence[int], limits: Sequence[int], steps: Sequence[int], shape: Sequence[int]) -> str:
+    words = [
+        str(a)
+        if b - a == 1 < size
+        else (f"{a}" if a else "") + ":" + (f"{b}" if b < size else "") + (f":{step}" if step > 1 else "")
+        for a, b, step, size in zip(starts, limits, steps, shape, strict=True)
+    ]
+    while len(words) > 1 and words[-1] == ":":
+        words.pop()
+    return ", ".join(words)
+
+
+def _concatenate(op: OperatorSymbols) -> Equations | None:
+    """`concat(x, h)`; each operand has its entries of the cotangent."""
+    if _is_reshaped(op.cotangent):
+        return None
+    axis, shape = op.static["dimension"], op.output.shape
+    forward = apply(op.name, lambda *v: jnp.concatenate(v, axis), *op.args, type_=op.output.type)
+    backward: list[Expression | None] = []
+    end = 0
+    for x in op.args:
+        start, end = end, end + x.shape[axis]
+        starts, limits = [0] * len(shape), list(shape)
+        starts[axis], limits[axis] = start, end
+        cut = partial(lax.slice_in_dim, start_index=start, limit_index=end, axis=axis)
+        where = _range(starts, limits, [1] * len(shape), shape)
+        is_smooth = jnp.issubdtype(x.type.dtype, jnp.inexact)
+        backward.append(indexed(cut, op.cotangent, where) if is_smooth else None)
+    return Equations(forward, tuple(backward))
+
+
+def _positions(op: OperatorSymbols) -> Equations | None:
+    """`arange(n)`, the index of every entry."""
+    shape, dtype = op.static["shape"], op.static["dtype"]
+    if len(shape) != 1:
+        return None
+    text, latex = f"arange({shape[0]})", f"\\mathrm{{arange}}({shape[0]})"
+    return Equations(opaque(lambda: jnp.arange(shape[0], dtype=dtype), (), text, latex, op.output.type), ())
+
+
 def _spread(op: OperatorSymbols) -> Equations | None:
     x = op.args[0]
     shape, kept = op.static["shape"], tuple(int(d) for d in op.static["broadcast_dimensions"])
@@ -249,7 +314,7 @@ EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
     "add": _binary(lambda a, b: a + b, lambda a, b, g: (g, g)),
     "add_any": _binary(lambda a, b: a + b, lambda a, b, g: (g, g)),
     "sub": _binary(lambda a, b: a - b, lambda a, b, g: (g, -g)),
-    "mul": _binary(lambda a, b: a * b, lambda a, b, g: (g * b, g * a)),
+    "mul": _binary(lambda a, b: a**2 if a is b else a * b, lambda a, b, g: (g * b, g * a)),
     "div": _binary(lambda a, b: a / b, lambda a, b, g: (g / b, -(g * a) / b**2)),
     "neg": lambda op: Equations(-op.args[0], (-op.cotangent,)),
     "log": _unary(jnp.log, lambda x: 1 / x),
@@ -262,6 +327,9 @@ EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
     "reduce_sum": _sum,
     "transpose": _transpose,
     "reshape": _moved("reshape", lambda v, p: v.reshape(p["new_sizes"]), lambda g, t, p: g.reshape(t.shape)),
+    "concatenate": _concatenate,
+    "iota": _positions,
+    "slice": _slice,
     "squeeze": _moved(
         "squeeze", lambda v, p: jnp.squeeze(v, p["dimensions"]), lambda g, t, p: g.reshape(t.shape)
     ),

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from funcprop.rules.expressions import Equations, OperatorSymbols, apply, factors
+from funcprop.rules.expressions import Equations, OperatorSymbols, apply, indexed
 from funcprop.rules.rule import Rule
 from funcprop.rules.rule_set import OperatorKey
 
@@ -89,7 +89,7 @@ def _gather_equations(op: OperatorSymbols) -> Equations:
     numbers = static["dimension_numbers"]
     takes_rows = numbers.start_index_map == numbers.collapsed_slice_dims == (0,)
     if takes_rows and tuple(static["slice_sizes"]) == (1, *x.shape[1:]):
-        forward = factors(rows, (x, indices), "{0}[{1}]", "{0}\\left[{1}\\right]", op.output.type)
+        forward = indexed(rows, x, indices, op.output.type)
     else:
         forward = apply("gather", rows, x, indices)
     return Equations(forward, (apply("scatter", back, op.cotangent, indices), None))
