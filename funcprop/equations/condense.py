@@ -50,20 +50,32 @@ def condense(graph: Graph, result: Variable, inputs: Collection[str]) -> Condens
 
 
 def _with_slices(graph: Graph) -> Graph:
-    """The graph with a slice for every result of a split."""
+    """The graph with a slice for every result of a split, and of an array that is taken apart."""
     operators: list[Operator] = []
     for op in graph.operators:
-        if op.op != "split" or op.call is not None:
+        if op.op not in ("split", "unstack") or op.call is not None:
             operators.append(op)
             continue
-        ends = np.cumsum(op.static["sizes"])
-        for i, (v, end) in enumerate(zip(op.outputs, ends, strict=True)):
-            start = int(end) - op.static["sizes"][i]
-            cut = partial(lax.slice_in_dim, start_index=start, limit_index=int(end), axis=op.static["axis"])
-            jaxpr = _jax.open_jaxpr(jax.make_jaxpr(cut)(op.inputs[0].aval))
-            name = f"{op.name}_{i}"
-            operators.append(replace(op, name=name, op="slice", outputs=(v,), jaxpr=jaxpr))
+        (x,), axis = op.inputs, op.static["axis"]
+        sizes = op.static.get("sizes", [1] * len(op.outputs))
+        for v, end, size in zip(op.outputs, map(int, np.cumsum(sizes)), sizes, strict=True):
+            cut = partial(lax.slice_in_dim, start_index=end - size, limit_index=end, axis=axis)
+            aval = jax.eval_shape(cut, x.aval)
+            part = (
+                v
+                if op.op == "split"
+                else replace(v, name=f"{v.name}:", shape=aval.shape, aval=aval, named=False)
+            )
+            operators.append(_of_one(op, "slice", cut, x, part))
+            if part is not v:
+                operators.append(_of_one(op, "squeeze", partial(lax.squeeze, dimensions=[axis]), part, v))
     return replace(graph, operators=tuple(operators))
+
+
+def _of_one(op: Operator, kind: str, function: Callable[..., Any], x: Variable, v: Variable) -> Operator:
+    """A function of one variable as an operator, in the place of another."""
+    jaxpr = _jax.open_jaxpr(jax.make_jaxpr(function)(x.aval))
+    return replace(op, name=f"{v.name} {kind}", op=kind, inputs=(x,), outputs=(v,), jaxpr=jaxpr)
 
 
 class _Condensing:
