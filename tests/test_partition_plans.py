@@ -100,6 +100,8 @@ def test_zero_holds_a_third_of_what_split_arguments_hold() -> None:
     theirs = plain.lower(params, batch).compile().memory_analysis()
     assert ours.argument_size_in_bytes == theirs.argument_size_in_bytes
     assert ours.temp_size_in_bytes <= 0.35 * theirs.temp_size_in_bytes
+    held = ours.argument_size_in_bytes + ours.output_size_in_bytes + ours.temp_size_in_bytes
+    assert plan.predicted.total == pytest.approx(held, rel=0.05)
 
 
 def test_the_table_has_every_kind_best_first() -> None:
