@@ -64,7 +64,7 @@ def test_twenty_steps_have_the_losses_of_one_device(kind: str) -> None:
 
 
 @pytest.mark.sampled(4)
-@pytest.mark.parametrize("kind", ["data", "both"])
+@pytest.mark.parametrize("kind", ["data", "both", "accumulation"])
 @pytest.mark.parametrize("name", MODELS)
 def test_bytes_and_collectives_are_predicted(name: str, kind: str) -> None:
     loss, params, batch = MODELS[name](32)
@@ -76,6 +76,19 @@ def test_bytes_and_collectives_are_predicted(name: str, kind: str) -> None:
     assert sum(c.nbytes * c.trips for c in proof.collectives) == plan.communicated
     assert proof.gradient_error is not None
     assert proof.gradient_error <= 1e-12
+
+
+def test_sums_in_a_loop_are_reduced_at_each_step() -> None:
+    def loss(w: Any, x: Any) -> Any:
+        carry, _ = jax.lax.scan(lambda h, x: (jnp.tanh(x + h @ w), None), jnp.zeros(x.shape[1:]), x)
+        return jnp.mean(carry)
+
+    for platform, trips in (("cpu", 5), ("tpu", 1)):
+        found = fp.partition.plan(loss, mesh={"data": 2}, rules=fp.rules.autodiff)
+        (plan,) = found(jnp.eye(4), jnp.ones((5, 8, 4)), on=None if platform == "cpu" else "v5e:2x2")
+        assert sum(c.trips for c in plan.program.predicted_traffic if c.nbytes == 4 * 4 * 8) == trips
+        if platform == "cpu":
+            assert plan.compile().unpredicted == []
 
 
 def test_a_collective_that_was_not_predicted_is_named() -> None:

@@ -25,7 +25,10 @@ Weight = Callable[[Any], Any]
 
 @dataclass(frozen=True, eq=False)
 class TrainingProblem:
-    """A loss of parameters and batch, an optimizer or None, and arguments, which may be shapes."""
+    """A loss of parameters and batch, an optimizer or None, and arguments, which may be shapes.
+
+    `platform` is that of the devices.
+    """
 
     loss: Callable[..., Any]
     params: Any
@@ -33,6 +36,7 @@ class TrainingProblem:
     optimizer: optax.GradientTransformation | None = None
     rules: RuleSet | None = None
     weight: Weight | None = None
+    platform: str = "cpu"
     _cuttables: dict[int, Cuttable] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property

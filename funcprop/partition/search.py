@@ -89,7 +89,7 @@ def plan(
         chosen = default if rules is None else rules
         if not target.is_present and chosen.target is None:
             chosen = chosen.on(target.machine.platform)
-        problem = TrainingProblem(loss, params, batch, optimizer, chosen, weight)
+        problem = TrainingProblem(loss, params, batch, optimizer, chosen, weight, target.machine.platform)
         search = _Search(problem, target, limit, microbatches, schedule)
         if mesh is not None:
             return Plans((search.on_mesh(mesh, shard_parameters),), (), problem.examples)
@@ -192,8 +192,7 @@ class _Search:
         self.problem.require_parts(parts, "data")
         self._mean  # noqa: B018
         most = len(self.problem.cuttable(parts).positions()) - 1
-        platform = self.target.machine.platform
-        program = ShardedProgram(self.problem, parts, min(most, _SEGMENTS), platform)
+        program = ShardedProgram(self.problem, parts, min(most, _SEGMENTS))
         return self._plan(f"zero {parts}", {DATA: parts}, program)
 
     def pipeline(self, stages: int, replicas: int) -> PartitionPlan:
