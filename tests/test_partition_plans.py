@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +102,17 @@ def test_a_collective_that_was_not_predicted_is_named() -> None:
         proof
     )
     assert "not predicted: all-gather" in str(proof)
+
+
+def test_overlapping_pools_are_split_at_all_sizes() -> None:
+    def loss(w: Any, x: Any) -> Any:
+        return jnp.mean(nn.max_pool(jnp.tanh(x @ w), (3, 3), (2, 2)) ** 2)
+
+    (plan,) = fp.partition.plan(loss, mesh={"data": 8})(jnp.eye(3), jnp.ones((16, 9, 9, 3)))
+    proof = plan.compile()
+    assert proof.unpredicted == []
+    assert proof.gradient_error is not None
+    assert proof.gradient_error <= 1e-12
 
 
 def test_zero_holds_a_third_of_what_split_arguments_hold() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from funcprop.partition.task_order import Order
 from funcprop.partition.topology import DeviceTarget, target_of
 from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import budget_bytes, nbytes
+from funcprop.rules.primitives import pooling
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.sets import default
 
@@ -117,8 +119,22 @@ class _Search:
         if not self.problem.has_values and not (isinstance(program, SteppedProgram) and program.is_plain):
             notes = ("not checked: whether the loss is a mean over examples needs values, not shapes",)
         return PartitionPlan(
-            name, dict(mesh), self.problem, program, self.target, self.budget, notes=notes, **more
+            name, dict(mesh), program.problem, program, self.target, self.budget, notes=notes, **more
         )
+
+    @cached_property
+    def _split(self) -> TrainingProblem:
+        """The problem where examples are on several devices.
+
+        XLA gathers them for autodiff's derivative of a max-pool, so there the rule is used at all sizes.
+        """
+        problem, rules = self.problem, self.problem.rules
+        made = {eqn.primitive.name for eqn, _ in problem.axes.program.equations}
+        if rules is None or problem.platform == "tpu" or "select_and_scatter_add" not in made:
+            return problem
+        own = [name for name in pooling.RULES if name in rules and not rules.is_replaced(name)]
+        pools = {name: pooling.rule(minimum=name.endswith("min"), everywhere=True) for name in own}
+        return replace(problem, rules=rules.replace(pools)) if pools else problem
 
     @cached_property
     def _mean(self) -> None:
@@ -167,7 +183,7 @@ class _Search:
             self._mean  # noqa: B018
             names.append(f"accumulation {parts}")
         sizes = {DATA: data, MODEL: model} if model > 1 else {DATA: data}
-        program = SteppedProgram(self.problem, sizes, parts)
+        program = SteppedProgram(self._split if data > 1 else self.problem, sizes, parts)
         program.whole_batch  # noqa: B018 (an axis that cannot be split is an error here)
         return self._plan(" × ".join(names) or "one device", sizes, program)
 
@@ -202,7 +218,8 @@ class _Search:
         self.problem.require_parts(parts * replicas, "microbatches × data")
         self._mean  # noqa: B018
         count = stages * 2 if self.schedule == "interleaved" else stages
-        program = PipelinedProgram(self.problem, count, parts, self.schedule, stages, replicas)
+        problem = self._split if replicas > 1 else self.problem
+        program = PipelinedProgram(problem, count, parts, self.schedule, stages, replicas)
         program.timeline  # noqa: B018
         program.one_replica  # noqa: B018 (a loss that cannot be cut is an error here)
         name = f"pipeline {stages} ({self.schedule})" + (f" × data {replicas}" if replicas > 1 else "")
