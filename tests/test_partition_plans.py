@@ -206,6 +206,10 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"mesh": {"stage": 8}, "schedule": "zigzag"}, {}, r"schedule='zigzag' is not known; use one of 1f1b"),
     ({"mesh": {"stage": 2, "model": 2}}, {}, r"a pipeline is combined with data, not with model"),
     ({}, {"on": "v9:1x1"}, r"on='v9:1x1' is not known; write kind:shape, as v5e:4x4"),
+    ({"mesh": {"data": 0}}, {}, r"mesh\['data'\]=0 is no number of parts; pass a whole number from 1"),
+    ({"microbatches": -1}, {}, r"microbatches=-1 is no number of parts"),
+    ({"weight": 3}, {}, r"weight=3 is no function"),
+    ({"optimizer": "adam"}, {}, r"optimizer='adam' is no optimizer; pass one of optax"),
     ({"budget": "much"}, {}, r"budget='much' is not a number of bytes"),
 ]
 
@@ -213,9 +217,21 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 @pytest.mark.parametrize(("options", "where", "message"), BAD)
 def test_bad_input_is_refused_in_a_line(options: Any, where: Any, message: str) -> None:
     loss, params, batch = MODELS["mlp"]()
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises((ValueError, TypeError), match=message) as error:
         fp.partition.plan(loss, **options)(params, batch, **where)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["data", "accumulation", "zero", "pipeline"])
+def test_a_ragged_batch_is_refused_by_a_step(kind: str) -> None:
+    loss, params, (x, y) = MODELS["mlp"]()
+    optimizer = optax.sgd(0.1)
+    (plan,) = fp.partition.plan(loss, optimizer=optimizer, **MESHES[kind])(params, (x, y))
+    step, state = plan.step(optimizer), optimizer.init(params)
+    with pytest.raises(ValueError, match=r"array \[0\] of shape \(15, 16\) cannot be divided"):
+        step(params, state, (x[:15], y[:15]))
+    with pytest.raises(ValueError, match="is for batches"):
+        step(params, state, x)
 
 
 def test_a_batch_without_examples_is_refused_with_the_reason() -> None:

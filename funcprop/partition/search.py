@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property, partial
+from numbers import Integral
 from typing import Any
 
 import optax
@@ -23,7 +24,8 @@ from funcprop.partition.topology import DeviceTarget, target_of
 from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import budget_bytes, nbytes
 from funcprop.rules.primitives import pooling
-from funcprop.rules.rule_set import RuleSet
+from funcprop.rules.rule import Rule
+from funcprop.rules.rule_set import OperatorKey, RuleSet
 from funcprop.rules.sets import default
 
 # Segments of ZeRO-3: more of them gather less at a time.
@@ -87,6 +89,7 @@ def plan(
         params: Any, batch: Any, devices: int | Sequence[Any] | None = None, on: str | None = None
     ) -> Plans:
         target = target_of(devices, on)
+        _check(optimizer, weight, mesh, microbatches)
         limit = target.machine.memory if budget is None else budget_bytes(budget, "budget")
         chosen = default if rules is None else rules
         if not target.is_present and chosen.target is None:
@@ -98,6 +101,18 @@ def plan(
         return search.all()
 
     return planned
+
+
+def _check(optimizer: Any, weight: Any, mesh: Any, microbatches: Any) -> None:
+    """Raise if an argument of `plan` is not what it says."""
+    if optimizer is not None and not hasattr(optimizer, "init"):
+        raise TypeError(f"optimizer={optimizer!r} is no optimizer; pass one of optax, such as adam(1e-3).")
+    if weight is not None and not callable(weight):
+        raise TypeError(f"weight={weight!r} is no function; pass that of a batch which counts its tokens.")
+    counts = {f"mesh[{name!r}]": size for name, size in (mesh or {}).items()} | {"microbatches": microbatches}
+    for name, size in counts.items():
+        if size is not None and (not isinstance(size, Integral) or size < 1):
+            raise ValueError(f"{name}={size!r} is no number of parts; pass a whole number from 1.")
 
 
 class _Search:
@@ -132,8 +147,11 @@ class _Search:
         made = {eqn.primitive.name for eqn, _ in problem.axes.program.equations}
         if rules is None or problem.platform == "tpu" or "select_and_scatter_add" not in made:
             return problem
-        own = [name for name in pooling.RULES if name in rules and not rules.is_replaced(name)]
-        pools = {name: pooling.rule(minimum=name.endswith("min"), everywhere=True) for name in own}
+        pools: dict[OperatorKey, Rule | None] = {
+            name: pooling.rule(minimum=minimum, everywhere=True)
+            for name, minimum in (("reduce_window_max", False), ("reduce_window_min", True))
+            if name in rules and not rules.is_replaced(name)
+        }
         return replace(problem, rules=rules.replace(pools)) if pools else problem
 
     @cached_property
