@@ -16,6 +16,8 @@ from flax import nnx
 from jax import ShapeDtypeStruct
 
 import funcprop as fp
+from funcprop._jax.xla_options import barrier_options
+from funcprop.memory.estimate import estimate
 
 
 def account(fun: Any, *args: Any, **options: Any) -> fp.memory.Footprint:
@@ -79,6 +81,29 @@ def test_rules_change_what_is_kept() -> None:
     assert ours is not None
     assert plain is not None
     assert ours.estimate < 0.6 * plain.estimate
+
+
+def test_a_rule_of_a_platform_is_accounted_in_the_form_of_that_platform() -> None:
+    x = ShapeDtypeStruct((16, 32, 32, 16), "float32")
+    gradient = fp.grad(lambda x: jnp.sum(nn.max_pool(x, (2, 2), (2, 2)) ** 2))
+    closed = jax.make_jaxpr(gradient)(x)
+    assert estimate(closed).temporary == 0  # The scatter of autodiff needs the positions of all entries.
+    assert estimate(closed, platform="tpu").temporary > x.size * 4 * 2
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_is_behind_a_barrier_waits_for_all_of_it(kept: bool) -> None:
+    def loss(parts: list[jax.Array], x: jax.Array) -> jax.Array:
+        for part in parts:
+            part, x = jax.lax.optimization_barrier((part, x))
+            x = jnp.tanh(x @ jnp.roll(part, 1, 0))
+        return jnp.mean(x)
+
+    args = [f64(64, 64)] * 8, f64(4, 64)
+    options = barrier_options("cpu") if kept else None
+    compiled = jax.jit(loss, compiler_options=options).lower(*args).compile().memory_analysis()
+    found = estimate(jax.make_jaxpr(loss)(*args), barriers=kept)
+    assert found.temporary == pytest.approx(compiled.temp_size_in_bytes, rel=0.05)
 
 
 def test_loops_hold_the_stacked_results_of_all_steps() -> None:

@@ -75,6 +75,21 @@ def test_a_fused_projection_an_unknown_operator_and_experts() -> None:
     assert axes["params/gate[1]"].why is None
 
 
+def test_examples_pass_through_dropout_stacks_and_tiles() -> None:
+    def loss(w: Any, x: Any) -> Any:
+        kept = jax.random.bernoulli(jax.random.key(0), 0.5, x.shape)
+        a, b = jnp.unstack(jnp.stack([x @ w, jnp.tile(jnp.where(kept, x, 0.0), (1, 2))], axis=1), axis=1)
+        return jnp.mean(a * b)
+
+    w, x = jnp.ones((4, 8)), jnp.arange(64.0).reshape(16, 4)
+    assert fp.partition.axes(loss)(w, x)["batch[0]"].why is None
+    (plan,) = fp.partition.plan(loss, mesh={"data": 8})(w, x)
+    proof = plan.compile()
+    assert proof.gradient_error is not None
+    assert proof.gradient_error <= 1e-12
+    assert proof.unpredicted == []
+
+
 def test_equal_layers_do_not_share_axes() -> None:
     """JAX keeps the traced body of one relu for both calls; the hidden axes are two all the same."""
     axes = axes_of("equinox")

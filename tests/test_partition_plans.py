@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,8 +64,8 @@ def test_twenty_steps_have_the_losses_of_one_device(kind: str) -> None:
     jax.tree.map(lambda x: x.block_until_ready(), params)  # The given parameters are not overwritten.
 
 
-@pytest.mark.sampled(3)
-@pytest.mark.parametrize("kind", ["data", "both"])
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("kind", ["data", "both", "accumulation"])
 @pytest.mark.parametrize("name", MODELS)
 def test_bytes_and_collectives_are_predicted(name: str, kind: str) -> None:
     loss, params, batch = MODELS[name](32)
@@ -76,6 +77,19 @@ def test_bytes_and_collectives_are_predicted(name: str, kind: str) -> None:
     assert sum(c.nbytes * c.trips for c in proof.collectives) == plan.communicated
     assert proof.gradient_error is not None
     assert proof.gradient_error <= 1e-12
+
+
+def test_sums_in_a_loop_are_reduced_at_each_step() -> None:
+    def loss(w: Any, x: Any) -> Any:
+        carry, _ = jax.lax.scan(lambda h, x: (jnp.tanh(x + h @ w), None), jnp.zeros(x.shape[1:]), x)
+        return jnp.mean(carry)
+
+    for platform, trips in (("cpu", 5), ("tpu", 1)):
+        found = fp.partition.plan(loss, mesh={"data": 2}, rules=fp.rules.autodiff)
+        (plan,) = found(jnp.eye(4), jnp.ones((5, 8, 4)), on=None if platform == "cpu" else "v5e:2x2")
+        assert sum(c.trips for c in plan.program.predicted_traffic if c.nbytes == 4 * 4 * 8) == trips
+        if platform == "cpu":
+            assert plan.compile().unpredicted == []
 
 
 def test_a_collective_that_was_not_predicted_is_named() -> None:
@@ -90,6 +104,17 @@ def test_a_collective_that_was_not_predicted_is_named() -> None:
     assert "not predicted: all-gather" in str(proof)
 
 
+def test_overlapping_pools_are_split_at_all_sizes() -> None:
+    def loss(w: Any, x: Any) -> Any:
+        return jnp.mean(nn.max_pool(jnp.tanh(x @ w), (3, 3), (2, 2)) ** 2)
+
+    (plan,) = fp.partition.plan(loss, mesh={"data": 8})(jnp.eye(3), jnp.ones((16, 9, 9, 3)))
+    proof = plan.compile()
+    assert proof.unpredicted == []
+    assert proof.gradient_error is not None
+    assert proof.gradient_error <= 1e-12
+
+
 def test_zero_holds_a_third_of_what_split_arguments_hold() -> None:
     loss, params, batch = MODELS["tied"]()
     (plan,) = fp.partition.plan(loss, mesh={"data": 8}, shard_parameters=True)(params, batch)
@@ -100,6 +125,8 @@ def test_zero_holds_a_third_of_what_split_arguments_hold() -> None:
     theirs = plain.lower(params, batch).compile().memory_analysis()
     assert ours.argument_size_in_bytes == theirs.argument_size_in_bytes
     assert ours.temp_size_in_bytes <= 0.35 * theirs.temp_size_in_bytes
+    held = ours.argument_size_in_bytes + ours.output_size_in_bytes + ours.temp_size_in_bytes
+    assert plan.predicted.total == pytest.approx(held, rel=0.05)
 
 
 def test_the_table_has_every_kind_best_first() -> None:
@@ -179,6 +206,10 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"mesh": {"stage": 8}, "schedule": "zigzag"}, {}, r"schedule='zigzag' is not known; use one of 1f1b"),
     ({"mesh": {"stage": 2, "model": 2}}, {}, r"a pipeline is combined with data, not with model"),
     ({}, {"on": "v9:1x1"}, r"on='v9:1x1' is not known; write kind:shape, as v5e:4x4"),
+    ({"mesh": {"data": 0}}, {}, r"mesh\['data'\]=0 is no number of parts; pass a whole number from 1"),
+    ({"microbatches": -1}, {}, r"microbatches=-1 is no number of parts"),
+    ({"weight": 3}, {}, r"weight=3 is no function"),
+    ({"optimizer": "adam"}, {}, r"optimizer='adam' is no optimizer; pass one of optax"),
     ({"budget": "much"}, {}, r"budget='much' is not a number of bytes"),
 ]
 
@@ -186,9 +217,21 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 @pytest.mark.parametrize(("options", "where", "message"), BAD)
 def test_bad_input_is_refused_in_a_line(options: Any, where: Any, message: str) -> None:
     loss, params, batch = MODELS["mlp"]()
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises((ValueError, TypeError), match=message) as error:
         fp.partition.plan(loss, **options)(params, batch, **where)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["data", "accumulation", "zero", "pipeline"])
+def test_a_ragged_batch_is_refused_by_a_step(kind: str) -> None:
+    loss, params, (x, y) = MODELS["mlp"]()
+    optimizer = optax.sgd(0.1)
+    (plan,) = fp.partition.plan(loss, optimizer=optimizer, **MESHES[kind])(params, (x, y))
+    step, state = plan.step(optimizer), optimizer.init(params)
+    with pytest.raises(ValueError, match=r"array \[0\] of shape \(15, 16\) cannot be divided"):
+        step(params, state, (x[:15], y[:15]))
+    with pytest.raises(ValueError, match="is for batches"):
+        step(params, state, x)
 
 
 def test_a_batch_without_examples_is_refused_with_the_reason() -> None:

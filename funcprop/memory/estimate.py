@@ -11,11 +11,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from funcprop import _jax
-from funcprop.memory.liveness import Liveness, Step, Value
+from funcprop.memory.liveness import BARRIER, Liveness, Step, Value
+from funcprop.program.by_platform import by_platform_p, form_for
 from funcprop.program.facts import CALLS, CHECKPOINTS, CUSTOM_RULES, PRODUCTS, facts_of
 from funcprop.program.layer_calls import boundary_p
 from funcprop.program.linear_map import linear_body
@@ -24,7 +24,7 @@ from funcprop.program.sizes import nbytes
 _INLINED = CALLS | CHECKPOINTS | CUSTOM_RULES | {"custom_lin", "custom_vjp_call_jaxpr", "shard_map"}
 # Their results are their operands, under another name or, on one device, at all.
 _RENAMED = frozenset(
-    {"stop_gradient", "copy", "copy_p", "name", "pvary", "pcast", "reshard", "optimization_barrier"}
+    {"stop_gradient", "copy", "copy_p", "name", "pvary", "pcast", "reshard", BARRIER}
     | {"sharding_constraint", "bitcast_convert_type", "mesh_cast", "psum", "psum_invariant", "pmax", "pmin"}
     | {"slice", "broadcast_in_dim", "reduce_sum", "reduce_max", "reduce_min", "all_gather", "ppermute"}
 )
@@ -95,7 +95,7 @@ class _StepsOf:
     """The steps of a jaxpr, and the constants in it."""
 
     def __init__(self, barriers: bool, platform: str) -> None:
-        self.barriers, self.platform, self.salt = barriers, platform, 0
+        self.barriers, self.platform = barriers, platform
         self.steps: list[Step] = []
         self.constants: list[Value] = []
         self.known: dict[Hashable, list[Value]] = {}
@@ -127,7 +127,7 @@ class _StepsOf:
 
     def moved(self, op: str, scope: str, value: Value, aval: Any, detail: Hashable = ()) -> Value:
         """A value in another order or type, computed where it is read; equal ones are one."""
-        key = (op, self.salt, id(value), detail, str(aval))
+        key = (op, id(value), detail, str(aval))
         if key not in self.known:
             self.known[key] = self.add(op, scope, [value], [aval], fuses=True, in_library=op in _IN_LIBRARY)
         return self.known[key][0]
@@ -139,13 +139,17 @@ class _StepsOf:
         bodies = [body for _, body in _jax.sub_jaxprs(eqn)]
         if (tangent_map := linear_body(eqn)) is not None:
             return self.walk(tangent_map, operands, scope)
+        if eqn.primitive is by_platform_p:
+            return self.walk(form_for(eqn, self.platform), operands, scope)
         if eqn.primitive is boundary_p:
             return operands[eqn.params["call"].tree.num_leaves :]
         if bodies and name in _INLINED:
             given = operands[len(operands) - len(_jax.open_jaxpr(bodies[0]).invars) :]
-            if name in CHECKPOINTS and self.barriers and eqn.params["prevent_cse"]:
-                return self._behind_barrier(bodies[0], given, scope)
+            if name in CHECKPOINTS and eqn.params["prevent_cse"] and eqn.params["differentiated"]:
+                given = self._behind_barrier(given, scope)
             return self.walk(bodies[0], given, scope)
+        if name == BARRIER:
+            return self._behind_barrier(operands, scope)
         if name == "scan":
             return self._scan(eqn, operands, bodies[0], scope)
         if name == "select_and_scatter_add":
@@ -161,7 +165,7 @@ class _StepsOf:
         key: Hashable = None
         if not eqn.effects and (not bodies or facts.combines):
             atoms = (str(a) if v is None else id(v) for a, v in zip(eqn.invars, operands, strict=False))
-            key = (name, self.salt, tuple(atoms), str(eqn.params))
+            key = (name, tuple(atoms), str(eqn.params))
             if key in self.known:
                 return self.known[key]
         moves = facts.moves or name in _MOVES
@@ -181,17 +185,13 @@ class _StepsOf:
             self.known[key] = results
         return results
 
-    def _behind_barrier(self, body: Any, given: list[Value | None], scope: str) -> Sequence[Value | None]:
-        """A checkpoint that is kept: nothing in it is shared, and it starts when its inputs are there."""
-        barrier = self.add("optimization_barrier", scope, given, [jax.ShapeDtypeStruct((), bool)])
-        self.salt += 1
-        start = len(self.steps)
-        results = self.walk(body, given, scope)
-        inside = set(map(id, self.steps[start:]))
-        for step in self.steps[start:]:
-            if not any(id(v.step) in inside for v in step.operands):
-                step.operands += barrier
-        return results
+    def _behind_barrier(self, given: list[Value | None], scope: str) -> list[Value | None]:
+        """The same values, when all of them are there, under new names; these, where no barrier is kept."""
+        if not self.barriers:
+            return given
+        there = [v for v in given if v is not None]
+        made = iter(self.add(BARRIER, scope, there, [v.aval for v in there]))
+        return [None if v is None else next(made) for v in given]
 
     def _product(self, eqn: Any, operands: list[Value | None], scope: str) -> Value:
         """A product, behind copies of operands whose axes are in another order, or, on a CPU, of 16 bits."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from funcprop.program.sizes import nbytes
 
+BARRIER = "optimization_barrier"
 # Sums of so many entries are computed by a library, which reads from memory what others read, too; shorter
 # ones compute what they read inside if they add up no more than so many for each result.
 _LIBRARY_ENTRIES = 4096
@@ -137,7 +138,22 @@ class Liveness:
         for step in self.steps:
             for v in {id(v): v for v in step.operands}.values():
                 self.users[id(v)].append(step)
-        self.kernels = _in_order(_without_views(self._kernels()))
+        # A barrier moves nothing, but what is behind it waits for all that it reads.
+        self.kernels = self._without(_barrier, _in_order(self._without(_view, self._kernels())))
+
+    def _without(self, views: Callable[[Kernel], Sequence[Value]], found: Sequence[Kernel]) -> list[Kernel]:
+        """The kernels that compute something; what others make is the memory that they read."""
+        same: dict[int, Value] = {}
+        kept = []
+        for kernel in found:
+            kernel.reads = {id(v): v for v in (same.get(k, v) for k, v in kernel.reads.items())}
+            kernel.step.operands = [same.get(id(v), v) for v in kernel.step.operands]
+            sources = views(kernel)
+            same.update((id(v), u) for u, v in zip(sources, kernel.step.results, strict=False))
+            if not sources:
+                kept.append(kernel)
+        self.results = {id(same[key]) if key in same else key for key in self.results}
+        return kept
 
     def _users_of(self, step: Step) -> list[Step]:
         return [u for v in step.results for u in self.users[id(v)]]
@@ -284,17 +300,15 @@ def _takes_in(root: Step, step: Step, alone: bool) -> bool:
     return size <= _WINDOW * root.results[0].size
 
 
-def _without_views(found: Sequence[Kernel]) -> list[Kernel]:
-    """The kernels that compute something; what another one makes is the memory that it reads."""
-    same: dict[int, Value] = {}
-    kept = []
-    for kernel in found:
-        kernel.reads = {id(v): v for v in (same.get(k, v) for k, v in kernel.reads.items())}
-        if len(kernel.reads) == 1 and all(step.op == "reshape" for step in kernel.members.values()):
-            (same[id(kernel.step.results[0])],) = kernel.reads.values()
-        else:
-            kept.append(kernel)
-    return kept
+def _view(kernel: Kernel) -> list[Value]:
+    """What is read by a kernel that only reads it in another shape, in the place of its result."""
+    same = len(kernel.reads) == 1 and all(step.op == "reshape" for step in kernel.members.values())
+    return list(kernel.reads.values()) if same else []
+
+
+def _barrier(kernel: Kernel) -> list[Value]:
+    """What is behind a barrier, in the places of its results."""
+    return kernel.step.operands if kernel.step.op == BARRIER else []
 
 
 def _in_order(found: Sequence[Kernel]) -> list[Kernel]:

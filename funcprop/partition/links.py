@@ -296,6 +296,23 @@ def _sort(eqn: Any, found: Links) -> None:
     _along(eqn, found, [axis], why)
 
 
+def _stack(eqn: Any, found: Links) -> None:
+    """Each of some arrays is one place along a new axis of the other."""
+    axis, parts, whole = eqn.params["axis"], eqn.invars, eqn.outvars[0]
+    if eqn.primitive.name == "unstack":
+        parts, whole = eqn.outvars, eqn.invars[0]
+    found.block(whole, axis, f"arrays are joined along it (`{eqn.primitive.name}`)")
+    for part in parts:
+        for d in range(rank(part)):
+            found.link(part, d, whole, d + (d >= axis))
+
+
+def _bits(eqn: Any, found: Links) -> None:
+    """The last axis may be one of bytes; all others are the same."""
+    for d in range(min(map(rank, (eqn.invars[0], eqn.outvars[0])))):
+        found.link(eqn.invars[0], d, eqn.outvars[0], d)
+
+
 def _parts(what: str) -> Callable[[Any, Links], None]:
     def links(eqn: Any, found: Links) -> None:
         axes = [eqn.params["dimension"]] if "dimension" in eqn.params else []
@@ -331,6 +348,9 @@ _TABLE: dict[str, Callable[[Any, Links], None]] = {
     "pad": _parts("it is padded (`pad`)"),
     "dynamic_slice": _parts("a part of it is taken by an index (`dynamic_slice`)"),
     "dynamic_update_slice": _parts("a part of it is written by an index (`dynamic_update_slice`)"),
+    "tile": _parts("it is repeated as a whole (`tile`)"),
+    **dict.fromkeys(("stack", "unstack"), _stack),
+    "bitcast_convert_type": _bits,
     "rev": _parts("it is reversed (`rev`)"),
     "fft": _spectrum,
 }

@@ -171,6 +171,8 @@ class PipelinedProgram:
             found += [_sent(v, nbytes(v), s, self.microbatches) for v in segment.outputs]
         if self.replicas > 1:
             leaves, _ = self._leaves
+            (loss,) = segments[-1].outputs
+            found.append(Collective("all-reduce", nbytes(loss), "the loss", self.microbatches))
             found += [
                 Collective("all-reduce", nbytes(leaves[i]), f"gradients of stage {s}", self.microbatches)
                 for s, segment in enumerate(segments)

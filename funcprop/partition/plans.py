@@ -16,7 +16,7 @@ import numpy as np
 from funcprop import _jax
 from funcprop.graph.graph import aligned
 from funcprop.partition.device_bytes import DeviceBytes
-from funcprop.partition.layout import mesh_of
+from funcprop.partition.layout import DATA, mesh_of
 from funcprop.partition.pipeline import PipelinedProgram
 from funcprop.partition.problem import TrainingProblem, Weight
 from funcprop.partition.programs import SteppedProgram
@@ -127,13 +127,10 @@ class PartitionPlan:
     def step(self, optimizer: Any) -> Callable[..., Any]:
         """A train step, `step(params, state, batch) -> params, state, loss`; it overwrites the first two."""
         if isinstance(self.program, PipelinedProgram):
-            return self.program.on(self._devices()).step(optimizer)
-        fun, ins = self.program.jitted(self._devices(), optimizer)
-
-        def step(params: Any, state: Any, batch: Any) -> Any:
-            return fun(params, state, jax.tree.map(_put, batch, ins[-1]))
-
-        return step
+            run = self.program.on(self._devices()).step(optimizer)
+        else:
+            run = self.program.jitted(self._devices(), optimizer)[0]
+        return lambda params, state, batch: run(params, state, self.put(batch))
 
     def gradient(self, params: Any, batch: Any) -> tuple[Any, Any]:
         """The loss and its gradient by the plan, at parameters wherever they are."""
@@ -172,22 +169,30 @@ class PartitionPlan:
         """A batch where the plan's step reads it.
 
         Raises:
-            ValueError: an array of it cannot be divided as the plan says.
+            ValueError: it is another tree, or an array of it cannot be divided as the plan says.
         """
-        if isinstance(self.program, PipelinedProgram):
-            return batch
-        for (path, x), layout in zip(
-            jax.tree.leaves_with_path(batch), jax.tree.leaves(self._batch_layout), strict=True
-        ):
-            if any(
-                n % layout.mesh.shape[name] for n, name in zip(np.shape(x), layout.spec, strict=False) if name
-            ):
+        tree: Any = jax.tree.structure(batch)
+        if tree != (planned := jax.tree.structure(self.problem.batch)):
+            raise ValueError(f"plan {self.name!r} is for batches {planned}, and this one is {tree}.")
+        parts = self.mesh.get(DATA, 1) * self._cuts
+        for (path, x), d in zip(jax.tree.leaves_with_path(batch), self.problem.batch_axes, strict=True):
+            if d is not None and any(n % parts for n in np.shape(x)[d : d + 1]):
                 raise ValueError(
                     f"plan {self.name!r}: the batch's array {jax.tree_util.keystr(path)} of shape "
                     f"{np.shape(x)} cannot be divided among the devices of {dict(self.mesh)}; use batches of "
                     "equal sizes that they divide, and leave out a ragged last one."
                 )
+        if isinstance(self.program, PipelinedProgram):
+            return batch
         return jax.tree.map(_put, batch, self._batch_layout)
+
+    @property
+    def _cuts(self) -> int:
+        """Into how many parts each device's examples are cut."""
+        program = self.program
+        if isinstance(program, SteppedProgram):
+            return program.parts * program.minibatches
+        return program.microbatches if isinstance(program, PipelinedProgram) else 1
 
     @cached_property
     def _batch_layout(self) -> Any:

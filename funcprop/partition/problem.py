@@ -25,7 +25,10 @@ Weight = Callable[[Any], Any]
 
 @dataclass(frozen=True, eq=False)
 class TrainingProblem:
-    """A loss of parameters and batch, an optimizer or None, and arguments, which may be shapes."""
+    """A loss of parameters and batch, an optimizer or None, and arguments, which may be shapes.
+
+    `platform` is that of the devices.
+    """
 
     loss: Callable[..., Any]
     params: Any
@@ -33,6 +36,7 @@ class TrainingProblem:
     optimizer: optax.GradientTransformation | None = None
     rules: RuleSet | None = None
     weight: Weight | None = None
+    platform: str = "cpu"
     _cuttables: dict[int, Cuttable] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -204,12 +208,15 @@ def require_mean(problem: TrainingProblem, most: int = 64) -> None:
     if abs(whole - mean) <= 1e4 * eps * max(abs(whole), abs(first), abs(second)):
         return
     needed = (whole - second) / (first - second) if first != second else math.nan
+    needs = (
+        f"it needs the weight {needed:.4g} for the first half. Pass weight=, the function of a batch that "
+        "says how much it counts (for instance its number of tokens)"
+        if 0 <= needed <= 1
+        else "no weights make it one. Divide it by the number of examples if it is their sum"
+    )
     given = "weight=" if problem.weight is not None else "a weight of 1/2 each"
     raise ValueError(
         f"the loss is not the mean over examples: of {len(chosen)} examples it is {whole:.6g}, of the halves "
-        f"{first:.6g} and {second:.6g}, with {given} {mean:.6g}; it needs the weight "
-        f"{needed:.4g} for the first "
-        "half. Pass weight=, the function of a batch that says how much it counts (for instance "
-        "its number of "
-        "tokens), or use plans without microbatches (data, tensor)."
+        f"{first:.6g} and {second:.6g}, with {given} {mean:.6g}; {needs}, or use plans without microbatches "
+        "(data, tensor)."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from funcprop.partition.device_bytes import DeviceBytes, peak_of_step
 from funcprop.partition.layout import DATA, MODEL, MeshLayout, layout_of, mesh_of
 from funcprop.partition.local import local_program
 from funcprop.partition.problem import TrainingProblem, updated
-from funcprop.partition.traffic import Collective, predicted_collectives
+from funcprop.partition.traffic import REDUCES_BEHIND_LOOPS, Collective, predicted_collectives
 from funcprop.program.flops import of_jaxpr
 from funcprop.rules.transforms import value_and_grad
 
@@ -26,12 +26,13 @@ Gradient = Callable[..., Any]
 
 def accumulated(problem: TrainingProblem, gradient: Gradient, parts: int) -> Gradient:
     """Value and gradient as the weighted mean of those of `parts` microbatches, one after the other."""
-    weigh = problem.weight or (lambda batch: 1.0)
 
     def run(params: Any, batch: Any) -> Any:
         def one(total: Any, part: Any) -> tuple[Any, None]:
             value, grads = gradient(params, part)
-            weight = jnp.asarray(weigh(part), value.dtype)
+            if problem.weight is None:
+                return tuple(jax.tree.map(jnp.add, total, (1.0, value, grads))), None
+            weight = jnp.asarray(problem.weight(part), value.dtype)
             new = jax.tree.map(lambda t, x: t + weight.astype(x.dtype) * x, total[1:], (value, grads))
             return (total[0] + weight, *new), None
 
@@ -179,8 +180,10 @@ class SteppedProgram:
         arguments, count = self.problem.arguments(self.problem.optimizer), self.parts * self.minibatches
         if self.lean is not None:  # Of one device; what is computed again is not shared.
             closed = jax.make_jaxpr(self.whole(self.problem.optimizer))(*arguments)
-            return peak_of_step(_jax.with_constants_as_inputs(closed)[0], arguments, barriers=True)
-        found = dict(peak_of_step(self._local, arguments).by_purpose)
+            return peak_of_step(
+                _jax.with_constants_as_inputs(closed)[0], arguments, True, self.problem.platform
+            )
+        found = dict(peak_of_step(self._local, arguments, platform=self.problem.platform).by_purpose)
         found["batch"] = found.get("batch", 0) * count
         if self.parts > 1:  # The sum of gradients stays beside that of a part.
             start = len(self._planned.program.consts)
@@ -192,10 +195,15 @@ class SteppedProgram:
     def predicted_traffic(self) -> list[Collective]:
         """The collectives of one step.
 
-        Gradients are reduced once, whatever the parts; what tensor parallelism reduces is so in each part.
+        Gradients of parts are reduced as sums that a loop adds up; what tensor parallelism reduces is so in
+        each part.
         """
-        once = self.lean is None and self.sizes.get(MODEL, 1) == 1
-        return predicted_collectives(self.whole_batch if once else self.layout)
+        platform = self.problem.platform
+        if self.lean is not None or self.sizes.get(MODEL, 1) > 1:
+            return predicted_collectives(self.layout, platform)
+        once = platform in REDUCES_BEHIND_LOOPS and self.problem.weight is None
+        found = predicted_collectives(self.whole_batch, platform)
+        return [replace(c, trips=c.trips * (1 if once else self.parts)) for c in found]
 
     @cached_property
     def flops(self) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property, partial
+from numbers import Integral
 from typing import Any
 
 import optax
@@ -21,7 +23,9 @@ from funcprop.partition.task_order import Order
 from funcprop.partition.topology import DeviceTarget, target_of
 from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import budget_bytes, nbytes
-from funcprop.rules.rule_set import RuleSet
+from funcprop.rules.primitives import pooling
+from funcprop.rules.rule import Rule
+from funcprop.rules.rule_set import OperatorKey, RuleSet
 from funcprop.rules.sets import default
 
 # Segments of ZeRO-3: more of them gather less at a time.
@@ -85,17 +89,30 @@ def plan(
         params: Any, batch: Any, devices: int | Sequence[Any] | None = None, on: str | None = None
     ) -> Plans:
         target = target_of(devices, on)
+        _check(optimizer, weight, mesh, microbatches)
         limit = target.machine.memory if budget is None else budget_bytes(budget, "budget")
         chosen = default if rules is None else rules
         if not target.is_present and chosen.target is None:
             chosen = chosen.on(target.machine.platform)
-        problem = TrainingProblem(loss, params, batch, optimizer, chosen, weight)
+        problem = TrainingProblem(loss, params, batch, optimizer, chosen, weight, target.machine.platform)
         search = _Search(problem, target, limit, microbatches, schedule)
         if mesh is not None:
             return Plans((search.on_mesh(mesh, shard_parameters),), (), problem.examples)
         return search.all()
 
     return planned
+
+
+def _check(optimizer: Any, weight: Any, mesh: Any, microbatches: Any) -> None:
+    """Raise if an argument of `plan` is not what it says."""
+    if optimizer is not None and not hasattr(optimizer, "init"):
+        raise TypeError(f"optimizer={optimizer!r} is no optimizer; pass one of optax, such as adam(1e-3).")
+    if weight is not None and not callable(weight):
+        raise TypeError(f"weight={weight!r} is no function; pass that of a batch which counts its tokens.")
+    counts = {f"mesh[{name!r}]": size for name, size in (mesh or {}).items()} | {"microbatches": microbatches}
+    for name, size in counts.items():
+        if size is not None and (not isinstance(size, Integral) or size < 1):
+            raise ValueError(f"{name}={size!r} is no number of parts; pass a whole number from 1.")
 
 
 class _Search:
@@ -117,8 +134,25 @@ class _Search:
         if not self.problem.has_values and not (isinstance(program, SteppedProgram) and program.is_plain):
             notes = ("not checked: whether the loss is a mean over examples needs values, not shapes",)
         return PartitionPlan(
-            name, dict(mesh), self.problem, program, self.target, self.budget, notes=notes, **more
+            name, dict(mesh), program.problem, program, self.target, self.budget, notes=notes, **more
         )
+
+    @cached_property
+    def _split(self) -> TrainingProblem:
+        """The problem where examples are on several devices.
+
+        XLA gathers them for autodiff's derivative of a max-pool, so there the rule is used at all sizes.
+        """
+        problem, rules = self.problem, self.problem.rules
+        made = {eqn.primitive.name for eqn, _ in problem.axes.program.equations}
+        if rules is None or problem.platform == "tpu" or "select_and_scatter_add" not in made:
+            return problem
+        pools: dict[OperatorKey, Rule | None] = {
+            name: pooling.rule(minimum=minimum, everywhere=True)
+            for name, minimum in (("reduce_window_max", False), ("reduce_window_min", True))
+            if name in rules and not rules.is_replaced(name)
+        }
+        return replace(problem, rules=rules.replace(pools)) if pools else problem
 
     @cached_property
     def _mean(self) -> None:
@@ -167,7 +201,7 @@ class _Search:
             self._mean  # noqa: B018
             names.append(f"accumulation {parts}")
         sizes = {DATA: data, MODEL: model} if model > 1 else {DATA: data}
-        program = SteppedProgram(self.problem, sizes, parts)
+        program = SteppedProgram(self._split if data > 1 else self.problem, sizes, parts)
         program.whole_batch  # noqa: B018 (an axis that cannot be split is an error here)
         return self._plan(" × ".join(names) or "one device", sizes, program)
 
@@ -192,8 +226,7 @@ class _Search:
         self.problem.require_parts(parts, "data")
         self._mean  # noqa: B018
         most = len(self.problem.cuttable(parts).positions()) - 1
-        platform = self.target.machine.platform
-        program = ShardedProgram(self.problem, parts, min(most, _SEGMENTS), platform)
+        program = ShardedProgram(self.problem, parts, min(most, _SEGMENTS))
         return self._plan(f"zero {parts}", {DATA: parts}, program)
 
     def pipeline(self, stages: int, replicas: int) -> PartitionPlan:
@@ -203,7 +236,8 @@ class _Search:
         self.problem.require_parts(parts * replicas, "microbatches × data")
         self._mean  # noqa: B018
         count = stages * 2 if self.schedule == "interleaved" else stages
-        program = PipelinedProgram(self.problem, count, parts, self.schedule, stages, replicas)
+        problem = self._split if replicas > 1 else self.problem
+        program = PipelinedProgram(problem, count, parts, self.schedule, stages, replicas)
         program.timeline  # noqa: B018
         program.one_replica  # noqa: B018 (a loss that cannot be cut is an error here)
         name = f"pipeline {stages} ({self.schedule})" + (f" × data {replicas}" if replicas > 1 else "")

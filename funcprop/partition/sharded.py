@@ -38,7 +38,6 @@ class ShardedProgram:
     problem: TrainingProblem
     parts: int
     count: int
-    platform: str = "cpu"
 
     @cached_property
     def places(self) -> list[int | None]:
@@ -111,7 +110,7 @@ class ShardedProgram:
     @cached_property
     def compiler_options(self) -> dict[str, str] | None:
         """What the outermost jit needs, so that parameters are gathered when they are needed."""
-        return barrier_options(self.platform)
+        return barrier_options(self.problem.platform)
 
     def jitted(
         self, devices: Sequence[Any], optimizer: Any, gradient_only: bool = False
@@ -174,7 +173,9 @@ class ShardedProgram:
     def predicted_bytes(self) -> DeviceBytes:
         """The peak of one device."""
         arguments = self.problem.arguments(self.problem.optimizer)
-        return peak_of_step(_jax.open_jaxpr(self._body), arguments, barriers=True, platform=self.platform)
+        return peak_of_step(
+            _jax.open_jaxpr(self._body), arguments, barriers=True, platform=self.problem.platform
+        )
 
     @cached_property
     def predicted_traffic(self) -> list[Collective]:

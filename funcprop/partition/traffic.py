@@ -31,17 +31,18 @@ class Collective:
     trips: int = 1
 
 
-def predicted_collectives(layout: MeshLayout) -> list[Collective]:
-    """The all-reduces of a layout: one for each operator that sums over a split axis.
+# Whose compilers reduce once, behind the loop, the sums that its steps add to a carry.
+REDUCES_BEHIND_LOOPS = frozenset({"tpu"})
 
-    Sums that a loop adds to a carry are reduced once, behind the loop.
-    """
+
+def predicted_collectives(layout: MeshLayout, platform: str) -> list[Collective]:
+    """The all-reduces of a layout: one for each operator that sums over a split axis, at each trip."""
     from funcprop import _jax
 
     found = []
     for total in layout.program.totals:
         if layout.summed_over(total.summed):
-            trips = 1 if total.joins else total.trips
+            trips = 1 if total.joins and platform in REDUCES_BEHIND_LOOPS else total.trips
             scope = _jax.scope(total.eqn)
             name = f"{scope}/{total.eqn.primitive.name}" if scope else total.eqn.primitive.name
             result = layout.bytes_of(total.eqn.outvars[0])

@@ -106,6 +106,16 @@ def _batch(axis: Any, operands: Any, dims: Any, *, jaxpr: Any, forms: Forms) -> 
     return results, [0] * len(results)
 
 
+def form_for(eqn: Any, platform: str) -> Any:
+    """The program that an equation of this operator is on a platform."""
+    forms, jaxpr = eqn.params["forms"], eqn.params["jaxpr"]
+    if platform in forms.platforms:
+        return jaxpr
+    return jax.make_jaxpr(forms.other)(
+        *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars)
+    )
+
+
 def _replaced(values: Sequence[Any], places: Sequence[int], others: Sequence[Any]) -> Arrays:
     full = list(values)
     for i, value in zip(places, others, strict=True):
