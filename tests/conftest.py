@@ -40,12 +40,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """Say what the marks are."""
     config.addinivalue_line("markers", "nightly: runs with FUNCPROP_NIGHTLY alone")
     config.addinivalue_line(
-        "markers", "sampled(count): of more cases, only so many run unless FUNCPROP_NIGHTLY"
+        "markers", "sampled(count): of the cases chosen, at most so many run unless FUNCPROP_NIGHTLY"
     )
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave to the nightly run what is marked so, and all but some evenly spaced cases of a sampled test."""
+    """Leave to the nightly run what is marked so, and all but some evenly spaced cases of a sampled test.
+
+    This comes after `-k`: cases that were asked for by name run, if they are few enough.
+    """
     if NIGHTLY:
         return
     cases: dict[str, list[pytest.Item]] = defaultdict(list)

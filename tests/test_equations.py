@@ -313,8 +313,9 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("mistake", WRONG)
-def test_wrong_equations_are_caught(mistake):
+def test_wrong_equations_are_caught(mistake, dtype):
     def equations(op):
         a, b = op.args
         return WRONG[mistake](Equations(a @ b, (op.cotangent @ b.T, a.T @ op.cotangent)))
@@ -330,9 +331,55 @@ def test_wrong_equations_are_caught(mistake):
         return a @ b
 
     a, b = jnp.array([[1.0, 2.0], [3.0, 5.0]]), jnp.array([[2.0, 0.0], [1.0, 4.0]])
-    derivation = fp.derive(lambda a, b: jnp.sum(product(a, b) ** 2), (0, 1))(a, b)
+    # A result that is rounded to single precision is not taken for a backward that is not linear.
+    weights = jnp.asarray([[1.0, 0.7], [-0.3, 0.9]], dtype)
+    derivation = fp.derive(lambda a, b: jnp.sum(product(a, b).astype(dtype) * weights), (0, 1))(a, b)
     with pytest.raises(DerivationError, match=r"form \d of `.*` deviates from autodiff by"):
         derivation.verify()
+
+
+def scaled(x, factor, shift=None):
+    y = x * factor
+    return y if shift is None else y + shift
+
+
+ILL_FORMED = {
+    "no Equations": (
+        lambda op: (op.args[0], (op.cotangent, None)),
+        fp.RuleError,
+        r"rule for scaled: the equations are a tuple; return `Equations\(",
+    ),
+    "too few": (
+        lambda op: Equations(op.args[0], (op.cotangent,)),
+        fp.RuleError,
+        r"rule for scaled: .* one cotangent for every array of \('x', 'factor'\)",
+    ),
+    "one for None": (
+        lambda op: Equations(op.args[0], (op.cotangent, op.cotangent, op.cotangent)),
+        fp.RuleError,
+        "rule for scaled: .* None for an argument that is None",
+    ),
+    "None as a term": (
+        lambda op: Equations(op.args[0] + op.args[2], (op.cotangent, None, None)),
+        TypeError,
+        "None is neither a symbol nor a number; .* leave out an argument that is None",
+    ),
+    "a function of arrays": (
+        lambda op: Equations(jnp.sin(op.args[0]), (op.cotangent, None, None)),
+        TypeError,
+        r"symbols know .* `apply\(name, function, \*symbols\)`",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", ILL_FORMED)
+def test_ill_formed_equations_are_refused_with_the_name_of_their_rule(mistake):
+    equations, kind, message = ILL_FORMED[mistake]
+    layer = fp.layer(rule=fp.Rule(lambda *args: (scaled(*args), args), lambda *_: (), equations))(scaled)
+    with pytest.raises(kind, match=message) as raised:
+        fp.derive(lambda x, factor: jnp.sum(layer(x, factor) ** 2), (0, 1))(jnp.ones(3), jnp.ones(3))
+    found = str(raised.value) + "".join(getattr(raised.value, "__notes__", ()))
+    assert "rule for scaled" in found
 
 
 def test_latex_is_balanced_and_complete():

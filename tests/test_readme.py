@@ -1,6 +1,6 @@
 """Every README runs: its programs print what it shows, its commands too, and the table lists the rules.
 
-`python tests/test_readme.py` writes the outputs and the table into them.
+`python tests/test_readme.py` writes the outputs and the table into them, with `--table` the table alone.
 """
 
 import contextlib
@@ -131,7 +131,7 @@ def test_outputs_are_those_shown(readme: Path) -> None:
 def test_table_of_rules() -> None:
     found = RULES.search(RULES_README.read_text())
     assert found is not None
-    assert found[2] == rules_table(), "run `python tests/test_readme.py` to write the table"
+    assert found[2] == rules_table(), "run `python tests/test_readme.py --table` to write the table"
 
 
 RECIPES = ("fp.grad(loss)", "nnx.value_and_grad(fp.with_rules", "eqx.filter_value_and_grad", "TrainState")

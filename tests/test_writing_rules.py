@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rule_examples
 from jax import lax
 from rule_examples import positive
 
@@ -20,6 +21,13 @@ from funcprop.testing import check_rule
 
 GUIDE = (Path(fp.__file__).parent / "rules" / "WRITING_RULES.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE)
+
+
+def entry(start: str, names: dict[str, object]) -> object:
+    """The value of the one line of a table that the guide shows and that begins so."""
+    (line,) = (block for block in BLOCKS if block.lstrip().startswith(start))
+    (value,) = eval("{" + line + "}", names).values()
+    return value
 
 
 @pytest.fixture
@@ -32,18 +40,31 @@ def layer():
     del sys.modules["scale_layer"]
 
 
-def test_the_rule_of_a_primitive():
-    (line,) = (block for block in BLOCKS if block.lstrip().startswith('"log1p": elementwise_rule'))
-    table = eval("{" + line + "}", {"elementwise_rule": elementwise_rule, "lax": lax})
-    check_rule(table["log1p"], positive(3, 4), function=lax.log1p, primitive="log1p")
-    rules = fp.rules.autodiff.replace(table)
+@pytest.fixture
+def rule():
+    return entry('"log1p": elementwise_rule', {"elementwise_rule": elementwise_rule, "lax": lax})
+
+
+def test_the_rule_of_a_primitive(rule):
+    function, examples = entry('"log1p": (lax.log1p', vars(rule_examples))
+    for example in examples:
+        check_rule(rule, *example.args, function=function, primitive="log1p")
+    rules = fp.rules.autodiff.replace({"log1p": rule})
     found = fp.grad(lambda x: jnp.sum(jnp.log1p(x)), rules=rules)(positive(3))
     np.testing.assert_allclose(found, 1 / (1 + positive(3)))
 
 
 def test_the_rule_of_a_layer(layer):
-    x, factor = positive(3, 4), positive(4, seed=1)
-    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        check_rule(layer, x, factor)
-    derivation = fp.derive(lambda x, factor: jnp.sum(layer(x, factor)), argnums=(0, 1))(x, factor)
-    derivation.verify()
+    for example in entry('"scale": [', vars(rule_examples)):
+        with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+            check_rule(layer, *example.args)
+
+
+def test_the_checks_by_hand(rule, layer, monkeypatch, capsys):
+    monkeypatch.setattr(fp.layers, "scale", layer, raising=False)
+    monkeypatch.setattr(fp.rules, "handwritten", fp.rules.handwritten.replace({"log1p": rule}))
+    names = {"fp": fp, "jax": jax, "jnp": jnp}
+    for block in BLOCKS:
+        if "check_rule(" in block or ".verify()" in block:
+            exec(compile(block, "WRITING_RULES.md", "exec"), names)
+    assert capsys.readouterr().out.count("residual bytes") == 2

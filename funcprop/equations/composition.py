@@ -16,6 +16,7 @@ from funcprop.equations.flow import Region, is_trivial
 from funcprop.equations.named_function import Write
 from funcprop.graph.graph import Operator, Variable
 from funcprop.program.facts import facts_of
+from funcprop.program.layer_calls import LayerCall
 from funcprop.rules import primitives
 from funcprop.rules.expressions import (
     Equations,
@@ -29,6 +30,7 @@ from funcprop.rules.expressions import (
     written,
 )
 from funcprop.rules.notation import reduction
+from funcprop.rules.rule import RuleError
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +90,32 @@ def own_equations(
         write = None if rule is None or op.call.axes else rule.equations
         given = op.call.unflatten(list(args))
     name = _CALLED.get(op.op, op.op) if op.call is None else op.op
-    found = None if write is None else write(OperatorSymbols(name, given, output, cotangent, op.static))
+    try:
+        found = None if write is None else write(OperatorSymbols(name, given, output, cotangent, op.static))
+    except Exception as error:
+        error.add_note(
+            f"raised by the equations of the rule for {op.op}: symbols know + − * / @ and numbers; "
+            "apply other functions with `apply(name, function, *symbols)`"
+        )
+        raise
     if found is None or op.call is None:
         return found
-    return Equations(found.forward, tuple(op.call.tree.flatten_up_to(tuple(found.backward))))
+    return _one_for_each_array(op.call, found)
+
+
+def _one_for_each_array(call: LayerCall, equations: Any) -> Equations:
+    """A layer's equations, with the cotangents flat."""
+    where, names = f"rule for {call.layer.name}: the equations", call.argument_names()
+    if not isinstance(equations, Equations):
+        raise RuleError(f"{where} are a {type(equations).__name__}; return `Equations(forward, backward)`.")
+    try:
+        backward = tuple(call.tree.flatten_up_to(tuple(equations.backward)))
+    except ValueError:
+        raise RuleError(
+            f"{where} have cotangents whose structure is not that of the arguments; return a tuple with one "
+            f"cotangent for every array of {names}, and None for an argument that is None."
+        ) from None
+    return Equations(equations.forward, backward)
 
 
 # What primitives are called by those who do not write compilers.

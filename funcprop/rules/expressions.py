@@ -335,8 +335,20 @@ def _constant(value: float, *operands: Expression) -> Expression:
 
 
 def as_expression(value: Any) -> Expression:
-    """An expression, or a number as one."""
-    return value if isinstance(value, Expression) else number(value)
+    """An expression, or a number as one.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(value, Expression):
+        return value
+    try:
+        return number(value)
+    except TypeError:
+        raise TypeError(
+            f"{value!r} is neither a symbol nor a number; apply other functions with "
+            "`apply(name, function, *symbols)`, and leave out an argument that is None."
+        ) from None
 
 
 def _without_sign(expression: Expression) -> Expression | None:
