@@ -32,11 +32,18 @@ def _called_as(fun: Function, changed: Function) -> Function:
     return changed
 
 
+def _wide(outputs: Any) -> Any:
+    """Outputs in float32 if they are of half precision, whose rounding makes the Hessian of a loss indefinite."""
+    half = lambda o: jnp.issubdtype(getattr(o, "dtype", None), jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda o: o.astype(single_at_least(o.dtype)) if half(o) else o, outputs)
+
+
 def model_of_one(model: Function, batched: bool) -> Function:
     """`model(params, x)` of one example, from one of a whole batch, which is called with a batch of one."""
     if not batched:
-        return model
-    return _called_as(model, lambda params, x: jax.tree.map(lambda leaf: leaf[0], model(params, _alone(x))))
+        return _called_as(model, lambda params, x: _wide(model(params, x)))
+    first = lambda outputs: jax.tree.map(lambda leaf: leaf[0], outputs)  # noqa: E731
+    return _called_as(model, lambda params, x: _wide(first(model(params, _alone(x)))))
 
 
 def loss_of_one(loss: Function, batched: bool, first: int = 0) -> Function:
@@ -48,9 +55,8 @@ def loss_of_one(loss: Function, batched: bool, first: int = 0) -> Function:
 
 def model_of_all(model: Function, batched: bool) -> Function:
     """`model(params, x)` of a whole batch, from one of one example."""
-    if batched:
-        return model
-    return _called_as(model, lambda params, x: jax.vmap(model, (None, 0))(params, x))
+    of_all = model if batched else jax.vmap(model, (None, 0))
+    return _called_as(model, lambda params, x: _wide(of_all(params, x)))
 
 
 def loss_of_all(loss: Function, batched: bool) -> Function:

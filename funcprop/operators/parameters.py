@@ -86,6 +86,11 @@ class Parameters:
         return max(float(jnp.finfo(dtype).eps) for dtype in self.dtypes)
 
     @property
+    def eigenvalue_rounding(self) -> float:
+        """How far from zero rounding may put an eigenvalue, relative to the largest."""
+        return max(100 * float(jnp.finfo(self.dtype).eps), 4 * self.rounding)
+
+    @property
     def slices(self) -> tuple[slice, ...]:
         """Where each leaf stands in the flat vector."""
         ends = list(accumulate(self.sizes, initial=0))
