@@ -33,7 +33,7 @@ def _called_as(fun: Function, changed: Function) -> Function:
 
 
 def _wide(outputs: Any) -> Any:
-    """Outputs in float32 if they are of half precision, whose rounding makes the Hessian of a loss indefinite."""
+    """Outputs in float32 for half precision, whose rounding would make the Hessian of a loss indefinite."""
     half = lambda o: jnp.issubdtype(getattr(o, "dtype", None), jnp.floating)  # noqa: E731
     return jax.tree.map(lambda o: o.astype(single_at_least(o.dtype)) if half(o) else o, outputs)
 

@@ -159,7 +159,8 @@ def summary(
     total: Any = operator.trace(samples=4 * samples, key=probes)
     value, error = (np.array([float(x) for x in jax.tree.leaves(part)]) for part in (each.value, each.error))
     whole = float(total.value), float(total.error)
-    ends, traces = (values[-k:], values[:k]), (value, error)
+    rounding = names.eigenvalue_rounding
+    each = value, error
     return Summary(
-        names.paths, names.sizes, False, *ends, found, traces, whole, 4 * samples, names.eigenvalue_rounding
+        names.paths, names.sizes, False, values[-k:], values[:k], found, each, whole, 4 * samples, rounding
     )
