@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from funcprop import _jax
 from funcprop.curvature.likelihood import likelihood_of
 from funcprop.operators.convergence import is_traced
 from funcprop.operators.parameters import single_at_least
@@ -34,8 +35,12 @@ def _called_as(fun: Function, changed: Function) -> Function:
 
 def _wide(outputs: Any) -> Any:
     """Outputs in float32 for half precision, whose rounding would make the Hessian of a loss indefinite."""
-    half = lambda o: jnp.issubdtype(getattr(o, "dtype", None), jnp.floating)  # noqa: E731
-    return jax.tree.map(lambda o: o.astype(single_at_least(o.dtype)) if half(o) else o, outputs)
+
+    def wide(o: Any) -> Any:
+        real = hasattr(o, "dtype") and jnp.issubdtype(o.dtype, jnp.floating)
+        return o.astype(single_at_least(o.dtype)) if real else o
+
+    return jax.tree.map(wide, outputs)
 
 
 def model_of_one(model: Function, batched: bool) -> Function:
@@ -77,7 +82,7 @@ def batch_size(x: Any, y: Any, of: str = "per_example") -> int:
     """The common length of the leading axes.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the examples' types say how they are laid out over devices.
     """
     sizes = {}
     for name, tree in (("x", x), ("y", y)):
@@ -88,11 +93,21 @@ def batch_size(x: Any, y: Any, of: str = "per_example") -> int:
                 raise ValueError(
                     f"{of}: {where} is a scalar{instead}; the leading axis of x and y is the examples."
                 )
+            require_free_layout(of, where, leaf)
             sizes[where] = jnp.shape(leaf)[0]
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         listed = ", ".join(f"{where} has {n}" for where, n in sizes.items())
         raise ValueError(f"{of}: the leading axis of x and y is the examples, but {listed or 'x is empty'}.")
     return next(iter(sizes.values()))
+
+
+def require_free_layout(of: str, where: str, leaf: Any) -> None:
+    """Raise a ValueError for an array of explicit axes, which functions of one example cannot follow."""
+    if isinstance(leaf, jax.Array) and _jax.explicitly_sharded(jax.typeof(leaf)):
+        raise ValueError(
+            f"{of}: {where} is {jax.typeof(leaf)}, laid out over explicit axes of a mesh; make the mesh with "
+            "axis_types=(jax.sharding.AxisType.Auto,) for each axis, and XLA lays out what is computed of it."
+        )
 
 
 def require_loss_of_positions(shape: tuple[int, ...], positions: tuple[int, ...]) -> None:
