@@ -53,6 +53,7 @@ class LaplaceApproximation:
     noise: Any
     structure: str
     rank: int | None
+    bias: str
     where: Where | None
     rules: RuleSet | None
 
@@ -134,7 +135,7 @@ class LaplaceApproximation:
                 require_finite(self._operator(point, x, weights), diagonal, "laplace")
             return diagonal
         if self.structure == "kronecker":
-            factored = kfac(self._of_chosen(point), given, kind="exact", rules=self.rules)
+            factored = kfac(self._of_chosen(point), given, kind="exact", bias=self.bias, rules=self.rules)
             return factored(point.chosen, x, y, weights=weights)
         return None
 
@@ -169,6 +170,7 @@ def laplace(
     *,
     structure: str = "diagonal",
     rank: int | None = None,
+    bias: str = "separate",
     noise: Any = None,
     batched: bool = False,
     where: Where | None = None,
@@ -195,6 +197,7 @@ def laplace(
             "kronecker" (the factors of `fp.kfac` with kind="exact", for each leaf a block; the prior's
             precision is then one number for each leaf, the mean of what is given).
         rank: of "low-rank"; 10 if None.
+        bias: of "kronecker", as in `fp.kfac`: "joint" has one block for a matrix and the bias beside it.
         batched: the model is a function of a whole batch; it is called with batches of one.
         where: which parameters are uncertain, the others being constants; the last layer's path makes a
             last-layer Laplace approximation.
@@ -233,6 +236,11 @@ def laplace(
         raise ValueError(f"laplace: structure={structure!r}; choose one of {', '.join(STRUCTURES)}.")
     if rank is not None and (structure != "low-rank" or rank < 1):
         raise ValueError(f"laplace: rank={rank} with structure={structure!r}; a rank ≥ 1 is for 'low-rank'.")
+    if bias != "separate" and structure != "kronecker":
+        raise ValueError(
+            f"laplace: bias={bias!r} with structure={structure!r}; a block of a matrix and its bias is for "
+            "'kronecker'."
+        )
     if noise is not None:
         if name != "gaussian":
             raise ValueError(
@@ -240,4 +248,4 @@ def laplace(
             )
         density = gaussian(noise)
     one = model_of_one(model, batched)
-    return LaplaceApproximation(one, density, name, noise, structure, rank, where, rules)
+    return LaplaceApproximation(one, density, name, noise, structure, rank, bias, where, rules)
