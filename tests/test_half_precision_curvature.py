@@ -98,3 +98,21 @@ def test_a_loss_of_half_precision_is_as_convex_as_it_is(dtype: Any, mixed: float
         assert fp.curvature.summary(G, k=1).signs != "indefinite"
     for ours, reference in zip(found, exact, strict=True):
         assert jnp.linalg.norm(ours - reference) <= 0.05 * jnp.linalg.norm(reference)
+
+
+def test_half_precision_under_strict_promotion() -> None:
+    """What is promoted is promoted explicitly; targets are as wide as outputs."""
+    x, y = (f(jnp.arange(12.0)).reshape(6, 2).astype(jnp.bfloat16) for f in (jnp.sin, jnp.cos))
+    w = jnp.ones((2, 2), jnp.bfloat16)
+
+    def quantities() -> list[Any]:
+        return [
+            fp.ggn(linear, squared)(w, x, y).trace(),
+            fp.kfac(linear, squared, kind="exact")(w, x, y).trace(),
+            fp.per_example(linear, squared)(w, x, y, {"diag_ggn"})["diag_ggn"],
+        ]
+
+    expected = quantities()
+    with jax.numpy_dtype_promotion("strict"):
+        for found, reference in zip(quantities(), expected, strict=True):
+            np.testing.assert_array_equal(found, reference)

@@ -33,8 +33,8 @@ def _called_as(fun: Function, changed: Function) -> Function:
     return changed
 
 
-def _wide(outputs: Any) -> Any:
-    """Outputs in float32 for half precision, whose rounding would make the Hessian of a loss indefinite."""
+def widened(outputs: Any) -> Any:
+    """Outputs and targets in float32 for half precision, whose rounding makes Hessians indefinite."""
 
     def wide(o: Any) -> Any:
         real = hasattr(o, "dtype") and jnp.issubdtype(o.dtype, jnp.floating)
@@ -46,31 +46,36 @@ def _wide(outputs: Any) -> Any:
 def model_of_one(model: Function, batched: bool) -> Function:
     """`model(params, x)` of one example, from one of a whole batch, which is called with a batch of one."""
     if not batched:
-        return _called_as(model, lambda params, x: _wide(model(params, x)))
+        return _called_as(model, lambda params, x: widened(model(params, x)))
     first = lambda outputs: jax.tree.map(lambda leaf: leaf[0], outputs)  # noqa: E731
-    return _called_as(model, lambda params, x: _wide(first(model(params, _alone(x)))))
+    return _called_as(model, lambda params, x: widened(first(model(params, _alone(x)))))
 
 
 def loss_of_one(loss: Function, batched: bool, first: int = 0) -> Function:
-    """A loss of one example, from one of a whole batch; the leading `first` arguments have no examples."""
-    if not batched:
+    """A loss of one example, from one of a whole batch; the leading `first` arguments have no examples.
+
+    Of outputs, which come first otherwise, targets are as wide as these.
+    """
+    alone = _alone if batched else lambda tree: tree
+    wide = widened if first == 0 else lambda tree: tree
+    if not batched and first:
         return loss
-    return _called_as(loss, lambda *args: loss(*args[:first], *map(_alone, args[first:])))
+    return _called_as(loss, lambda *args: loss(*args[:first], *(wide(alone(arg)) for arg in args[first:])))
 
 
 def model_of_all(model: Function, batched: bool) -> Function:
     """`model(params, x)` of a whole batch, from one of one example."""
     of_all = model if batched else jax.vmap(model, (None, 0))
-    return _called_as(model, lambda params, x: _wide(of_all(params, x)))
+    return _called_as(model, lambda params, x: widened(of_all(params, x)))
 
 
 def loss_of_all(loss: Function, batched: bool) -> Function:
     """`loss(outputs, y, weights)` of a whole batch: the weighted mean of a loss of one example."""
     if batched:
-        return _called_as(loss, lambda outputs, y, weights: loss(outputs, y))
+        return _called_as(loss, lambda outputs, y, weights: loss(outputs, widened(y)))
 
     def mean(outputs: Any, y: Any, weights: Any) -> Any:
-        values = jax.vmap(loss)(outputs, y)
+        values = jax.vmap(loss)(outputs, widened(y))
         if weights is not None and weights.ndim > 1:
             require_loss_of_positions(values.shape[1:], weights.shape[1:])
         return jnp.mean(values) if weights is None else jnp.sum(weights * values) / total_of(weights, 0)

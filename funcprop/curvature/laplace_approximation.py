@@ -15,7 +15,14 @@ from funcprop.curvature.convexity import require_convex
 from funcprop.curvature.data_set import DataSet
 from funcprop.curvature.example_gradients.mixed_examples import example_of
 from funcprop.curvature.example_gradients.per_example import per_example
-from funcprop.curvature.examples import batch_size, model_of_one, over_positions, total_of, weights_of
+from funcprop.curvature.examples import (
+    batch_size,
+    model_of_one,
+    over_positions,
+    total_of,
+    weights_of,
+    widened,
+)
 from funcprop.curvature.fisher_operator import fisher
 from funcprop.curvature.kronecker_factors import kfac
 from funcprop.curvature.laplace_posterior import Laplace
@@ -24,7 +31,7 @@ from funcprop.curvature.precision import DiagonalPrecision, Full, KroneckerPreci
 from funcprop.operators.convergence import is_traced
 from funcprop.operators.finite import require_finite
 from funcprop.operators.linear_operator import LinearOperator
-from funcprop.operators.parameters import Where, single_at_least
+from funcprop.operators.parameters import Where
 from funcprop.operators.subset import Point
 from funcprop.program.program import Program
 from funcprop.rules.rule_set import RuleSet
@@ -100,9 +107,8 @@ class LaplaceApproximation:
         require_array("laplace", outputs)
         size = len(jax.tree.leaves(x)[0])
         found = jax.vmap(program, (None, 0))(point.chosen, x)
-        wide = found.astype(single_at_least(found.dtype))
         axes = 1 if weights is None else weights.ndim
-        misfits = over_positions(self.likelihood.negative_log, axes)(wide, y)
+        misfits = over_positions(self.likelihood.negative_log, axes)(found, widened(y))
         misfits = misfits if weights is None else weights * misfits
         noise, of_one = jnp.asarray(1.0 if self.noise is None else self.noise), outputs.shape[axes - 1 :]
         log_noise = jnp.sum(jnp.log(jnp.broadcast_to(noise, of_one)))
