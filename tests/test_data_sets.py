@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import funcprop as fp
 from funcprop.curvature import LoaderError, over
@@ -285,3 +288,37 @@ def test_a_mesh_is_a_set_of_devices() -> None:
     factory = fp.ggn(model, squared)
     found = over(batches(), devices=mesh)(factory)(PARAMS)
     assert_same(found.trace(), factory(PARAMS, X, Y).trace())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
+def test_a_batch_that_is_spread_over_devices(dtype: Any) -> None:
+    """An Equinox module on eight devices: as on one; of explicit axes it is refused by name."""
+    net = jax.tree.map(
+        lambda a: a.astype(dtype) if eqx.is_array(a) else a,
+        eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0)),
+    )
+    x, y = jnp.sin(jnp.arange(48.0)).reshape(16, 3).astype(dtype), jnp.arange(16) % 2
+    arguments = (lambda net, x: net(x)), optax.softmax_cross_entropy_with_integer_labels
+    ggn, kfac, per_example = (
+        make(*arguments, where="layers", **options)
+        for make, options in ((fp.ggn, {}), (fp.kfac, {"kind": "exact"}), (fp.per_example, {}))
+    )
+
+    def on(kind: AxisType) -> Any:
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+        return jax.device_put((x, y), NamedSharding(mesh, PartitionSpec("data")))
+
+    def quantity(x: Any, y: Any) -> Any:
+        return ggn(net, x, y).trace() if dtype == jnp.float64 else kfac(net, x, y).trace()
+
+    rtol = 1e-12 if dtype == jnp.float64 else 0.02
+    np.testing.assert_allclose(quantity(*on(AxisType.Auto)), quantity(x, y), rtol=rtol)
+    spread, y = on(AxisType.Explicit)
+    for call in (
+        lambda: ggn(net, spread, y),
+        lambda: kfac(net, spread, y),
+        lambda: per_example(net, spread, y, {"norm"}),
+        lambda: fp.fisher(arguments[0], "categorical", where="layers")(net, spread),
+    ):
+        with pytest.raises(ValueError, match=r"x is \w+\[16@data,3\], laid out over explicit axes"):
+            call()

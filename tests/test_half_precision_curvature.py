@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from curvature_models import linear, squared
 
@@ -72,3 +73,46 @@ def test_laplace_of_half_precision(dtype: Any, structure: str) -> None:
     assert ours.covariance.dtype == jnp.float32
     np.testing.assert_allclose(ours.covariance, expected.covariance, rtol=0.05, atol=0.02)
     assert half.sample(jax.random.key(0)).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("mixed", [0.0, 0.1])
+def test_a_loss_of_half_precision_is_as_convex_as_it_is(dtype: Any, mixed: float) -> None:
+    """Rounding of the outputs' own Hessian would make a cross-entropy indefinite: its kinds of roots."""
+    model = lambda w, x: jnp.tanh(x @ w["a"]) @ w["b"]  # noqa: E731
+
+    def loss(o: Any, y: Any) -> Any:
+        own = optax.softmax_cross_entropy_with_integer_labels(o, y)
+        return own + mixed * jnp.sum(o**2) if mixed else own
+
+    normal = lambda i, *shape: jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype)  # noqa: E731
+    w, x, y = {"a": normal(0, 3, 4), "b": normal(1, 4, 3)}, normal(2, 6, 3), jnp.arange(6) % 3
+    found, exact = [], []
+    for params, inputs, to in (
+        (w, x, found),
+        (*jax.tree.map(lambda a: a.astype(float), (w, x)), exact),
+    ):
+        G = fp.ggn(model, loss)(params, inputs, y)
+        to += [G.sqrt().dense(), fp.kfac(model, loss, kind="exact")(params, inputs, y).dense()]
+        to.append(fp.per_example(model, loss)(params, inputs, y, {"diag_ggn"})["diag_ggn"]["b"])
+        assert fp.curvature.summary(G, k=1).signs != "indefinite"
+    for ours, reference in zip(found, exact, strict=True):
+        assert jnp.linalg.norm(ours - reference) <= 0.05 * jnp.linalg.norm(reference)
+
+
+def test_half_precision_under_strict_promotion() -> None:
+    """What is promoted is promoted explicitly; targets are as wide as outputs."""
+    x, y = (f(jnp.arange(12.0)).reshape(6, 2).astype(jnp.bfloat16) for f in (jnp.sin, jnp.cos))
+    w = jnp.ones((2, 2), jnp.bfloat16)
+
+    def quantities() -> list[Any]:
+        return [
+            fp.ggn(linear, squared)(w, x, y).trace(),
+            fp.kfac(linear, squared, kind="exact")(w, x, y).trace(),
+            fp.per_example(linear, squared)(w, x, y, {"diag_ggn"})["diag_ggn"],
+        ]
+
+    expected = quantities()
+    with jax.numpy_dtype_promotion("strict"):
+        for found, reference in zip(quantities(), expected, strict=True):
+            np.testing.assert_array_equal(found, reference)

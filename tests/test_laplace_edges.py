@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from curvature_models import linear
+from jax.flatten_util import ravel_pytree
 
+import funcprop as fp
 from funcprop.curvature import laplace
 
 # --- shapes -----------------------------------------------------------------------------------
@@ -62,6 +64,48 @@ def test_a_noise_that_is_no_number_is_refused_and_one_for_each_output_is_fitted(
         laplace(linear, "gaussian", noise=noise[:2])(w, x, y)
     with pytest.raises(ValueError, match=r"laplace: noise=0\.1, but the likelihood is 'categorical'"):
         laplace(linear, "categorical", noise=0.1)
+
+
+def test_outputs_that_are_matrices_with_a_noise_of_each_entry() -> None:
+    noise = jnp.array([[0.5, 1.0], [2.0, 0.7]])
+    model = lambda w, x: jnp.outer(jnp.tanh(x @ w["a"]), jnp.array([1.0, 2.0])) + w["b"]  # noqa: E731
+    normal = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)  # noqa: E731
+    w, x, y = {"a": normal(0, 3, 2), "b": normal(1, 2, 2)}, normal(2, 6, 3), normal(3, 6, 2, 2)
+    flat, unravel = ravel_pytree(w)
+    J = jax.vmap(lambda x: jax.jacobian(lambda f: model(unravel(f), x).ravel())(flat))(x)
+    σ = 1.3 * noise.ravel()
+    precision = jnp.einsum("nop,o,noq->pq", J, σ**-2, J) + 0.7 * jnp.eye(10)
+    misfits = (jax.vmap(model, (None, 0))(w, x) - y).reshape(6, 4) / σ
+    likelihood = -jnp.sum(misfits**2 / 2 + jnp.log(σ * jnp.sqrt(2 * jnp.pi)))
+    prior = 5 * jnp.log(0.7) - 0.35 * flat @ flat
+    for structure in ("full", "diagonal"):
+        posterior = laplace(model, "gaussian", structure=structure, noise=noise)(w, x, y)
+        precision = precision if structure == "full" else jnp.diag(jnp.diag(precision))
+        expected = likelihood + prior - jnp.linalg.slogdet(precision)[1] / 2
+        np.testing.assert_allclose(posterior.log_marginal_likelihood(0.7, 1.3), expected, rtol=1e-10)
+        found = posterior.predictive(x[:2], 0.7, 1.3)
+        assert found.mean.shape == (2, 2, 2)
+        covariance = jnp.einsum("nop,pq,nrq->nor", J[:2], jnp.linalg.inv(precision), J[:2])
+        np.testing.assert_allclose(found.covariance.reshape(2, 4, 4), covariance, rtol=1e-9, atol=1e-12)
+
+
+def test_a_matrix_and_its_bias_as_one_block_are_the_whole_posterior_of_a_line() -> None:
+    """Of an affine model the joint block is `[x, 1] [x, 1]ᵀ ⊗ I`, all there is."""
+    line = lambda w, x: x @ w["a"] + w["b"]  # noqa: E731
+    x = jnp.arange(8.0).reshape(4, 2) ** 2 / 9
+    w = {"a": jnp.array([[1.0, 0.0, 2.0], [0.5, 1.0, -1.0]]), "b": jnp.array([0.1, 0.2, 0.3])}
+    y = jax.vmap(line, (None, 0))(w, x) + 0.1
+    joint = laplace(line, "gaussian", structure="kronecker", bias="joint")(w, x, y)
+    whole = laplace(line, "gaussian", structure="full")(w, x, y)
+    evidence = joint.log_marginal_likelihood(0.5, 0.7)
+    np.testing.assert_allclose(evidence, whole.log_marginal_likelihood(0.5, 0.7), rtol=1e-12)
+    expected = whole.predictive(x, 0.5, 0.7).covariance
+    np.testing.assert_allclose(joint.predictive(x, 0.5, 0.7).covariance, expected, atol=1e-12)
+    over = fp.curvature.over([(x[:3], y[:3]), (x[3:], y[3:])])
+    of_data = over(laplace(line, "gaussian", structure="kronecker", bias="joint"))(w)
+    np.testing.assert_allclose(of_data.log_marginal_likelihood(0.5, 0.7), evidence, rtol=1e-12)
+    with pytest.raises(ValueError, match="bias='joint' with structure='full'; a block of a matrix and its"):
+        laplace(line, "gaussian", structure="full", bias="joint")
 
 
 # --- priors -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from funcprop import _jax
 from funcprop.curvature.likelihood import likelihood_of
 from funcprop.operators.convergence import is_traced
 from funcprop.operators.parameters import single_at_least
@@ -32,34 +33,49 @@ def _called_as(fun: Function, changed: Function) -> Function:
     return changed
 
 
+def widened(outputs: Any) -> Any:
+    """Outputs and targets in float32 for half precision, whose rounding makes Hessians indefinite."""
+
+    def wide(o: Any) -> Any:
+        real = hasattr(o, "dtype") and jnp.issubdtype(o.dtype, jnp.floating)
+        return o.astype(single_at_least(o.dtype)) if real else o
+
+    return jax.tree.map(wide, outputs)
+
+
 def model_of_one(model: Function, batched: bool) -> Function:
     """`model(params, x)` of one example, from one of a whole batch, which is called with a batch of one."""
     if not batched:
-        return model
-    return _called_as(model, lambda params, x: jax.tree.map(lambda leaf: leaf[0], model(params, _alone(x))))
+        return _called_as(model, lambda params, x: widened(model(params, x)))
+    first = lambda outputs: jax.tree.map(lambda leaf: leaf[0], outputs)  # noqa: E731
+    return _called_as(model, lambda params, x: widened(first(model(params, _alone(x)))))
 
 
 def loss_of_one(loss: Function, batched: bool, first: int = 0) -> Function:
-    """A loss of one example, from one of a whole batch; the leading `first` arguments have no examples."""
-    if not batched:
+    """A loss of one example, from one of a whole batch; the leading `first` arguments have no examples.
+
+    Of outputs, which come first otherwise, targets are as wide as these.
+    """
+    alone = _alone if batched else lambda tree: tree
+    wide = widened if first == 0 else lambda tree: tree
+    if not batched and first:
         return loss
-    return _called_as(loss, lambda *args: loss(*args[:first], *map(_alone, args[first:])))
+    return _called_as(loss, lambda *args: loss(*args[:first], *(wide(alone(arg)) for arg in args[first:])))
 
 
 def model_of_all(model: Function, batched: bool) -> Function:
     """`model(params, x)` of a whole batch, from one of one example."""
-    if batched:
-        return model
-    return _called_as(model, lambda params, x: jax.vmap(model, (None, 0))(params, x))
+    of_all = model if batched else jax.vmap(model, (None, 0))
+    return _called_as(model, lambda params, x: widened(of_all(params, x)))
 
 
 def loss_of_all(loss: Function, batched: bool) -> Function:
     """`loss(outputs, y, weights)` of a whole batch: the weighted mean of a loss of one example."""
     if batched:
-        return _called_as(loss, lambda outputs, y, weights: loss(outputs, y))
+        return _called_as(loss, lambda outputs, y, weights: loss(outputs, widened(y)))
 
     def mean(outputs: Any, y: Any, weights: Any) -> Any:
-        values = jax.vmap(loss)(outputs, y)
+        values = jax.vmap(loss)(outputs, widened(y))
         if weights is not None and weights.ndim > 1:
             require_loss_of_positions(values.shape[1:], weights.shape[1:])
         return jnp.mean(values) if weights is None else jnp.sum(weights * values) / total_of(weights, 0)
@@ -71,7 +87,7 @@ def batch_size(x: Any, y: Any, of: str = "per_example") -> int:
     """The common length of the leading axes.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the examples' types say how they are laid out over devices.
     """
     sizes = {}
     for name, tree in (("x", x), ("y", y)):
@@ -82,11 +98,21 @@ def batch_size(x: Any, y: Any, of: str = "per_example") -> int:
                 raise ValueError(
                     f"{of}: {where} is a scalar{instead}; the leading axis of x and y is the examples."
                 )
+            require_free_layout(of, where, leaf)
             sizes[where] = jnp.shape(leaf)[0]
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         listed = ", ".join(f"{where} has {n}" for where, n in sizes.items())
         raise ValueError(f"{of}: the leading axis of x and y is the examples, but {listed or 'x is empty'}.")
     return next(iter(sizes.values()))
+
+
+def require_free_layout(of: str, where: str, leaf: Any) -> None:
+    """Raise a ValueError for an array of explicit axes, which functions of one example cannot follow."""
+    if isinstance(leaf, jax.Array) and _jax.explicitly_sharded(jax.typeof(leaf)):
+        raise ValueError(
+            f"{of}: {where} is {jax.typeof(leaf)}, laid out over explicit axes of a mesh; make the mesh with "
+            "axis_types=(jax.sharding.AxisType.Auto,) for each axis, and XLA lays out what is computed of it."
+        )
 
 
 def require_loss_of_positions(shape: tuple[int, ...], positions: tuple[int, ...]) -> None:

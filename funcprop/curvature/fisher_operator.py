@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from funcprop.curvature.binding import Bound
-from funcprop.curvature.examples import explained, model_of_all, over_positions, total_of, weights_of
+from funcprop.curvature.examples import (
+    explained,
+    model_of_all,
+    over_positions,
+    require_free_layout,
+    total_of,
+    weights_of,
+)
 from funcprop.curvature.gauss_newton import GaussNewton, Map, traced_model
 from funcprop.curvature.likelihood import Likelihood, likelihood_of
 from funcprop.operators.parameters import Where
@@ -118,6 +125,8 @@ def fisher(
     def at(
         params: PyTree, x: Any, y: Any = None, *, key: Array | None = None, weights: Any = None
     ) -> GaussNewton:
+        for path, leaf in jax.tree.leaves_with_path(x):
+            require_free_layout("fisher", f"x{jax.tree_util.keystr(path)}", leaf)
         point = Point.of(params, where)
         bound = Bound.of(model_of_all(model, batched), (x,), {}, point)
         with explained("fisher", model, batched, params, x):

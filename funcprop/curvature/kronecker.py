@@ -39,7 +39,7 @@ from funcprop.curvature.example_gradients.joint_layers import JointLayout
 from funcprop.curvature.example_gradients.matrix_layout import MatrixLayout
 from funcprop.operators.finite import nonfinite_rows, require_finite
 from funcprop.operators.linear_operator import LinearOperator
-from funcprop.operators.parameters import Parameters, shown
+from funcprop.operators.parameters import Parameters, shown, single_at_least
 from funcprop.operators.solvers import require_damping
 
 METHODS = ("pi", "eigenvalue")
@@ -47,6 +47,7 @@ METHODS = ("pi", "eigenvalue")
 
 def multiply(factor: Any, blocks: Any, axis: int) -> Any:
     """A factor times blocks `[k, i, o]` along `i` (axis 1) or `o` (axis 2); a vector is a diagonal."""
+    blocks = blocks.astype(single_at_least(factor.dtype, blocks.dtype))
     if factor.ndim == 1:
         return blocks * (factor[:, None] if axis == 1 else factor)
     if axis == 1:
@@ -156,7 +157,7 @@ def _eigh(factor: Any) -> tuple[Any, Any]:
 
 def _full_precision(factor: Any) -> Any:
     """LAPACK has no half precision."""
-    return factor.astype(jnp.promote_types(factor.dtype, jnp.float32))
+    return factor.astype(single_at_least(factor.dtype))
 
 
 def _mean_eigenvalue(factor: Any) -> Any:

@@ -15,7 +15,14 @@ from funcprop.curvature.convexity import require_convex
 from funcprop.curvature.data_set import DataSet
 from funcprop.curvature.example_gradients.mixed_examples import example_of
 from funcprop.curvature.example_gradients.per_example import per_example
-from funcprop.curvature.examples import batch_size, model_of_one, over_positions, total_of, weights_of
+from funcprop.curvature.examples import (
+    batch_size,
+    model_of_one,
+    over_positions,
+    total_of,
+    weights_of,
+    widened,
+)
 from funcprop.curvature.fisher_operator import fisher
 from funcprop.curvature.kronecker_factors import kfac
 from funcprop.curvature.laplace_posterior import Laplace
@@ -24,7 +31,7 @@ from funcprop.curvature.precision import DiagonalPrecision, Full, KroneckerPreci
 from funcprop.operators.convergence import is_traced
 from funcprop.operators.finite import require_finite
 from funcprop.operators.linear_operator import LinearOperator
-from funcprop.operators.parameters import Where, single_at_least
+from funcprop.operators.parameters import Where
 from funcprop.operators.subset import Point
 from funcprop.program.program import Program
 from funcprop.rules.rule_set import RuleSet
@@ -53,6 +60,7 @@ class LaplaceApproximation:
     noise: Any
     structure: str
     rank: int | None
+    bias: str
     where: Where | None
     rules: RuleSet | None
 
@@ -99,9 +107,8 @@ class LaplaceApproximation:
         require_array("laplace", outputs)
         size = len(jax.tree.leaves(x)[0])
         found = jax.vmap(program, (None, 0))(point.chosen, x)
-        wide = found.astype(single_at_least(found.dtype))
         axes = 1 if weights is None else weights.ndim
-        misfits = over_positions(self.likelihood.negative_log, axes)(wide, y)
+        misfits = over_positions(self.likelihood.negative_log, axes)(found, widened(y))
         misfits = misfits if weights is None else weights * misfits
         noise, of_one = jnp.asarray(1.0 if self.noise is None else self.noise), outputs.shape[axes - 1 :]
         log_noise = jnp.sum(jnp.log(jnp.broadcast_to(noise, of_one)))
@@ -134,7 +141,7 @@ class LaplaceApproximation:
                 require_finite(self._operator(point, x, weights), diagonal, "laplace")
             return diagonal
         if self.structure == "kronecker":
-            factored = kfac(self._of_chosen(point), given, kind="exact", rules=self.rules)
+            factored = kfac(self._of_chosen(point), given, kind="exact", bias=self.bias, rules=self.rules)
             return factored(point.chosen, x, y, weights=weights)
         return None
 
@@ -169,6 +176,7 @@ def laplace(
     *,
     structure: str = "diagonal",
     rank: int | None = None,
+    bias: str = "separate",
     noise: Any = None,
     batched: bool = False,
     where: Where | None = None,
@@ -195,6 +203,7 @@ def laplace(
             "kronecker" (the factors of `fp.kfac` with kind="exact", for each leaf a block; the prior's
             precision is then one number for each leaf, the mean of what is given).
         rank: of "low-rank"; 10 if None.
+        bias: of "kronecker", as in `fp.kfac`: "joint" has one block for a matrix and the bias beside it.
         batched: the model is a function of a whole batch; it is called with batches of one.
         where: which parameters are uncertain, the others being constants; the last layer's path makes a
             last-layer Laplace approximation.
@@ -233,6 +242,11 @@ def laplace(
         raise ValueError(f"laplace: structure={structure!r}; choose one of {', '.join(STRUCTURES)}.")
     if rank is not None and (structure != "low-rank" or rank < 1):
         raise ValueError(f"laplace: rank={rank} with structure={structure!r}; a rank ≥ 1 is for 'low-rank'.")
+    if bias != "separate" and structure != "kronecker":
+        raise ValueError(
+            f"laplace: bias={bias!r} with structure={structure!r}; a block of a matrix and its bias is for "
+            "'kronecker'."
+        )
     if noise is not None:
         if name != "gaussian":
             raise ValueError(
@@ -240,4 +254,4 @@ def laplace(
             )
         density = gaussian(noise)
     one = model_of_one(model, batched)
-    return LaplaceApproximation(one, density, name, noise, structure, rank, where, rules)
+    return LaplaceApproximation(one, density, name, noise, structure, rank, bias, where, rules)

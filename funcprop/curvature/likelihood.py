@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from funcprop.operators.parameters import single_at_least
+
 
 class Likelihood(NamedTuple):
     """A density `p(y | o)` of the target of ONE example, given the model's outputs for it.
@@ -50,7 +52,8 @@ def _paired(what: str, outputs: Array, y: Any, expected: tuple[int, ...]) -> Any
             f"{what}: the target of one example has shape {jnp.shape(y)}, but its outputs have shape "
             f"{jnp.shape(outputs)}; give a target of shape {expected}."
         )
-    return y
+    dtype = jnp.result_type(y)
+    return jnp.asarray(y, single_at_least(dtype)) if jnp.issubdtype(dtype, jnp.floating) else y
 
 
 def require_array(what: str, outputs: Any) -> None:

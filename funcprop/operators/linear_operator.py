@@ -135,11 +135,11 @@ class LinearOperator(Queries):
                 "formed in one pass."
             )
         if products is not None:
-            Root.require_positive(self.eigsh(2, which="BE")[0])
+            Root.require_positive(self.eigsh(2, which="BE")[0], self.parameters)
             return Root(self.linearize(), self.parameters, products)
         values, vectors = jnp.linalg.eigh(self.dense(budget=budget))
-        Root.require_positive(values)
-        return Dense(vectors * Root.of_values(values) @ vectors.T, self.parameters)
+        Root.require_positive(values, self.parameters)
+        return Dense(vectors * Root.of_values(values, self.parameters) @ vectors.T, self.parameters)
 
 
 # --- operators made of operators ----------------------------------------------------------------
@@ -306,15 +306,15 @@ class Root(LinearOperator):
     products: int = field(metadata={"static": True})
 
     @staticmethod
-    def of_values(values: Array) -> Array:
+    def of_values(values: Array, parameters: Parameters) -> Array:
         """The roots of eigenvalues; rounding makes zeros negative, and what is more negative becomes NaN."""
         roots = jnp.sqrt(jnp.maximum(values, 0))
-        return jnp.where(values < -_rounding(values), jnp.nan, roots)
+        return jnp.where(values < -_rounding(values, parameters), jnp.nan, roots)
 
     @staticmethod
-    def require_positive(values: Array) -> None:
+    def require_positive(values: Array, parameters: Parameters) -> None:
         """Raise a ValueError if an eigenvalue is negative beyond rounding."""
-        if not is_traced(values) and bool(values.min() < -_rounding(values)):
+        if not is_traced(values) and bool(values.min() < -_rounding(values, parameters)):
             raise ValueError(
                 f"sqrt: the operator is indefinite: an eigenvalue is {float(values.min()):.3e}; take a "
                 "Gauss-Newton or Fisher matrix, or add damping * identity(A)."
@@ -330,7 +330,7 @@ class Root(LinearOperator):
             length = jnp.linalg.norm(start)
             unit = jnp.where(length > 0, start / length, 1 / math.sqrt(names.size))
             found = tridiagonal(apply, unit, min(self.products, names.size), jax.random.key(0))
-            last, before = (_root_of_first(part) for part in (found, found.without_last()))
+            last, before = (_root_of_first(part, names) for part in (found, found.without_last()))
             change = jnp.linalg.norm(last.at[:-1].add(-before)) * length
             result = length * (found.basis.T @ last)
             warn_unless(
@@ -345,15 +345,15 @@ class Root(LinearOperator):
         return root
 
 
-def _root_of_first(found: Tridiagonal) -> Array:
+def _root_of_first(found: Tridiagonal, parameters: Parameters) -> Array:
     """The first column of the square root of the small matrix."""
     values, vectors = found.eigh()
-    return vectors @ (Root.of_values(values) * vectors[0])
+    return vectors @ (Root.of_values(values, parameters) * vectors[0])
 
 
-def _rounding(values: Array) -> Array:
+def _rounding(values: Array, parameters: Parameters) -> Array:
     """How far from zero rounding may put an eigenvalue."""
-    return 100 * jnp.finfo(values.dtype).eps * jnp.abs(values).max()
+    return parameters.eigenvalue_rounding * jnp.abs(values).max()
 
 
 def identity(like: LinearOperator | PyTree) -> Identity:

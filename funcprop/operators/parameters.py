@@ -78,12 +78,17 @@ class Parameters:
 
         What is computed of products is computed in this dtype; the products themselves have the leaves' own.
         """
-        return single_at_least(jnp.result_type(*self.dtypes))
+        return single_at_least(*self.dtypes)
 
     @property
     def rounding(self) -> float:
         """The relative rounding error of a product: that of the leaf of the lowest precision."""
         return max(float(jnp.finfo(dtype).eps) for dtype in self.dtypes)
+
+    @property
+    def eigenvalue_rounding(self) -> float:
+        """How far from zero rounding may put an eigenvalue, relative to the largest."""
+        return max(100 * float(jnp.finfo(self.dtype).eps), 4 * self.rounding)
 
     @property
     def slices(self) -> tuple[slice, ...]:
@@ -249,9 +254,10 @@ def shown(*paths: str) -> str:
     return ", ".join(repr(path) if path else "params" for path in paths)
 
 
-def single_at_least(dtype: Any) -> Any:
-    """The dtype in which results are computed and added up: float32 for half precision, else the same."""
-    return jnp.promote_types(dtype, jnp.float32)
+def single_at_least(*dtypes: Any) -> Any:
+    """The common dtype in which results are computed and added up: for half precision float32."""
+    with jax.numpy_dtype_promotion("standard"):  # Whatever JAX is configured to do by itself.
+        return jnp.promote_types(jnp.result_type(*dtypes), jnp.float32)
 
 
 def _is_number(leaf: Any) -> bool:

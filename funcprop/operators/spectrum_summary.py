@@ -34,6 +34,7 @@ class Summary:
         traces: of each parameter's own block, and their standard errors (zeros if exact).
         trace: their sum, and its standard error.
         samples: how many random vectors the traces are estimated from; 0 if exact.
+        rounding: how far from zero rounding may put an eigenvalue, relative to the largest.
     """
 
     paths: tuple[str, ...]
@@ -45,6 +46,7 @@ class Summary:
     traces: tuple[Float[np.ndarray, " l"], Float[np.ndarray, " l"]]
     trace: tuple[float, float]
     samples: int
+    rounding: float
 
     __repr__ = pformat  # shapes instead of entries
 
@@ -99,7 +101,7 @@ class Summary:
     @property
     def _rounding(self) -> float:
         largest = max(abs(float(self.smallest[0])), abs(float(self.largest[-1])))
-        return 100 * float(jnp.finfo(self.spectrum.nodes.dtype).eps) * largest
+        return self.rounding * largest
 
     def plot(self, *, axes: Any = None) -> Any:
         """Draw the density of the eigenvalues and the traces by parameter, on two axes that are returned.
@@ -181,7 +183,10 @@ def summary(
         traces = np.array([float(jnp.trace(matrix[part, part])) for part in names.slices])
         zeros = np.zeros_like(traces)
         ends = np.asarray(values[-k:]), np.asarray(values[:k])
-        return Summary(names.paths, names.sizes, True, *ends, found, (traces, zeros), (traces.sum(), 0.0), 0)
+        whole = (traces.sum(), 0.0)
+        return Summary(
+            names.paths, names.sizes, True, *ends, found, (traces, zeros), whole, 0, names.eigenvalue_rounding
+        )
     key = jax.random.key(0) if key is None else key
     start, probes, vectors = jax.random.split(key, 3)
     operator = operator.linearize()
@@ -191,6 +196,8 @@ def summary(
     total: Any = operator.trace(samples=4 * samples, key=probes)
     value, error = (np.array([float(x) for x in jax.tree.leaves(part)]) for part in (each.value, each.error))
     whole = float(total.value), float(total.error)
+    rounding = names.eigenvalue_rounding
+    each = value, error
     return Summary(
-        names.paths, names.sizes, False, values[-k:], values[:k], found, (value, error), whole, 4 * samples
+        names.paths, names.sizes, False, values[-k:], values[:k], found, each, whole, 4 * samples, rounding
     )

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from funcprop.operators.parameters import single_at_least
+
 # What a group of columns is asked for: Σ_n W, Σ_{c,n} W², and Σ_c ‖W‖² of every example.
 SUM, SQUARES, NORMS = "sum", "squares", "norms"
 
@@ -94,7 +96,7 @@ Moments = dict[tuple[str, str], Any]
 
 def product(a: Any, g: Any) -> Any:
     """`aᵀ g`, activations first: in the other order XLA's CPU backend copies a transpose."""
-    wide = jnp.promote_types(jnp.result_type(a, g), jnp.float32)
+    wide = single_at_least(a.dtype, g.dtype)
     return lax.dot_general(a, g, (((0,), (0,)), ((), ())), preferred_element_type=wide)
 
 
@@ -159,7 +161,7 @@ def by_example(
 
     a, beside = jax.eval_shape(one, 0)
     width = beside.shape[-1] // (last - first)
-    shape, dtype = (a.shape[0], a.shape[2], width), jnp.promote_types(g.dtype, jnp.float32)
+    shape, dtype = (a.shape[0], a.shape[2], width), single_at_least(g.dtype)
 
     def step(totals: Moments, n: Any) -> tuple[Moments, Moments]:
         a, beside = one(n)

@@ -198,7 +198,7 @@ def form_of(tap: Tap, leaf: Any, activation: Any, g: Any, limit: int) -> Gradien
     the parameters' precision, and at least float32: squares of half precision vanish or overflow.
     """
     g = g if tap.scale == 1 else g * tap.scale
-    dtype = single_at_least(jnp.promote_types(leaf.dtype, g.dtype))
+    dtype = single_at_least(leaf.dtype, g.dtype)
     if (form := outer_form(tap)) is not None:
         g = g.astype(dtype)
         if form.activations is not None:
