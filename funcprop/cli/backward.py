@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import typer
@@ -22,20 +22,22 @@ def backward(
     target: TargetName,
     argnums: ArgnumsOrAll = "0",
     has_aux: HasAux = False,
+    operators: Annotated[bool, typer.Option("--operators", help="a line for every operator")] = False,
     as_json: AsJson = False,
     limit: Annotated[
         int | None, typer.Option("--entries", min=0, help="in JSON, leave out the entries of larger arrays")
     ] = None,
 ) -> None:
-    """Every gradient in the order of the backward sweep, with its contributions."""
-    emit(lambda: report(load(target, has_aux), parse_argnums(argnums), limit), as_json)
+    """The gradients in the order of the backward sweep, with their contributions."""
+    emit(lambda: report(load(target, has_aux), parse_argnums(argnums), limit, operators), as_json)
 
 
 class Gradient(NamedTuple):
     """One line of the chapter's list: `∂J/∂W1` or a partial derivative `∂s/∂W1`.
 
     `text` is the equation (the left side alone where there is none, inside loops). `terms` are the
-    contributions to the gradient of a variable, by their source and as `prod(∂J/∂z, ∂z/∂W1)`.
+    contributions to the gradient of a variable, by their source and as `prod(∂J/∂z, ∂z/∂W1)`; none where
+    a source has no line.
     """
 
     name: str
@@ -52,22 +54,22 @@ class Term(NamedTuple):
     value: Any
 
 
-def report(target: Target, argnums: Sequence[int] | None, limit: int | None) -> Output:
+def report(
+    target: Target, argnums: Sequence[int] | None, limit: int | None, operators: bool = False
+) -> Output:
     """Both sweeps, written out as the chapter's list."""
     target.require_arrays("backpropagation", "`funcprop forward` and `funcprop derive` take shapes")
     with users_code(f"target {target.label!r}: backpropagation failed", None):
         propagation = backprop(target.function, argnums)(*target.args, **target.kwargs)
-        derivation = derive(target.function, argnums, detail="operators")(*target.args, **target.kwargs)
-        found = gradients(propagation, derivation)
+        detail: Literal["layers", "operators"] = "operators" if operators else "layers"
+        derivation = derive(target.function, argnums, detail=detail)(*target.args, **target.kwargs)
+        found = gradients(propagation, derivation, operators)
     first = propagation.first_nonfinite()
     objective, value = objective_name(propagation, derivation), number(propagation.value)
-    text = "\n\n".join(
-        [
-            f"{target.label}: {objective} = {digits(value)}",
-            gradients_table(found),
-            "Value and gradients are finite." if first is None else f"First non-finite: {first}",
-        ]
-    )
+    parts = [f"{target.label}: {objective} = {digits(value)}", gradients_table(found)]
+    if where := derivation.where():
+        parts.append("\n".join(["where", *(f"  {row}" for row in where)]))
+    parts.append("Value and gradients are finite." if first is None else f"First non-finite: {first}")
     data = {
         "target": target.label,
         "objective": objective,
@@ -75,11 +77,14 @@ def report(target: Target, argnums: Sequence[int] | None, limit: int | None) -> 
         "gradients": [_data(gradient, limit) for gradient in found],
         "first_nonfinite": nonfinite_data(first),
     }
-    return Output(text, data)
+    return Output("\n\n".join(parts), data)
 
 
-def gradients(propagation: Propagation, derivation: Derivation) -> list[Gradient]:
-    """The gradients in the order of the backward sweep; partial derivatives stand before the first sum."""
+def gradients(propagation: Propagation, derivation: Derivation, every: bool = False) -> list[Gradient]:
+    """The gradients in the order of the backward sweep; partial derivatives stand before the first sum.
+
+    They are those that the derivation has a line for, or `every` one.
+    """
     prefix = f"∂{propagation.graph.outputs[0].name}/∂"
     objective = objective_name(propagation, derivation)
     values = propagation.gradients
@@ -97,8 +102,13 @@ def gradients(propagation: Propagation, derivation: Derivation) -> list[Gradient
     contributions = propagation.contributions
     for source, of in contributions:
         sources.setdefault(of, []).append(source)
+    seen = {line.key for line in derivation.forward}
+    for line in (*derivation.forward, *derivation.backward):
+        if line.key not in environment:  # A part of an array, which the sweeps have no variable for.
+            environment[line.key] = line.forms[-1].evaluate(environment)
     found = []
-    for name, value in values.items():
+    for name in values if every else _with_bodies(propagation, lines):
+        value = environment[prefix + name]
         found += [
             Gradient(line.left, line.text(), line.forms[-1].evaluate(environment))
             for line in partials.get(name, [])
@@ -108,9 +118,22 @@ def gradients(propagation: Propagation, derivation: Derivation) -> list[Gradient
         terms = tuple(
             Term(source, f"prod(∂{objective}/∂{source}, ∂{source}/∂{name})", contributions[source, name])
             for source in reversed(sources.get(name, []))
+            if every or seen.issuperset(sources[name])
         )
         found.append(Gradient(left, lines[name].text() if name in lines else left, value, terms))
     return found
+
+
+def _with_bodies(propagation: Propagation, names: Iterable[str]) -> Iterator[str]:
+    """The names, and what is inside of loops where the sweep comes to it."""
+    loops = tuple(f"{op.name}/" for op in propagation.graph.operators if op.bodies)
+    inside = [name for name in propagation.gradients if name.startswith(loops)]
+    rank = {name: i for i, name in enumerate(propagation.gradients)}
+    for name in names:
+        while inside and rank[inside[0]] < rank.get(name, 0):
+            yield inside.pop(0)
+        yield name
+    yield from inside
 
 
 def objective_name(propagation: Propagation, derivation: Derivation) -> str:
