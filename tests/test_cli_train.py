@@ -128,3 +128,12 @@ def test_train_chapter_reaches_96_percent_in_a_pipe() -> None:
     rows = [line.split()[0] for line in result.stdout.split("‖gradient‖\n")[1].splitlines()[1:]]
     assert rows[:5] == ["W1", "W2", "x", "y", "λ"]
     assert [row for row in rows if row in "zhoLsJ"] == ["z", "h", "o", "L", "s", "J"]
+
+
+def test_a_loss_in_place_of_setup_is_told_what_to_write(module: Any) -> None:
+    name = module("def loss(w, x): return w * x")
+    result = run("train", f"{name}:loss")
+    assert result.exit_code == 1
+    assert "needs w, x, but train calls a function of no arguments; define `def setup()" in " ".join(
+        result.stderr.split()
+    )

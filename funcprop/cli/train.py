@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 from collections.abc import Iterator
@@ -156,7 +157,14 @@ def users_setup(target: str, options: TrainOptions) -> Setup:
             raise TargetError(
                 f"--{name} is for the built-in `chapter`; {target!r} decides it in its setup()."
             )
-    function, module = load_function(target, "def setup(): return fp.training.Setup(…)")
+    define = "def setup(): return fp.training.Setup(…)"
+    function, module = load_function(target, define)
+    needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    if any(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in needed):
+        raise TargetError(
+            f"target {target!r} needs {', '.join(p.name for p in needed)}, but train calls a function of no "
+            f"arguments; define `{define}` with the loss, parameters, optimizer and batches, and name it."
+        )
     with users_code(f"target {target!r}: {function.__name__}() failed", module):
         given = function()
     setup = as_setup(target, given)
