@@ -89,6 +89,16 @@ def test_a_bias_beside_others() -> None:
     np.testing.assert_allclose([predicted, measured], own, rtol=1e-3)
 
 
+def test_biases_are_what_is_added_to_products() -> None:
+    def net(layers: Any, x: Any) -> Any:
+        for w, b in layers:
+            x = jnp.tanh(x @ w + b) + x.sum()
+        return jnp.sum(x)
+
+    found = answer(exercises.bias, net, [(jnp.ones((2, 3)), jnp.ones(3)), (jnp.ones((3, 1)), 0.5)], X[0, 0])
+    assert "It has biases: layers/0/1, layers/1/1." in found.answer
+
+
 def test_the_page_has_all_five() -> None:
     page = fp.report(loss)(PARAMS, X, LABELS)
     assert [exercise.number for exercise in page.exercises] == [1, 2, 3, 4, 5]

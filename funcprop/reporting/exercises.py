@@ -40,6 +40,7 @@ _SHOWN = 6
 # The page plans for so many devices.
 _DEVICES = 4
 LEFT_TO_THE_COMMAND = "Plans for a function of this size are left to funcprop partition."
+# What a bias of a layer is called; elsewhere it is what is added to a product.
 _BIASES = frozenset({"b", "bias", "offset", "beta"})
 
 
@@ -108,7 +109,10 @@ def gradient_shapes(objective: Objective, propagation: Propagation | None) -> Ex
 
 def bias(objective: Objective, propagation: Propagation | None) -> Exercise:
     """Exercise 2."""
-    names = [v.name for v in objective.inputs.values() if v.name.rpartition("/")[2] in _BIASES]
+    added = _added_to_products(objective)
+    names = [
+        v.name for v in objective.inputs.values() if v.name in added or v.name.rpartition("/")[2] in _BIASES
+    ]
     listed = ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
     has = f"It has biases: {listed}. " if names else "It has no bias. "
     question, found = "What does a bias change?", _first_product(objective)
@@ -118,7 +122,7 @@ def bias(objective: Objective, propagation: Propagation | None) -> Exercise:
     others = tuple(i for i in range(len(z.shape or ())) if i not in axes)
     over = f", added over {'axes' if len(others) > 1 else 'axis'} {', '.join(map(str, others))}"
     answer = (
-        f"{has}One more, b, is added to {z.name}, the first product with a parameter: one square more leads "
+        f"{has}One more, b, is added to the first product with a parameter ({z.name}): one square more leads "
         f"into the sum, and ∂J/∂b is the gradient of that product{over if others else ''}. It needs no value "
         "of the forward sweep, and weight decay leaves it alone."
     )
@@ -267,6 +271,25 @@ def _first_product(objective: Objective) -> tuple[Variable, tuple[int, ...]] | N
         elif len(weights) == 1 and (op.op in PRODUCTS or op.call is not None):
             return op.outputs[0], tuple(_axes_of_weight(op, weights[0]))
     return None
+
+
+def _added_to_products(objective: Objective) -> set[str]:
+    """The arguments that are added to a product, in whatever shape."""
+    source = {v.name: v.name for v in objective.inputs.values()}
+    products: set[str] = set()
+    found: set[str] = set()
+    for op in objective.traced.graph:
+        names = [v.name for v in op.inputs if v.kind != "literal"]
+        if op.op in PRODUCTS:
+            products.update(v.name for v in op.outputs)
+        elif op.op == "add" and not products.isdisjoint(names):
+            found.update(source[name] for name in names if name in source)
+        elif op.equation is not None and op.call is None and is_view(op.equation) and names:
+            if names[0] in source:
+                source[op.outputs[0].name] = source[names[0]]
+            if names[0] in products:
+                products.add(op.outputs[0].name)
+    return found
 
 
 def _axes_of_weight(op: Operator, weight: int) -> Iterator[int]:
