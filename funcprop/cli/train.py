@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -159,16 +159,24 @@ def users_setup(target: str, options: TrainOptions) -> Setup:
             )
     define = "def setup(): return fp.training.Setup(…)"
     function, module = load_function(target, define)
-    needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
-    if any(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in needed):
+    if needed := _needed_arguments(function):
         raise TargetError(
-            f"target {target!r} needs {', '.join(p.name for p in needed)}, but train calls a function of no "
+            f"target {target!r} needs {', '.join(needed)}, but train calls a function of no "
             f"arguments; define `{define}` with the loss, parameters, optimizer and batches, and name it."
         )
     with users_code(f"target {target!r}: {function.__name__}() failed", module):
         given = function()
     setup = as_setup(target, given)
     return setup if options.epochs is None else setup._replace(epochs=options.epochs)
+
+
+def _needed_arguments(function: Callable[..., Any]) -> list[str]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []  # Not every callable says them.
+    many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in many]
 
 
 def as_setup(target: str, given: Any) -> Setup:
