@@ -20,8 +20,6 @@ from funcprop.cli.target import TargetError
 from funcprop.graph.graph import aligned
 from funcprop.sweeps.nonfinite import NonFinite
 
-WIDEST = 110  # characters in a cell of a table
-
 
 class Output(NamedTuple):
     """A result in two forms: text for people, data for programs.
@@ -122,7 +120,7 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
 
     Long cells end with `…`; in the JSON nothing is left out.
     """
-    return aligned(rows, set(right), WIDEST)
+    return aligned(rows, set(right))
 
 
 def digits(number: Any) -> str:

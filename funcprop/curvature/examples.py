@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from funcprop import _jax
 from funcprop.curvature.likelihood import likelihood_of
 from funcprop.operators.convergence import is_traced
-from funcprop.operators.parameters import single_at_least
+from funcprop.operators.parameters import single_at_least, widened
 from funcprop.program.call import name_of, succeeds
 
 Function = Callable[..., Any]
@@ -31,16 +31,6 @@ def _called_as(fun: Function, changed: Function) -> Function:
     functools.update_wrapper(changed, fun)
     changed.__name__ = name_of(fun)
     return changed
-
-
-def widened(outputs: Any) -> Any:
-    """Outputs and targets in float32 for half precision, whose rounding makes Hessians indefinite."""
-
-    def wide(o: Any) -> Any:
-        real = hasattr(o, "dtype") and jnp.issubdtype(o.dtype, jnp.floating)
-        return o.astype(single_at_least(o.dtype)) if real else o
-
-    return jax.tree.map(wide, outputs)
 
 
 def model_of_one(model: Function, batched: bool) -> Function:

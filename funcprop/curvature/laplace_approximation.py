@@ -21,7 +21,6 @@ from funcprop.curvature.examples import (
     over_positions,
     total_of,
     weights_of,
-    widened,
 )
 from funcprop.curvature.fisher_operator import fisher
 from funcprop.curvature.kronecker_factors import kfac
@@ -31,7 +30,7 @@ from funcprop.curvature.precision import DiagonalPrecision, Full, KroneckerPreci
 from funcprop.operators.convergence import is_traced
 from funcprop.operators.finite import require_finite
 from funcprop.operators.linear_operator import LinearOperator
-from funcprop.operators.parameters import Where
+from funcprop.operators.parameters import Where, widened
 from funcprop.operators.subset import Point
 from funcprop.program.program import Program
 from funcprop.rules.rule_set import RuleSet

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from funcprop.operators.parameters import single_at_least
+from funcprop.operators.parameters import widened
 
 
 class Likelihood(NamedTuple):
@@ -52,8 +52,7 @@ def _paired(what: str, outputs: Array, y: Any, expected: tuple[int, ...]) -> Any
             f"{what}: the target of one example has shape {jnp.shape(y)}, but its outputs have shape "
             f"{jnp.shape(outputs)}; give a target of shape {expected}."
         )
-    dtype = jnp.result_type(y)
-    return jnp.asarray(y, single_at_least(dtype)) if jnp.issubdtype(dtype, jnp.floating) else y
+    return widened(jnp.asarray(y))
 
 
 def require_array(what: str, outputs: Any) -> None:

@@ -275,22 +275,17 @@ class _LineWriter:
             for i, v in enumerate(op.outputs):
                 if self.writers is not None and v.name not in self.users and v is not self.result:
                     continue
-                form = (
-                    self._unknown_forward(op, i, self._is_read_alone(v, op))
-                    if equations is None
-                    else equations.forward
-                )
+                form = self._unknown_forward(op, i) if equations is None else equations.forward
                 left = self.symbols[v.name]
                 if form is not left:
                     yield Line(v.name, left.text(), left.latex(), (form,), v.shape or ())
 
-    def _is_read_alone(self, v: Variable, op: Operator) -> bool:
-        """Whether no other result of the operator is read, so that it need not be said which one it is."""
-        return self.writers is not None and not any(w.name in self.users for w in op.outputs if w is not v)
-
-    def _unknown_forward(self, op: Operator, index: int, alone: bool) -> Expression:
+    def _unknown_forward(self, op: Operator, index: int) -> Expression:
         inputs = [self.value(v) for v in op.inputs]
-        suffix = "" if alone or len(op.outputs) == 1 else f"_{index + 1}"
+        others = (*op.outputs[:index], *op.outputs[index + 1 :])
+        # Where no other result is read, it need not be said which one this is.
+        is_one_of_several = any(self.writers is None or w.name in self.users for w in others)
+        suffix = f"_{index + 1}" if is_one_of_several else ""
         written = op.op if op.equation is None or op.call else _jax.function_name(op.equation)
         type_ = self.symbols[op.outputs[index].name].type
         return apply(written + suffix, lambda *xs: call_operator(op, xs)[index], *inputs, type_=type_)

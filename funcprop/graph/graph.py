@@ -184,7 +184,7 @@ def place_text(scope: str, source: str | None) -> str:
     return scope or (source or "").rpartition("/")[2]
 
 
-def aligned(rows: Sequence[Sequence[str]], right: set[int], widest: int) -> str:
+def aligned(rows: Sequence[Sequence[str]], right: set[int], widest: int = 110) -> str:
     """Rows as columns of text under the first row, cut to `widest`; columns in `right` end at the right."""
     clipped = [[c if len(c) <= widest else c[: widest - 1] + "…" for c in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*clipped, strict=True)]

@@ -24,7 +24,7 @@ from funcprop.program.sizes import nbytes
 _INLINED = CALLS | CHECKPOINTS | CUSTOM_RULES | {"custom_lin", "custom_vjp_call_jaxpr", "shard_map"}
 # Their results are their operands, under another name or, on one device, at all.
 _RENAMED = frozenset(
-    {"stop_gradient", "copy", "copy_p", "name", "pvary", "pcast", "reshard", BARRIER}
+    {"stop_gradient", "copy", "copy_p", "name", "pvary", "pcast", "reshard"}
     | {"sharding_constraint", "bitcast_convert_type", "mesh_cast", "psum", "psum_invariant", "pmax", "pmin"}
     | {"slice", "broadcast_in_dim", "reduce_sum", "reduce_max", "reduce_min", "all_gather", "ppermute"}
 )

@@ -260,6 +260,16 @@ def single_at_least(*dtypes: Any) -> Any:
         return jnp.promote_types(jnp.result_type(*dtypes), jnp.float32)
 
 
+def widened(outputs: Any) -> Any:
+    """Outputs and targets in float32 for half precision, whose rounding makes Hessians indefinite."""
+
+    def wide(o: Any) -> Any:
+        real = hasattr(o, "dtype") and jnp.issubdtype(o.dtype, jnp.floating)
+        return o.astype(single_at_least(o.dtype)) if real else o
+
+    return jax.tree.map(wide, outputs)
+
+
 def _is_number(leaf: Any) -> bool:
     return isinstance(leaf, float | int | complex) or hasattr(leaf, "dtype")
 

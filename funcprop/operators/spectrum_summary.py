@@ -19,7 +19,6 @@ from funcprop.operators.spectral_density import Spectrum
 
 EXACT = 1024  # up to so many parameters, all eigenvalues are computed
 _BAR = 40  # characters of the longest bar of the histogram
-_WIDEST = 110  # characters in a cell of a table
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,9 @@ class Summary:
             f"condition  {'-' if self.condition is None else f'{self.condition:.5g}'}",
             f"trace      {_with_error(*self.trace)}",
             "",
-            aligned(parameters, {1, 2, 3}, _WIDEST),
+            aligned(parameters, {1, 2, 3}),
             "",
-            aligned(histogram, {0, 1, 2}, _WIDEST),
+            aligned(histogram, {0, 1, 2}),
         ]
         return "\n".join(lines)
 
