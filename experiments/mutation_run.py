@@ -33,7 +33,16 @@ ALGEBRA = ("equations::test_equations_of_primitives_hold",)
 READING = ("equations", "readable_equations", "verification", "verification_rounding")
 EQUATIONS = (
     *("chain_rule", "condense", "constants", "derivation", "elementwise", "flow", "known_functions"),
-    *("line_choice", "line_parts", "losses", "named_function", "norms", "recognition", "rounding"),
+    *(
+        "line_choice",
+        "line_parts",
+        "line_writer",
+        "losses",
+        "named_function",
+        "norms",
+        "recognition",
+        "rounding",
+    ),
 )
 BYTES = ("memory_estimate", "memory_footprint", "batch_limit")
 TESTS = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from funcprop.equations.derivation import forward_lines
+from funcprop.equations.line_writer import forward_lines
 from funcprop.equations.verification import Line
 from funcprop.graph.graph import shape_text
 from funcprop.reporting.mathml import mathml
