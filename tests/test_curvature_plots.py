@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib import pyplot
 
 import funcprop as fp
 
@@ -36,7 +37,7 @@ def operator() -> Any:
 @pytest.fixture(autouse=True)
 def closed() -> Any:
     yield
-    mpl.pyplot.close("all")
+    pyplot.close("all")
 
 
 def labels(axes: Any) -> list[str]:
@@ -53,7 +54,7 @@ def test_a_spectrum(operator: Any) -> None:
     band = axes.collections[0].get_paths()[0].vertices[:, 1]
     np.testing.assert_allclose(band.max(), found.interval()[1].max(), rtol=1e-9)
     assert axes.get_yscale() == "log"
-    again = mpl.pyplot.subplots()[1]
+    again = pyplot.subplots()[1]
     assert operator.plot(key=KEYS[4], axes=again) is again
 
 
