@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import DictKey, SequenceKey
 
 
@@ -68,6 +69,45 @@ def call(run: Callable[..., Any], fun: Callable[..., Any], args: Any, kwargs: An
             with nnx.merge_context(context, inner=False) as merging:
                 merging.merge(*changed)
     return result
+
+
+def parted(tree: Any) -> tuple[Any, Any, Callable[[Any, Any], Any]]:
+    """Take models apart: what is trained, all other variables, and the function that joins both again.
+
+    Trained are variables of type `nnx.Param`, and real arrays beside the models.
+    """
+    nnx = sys.modules["flax.nnx"]
+
+    def is_trained(_: Any, value: Any) -> bool:
+        if isinstance(value, nnx.Variable):
+            return isinstance(value, nnx.Param)
+        return jnp.issubdtype(jnp.result_type(value), jnp.inexact)
+
+    graph, trained, others = nnx.split(tree, is_trained, ...)
+    return trained, others, lambda trained, others: nnx.merge(graph, trained, others, copy=True)
+
+
+def variables(state: Any) -> list[Any]:
+    """The variables in a state."""
+    nnx = sys.modules["flax.nnx"]
+    return jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def state_like(state: Any, tree: Any) -> Any:
+    """All variables of models but those that are trained, in the structure of such a state.
+
+    Raises:
+        TypeError: the models have other variables now.
+    """
+    found = parted(tree)[1]
+    old: Any = jax.tree.structure(state)
+    new: Any = jax.tree.structure(found)
+    if old != new:
+        raise TypeError(
+            f"the loss changes which variables its nnx model has, from {old} to {new}; let the model have "
+            "them from the start, and pop what it sows (nnx.pop)."
+        )
+    return found
 
 
 def describe(

@@ -23,6 +23,7 @@ from funcprop.partition.flat import flattened, simplified, with_makers_apart
 from funcprop.partition.links import Links, Place, links_of, rank, shape
 from funcprop.program.facts import PRODUCTS, facts_of
 from funcprop.program.flops import flops
+from funcprop.program.trained import Trained
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.transforms import value_and_grad
 
@@ -318,7 +319,9 @@ def axes(fun: Callable[..., Any], *, rules: RuleSet | None = None) -> Callable[.
     """
 
     def found(params: Any, batch: Any) -> Axes:
-        program = flat_program(value_and_grad(fun, rules=rules), params, batch)
+        model = Trained.stateless(params)
+        params = model.arrays
+        program = flat_program(value_and_grad(model.function(fun), rules=rules), params, batch)
         inputs = program.jaxpr.invars[len(program.consts) :]
         program.join(program.jaxpr.outvars[1:], inputs[: len(jax.tree.leaves(params))])
         return axes_of(program, params, batch, inputs)

@@ -25,6 +25,7 @@ from funcprop.partition.sharded import ShardedProgram
 from funcprop.partition.task_order import PipelineTimeline
 from funcprop.partition.topology import DeviceTarget
 from funcprop.partition.traffic import compiled_collectives, unpredicted, volume
+from funcprop.program.trained import Trained
 from funcprop.rules.rule_set import RuleSet
 
 PlanProgram = SteppedProgram | ShardedProgram | PipelinedProgram
@@ -113,6 +114,7 @@ class PartitionPlan:
         Raises:
             TypeError: there is a state, and no optimizer.
         """
+        params = Trained.stateless(params).arrays
         optimizer = optimizer or self.problem.optimizer
         if state is not None and optimizer is None:
             raise TypeError(
@@ -134,6 +136,7 @@ class PartitionPlan:
 
     def gradient(self, params: Any, batch: Any) -> tuple[Any, Any]:
         """The loss and its gradient by the plan, at parameters wherever they are."""
+        params = Trained.stateless(params).arrays
         tree = jax.tree.structure(params)
         if isinstance(self.program, PipelinedProgram):
             running = self.program.on(self._devices())

@@ -23,6 +23,7 @@ from funcprop.partition.task_order import Order
 from funcprop.partition.topology import DeviceTarget, target_of
 from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import budget_bytes, nbytes
+from funcprop.program.trained import Trained
 from funcprop.rules.primitives import pooling
 from funcprop.rules.rule import Rule
 from funcprop.rules.rule_set import OperatorKey, RuleSet
@@ -60,7 +61,9 @@ def plan(
     checked on numbers.
 
     Args:
-        loss: of parameters and batch, both pytrees.
+        loss: of parameters and batch, both pytrees. Parameters may be a module of Equinox as it is: its
+            floating-point arrays are trained, and plans are for a tree of these, `eqx.filter(module,
+            eqx.is_inexact_array)`. Of an nnx model give what `nnx.split` returns.
         optimizer: any optax optimizer; without, only the gradient is accounted.
         budget: bytes of one device, or text as "16GB"; the device's memory for `on=`.
         rules: the rules of the gradient; `fp.rules.default` if None.
@@ -71,6 +74,7 @@ def plan(
         shard_parameters: with `mesh={"data": n}`, ZeRO-3.
 
     Raises:
+        TypeError: an nnx model holds more than parameters; with what to write.
         ValueError: there are not so many devices, an axis of the mesh is not known or cannot be split, the
         batch
             cannot be cut, or the loss is no mean over examples.
@@ -94,7 +98,10 @@ def plan(
         chosen = default if rules is None else rules
         if not target.is_present and chosen.target is None:
             chosen = chosen.on(target.machine.platform)
-        problem = TrainingProblem(loss, params, batch, optimizer, chosen, weight, target.machine.platform)
+        model = Trained.stateless(params)
+        problem = TrainingProblem(
+            model.function(loss), model.arrays, batch, optimizer, chosen, weight, target.machine.platform
+        )
         search = _Search(problem, target, limit, microbatches, schedule)
         if mesh is not None:
             return Plans((search.on_mesh(mesh, shard_parameters),), (), problem.examples)

@@ -31,7 +31,7 @@ from funcprop.training.manifest import (
 )
 from funcprop.training.peers import Peers
 from funcprop.training.quiet_orbax import cause, quiet
-from funcprop.training.saved_arrays import in_structure, named_arrays, require_same
+from funcprop.training.saved_arrays import as_saved, in_structure, named_arrays, require_same
 
 DAMAGED, REPLACED = ".damaged", ".removed"
 MARK = ".funcprop"  # Where it is, unfinished steps are ours; a run holds a lock on it.
@@ -279,7 +279,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         manifest = Manifest.read(path)
-        wanted = named_arrays(like)
+        wanted = as_saved(manifest, named_arrays(like))
         require_same(path, manifest, wanted)
         manifest.verify_files(path)
         restored = {name: array for name, array in wanted.items() if array.size}

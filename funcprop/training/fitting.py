@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import optax
 
+from funcprop.program.trained import Trained
 from funcprop.rules.rule_set import RuleSet
 from funcprop.training.checkpoints import Checkpoints
 from funcprop.training.loop import Epoch, Evaluate, Loss
 from funcprop.training.mixed_precision import MixedPrecision
+from funcprop.training.nonfinite_step import NonFiniteStepError
 from funcprop.training.position import Batches
 from funcprop.training.run_records import Log, recorders
 from funcprop.training.stopping import Stop
@@ -56,7 +58,9 @@ def fit(
 
     Args:
         loss, params, batches, optimizer, evaluate: see `Setup`. Parameters may be placed on several devices
-            (`jax.device_put` with a `NamedSharding`); batches are placed by `batches`.
+            (`jax.device_put` with a `NamedSharding`); batches are placed by `batches`. Of a module of
+            Equinox, or another tree that holds more than real numbers, floating-point arrays are trained; of
+            an nnx model what is `nnx.Param`, and its other variables go from step to step as a `model_state`.
         epochs: how many times all minibatches are visited, after those that `state` has behind it.
         rules: a rule set; `fp.rules.default` if None.
         key: the PRNG key from which `batches` gets one for every epoch, if it is a function;
@@ -113,12 +117,19 @@ def fit(
         )
     if state is not None and state.model is not None and model_state is not None:
         raise ValueError("fit: state has a model state, and model_state is given as well; leave one out.")
+    model = Trained.of(params)
+    if model.state is not None:
+        if model_state is not None:
+            raise ValueError("fit: an nnx model holds its state itself; leave model_state out.")
+        model_state = model.state if state is None or state.model is None else None
     if state is None:
-        state = TrainingState(optimizer.init(params), model_state)
+        state = TrainingState(optimizer.init(model.arrays), model_state)
     elif model_state is not None:
         state = TrainingState(state.optimizer, model_state, state.scale, state.position)
     found = MixedPrecision.of(precision)
-    objective = TrainingLoss(loss, has_aux, state.model is not None, keyed, found, accumulate, weight)
+    objective = TrainingLoss(
+        model.function(loss, has_aux), has_aux, state.model is not None, keyed, found, accumulate, weight
+    )
     saved = None
     if checkpoints is not None:
         saved = checkpoints if isinstance(checkpoints, Checkpoints) else Checkpoints(checkpoints)
@@ -127,7 +138,7 @@ def fit(
         batches,
         optimizer,
         rules,
-        evaluate=evaluate,
+        evaluate=model.evaluation(evaluate),
         stop=stop,
         key=jax.random.key(0) if key is None else key,
         plan=plan,
@@ -135,7 +146,18 @@ def fit(
         recorders=recorders(log),
         progress=progress,
     )
-    return run.epochs(params, state, epochs)
+    yielded = run.epochs(model.arrays, state, epochs)
+    return yielded if model.is_whole else _of_models(yielded, model)
+
+
+def _of_models(epochs: Iterator[Epoch], model: Trained) -> Iterator[Epoch]:
+    """Yield epochs whose parameters are whole models again."""
+    try:
+        for epoch in epochs:
+            yield epoch._replace(params=model.joined(epoch.params, epoch.state.model))
+    except NonFiniteStepError as error:
+        error.params = model.joined(error.params, error.state.model)
+        raise
 
 
 def what(name: str) -> str:

@@ -47,6 +47,15 @@ def in_structure(tree: Any, arrays: dict[str, jax.Array]) -> Any:
     return jax.tree.unflatten(structure, map(leaf, leaves, arrays.values()))
 
 
+def as_saved(manifest: Manifest, wanted: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Return the arrays, those of a model's state in the dtype of the step: the loss decides on it."""
+    saved = {name: leaf["dtype"] for name, leaf in manifest.leaves.items() if f"{name}.".startswith("model.")}
+    return {
+        name: array.astype(saved[name]) if saved.get(name, "key").startswith(("float", "bfloat")) else array
+        for name, array in wanted.items()
+    }
+
+
 def require_same(path: Path, manifest: Manifest, wanted: dict[str, jax.Array]) -> None:
     """Require the arrays of a step to be those that are asked for.
 

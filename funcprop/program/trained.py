@@ -1,0 +1,113 @@
+"""What of a model is trained: floating-point arrays; of an nnx model the variables that are `nnx.Param`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from funcprop._jax import nnx
+from funcprop.program.call import pair
+
+
+class Trained(NamedTuple):
+    """A model in parts: `arrays` are trained, `state` (or None) is what the model itself changes.
+
+    `joined(arrays, state)` is the model again, with what is fixed: functions, flags, sizes.
+    """
+
+    arrays: Any
+    state: Any
+    joined: Callable[[Any, Any], Any]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the arrays are the model itself."""
+        return self.joined is _itself
+
+    @classmethod
+    def of(cls, model: Any) -> Trained:
+        """Take a model apart; a tree of which every leaf is a real number or array is trained whole.
+
+        Of a tree that holds functions or flags, as modules of Equinox do, python floats are fixed.
+
+        Raises:
+            ValueError: there is nothing to train.
+        """
+        if nnx.has_models(model):
+            arrays, state, joined = nnx.parted(model)
+            if jax.tree.leaves(state):
+                return cls(arrays, state, joined)
+        leaves = jax.tree.leaves(model)
+        is_module = any(callable(leaf) or isinstance(leaf, bool) for leaf in leaves)
+
+        def is_trained(leaf: Any) -> bool:
+            if isinstance(leaf, float | complex) and not isinstance(leaf, np.generic):
+                return not is_module
+            return hasattr(leaf, "dtype") and jax.numpy.issubdtype(leaf.dtype, np.inexact)
+
+        if all(map(is_trained, leaves)):
+            return cls(model, None, _itself)
+        arrays, fixed = (
+            jax.tree.map(lambda x, which=which: x if is_trained(x) == which else None, model)
+            for which in (True, False)
+        )
+        if not jax.tree.leaves(arrays):
+            kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves}))
+            raise ValueError(f"the parameters are of type {kinds}; give a tree of floating-point arrays.")
+
+        def filled(arrays: Any, _: Any) -> Any:
+            return jax.tree.map(
+                lambda f, x: x if f is None else f, fixed, arrays, is_leaf=lambda x: x is None
+            )
+
+        return cls(arrays, None, filled)
+
+    @classmethod
+    def stateless(cls, model: Any) -> Trained:
+        """Take a model apart that changes nothing of itself, as `of`.
+
+        Raises:
+            TypeError: it is an nnx model with other variables than parameters.
+        """
+        found = cls.of(model)
+        if found.state is not None:
+            names = ", ".join(sorted({type(v).__name__ for v in nnx.variables(found.state)}))
+            raise TypeError(
+                f"params is an nnx model with {names} besides nnx.Param; split it (graph, params, state = "
+                "nnx.split(model, nnx.Param, ...)), and give params, with a loss that merges them."
+            )
+        return found
+
+    def function(self, fun: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
+        """A function of the model as one of the arrays (and the state, which is returned besides)."""
+
+        if self.is_whole:
+            return fun
+
+        @functools.wraps(fun, updated=())
+        def of_arrays(arrays: Any, *rest: Any, **options: Any) -> Any:
+            if self.state is None:
+                return fun(self.joined(arrays, None), *rest, **options)
+            model = self.joined(arrays, rest[0])
+            result = fun(model, *rest[1:], **options)
+            state = nnx.state_like(self.state, model)
+            if not has_aux:
+                return result, state
+            value, aux = pair(result, fun)
+            return value, (state, aux)
+
+        return of_arrays
+
+    def evaluation(self, fun: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        """A function that reads the model as one of the arrays (and the state)."""
+        if fun is None or self.is_whole:
+            return fun
+        return lambda arrays, state=None: fun(self.joined(arrays, state))
+
+
+def _itself(arrays: Any, _: Any) -> Any:
+    return arrays
