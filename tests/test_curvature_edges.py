@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from curvature_models import linear, squared
+from flax import nnx
 
 import funcprop as fp
 from funcprop.curvature import accumulate, laplace
@@ -27,6 +28,55 @@ INPUTS, TARGETS = jnp.ones((5, 3)), jnp.ones((5, 2))
 
 def net_loss(net: Any, x: Any) -> Any:
     return jnp.mean(jax.vmap(net)(x) ** 2)
+
+
+class Normalized(nnx.Module):
+    def __init__(self, rngs: Any) -> None:
+        self.first = nnx.Linear(3, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+        self.last = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.last(self.dropout(jnp.tanh(self.norm(self.first(x)))))
+
+
+def parted_module() -> tuple[Any, Any, Any]:
+    arrays, rest = eqx.partition(NET, eqx.is_inexact_array)
+    return NET, arrays, lambda p: eqx.combine(p, rest)
+
+
+def parted_model() -> tuple[Any, Any, Any]:
+    model = Normalized(nnx.Rngs(0))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    return model, params, lambda p: nnx.merge(graph, p, rest)
+
+
+@pytest.mark.parametrize("parted", [parted_module, parted_model])
+def test_without_where_what_is_trained(parted: Any) -> None:
+    """Functions and flags of a module are fixed, and running averages of an nnx model no parameters."""
+    model, arrays, joined = parted()
+    flat, unravel = jax.flatten_util.ravel_pytree(arrays)
+    x, y = jnp.linspace(-1, 1, 15).reshape(5, 3).astype(flat.dtype), jnp.ones((5, 2), flat.dtype)
+
+    def of_batch(model: Any, x: Any, y: Any) -> Any:
+        return jnp.mean(jax.vmap(lambda x, y: squared(model(x), y))(x, y))
+
+    def of_flat(flat: Any, x: Any, y: Any) -> Any:
+        return of_batch(joined(unravel(flat)), x, y)
+
+    wanted = jax.hessian(of_flat)(flat, x, y)
+    np.testing.assert_allclose(fp.hessian(of_batch)(model, x, y).dense(), wanted, atol=1e-6)
+    diagonal = fp.curvature.hessian_diagonal(of_batch)(model, x, y)
+    np.testing.assert_allclose(jax.flatten_util.ravel_pytree(diagonal)[0], wanted.diagonal(), atol=1e-6)
+    apply = lambda model, x: model(x)  # noqa: E731
+    J = jax.jacobian(lambda flat: jax.vmap(joined(unravel(flat)))(x))(flat)
+    G = fp.ggn(apply, squared)(model, x, y)
+    np.testing.assert_allclose(G.dense(), jnp.einsum("nop,noq->pq", J, J) / 5, atol=1e-6)
+    norms = jax.vmap(lambda x, y: jax.grad(of_flat)(flat, x[None], y[None]) ** 2)(x, y)
+    found = fp.per_example(apply, squared)(model, x, y, {"second_moment"})["second_moment"]
+    np.testing.assert_allclose(jax.flatten_util.ravel_pytree(found)[0], norms.mean(0), atol=1e-6)
+    assert fp.kfac(apply, squared, kind="exact")(model, x, y).parameters.size == flat.size
 
 
 def test_a_part_of_an_unpartitioned_module() -> None:
@@ -50,13 +100,14 @@ def test_a_part_of_an_unpartitioned_module() -> None:
 def test_what_is_no_array_is_named_by_its_path() -> None:
     model = lambda net, x: net(x)  # noqa: E731
     of_one = lambda net, x, y: squared(net(x), y)  # noqa: E731
+    everything: Any = {"where": lambda path, leaf: True}
     for ask in (
-        lambda: fp.hessian(net_loss)(NET, INPUTS),
-        lambda: fp.per_example(model, squared)(NET, INPUTS, TARGETS, {"norm"}),
-        lambda: fp.kfac(model, squared, kind="exact")(NET, INPUTS, TARGETS),
-        lambda: fp.curvature.influence(of_one)(NET, INPUTS, TARGETS),
-        lambda: fp.curvature.hessian_diagonal(net_loss)(NET, INPUTS),
-        lambda: laplace(model, "gaussian")(NET, INPUTS, TARGETS),
+        lambda: fp.hessian(net_loss, **everything)(NET, INPUTS),
+        lambda: fp.per_example(model, squared, **everything)(NET, INPUTS, TARGETS, {"norm"}),
+        lambda: fp.kfac(model, squared, kind="exact", **everything)(NET, INPUTS, TARGETS),
+        lambda: fp.curvature.influence(of_one, **everything)(NET, INPUTS, TARGETS),
+        lambda: fp.curvature.hessian_diagonal(net_loss, **everything)(NET, INPUTS),
+        lambda: laplace(model, "gaussian", **everything)(NET, INPUTS, TARGETS),
     ):
         with pytest.raises(TypeError, match=r"the parameter 'activation' is .* leave it out by where="):
             ask()

@@ -78,12 +78,7 @@ def parted(tree: Any) -> tuple[Any, Any, Callable[[Any, Any], Any]]:
     """
     nnx = sys.modules["flax.nnx"]
 
-    def is_trained(_: Any, value: Any) -> bool:
-        if isinstance(value, nnx.Variable):
-            return isinstance(value, nnx.Param)
-        return jnp.issubdtype(jnp.result_type(value), jnp.inexact)
-
-    graph, trained, others = nnx.split(tree, is_trained, ...)
+    graph, trained, others = nnx.split(tree, lambda _, value: _is_trained(nnx, value), ...)
     return trained, others, lambda trained, others: nnx.merge(graph, trained, others, copy=True)
 
 
@@ -91,6 +86,21 @@ def variables(state: Any) -> list[Any]:
     """The variables in a state."""
     nnx = sys.modules["flax.nnx"]
     return jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def trained_leaves(tree: Any) -> tuple[bool, ...]:
+    """For each leaf whether it belongs to an `nnx.Param`, or is a real array beside the models."""
+    nnx = sys.modules["flax.nnx"]
+    found: list[bool] = []
+    for value in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        found += [_is_trained(nnx, value)] * len(jax.tree.leaves(value))
+    return tuple(found)
+
+
+def _is_trained(nnx: Any, value: Any) -> bool:
+    if isinstance(value, nnx.Variable):
+        return isinstance(value, nnx.Param)
+    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact)
 
 
 def state_like(state: Any, tree: Any) -> Any:

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from funcprop.operators.parameters import Parameters, Where, path_name
 from funcprop.program.call import name_of, require_values
 from funcprop.program.structural_key import SameObject
+from funcprop.program.trained import trained_leaves
 
 # What is known of shapes alone, for messages.
 SHAPES = "fp.second_order_cost(loss)(…) or fp.curvature.hessian_diagonal(loss).plan(…)"
@@ -24,8 +25,8 @@ def chosen(params: PyTree, where: Where | None) -> tuple[bool, ...]:
 
     Args:
         params: a pytree.
-        where: None for all; a path as `params/Dense_1` for the leaves there or below, or several; a predicate
-            of path and leaf; or a pytree of bools like `params`.
+        where: None for all that are trained (`trained_leaves`); a path as `params/Dense_1` for the leaves
+            there or below, or several; a predicate of path and leaf; or a pytree of bools like `params`.
 
     Raises:
         TypeError: `where` is none of these.
@@ -33,7 +34,7 @@ def chosen(params: PyTree, where: Where | None) -> tuple[bool, ...]:
     """
     found, tree = jax.tree_util.tree_flatten_with_path(params)
     paths = tuple(path_name(path) for path, _ in found)
-    marks = _marks(found, tree, paths, where)
+    marks = trained_leaves(params) if where is None else _marks(found, tree, paths, where)
     if not any(marks):
         raise ValueError(
             f"where={where!r} chooses no parameter; the paths are {', '.join(map(repr, paths))}."
@@ -41,9 +42,7 @@ def chosen(params: PyTree, where: Where | None) -> tuple[bool, ...]:
     return marks
 
 
-def _marks(found: Any, tree: Any, paths: tuple[str, ...], where: Where | None) -> tuple[bool, ...]:
-    if where is None:
-        return (True,) * len(paths)
+def _marks(found: Any, tree: Any, paths: tuple[str, ...], where: Where) -> tuple[bool, ...]:
     if callable(where):
         return tuple(bool(where(path, leaf)) for path, (_, leaf) in zip(paths, found, strict=True))
     several = [where] if isinstance(where, str) else where
@@ -67,10 +66,10 @@ def restricted(
 
     The chosen ones are the whole pytree with None in place of the others. Errors are those of `chosen`.
     """
-    if where is None:
+    marks = chosen(params, where)
+    if all(marks):
         return fun, params
     leaves, tree = jax.tree.flatten(params)
-    marks = chosen(params, where)
     # Of a parameter that is a type alone nothing but the type is read.
     others = [np.broadcast_to(np.zeros((), x.dtype), x.shape) if _is_type(x) else x for x in leaves]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from funcprop._jax import nnx
 from funcprop.program.call import pair
@@ -30,9 +30,7 @@ class Trained(NamedTuple):
 
     @classmethod
     def of(cls, model: Any) -> Trained:
-        """Take a model apart; a tree of which every leaf is a real number or array is trained whole.
-
-        Of a tree that holds functions or flags, as modules of Equinox do, python floats are fixed.
+        """Take a model apart, as `trained_leaves` says.
 
         Raises:
             ValueError: there is nothing to train.
@@ -41,23 +39,16 @@ class Trained(NamedTuple):
             arrays, state, joined = nnx.parted(model)
             if jax.tree.leaves(state):
                 return cls(arrays, state, joined)
-        leaves = jax.tree.leaves(model)
-        is_module = any(callable(leaf) or isinstance(leaf, bool) for leaf in leaves)
-
-        def is_trained(leaf: Any) -> bool:
-            if isinstance(leaf, float | complex) and not isinstance(leaf, np.generic):
-                return not is_module
-            return hasattr(leaf, "dtype") and jax.numpy.issubdtype(leaf.dtype, np.inexact)
-
-        if all(map(is_trained, leaves)):
+        marks = trained_leaves(model)
+        if all(marks):
             return cls(model, None, _itself)
-        arrays, fixed = (
-            jax.tree.map(lambda x, which=which: x if is_trained(x) == which else None, model)
-            for which in (True, False)
-        )
-        if not jax.tree.leaves(arrays):
+        leaves, tree = jax.tree.flatten(model)
+        if not any(marks):
             kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves}))
             raise ValueError(f"the parameters are of type {kinds}; give a tree of floating-point arrays.")
+        pairs = list(zip(leaves, marks, strict=True))
+        arrays = jax.tree.unflatten(tree, [x if mark else None for x, mark in pairs])
+        fixed = jax.tree.unflatten(tree, [None if mark else x for x, mark in pairs])
 
         def filled(arrays: Any, _: Any) -> Any:
             return jax.tree.map(
@@ -84,7 +75,6 @@ class Trained(NamedTuple):
 
     def function(self, fun: Callable[..., Any], has_aux: bool = False) -> Callable[..., Any]:
         """A function of the model as one of the arrays (and the state, which is returned besides)."""
-
         if self.is_whole:
             return fun
 
@@ -107,6 +97,20 @@ class Trained(NamedTuple):
         if fun is None or self.is_whole:
             return fun
         return lambda arrays, state=None: fun(self.joined(arrays, state))
+
+
+def trained_leaves(model: Any) -> tuple[bool, ...]:
+    """For each leaf whether it is trained: of nnx models variables of type `nnx.Param`, of others arrays.
+
+    In a tree that holds functions or flags, as modules of Equinox do, floating-point arrays are trained; in
+    any other all leaves, so that a parameter of integers is an error of who differentiates it.
+    """
+    if nnx.has_models(model):
+        return nnx.trained_leaves(model)
+    leaves = jax.tree.leaves(model)
+    if not any(callable(leaf) or isinstance(leaf, bool) for leaf in leaves):
+        return (True,) * len(leaves)
+    return tuple(hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves)
 
 
 def _itself(arrays: Any, _: Any) -> Any:
