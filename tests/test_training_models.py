@@ -218,5 +218,7 @@ def test_a_model_state_that_changes_its_type_goes_on(tmp_path: Path) -> None:
     last(*given, epochs=1, model_state=mean, checkpoints=tmp_path)
     found = last(*given, epochs=2, model_state=mean, checkpoints=tmp_path)
     wanted = last(*given, epochs=2, model_state=mean)
+    parts = last(*given, epochs=1, model_state=mean, accumulate=2)  # A scan would refuse that.
+    assert parts.state.model.dtype == jnp.float64
     np.testing.assert_array_equal(found.state.model, wanted.state.model)
     np.testing.assert_array_equal(found.params, wanted.params)

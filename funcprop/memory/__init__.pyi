@@ -4,8 +4,8 @@ from .ledger import Footprint as Footprint
 from .ledger import Ledger as Ledger
 from .ledger import Row as Row
 from .remat.choice import CompiledGradient as CompiledGradient
+from .remat.limits import BudgetError as BudgetError
 from .remat.plan import Proof as Proof
 from .remat.plan import RematPlan as RematPlan
-from .remat.rematerialize import BudgetError as BudgetError
 from .remat.rematerialize import remat_plan as remat_plan
 from .remat.rematerialize import rematerialize as rematerialize

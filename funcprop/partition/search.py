@@ -12,7 +12,8 @@ from typing import Any
 
 import optax
 
-from funcprop.memory.remat.rematerialize import BudgetError, RematLimits
+from funcprop.memory.remat.limits import BudgetError, RematLimits
+from funcprop.memory.remat.rematerialize import Rematerializer
 from funcprop.partition.layout import DATA, MODEL, STAGE
 from funcprop.partition.pipeline import PipelinedProgram
 from funcprop.partition.plans import PartitionPlan, PlanProgram, Plans, RejectedPlan
@@ -222,10 +223,10 @@ class _Search:
     def remat(self, share: float) -> PartitionPlan:
         """Rematerialisation on one device, within a share of what is held between the sweeps."""
         # Schedules are compared by what they compile to only where that is what will run.
-        limits = RematLimits(share, measure=self.target.is_present)
-        found = limits.plan_of(self.problem.loss)(*self.problem.shapes)
+        lean = Rematerializer(RematLimits(share, measure=self.target.is_present))
+        found = lean.plan_of(self.problem.loss)(*self.problem.shapes)
         options = found.compiler_options if self.target.is_present else {}
-        program = SteppedProgram(self.problem, {DATA: 1}, lean=limits.applied, compiler_options=options or {})
+        program = SteppedProgram(self.problem, {DATA: 1}, lean=lean.applied, compiler_options=options or {})
         return self._plan(f"rematerialisation {share:.0%}", {DATA: 1}, program)
 
     def zero(self, parts: int) -> PartitionPlan:

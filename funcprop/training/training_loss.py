@@ -93,7 +93,9 @@ class TrainingLoss:
             summed = jax.tree.map(lambda s, x: s + (weight * x).astype(s.dtype), summed, found)
             return (total + weight, (model, *summed)), None
 
-        (_, (value, (_, aux))), _ = jax.eval_shape(derivative, params, model, part_of(parts, 0), key)
+        (_, (value, (after, aux))), _ = jax.eval_shape(derivative, params, model, part_of(parts, 0), key)
+        # A state may be of another dtype after the first part, such as float32 averages of float64.
+        model = jax.tree.map(lambda x, new: x if x.dtype == new.dtype else x.astype(new.dtype), model, after)
         zeros = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), x.dtype), [value, params, aux])
         start = (jnp.zeros((), value.dtype), (model, *zeros))
         (total, (model, *summed)), _ = jax.lax.scan(body, start, jnp.arange(self.accumulate))

@@ -10,33 +10,18 @@ dynamic programming (`funcprop.memory.remat.schedule`).
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from funcprop import _jax
 from funcprop._jax import nnx
-from funcprop.memory.remat.chain import StepChain, flat, program
-from funcprop.memory.remat.choice import SMALLEST, Choice, GradientProgram, Placement, best, can_compile
+from funcprop.memory.remat.chain import flat
+from funcprop.memory.remat.limits import Budget, RematLimits
 from funcprop.memory.remat.plan import RematPlan
-from funcprop.memory.remat.saving import Residuals, residuals
-from funcprop.memory.remat.schedule import Schedule, cheapest, frontier, in_chunks, kept
+from funcprop.memory.remat.solution import RematSolver
 from funcprop.program.call import Call, is_array, name_of, traced
-from funcprop.program.sizes import budget_or_share
-from funcprop.rules.machine import Machine
-
-Budget = int | float | str | None
-
-
-class BudgetError(ValueError):
-    """No schedule fits; `smallest` is the number of bytes that would do."""
-
-    def __init__(self, message: str, smallest: int) -> None:
-        super().__init__(message)
-        self.smallest = smallest
 
 
 def rematerialize(
@@ -111,20 +96,8 @@ def rematerialize(
         >>> print(jax.jit(jax.grad(lean))(ws, x)[0][0] == jax.grad(loss)(ws, x)[0][0])
         [ True  True  True]
     """
-    return RematLimits(budget, peak, chunks, count_arguments, argnums, measure, target).applied(fun)
-
-
-def _require_unchanged(arguments: Any, leaves: Sequence[Any], tree: Any) -> None:
-    """Raise a TypeError if the function has changed its arguments, which are copies of the caller's."""
-    try:
-        new_leaves, new_tree = jax.tree.flatten(arguments)
-    except ValueError:
-        return  # An object that is used up, like Equinox's `State`, holds nothing that could be lost.
-    if new_tree != tree or any(new is not old for new, old in zip(new_leaves, leaves, strict=True)):
-        raise TypeError(
-            "rematerialize: the function changes a container among its arguments in place; it is traced with "
-            "copies, so the change would be lost. Return the new value, or change the container outside."
-        )
+    limits = RematLimits(budget, peak, chunks, count_arguments, argnums, measure, target)
+    return Rematerializer(limits).applied(fun)
 
 
 def remat_plan(
@@ -157,40 +130,12 @@ def remat_plan(
         >>> plan.residual_bytes, plan.forward_flops, 0 < plan.extra_flops < 0.2 * plan.forward_flops
         (96, 174, True)
     """
-    return RematLimits(budget, peak, chunks, count_arguments, argnums, measure, target).plan_of(fun)
+    limits = RematLimits(budget, peak, chunks, count_arguments, argnums, measure, target)
+    return Rematerializer(limits).plan_of(fun)
 
 
-class RematLimits:
-    """The limits asked for, checked before anything is traced.
-
-    Among schedules it is chosen once for equal programs, by whatever of both methods is called first.
-    """
-
-    def __init__(
-        self,
-        budget: Budget = None,
-        peak: Budget = None,
-        chunks: int | None = None,
-        count_arguments: bool = False,
-        argnums: int | Sequence[int] = 0,
-        measure: bool = True,
-        target: Any = None,
-    ) -> None:
-        if (budget is None and peak is None) == (chunks is None):
-            raise ValueError(
-                f"budget={budget!r}, peak={peak!r}, chunks={chunks!r}: give a budget or a peak (bytes as an "
-                "int, or a share of the residual bytes as a float), or a number of chunks, and not both."
-            )
-        if chunks is not None and (isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1):
-            raise ValueError(f"chunks={chunks!r} is not a number of pieces; pass an int of at least 1.")
-        self.budget, self.peak = _limit("budget", budget), _limit("peak", peak)
-        self.chunks, self.count_arguments = chunks, count_arguments
-        self.argnums = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-        self.measure, self.target = measure, target
-        if target is not None:
-            Machine.of(target)
-        # What was chosen for a program, by the program as text: a function is often traced several times.
-        self.chosen: dict[str, Choice] = {}
+class Rematerializer(RematSolver):
+    """Functions that follow the plan of the limits asked for; equal programs are planned once."""
 
     def applied(self, fun: Callable[..., Any]) -> Callable[..., Any]:
         """Bound what a function holds, as `rematerialize`."""
@@ -246,178 +191,15 @@ class RematLimits:
 
         return planned
 
-    def solve(self, closed: Any, name: str, call: Call, args: Sequence[Any]) -> RematPlan:
-        """The plan for the jaxpr of a call."""
-        jaxpr, consts = _jax.open_jaxpr(closed), _jax.array_constants(closed)
-        avals = [v.aval for v in jaxpr.invars]
-        found = program(closed, [_jax.is_differentiable(a) for a in avals], [True] * len(avals))
-        plain = residuals(lambda *values: _jax.evaluate(jaxpr, consts, values), avals)
-        counted = plain.all if self.count_arguments else plain.computed
-        budget, peak = _bytes(self.budget, counted), _bytes(self.peak, counted)
-        placement = Placement.of(call.values, self.target)
-        gradient = GradientProgram(found, self._differentiated(avals, call, args), placement)
-        as_it_is = kept(found.chain)
-        choice: Choice | None = None
-        reason: str | None = None
-        if self.chunks is not None:
-            schedule = in_chunks(found.chain, self.chunks)
-            if schedule is None:
-                raise ValueError(
-                    f"chunks={self.chunks}: {name} has no more than {len(found.points) - 1} pieces that can "
-                    "be recomputed; ask for fewer chunks."
-                )
-            held = self._held(found, schedule)
-        elif budget is not None and counted <= budget and (peak is None or as_it_is.peak <= peak):
-            schedule, held = as_it_is, plain
-            reason = f"the budget is met: {name} holds {counted:,} bytes as it stands, so it is left as it is"
-        else:
-            schedule, held = self._within(found, plain, budget, peak, name)
-            if self._measures(closed, plain, gradient):
-                target = ((peak if budget is None else budget) or 0) / max(counted, 1)
-                most, highest = (np.inf if limit is None else limit for limit in (budget, peak))
-                choice = self._chosen(gradient, schedule, most, highest, target)
-                if choice.schedule is None:
-                    schedule, held = as_it_is, plain
-                elif choice.schedule is not schedule:
-                    schedule, held = choice.schedule, self._held(found, choice.schedule)
-                reason = _reason(choice, name, target)
-            elif self.measure and not placement.has_compiler:
-                reason = (
-                    f"nothing was compiled: this process has no {placement.platform}; with a topology as "
-                    "target=, schedules are compared by what its compiler allocates"
-                )
-        return RematPlan(
-            name,
-            counted if budget is None else budget,
-            held.computed,
-            held.given,
-            plain.computed,
-            plain.given,
-            schedule.peak,
-            schedule.flops,
-            sum(step.flops for step in found.steps),
-            gradient,
-            schedule,
-            None if choice is None else choice.chosen.temp,
-            None if choice is None else choice.plain.temp,
-            reason,
+
+def _require_unchanged(arguments: Any, leaves: Sequence[Any], tree: Any) -> None:
+    """Raise a TypeError if the function has changed its arguments, which are copies of the caller's."""
+    try:
+        new_leaves, new_tree = jax.tree.flatten(arguments)
+    except ValueError:
+        return  # An object that is used up, like Equinox's `State`, holds nothing that could be lost.
+    if new_tree != tree or any(new is not old for new, old in zip(new_leaves, leaves, strict=True)):
+        raise TypeError(
+            "rematerialize: the function changes a container among its arguments in place; it is traced with "
+            "copies, so the change would be lost. Return the new value, or change the container outside."
         )
-
-    def _differentiated(self, avals: Sequence[Any], call: Call, args: Sequence[Any]) -> tuple[int, ...]:
-        """The variables in which the gradient is taken: those at `argnums`, or all if there are none."""
-        ends = list(itertools.accumulate((len(jax.tree.leaves(a)) for a in args), initial=0))
-        wanted = {
-            i
-            for p in self.argnums
-            if -len(args) <= p < len(args)
-            for i in range(ends[p % len(args)], ends[p % len(args) + 1])
-        }
-        smooth = [k for k, aval in enumerate(avals) if _jax.is_differentiable(aval)]
-        return tuple(k for k in smooth if call.variables[k] in wanted) or tuple(smooth)
-
-    def _measures(self, closed: Any, plain: Residuals, gradient: GradientProgram) -> bool:
-        """Whether schedules are compared by what they compile to."""
-        is_large = plain.computed >= SMALLEST and bool(gradient.chosen)
-        return self.measure and is_large and gradient.placement.has_compiler and can_compile(closed)
-
-    def _chosen(
-        self, gradient: GradientProgram, base: Schedule, budget: float, peak: float, target: float
-    ) -> Choice:
-        """The choice among schedules, once for equal programs."""
-        key = f"{gradient.chosen} {gradient.placement} {gradient.program.closed}"
-        if key not in self.chosen:
-            fits = functools.partial(self._fits, gradient.program, budget)
-            self.chosen[key] = best(gradient, base, fits, budget, peak, target)
-        return self.chosen[key]
-
-    def _fits(self, found: StepChain, budget: float, schedule: Schedule) -> bool:
-        held = self._held(found, schedule)
-        return (held.all if self.count_arguments else held.computed) <= budget
-
-    def _held(self, found: StepChain, schedule: Schedule) -> Residuals:
-        avals = [v.aval for v in _jax.open_jaxpr(found.closed).invars]
-        return residuals(lambda *values: found.run(schedule, values), avals)
-
-    def _within(
-        self, found: StepChain, plain: Residuals, budget: int | None, peak: int | None, name: str
-    ) -> tuple[Schedule, Residuals]:
-        """The cheapest schedule of which `jax.vjp` itself holds no more than the budget."""
-        given = plain.given if self.count_arguments else 0
-        room = np.inf if budget is None else budget - given
-        limit = np.inf if peak is None else peak - given
-        while (schedule := cheapest(found.chain, room, limit)) is not None:
-            held = self._held(found, schedule)
-            over = (held.all if self.count_arguments else held.computed) - (
-                np.inf if budget is None else budget
-            )
-            if over <= 0:
-                return schedule, held
-            # Where JAX holds more than was counted, the difference is put aside.
-            room = schedule.nbytes - max(over, 1)
-        smallest = self._smallest(found, given, peak is not None)
-        which = f"budget={self.budget!r}" if peak is None else f"budget={self.budget!r}, peak={self.peak!r}"
-        what = "arguments among them" if self.count_arguments else "besides its arguments"
-        raise BudgetError(
-            f"{which}: {name} cannot be differentiated within it. The smallest "
-            f"{'peak' if peak is not None else 'number of bytes held between the sweeps'}, {what}, is "
-            f"{smallest:,}: raise the limit to that"
-            + (", or do not count the arguments, which exist anyway." if self.count_arguments else ", ")
-            + ("" if self.count_arguments else "or make the arguments smaller (a smaller batch)."),
-            smallest,
-        )
-
-    def _smallest(self, found: StepChain, given: int, by_peak: bool) -> int:
-        leanest = frontier(found.chain)[0]
-        if not by_peak:
-            held = self._held(found, leanest)
-            return held.all if self.count_arguments else held.computed
-        low, best = 0, leanest.peak
-        while low < best:
-            middle = (low + best) // 2
-            narrower = frontier(found.chain, peak=middle)
-            if narrower:
-                best = min(s.peak for s in narrower)
-            else:
-                low = middle + 1
-        return best + given
-
-
-def _reason(choice: Choice, name: str, target: float) -> str | None:
-    """Say why a function is left as it is, or what keeps its peak high."""
-    temp, plain = choice.chosen.temp, choice.plain.temp
-    if choice.schedule is not None and temp <= target * plain:
-        return None
-    largest = ", ".join(f"{op} {nbytes:,}" for op, nbytes in choice.chosen.largest)
-    way = f" In the way are, at the peak: {largest} bytes." if largest else ""
-    if choice.schedule is None:
-        return (
-            f"no schedule within the budget lowers the peak of {name}, {plain:,} temporary bytes, so it is "
-            f"left as it is.{way} A smaller batch, or rules that hold less (fp.with_rules), may help."
-        )
-    return f"the program's peak falls to {temp / plain:.0%} of {plain:,} temporary bytes.{way}"
-
-
-def _limit(name: str, limit: Budget) -> int | float | None:
-    """A limit as a number: `"64MB"` is bytes, `"25%"` a share."""
-    if isinstance(limit, str):
-        limit = budget_or_share(limit, name)
-    if limit is None:
-        return None
-    meaning = "an int is bytes, a float a share of the residual bytes"
-    if isinstance(limit, bool) or not isinstance(limit, int | float | np.integer | np.floating):
-        raise TypeError(f"{name}={limit!r} is not a number: {meaning}.")
-    if not limit >= 0:
-        raise ValueError(f"{name}={limit!r} is {'negative' if limit < 0 else 'not a number'}: {meaning}.")
-    if isinstance(limit, float | np.floating) and limit > 1:
-        raise ValueError(
-            f"{name}={limit!r}: a float is a share of the residual bytes, between 0 and 1; for bytes pass "
-            f"the int {int(limit)}."
-        )
-    return limit
-
-
-def _bytes(limit: float | None, whole: int) -> int | None:
-    """A limit in bytes."""
-    if limit is None:
-        return None
-    return int(limit * whole) if isinstance(limit, float | np.floating) else int(limit)
