@@ -141,7 +141,7 @@ def by_nnx(model: Any, optimizer: Any, count: int) -> Any:
 
 def test_an_nnx_model_with_statistics_and_dropout(tmp_path: Path) -> None:
     """Weight decay would shrink running averages, were they parameters."""
-    optimizer = optax.adamw(1e-2, weight_decay=0.1)
+    optimizer = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1))
     given = Normalized(nnx.Rngs(0))
     last(nnx_loss, given, BATCHES, optimizer, epochs=1, checkpoints=tmp_path)
     counts = []
@@ -188,8 +188,11 @@ class Growing(nnx.Module):
 
 def test_refused() -> None:
     sgd = optax.sgd(0.1)
-    with pytest.raises(ValueError, match=r"the parameters are of type int; give a tree of floating-point"):
-        last(lambda p, x, y: x.sum() * p["n"], {"n": 3}, BATCHES, sgd)
+    for n, kind in ((3, "int"), (jnp.array(3), "int64")):
+        with pytest.raises(TypeError, match=f"the parameter 'a/n' is {kind}, which has no derivative; close"):
+            last(lambda p, x, y: x.sum() * p["w"], {"w": 1.0, "a": {"n": n}}, BATCHES, sgd)
+    with pytest.raises(ValueError, match=r"the parameters are of type bool, int; give a tree of floating"):
+        last(lambda p, x, y: x.sum() * p["n"], {"n": 3, "is_on": True}, BATCHES, sgd)
     with pytest.raises(ValueError, match="an nnx model holds its state itself; leave model_state out"):
         last(nnx_loss, Normalized(nnx.Rngs(0)), BATCHES, sgd, model_state={})
     with pytest.raises(TypeError, match=r"changes which variables its nnx model has.*nnx\.pop"):

@@ -33,6 +33,7 @@ class Trained(NamedTuple):
         """Take a model apart, as `trained_leaves` says.
 
         Raises:
+            TypeError: a parameter has no derivative.
             ValueError: there is nothing to train.
         """
         if nnx.has_models(model):
@@ -41,6 +42,7 @@ class Trained(NamedTuple):
                 return cls(arrays, state, joined)
         marks = trained_leaves(model)
         if all(marks):
+            _require_derivatives(model)
             return cls(model, None, _itself)
         leaves, tree = jax.tree.flatten(model)
         if not any(marks):
@@ -111,6 +113,18 @@ def trained_leaves(model: Any) -> tuple[bool, ...]:
     if not any(callable(leaf) or isinstance(leaf, bool) for leaf in leaves):
         return (True,) * len(leaves)
     return tuple(hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves)
+
+
+def _require_derivatives(model: Any) -> None:
+    for path, leaf in jax.tree.leaves_with_path(model):
+        dtype = getattr(leaf, "dtype", None) or type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            name = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+            kind = dtype.__name__ if isinstance(dtype, type) else dtype
+            raise TypeError(
+                f"the parameter {name!r} is {kind}, which has no derivative; close over it, or make it an "
+                "array of floating-point numbers."
+            )
 
 
 def _itself(arrays: Any, _: Any) -> Any:
