@@ -46,6 +46,41 @@ def test_train_of_a_users_setup(module: Any) -> None:
     assert data["objective"] < losses[-1]
 
 
+MODELS = """
+    import equinox as eqx, optax
+    from flax import nnx
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(2, 3, rngs=rngs)
+            self.norm = nnx.BatchNorm(3, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        def __call__(self, x):
+            return self.dropout(self.norm(self.linear(x)))
+    x = jnp.arange(8.0, dtype=jnp.float32).reshape(4, 2) / 5
+    def of_nnx():
+        loss = lambda net, x: jnp.mean((net(x) - 1) ** 2)
+        return fp.training.Setup(loss, Net(nnx.Rngs(0)), [(x,)], optax.sgd(0.1), 2)
+    def of_equinox():
+        loss = lambda net, x: jnp.mean((jax.vmap(net)(x) - 1) ** 2)
+        net = eqx.nn.MLP(2, 3, 4, 1, key=jax.random.key(0))
+        return fp.training.Setup(loss, net, [(x,)], optax.adam(0.1), 2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("of", "weights"), [("of_nnx", "linear/kernel"), ("of_equinox", "layers/0/weight")]
+)
+def test_models_as_they_are(module: Any, of: str, weights: str) -> None:
+    """A run of one ends with both sweeps, and a `setup()` is what other commands are about, too."""
+    name = module(MODELS)
+    data = run_json("train", f"{name}:{of}")
+    assert data["epochs"][1]["loss"] != data["epochs"][0]["loss"]
+    (norm,) = (v["gradient"]["norm"] for v in data["variables"] if weights in v["name"])
+    assert norm > 0
+    found = run_json("backward", f"{name}:{of}")
+    np.testing.assert_allclose(found["value"], data["epochs"][0]["loss"], rtol=1e-6)
+
+
 def test_setup_may_be_a_dict(module: Any) -> None:
     returned = "dict(loss=loss, params=jnp.zeros(2), batches=batches, optimizer=optax.sgd(0.3), epochs=2)"
     name = module(SETUP.replace("RETURNED", returned))

@@ -15,8 +15,7 @@ import typer
 import funcprop as fp
 from funcprop.cli.options import ArgnumsOrAll, AsJson, HasAux, TargetName, parse_argnums
 from funcprop.cli.output import Output, digits, emit
-from funcprop.cli.target import Target, TargetError, load, users_code
-from funcprop.cli.train import as_setup
+from funcprop.cli.target import Target, TargetError, as_setup, load, users_code
 from funcprop.drawing.layout import find_engine
 from funcprop.progress import bar
 from funcprop.reporting.report import renderer

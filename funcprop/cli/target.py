@@ -25,7 +25,9 @@ import jax.numpy as jnp
 import funcprop
 from funcprop import models
 from funcprop.program.call import has_values, without_aux
+from funcprop.reporting.layers import first_minibatch
 from funcprop.training.interruption import Terminated
+from funcprop.training.loop import Setup
 
 USAGE = "write module:function, file.py:function, or the built-in `chapter`"
 
@@ -64,6 +66,8 @@ class Target:
 def load(target: str, has_aux: bool = False) -> Target:
     """The target's function, with the arguments that its module's `example()` returns.
 
+    Of a `setup()`, as for `funcprop train`, it is the loss, with the parameters and the first minibatch.
+
     With `has_aux` it returns a pair, of which the second is left out.
 
     Raises:
@@ -89,7 +93,36 @@ def load(target: str, has_aux: bool = False) -> Target:
                 f"and module {module.__name__!r} has no example() that gives them; define "
                 "`def example(): return (…)` beside the function."
             )
+        signature = _signature(function)
+        if signature is not None and not signature.parameters:
+            with users_code(f"target {target!r} failed", module):
+                given = function()
+            if isinstance(given, Setup) or (isinstance(given, dict) and {"loss", "params"} <= given.keys()):
+                setup = as_setup(target, given)
+                function, args = setup.loss, (setup.params, *first_minibatch(setup))
     return Target(target, function, args, kwargs, module)
+
+
+def as_setup(target: str, given: Any) -> Setup:
+    """Make a `Setup` of the result of `setup()`, which may be a dict with its fields."""
+    fields = ", ".join(
+        f"{name} (optional)" if name in Setup._field_defaults else name for name in Setup._fields
+    )
+    if isinstance(given, dict):
+        unknown = [name for name in given if name not in Setup._fields]
+        missing = [n for n in Setup._fields if n not in given and n not in Setup._field_defaults]
+        problem = (
+            f"unknown {', '.join(map(repr, unknown))}" if unknown else f"no {', '.join(map(repr, missing))}"
+        )
+        if unknown or missing:
+            raise TargetError(f"target {target!r}: the dict it returns has {problem}; its keys are {fields}.")
+        given = Setup(**given)
+    if not isinstance(given, Setup):
+        raise TargetError(
+            f"target {target!r} returns an object of type {type(given).__name__}; return an "
+            f"`fp.training.Setup`, or a dict with {fields}."
+        )
+    return given
 
 
 def chapter_example() -> tuple[Any, ...]:

@@ -16,9 +16,10 @@ import typer
 from funcprop import training
 from funcprop.cli.options import AsJson
 from funcprop.cli.output import Output, describe, digits, emit, nonfinite_data, number, table
-from funcprop.cli.target import TargetError, load_function, users_code
+from funcprop.cli.target import TargetError, as_setup, load_function, users_code
 from funcprop.cli.train_run import RunOptions, fit_options, join
 from funcprop.graph.graph import shape_text
+from funcprop.program.trained import Trained
 from funcprop.progress import bar
 from funcprop.sweeps.backprop import backprop
 from funcprop.sweeps.propagation import Propagation
@@ -179,28 +180,6 @@ def _needed_arguments(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty and p.kind not in many]
 
 
-def as_setup(target: str, given: Any) -> Setup:
-    """Make a `Setup` of the result of `setup()`, which may be a dict with its fields."""
-    fields = ", ".join(
-        f"{name} (optional)" if name in Setup._field_defaults else name for name in Setup._fields
-    )
-    if isinstance(given, dict):
-        unknown = [name for name in given if name not in Setup._fields]
-        missing = [n for n in Setup._fields if n not in given and n not in Setup._field_defaults]
-        problem = (
-            f"unknown {', '.join(map(repr, unknown))}" if unknown else f"no {', '.join(map(repr, missing))}"
-        )
-        if unknown or missing:
-            raise TargetError(f"target {target!r}: the dict it returns has {problem}; its keys are {fields}.")
-        given = Setup(**given)
-    if not isinstance(given, Setup):
-        raise TargetError(
-            f"target {target!r} returns an object of type {type(given).__name__}; return an "
-            f"`fp.training.Setup`, or a dict with {fields}."
-        )
-    return given
-
-
 # --- the run ----------------------------------------------------------------------------------
 
 
@@ -233,17 +212,20 @@ def epoch_line(epoch: Epoch, epochs: int) -> str:
 
 def one_minibatch(setup: Setup, epoch: Epoch, key: Any) -> Propagation | None:
     """Both sweeps for the first minibatch of a further epoch; None if no process has all parameters."""
-    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(epoch.params)):
+    arrays = [leaf for leaf in jax.tree.leaves(epoch.params) if isinstance(leaf, jax.Array)]
+    if not all(leaf.is_fully_addressable for leaf in arrays):
         return None
     batches = setup.batches(key) if callable(setup.batches) else setup.batches
-    params = jax.tree.map(jnp.asarray, jax.device_get(epoch.params))
+    trained = Trained.of(epoch.params)
+    params = jax.tree.map(jnp.asarray, jax.device_get(trained.arrays))
     parts = arguments(next(iter(batches)))
     own = {name: setup.options[name] for name in ("has_aux", "keyed") if name in setup.options}
     stateful = epoch.state.model is not None
+    loss = trained.function(setup.loss, own.get("has_aux", False))
     if not (own or stateful):
-        return backprop(setup.loss)(params, *parts)
-    whole = TrainingLoss(setup.loss, stateful=stateful, **own).whole
-    model = jax.device_get(epoch.state.model)
+        return backprop(loss)(params, *parts)
+    whole = TrainingLoss(loss, stateful=stateful, **own).whole
+    model = jax.tree.map(jnp.asarray, jax.device_get(epoch.state.model))
     return backprop(lambda params, *parts: whole(params, model, parts, key)[0])(params, *parts)
 
 
