@@ -67,9 +67,7 @@ MODELS = """
 """
 
 
-@pytest.mark.parametrize(
-    ("of", "weights"), [("of_nnx", "linear/kernel"), ("of_equinox", "layers/0/weight")]
-)
+@pytest.mark.parametrize(("of", "weights"), [("of_nnx", "linear/kernel"), ("of_equinox", "layers/0/weight")])
 def test_models_as_they_are(module: Any, of: str, weights: str) -> None:
     """A run of one ends with both sweeps, and a `setup()` is what other commands are about, too."""
     name = module(MODELS)
