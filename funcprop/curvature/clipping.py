@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from funcprop.curvature.example_gradients.per_example import LIMIT, per_example
 from funcprop.curvature.examples import batch_size, weights_of
-from funcprop.operators.parameters import Where, single_at_least
+from funcprop.operators.parameters import Where, times
 from funcprop.operators.subset import restricted
 from funcprop.program.program import Program
 from funcprop.rules.rule_set import RuleSet
@@ -81,11 +81,11 @@ def clipped_sum(
             found = quantities(params, x, y, {"norm"})["norm"]
             squares = [leaf**2 for leaf in jax.tree.leaves(found)]
             norms = jnp.sqrt(functools.reduce(jnp.add, squares))
-            scale = weights * jnp.minimum(1, norm / jnp.where(norms > 0, norms, 1))
+            scale = times(weights, jnp.minimum(1, norm / jnp.where(norms > 0, norms, 1)))
 
             def scaled(p: PyTree) -> Array:
                 losses = jax.vmap(of_one, (None, 0, 0))(p, x, y)
-                return jnp.sum(scale * losses.astype(single_at_least(losses.dtype)))
+                return jnp.sum(times(scale, losses))
 
             return ClippedSum(jax.grad(scaled)(chosen), norms)
 

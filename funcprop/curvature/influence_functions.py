@@ -21,7 +21,7 @@ from funcprop.curvature.examples import loss_of_one, total_of, weights_of
 from funcprop.curvature.hessian_operator import hessian
 from funcprop.operators.estimate import Estimate
 from funcprop.operators.linear_operator import LinearOperator
-from funcprop.operators.parameters import Parameters, Where
+from funcprop.operators.parameters import Parameters, Where, times
 from funcprop.operators.solvers import Solver, require_damping, require_solver
 from funcprop.operators.stochastic_estimates import require_samples, signs
 from funcprop.operators.subset import SHAPES, restricted
@@ -197,7 +197,7 @@ class Influence:
         losses, rows = self._losses_of(data), []
         for z, solved in self._projections(samples, key):
             left = jax.jvp(losses, (self.params,), (z,))[1]
-            rows.append(self._grouped(left[:, None] * self._effects(solved), groups))
+            rows.append(self._grouped(left[:, None] * self._effects(solved)[None], groups))
         return Estimate.of(jnp.stack(rows))
 
     def on_mean_loss(self, *data: Any, groups: Any = None) -> Float[Array, " N"]:
@@ -221,7 +221,7 @@ class Influence:
             own = []
             for n in range(self.examples):
                 gradient = self._gradient(n)
-                own.append(self._shares[n] * optax.tree.vdot(gradient, self._solve(gradient)))
+                own.append(times(self._shares[n], optax.tree.vdot(gradient, self._solve(gradient))))
             return jnp.stack(own)
         key = require_samples(samples, key)
         return Estimate.of(
@@ -239,7 +239,7 @@ class Influence:
 
     def _effects(self, solved: PyTree) -> Float[Array, " N"]:
         """`1/N ∇loss_nᵀ s` for all n."""
-        return self._shares * self.training.slopes(solved)
+        return times(self._shares, self.training.slopes(solved))
 
     def _of_function(self, function: Callable[[PyTree], Array]) -> Array:
         values, pullback = jax.vjp(function, self.params)

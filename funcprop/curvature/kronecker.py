@@ -39,7 +39,7 @@ from funcprop.curvature.example_gradients.joint_layers import JointLayout
 from funcprop.curvature.example_gradients.matrix_layout import MatrixLayout
 from funcprop.operators.finite import nonfinite_rows, require_finite
 from funcprop.operators.linear_operator import LinearOperator
-from funcprop.operators.parameters import Parameters, shown, single_at_least
+from funcprop.operators.parameters import Parameters, shown, single_at_least, times
 from funcprop.operators.solvers import require_damping
 
 METHODS = ("pi", "eigenvalue")
@@ -308,12 +308,12 @@ class Kronecker(LinearOperator):
         blocks: list[KroneckerProduct | Eigen] = []
         for mine, new in zip(self.blocks, other.blocks, strict=True):
             if isinstance(mine, KroneckerProduct) and isinstance(new, KroneckerProduct):
-                average = lambda a, b: decay * a + (1 - decay) * b  # noqa: E731
+                average = lambda a, b: times(decay, a) + times(1 - decay, b)  # noqa: E731
                 total, g, seen = map(average, (mine.total, mine.g, mine.seen), (new.total, new.g, new.seen))
                 blocks.append(KroneckerProduct(total, g, seen, mine.layout))
             elif isinstance(mine, Eigen) and isinstance(new, Eigen):
                 past = mine.diagonal_in(new.ua, new.ug)
-                blocks.append(replace(new, values=decay * past + (1 - decay) * new.values))
+                blocks.append(replace(new, values=times(decay, past) + times(1 - decay, new.values)))
         return replace(self, blocks=tuple(blocks))
 
 

@@ -30,7 +30,7 @@ from funcprop.curvature.precision import DiagonalPrecision, Full, KroneckerPreci
 from funcprop.operators.convergence import is_traced
 from funcprop.operators.finite import require_finite
 from funcprop.operators.linear_operator import LinearOperator
-from funcprop.operators.parameters import Where, widened
+from funcprop.operators.parameters import Where, times, widened
 from funcprop.operators.subset import Point
 from funcprop.program.program import Program
 from funcprop.rules.rule_set import RuleSet
@@ -108,14 +108,15 @@ class LaplaceApproximation:
         found = jax.vmap(program, (None, 0))(point.chosen, x)
         axes = 1 if weights is None else weights.ndim
         misfits = over_positions(self.likelihood.negative_log, axes)(found, widened(y))
-        misfits = misfits if weights is None else weights * misfits
-        noise, of_one = jnp.asarray(1.0 if self.noise is None else self.noise), outputs.shape[axes - 1 :]
+        misfits = misfits if weights is None else times(weights, misfits)
+        noise = jnp.asarray(1.0 if self.noise is None else self.noise, misfits.dtype)
+        of_one = outputs.shape[axes - 1 :]
         log_noise = jnp.sum(jnp.log(jnp.broadcast_to(noise, of_one)))
         total = total_of(weights, size)
         return Fit(
             self._curvature(point, x, y, weights),
-            jnp.sum(misfits) / total,
-            jnp.asarray(float(math.prod(of_one))),
+            jnp.sum(misfits) / jnp.asarray(total, misfits.dtype),
+            jnp.asarray(float(math.prod(of_one)), misfits.dtype),
             log_noise,
         )
 
@@ -152,7 +153,7 @@ class LaplaceApproximation:
             *(point.chosen, point.others, example_of(x)),
         )
         precision = self._precision(point, fit.curvature, count, operator)
-        misfit, targets, log_noise = (count * number for number in fit[1:])
+        misfit, targets, log_noise = (times(count, number) for number in fit[1:])
         return Laplace(point, precision, misfit, targets, log_noise, program, self.name, self.rules)
 
     def _precision(
@@ -160,13 +161,13 @@ class LaplaceApproximation:
     ) -> Precision:
         names = point.parameters
         if self.structure == "full":
-            return Full(count * mean, names)
+            return Full(times(count, mean), names)
         if self.structure == "diagonal":
-            return DiagonalPrecision(tuple(count * leaf for leaf in jax.tree.leaves(mean)), names)
+            return DiagonalPrecision(tuple(times(count, leaf) for leaf in jax.tree.leaves(mean)), names)
         if self.structure == "kronecker":
             return KroneckerPrecision.of(mean, count)
         values, vectors = operator().eigsh(min(self.rank or RANK, names.size))
-        return LowRank(count * values, names.ravel_columns(vectors), names)
+        return LowRank(times(count, values), names.ravel_columns(vectors), names)
 
 
 def laplace(

@@ -280,7 +280,7 @@ class Laplace:
                 name = repr(self.likelihood) if self.likelihood else "one of your own"
                 raise ValueError(f"noise={noise}, but the likelihood is {name}; noise is for 'gaussian'.")
             return 1.0
-        return 1 / jnp.asarray(noise) ** 2
+        return 1 / jnp.asarray(noise, self.misfit.dtype) ** 2
 
     def _moved(self, mean: Any) -> list[Array]:
         """`θ* − μ`, leaf by leaf."""
@@ -372,7 +372,7 @@ def _drawn(found: Predictive, samples: int, key: PRNGKeyArray) -> Float[Array, "
     values, vectors = jnp.linalg.eigh(found.covariance.reshape(count, size, size))
     root = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None]
     noise = jax.random.normal(key, (samples, count, size), root.dtype)
-    return found.mean + jnp.einsum("nij,snj->sni", root, noise).reshape(samples, count, *shape)
+    return found.mean[None] + jnp.einsum("nij,snj->sni", root, noise).reshape(samples, count, *shape)
 
 
 def _plot_intervals(x: Any, found: Predictive, noise: Any, axes: Any) -> Any:

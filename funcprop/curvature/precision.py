@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 from funcprop.curvature.example_gradients.entering_parameters import Study
 from funcprop.curvature.example_gradients.gradient_forms import Factors, GradientForm, OuterProducts
 from funcprop.curvature.kronecker import Eigen, Kronecker
-from funcprop.operators.parameters import Parameters
+from funcprop.operators.parameters import Parameters, times
 
 Jacobian = Sequence[Float[Array, "outputs ..."]]
 # The precisions of a prior's entries, leaf by leaf; or, for the structure "full", a matrix.
@@ -133,7 +133,7 @@ class DiagonalPrecision(Precision):
 
     def covariance(self, jacobian: Jacobian, scale: Any, prior: Prior) -> Float[Array, "o o"]:
         """Leaf by leaf."""
-        parts = [_product(j, j / t) for j, t in zip(jacobian, self.total(scale, prior), strict=True)]
+        parts = [_product(j, j / t[None]) for j, t in zip(jacobian, self.total(scale, prior), strict=True)]
         return sum(parts[1:], parts[0])
 
     def covariance_of_forms(
@@ -147,7 +147,7 @@ class DiagonalPrecision(Precision):
                 parts.append(form.weighted_gram(layout.to_matrix(1 / total))[0])
             else:
                 j = _jacobian(form)
-                parts.append(_product(j, j / total))
+                parts.append(_product(j, j / total[None]))
         return sum(parts[1:], parts[0])
 
     def sample(self, key: PRNGKeyArray, scale: Any, prior: Prior) -> list[Array]:
@@ -184,7 +184,7 @@ class LowRank(Precision):
         """`√δ`, and `V`."""
         root = jnp.sqrt(self._flat(prior))
         # An eigenvalue of a positive semi-definite matrix is negative by rounding alone.
-        return root, self.vectors * jnp.sqrt(jnp.maximum(scale * self.values, 0)) / root[:, None]
+        return root, self.vectors * jnp.sqrt(jnp.maximum(scale * self.values, 0))[None] / root[:, None]
 
     def logdet(self, scale: Any, prior: Prior) -> Scalar:
         """`Σ log δ + log det(I + Vᵀ V)`."""
@@ -196,7 +196,7 @@ class LowRank(Precision):
     def covariance(self, jacobian: Jacobian, scale: Any, prior: Prior) -> Float[Array, "o o"]:
         """`R Rᵀ − R V (I + Vᵀ V)⁻¹ Vᵀ Rᵀ` with `R = J D^(−½)`."""
         root, V = self._half(scale, prior)
-        R = self._rows(jacobian) / root
+        R = self._rows(jacobian) / root[None]
         small = R @ V
         return R @ R.T - small @ jnp.linalg.solve(jnp.eye(V.shape[1], dtype=V.dtype) + V.T @ V, small.T)
 
@@ -226,7 +226,7 @@ class KroneckerPrecision(Precision):
     @classmethod
     def of(cls, factored: Kronecker, count: Any) -> KroneckerPrecision:
         """That of the mean factors over `count` examples."""
-        blocks = [block.eigen().map(lambda values: count * values) for block in factored.blocks]
+        blocks = [block.eigen().map(lambda values: times(count, values)) for block in factored.blocks]
         return cls(tuple(blocks), factored, jnp.asarray(count), factored.parameters)
 
     def with_more(self, other: Any) -> KroneckerPrecision:

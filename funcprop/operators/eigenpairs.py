@@ -225,5 +225,5 @@ def _with_residuals(apply: Callable[[Array], Array], values: Array, vectors: Arr
 
 
 def _of_products(products: Array, values: Array, vectors: Array, norm: Array) -> Pairs:
-    residual = jnp.linalg.norm(products - vectors * values, axis=0).max()
+    residual = jnp.linalg.norm(products - vectors * values[None], axis=0).max()
     return Pairs(values, vectors, residual, norm)

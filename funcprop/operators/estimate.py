@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, PyTree
 from scipy.special import stdtrit
 
@@ -31,7 +31,7 @@ class Estimate:
         """The mean over the leading axis; the error of a single sample is not known, and NaN."""
         (n,) = {len(leaf) for leaf in jax.tree.leaves(samples)}
         value = jax.tree.map(lambda leaf: jnp.mean(leaf, 0), samples)
-        error = jax.tree.map(lambda leaf: _deviation(leaf) / np.sqrt(n), samples)
+        error = jax.tree.map(lambda leaf: _deviation(leaf) / math.sqrt(n), samples)
         return cls(value, error, n)
 
     def interval(self, confidence: float = 0.95) -> tuple[PyTree, PyTree]:
@@ -55,4 +55,4 @@ class Estimate:
 
 def _deviation(samples: Array) -> Array:
     """The root of the unbiased variance."""
-    return jnp.std(samples, 0, ddof=1) if len(samples) > 1 else jnp.full(samples.shape[1:], jnp.nan)
+    return jnp.std(samples, 0, ddof=1) if len(samples) > 1 else jnp.full_like(samples[0], jnp.nan)

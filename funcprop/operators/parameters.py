@@ -260,6 +260,15 @@ def single_at_least(*dtypes: Any) -> Any:
         return jnp.promote_types(jnp.result_type(*dtypes), jnp.float32)
 
 
+def times(number: Any, array: Any) -> Any:
+    """A number, or several, times an array, in the array's dtype; for half precision in float32.
+
+    Counts, weights and the user's numbers have dtypes of their own, which under `jax_enable_x64` are wider.
+    """
+    dtype = single_at_least(array.dtype)
+    return jnp.asarray(number, dtype) * array.astype(dtype)
+
+
 def widened(outputs: Any) -> Any:
     """Outputs and targets in float32 for half precision, whose rounding makes Hessians indefinite."""
 

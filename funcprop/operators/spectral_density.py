@@ -59,9 +59,10 @@ class Spectrum:
         hundredth of its magnitude, or of 1 if it is zero.
         """
         width = self.width if width is None else width
+        points, deviation = (jnp.asarray(a, self.nodes.dtype) for a in (at, width))
 
         def row(nodes: Array, weights: Array) -> Array:
-            return weights @ jax.scipy.stats.norm.pdf(at, nodes[:, None], width)
+            return weights @ jax.scipy.stats.norm.pdf(points[None], nodes[:, None], deviation)
 
         return Estimate.of(jax.vmap(row)(self.nodes, self.weights))
 

@@ -129,8 +129,9 @@ class Summary:
         """Edges of equal bins over the spectrum, the eigenvalues in each, and their standard errors."""
         low, high = float(self.smallest[0]), float(self.largest[-1])
         edges = np.linspace(low, high, bins + 1) if high > low else np.linspace(low - 1, high + 1, bins + 1)
+        nodes = self.spectrum.nodes
         # The outermost nodes belong to the outermost bins, wherever rounding puts them.
-        inner = jnp.searchsorted(jnp.asarray(edges[1:-1]), self.spectrum.nodes, side="right")
+        inner = jnp.searchsorted(jnp.asarray(edges[1:-1], nodes.dtype), nodes, side="right")
         found = [self.spectrum.size * jnp.sum(self.spectrum.weights * (inner == i), 1) for i in range(bins)]
         estimate = Estimate.of(jnp.stack(found, 1))
         return edges, np.asarray(estimate.value), self._errors(estimate)

@@ -276,7 +276,7 @@ def kronecker(forms: Sequence[OuterProducts], group: Group, reduce: bool) -> Fac
             if share is not None:
                 a = a * rows_of(share, start, count, 1)[..., None].astype(a.dtype)
             if here.examples is not None:
-                a = a * jnp.sqrt(here.examples)[:, None, None].astype(a.dtype)
+                a = a * jnp.sqrt(here.examples)[None, :, None, None].astype(a.dtype)
             folded.append(a)
         return {("A", SUM): square(folded)}
 

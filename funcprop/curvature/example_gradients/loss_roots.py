@@ -181,6 +181,7 @@ class Labelled:
     def _along_others(self, circle: tuple[Any, Any, Any], x: Any) -> Any:
         _, root, norm = circle
         unit = jnp.where(norm > 0, root / norm, jnp.ones_like(root) / math.sqrt(self.columns))
+        root, unit = (jnp.broadcast_to(u, (*x.shape[:-1], *u.shape)) for u in (root, unit))
         return jnp.concatenate([jnp.zeros((*x.shape[:-1], 1), x.dtype), root * _reflected(unit, x)], -1)
 
     def _first(self, circle: tuple[Any, Any, Any]) -> Any:

@@ -251,7 +251,7 @@ def _scaled(columns: Any, by: Any) -> Any:
     """Columns `[c, n, …]`, times a number for each example."""
     if by is None:
         return columns
-    return jax.tree.map(lambda g: g * by.astype(g.dtype).reshape(-1, *(1,) * (g.ndim - 2)), columns)
+    return jax.tree.map(lambda g: g * by.astype(g.dtype).reshape(1, -1, *(1,) * (g.ndim - 2)), columns)
 
 
 def entries_of(output: Any, count: int) -> Any:
