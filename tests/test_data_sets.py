@@ -322,3 +322,24 @@ def test_a_batch_that_is_spread_over_devices(dtype: Any) -> None:
     ):
         with pytest.raises(ValueError, match=r"x is \w+\[16@data,3\], laid out over explicit axes"):
             call()
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_clipped_sums_are_of_all_data(weighted: bool, devices: Any) -> None:
+    """Not their mean; gradients and norms of single examples are the oracle."""
+    loss = lambda params, x, y: squared(model(params, x), y)  # noqa: E731
+    gradients = jax.vmap(jax.grad(loss), (None, 0, 0))(PARAMS, X, Y)
+    rows = jax.vmap(lambda g: ravel_pytree(g)[0])(gradients)
+    norms = jnp.linalg.norm(rows, axis=1)
+    norm = float(jnp.median(norms))
+    counts = WEIGHTS if weighted else jnp.ones(N)
+    expected = (counts * jnp.minimum(1, norm / norms)) @ rows
+    clipped = fp.curvature.clipped_sum(model, squared, norm=norm, microbatch=4)
+    found = over(batches(weighted), weighted=weighted, devices=devices)(clipped)(PARAMS)
+    assert_same(found.gradient, expected)
+    assert_same(found.norms, norms)
+    if devices is None:
+        quantity = lambda *batch, **options: clipped(PARAMS, *batch, **options)  # noqa: E731
+        each = fp.curvature.accumulate(quantity, batches(weighted), weighted=weighted).mean
+        assert_same(each, found)

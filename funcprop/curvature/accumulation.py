@@ -136,7 +136,8 @@ def merge(a: Accumulated, b: Accumulated) -> Accumulated:
         >>> print(fp.curvature.merge(*parts).mean)
         2.0
     """
-    shapes = [list(map(jnp.shape, jax.tree.leaves(mean))) for mean in (a.mean, b.mean)]
+    nodes = [jax.tree.leaves(mean, is_leaf=_merges_itself) for mean in (a.mean, b.mean)]
+    shapes = [[jnp.shape(node) for node in each if not _merges_itself(node)] for each in nodes]
     structures: list[Any] = [jax.tree.structure(mean) for mean in (a.mean, b.mean)]
     if shapes[0] != shapes[1] or structures[0] != structures[1]:
         first, second = (_described(mean) for mean in (a.mean, b.mean))
