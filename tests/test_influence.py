@@ -104,3 +104,29 @@ def test_errors(found: Any) -> None:
         found.on_parameters(30)
     with pytest.warns(fp.curvature.ConvergenceWarning, match="solve: the residual"):
         influence(squared, regularizer=penalty, solver=Minres(products=1))(W, X, Y).on_mean_loss(*TEST)
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("samples", [2, 4, 10])
+@pytest.mark.parametrize("of", ["losses", "itself"])
+def test_the_coverage_of_random_projections(of: str, samples: int) -> None:
+    """Of 1000 estimates for every example, 93 to 97 in 100 intervals hold the truth."""
+    D, N = 100, 30
+    x, y = jax.random.normal(jax.random.key(0), (N, D)), jax.random.normal(jax.random.key(1), (N,))
+    w, root = jax.random.normal(jax.random.key(2), (D,)), jax.random.normal(jax.random.key(3), (D, D))
+    H = root @ root.T / D + 0.1 * jnp.eye(D)
+    matrix = fp.hessian(lambda w: w @ H @ w / 2)(w)
+    found = influence(squared, curvature=matrix, solver=fp.curvature.DenseSolver())(w, x, y)
+    gradients = x * (x @ w - y)[:, None]
+    truth = gradients @ jnp.linalg.solve(H, gradients.T) / N
+
+    def inside(key: Any) -> Any:
+        if of == "losses":
+            low, high = found.on_losses(x[:3], y[:3], samples=samples, key=key).interval()
+            return (low <= truth[:3]) & (truth[:3] <= high)
+        low, high = found.on_itself(samples=samples, key=key).interval()
+        return (low <= jnp.diag(truth)) & (jnp.diag(truth) <= high)
+
+    covered = jax.jit(lambda keys: jax.lax.map(inside, keys, batch_size=100))
+    found_share = float(covered(jax.random.split(jax.random.key(7), 1000)).mean())
+    assert 0.93 <= found_share <= 0.97
