@@ -228,8 +228,8 @@ class Influence:
         from `samples` random projections `z`, by so many linear systems and two sweeps for each.
 
         A sample is `(gᵀz) (gᵀH⁻¹z) − β ((gᵀz)² − ‖g‖²)`, `g = ∇loss_n`, whose subtrahend has the mean 0. With
-        `β` about `gᵀH⁻¹g / ‖g‖²`, here the mean of all examples in the other samples, it is nearly symmetric about its
-        mean, which error bars rely on, and has a third of the variance.
+        `β` about `gᵀH⁻¹g / ‖g‖²`, here the mean of all examples in the other samples, it is nearly symmetric
+        about its mean, which error bars rely on, and has a third of the variance.
 
         Raises:
             ValueError: there are samples but no key.
