@@ -12,7 +12,9 @@ them their rules.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -71,6 +73,8 @@ def with_rules(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callabl
             return fun(*args, **kwargs)
 
     ruled.__name__ = name_of(fun, "<unnamed function>")  # as JAX calls it
+    with contextlib.suppress(TypeError, ValueError):  # Not every callable has one.
+        ruled.__signature__ = inspect.signature(fun)  # type: ignore[attr-defined]  # JAX asks at every call.
     return ruled
 
 
