@@ -41,6 +41,17 @@ class BoundRule:
         """The keyword arguments of the rule's functions: static parameters; the machine if it is sized."""
         return {**self.static, "machine": self.machine or host()} if self.rule.sized else self.static
 
+    @property
+    def is_pure(self) -> bool:
+        """Whether its functions read nothing but their arguments, and all of these can be keys."""
+        if not self.rule.pure:
+            return False
+        try:
+            hash(self)
+        except TypeError:  # A static parameter that is no key.
+            return False
+        return True
+
     def claims(self) -> Collection[Any]:
         """The equations in the operator's body that the rule differentiates itself."""
         return () if self.rule.claims is None else self.rule.claims(**self.options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,11 +27,8 @@ class ResidualProgram:
     call: Callable[[Arrays], Arrays]
 
     @classmethod
-    def of(
-        cls, fun: Callable[[Arrays, Arrays], Arrays], residuals: Arrays, inputs: Sequence[Any]
-    ) -> ResidualProgram:
-        """Trace `fun(residuals, inputs)`."""
-        closed = jax.make_jaxpr(fun)(residuals, list(inputs))
+    def of(cls, closed: Any, residuals: Arrays, inputs: Sequence[Any]) -> ResidualProgram:
+        """Of the closed jaxpr of a function of residuals and inputs."""
         jaxpr, constants = _jax.with_constants_as_inputs(closed)
         keep = [True] * len(constants) + [False] * len(residuals) + [True] * len(inputs)
         pruned, used = _jax.without_unread_inputs(jaxpr, keep)
@@ -86,11 +84,18 @@ class Derivative:
 
     def programs(self, residuals: Arrays) -> list[ResidualProgram]:
         """The backward, and the rule's own forward mode if it has one."""
-        programs = [ResidualProgram.of(self.backward, residuals, self.smooth)]
+        programs = [self._program("backward", residuals, self.smooth)]
         if self.bound.rule.jvp is not None:
             inputs = [a.to_tangent_aval() for a, need in zip(self.arguments, self.needs, strict=True) if need]
-            programs.append(ResidualProgram.of(self.pushforward, residuals, inputs))
+            programs.append(self._program("pushforward", residuals, inputs))
         return programs
+
+    def _program(self, part: str, residuals: Arrays, inputs: list[Any]) -> ResidualProgram:
+        if self.bound.is_pure:
+            closed = _of_pure.trace(self, part, residuals, inputs).jaxpr
+        else:
+            closed = jax.make_jaxpr(getattr(self, part))(residuals, inputs)
+        return ResidualProgram.of(closed, residuals, inputs)
 
     def tangent_map(self, residuals: Arrays) -> tuple[LinearMap, Arrays]:
         """The tangent map, and what it reads of the residuals and of what the rule closes over."""
@@ -109,3 +114,10 @@ class Derivative:
 
         pullback, *pushforward = map(on_saved, programs, starts)
         return LinearMap(pullback, pushforward[0] if pushforward else None, tuple(self.smooth)), saved
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _of_pure(derivative: Derivative, part: str, residuals: Arrays, inputs: Arrays) -> Arrays:
+    """A part of a pure rule; its jaxpr is found again for the same operator elsewhere, as in other blocks."""
+    found: Arrays = getattr(derivative, part)(residuals, inputs)
+    return found

@@ -25,13 +25,7 @@ Types = tuple[Any, ...]
 
 def is_staged(bound: BoundRule, operands: Sequence[Any]) -> bool:
     """Whether a rule is to be compiled by itself: it is pure, and nothing around compiles its operands."""
-    if not bound.rule.pure or bound.elsewhere is not None or any(map(_jax.is_traced, operands)):
-        return False
-    try:
-        hash(bound)
-    except TypeError:  # A static parameter that is no key; then the rule runs as it is.
-        return False
-    return True
+    return bound.is_pure and bound.elsewhere is None and not any(map(_jax.is_traced, operands))
 
 
 def compiled(bound: BoundRule) -> BoundRule:
