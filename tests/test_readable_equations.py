@@ -392,3 +392,136 @@ def test_the_softmax_of_jax_attention_is_one():
     assert sum("softmax(" in line for line in texts(derivation.forward)) == 1
     assert "exp" not in derivation.text()
     assert max(derivation.verify().errors.values()) < 1e-7  # it adds up in float32
+
+
+def test_what_is_done_after_a_function_with_a_name_is_not_hidden_by_it():
+    """Dropout divides what is kept, and a small number keeps a logarithm finite."""
+    w, x = jnp.linspace(-1.0, 2.0, 12).reshape(3, 4), jnp.ones((2, 3))
+
+    def loss(w, x, key):
+        kept = jax.random.bernoulli(key, 0.7, (2, 4))
+        h = jnp.where(kept, jax.nn.elu(x @ w) / 0.7, 0)
+        return -jnp.sum(jnp.log(jax.nn.softmax(h) + 1e-8)[:, 1])
+
+    derivation = fp.derive(loss)(w.astype(jnp.float32), x.astype(jnp.float32), jax.random.key(1))
+    lines = texts(derivation.forward)
+    assert "elu(z) / 0.7" in lines[2]
+    assert "p = softmax(u₂)" in lines
+    assert "log(p + 1e−08)" in derivation.text()
+    derivation.verify()
+
+
+def test_numbers_and_small_functions_are_written_as_in_books():
+    def loss(z, y):
+        d = jnp.abs(z - y)
+        nll = 0.5 * jnp.exp(-2 * z) + jnp.log(z * z) + 0.5 * jnp.log(2 * jnp.pi)
+        return jnp.sum(jnp.where(d > 1, d / np.sqrt(8), 0)) + jnp.sum(nll)
+
+    found = fp.derive(loss)(jnp.array([0.5, -2.0, 1.5]), jnp.ones(3))
+    text = found.text()
+    assert "h = |z − y|" in text
+    assert "φ(z) = where(z > 1, z / √8, 0)" in text
+    assert "1/2 log 2π" in text
+    assert "sign(z − y)" in text
+    assert "exp′" not in text
+    assert "\\sqrt{8}" in found.latex()
+    assert max(found.verify().errors.values()) < 1e-10
+
+
+def test_a_product_with_a_constant_is_no_multiple():
+    """The ones of a second derivative times a matrix, times a number."""
+    found = fp.derive(lambda w: jnp.sum(jnp.sin(3.0 * (jnp.ones(1) @ w))))(jnp.ones((1, 4)))
+    assert "3 1 w" in found.text()
+    assert max(found.verify().errors.values()) < 1e-10
+
+
+def test_products_over_several_axes_are_written_in_the_order_of_what_is_read():
+    """Heads are split from columns, keys are moved twice, and an einsum has the weight first."""
+    x, q, k = jnp.linspace(-1.0, 1.0, 60).reshape(2, 5, 6), jnp.ones((6, 6)), jnp.eye(6)
+
+    def loss(q, k):
+        q, k = ((x @ w).reshape(2, 5, 3, 2).transpose(0, 2, 1, 3) for w in (q, k))
+        return jnp.sum(jax.nn.softmax(q @ k.transpose(0, 1, 3, 2) / jnp.sqrt(2)) ** 2)
+
+    found = fp.derive(loss, argnums=(0, 1))(q, k)
+    lines = texts(found.forward)
+    assert any(re.fullmatch(r"z₃ = \(z₁ z₂ᵀ\) / √2", line) for line in lines)
+    assert "∂J/∂z₁ = prod(∂J/∂z₃, ∂z₃/∂z₁) = (∂J/∂z₃ / √2) z₂" in texts(found.backward)
+    found.verify()
+
+    def of_einsum(w):
+        a, b = jnp.einsum("btd,dcke->cbtke", x, w)
+        return jnp.sum(jnp.tanh(a * b))
+
+    found = fp.derive(of_einsum)(jnp.ones((6, 2, 3, 2)))
+    assert texts(found.forward)[:3] == ["z = constant w", "u₁ = z[0]", "u₂ = z[1]"]
+    assert "slice" not in found.text()
+    found.verify()
+
+
+def test_one_step_of_a_loop_is_written_and_verified():
+    """A recurrent network: what is carried, what is read by every step, and what is a slice for each."""
+    params = {"W": jnp.full((2, 3), 0.3), "U": 0.5 * jnp.eye(3), "b": jnp.ones(3), "V": jnp.ones((3, 2))}
+
+    def loss(P, xs, y):
+        def step(h, x):
+            h = jnp.tanh(x @ P["W"] + h @ P["U"] + P["b"])
+            return h, h @ P["V"]
+
+        last, os = jax.lax.scan(step, jnp.zeros(3), xs)
+        return jnp.sum((os - y) ** 2) + jnp.sum(last**2)
+
+    derivation = fp.derive(loss)(params, jnp.linspace(-1.0, 1.0, 8).reshape(4, 2), jnp.ones(2))
+    (loop,) = derivation.loops
+    assert loop.title == "Scan for t = 1 … 4, h[0] = 0, u₁ = h[4]"
+    assert texts(loop.forward) == [
+        "z[t] = xs[t] W + h[t−1] U + b",
+        "h[t] = tanh(z[t])",
+        "u₂[t] = h[t] V",
+    ]
+    assert loop.back == "Back for t = 4 … 1, ∂J/∂h[4] = ∂J/∂u₁"
+    assert set(texts(loop.backward)) == {
+        "∂J/∂h[t] += prod(∂J/∂u₂[t], ∂u₂[t]/∂h[t]) = V ∂J/∂u₂[t]",
+        "∂J/∂V += prod(∂J/∂u₂[t], ∂u₂[t]/∂V) = h[t] ∂J/∂u₂[t]ᵀ",
+        "∂J/∂z[t] = prod(∂J/∂h[t], ∂h[t]/∂z[t]) = ∂J/∂h[t] ⊙ tanh′(z[t])",
+        "∂J/∂W += prod(∂J/∂z[t], ∂z[t]/∂W) = xs[t] ∂J/∂z[t]ᵀ",
+        "∂J/∂h[t−1] = prod(∂J/∂z[t], ∂z[t]/∂h[t−1]) = U ∂J/∂z[t]",
+        "∂J/∂U += prod(∂J/∂z[t], ∂z[t]/∂U) = h[t−1] ∂J/∂z[t]ᵀ",
+        "∂J/∂b += prod(∂J/∂z[t], ∂z[t]/∂b) = ∂J/∂z[t]",
+    }
+    found = derivation.verify().errors
+    assert "∂J/∂h[t−1]" in found
+    assert max(found.values()) < 1e-10
+    assert derivation.latex().count("{") == derivation.latex().count("}")
+    assert "\\begin{align*}\nz[t]" in derivation.latex().replace("\\mathrm{z[t]}", "z[t]")
+
+
+def test_loops_backwards_over_layers_and_of_frameworks_hold_line_by_line():
+    def of_layers(W, x):
+        return jnp.sum(jax.lax.scan(lambda h, w: (jnp.tanh(h @ w) + h, None), x, W, reverse=True)[0] ** 2)
+
+    derivation = fp.derive(of_layers)(jnp.full((3, 2, 2), 0.2), jnp.ones((4, 2)))
+    (loop,) = derivation.loops
+    assert loop.title == "Scan for t = 3 … 1, h[4] = x, u = h[1]"
+    assert texts(loop.forward)[0] == "z[t] = h[t+1] W[t]"
+    assert any(line.startswith("∂J/∂W[t] = ") for line in texts(loop.backward))
+    assert max(derivation.verify().errors.values()) < 1e-10
+    cell = eqx.nn.GRUCell(2, 3, key=KEY)
+    run = lambda cell, xs: jax.lax.scan(lambda h, x: (cell(x, h), None), jnp.zeros(3), xs)[0]  # noqa: E731
+    derivation = fp.derive(lambda cell, xs: jnp.sum(run(cell, xs) ** 2))(cell, jnp.ones((4, 2)))
+    assert len(derivation.loops[0].forward) > 8
+    assert max(derivation.verify().errors.values()) < 1e-10
+
+
+def test_batch_norm_of_haiku_is_a_norm():
+    """Its variance is the mean of squares minus the square of the mean, its parameters have all axes."""
+
+    def net(x):
+        return hk.BatchNorm(True, True, 0.9)(hk.Linear(4)(x), True)
+
+    transformed = hk.transform_with_state(net)
+    x = jnp.linspace(-1.0, 2.0, 30).reshape(5, 6)
+    params, state = transformed.init(KEY, x)
+    derivation = fp.derive(lambda p, x: jnp.mean(jnp.sin(transformed.apply(p, state, None, x)[0])))(params, x)
+    assert any("norm(z) ⊙ γ + β" in line for line in texts(derivation.forward))
+    derivation.verify(tolerance=1e-5)

@@ -59,6 +59,14 @@ def report(
         "target": target.label,
         "forward": [_data(line) for line in derivation.forward],
         "backward": [_data(line) for line in derivation.backward],
+        "loops": [
+            {
+                "title": loop.title,
+                "forward": [_data(line) for line in loop.forward],
+                "backward": [_data(line) for line in loop.backward],
+            }
+            for loop in derivation.loops
+        ],
         "latex": derivation.latex(),
         "deviations": None
         if verification is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -176,15 +176,41 @@ def _unseen(op: Operator, x: Expression, cotangent: Expression) -> Equations:
 
     if op.op == "transpose" and len(x.shape) == 2:
         return Equations(x.T, (cotangent.T,))
-    forward = unwritten(function, x, type_of(output))
+    forward = replace(unwritten(function, x, type_of(output)), places=_places(op, x, back=False))
     if not _jax.is_differentiable(op.inputs[0].aval):
         return Equations(forward, (None,))
     if np.prod(output.shape or ()) == np.prod(x.shape):
-        return Equations(forward, (unwritten(back, cotangent, x.type),))
+        pulled = replace(unwritten(back, cotangent, x.type), places=_places(op, cotangent, back=True))
+        return Equations(forward, (pulled,))
     kept = op.static["broadcast_dimensions"]
     new = [axis for axis in range(len(output.shape or ())) if axis not in kept]
     text, latex = reduction("sum", new if new and x.shape != () else None, cotangent.is_sum)
     return Equations(forward, (written(back, (cotangent,), text, latex, x.type),))
+
+
+def _places(op: Operator, of: Expression, back: bool) -> tuple[int, ...] | None:
+    """Which axes of what is written the axes are of which an operator changes shape or order.
+
+    Of several axes that become one it is the last. There may be axes that were not there, of size 1.
+    """
+    shapes = [v.shape or () for v in (op.inputs[0], op.outputs[0])]
+    places = of.places or tuple(range(len(of.shape)))
+    if op.op == "transpose":
+        order = op.static["permutation"]
+        return tuple(places[np.argsort(order)[i] if back else order[i]] for i in range(len(order)))
+    old, new = reversed(shapes) if back else shapes
+    if old == new:
+        return of.places
+    # An axis of the one shape and the axis of the other in which the same number of entries ends.
+    ends = {int(np.prod(old[: i + 1])): i for i in range(len(old))}
+    found = []
+    for i in range(len(new)):
+        end = int(np.prod(new[: i + 1]))
+        nearest = min((e for e in ends if e >= end), default=None)
+        if nearest is None:
+            return None
+        found.append(places[ends[nearest]])
+    return tuple(found)
 
 
 def literal(variable: Variable) -> Expression:

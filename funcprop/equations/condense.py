@@ -208,10 +208,10 @@ def _is_entrywise(part: LinePart) -> bool:
 
 def _role(part: LinePart, source: Variable) -> str | None:
     op = part.operator
-    if op is None or is_trivial(op):
+    if op is None or is_trivial(op) or op.bodies:
         return None
     if op.op == "gather":
         return "table"
-    if op.op in ("add", "sub", "add_any"):
+    if op.op in ("add", "sub", "add_any") or (op.op == "concatenate" and len(source.shape or ()) == 1):
         return "bias"
     return "weight" if len(source.shape or ()) > 1 or op.op in PRODUCTS else "scale"

@@ -12,6 +12,9 @@ import numpy as np
 from funcprop.graph.graph import Variable
 from funcprop.rules.expressions import Equations, Expression, apply, opaque, unwritten
 
+# A list of integers that is not longer than this is written out.
+_SHORT_LIST = 12
+
 _DRAWS: dict[str, Callable[..., Any]] = {"normal": jax.random.normal, "uniform": jax.random.uniform}
 
 
@@ -38,6 +41,8 @@ def pattern(value: Any) -> str:
         and np.array_equal(array, np.broadcast_to(np.tri(*array.shape[-2:]).astype(bool), array.shape))
     ):
         return "causal mask"
+    if array.ndim == 2 and np.array_equal(array, np.eye(*array.shape)):
+        return "identity"
     last = np.arange(array.shape[-1]) if array.ndim else None
     if (
         last is not None
@@ -45,6 +50,8 @@ def pattern(value: Any) -> str:
         and np.array_equal(array, np.broadcast_to(last, array.shape))
     ):
         return "positions"
+    if array.ndim == 1 and array.dtype.kind in "iu" and len(array) <= _SHORT_LIST:
+        return str(array.tolist())
     return "mask" if array.dtype == bool else "constant"
 
 
@@ -67,7 +74,8 @@ def draw(function: Callable[[Any], Any], key: Variable, output: Variable) -> str
         for name, of_key in _DRAWS.items():
             if np.array_equal(found, np.asarray(of_key(given, output.shape, output.dtype))):
                 return name
-    if output.dtype == bool:
+    if np.isin(found, (0, 1)).all():
+        found = found.astype(bool)
         share = float(np.mean(found))
         nearby = sorted({*(k / 20 for k in range(1, 20)), 1 / 3, 2 / 3}, key=lambda p: abs(p - share))
         if any(

@@ -15,6 +15,7 @@ from funcprop.equations.condense import condense
 from funcprop.equations.line_breaks import broken
 from funcprop.equations.line_names import short_names
 from funcprop.equations.line_writer import LineWriter
+from funcprop.equations.loops import Loop, LoopsInside
 from funcprop.equations.verification import Line, Progress, Verification, verify
 from funcprop.graph.objective import Argnums, Objective, trace_objective
 from funcprop.graph.references import has_references
@@ -23,7 +24,7 @@ from funcprop.program.dtypes import promoting
 from funcprop.rules.expressions import (
     Expression,
 )
-from funcprop.rules.notation import latex_name, latex_path
+from funcprop.rules.notation import latex_name, latex_path, latex_title
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,20 +36,22 @@ class Derivation:
     traced: Traced
     legend: Mapping[str, str] = field(default_factory=dict)
     functions: tuple[tuple[str, Expression], ...] = ()
+    loops: tuple[Loop, ...] = ()
 
     def text(self, width: int = 100) -> str:
         """Both sweeps as aligned Unicode text with shapes; lines longer than `width` are broken."""
-        lines = [*self.forward, *self.backward]
-        shapes = {line.key: " × ".join(map(str, line.shape)) or "scalar" for line in lines}
+        inside = [line for loop in self.loops for line in (*loop.forward, *loop.backward)]
+        lines = [*self.forward, *self.backward, *inside]
+        shapes = {id(line): " × ".join(map(str, line.shape)) or "scalar" for line in lines}
         room = width - 7 - max(map(len, shapes.values()), default=0)
-        rows = {line.key: broken(line, room) for line in lines}
+        rows = {id(line): broken(line, room) for line in lines}
         widest = max((len(row) for found in rows.values() for row in found), default=0)
 
         def section(title: str, lines: Sequence[Line]) -> Iterator[str]:
             yield title
             for line in lines:
-                first, *others = rows[line.key]
-                yield f"  {first:{widest}}   ({shapes[line.key]})"
+                first, *others = rows[id(line)]
+                yield f"  {first:{widest}}   ({shapes[id(line)]})"
                 yield from (f"  {row}" for row in others)
 
         parts = [
@@ -56,6 +59,9 @@ class Derivation:
             "",
             *section("Backpropagation", self.backward),
         ]
+        for loop in self.loops:
+            parts += ["", *section(loop.title, loop.forward)]
+            parts += ["", *section(loop.back, loop.backward)]
         if where := self.where():
             parts += ["", "where", *(f"  {row}" for row in where)]
         return "\n".join(parts)
@@ -93,6 +99,9 @@ class Derivation:
             ]
         )
         text = "\n".join(environment(lines) for lines in sweeps if lines)
+        for loop in self.loops:
+            for title, lines in ((loop.title, loop.forward), (loop.back, loop.backward)):
+                text += f"\n{latex_title(title)}:\n{environment([line.latex() for line in lines])}"
         rows = [
             f"${', '.join(map(latex_name, names.split(', ')))}$ is {latex_path(path)}"
             for names, path in self.grouped_legend()
@@ -129,7 +138,12 @@ class Derivation:
             ValueError: no finite number could be compared, because all is NaN, infinite or empty.
         """
         with promoting():
-            return verify([*self.forward, *self.backward], self.traced, tolerance, progress)
+            found = verify([*self.forward, *self.backward], self.traced, tolerance, progress)
+            for loop in self.loops:
+                step = loop.at_a_step(self.traced.values())
+                inside = verify([*loop.forward, *loop.backward], step, tolerance, progress)
+                found = Verification(found.errors | inside.errors, found.unchecked | inside.unchecked)
+            return found
 
     __repr__ = __str__ = text
 
@@ -177,13 +191,14 @@ def derive(
                 writer = LineWriter(traced.graph, result, inputs)
                 return Derivation(tuple(writer.forward()), tuple(writer.backward()), traced), None
             chosen = [v.name for v in inputs]
-            condensed = condense(traced.graph, result, chosen)
+            loops = LoopsInside(traced, result, chosen)
+            condensed = loops.add_roles(condense(traced.graph, result, chosen))
             names, legend = short_names(condensed, result, chosen)
             traced = replace(traced, graph=condensed.graph)
             writer = LineWriter(condensed.graph, result, inputs, names, writers=condensed.writers)
             functions = tuple((f"{name}(z)", formula) for name, formula in condensed.functions.items())
             lines = tuple(writer.forward()), tuple(writer.backward())
-            return Derivation(*lines, traced, legend, functions), None
+            return Derivation(*lines, traced, legend, functions, loops.written(names, condensed)), None
 
     if detail not in ("layers", "operators"):
         raise ValueError(f"derive: detail={detail!r} is none of 'layers', 'operators'.")

@@ -13,12 +13,12 @@ def broken(line: Line, width: int) -> list[str]:
     if len(whole) <= width:
         return [whole]
     rows: list[str] = []
-    indent = " " * (len(line.left) if len(line.left) < width // 2 else 4)
+    indent = " " * (len(line.left) + len(line.sign) - 1 if len(line.left) < width // 2 else 4)
     for form in line.forms:
         found = list(_summands(form.text(), width - len(indent) - 3))
         rows.append(f"{indent} = {found[0]}")
         rows += [f"{indent}   {row}" for row in found[1:]]
-    rows[0] = line.left + rows[0][len(indent) :]
+    rows[0] = f"{line.left} {line.sign} {rows[0][len(indent) + 3 :]}"
     return rows
 
 

@@ -83,7 +83,10 @@ class _LineChoice:
     def _belongs_to_product(self, op: Operator, v: Variable) -> bool:
         """Whether the operator that reads a product is written on its line."""
         if is_trivial(op):
-            return op.op != "broadcast_in_dim" and self._leads_to_arithmetic(op.outputs[0])
+            shaped = op.outputs[0]
+            if op.op == "squeeze" or self._is_taken_apart(shaped):
+                return True
+            return op.op != "broadcast_in_dim" and self._leads_to_arithmetic(shaped)
         others = [w for w in op.inputs if w.name != v.name]
         if len(others) != 1:
             return False
@@ -98,6 +101,10 @@ class _LineChoice:
             return False
         (op,) = readers
         return self._leads_to_arithmetic(op.outputs[0]) if is_trivial(op) else op.op in ARITHMETIC
+
+    def _is_taken_apart(self, v: Variable) -> bool:
+        """Whether entries are read out of a value: their indices are those of its own shape."""
+        return any(op.op in ("slice", "dynamic_slice", "gather") for op in self.flow.readers[v.name])
 
     def _is_parameter(self, v: Variable) -> bool:
         """Whether a value is a parameter, or an array that is closed over."""

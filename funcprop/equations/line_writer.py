@@ -125,7 +125,8 @@ class LineWriter:
             if len(uses) > 1:
                 for op in (op for op in uses if self.writers is None or op.outputs[0].named):
                     yield from self._partials(op, partials_written)
-            yield self._cotangent_line(name, uses)
+            if (line := self._cotangent_line(name, uses)) is not None:
+                yield line
         for v in self.inputs:
             if v.name not in self.reaching:
                 left, zero = self.cotangents[v.name], jnp.zeros(v.shape or (), v.dtype)
@@ -155,7 +156,7 @@ class LineWriter:
                 found.update(v.name for v in op.inputs if v.name in self.active)
         return found
 
-    def _cotangent_line(self, name: str, uses: Sequence[Operator]) -> Line:
+    def _cotangent_line(self, name: str, uses: Sequence[Operator]) -> Line | None:
         target = self.symbols[name]
         chain: list[Expression] = []
         evaluated: list[Expression] = []

@@ -84,7 +84,7 @@ def norms(region: Region) -> Iterator[NamedFunction]:
     """Normalisations over the axes that a region adds up, with scale and shift in any order."""
     x, *others = region.inputs
     rank = len(x.shape or ())
-    if any(v.shape not in ((), (x.shape or ())[rank - len(v.shape or ()) :]) for v in others):
+    if any(not _is_parameter_of(v.shape or (), x.shape or ()) for v in others):
         return
     literals = [v.value for op in region.operators for v in op.inputs if v.kind == "literal"]
     epsilons = sorted({float(value) for value in literals if _is_small(value)}) or [0.0]
@@ -102,6 +102,14 @@ def norms(region: Region) -> Iterator[NamedFunction]:
             name = "norm" if centred else "rms_norm"
             roles = tuple(("scale", "shift")[order.index(i)] for i in range(len(others)))
             yield NamedFunction(name, "norm", partial(norm.scaled, order), _norm(name, norm, order), roles)
+
+
+def _is_parameter_of(shape: tuple[int, ...], of: tuple[int, ...]) -> bool:
+    """Whether a scale or shift has the last axes of what is normalised, or all with the first of size 1."""
+    last = shape
+    while len(shape) == len(of) and last and last[0] == 1:
+        last = last[1:]
+    return len(shape) <= len(of) and last == of[len(of) - len(last) :]
 
 
 def _is_small(value: Any) -> bool:
@@ -124,8 +132,10 @@ def _norm(name: str, norm: _Norm, order: Sequence[int]) -> Write:
         text, latex, pulled = "{0}", "{0}", g
         cotangents: list[Expression | None] = [None] * len(others)
         for k, i in enumerate(order):
-            over = tuple(range(len(g.shape) - len(others[i].shape)))
-            cotangents[i] = (g * n if k == 0 else g).sum(over)
+            shape = others[i].shape
+            full = (1,) * (len(g.shape) - len(shape)) + shape
+            over = tuple(axis for axis, size in enumerate(full) if size == 1 < g.shape[axis])
+            cotangents[i] = (g * n if k == 0 else g).sum(over, keepdims=len(shape) == len(g.shape))
             sign, latex_sign = (" ⊙ ", " \\odot ") if k == 0 else (" + ", " + ")
             text, latex = f"{text}{sign}{{{i + 1}}}", f"{latex}{latex_sign}{{{i + 1}}}"
             pulled = pulled * others[i] if k == 0 else pulled

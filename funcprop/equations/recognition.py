@@ -12,7 +12,7 @@ from funcprop.equations.flow import Flow, Region, is_trivial, may_be_inside
 from funcprop.equations.known_functions import find
 from funcprop.equations.line_parts import LineParts
 from funcprop.equations.named_function import NamedFunction
-from funcprop.graph.graph import Variable
+from funcprop.graph.graph import Operator, Variable
 from funcprop.program.facts import facts_of
 from funcprop.rules.expressions import Expression, symbol
 
@@ -99,14 +99,41 @@ class Recognition:
             return None
         key = region.key
         if key not in self._found:
-            self._found[key] = find(region) or self._own_function(region)
+            known = find(region)
+            if known is not None and self._is_hidden(region, known):
+                known = None
+            self._found[key] = known or self._own_function(region)
         return self._found[key]
+
+    def _is_hidden(self, region: Region, known: NamedFunction) -> bool:
+        """Whether a function has its name already before the last operator, such as `softmax(z) + 1e-8`."""
+        last = next(op for op in reversed(region.operators) if not is_trivial(op))
+        if last.op not in ("add", "sub", "mul", "div", "max", "min", "clamp"):
+            return False
+        inner = self._without(region, last)
+        found = None if inner is None else self._known(inner)
+        return found is not None and found.name == known.name
+
+    def _without(self, region: Region, last: Operator) -> Region | None:
+        """The region before its last operator, if that combines it with numbers alone."""
+        made = {v.name for op in region.operators for v in op.outputs}
+        operands = [v for v in last.inputs if v.kind != "literal"]
+        active = [v for v in operands if v.name in self.flow.active]
+        if len(active) != 1 or any(v.name not in made for v in operands):
+            return None
+        given = region.inputs
+        operators = self.flow.between(active, {v.name for v in given})
+        return Region(tuple(operators), tuple(given), active[0])
 
     def _own_function(self, region: Region) -> NamedFunction | None:
         """A function of each entry that has no name is `φ`, if it is more than a short formula."""
         plain = [op for op in region.operators if not is_trivial(op)]
         uses = sum(v.name == region.inputs[0].name for op in plain for v in op.inputs)
         if not is_elementwise(region) or len(plain) < 3 or uses < 2:
+            return None
+        inner = self._without(region, plain[-1])
+        if inner is not None and len(inner.operators) > 1 and find(inner) is not None:
+            # Such as `elu(z) / 0.7`, which says more.
             return None
         parts = [self.parts.of_operator(op, op.outputs[0]) for op in region.operators]
         z = symbol(region.inputs[0].name, "z", "z", type_of(region.inputs[0]))

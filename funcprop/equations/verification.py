@@ -39,7 +39,7 @@ class Line:
     """One equation: `left = forms[0] = forms[1] …`.
 
     `key` is what the line defines in the environment: `z` for a value, `∂J/∂z` for a cotangent, `∂s/∂W1` for
-    a partial derivative of one operator.
+    a partial derivative of one operator. In a loop, `sign` may be `+=`.
     """
 
     key: str
@@ -47,16 +47,15 @@ class Line:
     left_latex: str
     forms: tuple[Expression, ...]
     shape: tuple[int, ...]
+    sign: str = "="
 
     def text(self) -> str:
         """The equation as Unicode text, without its shape."""
-        return " = ".join([self.left, *(form.text() for form in self.forms)])
+        return f"{self.left} {self.sign} " + " = ".join(form.text() for form in self.forms)
 
     def latex(self) -> str:
         """The equation as LaTeX, aligned at its first equals sign."""
-        return " = ".join([f"{self.left_latex} &", *(form.latex() for form in self.forms)]).replace(
-            "& = ", "&= ", 1
-        )
+        return f"{self.left_latex} &{self.sign} " + " = ".join(form.latex() for form in self.forms)
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,8 @@ def verify(
             "verify: derive was given shapes (jax.ShapeDtypeStruct); give it arrays, so that its equations "
             "can be evaluated."
         )
-    oracle = Oracle(traced, {split_key(line.key)[1] for line in lines})
+    read = {key for line in lines for form in line.forms for key in (line.key, *form.symbols())}
+    oracle = Oracle(traced, {split_key(key)[1] for key in read if key.startswith("∂")})
     environment = oracle.environment()
     errors: dict[str, float] = {}
     unchecked: dict[str, str] = {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from funcprop.equations.derivation import Derivation
 from funcprop.equations.line_writer import forward_lines
 from funcprop.equations.verification import Line
 from funcprop.graph.graph import shape_text
@@ -43,6 +44,7 @@ class TypesetEquations:
     omitted: int
     readable: tuple[tuple[Equation, ...], tuple[Equation, ...]] | None = None
     where: tuple[str, ...] = ()
+    loops: tuple[tuple[str, tuple[Equation, ...]], ...] = ()
 
 
 def equations(report: ReportData, most: int) -> TypesetEquations:
@@ -69,7 +71,15 @@ def equations(report: ReportData, most: int) -> TypesetEquations:
         omitted - len(forward) - len(backward) - len(inside),
         (sweeps[0], sweeps[1]) if sweeps is not None else None,
         tuple(report.readable.where()) if sweeps is not None and report.readable is not None else (),
+        tuple(_loops(report.readable)) if sweeps is not None and report.readable is not None else (),
     )
+
+
+def _loops(derivation: Derivation) -> Iterator[tuple[str, tuple[Equation, ...]]]:
+    """One step of every loop, forwards and backwards, each under its title."""
+    for k, loop in enumerate(derivation.loops):
+        for sweep, title, lines in (("f", loop.title, loop.forward), ("b", loop.back, loop.backward)):
+            yield title, tuple(_equation(f"l{k}{sweep}{i}", line) for i, line in enumerate(lines))
 
 
 def _steps(report: ReportData) -> list[Line]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop.program.dtypes import common_dtype, is_weak
-from funcprop.rules.notation import decimal, latex_name, literally, reduction
+from funcprop.rules.notation import decimal, known_number, latex_name, literally, reduction
 
 Environment = Mapping[str, Any]
 
@@ -52,6 +52,9 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 _MINUS = "−{0}"
 
+# A decimal number that is longer than this may be that of a fraction.
+_LONG_DECIMAL = 8
+
 # A product, and how its transpose is written.
 _TRANSPOSED = {
     "{0} {1}": "{1}ᵀ {0}ᵀ", "{0}ᵀ {1}": "{1}ᵀ {0}", "{0} {1}ᵀ": "{1} {0}ᵀ", "{0}ᵀ {1}ᵀ": "{1} {0}",
@@ -65,7 +68,8 @@ class Expression:
 
     `binding` is how tightly the whole binds, `inner` how tightly its operands must bind to need no
     parentheses. Operands of different dtypes are promoted, to that of a wider one. A `uniform` array has one
-    number in all of its entries, and is written as that number; a number that is known is `constant`.
+    number in all of its entries, and is written as that number; a number that is known is `constant`. Where
+    the axes have another order than in what is written, `places` are those of the axes there.
     """
 
     function: Callable[..., Any]
@@ -77,6 +81,7 @@ class Expression:
     known_type: jax.ShapeDtypeStruct | None = None
     uniform: bool = False
     constant: float | None = None
+    places: tuple[int, ...] | None = None
 
     @cached_property
     def type(self) -> jax.ShapeDtypeStruct:
@@ -126,6 +131,9 @@ class Expression:
             return self - _constant(-other.constant, other)
         if other.template == _MINUS:
             return self - other.operands[0]
+        if other.template in ("{0} + {1}", "{0} − {1}"):
+            first, second = other.operands
+            return self + first + second if "+" in other.template else self + first - second
         for zero, rest in ((self, other), (other, self)):
             if zero.constant == 0 and rest.type.dtype == common_dtype(zero.type, rest.type):
                 return spread_over(rest, np.broadcast_shapes(zero.shape, rest.shape))
@@ -162,24 +170,20 @@ class Expression:
             return self
         if self.constant is not None and other.constant is not None:
             return _constant(self.constant * other.constant, self, other)
-        if all(v.template == "{0} {1}" and v.operands[0].constant is not None for v in (self, other)):
-            (a, x), (b, y) = self.operands, other.operands
+        (a, x), (b, y) = factored(self), factored(other)
+        if a is not None and b is not None:
             return (a * b) * (x * y)
         # A sign stands before the whole product.
         if (positive := _without_sign(self)) is not None:
             return -(positive * other)
         if (positive := _without_sign(other)) is not None:
             return -(self * positive)
-        if (
-            self.constant is not None
-            and other.template == "{0} {1}"
-            and other.operands[0].constant is not None
-        ):
+        if self.constant is not None and b is not None and b.constant is not None:
             # Two factors that are known are one.
-            return (
-                _constant(self.constant * other.operands[0].constant, self, other.operands[0])
-                * other.operands[1]
-            )
+            return _constant(self.constant * b.constant, self, b) * y
+        if b is not None and not self.is_number and b.shape == ():
+            # A factor that is known stands before the whole product.
+            return b * (self * y)
         for uniform, array in ((self, other), (other, self)):
             if uniform.constant == 1 and array.shape == uniform.shape:
                 return array
@@ -203,6 +207,9 @@ class Expression:
             return -(self.operands[0] / other)
         if self.constant is not None and other.constant:
             return _constant(self.constant / other.constant, self, other)
+        factor, rest = factored(self)
+        if factor is not None and not other.is_number:
+            return factor * (rest / other)
         if other.constant and other.constant < 1 and (1 / other.constant).is_integer():
             return _constant(1 / other.constant, other) * self
         return _entrywise(jnp.divide, (self, other), "{0} / {1}", "\\frac{{{0}}}{{{1}}}", _QUOTIENT, _POWER)
@@ -316,15 +323,23 @@ def number(value: float, dtype: Any = None) -> Expression:
     ratio = Fraction(value).limit_denominator(10_000)
     is_ratio = ratio.numerator / ratio.denominator == value and ratio.denominator != 1
     text = decimal(value, dtype)
+    if not is_ratio and len(text) > _LONG_DECIMAL:
+        # A third in single precision.
+        ratio = Fraction(value).limit_denominator(100)
+        is_ratio = bool(jnp.asarray(float(ratio), dtype) == jnp.asarray(float(value), dtype))
     mantissa, _, exponent = text.partition("e")
     latex = f"{mantissa} \\cdot 10^{{{{{int(exponent)}}}}}" if exponent else text
+    known = known_number(value, dtype)
     if is_ratio:
         text, latex = str(ratio), f"\\frac{{{{{ratio.numerator}}}}}{{{{{ratio.denominator}}}}}"
-    binding = _TERM if value < 0 else _PRODUCT if is_ratio else _ATOM
+    elif known is not None:
+        text, latex = known
+    is_product = is_ratio or " " in text or "/" in text
+    binding = _TERM if value < 0 else _PRODUCT if is_product else _ATOM
     constant = jnp.asarray(float(value), dtype)
-    known = jax.ShapeDtypeStruct((), constant.dtype, weak_type=dtype is None)
+    type_ = jax.ShapeDtypeStruct((), constant.dtype, weak_type=dtype is None)
     text = text.replace("-", "−")
-    return Expression(lambda: constant, (), text, latex, binding, _ATOM, known, constant=float(value))
+    return Expression(lambda: constant, (), text, latex, binding, _ATOM, type_, constant=float(value))
 
 
 def _constant(value: float, *operands: Expression) -> Expression:
@@ -355,6 +370,15 @@ def _without_sign(expression: Expression) -> Expression | None:
     """The negative of an expression that is written with a minus, else None."""
     is_negative = expression.constant is not None and expression.constant < 0
     return -expression if is_negative or expression.template == _MINUS else None
+
+
+def factored(expression: Expression) -> tuple[Expression | None, Expression]:
+    """A known factor of all entries, and the rest; a product of matrices has none, even with a constant."""
+    if expression.template == "{0} {1}" and expression.inner == _QUOTIENT:
+        factor, rest = expression.operands
+        if factor.constant is not None:
+            return factor, rest
+    return None, expression
 
 
 def is_one(expression: Expression) -> bool:
@@ -434,6 +458,9 @@ def unwritten(function: Callable[..., Any], x: Expression, type_: Any) -> Expres
     """A function of one operand that is not written: a change of shape or type."""
     if x.template == _MINUS:
         return -unwritten(function, x.operands[0], type_)
+    factor, rest = factored(x)
+    if factor is not None and factor.shape == () and rest.type.dtype == type_.dtype and rest.shape == x.shape:
+        return factor * unwritten(function, rest, type_)
     node = _node(function, (x,), "{0}", "{0}", x.binding, x.binding, type_)
     return replace(node, uniform=x.is_number and node.shape != (), constant=x.constant)
 
@@ -445,15 +472,16 @@ def spread_over(x: Expression, shape: Sequence[int]) -> Expression:
 
 
 def indexed(
-    function: Callable[..., Any], x: Expression, index: Expression | str, type_: Any = None
+    function: Callable[..., Any], x: Expression, index: Expression | str, type_: Any = None, axis: int = 0
 ) -> Expression:
-    """Some entries of `x`: `x[1:, :3]`, `E[t]`."""
+    """Some entries of `x`: `x[1:, :3]`, `E[t]`, along an axis `x[:, t]`."""
     operands = [x if x.binding == _ATOM else parenthesised(x)]
     inner = inner_latex = "{1}"
     if isinstance(index, str):
         inner, inner_latex = literally(index), f"\\texttt{{{{{index}}}}}"
     else:
         operands.append(index)
+        inner, inner_latex = ":, " * axis + inner, ":, " * axis + inner_latex
     latex = f"{{0}}\\left[{inner_latex}\\right]"
     return _node(function, tuple(operands), f"{{0}}[{inner}]", latex, _ATOM, _SUM, type_)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -47,6 +48,17 @@ def latex_path(path: str) -> str:
     return f"\\texttt{{{''.join(_ESCAPES.get(c, c) for c in path)}}}"
 
 
+_WRITTEN = {"…": "$\\ldots$", "−": "-", "∂": "$\\partial$"} | {k: f"${v}$" for k, v in _GREEK.items()}
+
+
+def latex_title(text: str) -> str:
+    """Words and short equations as LaTeX text."""
+    digits = re.sub("[₀-₉]+", lambda m: f"$_{{{m[0].translate(_DIGITS)}}}$", text)
+    return "".join(_WRITTEN.get(c, c) for c in digits.replace("_", "\\_") if c in digits).replace(
+        "$\\_{", "$_{"
+    )
+
+
 def literally(text: str) -> str:
     """Text as a template that has no operands."""
     return text.replace("{", "{{").replace("}", "}}")
@@ -59,6 +71,38 @@ def decimal(value: float, dtype: Any = None) -> str:
     is_half = dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
     written = repr(float(value)) if dtype is None or is_half else str(np.dtype(dtype).type(value))
     return f"{value:.4g}" if is_half or (len(written) > 12 and abs(value) > 1e6) else written
+
+
+_KNOWN_NUMBERS = {
+    np.pi: ("π", "\\pi"),
+    2 * np.pi: ("2π", "2\\pi"),
+    np.log(2): ("log 2", "\\log 2"),
+    np.log(2 * np.pi): ("log 2π", "\\log 2\\pi"),
+    np.log(2 * np.pi) / 2: ("1/2 log 2π", "\\frac{{1}}{{2}} \\log 2\\pi"),
+}
+
+
+def known_number(value: float, dtype: Any = None) -> tuple[str, str] | None:
+    """A root of an integer, `π` or a logarithm that a decimal number is: templates of text and LaTeX."""
+    resolution = float(jnp.finfo(dtype or float).eps)
+    if not 1e-4 < abs(value) < 1e4 or resolution > 1e-6 or len(decimal(value, dtype)) < 8:
+        return None
+
+    def is_value(of: float) -> bool:
+        return abs(of / abs(value) - 1) < 2 * resolution
+
+    sign = "-" if value < 0 else ""
+    for of, (text, latex) in _KNOWN_NUMBERS.items():
+        if is_value(of):
+            return sign + text, sign + latex
+    square, inverse = round(value**2), round(value**-2)
+    if math.isqrt(max(square, inverse)) ** 2 == max(square, inverse):
+        return None
+    if square > 1 and is_value(square**0.5):
+        return f"{sign}√{square}", f"{sign}\\sqrt{{{{{square}}}}}"
+    if inverse > 1 and is_value(inverse**-0.5):
+        return f"{sign}1/√{inverse}", f"{sign}\\frac{{{{1}}}}{{{{\\sqrt{{{{{inverse}}}}}}}}}"
+    return None
 
 
 def reduction(name: str, axes: Sequence[int] | None, of_sum: bool = False) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from funcprop.rules.expressions import (
     Expression,
     OperatorSymbols,
     apply,
+    factored,
     factors,
     indexed,
     opaque,
@@ -49,11 +50,41 @@ def _binary(
 
 
 def _unary(
-    function: Callable[[Any], Any], derivative: Callable[[Expression], Expression]
+    function: Callable[[Any], Any], derivative: Callable[[Expression, Expression], Expression]
 ) -> Callable[[OperatorSymbols], Equations]:
     def equations(op: OperatorSymbols) -> Equations:
         (x,) = op.args
-        return Equations(apply(op.name, function, x, type_=x.type), (op.cotangent * derivative(x),))
+        return Equations(apply(op.name, function, x, type_=x.type), (derivative(op.cotangent, x),))
+
+    return equations
+
+
+def _absolute(op: OperatorSymbols) -> Equations | None:
+    """`|z|`, whose slope is its sign."""
+    (x,) = op.args
+    if not jnp.issubdtype(x.type.dtype, jnp.floating):
+        return None
+    size = written(jnp.abs, (x,), "|{0}|", "\\left\\lvert {0} \\right\\rvert", x.type)
+    return Equations(size, (op.cotangent * apply("sign", jnp.sign, x, type_=x.type),))
+
+
+_COMPARISONS = {
+    "gt": (">", ">"), "lt": ("<", "<"), "ge": ("≥", "\\ge"), "le": ("≤", "\\le"),
+    "eq": ("=", "="), "ne": ("≠", "\\ne"),
+}  # fmt: skip
+
+
+def _comparison(sign: str, latex: str) -> Callable[[OperatorSymbols], Equations]:
+    """`z > 0`, which has no derivative."""
+
+    def equations(op: OperatorSymbols) -> Equations:
+        compare = getattr(lax, op.name)
+        return Equations(
+            written(
+                compare, op.args, f"{{0}} {sign} {{1}}", f"{{0}} {latex} {{1}}", op.output.type, is_sum=True
+            ),
+            (None, None),
+        )
 
     return equations
 
@@ -72,6 +103,10 @@ def _product(op: OperatorSymbols) -> Equations | None:
     # The cotangent of a real operand beside a complex one is the real part alone.
     if len({jnp.issubdtype(v.type.dtype, jnp.complexfloating) for v in (a, b)}) > 1:
         return None
+    factor, g = factored(g)
+    if factor is not None:
+        found = _product(op._replace(cotangent=g))
+        return None if found is None else found._replace(backward=tuple(factor * v for v in found.backward))
     # Terms are added in the result's precision (`preferred_element_type`), which may be more than that of
     # the operands.
     a, b = (promoted(v, op.output.type) for v in (a, b))
@@ -87,26 +122,19 @@ def _product(op: OperatorSymbols) -> Equations | None:
     return Equations(a @ b, (g * b, g * a))
 
 
-def _general_product(a: Expression, b: Expression, g: Expression, op: OperatorSymbols) -> Equations | None:
+def _general_product(a: Expression, b: Expression, g: Expression, op: OperatorSymbols) -> Equations:
     """A product over any axes, written as one of matrices for each entry of the batch: `a bᵀ`.
 
     The axes of a product of matrices are those that are summed and those that stay, in one order or in the
-    other. Where they are mixed there is no such form.
+    other; it is the order in what is written that counts.
     """
-    contraction, batch = op.static["dimension_numbers"]
-    flipped = []
-    for v, summed, kept in zip((a, b), contraction, batch, strict=True):
-        free = [i for i in range(len(v.shape)) if i not in (*summed, *kept)]
-        if free and summed and min(free) < max(summed) and min(summed) < max(free):
-            return None
-        flipped.append(bool(free and summed) and min(summed) < min(free))
-    # In `a b` the axes that are summed are the last of `a` and the first of `b`.
-    flips = (
-        flipped[0],
-        bool(b.shape) and not flipped[1] and len(contraction[1]) + len(batch[1]) < len(b.shape),
-    )
-    static = {k: v for k, v in op.static.items() if k != "dimension_numbers"}
     numbers = op.static["dimension_numbers"]
+    static = {k: v for k, v in op.static.items() if k != "dimension_numbers"}
+    contraction, batch = numbers
+    summed_first = [_is_summed_first(v, *axes) for v, *axes in zip((a, b), contraction, batch, strict=True)]
+    has_free = bool(b.shape) and len(contraction[1]) + len(batch[1]) < len(b.shape)
+    # In `a b` the axes that are summed are the last of `a` and the first of `b`.
+    flips = summed_first[0], has_free and not summed_first[1]
 
     def product(x: Any, y: Any) -> Any:
         return lax.dot_general(x, y, numbers, **static)
@@ -124,6 +152,12 @@ def _general_product(a: Expression, b: Expression, g: Expression, op: OperatorSy
         (left, left_latex), (right, right_latex) = map(shown, ("{0}", "{1}"), marks)
         return factors(function, (x, y), f"{left} {right}", f"{left_latex}\\, {right_latex}", type_)
 
+    type_ = op.output.type
+    if all(flips) and len(type_.shape) > 2:
+        # `aᵀ bᵀ` is `b a` in another order of its axes, which is not written anyway.
+        whole = pair(lambda y, x: product(x, y), b, a, (False, False), type_)
+        first = pair(lambda y, g: of_first(g, y), b, g, (True, False), a.type)
+        return Equations(whole, (first, pair(lambda g, x: of_second(x, g), g, a, (False, True), b.type)))
     # From `y = A B`: `Ā = ȳ Bᵀ`, `B̄ = Aᵀ ȳ`; where an operand is written transposed, so is its cotangent.
     if flips[0]:
         first = pair(lambda y, g: of_first(g, y), b, g, (flips[1], True), a.type)
@@ -133,7 +167,14 @@ def _general_product(a: Expression, b: Expression, g: Expression, op: OperatorSy
         second = pair(lambda g, x: of_second(x, g), g, a, (True, flips[0]), b.type)
     else:
         second = pair(of_second, a, g, (not flips[0], False), b.type)
-    return Equations(pair(product, a, b, flips, op.output.type), (first, second))
+    return Equations(pair(product, a, b, flips, type_), (first, second))
+
+
+def _is_summed_first(v: Expression, summed: Sequence[int], batch: Sequence[int]) -> bool:
+    """Whether the axes that a product sums stand before the last of those that stay, as in `aᵀ b`."""
+    places = v.places or range(len(v.shape))
+    free = [places[i] for i, n in enumerate(v.shape) if i not in (*summed, *batch) and n > 1]
+    return bool(free and summed) and max(places[i] for i in summed) < max(free)
 
 
 def _where(op: OperatorSymbols) -> Equations | None:
@@ -317,9 +358,11 @@ EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
     "mul": _binary(lambda a, b: a**2 if a is b else a * b, lambda a, b, g: (g * b, g * a)),
     "div": _binary(lambda a, b: a / b, lambda a, b, g: (g / b, -(g * a) / b**2)),
     "neg": lambda op: Equations(-op.args[0], (-op.cotangent,)),
-    "log": _unary(jnp.log, lambda x: 1 / x),
-    "sin": _unary(jnp.sin, lambda x: apply("cos", jnp.cos, x, type_=x.type)),
-    "cos": _unary(jnp.cos, lambda x: -apply("sin", jnp.sin, x, type_=x.type)),
+    "log": _unary(jnp.log, lambda g, x: g / x),
+    "sin": _unary(jnp.sin, lambda g, x: g * apply("cos", jnp.cos, x, type_=x.type)),
+    "cos": _unary(jnp.cos, lambda g, x: -g * apply("sin", jnp.sin, x, type_=x.type)),
+    "abs": _absolute,
+    **{name: _comparison(sign, latex) for name, (sign, latex) in _COMPARISONS.items()},
     "square": _power,
     "integer_pow": _power,
     "dot_general": _product,

@@ -68,7 +68,8 @@ def elementwise_rule(
             return derivative(_wide(value), **op.static).astype(x.dtype)
 
         written = apply(op.name, lambda value: function(value, **op.static), x, type_=x.type)
-        return Equations(written, (op.cotangent * apply(f"{op.name}′", slope, x, type_=x.type),))
+        derived = written if op.name == "exp" else apply(f"{op.name}′", slope, x, type_=x.type)
+        return Equations(written, (op.cotangent * derived,))
 
     return Rule(forward, backward, equations, platforms=platforms, pure=True)
 

@@ -87,9 +87,14 @@ def _gather_equations(op: OperatorSymbols) -> Equations:
         return lax.gather(x, i, **static)
 
     numbers = static["dimension_numbers"]
-    takes_rows = numbers.start_index_map == numbers.collapsed_slice_dims == (0,)
-    if takes_rows and tuple(static["slice_sizes"]) == (1, *x.shape[1:]):
-        forward = indexed(rows, x, indices, op.output.type)
+    axis = numbers.start_index_map[0] if len(numbers.start_index_map) == 1 else -1
+    # `x[:, i]`: whole ranges along all axes but one, in whose place the axes of the indices stand.
+    sizes = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
+    new = len(indices.shape) - 1
+    kept = tuple(k if k < axis else k + new for k in range(len(x.shape) - 1))
+    is_along_axis = numbers.collapsed_slice_dims == (axis,) and tuple(static["slice_sizes"]) == sizes
+    if is_along_axis and numbers.offset_dims == kept:
+        forward = indexed(rows, x, indices, op.output.type, axis)
     else:
         forward = apply("gather", rows, x, indices)
     return Equations(forward, (apply("scatter", back, op.cotangent, indices), None))
