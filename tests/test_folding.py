@@ -233,3 +233,39 @@ def test_results_of_every_block_are_one_square() -> None:
     last = assert_true(fp.trace(lambda ws, x: fun(ws, x)[-1])([shape(4, 4)] * 5, shape(2, 4)))
     assert [box.count for box in last.boxes] == [5]
     assert last.goal == "v:layer4/add"
+
+
+def _block(D: int) -> dict[str, Any]:
+    return {name: jnp.ones((D, D)) for name in ("q", "k", "v", "o", "up", "down")} | {"g": jnp.ones(D)}
+
+
+def _plain_block(p, x):
+    h = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * p["g"]
+    scores = jax.nn.softmax((h @ p["q"]) @ (h @ p["k"]).T)
+    x = x + scores @ (h @ p["v"]) @ p["o"]
+    return x + jax.nn.gelu(x @ p["up"]) @ p["down"]
+
+
+def test_plain_networks_are_drawn_by_their_layers():
+    """Blocks in a list are a node each; what reads the matrices of one flat dictionary is a node for each."""
+    from funcprop.drawing.levels import MOST_NODES
+
+    def of_blocks(blocks, x):
+        for p in blocks:
+            x = _plain_block(p, x)
+        return jnp.sum(x**2)
+
+    x = jnp.ones((5, 4))
+    for function, params, wanted in (
+        (of_blocks, [_block(4) for _ in range(4)], {"blocks/0"}),
+        (
+            lambda p, x: jnp.sum(_plain_block(p, _plain_block(p, x))),
+            _block(4),
+            {"q", "o", "up", "down", "loss"},
+        ),
+    ):
+        picture = fp.draw(fp.trace(function)(params, x)).picture
+        labels = {node.label for node in picture.nodes}
+        assert len(picture.nodes) <= MOST_NODES
+        assert not any("operators" in label for label in labels)
+        assert wanted <= labels | {label.split(" ")[0] for label in labels}

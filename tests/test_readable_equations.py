@@ -19,6 +19,7 @@ from flax import nnx
 
 import funcprop as fp
 from funcprop.equations.elementwise import ELEMENTWISE
+from funcprop.reporting.mathml import mathml
 
 KEY = jax.random.key(0)
 SIZES = [4, 5, 6, 3]
@@ -425,6 +426,7 @@ def test_numbers_and_small_functions_are_written_as_in_books():
     assert "sign(z − y)" in text
     assert "exp′" not in text
     assert "\\sqrt{8}" in found.latex()
+    assert all(mathml(form.latex(), form.text()) for line in found.forward for form in line.forms)
     assert max(found.verify().errors.values()) < 1e-10
 
 
@@ -493,7 +495,10 @@ def test_one_step_of_a_loop_is_written_and_verified():
     assert "∂J/∂h[t−1]" in found
     assert max(found.values()) < 1e-10
     assert derivation.latex().count("{") == derivation.latex().count("}")
-    assert "\\begin{align*}\nz[t]" in derivation.latex().replace("\\mathrm{z[t]}", "z[t]")
+    assert "\\begin{align*}\n{z[t]}" in derivation.latex()
+    assert not re.search(r"[^\x00-\x7f]", derivation.latex())
+    for line in (*loop.forward, *loop.backward):
+        assert all(mathml(form.latex(), form.text()) for form in line.forms)
 
 
 def test_loops_backwards_over_layers_and_of_frameworks_hold_line_by_line():

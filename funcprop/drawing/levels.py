@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from funcprop.drawing.nodes_and_boxes import FEW, Fold, assemble, assembled
+from funcprop.drawing.parameter_groups import layers_of
 from funcprop.drawing.picture import Node, Picture
 from funcprop.drawing.representatives import blocks_of
 from funcprop.drawing.request import Shown
@@ -45,6 +46,7 @@ def _smaller(shown: Shown, fold: Fold, unnamed: bool | None) -> Iterator[Fitted]
     sizes: Fold = "sizes" if fold else False
     if unnamed is None and len(shown.graph) <= FEW:
         yield Fitted(assemble(shown, None, fold, False), shown)
+    shown = _in_layers(shown)
     deepest = max((len(scope_path(op.scope)) for op in shown.graph), default=0)
     first = _first_depth(shown, deepest)
     for depth in range(first, -1, -1) if deepest else ():
@@ -100,6 +102,21 @@ def _loose_in(op: Operator, depth: int) -> tuple[str, str] | None:
         return None
     function = (op.source or "").rpartition("(")[2].rstrip(")").rpartition(".")[2]
     return op.scope, "" if function.startswith(("<", "__")) else function
+
+
+def _in_layers(shown: Shown) -> Shown:
+    """The drawing with operators that are in no module in scopes by the parameters that they read."""
+    graph = shown.graph
+    layers = None if any(map(_is_module, graph)) else layers_of(graph)
+    if layers is None:
+        return shown
+    scopes = [joined(layer, op.scope) for layer, op in zip(layers, graph.operators, strict=True)]
+    return replace(shown, graph=_moved(graph, scopes))
+
+
+def _is_module(op: Operator) -> bool:
+    """Whether an operator is in a module: not in a loop or an einsum alone."""
+    return any("[" not in part and "->" not in part for part in scope_path(op.scope))
 
 
 def _in_runs(graph: Graph) -> Graph:

@@ -192,9 +192,9 @@ class _Step:
         names |= {v.name: f"{bases[i]}[t]" for i, v in self.outputs.items() if v.name not in own}
         first, last = (n, 1) if is_back else (1, n)
         start, end = (n + 1, 1) if is_back else (0, n)
-        told, told_back = [], []
-        for base, operand, result in zip(bases, outer[self.consts :], results[: self.carries], strict=False):
-            told.append(f"{base}[{start}] = {operand or '0'}")
+        begins = zip(bases[: self.carries], outer[self.consts :], strict=False)
+        told, told_back = [f"{base}[{start}] = {operand or '0'}" for base, operand in begins], []
+        for base, result in zip(bases, results[: self.carries], strict=False):
             if result:
                 told.append(f"{result} = {base}[{end}]")
                 told_back.append(f"∂J/∂{base}[{end}] = ∂J/∂{result}")

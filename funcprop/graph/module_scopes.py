@@ -8,11 +8,12 @@ times), nnx and plain JAX nothing; but what an operator belongs to can be told f
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from funcprop.graph.graph import Graph, Operator
+from funcprop.program.facts import PRODUCTS
 
 Path = tuple[str, ...]
 
@@ -46,7 +47,7 @@ def with_module_scopes(graph: Graph) -> Graph:
         chosen += [path if path and not own.issuperset(path) else None for path in paths]
     if len(set(chosen) - {None}) < 2:
         return graph
-    chosen = _with_normalisations(graph.operators, chosen)
+    chosen = _with_what_is_between(graph.operators, _with_normalisations(graph.operators, chosen))
     last = max(i for i, path in enumerate(chosen) if path)
     classes = {
         part for op, path in zip(graph.operators, chosen, strict=True) if path for part in _parts(op.scope)
@@ -100,6 +101,23 @@ def _shared(paths: Iterable[Path]) -> Path:
     """The beginning that all of these have."""
     levels = zip(*paths, strict=False)
     return tuple(level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
+
+
+def _with_what_is_between(operators: Sequence[Operator], chosen: Sequence[Path | None]) -> list[Path | None]:
+    """What stands between operators of one module that holds several matrices is in it: a block."""
+    products = Counter(path for op, path in zip(operators, chosen, strict=True) if op.op in PRODUCTS)
+    before, after = _last_before(chosen), _last_before(chosen[::-1])[::-1]
+    return [
+        a if a == b and products[a] > 1 else path for path, a, b in zip(chosen, before, after, strict=True)
+    ]
+
+
+def _last_before(chosen: Sequence[Path | None]) -> list[Path | None]:
+    """For every operator its module, or the last one before it."""
+    found: list[Path | None] = []
+    for path in chosen:
+        found.append(path or (found[-1] if found else None))
+    return found
 
 
 def _with_normalisations(operators: Sequence[Operator], chosen: Sequence[Path | None]) -> list[Path | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from markupsafe import Markup
 
@@ -20,13 +21,17 @@ _MOST_READABLE = 100
 
 @dataclass(frozen=True)
 class Equation:
-    """A line: `key` is its id on the page, `name` what it defines, `forms` what stands after `=`."""
+    """A line: `key` is its id on the page, `name` what it defines, `forms` stand after `sign` and `=`."""
 
     key: str
     name: str
     left: Markup
     forms: tuple[Markup, ...]
     shape: str
+    sign: str = "="
+
+
+TitledLines: TypeAlias = "tuple[str, tuple[Equation, ...]]"
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class TypesetEquations:
     omitted: int
     readable: tuple[tuple[Equation, ...], tuple[Equation, ...]] | None = None
     where: tuple[str, ...] = ()
-    loops: tuple[tuple[str, tuple[Equation, ...]], ...] = ()
+    loops: tuple[tuple[TitledLines, TitledLines], ...] = ()
 
 
 def equations(report: ReportData, most: int) -> TypesetEquations:
@@ -75,11 +80,12 @@ def equations(report: ReportData, most: int) -> TypesetEquations:
     )
 
 
-def _loops(derivation: Derivation) -> Iterator[tuple[str, tuple[Equation, ...]]]:
+def _loops(derivation: Derivation) -> Iterator[tuple[TitledLines, TitledLines]]:
     """One step of every loop, forwards and backwards, each under its title."""
     for k, loop in enumerate(derivation.loops):
-        for sweep, title, lines in (("f", loop.title, loop.forward), ("b", loop.back, loop.backward)):
-            yield title, tuple(_equation(f"l{k}{sweep}{i}", line) for i, line in enumerate(lines))
+        forward = tuple(_equation(f"lf{k}.{i}", line) for i, line in enumerate(loop.forward))
+        backward = tuple(_equation(f"lb{k}.{i}", line) for i, line in enumerate(loop.backward))
+        yield (loop.title, forward), (loop.back, backward)
 
 
 def _steps(report: ReportData) -> list[Line]:
@@ -119,6 +125,7 @@ def _equation(key: str, line: Line) -> Equation:
         Markup(mathml(line.left_latex, line.left)),
         tuple(Markup(mathml(form.latex(), form.text())) for form in line.forms),
         shape_text(line.shape),
+        line.sign,
     )
 
 

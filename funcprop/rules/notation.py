@@ -24,6 +24,8 @@ _ESCAPES = {c: f"\\{c}" for c in "_%&#${}"} | {"\\": "\\backslash ", "^": "\\wed
 
 def latex_name(name: str) -> str:
     """A variable's name in LaTeX: one letter with digits as a subscript, Greek letters, or upright text."""
+    if match := re.fullmatch(r"(.+)\[(t|t[−+]1)\]", name):
+        return f"{{{latex_name(match[1])}[{match[2].replace('−', '-')}]}}"
     stem = name.rstrip("′ᵀ")
     marks = "'" * name.count("′") + ("^{\\top}" if name.endswith("ᵀ") else "")
     stem = stem.translate(_DIGITS)

@@ -64,13 +64,13 @@ def _absolute(op: OperatorSymbols) -> Equations | None:
     (x,) = op.args
     if not jnp.issubdtype(x.type.dtype, jnp.floating):
         return None
-    size = written(jnp.abs, (x,), "|{0}|", "\\left\\lvert {0} \\right\\rvert", x.type)
+    size = written(jnp.abs, (x,), "|{0}|", "\\left|{0}\\right|", x.type)
     return Equations(size, (op.cotangent * apply("sign", jnp.sign, x, type_=x.type),))
 
 
 _COMPARISONS = {
-    "gt": (">", ">"), "lt": ("<", "<"), "ge": ("≥", "\\ge"), "le": ("≤", "\\le"),
-    "eq": ("=", "="), "ne": ("≠", "\\ne"),
+    "gt": (">", ">"), "lt": ("<", "<"), "ge": ("≥", "\\geq"), "le": ("≤", "\\leq"),
+    "eq": ("=", "="), "ne": ("≠", "\\neq"),
 }  # fmt: skip
 
 
