@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
-from chromium import contrasts, opened
+from chromium import contrasts, opened, saved
 from playwright.sync_api import Browser
 from report_pages import HOSTILE
 from report_pages import browser as browser
@@ -145,3 +145,21 @@ def test_modules_open_and_close(browser: Browser, tmp_path: Path) -> None:
             assert page.locator("#panel").is_visible()
             page.locator("#path button").first.click()
         assert page.locator("#canvas > svg:visible").count() == 1
+
+
+def test_names_in_the_picture_can_be_read_on_a_phone(
+    browser: Browser, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A picture that is wide on a screen has shorter rows there, and begins at a scale that can be read."""
+
+    def wide(ws: Any, x: Any) -> Any:
+        for i, w in enumerate(ws):
+            x = fp.name(jnp.tanh(x @ w * (i + 1)) + i, f"h{i}")
+        return jnp.sum(x)
+
+    made = fp.report(wide)([jnp.eye(4)] * 4, jnp.ones(4))
+    path = saved(made, tmp_path_factory)
+    for page, *_ in opened(browser, (made, path), viewport={"width": 390, "height": 844}):
+        label = page.locator("#canvas svg text", has_text="ws/0").first
+        assert label.bounding_box()["height"] >= 8
+        assert label.bounding_box()["x"] < 390

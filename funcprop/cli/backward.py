@@ -143,6 +143,17 @@ def objective_name(propagation: Propagation, derivation: Derivation) -> str:
     return next((left.removeprefix("∂").split("/∂")[0] for left in written), name)
 
 
+def values_table(propagation: Propagation, derivation: Derivation) -> str:
+    """Equation, shape and norm of what the forward sweep computes."""
+    values = dict(propagation.tape.values)
+    rows = [("value", "shape", "norm")]
+    for line in derivation.forward:
+        if line.key not in values:
+            values[line.key] = line.forms[-1].evaluate(values)
+        rows.append((line.text(), *_size(values[line.key])))
+    return table(rows, right=[2])
+
+
 def gradients_table(found: Sequence[Gradient]) -> str:
     """Equation, shape and norm of every gradient; a sum is followed by its terms."""
     rows = [("gradient", "shape", "norm")]

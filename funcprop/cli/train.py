@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import typer
 
 from funcprop import training
+from funcprop.cli.backward import gradients, gradients_table, values_table
 from funcprop.cli.options import AsJson
-from funcprop.cli.output import Output, describe, digits, emit, nonfinite_data, number, table
+from funcprop.cli.output import Output, describe, emit, nonfinite_data, number
 from funcprop.cli.target import TargetError, as_setup, load_function, users_code
 from funcprop.cli.train_run import RunOptions, fit_options, join
-from funcprop.graph.graph import shape_text
+from funcprop.equations.derivation import Derivation, derive
 from funcprop.program.trained import Trained
 from funcprop.progress import bar
 from funcprop.sweeps.backprop import backprop
@@ -112,7 +113,8 @@ def run(target: str, options: TrainOptions, how: RunOptions) -> Output:
         seconds = time.perf_counter() - start
         if not history:
             raise TargetError("--epochs 0 leaves nothing to train.")
-        propagation = one_minibatch(setup, epoch, key)
+        sweeps = one_minibatch(setup, epoch, key)
+    propagation = None if sweeps is None else sweeps.propagation
     variables = [] if propagation is None else describe_variables(propagation)
     first = None if propagation is None else propagation.first_nonfinite()
     data = {
@@ -126,9 +128,12 @@ def run(target: str, options: TrainOptions, how: RunOptions) -> Output:
         "first_nonfinite": nonfinite_data(first),
     }
     text = [f"\nTrained in {seconds:.1f} s."]
-    if propagation is not None:
+    if sweeps is not None:
         text[0] += " Both sweeps for one minibatch at the trained parameters:\n"
-        text += [variables_table(variables)]
+        lines = gradients(sweeps.propagation, sweeps.derivation)
+        text += [values_table(sweeps.propagation, sweeps.derivation), "", gradients_table(lines)]
+        if where := sweeps.derivation.where():
+            text += ["", "where", *(f"  {row}" for row in where)]
     text += [] if first is None else [f"\nFirst non-finite: {first}"]
     return Output("\n".join(text), data)
 
@@ -210,7 +215,19 @@ def epoch_line(epoch: Epoch, epochs: int) -> str:
     return "  ".join(shown)
 
 
-def one_minibatch(setup: Setup, epoch: Epoch, key: Any) -> Propagation | None:
+class Sweeps(NamedTuple):
+    """Both sweeps of one minibatch, and their equations."""
+
+    propagation: Propagation
+    derivation: Derivation
+
+    @classmethod
+    def of(cls, loss: Callable[..., Any], *args: Any) -> Sweeps:
+        """Both sweeps of a loss at its arguments."""
+        return cls(backprop(loss)(*args), derive(loss)(*args))
+
+
+def one_minibatch(setup: Setup, epoch: Epoch, key: Any) -> Sweeps | None:
     """Both sweeps for the first minibatch of a further epoch; None if no process has all parameters."""
     arrays = [leaf for leaf in jax.tree.leaves(epoch.params) if isinstance(leaf, jax.Array)]
     if not all(leaf.is_fully_addressable for leaf in arrays):
@@ -223,10 +240,10 @@ def one_minibatch(setup: Setup, epoch: Epoch, key: Any) -> Propagation | None:
     stateful = epoch.state.model is not None
     loss = trained.function(setup.loss, own.get("has_aux", False))
     if not (own or stateful):
-        return backprop(loss)(params, *parts)
+        return Sweeps.of(loss, params, *parts)
     whole = TrainingLoss(loss, stateful=stateful, **own).whole
     model = jax.tree.map(jnp.asarray, jax.device_get(epoch.state.model))
-    return backprop(lambda params, *parts: whole(params, model, parts, key)[0])(params, *parts)
+    return Sweeps.of(lambda params, *parts: whole(params, model, parts, key)[0], params, *parts)
 
 
 def describe_variables(propagation: Propagation) -> list[dict[str, Any]]:
@@ -243,13 +260,3 @@ def describe_variables(propagation: Propagation) -> list[dict[str, Any]]:
         }
         for name, value in values.items()
     ]
-
-
-def variables_table(variables: list[dict[str, Any]]) -> str:
-    """Name, shape and norms of every variable and its gradient."""
-    rows = [("variable", "shape", "‖value‖", "‖gradient‖")]
-    for variable in variables:
-        value, gradient = variable["value"], variable["gradient"]
-        norm = None if gradient is None else gradient["norm"]
-        rows.append((variable["name"], shape_text(value["shape"]), digits(value["norm"]), digits(norm)))
-    return table(rows, right=[2, 3])

@@ -24,7 +24,7 @@ from funcprop.drawing.nodes_and_boxes import FEW, Fold, assemble
 from funcprop.drawing.opening_page import page
 from funcprop.drawing.picture import Picture, node_ids
 from funcprop.drawing.request import Shown
-from funcprop.drawing.rows import in_rows
+from funcprop.drawing.rows import ROW, in_rows
 from funcprop.drawing.second_order import SecondOrderGraph
 from funcprop.drawing.svg import Theme, svg
 from funcprop.graph.graph import Graph, needed
@@ -72,6 +72,16 @@ class Drawing:
     @cached_property
     def layout(self) -> Layout:
         """Where everything stands."""
+        return self.in_rows_of(ROW) if self.wrap else self._in_one_row
+
+    def in_rows_of(self, width: float) -> Layout:
+        """Where everything stands in rows that are about so wide, in points."""
+        ids = node_ids(self.picture)
+        sizes = {ids[n.key]: size_of(n, self.types) for n in self.picture.nodes}
+        return in_rows(self._in_one_row, sizes, width)
+
+    @cached_property
+    def _in_one_row(self) -> Layout:
         picture = self.picture
         far = far_edges(picture) if len(picture.nodes) > MANY else frozenset()
         ids, size = node_ids(picture), {n.key: size_of(n, self.types) for n in picture.nodes}
@@ -86,7 +96,7 @@ class Drawing:
         if len(ends) == 2 and ends[1] > ends[0]:
             # The objective is above the input.
             found = found.mirrored()
-        return in_rows(found, {ids[key]: s for key, s in size.items()}) if self.wrap else found
+        return found
 
     def svg(self) -> str:
         """The picture as SVG, self-contained and escaped; hovering shows types, bytes and sources.

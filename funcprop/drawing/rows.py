@@ -15,6 +15,8 @@ from funcprop.drawing.layout import Layout, Point, Rectangle, Route
 
 # A row is about so wide, in points. Narrower pictures, and those nearly as high as wide, are one row.
 ROW = 1150.0
+# Rows for a phone: names of 12 points are read at a scale of 0.7.
+NARROW = 430.0
 _ASPECT = 2.2
 # What would need more rows is a map, not a text.
 _MOST_ROWS = 12
@@ -23,19 +25,19 @@ _GAP = 26.0
 _PADDING = 14.0  # around what is in a box
 
 
-def in_rows(layout: Layout, sizes: Mapping[str, Size]) -> Layout:
+def in_rows(layout: Layout, sizes: Mapping[str, Size], row: float = ROW) -> Layout:
     """The layout in rows; itself if it is not too wide. `sizes` are those of its nodes."""
-    if layout.width <= ROW * 1.25 or layout.width <= _ASPECT * layout.height:
+    if layout.width <= row * 1.25 or (row == ROW and layout.width <= _ASPECT * layout.height):
         return layout
-    if layout.width > _MOST_ROWS * ROW:
+    if layout.width > _MOST_ROWS * row:
         return layout
-    cuts = _cuts(layout, sizes)
+    cuts = _cuts(layout, sizes, row)
     return _Rows(layout, cuts, sizes).layout() if cuts else layout
 
 
-def _cuts(layout: Layout, sizes: Mapping[str, Size]) -> list[float]:
+def _cuts(layout: Layout, sizes: Mapping[str, Size], row: float) -> list[float]:
     """Where the picture is cut: between nodes, across as few arrows as may be."""
-    count = -(-int(layout.width) // int(ROW))
+    count = -(-int(layout.width) // int(row))
     taken = sorted(
         (x - sizes[n].width / 2 - 4, x + sizes[n].width / 2 + 4) for n, (x, _) in layout.nodes.items()
     )

@@ -15,7 +15,7 @@ from funcprop.equations.condense import condense
 from funcprop.equations.line_breaks import broken
 from funcprop.equations.line_names import short_names
 from funcprop.equations.line_writer import LineWriter
-from funcprop.equations.loops import Loop, LoopsInside
+from funcprop.equations.loops import LoopsInside, ScanLines
 from funcprop.equations.verification import Line, Progress, Verification, verify
 from funcprop.graph.objective import Argnums, Objective, trace_objective
 from funcprop.graph.references import has_references
@@ -36,7 +36,7 @@ class Derivation:
     traced: Traced
     legend: Mapping[str, str] = field(default_factory=dict)
     functions: tuple[tuple[str, Expression], ...] = ()
-    loops: tuple[Loop, ...] = ()
+    loops: tuple[ScanLines, ...] = ()
 
     def text(self, width: int = 100) -> str:
         """Both sweeps as aligned Unicode text with shapes; lines longer than `width` are broken."""

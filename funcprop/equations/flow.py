@@ -225,6 +225,6 @@ def run(
     def function(*values: Any) -> list[Any]:
         # An input of the function may be computed on the way to another one.
         found = evaluated(operators, {v.name: x for v, x in zip(inputs, values, strict=True)})
-        return [found[v.name] for v in outputs]
+        return [v.value if v.kind == "literal" else found[v.name] for v in outputs]
 
     return function

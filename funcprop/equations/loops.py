@@ -55,7 +55,7 @@ _inner_product.defvjp(_inner_product_forward, _inner_product_backward)
 
 
 @dataclass(frozen=True, eq=False)
-class Loop:
+class ScanLines:
     """A `scan`, and the lines of its step under a title for each sweep.
 
     `step` is the step as it was traced, from types alone. `inputs` gives the values of the operator's
@@ -99,6 +99,8 @@ class LoopsInside:
             return None
         if not any(v.name in self.flow.active for v in op.outputs):
             return None
+        if any(jnp.issubdtype(v.dtype, jnp.complexfloating) for v in (*op.inputs, *op.outputs)):
+            return None
         return _Step(op, active)
 
     def add_roles(self, condensed: Condensed) -> Condensed:
@@ -112,7 +114,7 @@ class LoopsInside:
                     roles.setdefault(self.flow.source(v).name, (role[0], op.outputs[0].name))
         return replace(condensed, roles=roles, functions=functions)
 
-    def written(self, names: Mapping[str, str], read: Condensed) -> tuple[Loop, ...]:
+    def written(self, names: Mapping[str, str], read: Condensed) -> tuple[ScanLines, ...]:
         """The loops, in the names of the lines around them; results that are not `read` are not told."""
         graph = self.flow.graph
         given = [*graph.inputs, *graph.constants]
@@ -127,7 +129,7 @@ class LoopsInside:
             def inputs(values: Mapping[str, Any], compute: Any = compute, op: Operator = op) -> list[Any]:
                 return compute(*(values[v.name] for v in given))
 
-            found.append(Loop(title, back, forward, backward, step.traced, op, inputs))
+            found.append(ScanLines(title, back, forward, backward, step.traced, op, inputs))
         return tuple(found)
 
 

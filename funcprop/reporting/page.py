@@ -15,6 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from funcprop.drawing.draw import Drawing
+from funcprop.drawing.rows import NARROW, ROW
 from funcprop.drawing.svg import svg
 from funcprop.graph.graph import bytes_text
 from funcprop.reporting.contents import DETAILS, contents
@@ -42,7 +43,8 @@ def render(report: ReportData) -> str:
     environment.filters |= {"bytes": bytes_text, "digits": digits, "count": count, "amount": amount}
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     script = "(() => {\n" + "\n".join(map(_asset, _SCRIPTS)) + "\n})();"
-    pictures = Markup("\n".join(_svg(picture.drawing) for picture in report.pictures))
+    drawings = [picture.drawing for picture in report.pictures]
+    pictures, narrow = (Markup("\n".join(_svg(each, width) for each in drawings)) for width in (ROW, NARROW))
     for detail in DETAILS:
         written = equations(report, detail.lines)
         fill = environment.get_template("page.html").render
@@ -51,6 +53,7 @@ def render(report: ReportData) -> str:
             graph=report.graph,
             picture=report.drawing.picture,
             svg=pictures,
+            narrow=narrow,
             equations=written,
             data=contents(report, written, detail),
             notes=[*report.collapsed, *([detail.said] if detail.said else [])],
@@ -67,9 +70,9 @@ def render(report: ReportData) -> str:
     return encoded.decode("utf-8")
 
 
-def _svg(drawing: Drawing) -> str:
+def _svg(drawing: Drawing, width: float) -> str:
     """A picture without the rules for dark pages: this page has its own, for all pictures."""
-    return svg(drawing.picture, drawing.layout, drawing.types, "light")
+    return svg(drawing.picture, drawing.in_rows_of(width), drawing.types, "light")
 
 
 def _asset(name: str) -> str:

@@ -326,7 +326,9 @@ def number(value: float, dtype: Any = None) -> Expression:
     if not is_ratio and len(text) > _LONG_DECIMAL:
         # A third in single precision.
         ratio = Fraction(value).limit_denominator(100)
-        is_ratio = bool(jnp.asarray(float(ratio), dtype) == jnp.asarray(float(value), dtype))
+        is_ratio = ratio.denominator != 1 and bool(
+            jnp.asarray(float(ratio), dtype) == jnp.asarray(float(value), dtype)
+        )
     mantissa, _, exponent = text.partition("e")
     latex = f"{mantissa} \\cdot 10^{{{{{int(exponent)}}}}}" if exponent else text
     known = known_number(value, dtype)

@@ -1,5 +1,8 @@
 // The graph: zoom, pan, focus and choice of nodes.
 const canvas = byId("canvas"), tip = byId("tip");
+// On a phone the same pictures are in shorter rows, as high as they are: the page is scrolled.
+const isNarrow = innerWidth < 640;
+if (isNarrow) canvas.replaceChildren(byId("narrow").content);
 const svgs = [...canvas.querySelectorAll(":scope > svg")];
 const sizes = svgs.map((svg) => ({ x: 0, y: 0, width: svg.viewBox.baseVal.width, height: svg.viewBox.baseVal.height }));
 let current = 0, picture = svgs[0], full = sizes[0], view = { ...full };
@@ -55,7 +58,7 @@ function openPicture(p) {
     return at ? [" › ", button] : [button];
   }));
   fitHeight();
-  fit();
+  begin();
 }
 
 // --- zoom and pan ---------------------------------------------------------------------------------
@@ -72,18 +75,31 @@ function apply() {
 
 const scale = () => Math.max(canvas.clientWidth, 1) / view.width;
 
+// Below this scale names cannot be read: a picture that is too wide for it begins with its first part.
+const READABLE = 0.6;
+const firstScale = () => Math.max(canvas.clientWidth / full.width, READABLE);
+
 // The canvas is as high as the picture is at its width; beside an open panel it is not too low for that.
 function fitHeight() {
   const width = canvas.clientWidth;
   if (!width) return;
   const least = byId("panel").hidden ? 150 : 380;
-  const height = Math.max(Math.min((full.height / full.width) * width, full.height * 1.25, 0.8 * innerHeight), least);
+  const most = isNarrow ? Infinity : 0.8 * innerHeight;
+  const height = Math.max(Math.min(full.height * firstScale(), full.height * 1.25, most), least);
   canvas.closest(".viewer").style.setProperty("--stage", `${Math.ceil(height)}px`);
 }
 
 function fit() {
   isFitted = canvas.clientWidth > 0 && canvas.clientHeight > 0;
   view = { ...full };
+  apply();
+}
+
+function begin() {
+  fit();
+  if (!isFitted || scale() >= READABLE) return;
+  const width = canvas.clientWidth / READABLE;
+  view = { x: 0, y: 0, width, height: canvas.clientHeight / READABLE };
   apply();
 }
 
@@ -159,7 +175,7 @@ new ResizeObserver(() => {
   if (canvas.clientWidth !== seenWidth) fitHeight();
   seenWidth = canvas.clientWidth;
   if (isFitted && !isWhole) apply();
-  else if (canvas.clientWidth && canvas.clientHeight) fit();
+  else if (canvas.clientWidth && canvas.clientHeight) begin();
 }).observe(canvas);
 
 // --- nodes ------------------------------------------------------------------------------------
