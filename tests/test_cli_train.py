@@ -35,7 +35,10 @@ def test_train_of_a_users_setup(module: Any) -> None:
     name = module(SETUP.replace("RETURNED", FULL))
     text = run("train", f"{name}:setup").stdout
     assert re.match(r"epoch 1/5  loss \S+  norm \S+\n", text)
-    assert re.search(r"^variable +shape +‖value‖ +‖gradient‖$", text, re.MULTILINE)
+    # What is computed and what comes back, in the lines that `derive` writes.
+    assert re.search(r"^J = .+ scalar +\d", text, re.MULTILINE)
+    assert re.search(r"^∂J/∂w = .+ 2 +\d", text, re.MULTILINE)
+    assert "dot_general" not in text
     data = run_json("train", f"{name}:setup", "--epochs", "7")
     losses = [epoch["loss"] for epoch in data["epochs"]]
     assert len(losses) == 7

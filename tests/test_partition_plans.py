@@ -208,7 +208,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"mesh": {"data": 0}}, {}, r"mesh\['data'\]=0 is no number of parts; pass a whole number from 1"),
     ({"microbatches": -1}, {}, r"microbatches=-1 is no number of parts"),
     ({"weight": 3}, {}, r"weight=3 is no function"),
-    ({"optimizer": "adam"}, {}, r"optimizer='adam' is no optimizer; pass one of optax"),
+    ({"optimizer": "adam"}, {}, r"plan: optimizer is 'adam'; pass an optax optimizer"),
     ({"budget": "much"}, {}, r"budget='much' is not a number of bytes"),
 ]
 

@@ -140,3 +140,14 @@ def test_auxiliary_data_that_is_no_dict_of_numbers(aux: Any) -> None:
 def test_early_stop_needs_patience() -> None:
     with pytest.raises(ValueError, match="early_stop: patience=0; pass a number of epochs, 1 or more"):
         training.early_stop("loss", patience=0)
+
+
+def test_what_is_no_optimizer_is_refused_with_the_order_of_the_arguments() -> None:
+    with pytest.raises(
+        TypeError, match=r"fit\(loss, params, batches, optimizer\): optimizer is of ty"
+    ):
+        training.fit(loss, PARAMS, optax.sgd(0.1), BATCHES)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"optimizer is 'adam'; pass an optax optimizer, such as optax.adam"):
+        training.make_step(loss, "adam")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="footprint: optimizer is 'adam'"):
+        fp.memory.footprint(loss, optimizer="adam")(PARAMS, *BATCHES[0])  # type: ignore[arg-type]

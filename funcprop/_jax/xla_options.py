@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -39,6 +39,20 @@ def barrier_options(platform: str) -> dict[str, str] | None:
         except jax.errors.JaxRuntimeError:  # This XLA does not know the option.
             continue
     return None
+
+
+_DISABLED = "xla_disable_hlo_passes"
+
+
+def without_folding(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Compiler options under which XLA computes no constants, where it knows them.
+
+    A mean over millions of examples has a cotangent of millions of equal numbers; to scatter them at compile
+    time takes minutes, and changes no buffer.
+    """
+    passes = [name for name in str(options.get(_DISABLED, "")).split(",") if name]
+    found = ",".join([*passes, "constant_folding"])
+    return {**options, _DISABLED: found} if accepted(((_DISABLED, found),)) else dict(options)
 
 
 # Most of the time of a program that runs once goes into compiling it.

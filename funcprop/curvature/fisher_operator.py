@@ -149,6 +149,7 @@ def fisher(
             more, curvature = (y, weights), partial(_empirical, density)
         return GaussNewton.of(bound, written, curvature, more, point, rules)
 
+    at.__qualname__ = "fisher(model, likelihood)"
     return at
 
 

@@ -167,6 +167,7 @@ def ggn(
 
         return GaussNewton.of(of_model, written, curvature, of_loss.arrays, point, rules)
 
+    at.__qualname__ = "ggn(model, loss)"
     return at
 
 

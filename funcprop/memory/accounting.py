@@ -18,6 +18,7 @@ from funcprop.memory.cases import KINDS, AccountedProgram, Kind, Subject
 from funcprop.memory.estimate import MemoryEstimate
 from funcprop.memory.ledger import Footprint, Ledger, Row
 from funcprop.memory.rows import compiled_rows, estimated_rows, total_rows
+from funcprop.program.call import require_optimizer
 from funcprop.rules.rule_set import RuleSet
 
 
@@ -92,6 +93,8 @@ def footprint(
             f"footprint: programs={programs!r}: {sorted(unknown)} are not known; use 'inference', 'training'."
         )
     options = dict(compiler_options or {})
+    if optimizer is not None:
+        require_optimizer("footprint: ", optimizer)
 
     def account(subject: Subject) -> Footprint:
         which = kind or subject.kind

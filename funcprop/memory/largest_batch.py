@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from funcprop import _jax
+from funcprop._jax.xla_options import without_folding
 from funcprop.graph.objective import positions
 from funcprop.graph.references import require_no_references
 from funcprop.memory.accounting import footprint
@@ -100,7 +101,7 @@ def batch_limit(
         rules=rules,
         kind=kind,
         programs=(program,),
-        compiler_options=compiler_options,
+        compiler_options=without_folding(compiler_options or {}),
     )
 
     def limit(*args: Any, **kwargs: Any) -> int | float:

@@ -149,6 +149,8 @@ def require_solver(solver: Any, of: str = "solve") -> None:
 def require_damping(damping: Any, of: str = "") -> None:
     """Raise a ValueError if damping is negative, infinite, NaN or not one number; `of` begins the message."""
     who = of and f"{of}: "
+    if isinstance(damping, str):
+        raise TypeError(f"{who}damping={damping!r} is text; pass a number ≥ 0.")
     if jnp.ndim(damping):
         raise ValueError(f"{who}damping has shape {jnp.shape(damping)}, but it is one number.")
     if isinstance(damping, jax.core.Tracer) or 0 <= damping < math.inf:

@@ -22,6 +22,7 @@ from funcprop.partition.programs import SteppedProgram
 from funcprop.partition.sharded import ShardedProgram
 from funcprop.partition.task_order import Order
 from funcprop.partition.topology import DeviceTarget, target_of
+from funcprop.program.call import require_optimizer
 from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import budget_bytes, nbytes
 from funcprop.program.trained import Trained
@@ -113,8 +114,8 @@ def plan(
 
 def _check(optimizer: Any, weight: Any, mesh: Any, microbatches: Any) -> None:
     """Raise if an argument of `plan` is not what it says."""
-    if optimizer is not None and not hasattr(optimizer, "init"):
-        raise TypeError(f"optimizer={optimizer!r} is no optimizer; pass one of optax, such as adam(1e-3).")
+    if optimizer is not None:
+        require_optimizer("plan: ", optimizer)
     if weight is not None and not callable(weight):
         raise TypeError(f"weight={weight!r} is no function; pass that of a batch which counts its tokens.")
     counts = {f"mesh[{name!r}]": size for name, size in (mesh or {}).items()} | {"microbatches": microbatches}

@@ -148,6 +148,13 @@ def require_callable(fun: Any) -> None:
         )
 
 
+def require_optimizer(of: str, optimizer: Any) -> None:
+    """Raise a TypeError, which begins with `of`, unless an optimizer has an `init` and an `update`."""
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        shown = repr(optimizer) if isinstance(optimizer, str) else f"of type {type(optimizer).__name__}"
+        raise TypeError(f"{of}optimizer is {shown}; pass an optax optimizer, such as optax.adam(1e-3).")
+
+
 def has_values(tree: Any) -> bool:
     """Whether no leaf is a shape (`jax.ShapeDtypeStruct`), which can only be traced."""
     return not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))

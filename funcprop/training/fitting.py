@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import optax
 
+from funcprop.program.call import require_optimizer
 from funcprop.program.trained import Trained
 from funcprop.rules.rule_set import RuleSet
 from funcprop.training.checkpoints import Checkpoints
@@ -105,6 +106,7 @@ def fit(
         1 {'loss': 7.5} 2.5
         2 {'loss': 2.65625} 3.125
     """
+    require_optimizer("fit(loss, params, batches, optimizer): ", optimizer)
     for name, value, least in (("epochs", epochs, 0), ("accumulate", accumulate, 1)):
         if value < least:
             raise ValueError(f"fit: {name}={value}; pass the number of {what(name)}, {least} or more.")

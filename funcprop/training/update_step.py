@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from funcprop.program.call import require_optimizer
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
 from funcprop.training.position import step_key
@@ -77,6 +78,7 @@ def update_step(
 
 def with_extra_arguments(optimizer: optax.GradientTransformation) -> Any:
     """Return the optimizer as one that takes extra arguments, which it is given if it has use for them."""
+    require_optimizer("", optimizer)
     if isinstance(optimizer, optax.MultiSteps):  # It hands extra arguments on, but its type does not say so.
         optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
     return optax.with_extra_args_support(optimizer)
