@@ -143,9 +143,7 @@ def test_early_stop_needs_patience() -> None:
 
 
 def test_what_is_no_optimizer_is_refused_with_the_order_of_the_arguments() -> None:
-    with pytest.raises(
-        TypeError, match=r"fit\(loss, params, batches, optimizer\): optimizer is of ty"
-    ):
+    with pytest.raises(TypeError, match=r"fit\(loss, params, batches, optimizer\): optimizer is of ty"):
         training.fit(loss, PARAMS, optax.sgd(0.1), BATCHES)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"optimizer is 'adam'; pass an optax optimizer, such as optax.adam"):
         training.make_step(loss, "adam")  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +15,7 @@ import funcprop as fp
 from funcprop.cli.output import table
 from funcprop.cli.target import Target, TargetError, load
 from funcprop.graph.objective import Objective, trace_objective
-from funcprop.partition.problem import of_batch
+from funcprop.partition.problem import of_arrays, of_batch
 from funcprop.reporting import exercises
 from funcprop.reporting.layers import data_shapes
 from funcprop.sweeps.propagation import Propagation
@@ -43,7 +44,8 @@ def answered(number: int, options: argparse.Namespace) -> bool:
     except TargetError as error:
         raise SystemExit(f"exercise {number}: {error}") from None
     rows = [("", "predicted", "measured"), *((r.what, r.predicted, r.measured) for r in exercise.rows)]
-    print(f"{exercise.question} {exercise.answer}\n\n{table(rows, right=(1, 2))}")
+    answer = textwrap.fill(f"{exercise.question} {exercise.answer}", 100, break_on_hyphens=False)
+    print(f"{answer}\n\n{table(rows, right=(1, 2))}")
     path = folder(options.smoke) / f"exercise_{number}_target.json"
     path.write_text(json.dumps({"target": options.target, **asdict(exercise)}, ensure_ascii=False, indent=2))
     return True
@@ -75,7 +77,7 @@ def _devices(target: Target) -> exercises.Exercise:
     if not target.args or len(target.args) + len(target.kwargs) < 2:
         raise TargetError("plans need a loss of parameters and data, loss(params, *data).")
     params, *rest = target.args
-    loss = of_batch(target.function, tuple(target.kwargs))
+    loss, params = of_arrays(of_batch(target.function, tuple(target.kwargs)), params)
     plans = fp.partition.plan(loss, optimizer=OPTIMIZERS["Adam"])(params, (*rest, *target.kwargs.values()))
     held = plans.named("one device").predicted.total
     nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params) if hasattr(x, "dtype"))
