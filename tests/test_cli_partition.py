@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from command import module as module  # the fixture
 from command import run, run_json
+
+import funcprop as fp
 
 SOURCE = """
     def loss(w, x, y):
@@ -48,3 +51,22 @@ def test_what_cannot_be_planned_is_said(module: Any, options: list[str], message
     result = run("partition", f"{module(SOURCE)}:loss", *options)
     assert result.exit_code == 1
     assert message in result.stderr
+
+
+def test_a_module_with_functions_is_planned_by_its_arrays(module: Any) -> None:
+    source = """
+        import equinox as eqx
+        def loss(net, x, y):
+            return jnp.mean((jax.vmap(net)(x) - y) ** 2)
+        def example():
+            net = eqx.nn.MLP(4, 3, 8, 1, activation=jax.nn.silu, key=jax.random.key(0))
+            return net, jnp.ones((8, 4)), jnp.ones((8, 3))
+        """
+    data = run_json("partition", f"{module(source)}:loss", "--devices", "2")
+    assert {"data 2", "one device"} <= {plan["name"] for plan in data["plans"]}
+
+
+def test_parameters_that_are_no_arrays_are_refused_by_their_path() -> None:
+    loss = lambda params, batch: params["w"].sum()  # noqa: E731
+    with pytest.raises(TypeError, match=r"params has act of type .*, no array; pass"):
+        fp.partition.plan(loss)({"w": jnp.ones(4), "act": jax.nn.silu}, jnp.ones(4))
