@@ -130,3 +130,16 @@ def test_the_coverage_of_random_projections(of: str, samples: int) -> None:
     covered = jax.jit(lambda keys: jax.lax.map(inside, keys, batch_size=100))
     found_share = float(covered(jax.random.split(jax.random.key(7), 1000)).mean())
     assert 0.93 <= found_share <= 0.97
+
+
+def test_a_loss_of_a_whole_batch_is_refused_by_name() -> None:
+    """It fails inside of the model, with words that say nothing about examples."""
+
+    def mean(w, x, y):
+        return jnp.mean((jnp.einsum("ni,i->n", x, w) - y) ** 2)
+
+    x, y = jnp.ones((4, 3)), jnp.ones(4)
+    with pytest.raises(
+        ValueError, match="the loss mean takes a batch and fails for ONE example; write it for"
+    ):
+        fp.curvature.influence(mean)(jnp.ones(3), x, y)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -26,7 +27,7 @@ from funcprop.operators.parameters import Parameters, Where, times
 from funcprop.operators.solvers import Solver, require_damping, require_solver
 from funcprop.operators.stochastic_estimates import require_samples, signs
 from funcprop.operators.subset import SHAPES, restricted
-from funcprop.program.call import require_values
+from funcprop.program.call import name_of, require_values, succeeds
 from funcprop.program.program import Program
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
@@ -321,6 +322,12 @@ class InfluenceOf:
             )
         arrays: tuple[Any, ...] = jax.tree.map(jnp.asarray, data)
         weights = weights_of(weights, lengths.pop()[0], "influence")
+        of_data = partial(self.loss, params)
+        if not succeeds(of_data, *map(example_of, arrays)) and succeeds(of_data, *arrays):
+            raise ValueError(
+                f"influence: the loss {name_of(self.loss)} takes a batch and fails for ONE example; write it "
+                "for one example, or pass batched=True."
+            )
         loss, penalty, chosen = self._of_chosen(params)
         program = Program.of(self._along(loss), chosen, arrays, chosen, called=self.loss)
         training = TrainingBatch(program, chosen, arrays, weights)

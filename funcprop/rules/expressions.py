@@ -181,7 +181,7 @@ class Expression:
         if self.constant is not None and b is not None and b.constant is not None:
             # Two factors that are known are one.
             return _constant(self.constant * b.constant, self, b) * y
-        if b is not None and not self.is_number and b.shape == ():
+        if b is not None and b.shape == ():
             # A factor that is known stands before the whole product.
             return b * (self * y)
         for uniform, array in ((self, other), (other, self)):
