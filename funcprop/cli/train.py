@@ -202,7 +202,9 @@ def with_progress(setup: Setup, given: dict[str, Any]) -> Iterator[Epoch]:
                 total = record["step"] / record["epoch"] * setup.epochs
                 update(completed=record["step"], total=total)
             elif record["event"] == "resumed":
-                print(f"goes on after step {record['step']} of {record['directory']}", file=sys.stderr)
+                where = Path(record["directory"])
+                where = where.relative_to(Path.cwd()) if where.is_relative_to(Path.cwd()) else where
+                print(f"goes on after step {record['step']} of {where}", file=sys.stderr)
 
         yield from training.fit(*setup[:4], epochs=setup.epochs, **given | {"log": [show, *given["log"]]})
 
