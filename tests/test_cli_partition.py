@@ -5,12 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 from command import module as module  # the fixture
 from command import run, run_json
-
-import funcprop as fp
 
 SOURCE = """
     def loss(w, x, y):
@@ -64,9 +61,3 @@ def test_a_module_with_functions_is_planned_by_its_arrays(module: Any) -> None:
         """
     data = run_json("partition", f"{module(source)}:loss", "--devices", "2")
     assert {"data 2", "one device"} <= {plan["name"] for plan in data["plans"]}
-
-
-def test_parameters_that_are_no_arrays_are_refused_by_their_path() -> None:
-    loss = lambda params, batch: params["w"].sum()  # noqa: E731
-    with pytest.raises(TypeError, match=r"params has act of type .*, no array; pass"):
-        fp.partition.plan(loss)({"w": jnp.ones(4), "act": jax.nn.silu}, jnp.ones(4))

@@ -42,7 +42,7 @@ def test_a_run_goes_on_where_it_was(module: Any, tmp_path: Path) -> None:
     assert first.exit_code == 0
     rest = run("train", target, "--seed", "3", "--resume", "run", "--json")
     assert rest.exit_code == 0
-    assert f"goes on after step 6 of {tmp_path}/run" in rest.stderr
+    assert "goes on after step 6 of run\n" in rest.stderr
     data = json.loads(rest.stdout)
     assert data["epochs"] == whole["epochs"][2:]
     assert norms(data) == norms(whole)

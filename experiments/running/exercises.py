@@ -15,7 +15,7 @@ import funcprop as fp
 from funcprop.cli.output import table
 from funcprop.cli.target import Target, TargetError, load
 from funcprop.graph.objective import Objective, trace_objective
-from funcprop.partition.problem import of_arrays, of_batch
+from funcprop.partition.problem import of_batch
 from funcprop.reporting import exercises
 from funcprop.reporting.layers import data_shapes
 from funcprop.sweeps.propagation import Propagation
@@ -77,7 +77,7 @@ def _devices(target: Target) -> exercises.Exercise:
     if not target.args or len(target.args) + len(target.kwargs) < 2:
         raise TargetError("plans need a loss of parameters and data, loss(params, *data).")
     params, *rest = target.args
-    loss, params = of_arrays(of_batch(target.function, tuple(target.kwargs)), params)
+    loss = of_batch(target.function, tuple(target.kwargs))
     plans = fp.partition.plan(loss, optimizer=OPTIMIZERS["Adam"])(params, (*rest, *target.kwargs.values()))
     held = plans.named("one device").predicted.total
     nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params) if hasattr(x, "dtype"))

@@ -13,7 +13,7 @@ from funcprop.cli.memory import OPTIMIZERS
 from funcprop.cli.options import AsJson, TargetName, parse_bytes
 from funcprop.cli.output import Output, emit, json_text
 from funcprop.cli.target import Target, TargetError, load, users_code
-from funcprop.partition.problem import of_arrays, of_batch
+from funcprop.partition.problem import of_batch
 from funcprop.progress import bar
 
 
@@ -70,7 +70,7 @@ def report(
             "and data, loss(params, *data)."
         )
     params, *rest = target.args
-    loss, params = of_arrays(of_batch(target.function, tuple(target.kwargs)), params)
+    loss = of_batch(target.function, tuple(target.kwargs))
     batch = (*rest, *target.kwargs.values())
     with (
         bar(f"{target.label}: plans", counted=False),

@@ -16,7 +16,7 @@ import optax
 from funcprop.partition.layout import batch_places, example_axis
 from funcprop.partition.logical_axes import Axes, AxisProgram, axes_of, flat_program
 from funcprop.partition.segments import Cuttable
-from funcprop.program.call import has_values, is_array
+from funcprop.program.call import has_values
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.transforms import value_and_grad
 
@@ -47,13 +47,6 @@ class TrainingProblem:
     @cached_property
     def shapes(self) -> tuple[Any, Any]:
         """The shapes of parameters and batch."""
-        for path, leaf in jax.tree.leaves_with_path(self.params):
-            if not is_array(leaf):
-                at = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise TypeError(
-                    f"plan: params has {at} of type {type(leaf).__name__}, no array; pass the arrays "
-                    "alone, as params, static = eqx.partition(module, eqx.is_array)."
-                )
         return jax.eval_shape(lambda *args: args, self.params, self.batch)
 
     @cached_property
@@ -170,24 +163,6 @@ def of_batch(function: Callable[..., Any], names: Sequence[str] = ()) -> Callabl
         return function(params, *batch[:count], **dict(zip(names, batch[count:], strict=True)))
 
     return loss
-
-
-def of_arrays(loss: Callable[..., Any], params: Any) -> tuple[Callable[..., Any], Any]:
-    """A loss and parameters without the leaves that are no arrays, such as the functions of a module.
-
-    Where there are such leaves, the parameters are a dictionary of the arrays by their paths.
-    """
-    paths, tree = jax.tree.flatten_with_path(params)
-    if all(is_array(leaf) for _, leaf in paths):
-        return loss, params
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-    arrays = {name: leaf for name, (_, leaf) in zip(names, paths, strict=True) if is_array(leaf)}
-
-    def of_arrays(arrays: dict[str, Any], batch: Any) -> Any:
-        leaves = [arrays.get(name, leaf) for name, (_, leaf) in zip(names, paths, strict=True)]
-        return loss(jax.tree.unflatten(tree, leaves), batch)
-
-    return of_arrays, arrays
 
 
 def updated(gradient: Callable[..., Any], optimizer: optax.GradientTransformation) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ from funcprop.graph.graph import Operator, Variable, bytes_text, shape_text
 from funcprop.graph.objective import Objective
 from funcprop.memory.ledger import Footprint
 from funcprop.partition.plans import PartitionPlan, RejectedPlan
-from funcprop.partition.problem import of_arrays, of_batch
+from funcprop.partition.problem import of_batch
 from funcprop.partition.proof import PartitionProof
 from funcprop.partition.search import plan
 from funcprop.program.facts import PRODUCTS, is_view
@@ -207,9 +207,9 @@ def planned(
 ) -> tuple[list[PartitionPlan], str]:
     """Plans for four devices of a loss, or of the training run, and why some cannot be made."""
     if setup is not None:
-        (loss, params), rest = of_arrays(of_batch(setup.loss), setup.params), first_minibatch(setup)
+        loss, params, rest = of_batch(setup.loss), setup.params, first_minibatch(setup)
     elif argnums in (0, (0,)) and len(args) + len(kwargs) > 1:
-        loss, params = of_arrays(of_batch(fun, tuple(kwargs)), args[0])
+        loss, params = of_batch(fun, tuple(kwargs)), args[0]
         rest = (*args[1:], *kwargs.values())
     else:
         return [], "Plans need a loss of parameters and data, loss(params, *data)."
