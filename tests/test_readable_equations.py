@@ -179,6 +179,7 @@ def test_activations_are_called_by_their_name(name):
         derivation = fp.derive(lambda w, x, f=function: jnp.sum((f(x @ w) @ w) ** 2))(w, x)
         assert texts(derivation.forward)[1] == f"h = {name}(z₁)"
         assert any(f"∂J/∂h ⊙ {name}′(z₁)" in line for line in texts(derivation.backward))
+        assert not derivation.functions
         derivation.verify()
 
 

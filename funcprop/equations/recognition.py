@@ -111,7 +111,7 @@ class Recognition:
         if last.op not in ("add", "sub", "mul", "div", "max", "min", "clamp"):
             return False
         inner = self._without(region, last)
-        found = None if inner is None else self._known(inner)
+        found = None if inner is None else find(inner)
         return found is not None and found.name == known.name
 
     def _without(self, region: Region, last: Operator) -> Region | None:
