@@ -11,7 +11,7 @@ import pytest
 
 import funcprop as fp
 from funcprop.equations.verification import DerivationError
-from funcprop.rules.expressions import Equations, apply
+from funcprop.rules.equations import Equations, apply
 from funcprop.rules.notation import latex_name
 
 FORWARD = [

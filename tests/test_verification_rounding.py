@@ -12,7 +12,7 @@ import funcprop as fp
 from funcprop.equations.deviations import deviation
 from funcprop.equations.rounding import spread
 from funcprop.equations.verification import DerivationError
-from funcprop.rules.expressions import Equations, apply
+from funcprop.rules.equations import Equations, apply
 
 DTYPES = ["float32", "float64"]
 

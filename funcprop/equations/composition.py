@@ -18,17 +18,8 @@ from funcprop.graph.graph import Operator, Variable
 from funcprop.program.facts import facts_of
 from funcprop.program.layer_calls import LayerCall
 from funcprop.rules import primitives
-from funcprop.rules.expressions import (
-    Equations,
-    Expression,
-    OperatorSymbols,
-    apply,
-    number,
-    opaque,
-    spread_over,
-    unwritten,
-    written,
-)
+from funcprop.rules.equations import Equations, OperatorSymbols, apply, opaque, written
+from funcprop.rules.expressions import Expression, number, spread_over, unwritten
 from funcprop.rules.notation import reduction
 from funcprop.rules.rule import RuleError
 

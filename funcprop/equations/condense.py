@@ -21,7 +21,8 @@ from funcprop.equations.line_parts import LineParts, is_curved, is_key, is_shape
 from funcprop.equations.recognition import Recognition
 from funcprop.graph.graph import Graph, Operator, Variable
 from funcprop.program.facts import PRODUCTS, facts_of
-from funcprop.rules.expressions import Equations, Expression
+from funcprop.rules.equations import Equations
+from funcprop.rules.expressions import Expression
 
 WriteLine = Callable[[Sequence[Expression], Expression, Expression], Equations]
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop.graph.graph import Variable
-from funcprop.rules.expressions import Equations, Expression, apply, opaque, unwritten
+from funcprop.rules.equations import Equations, apply, opaque
+from funcprop.rules.expressions import Expression, unwritten
 
 # A list of integers that is not longer than this is written out.
 _SHORT_LIST = 12

@@ -21,9 +21,7 @@ from funcprop.graph.objective import Argnums, Objective, trace_objective
 from funcprop.graph.references import has_references
 from funcprop.graph.tracing import Traced
 from funcprop.program.dtypes import promoting
-from funcprop.rules.expressions import (
-    Expression,
-)
+from funcprop.rules.expressions import Expression
 from funcprop.rules.notation import latex_name, latex_path, latex_title
 
 

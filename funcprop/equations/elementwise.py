@@ -17,7 +17,8 @@ from funcprop.equations.flow import Region
 from funcprop.equations.named_function import NamedFunction, Write
 from funcprop.program.facts import CALLS, CUSTOM_RULES, facts_of
 from funcprop.program.layer_calls import boundary_p
-from funcprop.rules.expressions import Equations, Expression, apply
+from funcprop.rules.equations import Equations, apply
+from funcprop.rules.expressions import Expression
 
 # Points at which functions of one number are compared: both signs, small and large.
 _POINTS = np.concatenate([np.linspace(-8, 8, 223), [1e-3, -1e-3, 0.25, -0.25, 30.0, -30.0]])

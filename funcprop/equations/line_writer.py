@@ -14,14 +14,12 @@ from funcprop.equations.composition import LinePart, literal, own_equations, typ
 from funcprop.equations.condense import WriteLine
 from funcprop.equations.verification import Line
 from funcprop.graph.graph import Graph, Operator, Variable
+from funcprop.rules.equations import Equations, apply, opaque
 from funcprop.rules.expressions import (
-    Equations,
     Expression,
     Symbol,
-    apply,
     is_one,
     number,
-    opaque,
     symbol,
 )
 from funcprop.rules.notation import latex_name

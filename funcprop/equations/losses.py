@@ -14,7 +14,8 @@ import optax
 from funcprop._jax.xla_options import jit_once
 from funcprop.equations.flow import Region
 from funcprop.equations.named_function import NamedFunction, Write
-from funcprop.rules.expressions import Equations, Expression, apply, number, unwritten, written
+from funcprop.rules.equations import Equations, apply, written
+from funcprop.rules.expressions import Expression, number, unwritten
 
 
 def softmaxes(region: Region) -> Iterator[NamedFunction]:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from funcprop.rules.expressions import Equations, Expression
+from funcprop.rules.equations import Equations
+from funcprop.rules.expressions import Expression
 
 # `write(function, operands, cotangent, output)`, in which `output` is what the result is written as.
 Write = Callable[[Callable[..., Any], Sequence[Expression], Expression, Expression], Equations]

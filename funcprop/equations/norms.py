@@ -14,7 +14,8 @@ import numpy as np
 
 from funcprop.equations.flow import Region
 from funcprop.equations.named_function import NamedFunction, Write
-from funcprop.rules.expressions import Equations, Expression, apply, unwritten, written
+from funcprop.rules.equations import Equations, apply, written
+from funcprop.rules.expressions import Expression, unwritten
 from funcprop.rules.notation import reduction
 
 

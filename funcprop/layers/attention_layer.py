@@ -32,7 +32,7 @@ from funcprop.layers.tiling import Tiling, reach_of, sum_to
 from funcprop.program.dtypes import common_dtype
 from funcprop.rules.attach import attach
 from funcprop.rules.bound_rule import BoundRule
-from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.equations import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import layer
 from funcprop.rules.machine import Machine, costs_traffic, dtype_of_factors, host, least_logits
 from funcprop.rules.rule import Rule

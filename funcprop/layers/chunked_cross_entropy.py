@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, Inexact, Int
 from funcprop.layers.token_chunks import pull_back, statistics
 from funcprop.layers.token_loss import TokenLossOptions, denominator, loss_of_logits, reduced_loss
 from funcprop.program.dtypes import plus, single_at_least
-from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.equations import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import layer
 from funcprop.rules.machine import (
     Machine,

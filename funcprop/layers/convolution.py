@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from funcprop.layers.composed import composed_rule
 from funcprop.program.dtypes import common_dtype, plus
-from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.equations import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import layer
 from funcprop.rules.primitives.windows import Padding, each, paddings
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.equations import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import layer
 from funcprop.rules.rule import Rule
 

@@ -24,7 +24,7 @@ import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from funcprop.layers.linear_layers import LinearOperands, dense, init_dense
-from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.equations import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import layer
 from funcprop.rules.patterns.activation import ACTIVATIONS
 from funcprop.rules.rule import Rule

@@ -25,7 +25,7 @@ from funcprop.layers.normalization import (
     normalized_forward,
     pull_back,
 )
-from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.equations import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import layer
 from funcprop.rules.rule import Rule
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact, PRNGKeyArray
 
 from funcprop.program.dtypes import plus
-from funcprop.rules.expressions import Equations, OperatorSymbols, outer
+from funcprop.rules.equations import Equations, OperatorSymbols, outer
 from funcprop.rules.layer import layer
 from funcprop.rules.primitives.row_products import contraction
 from funcprop.rules.rule import Rule

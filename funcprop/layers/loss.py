@@ -18,7 +18,8 @@ import optax
 from jaxtyping import Array, Inexact, Num
 
 from funcprop import _jax
-from funcprop.rules.expressions import Equations, OperatorSymbols, apply, number, squared_norm
+from funcprop.rules.equations import Equations, OperatorSymbols, apply, squared_norm
+from funcprop.rules.expressions import number
 from funcprop.rules.layer import layer
 from funcprop.rules.rule import Rule
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from funcprop.layers.linear_layers import LinearOperands, dense, init_dense
 from funcprop.layers.normalization import Normalized, init_norm, layer_norm, rms_norm, value_again
-from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.equations import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import layer
 from funcprop.rules.rule import Rule
 

@@ -39,7 +39,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from funcprop.program.dtypes import common_dtype, plus, single_at_least, times, together
-from funcprop.rules.expressions import Equations, Expression, OperatorSymbols, apply
+from funcprop.rules.equations import Equations, OperatorSymbols, apply
+from funcprop.rules.expressions import Expression
 from funcprop.rules.layer import layer
 from funcprop.rules.rule import Rule
 

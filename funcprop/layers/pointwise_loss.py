@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Inexact, Num
 
 from funcprop.layers.loss import PredictionAndTarget
-from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.equations import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import layer
 from funcprop.rules.rule import Rule
 

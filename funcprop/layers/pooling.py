@@ -24,7 +24,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from funcprop.layers.composed import composed_rule
-from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.equations import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import layer
 from funcprop.rules.primitives.windows import Padding, pool_window
 

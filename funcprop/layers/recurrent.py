@@ -42,7 +42,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from funcprop.layers.linear_layers import LinearOperands, dense
 from funcprop.program.dtypes import common_dtype
-from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.equations import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import layer
 from funcprop.rules.machine import Machine, host
 from funcprop.rules.primitives.row_products import repeated

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Num
 
 from funcprop.layers.normalization import sum_to
 from funcprop.program.dtypes import common_dtype, single_at_least, times, together
-from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.equations import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import layer
 from funcprop.rules.rule import Rule
 

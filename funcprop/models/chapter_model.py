@@ -16,7 +16,7 @@ from jaxtyping import Array, Inexact, Int, PRNGKeyArray
 
 from funcprop import layers
 from funcprop.graph.graph import name
-from funcprop.rules.expressions import Equations, OperatorSymbols, apply, opaque
+from funcprop.rules.equations import Equations, OperatorSymbols, apply, opaque
 from funcprop.rules.layer import layer
 
 

@@ -1,7 +1,7 @@
 """Symbolic expressions that print as text and LaTeX, and evaluate to arrays.
 
-An equation of `fp.derive` is one of these, so what is verified is exactly what is printed. Rules write
-their equations with the ordinary operators: `g @ w.T`, `g * apply("tanh′", derivative, z)`, `g.sum(0)`.
+An equation of `fp.derive` is one of these, so what is verified is exactly what is printed. They are added,
+multiplied, transposed and summed with the ordinary operators, which write numbers and signs as on paper.
 """
 
 from __future__ import annotations
@@ -10,42 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from funcprop.program.dtypes import common_dtype, is_weak
-from funcprop.rules.notation import decimal, known_number, latex_name, literally, reduction
+from funcprop.rules.notation import decimal, known_number, literally, reduction
 
 Environment = Mapping[str, Any]
 
 
-class OperatorSymbols(NamedTuple):
-    """An operator as symbols, from which a rule writes its equations.
-
-    `args` has the structure of the operator's arguments, `output` that of its results; `cotangent` is
-    `∂J/∂output`, which may be the constant 1; `name` is how the operator is written; `static` are its
-    parameters.
-    """
-
-    name: str
-    args: tuple[Any, ...]
-    output: Any
-    cotangent: Any
-    static: Mapping[str, Any]
-
-
-class Equations(NamedTuple):
-    """`output = forward`, and for each argument its cotangent (None where it has none)."""
-
-    forward: Expression
-    backward: tuple[Any, ...]
-
-
 # How tightly an operator binds; an operand that binds less tightly is put in parentheses.
-_SUM, _TERM, _QUOTIENT, _PRODUCT, _POWER, _ATOM = range(6)
+SUM, TERM, QUOTIENT, PRODUCT, POWER, ATOM = range(6)
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -103,7 +81,7 @@ class Expression:
     @property
     def is_sum(self) -> bool:
         """Whether it is written as a sum, or with a sign: in a sum over entries it stands in parentheses."""
-        return self.binding <= _TERM
+        return self.binding <= TERM
 
     def evaluate(self, environment: Environment) -> Any:
         """The value of the expression, with the symbols' values in `environment`."""
@@ -139,7 +117,7 @@ class Expression:
                 return spread_over(rest, np.broadcast_shapes(zero.shape, rest.shape))
         if self.template == other.template and self.shape == other.shape and self.text() == other.text():
             return 2 * self
-        return _entrywise(jnp.add, (self, other), "{0} + {1}", "{0} + {1}", _SUM, _SUM)
+        return _entrywise(jnp.add, (self, other), "{0} + {1}", "{0} + {1}", SUM, SUM)
 
     def __radd__(self, other: Any) -> Expression:
         return as_expression(other) + self
@@ -149,8 +127,8 @@ class Expression:
         if other.template == _MINUS:
             return self + other.operands[0]
         # The right operand of a difference needs parentheses if it is a sum itself.
-        subtrahend = parenthesised(other) if other.binding == _SUM else other
-        return _entrywise(jnp.subtract, (self, subtrahend), "{0} − {1}", "{0} - {1}", _SUM, _SUM)
+        subtrahend = parenthesised(other) if other.binding == SUM else other
+        return _entrywise(jnp.subtract, (self, subtrahend), "{0} − {1}", "{0} - {1}", SUM, SUM)
 
     def __rsub__(self, other: Any) -> Expression:
         return as_expression(other) - self
@@ -160,7 +138,7 @@ class Expression:
             return self.operands[0]
         if self.constant is not None:
             return _constant(-self.constant, self)
-        return _entrywise(jnp.negative, (self,), _MINUS, "-{0}", _TERM, _QUOTIENT)
+        return _entrywise(jnp.negative, (self,), _MINUS, "-{0}", TERM, QUOTIENT)
 
     def __mul__(self, other: Any) -> Expression:
         other = as_expression(other)
@@ -189,12 +167,12 @@ class Expression:
                 return array
         if other.is_number and not self.is_number:
             return other * self
-        if other.binding == _QUOTIENT:
+        if other.binding == QUOTIENT:
             # `a (b / c)`; a fraction needs no parentheses in LaTeX.
-            other = _node(lambda x: x, (other,), "({0})", "{0}", _ATOM, _SUM, other.known_type)
+            other = node(lambda x: x, (other,), "({0})", "{0}", ATOM, SUM, other.known_type)
         if self.is_number:
-            return _entrywise(jnp.multiply, (self, other), "{0} {1}", "{0}\\, {1}", _PRODUCT, _QUOTIENT)
-        return _entrywise(jnp.multiply, (self, other), "{0} ⊙ {1}", "{0} \\odot {1}", _PRODUCT, _QUOTIENT)
+            return _entrywise(jnp.multiply, (self, other), "{0} {1}", "{0}\\, {1}", PRODUCT, QUOTIENT)
+        return _entrywise(jnp.multiply, (self, other), "{0} ⊙ {1}", "{0} \\odot {1}", PRODUCT, QUOTIENT)
 
     def __rmul__(self, other: Any) -> Expression:
         return as_expression(other) * self
@@ -212,14 +190,14 @@ class Expression:
             return factor * (rest / other)
         if other.constant and other.constant < 1 and (1 / other.constant).is_integer():
             return _constant(1 / other.constant, other) * self
-        return _entrywise(jnp.divide, (self, other), "{0} / {1}", "\\frac{{{0}}}{{{1}}}", _QUOTIENT, _POWER)
+        return _entrywise(jnp.divide, (self, other), "{0} / {1}", "\\frac{{{0}}}{{{1}}}", QUOTIENT, POWER)
 
     def __rtruediv__(self, other: Any) -> Expression:
         return as_expression(other) / self
 
     def __matmul__(self, other: Any) -> Expression:
         other = as_expression(other)
-        return _node(_of_one_dtype(jnp.matmul), (self, other), "{0} {1}", "{0}\\, {1}", _PRODUCT, _PRODUCT)
+        return node(of_one_dtype(jnp.matmul), (self, other), "{0} {1}", "{0}\\, {1}", PRODUCT, PRODUCT)
 
     def __pow__(self, exponent: float) -> Expression:
         text = (
@@ -228,7 +206,7 @@ class Expression:
             else f"{{0}}^{exponent}"
         )
         latex = "{0}^{{" + str(exponent) + "}}"
-        return _entrywise(lambda x: x**exponent, (self,), text, latex, _POWER, _ATOM)
+        return _entrywise(lambda x: x**exponent, (self,), text, latex, POWER, ATOM)
 
     @property
     def T(self) -> Expression:  # noqa: N802
@@ -239,7 +217,7 @@ class Expression:
             text = _TRANSPOSED[self.template]
             latex = text.replace(" ", "\\, ").replace("ᵀ", "^{{\\top}}")
             return factors(lambda *v: jnp.transpose(self.function(*v)), self.operands, text, latex)
-        return _node(jnp.transpose, (self,), "{0}ᵀ", "{0}^{{\\top}}", _POWER, _ATOM)
+        return node(jnp.transpose, (self,), "{0}ᵀ", "{0}^{{\\top}}", POWER, ATOM)
 
     def sum(self, axes: int | Sequence[int] | None = None, keepdims: bool = False) -> Expression:
         """The sum over axes, all of them by default."""
@@ -249,7 +227,7 @@ class Expression:
         if self.template == _MINUS:
             return -self.operands[0].sum(axes, keepdims)
         text, latex = reduction("sum", axes, self.is_sum)
-        return _node(lambda x: jnp.sum(x, axes, keepdims=keepdims), (self,), text, latex, _ATOM, _SUM)
+        return node(lambda x: jnp.sum(x, axes, keepdims=keepdims), (self,), text, latex, ATOM, SUM)
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,7 +245,7 @@ class Symbol(Expression):
         return {self.key}
 
 
-def _node(
+def node(
     function: Callable[..., Any],
     operands: tuple[Expression, ...],
     template: str,
@@ -294,12 +272,12 @@ def _entrywise(
     is_plain = jnp.issubdtype(dtype, jnp.inexact) and not all(map(is_weak, types))
     shape = np.broadcast_shapes(*(t.shape for t in types))
     known = jax.ShapeDtypeStruct(shape, dtype) if is_plain else None
-    node = _node(_of_one_dtype(function), operands, template, latex, binding, inner, known)
+    made = node(of_one_dtype(function), operands, template, latex, binding, inner, known)
     is_uniform = any(o.uniform for o in operands) and all(o.is_number for o in operands)
-    return replace(node, uniform=True) if is_uniform else node
+    return replace(made, uniform=True) if is_uniform else made
 
 
-def _of_one_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
+def of_one_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, with operands of different dtypes promoted to one."""
 
     def promoted(*operands: Any) -> Any:
@@ -315,7 +293,7 @@ def _of_one_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def symbol(key: str, text: str, latex: str, type_: jax.ShapeDtypeStruct) -> Symbol:
     """A named value of a given type."""
-    return Symbol(lambda: None, (), literally(text), literally(latex), _ATOM, _ATOM, type_, key=key)
+    return Symbol(lambda: None, (), literally(text), literally(latex), ATOM, ATOM, type_, key=key)
 
 
 def number(value: float, dtype: Any = None) -> Expression:
@@ -337,11 +315,11 @@ def number(value: float, dtype: Any = None) -> Expression:
     elif known is not None:
         text, latex = known
     is_product = is_ratio or " " in text or "/" in text
-    binding = _TERM if value < 0 else _PRODUCT if is_product else _ATOM
+    binding = TERM if value < 0 else PRODUCT if is_product else ATOM
     constant = jnp.asarray(float(value), dtype)
     type_ = jax.ShapeDtypeStruct((), constant.dtype, weak_type=dtype is None)
     text = text.replace("-", "−")
-    return Expression(lambda: constant, (), text, latex, binding, _ATOM, type_, constant=float(value))
+    return Expression(lambda: constant, (), text, latex, binding, ATOM, type_, constant=float(value))
 
 
 def _constant(value: float, *operands: Expression) -> Expression:
@@ -376,7 +354,7 @@ def _without_sign(expression: Expression) -> Expression | None:
 
 def factored(expression: Expression) -> tuple[Expression | None, Expression]:
     """A known factor of all entries, and the rest; a product of matrices has none, even with a constant."""
-    if expression.template == "{0} {1}" and expression.inner == _QUOTIENT:
+    if expression.template == "{0} {1}" and expression.inner == QUOTIENT:
         factor, rest = expression.operands
         if factor.constant is not None:
             return factor, rest
@@ -390,9 +368,7 @@ def is_one(expression: Expression) -> bool:
 
 def parenthesised(expression: Expression) -> Expression:
     """Parenthesise the expression."""
-    return _node(
-        lambda x: x, (expression,), "({0})", "\\left({0}\\right)", _ATOM, _SUM, expression.known_type
-    )
+    return node(lambda x: x, (expression,), "({0})", "\\left({0}\\right)", ATOM, SUM, expression.known_type)
 
 
 def promoted(expression: Expression, type_: Any) -> Expression:
@@ -402,37 +378,7 @@ def promoted(expression: Expression, type_: Any) -> Expression:
         return expression
     wider = jax.ShapeDtypeStruct(expression.shape, dtype)
     template, binding = "{0}", expression.binding
-    return _node(lambda x: x.astype(dtype), (expression,), template, template, binding, binding, wider)
-
-
-def apply(
-    name: str, function: Callable[..., Any], *operands: Any, latex: str | None = None, type_: Any = None
-) -> Expression:
-    """A function by its name: `tanh(z)`, `φ′(z)`; `type_` is its result's, where that is known."""
-    arguments = ", ".join(f"{{{i}}}" for i in range(len(operands)))
-    written = latex if latex is not None else latex_name(name)
-    return _node(
-        function,
-        tuple(map(as_expression, operands)),
-        f"{literally(name)}({arguments})",
-        f"{literally(written)}\\!\\left({arguments}\\right)",
-        _ATOM,
-        _SUM,
-        type_,
-    )
-
-
-def written(
-    function: Callable[..., Any],
-    operands: Sequence[Expression],
-    text: str,
-    latex: str,
-    type_: Any = None,
-    is_sum: bool = False,
-) -> Expression:
-    """A function of operands that is written by templates, in which `{0}`, `{1}` … are the operands."""
-    binding = _SUM if is_sum else _TERM if text.startswith("−") else _ATOM
-    return _node(function, tuple(operands), text, latex, binding, _PRODUCT if is_sum else _SUM, type_)
+    return node(lambda x: x.astype(dtype), (expression,), template, template, binding, binding, wider)
 
 
 def factors(
@@ -453,7 +399,7 @@ def factors(
     def of_given(*values: Any) -> Any:
         return function(*(v.T if i in twice else v for i, v in enumerate(values)))
 
-    return _node(of_given, tuple(given), text, latex, _PRODUCT, _POWER, type_)
+    return node(of_given, tuple(given), text, latex, PRODUCT, POWER, type_)
 
 
 def unwritten(function: Callable[..., Any], x: Expression, type_: Any) -> Expression:
@@ -463,48 +409,11 @@ def unwritten(function: Callable[..., Any], x: Expression, type_: Any) -> Expres
     factor, rest = factored(x)
     if factor is not None and factor.shape == () and rest.type.dtype == type_.dtype and rest.shape == x.shape:
         return factor * unwritten(function, rest, type_)
-    node = _node(function, (x,), "{0}", "{0}", x.binding, x.binding, type_)
-    return replace(node, uniform=x.is_number and node.shape != (), constant=x.constant)
+    made = node(function, (x,), "{0}", "{0}", x.binding, x.binding, type_)
+    return replace(made, uniform=x.is_number and made.shape != (), constant=x.constant)
 
 
 def spread_over(x: Expression, shape: Sequence[int]) -> Expression:
     """A number in every entry of an array, which is written as the number."""
     type_ = jax.ShapeDtypeStruct(tuple(shape), x.type.dtype)
     return x if x.shape == tuple(shape) else unwritten(lambda v: jnp.broadcast_to(v, shape), x, type_)
-
-
-def indexed(
-    function: Callable[..., Any], x: Expression, index: Expression | str, type_: Any = None, axis: int = 0
-) -> Expression:
-    """Some entries of `x`: `x[1:, :3]`, `E[t]`, along an axis `x[:, t]`."""
-    operands = [x if x.binding == _ATOM else parenthesised(x)]
-    inner = inner_latex = "{1}"
-    if isinstance(index, str):
-        inner, inner_latex = literally(index), f"\\texttt{{{{{index}}}}}"
-    else:
-        operands.append(index)
-        inner, inner_latex = ":, " * axis + inner, ":, " * axis + inner_latex
-    latex = f"{{0}}\\left[{inner_latex}\\right]"
-    return _node(function, tuple(operands), f"{{0}}[{inner}]", latex, _ATOM, _SUM, type_)
-
-
-def outer(a: Expression, b: Expression) -> Expression:
-    """The outer product `a bᵀ` of two column vectors, with the axes of `a` before those of `b`."""
-    product = _of_one_dtype(lambda x, y: jnp.tensordot(x, y, axes=0))
-    return _node(product, (a, b), "{0} {1}ᵀ", "{0}\\, {1}^{{\\top}}", _PRODUCT, _POWER)
-
-
-def squared_norm(a: Expression) -> Expression:
-    """The squared Frobenius norm `‖a‖²_F`."""
-    return _node(lambda x: jnp.sum(x * x), (a,), "‖{0}‖²_F", "\\lVert {0} \\rVert_F^2", _ATOM, _SUM)
-
-
-def opaque(
-    function: Callable[..., Any],
-    operands: Sequence[Expression],
-    text: str,
-    latex: str,
-    type_: Any = None,
-) -> Expression:
-    """An expression that is written in its own way; `type_` is its result's, where that is known."""
-    return _node(function, tuple(operands), literally(text), literally(latex), _ATOM, _SUM, type_)

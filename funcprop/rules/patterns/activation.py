@@ -48,7 +48,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
 from funcprop.program.dtypes import single_at_least
-from funcprop.rules.expressions import Equations, OperatorSymbols
+from funcprop.rules.equations import Equations, OperatorSymbols
 from funcprop.rules.layer import layer
 from funcprop.rules.patterns.recognition import Known, Pattern
 from funcprop.rules.primitives.elementwise import SavedArray, elementwise_rule

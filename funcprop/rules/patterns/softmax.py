@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.equations import Equations, OperatorSymbols, apply
 from funcprop.rules.layer import Layer, layer
 from funcprop.rules.machine import Machine, cached_entries, host
 from funcprop.rules.patterns.recognition import Pattern, Producer, Replacement, equal_to, layer_equation

@@ -13,19 +13,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from funcprop.rules.expressions import (
+from funcprop.rules.equations import (
     Equations,
-    Expression,
     OperatorSymbols,
     apply,
-    factored,
-    factors,
     indexed,
     opaque,
     outer,
+    written,
+)
+from funcprop.rules.expressions import (
+    Expression,
+    factored,
+    factors,
     promoted,
     unwritten,
-    written,
 )
 
 

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import lax
 
-from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.equations import Equations, OperatorSymbols, apply
 from funcprop.rules.machine import Machine, host, least_summed
 from funcprop.rules.rule import Rule
 from funcprop.rules.rule_set import OperatorKey

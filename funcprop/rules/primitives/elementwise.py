@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.equations import Equations, OperatorSymbols, apply
 from funcprop.rules.rule import Rule
 from funcprop.rules.rule_set import OperatorKey
 

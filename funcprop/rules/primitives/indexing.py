@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from funcprop.rules.expressions import Equations, OperatorSymbols, apply, indexed
+from funcprop.rules.equations import Equations, OperatorSymbols, apply, indexed
 from funcprop.rules.rule import Rule
 from funcprop.rules.rule_set import OperatorKey
 

@@ -41,7 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from funcprop.rules.expressions import Equations, OperatorSymbols, apply
+from funcprop.rules.equations import Equations, OperatorSymbols, apply
 from funcprop.rules.machine import Machine, host, lanes, least_pooled
 from funcprop.rules.primitives.windows import pool_window
 from funcprop.rules.rule import Rule
