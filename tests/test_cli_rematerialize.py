@@ -12,8 +12,8 @@ from command import module as module  # the fixture
 from command import run, run_json
 
 import funcprop as fp
+from funcprop.cli.errors import TargetError
 from funcprop.cli.options import parse_budget, parse_bytes
-from funcprop.cli.target import TargetError
 
 SOURCE = """
     def deep(ws, x):

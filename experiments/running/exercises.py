@@ -12,8 +12,9 @@ import jax
 import optax
 
 import funcprop as fp
+from funcprop.cli.errors import TargetError
 from funcprop.cli.output import table
-from funcprop.cli.target import Target, TargetError, load
+from funcprop.cli.target import Target, load
 from funcprop.graph.objective import Objective, trace_objective
 from funcprop.partition.problem import of_batch
 from funcprop.reporting import exercises

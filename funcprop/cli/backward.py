@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax.numpy as jnp
 import typer
 
+from funcprop.cli.errors import users_code
 from funcprop.cli.options import ArgnumsOrAll, AsJson, HasAux, TargetName, parse_argnums
 from funcprop.cli.output import Output, describe, digits, emit, nonfinite_data, number, table
-from funcprop.cli.target import Target, load, users_code
+from funcprop.cli.target import Target, load
 from funcprop.equations.derivation import Derivation, derive
 from funcprop.equations.verification import Line
 from funcprop.graph.graph import shape_text

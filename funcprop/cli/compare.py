@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 import funcprop as fp
+from funcprop.cli.errors import TargetError, users_code
 from funcprop.cli.options import ArgnumsOrAll, AsJson, HasAux, TargetName, parse_argnums
 from funcprop.cli.output import Output, emit
-from funcprop.cli.target import Target, TargetError, load, users_code
+from funcprop.cli.target import Target, load
 from funcprop.progress import bar
 
 _SETS = {"default": fp.rules.default, "handwritten": fp.rules.handwritten}

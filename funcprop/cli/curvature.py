@@ -13,9 +13,10 @@ import jax
 import typer
 
 import funcprop as fp
+from funcprop.cli.errors import TargetError, users_code
 from funcprop.cli.options import AsJson, HasAux, TargetName, parse_argnums
 from funcprop.cli.output import Output, emit, number
-from funcprop.cli.target import Target, TargetError, load, users_code
+from funcprop.cli.target import Target, load
 from funcprop.operators.spectrum_summary import EXACT, Summary
 from funcprop.progress import bar
 

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 import funcprop as fp
+from funcprop.cli.errors import users_code
 from funcprop.cli.options import ArgnumsOrAll, AsJson, HasAux, TargetName, parse_argnums
 from funcprop.cli.output import Output, emit, number
-from funcprop.cli.target import Target, load, users_code
+from funcprop.cli.target import Target, load
 from funcprop.equations.verification import Line
 from funcprop.progress import bar
 

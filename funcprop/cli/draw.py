@@ -10,9 +10,10 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 import funcprop as fp
+from funcprop.cli.errors import TargetError, users_code
 from funcprop.cli.options import Argnums, AsJson, HasAux, TargetName, parse_argnums
 from funcprop.cli.output import Output, emit
-from funcprop.cli.target import Target, TargetError, load, users_code
+from funcprop.cli.target import Target, load
 from funcprop.drawing.draw import SUFFIXES
 
 FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))

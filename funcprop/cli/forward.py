@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import jax.numpy as jnp
 import typer
 
+from funcprop.cli.errors import users_code
 from funcprop.cli.options import AsJson, TargetName
 from funcprop.cli.output import Output, describe, digits, emit, entries, is_numeric, table
-from funcprop.cli.target import Target, load, users_code
+from funcprop.cli.target import Target, load
 from funcprop.graph.graph import Graph, Variable, shape_text
 from funcprop.graph.tracing import trace_function
 from funcprop.rules.sets import autodiff

@@ -11,9 +11,10 @@ import optax
 import typer
 
 import funcprop as fp
+from funcprop.cli.errors import TargetError, users_code
 from funcprop.cli.options import ArgnumsOrAll, AsJson, HasAux, TargetName, parse_argnums, parse_bytes
 from funcprop.cli.output import Output, emit, json_text
-from funcprop.cli.target import Target, TargetError, load, users_code
+from funcprop.cli.target import Target, load
 from funcprop.progress import bar
 
 # For memory only the kind of an optimizer matters, not its rates.

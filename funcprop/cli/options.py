@@ -6,7 +6,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from funcprop.cli.target import TargetError
+from funcprop.cli.errors import TargetError
 from funcprop.program.sizes import budget_bytes, budget_or_share
 
 TargetName: TypeAlias = Annotated[str, typer.Argument(help="module:function, file.py:function or chapter")]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 
-from funcprop.cli.target import TargetError
+from funcprop.cli.errors import TargetError
 from funcprop.graph.graph import aligned
 from funcprop.sweeps.nonfinite import NonFinite
 

@@ -9,10 +9,11 @@ import optax
 import typer
 
 import funcprop as fp
+from funcprop.cli.errors import TargetError, users_code
 from funcprop.cli.memory import OPTIMIZERS
 from funcprop.cli.options import AsJson, TargetName, parse_bytes
 from funcprop.cli.output import Output, emit, json_text
-from funcprop.cli.target import Target, TargetError, load, users_code
+from funcprop.cli.target import Target, load
 from funcprop.partition.problem import of_batch
 from funcprop.progress import bar
 

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 
 import funcprop as fp
+from funcprop.cli.errors import users_code
 from funcprop.cli.options import AsJson, HasAux, TargetName, parse_budget
 from funcprop.cli.output import Output, emit, json_text
-from funcprop.cli.target import Target, load, users_code
+from funcprop.cli.target import Target, load
 from funcprop.progress import bar
 
 

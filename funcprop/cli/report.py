@@ -13,9 +13,10 @@ import numpy as np
 import typer
 
 import funcprop as fp
+from funcprop.cli.errors import TargetError, users_code
 from funcprop.cli.options import ArgnumsOrAll, AsJson, HasAux, TargetName, parse_argnums
 from funcprop.cli.output import Output, digits, emit
-from funcprop.cli.target import Target, TargetError, as_setup, load, users_code
+from funcprop.cli.target import Target, as_setup, load
 from funcprop.drawing.layout import find_engine
 from funcprop.progress import bar
 from funcprop.reporting.report import renderer

@@ -15,9 +15,10 @@ import typer
 
 from funcprop import training
 from funcprop.cli.backward import gradients, gradients_table, values_table
+from funcprop.cli.errors import TargetError, users_code
 from funcprop.cli.options import AsJson
 from funcprop.cli.output import Output, describe, emit, nonfinite_data, number
-from funcprop.cli.target import TargetError, as_setup, load_function, users_code
+from funcprop.cli.target import as_setup, load_function
 from funcprop.cli.train_run import RunOptions, fit_options, join
 from funcprop.equations.derivation import Derivation, derive
 from funcprop.program.trained import Trained

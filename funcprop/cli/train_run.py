@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from funcprop import partition, training
-from funcprop.cli.target import TargetError
+from funcprop.cli.errors import TargetError
 from funcprop.training.loop import Setup
 from funcprop.training.position import epoch_key
 from funcprop.training.training_loss import TrainingLoss

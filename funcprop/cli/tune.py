@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 
 import funcprop as fp
+from funcprop.cli.errors import TargetError, users_code
 from funcprop.cli.options import AsJson, HasAux, TargetName
 from funcprop.cli.output import Output, emit
-from funcprop.cli.target import Target, TargetError, load, users_code
+from funcprop.cli.target import Target, load
 from funcprop.progress import bar
 
 
