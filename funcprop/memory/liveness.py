@@ -79,14 +79,11 @@ class Step:
 
     @property
     def joins_several(self) -> bool:
-        """Whether it reads more than it writes; what it repeats counts as often as it is read.
-
-        A selection of what is spread out reads little of it.
-        """
-        size, selects = self.results[0].size, self.op == "select_n"
-        full = {id(v) for v in self.operands if not v.is_number and (self.entrywise or v.size >= size)}
-        full -= {id(v) for v in self.operands if selects and v.is_spread}
-        return len(full) > 1
+        """Whether it reads more than it writes, in several arrays that are not spread out."""
+        rank, result = _rank(self.results[0]), self.results[0].size
+        read = {id(v): v for v in self.operands}.values()
+        full = [v for v in read if not v.is_spread and _rank(v) >= rank]
+        return len(full) > 1 and sum(v.size for v in read) > result
 
     def writes_over(self, operand: Value, result: Value) -> bool:
         """Whether a result may lie where an operand lies that is not read again."""
@@ -288,6 +285,11 @@ class Liveness:
                 if id(v) in live and last.get(id(v), t) <= t and not (in_loop and id(v) in self.results):
                     size -= live.pop(id(v)).nbytes
         return best
+
+
+def _rank(value: Value) -> int:
+    """The number of axes along which there are several entries."""
+    return sum(n > 1 for n in getattr(value.aval, "shape", ()))
 
 
 def _takes_in(root: Step, step: Step, alone: bool) -> bool:
