@@ -99,6 +99,7 @@ class _StepsOf:
         self.steps: list[Step] = []
         self.constants: list[Value] = []
         self.known: dict[Hashable, list[Value]] = {}
+        self.numbers: dict[Hashable, Value] = {}
 
     def walk(self, jaxpr: Any, given: Sequence[Value | None], scope: str) -> list[Value | None]:
         """Append the steps of a jaxpr whose arguments are `given`; its results. None is a literal."""
@@ -129,8 +130,28 @@ class _StepsOf:
         """A value in another order or type, computed where it is read; equal ones are one."""
         key = (op, id(value), detail, str(aval))
         if key not in self.known:
-            self.known[key] = self.add(op, scope, [value], [aval], fuses=True, in_library=op in _IN_LIBRARY)
+            self.known[key] = self.add(
+                *(op, scope, [value], [aval]),
+                fuses=True,
+                expensive=_is_rounded(value.aval, aval),
+                in_library=op in _IN_LIBRARY,
+            )
         return self.known[key][0]
+
+    def _spread(
+        self, atom: Any, value: Value | None, axes: Sequence[int], shape: Sequence[int], scope: str
+    ) -> Value:
+        """What is read, repeated to a shape; its own axes are these of the result."""
+        if value is None:
+            value = self.numbers.setdefault((str(atom), str(atom.aval)), Value(atom.aval))
+        kept = tuple(d for d, n in zip(axes, atom.aval.shape, strict=True) if n > 1)
+        sizes = [n for n in atom.aval.shape if n > 1]
+        while value.step is not None and value.step.op == "reshape":
+            (source,) = value.step.operands
+            if [n for n in source.aval.shape if n > 1] != sizes:
+                break
+            value = source
+        return self.moved("broadcast_in_dim", scope, value, atom.aval.update(shape=tuple(shape)), kept)
 
     # --- equations ----------------------------------------------------------------------------
 
@@ -160,6 +181,17 @@ class _StepsOf:
             return operands[: len(eqn.outvars)]
         if name in _RESHAPES and (value := operands[0]) is not None:
             return [self.moved("reshape", scope, value, eqn.outvars[0].aval)]
+        if name == "broadcast_in_dim":
+            axes = eqn.params["broadcast_dimensions"]
+            return [self._spread(eqn.invars[0], operands[0], axes, eqn.outvars[0].aval.shape, scope)]
+        if facts.elementwise and len(eqn.invars) > 1:
+            shape = eqn.outvars[0].aval.shape
+            operands = [
+                v
+                if a.aval.shape == shape
+                else self._spread(a, v, range(len(a.aval.shape)), shape, scope)
+                for a, v in zip(eqn.invars, operands, strict=True)
+            ]
         if facts.reduces and operands[0] is not None and operands[0].aval.shape == eqn.invars[0].aval.shape:
             operands = [_unfolded(operands[0], eqn.params["axes"])]
         key: Hashable = None
@@ -175,7 +207,9 @@ class _StepsOf:
             fuses=moves or (facts.fuses and not facts.reduces and (facts.elementwise or facts.flat)),
             reduces=facts.reduces,
             entrywise=facts.elementwise and not facts.moves,
-            expensive=not (facts.cheap or facts.flat or moves or _is_by_a_number(eqn)),
+            expensive=_is_rounded(eqn.invars[0].aval, eqn.outvars[0].aval)
+            if name == "convert_element_type"
+            else not (facts.cheap or facts.flat or moves or _is_by_a_number(eqn)),
             in_library=name in _IN_LIBRARY,
             effects=bool(eqn.effects),
             in_place={0: 0} if name in _UPDATES and operands[0] is not None else {},
@@ -335,6 +369,11 @@ def _unfolded(value: Value, axes: Sequence[int]) -> Value:
     (source,) = value.step.operands
     last = value.aval.shape[kept[0] :]
     return source if source.aval.shape[-len(last) :] == last else value
+
+
+def _is_rounded(source: Any, aval: Any) -> bool:
+    """Whether entries are rounded to 16 bits with a wide exponent, for which compilers have no instruction."""
+    return bool(aval.dtype == jnp.bfloat16 and source.dtype == jnp.float32)
 
 
 def _is_by_a_number(eqn: Any) -> bool:
