@@ -7,6 +7,7 @@ Calls are inlined, equal equations are one, loops are one step that holds what a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,6 +139,12 @@ class _StepsOf:
             )
         return self.known[key][0]
 
+    def _reshaped(self, value: Value, aval: Any, scope: str) -> Value:
+        """The same bytes in another shape."""
+        while value.step is not None and value.step.op == "reshape":
+            (value,) = value.step.operands
+        return value if value.aval.shape == aval.shape else self.moved("reshape", scope, value, aval)
+
     def _spread(
         self, atom: Any, value: Value | None, axes: Sequence[int], shape: Sequence[int], scope: str
     ) -> Value:
@@ -180,7 +187,7 @@ class _StepsOf:
         if _is_renamed(eqn, operands):
             return operands[: len(eqn.outvars)]
         if name in _RESHAPES and (value := operands[0]) is not None:
-            return [self.moved("reshape", scope, value, eqn.outvars[0].aval)]
+            return [self._reshaped(value, eqn.outvars[0].aval, scope)]
         if name == "broadcast_in_dim":
             axes = eqn.params["broadcast_dimensions"]
             return [self._spread(eqn.invars[0], operands[0], axes, eqn.outvars[0].aval.shape, scope)]
@@ -230,8 +237,8 @@ class _StepsOf:
     def _product(self, eqn: Any, operands: list[Value | None], scope: str) -> Value:
         """A product, behind copies of operands whose axes are in another order, or, on a CPU, of 16 bits."""
         result, wide, arranged = eqn.outvars[0].aval, jnp.dtype("float32"), []
-        orders = _orders(eqn)
-        for value, order, atom in zip(operands, orders, eqn.invars, strict=False):
+        orders, (*flat, made_flat) = _orders(eqn), _matrices(eqn)
+        for value, order, shape, atom in zip(operands, orders, flat, eqn.invars, strict=False):
             if value is not None and value.step is not None and value.step.op == "transpose":
                 # A transposed matrix is read as it is.
                 value = value.step.operands[0] if len(atom.aval.shape) == 2 else value
@@ -240,10 +247,13 @@ class _StepsOf:
                 value = self.moved("transpose", scope, value, aval, tuple(order))
             if value is not None and self._is_widened(value.aval):
                 value = self.moved("convert_element_type", scope, value, value.aval.update(dtype=wide))
+            if value is not None and shape is not None:
+                value = self._reshaped(value, value.aval.update(shape=shape), scope)
             arranged.append(value)
         widened = self._is_widened(result)
         aval = result.update(dtype=wide) if widened else result
-        (made,) = self.add(eqn.primitive.name, scope, arranged, [aval])
+        (made,) = self.add(eqn.primitive.name, scope, arranged, [aval.update(shape=made_flat or aval.shape)])
+        made = self._reshaped(made, aval, scope)
         if len(orders) > 2 and orders[2] is not None:
             made = self.moved("transpose", scope, made, aval, "result")
         return self.moved("convert_element_type", scope, made, result) if widened else made
@@ -381,6 +391,22 @@ def _is_by_a_number(eqn: Any) -> bool:
     if eqn.primitive.name != "div":
         return False
     return isinstance(eqn.invars[1], _jax.Literal) or eqn.invars[1].aval.size == 1
+
+
+def _matrices(eqn: Any) -> list[Sequence[int] | None]:
+    """The shapes in which operands and result of a product of matrices are computed, None where it is their own."""
+    if eqn.primitive.name != "dot_general":
+        return [None, None, None]
+    summed, batch = eqn.params["dimension_numbers"]
+    shapes = [v.aval.shape for v in eqn.invars]
+    of_batch, found, rows = [shapes[0][d] for d in batch[0]], [], []
+    for k, shape in enumerate(shapes):
+        kept = [d for d in range(len(shape)) if d not in summed[k] and d not in batch[k]]
+        rows.append(math.prod(shape[d] for d in kept))
+        sizes = [rows[k], math.prod(shape[d] for d in summed[k])]
+        merged = len(kept) > 1 or len(summed[k]) > 1
+        found.append([*of_batch, *(sizes if k == 0 else sizes[::-1])] if merged else None)
+    return [*found, [*of_batch, *rows] if len(eqn.outvars[0].aval.shape) > 2 + len(of_batch) else None]
 
 
 def _orders(eqn: Any) -> list[Any]:

@@ -85,13 +85,6 @@ class Step:
         full = [v for v in read if not v.is_spread and _rank(v) >= rank]
         return len(full) > 1 and sum(v.size for v in read) > result
 
-    def writes_over(self, operand: Value, result: Value) -> bool:
-        """Whether a result may lie where an operand lies that is not read again."""
-        if self.in_place:
-            k = next((k for k, v in enumerate(self.operands) if v is operand), -1)
-            return k in self.in_place and self.results[self.in_place[k]] is result
-        return self.entrywise
-
 
 @dataclass(eq=False)
 class Kernel:
@@ -104,6 +97,13 @@ class Kernel:
     members: dict[int, Step]
     indices: dict[int, frozenset[Any]]
     reads: dict[int, Value] = field(default_factory=dict)
+
+    def writes_over(self, operand: Value, result: Value, users: Iterable[Step]) -> bool:
+        """Whether a result may lie where an operand lies that is not read again."""
+        if self.step.in_place:
+            k = next((k for k, v in enumerate(self.step.operands) if v is operand), -1)
+            return k in self.step.in_place and self.step.results[self.step.in_place[k]] is result
+        return self.indices_of(u for u in users if id(u) in self.members) == self.indices[id(self.step)]
 
     def indices_of(self, users: Iterable[Step]) -> frozenset[Any]:
         """The indices at which members read the entries of an operand."""
@@ -238,12 +238,13 @@ class Liveness:
         values.sort(key=lambda pair: -pair[1].nbytes)
         found: set[int] = set()
         for written, result in sorted(slots, key=lambda pair: -pair[1].nbytes):
-            writer, free = self.kernels[written].step, [(-1, written)]
+            writer, free = self.kernels[written], [(-1, written)]
             for start, v in values:
                 end = last.get(id(v), start)
                 if id(v) in found or v.nbytes > result.nbytes:
                     continue
-                over = end == written and v.nbytes == result.nbytes and writer.writes_over(v, result)
+                over = end == written and v.nbytes == result.nbytes
+                over = over and writer.writes_over(v, result, self.users[id(v)])
                 gap = next(
                     (g for g in free if g[0] < start and (end < g[1] or (over and g[1] == written))), None
                 )
@@ -274,7 +275,9 @@ class Liveness:
                 if id(v) in uncounted or is_over:
                     continue
                 for u in ending:
-                    if u.nbytes == v.nbytes and id(u) in live and step.writes_over(u, v):
+                    if u.nbytes != v.nbytes or id(u) not in live:
+                        continue
+                    if kernel.writes_over(u, v, self.users[id(u)]):
                         size -= live.pop(id(u)).nbytes
                         break
                 live[id(v)] = v
