@@ -211,7 +211,7 @@ class _StepsOf:
         inside = 0 if facts.combines else max(map(self._inside, bodies), default=0)
         results = self.add(
             *(name, scope, operands, [v.aval for v in eqn.outvars]),
-            fuses=moves or (facts.fuses and not facts.reduces and (facts.elementwise or facts.flat)),
+            fuses=moves or name == "gather" or (facts.fuses and not facts.reduces and (facts.elementwise or facts.flat)),
             reduces=facts.reduces,
             entrywise=facts.elementwise and not facts.moves,
             expensive=_is_rounded(eqn.invars[0].aval, eqn.outvars[0].aval)

@@ -21,6 +21,8 @@ BARRIER = "optimization_barrier"
 # ones compute what they read inside if they add up no more than so many for each result.
 _LIBRARY_ENTRIES = 4096
 _WINDOW = 32
+# They may read an entry several times: what is expensive is not computed in their place.
+_REPEATS = frozenset({"broadcast_in_dim", "slice", "dynamic_slice", "gather"})
 # An entry is computed at no more than so many indices inside of one kernel.
 _DUPLICATES = 15
 
@@ -96,6 +98,7 @@ class Kernel:
     step: Step
     members: dict[int, Step]
     indices: dict[int, frozenset[Any]]
+    repeated: set[int] = field(default_factory=set)
     reads: dict[int, Value] = field(default_factory=dict)
 
     def writes_over(self, operand: Value, result: Value, users: Iterable[Step]) -> bool:
@@ -170,9 +173,14 @@ class Liveness:
             joined = []
             if alone or not (step.expensive or id(step) in unshared):
                 for kernel in readers:
-                    indices = kernel.indices_of(u for u in users if id(u) in kernel.members)
+                    inside = [u for u in users if id(u) in kernel.members]
+                    indices = kernel.indices_of(inside)
+                    repeated = any(id(u) in kernel.repeated or u.op in _REPEATS for u in inside)
+                    if repeated and step.expensive and kernel.step.fuses:
+                        continue
                     if _takes_in(kernel.step, step, alone) and len(indices) <= _DUPLICATES:
                         kernel.members[id(step)], kernel.indices[id(step)] = step, indices
+                        kernel.repeated.update([id(step)] * repeated)
                         joined.append(kernel)
             within[id(step)] = list(joined)
             if not step.fuses or returned or len(joined) < len(readers):
