@@ -211,7 +211,7 @@ class _StepsOf:
         inside = 0 if facts.combines else max(map(self._inside, bodies), default=0)
         results = self.add(
             *(name, scope, operands, [v.aval for v in eqn.outvars]),
-            fuses=moves or name == "gather" or (facts.fuses and not facts.reduces and (facts.elementwise or facts.flat)),
+            fuses=(moves and not _is_copied(eqn)) or name == "gather" or (facts.fuses and not facts.reduces and (facts.elementwise or facts.flat)),
             reduces=facts.reduces,
             entrywise=facts.elementwise and not facts.moves,
             expensive=_is_rounded(eqn.invars[0].aval, eqn.outvars[0].aval)
@@ -379,6 +379,14 @@ def _unfolded(value: Value, axes: Sequence[int]) -> Value:
     (source,) = value.step.operands
     last = value.aval.shape[kept[0] :]
     return source if source.aval.shape[-len(last) :] == last else value
+
+
+def _is_copied(eqn: Any) -> bool:
+    """Whether arrays are joined by plain copies: many, or long rows."""
+    if eqn.primitive.name != "concatenate":
+        return False
+    shape = eqn.outvars[0].aval.shape
+    return len(eqn.invars) > 8 or (1 < len(shape) == eqn.params["dimension"] + 1 and shape[-1] >= 128)
 
 
 def _is_rounded(source: Any, aval: Any) -> bool:
