@@ -215,6 +215,7 @@ class _StepsOf:
             reduces=facts.reduces,
             entrywise=facts.elementwise and not facts.moves,
             expensive=_is_rounded(eqn.invars[0].aval, eqn.outvars[0].aval)
+            and not (operands[0] is None or operands[0].is_spread)
             if name == "convert_element_type"
             else not (facts.cheap or facts.flat or moves or _is_by_a_number(eqn)),
             in_library=name in _IN_LIBRARY,
@@ -252,7 +253,10 @@ class _StepsOf:
             arranged.append(value)
         widened = self._is_widened(result)
         aval = result.update(dtype=wide) if widened else result
-        (made,) = self.add(eqn.primitive.name, scope, arranged, [aval.update(shape=made_flat or aval.shape)])
+        # One product for each entry is no library's.
+        name = "mul" if _summed(eqn) == 1 else eqn.primitive.name
+        types = [aval.update(shape=made_flat or aval.shape)]
+        (made,) = self.add(name, scope, arranged, types, fuses=name == "mul")
         made = self._reshaped(made, aval, scope)
         if len(orders) > 2 and orders[2] is not None:
             made = self.moved("transpose", scope, made, aval, "result")
@@ -415,6 +419,13 @@ def _matrices(eqn: Any) -> list[Sequence[int] | None]:
         merged = len(kept) > 1 or len(summed[k]) > 1
         found.append([*of_batch, *(sizes if k == 0 else sizes[::-1])] if merged else None)
     return [*found, [*of_batch, *rows] if len(eqn.outvars[0].aval.shape) > 2 + len(of_batch) else None]
+
+
+def _summed(eqn: Any) -> int | None:
+    """How many products a product of matrices adds up for an entry."""
+    if eqn.primitive.name != "dot_general":
+        return None
+    return math.prod(eqn.invars[0].aval.shape[d] for d in eqn.params["dimension_numbers"][0][0])
 
 
 def _orders(eqn: Any) -> list[Any]:

@@ -138,8 +138,24 @@ class Liveness:
         for step in self.steps:
             for v in {id(v): v for v in step.operands}.values():
                 self.users[id(v)].append(step)
+        self._copy_shared()
         # A barrier moves nothing, but what is behind it waits for all that it reads.
         self.kernels = self._without(_barrier, _in_order(self._without(_view, self._kernels())))
+
+    def _copy_shared(self) -> None:
+        """Copy what is written over though others read it, too, as soon as it is there."""
+        for step in list(self.steps):
+            for k in step.in_place:
+                v = step.operands[k]
+                if v.size > 1 and (v.step is None or len(self.users[id(v)]) > 1 or id(v) in self.results):
+                    copy = Step("copy", step.scope, [v])
+                    copy.results = [Value(v.aval, copy)]
+                    step.operands[k] = copy.results[0]
+                    self.users[id(copy.results[0])] = [step]
+                    self.users[id(v)].append(copy)
+                    if not any(u is v for u in step.operands):
+                        self.users[id(v)] = [u for u in self.users[id(v)] if u is not step]
+                    self.steps.insert(self.steps.index(step), copy)
 
     def _without(self, views: Callable[[Kernel], Sequence[Value]], found: Sequence[Kernel]) -> list[Kernel]:
         """The kernels that compute something; what others make is the memory that they read."""
@@ -245,22 +261,27 @@ class Liveness:
         values = [(t, v) for key, (t, v) in made.items() if key not in self.results and v.size > 1]
         values.sort(key=lambda pair: -pair[1].nbytes)
         found: set[int] = set()
-        for written, result in sorted(slots, key=lambda pair: -pair[1].nbytes):
-            writer, free = self.kernels[written], [(-1, written)]
-            for start, v in values:
-                end = last.get(id(v), start)
-                if id(v) in found or v.nbytes > result.nbytes:
-                    continue
-                over = end == written and v.nbytes == result.nbytes
-                over = over and writer.writes_over(v, result, self.users[id(v)])
-                gap = next(
-                    (g for g in free if g[0] < start and (end < g[1] or (over and g[1] == written))), None
-                )
-                if gap is not None:
-                    free.remove(gap)
-                    free += [(gap[0], start), (end, gap[1])]
-                    found.add(id(v))
+        gaps = [[(-1, written)] for written, _ in slots]
+        # First what a result is written over, then what else is there before it.
+        for is_over in (True, False):
+            for (written, result), free in sorted(zip(slots, gaps, strict=True), key=lambda p: -p[0][1].nbytes):
+                for start, v in values:
+                    end = last.get(id(v), start)
+                    if id(v) in found or v.nbytes > result.nbytes:
+                        continue
+                    if is_over and not (end == written and self._is_over(written, v, result)):
+                        continue
+                    gap = next((g for g in free if g[0] < start and (is_over or end < g[1])), None)
+                    if gap is not None:
+                        free.remove(gap)
+                        free += [(gap[0], start), (end, gap[1])]
+                        found.add(id(v))
         return found
+
+    def _is_over(self, t: int, operand: Value, result: Value) -> bool:
+        """Whether a kernel writes a result where an operand lies that is not read again."""
+        same = operand.nbytes == result.nbytes
+        return same and self.kernels[t].writes_over(operand, result, self.users[id(operand)])
 
     def peak(self, donated: dict[int, Value], outside: Collection[Value] = (), in_loop: bool = False) -> Peak:
         """Find when most bytes are live, of what is neither argument nor result.
@@ -283,9 +304,7 @@ class Liveness:
                 if id(v) in uncounted or is_over:
                     continue
                 for u in ending:
-                    if u.nbytes != v.nbytes or id(u) not in live:
-                        continue
-                    if kernel.writes_over(u, v, self.users[id(u)]):
+                    if id(u) in live and self._is_over(t, u, v):
                         size -= live.pop(id(u)).nbytes
                         break
                 live[id(v)] = v
