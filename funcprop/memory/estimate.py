@@ -7,7 +7,6 @@ Calls are inlined, equal equations are one, loops are one step that holds what a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from funcprop import _jax
+from funcprop.memory import products
 from funcprop.memory.liveness import BARRIER, Liveness, Step, Value
 from funcprop.program.by_platform import by_platform_p, form_for
 from funcprop.program.facts import CALLS, CHECKPOINTS, CUSTOM_RULES, PRODUCTS, facts_of
@@ -194,9 +194,7 @@ class _StepsOf:
         if facts.elementwise and len(eqn.invars) > 1:
             shape = eqn.outvars[0].aval.shape
             operands = [
-                v
-                if a.aval.shape == shape
-                else self._spread(a, v, range(len(a.aval.shape)), shape, scope)
+                v if a.aval.shape == shape else self._spread(a, v, range(len(a.aval.shape)), shape, scope)
                 for a, v in zip(eqn.invars, operands, strict=True)
             ]
         if facts.reduces and operands[0] is not None and operands[0].aval.shape == eqn.invars[0].aval.shape:
@@ -211,7 +209,9 @@ class _StepsOf:
         inside = 0 if facts.combines else max(map(self._inside, bodies), default=0)
         results = self.add(
             *(name, scope, operands, [v.aval for v in eqn.outvars]),
-            fuses=(moves and not _is_copied(eqn)) or name == "gather" or (facts.fuses and not facts.reduces and (facts.elementwise or facts.flat)),
+            fuses=(moves and not _is_copied(eqn))
+            or name == "gather"
+            or (facts.fuses and not facts.reduces and (facts.elementwise or facts.flat)),
             reduces=facts.reduces,
             entrywise=facts.elementwise and not facts.moves,
             expensive=_is_rounded(eqn.invars[0].aval, eqn.outvars[0].aval)
@@ -238,7 +238,7 @@ class _StepsOf:
     def _product(self, eqn: Any, operands: list[Value | None], scope: str) -> Value:
         """A product, behind copies of operands whose axes are in another order, or, on a CPU, of 16 bits."""
         result, wide, arranged = eqn.outvars[0].aval, jnp.dtype("float32"), []
-        orders, (*flat, made_flat) = _orders(eqn), _matrices(eqn)
+        orders, (*flat, made_flat) = products.orders(eqn), products.matrices(eqn)
         for value, order, shape, atom in zip(operands, orders, flat, eqn.invars, strict=False):
             if value is not None and value.step is not None and value.step.op == "transpose":
                 # A transposed matrix is read as it is.
@@ -254,7 +254,7 @@ class _StepsOf:
         widened = self._is_widened(result)
         aval = result.update(dtype=wide) if widened else result
         # One product for each entry is no library's.
-        name = "mul" if _summed(eqn) == 1 else eqn.primitive.name
+        name = "mul" if products.summed_terms(eqn) == 1 else eqn.primitive.name
         types = [aval.update(shape=made_flat or aval.shape)]
         (made,) = self.add(name, scope, arranged, types, fuses=name == "mul")
         made = self._reshaped(made, aval, scope)
@@ -394,7 +394,7 @@ def _is_copied(eqn: Any) -> bool:
 
 
 def _is_rounded(source: Any, aval: Any) -> bool:
-    """Whether entries are rounded to 16 bits with a wide exponent, for which compilers have no instruction."""
+    """Whether entries are rounded to bfloat16, for which a CPU needs several instructions."""
     return bool(aval.dtype == jnp.bfloat16 and source.dtype == jnp.float32)
 
 
@@ -403,50 +403,3 @@ def _is_by_a_number(eqn: Any) -> bool:
     if eqn.primitive.name != "div":
         return False
     return isinstance(eqn.invars[1], _jax.Literal) or eqn.invars[1].aval.size == 1
-
-
-def _matrices(eqn: Any) -> list[Sequence[int] | None]:
-    """The shapes in which operands and result of a product of matrices are computed, None where it is their own."""
-    if eqn.primitive.name != "dot_general":
-        return [None, None, None]
-    summed, batch = eqn.params["dimension_numbers"]
-    shapes = [v.aval.shape for v in eqn.invars]
-    of_batch, found, rows = [shapes[0][d] for d in batch[0]], [], []
-    for k, shape in enumerate(shapes):
-        kept = [d for d in range(len(shape)) if d not in summed[k] and d not in batch[k]]
-        rows.append(math.prod(shape[d] for d in kept))
-        sizes = [rows[k], math.prod(shape[d] for d in summed[k])]
-        merged = len(kept) > 1 or len(summed[k]) > 1
-        found.append([*of_batch, *(sizes if k == 0 else sizes[::-1])] if merged else None)
-    return [*found, [*of_batch, *rows] if len(eqn.outvars[0].aval.shape) > 2 + len(of_batch) else None]
-
-
-def _summed(eqn: Any) -> int | None:
-    """How many products a product of matrices adds up for an entry."""
-    if eqn.primitive.name != "dot_general":
-        return None
-    return math.prod(eqn.invars[0].aval.shape[d] for d in eqn.params["dimension_numbers"][0][0])
-
-
-def _orders(eqn: Any) -> list[Any]:
-    """For both operands of a product, and a convolution's result, the order to which they are copied.
-
-    None stands for one that is read as it is. In order are batch axes in front and one axis besides the
-    summed ones; for a convolution `NHWC` and `HWIO`.
-    """
-    shapes, orders = [a.aval.shape for a in (*eqn.invars, *eqn.outvars)], []
-    if eqn.primitive.name == "dot_general":
-        for k, (summed, batch) in enumerate(zip(*eqn.params["dimension_numbers"], strict=True)):
-            rest = [d for d in range(len(shapes[k])) if d not in summed and d not in batch]
-            order = [*batch, *rest, *summed] if k == 0 else [*batch, *summed, *rest]
-            kept = [d for d in order if shapes[k][d] > 1]
-            leads = list(batch) == list(range(len(batch))) and len(summed) == len(rest) == 1
-            is_read = leads or kept == sorted(kept) or (not batch and len(kept) == 2)
-            orders.append(None if is_read else order)
-        return orders
-    lhs, rhs, out = eqn.params["dimension_numbers"]
-    wanted = [[lhs[0], *lhs[2:], lhs[1]], [*rhs[2:], rhs[1], rhs[0]], [out[0], *out[2:], out[1]]]
-    for shape, order in zip(shapes, wanted, strict=True):
-        kept = [d for d in order if shape[d] > 1]
-        orders.append(None if kept == sorted(kept) else order)
-    return orders

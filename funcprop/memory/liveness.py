@@ -261,10 +261,11 @@ class Liveness:
         values = [(t, v) for key, (t, v) in made.items() if key not in self.results and v.size > 1]
         values.sort(key=lambda pair: -pair[1].nbytes)
         found: set[int] = set()
+        slots.sort(key=lambda pair: -pair[1].nbytes)
         gaps = [[(-1, written)] for written, _ in slots]
         # First what a result is written over, then what else is there before it.
         for is_over in (True, False):
-            for (written, result), free in sorted(zip(slots, gaps, strict=True), key=lambda p: -p[0][1].nbytes):
+            for (written, result), free in zip(slots, gaps, strict=True):
                 for start, v in values:
                     end = last.get(id(v), start)
                     if id(v) in found or v.nbytes > result.nbytes:
