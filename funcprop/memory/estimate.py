@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from funcprop import _jax
+from funcprop.memory import products
 from funcprop.memory.liveness import BARRIER, Liveness, Step, Value
 from funcprop.program.by_platform import by_platform_p, form_for
 from funcprop.program.facts import CALLS, CHECKPOINTS, CUSTOM_RULES, PRODUCTS, facts_of
@@ -99,6 +100,7 @@ class _StepsOf:
         self.steps: list[Step] = []
         self.constants: list[Value] = []
         self.known: dict[Hashable, list[Value]] = {}
+        self.numbers: dict[Hashable, Value] = {}
 
     def walk(self, jaxpr: Any, given: Sequence[Value | None], scope: str) -> list[Value | None]:
         """Append the steps of a jaxpr whose arguments are `given`; its results. None is a literal."""
@@ -129,8 +131,34 @@ class _StepsOf:
         """A value in another order or type, computed where it is read; equal ones are one."""
         key = (op, id(value), detail, str(aval))
         if key not in self.known:
-            self.known[key] = self.add(op, scope, [value], [aval], fuses=True, in_library=op in _IN_LIBRARY)
+            self.known[key] = self.add(
+                *(op, scope, [value], [aval]),
+                fuses=True,
+                expensive=_is_rounded(value.aval, aval),
+                in_library=op in _IN_LIBRARY,
+            )
         return self.known[key][0]
+
+    def _reshaped(self, value: Value, aval: Any, scope: str) -> Value:
+        """The same bytes in another shape."""
+        while value.step is not None and value.step.op == "reshape":
+            (value,) = value.step.operands
+        return value if value.aval.shape == aval.shape else self.moved("reshape", scope, value, aval)
+
+    def _spread(
+        self, atom: Any, value: Value | None, axes: Sequence[int], shape: Sequence[int], scope: str
+    ) -> Value:
+        """What is read, repeated to a shape; its own axes are these of the result."""
+        if value is None:
+            value = self.numbers.setdefault((str(atom), str(atom.aval)), Value(atom.aval))
+        kept = tuple(d for d, n in zip(axes, atom.aval.shape, strict=True) if n > 1)
+        sizes = [n for n in atom.aval.shape if n > 1]
+        while value.step is not None and value.step.op == "reshape":
+            (source,) = value.step.operands
+            if [n for n in source.aval.shape if n > 1] != sizes:
+                break
+            value = source
+        return self.moved("broadcast_in_dim", scope, value, atom.aval.update(shape=tuple(shape)), kept)
 
     # --- equations ----------------------------------------------------------------------------
 
@@ -159,7 +187,16 @@ class _StepsOf:
         if _is_renamed(eqn, operands):
             return operands[: len(eqn.outvars)]
         if name in _RESHAPES and (value := operands[0]) is not None:
-            return [self.moved("reshape", scope, value, eqn.outvars[0].aval)]
+            return [self._reshaped(value, eqn.outvars[0].aval, scope)]
+        if name == "broadcast_in_dim":
+            axes = eqn.params["broadcast_dimensions"]
+            return [self._spread(eqn.invars[0], operands[0], axes, eqn.outvars[0].aval.shape, scope)]
+        if facts.elementwise and len(eqn.invars) > 1:
+            shape = eqn.outvars[0].aval.shape
+            operands = [
+                v if a.aval.shape == shape else self._spread(a, v, range(len(a.aval.shape)), shape, scope)
+                for a, v in zip(eqn.invars, operands, strict=True)
+            ]
         if facts.reduces and operands[0] is not None and operands[0].aval.shape == eqn.invars[0].aval.shape:
             operands = [_unfolded(operands[0], eqn.params["axes"])]
         key: Hashable = None
@@ -172,10 +209,15 @@ class _StepsOf:
         inside = 0 if facts.combines else max(map(self._inside, bodies), default=0)
         results = self.add(
             *(name, scope, operands, [v.aval for v in eqn.outvars]),
-            fuses=moves or (facts.fuses and not facts.reduces and (facts.elementwise or facts.flat)),
+            fuses=(moves and not _is_copied(eqn))
+            or name == "gather"
+            or (facts.fuses and not facts.reduces and (facts.elementwise or facts.flat)),
             reduces=facts.reduces,
             entrywise=facts.elementwise and not facts.moves,
-            expensive=not (facts.cheap or facts.flat or moves or _is_by_a_number(eqn)),
+            expensive=_is_rounded(eqn.invars[0].aval, eqn.outvars[0].aval)
+            and not (operands[0] is None or operands[0].is_spread)
+            if name == "convert_element_type"
+            else not (facts.cheap or facts.flat or moves or _is_by_a_number(eqn)),
             in_library=name in _IN_LIBRARY,
             effects=bool(eqn.effects),
             in_place={0: 0} if name in _UPDATES and operands[0] is not None else {},
@@ -196,8 +238,8 @@ class _StepsOf:
     def _product(self, eqn: Any, operands: list[Value | None], scope: str) -> Value:
         """A product, behind copies of operands whose axes are in another order, or, on a CPU, of 16 bits."""
         result, wide, arranged = eqn.outvars[0].aval, jnp.dtype("float32"), []
-        orders = _orders(eqn)
-        for value, order, atom in zip(operands, orders, eqn.invars, strict=False):
+        orders, (*flat, made_flat) = products.orders(eqn), products.matrices(eqn)
+        for value, order, shape, atom in zip(operands, orders, flat, eqn.invars, strict=False):
             if value is not None and value.step is not None and value.step.op == "transpose":
                 # A transposed matrix is read as it is.
                 value = value.step.operands[0] if len(atom.aval.shape) == 2 else value
@@ -206,10 +248,16 @@ class _StepsOf:
                 value = self.moved("transpose", scope, value, aval, tuple(order))
             if value is not None and self._is_widened(value.aval):
                 value = self.moved("convert_element_type", scope, value, value.aval.update(dtype=wide))
+            if value is not None and shape is not None:
+                value = self._reshaped(value, value.aval.update(shape=shape), scope)
             arranged.append(value)
         widened = self._is_widened(result)
         aval = result.update(dtype=wide) if widened else result
-        (made,) = self.add(eqn.primitive.name, scope, arranged, [aval])
+        # One product for each entry is no library's.
+        name = "mul" if products.summed_terms(eqn) == 1 else eqn.primitive.name
+        types = [aval.update(shape=made_flat or aval.shape)]
+        (made,) = self.add(name, scope, arranged, types, fuses=name == "mul")
+        made = self._reshaped(made, aval, scope)
         if len(orders) > 2 and orders[2] is not None:
             made = self.moved("transpose", scope, made, aval, "result")
         return self.moved("convert_element_type", scope, made, result) if widened else made
@@ -337,32 +385,21 @@ def _unfolded(value: Value, axes: Sequence[int]) -> Value:
     return source if source.aval.shape[-len(last) :] == last else value
 
 
+def _is_copied(eqn: Any) -> bool:
+    """Whether arrays are joined by plain copies: many, or long rows."""
+    if eqn.primitive.name != "concatenate":
+        return False
+    shape = eqn.outvars[0].aval.shape
+    return len(eqn.invars) > 8 or (1 < len(shape) == eqn.params["dimension"] + 1 and shape[-1] >= 128)
+
+
+def _is_rounded(source: Any, aval: Any) -> bool:
+    """Whether entries are rounded to bfloat16, for which a CPU needs several instructions."""
+    return bool(aval.dtype == jnp.bfloat16 and source.dtype == jnp.float32)
+
+
 def _is_by_a_number(eqn: Any) -> bool:
     """Whether it divides by one number for many, which is a product."""
     if eqn.primitive.name != "div":
         return False
     return isinstance(eqn.invars[1], _jax.Literal) or eqn.invars[1].aval.size == 1
-
-
-def _orders(eqn: Any) -> list[Any]:
-    """For both operands of a product, and a convolution's result, the order to which they are copied.
-
-    None stands for one that is read as it is. In order are batch axes in front and one axis besides the
-    summed ones; for a convolution `NHWC` and `HWIO`.
-    """
-    shapes, orders = [a.aval.shape for a in (*eqn.invars, *eqn.outvars)], []
-    if eqn.primitive.name == "dot_general":
-        for k, (summed, batch) in enumerate(zip(*eqn.params["dimension_numbers"], strict=True)):
-            rest = [d for d in range(len(shapes[k])) if d not in summed and d not in batch]
-            order = [*batch, *rest, *summed] if k == 0 else [*batch, *summed, *rest]
-            kept = [d for d in order if shapes[k][d] > 1]
-            leads = list(batch) == list(range(len(batch))) and len(summed) == len(rest) == 1
-            is_read = leads or kept == sorted(kept) or (not batch and len(kept) == 2)
-            orders.append(None if is_read else order)
-        return orders
-    lhs, rhs, out = eqn.params["dimension_numbers"]
-    wanted = [[lhs[0], *lhs[2:], lhs[1]], [*rhs[2:], rhs[1], rhs[0]], [out[0], *out[2:], out[1]]]
-    for shape, order in zip(shapes, wanted, strict=True):
-        kept = [d for d in order if shape[d] > 1]
-        orders.append(None if kept == sorted(kept) else order)
-    return orders

@@ -21,6 +21,8 @@ BARRIER = "optimization_barrier"
 # ones compute what they read inside if they add up no more than so many for each result.
 _LIBRARY_ENTRIES = 4096
 _WINDOW = 32
+# They may read an entry several times: what is expensive is not computed in their place.
+_REPEATS = frozenset({"broadcast_in_dim", "slice", "dynamic_slice", "gather"})
 # An entry is computed at no more than so many indices inside of one kernel.
 _DUPLICATES = 15
 
@@ -79,21 +81,11 @@ class Step:
 
     @property
     def joins_several(self) -> bool:
-        """Whether it reads more than it writes; what it repeats counts as often as it is read.
-
-        A selection of what is spread out reads little of it.
-        """
-        size, selects = self.results[0].size, self.op == "select_n"
-        full = {id(v) for v in self.operands if not v.is_number and (self.entrywise or v.size >= size)}
-        full -= {id(v) for v in self.operands if selects and v.is_spread}
-        return len(full) > 1
-
-    def writes_over(self, operand: Value, result: Value) -> bool:
-        """Whether a result may lie where an operand lies that is not read again."""
-        if self.in_place:
-            k = next((k for k, v in enumerate(self.operands) if v is operand), -1)
-            return k in self.in_place and self.results[self.in_place[k]] is result
-        return self.entrywise
+        """Whether it reads more than it writes, in several arrays that are not spread out."""
+        rank, result = _rank(self.results[0]), self.results[0].size
+        read = {id(v): v for v in self.operands}.values()
+        full = [v for v in read if not v.is_spread and _rank(v) >= rank]
+        return len(full) > 1 and sum(v.size for v in read) > result
 
 
 @dataclass(eq=False)
@@ -106,7 +98,15 @@ class Kernel:
     step: Step
     members: dict[int, Step]
     indices: dict[int, frozenset[Any]]
+    repeated: set[int] = field(default_factory=set)
     reads: dict[int, Value] = field(default_factory=dict)
+
+    def writes_over(self, operand: Value, result: Value, users: Iterable[Step]) -> bool:
+        """Whether a result may lie where an operand lies that is not read again."""
+        if self.step.in_place:
+            k = next((k for k, v in enumerate(self.step.operands) if v is operand), -1)
+            return k in self.step.in_place and self.step.results[self.step.in_place[k]] is result
+        return self.indices_of(u for u in users if id(u) in self.members) == self.indices[id(self.step)]
 
     def indices_of(self, users: Iterable[Step]) -> frozenset[Any]:
         """The indices at which members read the entries of an operand."""
@@ -138,8 +138,24 @@ class Liveness:
         for step in self.steps:
             for v in {id(v): v for v in step.operands}.values():
                 self.users[id(v)].append(step)
+        self._copy_shared()
         # A barrier moves nothing, but what is behind it waits for all that it reads.
         self.kernels = self._without(_barrier, _in_order(self._without(_view, self._kernels())))
+
+    def _copy_shared(self) -> None:
+        """Copy what is written over though others read it, too, as soon as it is there."""
+        for step in list(self.steps):
+            for k in step.in_place:
+                v = step.operands[k]
+                if v.size > 1 and (v.step is None or len(self.users[id(v)]) > 1 or id(v) in self.results):
+                    copy = Step("copy", step.scope, [v])
+                    copy.results = [Value(v.aval, copy)]
+                    step.operands[k] = copy.results[0]
+                    self.users[id(copy.results[0])] = [step]
+                    self.users[id(v)].append(copy)
+                    if not any(u is v for u in step.operands):
+                        self.users[id(v)] = [u for u in self.users[id(v)] if u is not step]
+                    self.steps.insert(self.steps.index(step), copy)
 
     def _without(self, views: Callable[[Kernel], Sequence[Value]], found: Sequence[Kernel]) -> list[Kernel]:
         """The kernels that compute something; what others make is the memory that they read."""
@@ -173,9 +189,14 @@ class Liveness:
             joined = []
             if alone or not (step.expensive or id(step) in unshared):
                 for kernel in readers:
-                    indices = kernel.indices_of(u for u in users if id(u) in kernel.members)
+                    inside = [u for u in users if id(u) in kernel.members]
+                    indices = kernel.indices_of(inside)
+                    repeated = any(id(u) in kernel.repeated or u.op in _REPEATS for u in inside)
+                    if repeated and step.expensive and kernel.step.fuses:
+                        continue
                     if _takes_in(kernel.step, step, alone) and len(indices) <= _DUPLICATES:
                         kernel.members[id(step)], kernel.indices[id(step)] = step, indices
+                        kernel.repeated.update([id(step)] * repeated)
                         joined.append(kernel)
             within[id(step)] = list(joined)
             if not step.fuses or returned or len(joined) < len(readers):
@@ -240,21 +261,28 @@ class Liveness:
         values = [(t, v) for key, (t, v) in made.items() if key not in self.results and v.size > 1]
         values.sort(key=lambda pair: -pair[1].nbytes)
         found: set[int] = set()
-        for written, result in sorted(slots, key=lambda pair: -pair[1].nbytes):
-            writer, free = self.kernels[written].step, [(-1, written)]
-            for start, v in values:
-                end = last.get(id(v), start)
-                if id(v) in found or v.nbytes > result.nbytes:
-                    continue
-                over = end == written and v.nbytes == result.nbytes and writer.writes_over(v, result)
-                gap = next(
-                    (g for g in free if g[0] < start and (end < g[1] or (over and g[1] == written))), None
-                )
-                if gap is not None:
-                    free.remove(gap)
-                    free += [(gap[0], start), (end, gap[1])]
-                    found.add(id(v))
+        slots.sort(key=lambda pair: -pair[1].nbytes)
+        gaps = [[(-1, written)] for written, _ in slots]
+        # First what a result is written over, then what else is there before it.
+        for is_over in (True, False):
+            for (written, result), free in zip(slots, gaps, strict=True):
+                for start, v in values:
+                    end = last.get(id(v), start)
+                    if id(v) in found or v.nbytes > result.nbytes:
+                        continue
+                    if is_over and not (end == written and self._is_over(written, v, result)):
+                        continue
+                    gap = next((g for g in free if g[0] < start and (is_over or end < g[1])), None)
+                    if gap is not None:
+                        free.remove(gap)
+                        free += [(gap[0], start), (end, gap[1])]
+                        found.add(id(v))
         return found
+
+    def _is_over(self, t: int, operand: Value, result: Value) -> bool:
+        """Whether a kernel writes a result where an operand lies that is not read again."""
+        same = operand.nbytes == result.nbytes
+        return same and self.kernels[t].writes_over(operand, result, self.users[id(operand)])
 
     def peak(self, donated: dict[int, Value], outside: Collection[Value] = (), in_loop: bool = False) -> Peak:
         """Find when most bytes are live, of what is neither argument nor result.
@@ -277,7 +305,7 @@ class Liveness:
                 if id(v) in uncounted or is_over:
                     continue
                 for u in ending:
-                    if u.nbytes == v.nbytes and id(u) in live and step.writes_over(u, v):
+                    if id(u) in live and self._is_over(t, u, v):
                         size -= live.pop(id(u)).nbytes
                         break
                 live[id(v)] = v
@@ -288,6 +316,11 @@ class Liveness:
                 if id(v) in live and last.get(id(v), t) <= t and not (in_loop and id(v) in self.results):
                     size -= live.pop(id(v)).nbytes
         return best
+
+
+def _rank(value: Value) -> int:
+    """The number of axes along which there are several entries."""
+    return sum(n > 1 for n in getattr(value.aval, "shape", ()))
 
 
 def _takes_in(root: Step, step: Step, alone: bool) -> bool:
