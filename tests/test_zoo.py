@@ -46,7 +46,7 @@ def assert_close(actual, expected, tolerance, where):
         assert np.max(np.abs(a - e), initial=0.0) <= tolerance * scale, name
 
 
-@pytest.mark.sampled(18)
+@pytest.mark.sampled(12)
 @every_entry
 def test_gradient(entry):
     fun, args = entry.build()
