@@ -101,10 +101,18 @@ def test_what_is_behind_a_barrier_waits_for_all_of_it(kept: bool) -> None:
         return jnp.mean(x)
 
     args = [f64(64, 64)] * 8, f64(4, 64)
-    options = barrier_options("cpu") if kept else None
-    compiled = jax.jit(loss, compiler_options=options).lower(*args).compile().memory_analysis()
+    temporary = {
+        options is not None: jax.jit(loss, compiler_options=options)
+        .lower(*args)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+        for options in (barrier_options("cpu"), None)
+    }
+    if temporary[True] == temporary[False] and not kept:
+        pytest.skip("this release keeps barriers by itself")
     found = estimate(jax.make_jaxpr(loss)(*args), barriers=kept)
-    assert found.temporary == pytest.approx(compiled.temp_size_in_bytes, rel=0.05)
+    assert found.temporary == pytest.approx(temporary[kept], rel=0.05)
 
 
 def test_loops_hold_the_stacked_results_of_all_steps() -> None:
