@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.tree_util import DictKey, SequenceKey
+
+from funcprop._jax.array_types import is_differentiable
 
 
 def has_models(tree: Any) -> bool:
@@ -77,22 +78,21 @@ def parted(tree: Any) -> tuple[Any, Any, Callable[[Any, Any], Any]]:
     Trained are variables of type `nnx.Param`, and real arrays beside the models.
     """
     nnx = sys.modules["flax.nnx"]
-
     graph, trained, others = nnx.split(tree, lambda _, value: _is_trained(nnx, value), ...)
     return trained, others, lambda trained, others: nnx.merge(graph, trained, others, copy=True)
 
 
-def variables(state: Any) -> list[Any]:
-    """The variables in a state."""
+def variables(tree: Any) -> list[Any]:
+    """The variables in models or their state, and the leaves beside them."""
     nnx = sys.modules["flax.nnx"]
-    return jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def trained_leaves(tree: Any) -> tuple[bool, ...]:
     """For each leaf whether it belongs to an `nnx.Param`, or is a real array beside the models."""
     nnx = sys.modules["flax.nnx"]
     found: list[bool] = []
-    for value in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+    for value in variables(tree):
         found += [_is_trained(nnx, value)] * len(jax.tree.leaves(value))
     return tuple(found)
 
@@ -100,7 +100,7 @@ def trained_leaves(tree: Any) -> tuple[bool, ...]:
 def _is_trained(nnx: Any, value: Any) -> bool:
     if isinstance(value, nnx.Variable):
         return isinstance(value, nnx.Param)
-    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact)
+    return is_differentiable(value)
 
 
 def state_like(state: Any, tree: Any) -> Any:

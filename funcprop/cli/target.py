@@ -22,8 +22,7 @@ import jax.numpy as jnp
 from funcprop import models
 from funcprop.cli.errors import TargetError, users_code
 from funcprop.program.call import has_values, without_aux
-from funcprop.reporting.layers import first_minibatch
-from funcprop.training.loop import Setup
+from funcprop.training.loop import Setup, first_minibatch
 
 USAGE = "write module:function, file.py:function, or the built-in `chapter`"
 

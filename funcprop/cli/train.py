@@ -25,8 +25,8 @@ from funcprop.program.trained import Trained
 from funcprop.progress import bar
 from funcprop.sweeps.backprop import backprop
 from funcprop.sweeps.propagation import Propagation
-from funcprop.training.loop import Epoch, Setup
-from funcprop.training.training_loss import TrainingLoss, arguments
+from funcprop.training.loop import Epoch, Setup, first_minibatch
+from funcprop.training.training_loss import TrainingLoss
 
 
 class TrainOptions(NamedTuple):
@@ -235,10 +235,9 @@ def one_minibatch(setup: Setup, epoch: Epoch, key: Any) -> Sweeps | None:
     arrays = [leaf for leaf in jax.tree.leaves(epoch.params) if isinstance(leaf, jax.Array)]
     if not all(leaf.is_fully_addressable for leaf in arrays):
         return None
-    batches = setup.batches(key) if callable(setup.batches) else setup.batches
     trained = Trained.of(epoch.params)
     params = jax.tree.map(jnp.asarray, jax.device_get(trained.arrays))
-    parts = arguments(next(iter(batches)))
+    parts = first_minibatch(setup, key)
     own = {name: setup.options[name] for name in ("has_aux", "keyed") if name in setup.options}
     stateful = epoch.state.model is not None
     loss = trained.function(setup.loss, own.get("has_aux", False))

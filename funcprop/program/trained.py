@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from funcprop._jax import nnx
+from funcprop._jax import is_differentiable, nnx
 from funcprop.program.call import pair
 
 
@@ -112,7 +112,7 @@ def trained_leaves(model: Any) -> tuple[bool, ...]:
     leaves = jax.tree.leaves(model)
     if not any(callable(leaf) or isinstance(leaf, bool) for leaf in leaves):
         return (True,) * len(leaves)
-    return tuple(hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves)
+    return tuple(map(is_differentiable, leaves))
 
 
 def _require_derivatives(model: Any) -> None:

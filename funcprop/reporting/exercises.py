@@ -30,10 +30,10 @@ from funcprop.partition.problem import of_batch
 from funcprop.partition.proof import PartitionProof
 from funcprop.partition.search import plan
 from funcprop.program.facts import PRODUCTS, is_view
-from funcprop.reporting.layers import Memory, first_minibatch
+from funcprop.reporting.layers import Memory
 from funcprop.reporting.number_text import amount, count, digits
 from funcprop.sweeps.propagation import Propagation
-from funcprop.training.loop import Setup
+from funcprop.training.loop import Setup, first_minibatch
 
 # So many gradients have a row, and so many plans that cannot be made are explained.
 _SHOWN = 6

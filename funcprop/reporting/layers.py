@@ -14,7 +14,7 @@ from funcprop.graph.graph import shape_text
 from funcprop.graph.naming import argument_names
 from funcprop.memory.accounting import footprint
 from funcprop.memory.ledger import Footprint, Ledger, Row
-from funcprop.training.loop import Setup
+from funcprop.training.loop import Setup, first_minibatch
 
 # The categories of a ledger that are told apart by a colour; the others are small.
 CATEGORIES = (
@@ -98,13 +98,6 @@ def memory(
     found = footprint(setup.loss, optimizer=setup.optimizer)(setup.params, *parts)
     given = data_shapes(setup.loss, (None, *parts), {}, 0)
     return _bars("the loss of one minibatch, and a whole training step", given, found)
-
-
-def first_minibatch(setup: Setup) -> tuple[Any, ...]:
-    """What the loss of a training run is first called with, besides the parameters."""
-    batches = setup.batches(jax.random.key(0)) if callable(setup.batches) else setup.batches
-    batch = next(iter(batches))
-    return tuple(batch) if type(batch) in (tuple, list) else (batch,)
 
 
 def data_shapes(

@@ -77,6 +77,13 @@ class Epoch(NamedTuple):
     metrics: dict[str, float]
 
 
+def first_minibatch(setup: Setup, key: Any = None) -> tuple[Any, ...]:
+    """What the loss of a training run is first called with in an epoch, besides the parameters."""
+    key = jax.random.key(0) if key is None else key
+    batches = setup.batches(key) if callable(setup.batches) else setup.batches
+    return arguments(next(iter(batches)))
+
+
 def apply_loss(loss: Loss, params: Any, batch: Any) -> Any:
     """`loss(params, *batch)` for a plain tuple or list, `loss(params, batch)` for anything else.
 
