@@ -46,7 +46,7 @@ EQUATIONS = (
 )
 BYTES = ("memory_estimate", "memory_footprint", "batch_limit")
 TESTS = {
-    "rules/primitives/arithmetic.py": ALGEBRA,
+    "rules/primitives/arithmetic.py": (*ALGEBRA, "equations"),
     "rules/primitives/average_pooling.py": ("average_pooling", "rules"),
     "rules/primitives/convolution.py": ("convolution",),
     "rules/primitives/cumulative.py": ("primitives",),

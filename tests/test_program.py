@@ -316,6 +316,23 @@ def test_arrays_of_a_rule_are_data() -> None:
         jax.grad(lambda x: jnp.sum(jax.jacfwd(jax.jacfwd(jax.grad(traced(f_of(TABLE)))))(x)))(X)
 
 
+def test_a_rule_that_calls_its_function_is_read_once() -> None:
+    read = []
+
+    @jax.custom_jvp
+    def f(x):
+        return jnp.exp(x)
+
+    @f.defjvp
+    def rule(primals, tangents):
+        read.append(primals)
+        return f(*primals), f(*primals) * tangents[0]
+
+    program = traced(lambda x: jnp.sum(f(f(x))))
+    assert len(read) == 1
+    close(jax.hessian(program)(X), jax.hessian(lambda x: jnp.sum(jnp.exp(jnp.exp(x))))(X))
+
+
 def test_a_rule_is_read_with_the_function() -> None:
     scale = {"by": 2.0}
 

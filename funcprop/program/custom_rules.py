@@ -111,10 +111,11 @@ def python_rule(eqn: Any) -> Any | None:
 def _rule_within(wrapped: Any) -> Any:
     (traced,) = _cells(wrapped.f, "fn")
     (rule,) = _cells(traced, "jvp")
-    # A rule in a jaxpr that was evaluated again is wrapped once more.
+    # A rule in a jaxpr that was evaluated again is wrapped once more, to leave out the constants it is given.
     again = _cells(rule.f, "jvp_jaxpr_fun")
     if again:
-        return _cells(rule.f, "num_consts"), _rule_within(again[0])
+        constants, same = _cells(rule.f, "num_consts"), _rule_within(again[0])
+        return (constants, same) if any(constants) else same
     trees = [a for _, args in rule.transforms for a in args if isinstance(a, jax.tree_util.PyTreeDef)]
     static = [x.val for _, args in rule.transforms for a in args if isinstance(a, tuple) for x in a]
     return rule.f, tuple(trees), tuple((type(x), x) for x in static if hash(x) is not None)
