@@ -61,7 +61,7 @@ OPERATORS = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("devices", DEVICES, ids=["one device", "8 devices"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("name", OPERATORS)

@@ -110,6 +110,7 @@ def is_affine(example: Example, chosen: Sequence[int]) -> bool:
     return True
 
 
+@pytest.mark.sampled(60)
 @pytest.mark.parametrize("name", TRIED)
 def test_operators_are_linear_in_the_operands_that_the_table_says(name: str) -> None:
     example = Example.of(name)
@@ -145,6 +146,7 @@ def curvature(example: Example, chosen: Sequence[int]) -> float:
     return float(jnp.abs(jax.jvp(slope, (0.0,), (1.0,))[1]).max())
 
 
+@pytest.mark.sampled(60)
 @pytest.mark.parametrize("name", sorted(set(TRIED) - UNDIFFERENTIABLE))
 def test_operators_are_piecewise_linear_where_they_have_no_curvature(name: str) -> None:
     example = Example.of(name)
@@ -193,6 +195,7 @@ def is_elementwise(example: Example) -> bool:
     return True
 
 
+@pytest.mark.sampled(60)
 @pytest.mark.parametrize("name", TRIED)
 def test_elementwise_operators_keep_entries_apart(name: str) -> None:
     assert is_elementwise(Example.of(name)) == TABLE[name].elementwise

@@ -75,6 +75,7 @@ def test_laplace_of_half_precision(dtype: Any, structure: str) -> None:
     assert half.sample(jax.random.key(0)).dtype == dtype
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("mixed", [0.0, 0.1])
 def test_a_loss_of_half_precision_is_as_convex_as_it_is(dtype: Any, mixed: float) -> None:

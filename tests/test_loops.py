@@ -127,7 +127,7 @@ LOOPS = {
 ARGS = ({"U": normal(H, H), "V": normal(H, H, seed=1), "b": normal(H, seed=2)}, normal(T, B, H, seed=3))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", LOOPS)
 def test_values_and_gradients(name):
     loop = LOOPS[name]
@@ -153,6 +153,7 @@ def test_values_and_gradients(name):
         close(actual, expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("cell", [nn.OptimizedLSTMCell, nn.LSTMCell, nn.GRUCell, nn.SimpleCell])
 def test_recurrent_networks_of_flax(cell):
     model = nn.RNN(cell(H, param_dtype=float, dtype=float))

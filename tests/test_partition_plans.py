@@ -25,7 +25,7 @@ MESHES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", MESHES)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_gradient_is_that_of_one_device(name: str, kind: str) -> None:
@@ -64,7 +64,7 @@ def test_twenty_steps_have_the_losses_of_one_device(kind: str) -> None:
     jax.tree.map(lambda x: x.block_until_ready(), params)  # The given parameters are not overwritten.
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ["data", "both", "accumulation"])
 @pytest.mark.parametrize("name", MODELS)
 def test_bytes_and_collectives_are_predicted(name: str, kind: str) -> None:

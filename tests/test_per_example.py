@@ -79,7 +79,7 @@ def oracle(name, loss):
     return Oracle(*jacobian(name), LOSSES[loss].of_one, LOSSES[loss].targets(EXAMPLES, model.outputs))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("loss", list(LOSSES))
 def test_exact(name, loss):
@@ -373,7 +373,7 @@ ROOTS = {
 }  # fmt: skip
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", list(ROOTS))
 def test_root(case):
     loss, shape, y, kind, columns = ROOTS[case]

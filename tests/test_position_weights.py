@@ -97,7 +97,7 @@ def test_quantities_of_examples() -> None:
     np.testing.assert_allclose(ravel_pytree(found["second_moment"])[0], second, atol=1e-12)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("bias", ["separate", "joint"])
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("of", [fp.kfac, fp.ekfac])
@@ -121,7 +121,7 @@ def test_kronecker_factors_of_a_mask_are_exact_for_a_linear_model() -> None:
     np.testing.assert_allclose(K.dense(), jnp.kron(rows.T @ rows / len(rows), jnp.eye(3)), atol=1e-12)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("structure", ["full", "diagonal", "kronecker", "low-rank"])
 @pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "gaussian with noise"])
 def test_laplace(structure: str, likelihood: str) -> None:

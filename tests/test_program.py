@@ -256,7 +256,7 @@ CUSTOM = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CUSTOM)
 def test_custom_derivatives_survive(name: str) -> None:
     f, program = CUSTOM[name], traced(CUSTOM[name])

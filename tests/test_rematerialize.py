@@ -141,7 +141,7 @@ MODELS = (
 )
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_unchanged_models(name):
     fun, args = ZOO[name].build()

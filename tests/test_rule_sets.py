@@ -148,6 +148,7 @@ EMPTY = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("case", EMPTY)
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_empty_arrays(case):

@@ -102,7 +102,7 @@ TAKEN = [(name, kind) for name in CASES for kind in MESHES if kind == "auto" or 
 every_case = pytest.mark.parametrize(("name", "kind"), TAKEN, ids=map(" ".join, TAKEN))
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(6)
 @every_case
 def test_gradient(name, kind):
     """To rounding that of the plain function on one device."""
@@ -115,7 +115,7 @@ def test_gradient(name, kind):
         np.testing.assert_allclose(a, e, rtol=0, atol=1e-12 * max(float(jnp.max(jnp.abs(e))), 1e-2 * largest))
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(6)
 @every_case
 def test_collectives(name, kind):
     """No kind that the plain function's gradient lacks, no more bytes of any, and its layout at the end."""

@@ -60,20 +60,25 @@ def fresh_functions(value: float) -> tuple[Functions, Any]:
     return Own(Source(lambda: array, lambda _: None)), array
 
 
+# All operators have the queries of one class: each is asked of a Hessian, a few of the others.
+ASKED = {
+    # The user's own jit is compiled by itself.
+    "hessian": [query for query in QUERIES if query != "under jit"],
+    "ggn": ["@ v", "dense", "diagonal", "solve", "linearize"],
+    "fisher": ["@ v", "dense", "diagonal"],
+}
 ROUTES: dict[str, Callable[[Functions], Any]] = {
     **{
         f"{operator} {query}": lambda f, operator=operator, query=query: QUERIES[query][0](
             OPERATORS[operator](f)(W, X, Y) + fp.curvature.identity(W)
         )
-        for operator in ("hessian", "ggn")
-        for query in QUERIES
-        if query != "under jit"  # the user's own jit is compiled by itself
+        for operator, asked in ASKED.items()
+        for query in asked
     },
-    **{f"fisher {query}": lambda f, query=query: QUERIES[query][0](OPERATORS["fisher"](f)(W, X, Y))
-       for query in ("@ v", "dense", "diagonal")},
     "sampled Fisher": lambda f: fp.fisher(f.batched, "gaussian", kind="mc", batched=True)(W, X, key=KEY) @ V,
-    "empirical Fisher":
-        lambda f: fp.fisher(f.batched, "gaussian", kind="empirical", batched=True)(W, X, Y) @ V,
+    "empirical Fisher": lambda f: (
+        fp.fisher(f.batched, "gaussian", kind="empirical", batched=True)(W, X, Y) @ V
+    ),
     **{name: lambda f, name=name: CALLED[name](f)() for name in CALLED},
 }  # fmt: skip
 # These jit, or enter a branch, whenever they are called; what they compile is their own.

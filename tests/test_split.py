@@ -94,7 +94,7 @@ def product(loss: Any, *args: Any) -> Any:
     return trace_objective(use, loss, 0, args, {})
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_is_found_in_every_spelling(name: str) -> None:
     loss, y = LOSSES[name]

@@ -76,7 +76,7 @@ def test_a_program_for_several_platforms_runs_here_by_its_rule():
     close(again.call(X), jax.grad(pooled)(X))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("loss", FUNCTIONS)
 @pytest.mark.parametrize("form", ["rule", "elsewhere"])
 def test_every_derivative_is_autodiffs_in_both_forms(loss, form, monkeypatch):

@@ -115,7 +115,7 @@ RIGHT = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_rule_passes(name: str) -> None:
     operator, args, options = RIGHT[name]

@@ -55,7 +55,7 @@ CANCELLING = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CANCELLING)
 def test_a_gradient_that_cancels_is_no_deviation(case, dtype):

@@ -46,7 +46,7 @@ def assert_close(actual, expected, tolerance, where):
         assert np.max(np.abs(a - e), initial=0.0) <= tolerance * scale, name
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(8)
 @every_entry
 def test_gradient(entry):
     fun, args = entry.build()
@@ -58,7 +58,7 @@ def test_gradient(entry):
         assert_close(gradient, expected, entry.tolerance, f"{entry.name}: {name}")
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("entry", [e for e in ZOO.values() if e.twice], ids=lambda e: e.name)
 def test_hessian_vector_product(entry):
     fun, (params, *rest) = entry.build()
@@ -73,7 +73,7 @@ def test_hessian_vector_product(entry):
     assert_close(actual, expected, 10 * entry.tolerance, f"{entry.name}: hvp")
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(6)
 @every_entry
 def test_gradient_lowers_for_accelerators(entry):
     fun, args = entry.build()
