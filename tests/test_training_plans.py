@@ -12,6 +12,7 @@ import pytest
 
 import funcprop as fp
 from funcprop import training
+from funcprop.program.call import with_extra_arguments
 
 X = np.asarray(jax.random.normal(jax.random.key(0), (64, 6)))
 Y = np.sin(X.sum(1))
@@ -112,6 +113,58 @@ def test_every_way_to_train_is_that_of_one_device(kind: str, way: str) -> None:
             strict=True,
         ):
             np.testing.assert_allclose(jax.device_get(a), b, rtol=1e-11, atol=1e-13, err_msg=str(path))
+
+
+ASKING = {
+    "value": optax.polyak_sgd(0.1),
+    "value_fn": optax.lbfgs(),
+    "inside of another": optax.MultiSteps(optax.polyak_sgd(0.1), every_k_schedule=2),
+}
+
+
+@pytest.mark.parametrize(("asks", "kind"), [(a, "zero") for a in ASKING] + [("value", "data and tensor")])
+def test_an_optimizer_may_ask_for_the_loss(asks: str, kind: str) -> None:
+    """As `optax.polyak_sgd` and line searches do; here beside a loop in plain Optax."""
+    optimizer, params = ASKING[asks], PARAMS
+    update, state = with_extra_arguments(optimizer).update, optimizer.init(PARAMS)
+    batches = [(X[i : i + 16], Y[i : i + 16]) for i in range(0, 64, 16)]
+    for batch in batches:
+        value, grad = jax.value_and_grad(plain)(params, *batch)
+        of_params = lambda params, batch=batch: plain(params, *batch)  # noqa: E731
+        changes, state = update(grad, state, params, value=value, grad=grad, value_fn=of_params)
+        params = optax.apply_updates(params, changes)
+    for way in ({}, {"plan": plan(kind)}):
+        (epoch,) = training.fit(plain, PARAMS, batches, optimizer, epochs=1, **way)
+        for a, b in zip(jax.tree.leaves(epoch.params), jax.tree.leaves(params), strict=True):
+            np.testing.assert_allclose(jax.device_get(a), b, rtol=1e-9, atol=1e-9)
+
+
+def test_no_stage_of_a_pipeline_knows_the_loss() -> None:
+    with pytest.raises(
+        ValueError, match=r"asks for more than gradients .*'value'.*use a plan without a pipe"
+    ):
+        list(training.fit(plain, PARAMS, [(X, Y)], optax.polyak_sgd(0.1), plan=plan("pipeline")))
+
+
+def of_one_batch(params: Any, batch: Any) -> Any:
+    return plain(params, *batch)
+
+
+@pytest.mark.parametrize("kind", ["data", "zero", "pipeline"])
+def test_a_loss_is_planned_and_trained_as_it_is(kind: str) -> None:
+    """Whether it takes a batch as one argument, or each of its arrays."""
+    found = []
+    for loss in (plain, of_one_batch):
+        assert fp.partition.axes(loss)(PARAMS, (X, Y)).as_dict()["axes"]
+        made = fp.partition.plan(loss, optimizer=ADAM, **PLANS[kind])(PARAMS, (X[:16], Y[:16]))[0]
+        for given in ({"plan": made}, {}):
+            (epoch,) = training.fit(loss, PARAMS, [(X[:16], Y[:16])], ADAM, epochs=1, **given)
+            found.append(jax.device_get(epoch.params))
+    step = training.make_step(of_one_batch, ADAM)
+    found.append(step(jax.tree.map(jnp.copy, PARAMS), ADAM.init(PARAMS), (X[:16], Y[:16]))[0])
+    for other in found[1:]:
+        for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(found[0]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("kind", ["data", "data and tensor", "zero"])

@@ -124,11 +124,20 @@ def test_the_replay_of_a_step_with_parts_and_precision() -> None:
         ({"has_aux": True, "plan": Plan()}, TypeError, "has_aux: a plan of one.s own has a step of its own"),
         ({"log": 3}, TypeError, "log=3; pass a path, a function of a record, or a list"),
         ({"stop": training.early_stop("test_los")}, KeyError, "no metric 'test_los'; there are loss"),
+        ({"stop": "loss"}, TypeError, r"stop='loss'; pass a function .* fp.training.early_stop\('loss'\)"),
+        ({"epochs": 2.5}, ValueError, "epochs=2.5; pass the number of epochs, 0 or more"),
+        ({"batches": {"x": PARAMS}}, TypeError, "batches is of type dict; pass the minibatches of an epoch"),
+        ({"batches": None}, TypeError, "batches is of type NoneType; pass the minibatches"),
+        ({"key": 0}, TypeError, r"key=0; pass a PRNG key, such as jax.random.key\(0\)"),
+        ({"plan": "data"}, TypeError, r"plan='data'; pass one of fp.partition.plan\(loss\)\(params, batch\)"),
+        ({"evaluate": lambda _: 0.5}, TypeError, "evaluate returned a float; return numbers by name"),
+        ({"evaluate": lambda _: {"a": jnp.ones(2)}}, TypeError, r"returned {'a': 'shape \(2,\)'}; return"),
     ],
 )
 def test_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = {"batches": BATCHES, "optimizer": optax.sgd(0.1)} | options
     with pytest.raises(error, match=message):
-        last(loss, PARAMS, BATCHES, optax.sgd(0.1), **options)
+        last(loss, PARAMS, **given)
 
 
 @pytest.mark.parametrize("aux", [jnp.ones(3), {"a": jnp.ones(3)}, {"loss": 1.0}])

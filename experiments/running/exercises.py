@@ -16,7 +16,7 @@ from funcprop.cli.errors import TargetError
 from funcprop.cli.output import table
 from funcprop.cli.target import Target, load
 from funcprop.graph.objective import Objective, trace_objective
-from funcprop.partition.problem import of_batch
+from funcprop.program.batch_arguments import of_batch
 from funcprop.reporting import exercises
 from funcprop.reporting.layers import data_shapes
 from funcprop.sweeps.propagation import Propagation

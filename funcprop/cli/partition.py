@@ -14,7 +14,7 @@ from funcprop.cli.memory import OPTIMIZERS
 from funcprop.cli.options import AsJson, TargetName, parse_bytes
 from funcprop.cli.output import Output, emit, json_text
 from funcprop.cli.target import Target, load
-from funcprop.partition.problem import of_batch
+from funcprop.program.batch_arguments import of_batch
 from funcprop.progress import bar
 
 

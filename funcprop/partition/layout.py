@@ -149,7 +149,8 @@ def layout_of(axes: Axes, sizes: Mapping[str, int], batch_variables: Sequence[An
         if not chosen:
             raise ValueError(
                 f"model={sizes[MODEL]}: no axis of the parameters can be split into {sizes[MODEL]} parts; "
-                "print(fp.partition.axes(loss)(params, batch)) says why."
+                "print(fp.partition.axes(loss)(params, batch)) says why, unless it is the optimizer that "
+                "mixes their entries, as optax.lbfgs does."
             )
         split |= chosen
     return MeshLayout(axes.program, dict(sizes), split)

@@ -21,6 +21,7 @@ from funcprop import _jax
 from funcprop.graph.graph import aligned
 from funcprop.partition.flat import flattened, simplified, with_makers_apart
 from funcprop.partition.links import Links, Place, links_of, rank, shape
+from funcprop.program.batch_arguments import taking_a_batch
 from funcprop.program.facts import PRODUCTS, facts_of
 from funcprop.program.flops import flops
 from funcprop.program.trained import Trained
@@ -302,7 +303,7 @@ def axes(fun: Callable[..., Any], *, rules: RuleSet | None = None) -> Callable[.
     equal; the axis can be split over devices if no operator needs it whole on one.
 
     Args:
-        fun: the loss, of parameters and batch; both are pytrees.
+        fun: the loss, of parameters and batch, both pytrees; or `loss(params, *batch)`.
         rules: the rules of the gradient; `fp.rules.default` if None.
 
     Example:
@@ -320,8 +321,8 @@ def axes(fun: Callable[..., Any], *, rules: RuleSet | None = None) -> Callable[.
 
     def found(params: Any, batch: Any) -> Axes:
         model = Trained.stateless(params)
-        params = model.arrays
-        program = flat_program(value_and_grad(model.function(fun), rules=rules), params, batch)
+        loss, params = model.function(taking_a_batch(fun, params, batch)), model.arrays
+        program = flat_program(value_and_grad(loss, rules=rules), params, batch)
         inputs = program.jaxpr.invars[len(program.consts) :]
         program.join(program.jaxpr.outvars[1:], inputs[: len(jax.tree.leaves(params))])
         return axes_of(program, params, batch, inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,9 @@ import optax
 from funcprop.partition.layout import batch_places, example_axis
 from funcprop.partition.logical_axes import Axes, AxisProgram, axes_of, flat_program
 from funcprop.partition.segments import Cuttable
-from funcprop.program.call import has_values
+from funcprop.program.call import has_values, with_extra_arguments
 from funcprop.rules.rule_set import RuleSet
+from funcprop.rules.running import with_rules
 from funcprop.rules.transforms import value_and_grad
 
 Weight = Callable[[Any], Any]
@@ -52,7 +53,7 @@ class TrainingProblem:
     @cached_property
     def axes(self) -> Axes:
         """The logical axes of the step, or of loss and gradient if there is no optimizer."""
-        whole = self.gradient if self.optimizer is None else updated(self.gradient, self.optimizer)
+        whole = self.gradient if self.optimizer is None else updated(self.gradient, self, self.optimizer)
         return self.axes_of(whole, self.optimizer)
 
     def arguments(self, optimizer: optax.GradientTransformation | None) -> tuple[Any, ...]:
@@ -152,25 +153,20 @@ class TrainingProblem:
         return jax.eval_shape(optimizer.init, self.shapes[0])
 
 
-def of_batch(function: Callable[..., Any], names: Sequence[str] = ()) -> Callable[..., Any]:
-    """A loss of parameters and data as one of parameters and a batch, the tuple of all other arguments.
-
-    The last of these are passed by their `names`.
-    """
-
-    def loss(params: Any, batch: Any) -> Any:
-        count = len(batch) - len(names)
-        return function(params, *batch[:count], **dict(zip(names, batch[count:], strict=True)))
-
-    return loss
-
-
-def updated(gradient: Callable[..., Any], optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    """A train step: `step(params, state, batch) -> params, state, loss`."""
+def updated(
+    gradient: Callable[..., Any], problem: TrainingProblem, optimizer: optax.GradientTransformation
+) -> Callable[..., Any]:
+    """A train step of a problem: `step(params, state, batch) -> params, state, loss`."""
+    transformation, loss = with_extra_arguments(optimizer), with_rules(problem.loss, problem.rules)
 
     def step(params: Any, state: Any, batch: Any) -> Any:
         value, grads = gradient(params, batch)
-        changes, state = optimizer.update(grads, state, params)
+
+        def value_fn(params: Any, batch: Any = batch) -> Any:
+            return loss(params, batch)
+
+        extra = {"value": value, "grad": grads, "value_fn": value_fn, "batch": batch}
+        changes, state = transformation.update(grads, state, params, **extra)
         return optax.apply_updates(params, changes), state, value
 
     return step

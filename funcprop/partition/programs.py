@@ -48,7 +48,7 @@ def in_minibatches(
     problem: TrainingProblem, gradient: Gradient, optimizer: optax.GradientTransformation, parts: int
 ) -> Callable[..., Any]:
     """A step that makes `parts` updates, each with a part of the batch; its loss is their mean."""
-    step = updated(gradient, optimizer)
+    step = updated(gradient, problem, optimizer)
 
     def run(params: Any, state: Any, batch: Any) -> Any:
         def one(carry: Any, part: Any) -> tuple[Any, Any]:
@@ -101,7 +101,7 @@ class SteppedProgram:
             return self.gradient
         if self.minibatches > 1:
             return in_minibatches(self.problem, self.gradient, optimizer, self.minibatches)
-        return updated(self.gradient, optimizer)
+        return updated(self.gradient, self.problem, optimizer)
 
     def laid_out(self, optimizer: optax.GradientTransformation | None) -> MeshLayout:
         """The layout of the whole program: what the model's axes say, and what the optimizer's follow."""

@@ -22,6 +22,7 @@ from funcprop.partition.programs import SteppedProgram
 from funcprop.partition.sharded import ShardedProgram
 from funcprop.partition.task_order import Order
 from funcprop.partition.topology import DeviceTarget, target_of
+from funcprop.program.batch_arguments import taking_a_batch
 from funcprop.program.call import require_optimizer
 from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import budget_bytes, nbytes
@@ -63,9 +64,9 @@ def plan(
     checked on numbers.
 
     Args:
-        loss: of parameters and batch, both pytrees. Parameters may be a module of Equinox as it is: its
-            floating-point arrays are trained, and plans are for a tree of these, `eqx.filter(module,
-            eqx.is_inexact_array)`. Of an nnx model give what `nnx.split` returns.
+        loss: of parameters and batch, both pytrees; or `loss(params, *batch)`. Parameters may be a module of
+            Equinox as it is: its floating-point arrays are trained, and plans are for a tree of these,
+            `eqx.filter(module, eqx.is_inexact_array)`. Of an nnx model give what `nnx.split` returns.
         optimizer: any optax optimizer; without, only the gradient is accounted.
         budget: bytes of one device, or text as "16GB"; the device's memory for `on=`.
         rules: the rules of the gradient; `fp.rules.default` if None.
@@ -101,9 +102,9 @@ def plan(
         if not target.is_present and chosen.target is None:
             chosen = chosen.on(target.machine.platform)
         model = Trained.stateless(params)
-        problem = TrainingProblem(
-            model.function(loss), model.arrays, batch, optimizer, chosen, weight, target.machine.platform
-        )
+        function = model.function(taking_a_batch(loss, params, batch))
+        platform = target.machine.platform
+        problem = TrainingProblem(function, model.arrays, batch, optimizer, chosen, weight, platform)
         search = _Search(problem, target, limit, microbatches, schedule)
         if mesh is not None:
             return Plans((search.on_mesh(mesh, shard_parameters),), (), problem.examples)

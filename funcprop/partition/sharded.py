@@ -127,7 +127,7 @@ class ShardedProgram:
         state = at(self._specs(self.problem.state_shapes(optimizer)))
         whole = (params, state, batch)
         step = jax.jit(
-            updated(fun, optimizer),
+            updated(fun, self.problem, optimizer),
             in_shardings=whole,
             out_shardings=(params, state, one),
             donate_argnums=(0, 1),
@@ -156,7 +156,8 @@ class ShardedProgram:
         if optimizer is not None:
             state = self._specs(self.problem.state_shapes(optimizer))
             # Where the optimizer adds up over parameters its numbers are wrong here, but not its bytes.
-            fun, ins, outs = updated(fun, optimizer), (params, state, batch), (params, state, one)
+            fun = updated(fun, self.problem, optimizer)
+            ins, outs = (params, state, batch), (params, state, one)
         mesh = jax.sharding.AbstractMesh((self.parts,), (DATA,), axis_types=(jax.sharding.AxisType.Auto,))
         whole = jax.shard_map(fun, mesh=mesh, check_vma=False, in_specs=ins, out_specs=outs)
         closed = jax.make_jaxpr(whole)(*self.problem.arguments(optimizer))

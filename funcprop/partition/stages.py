@@ -111,7 +111,7 @@ def _extra(fun: Any, arguments: Any, donated: int) -> int:
 
 
 class CoupledError(ValueError):
-    """An optimizer whose update of one parameter depends on the gradients of those of other stages."""
+    """An optimizer whose update of one parameter depends on the gradients of other stages, or on the loss."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +119,8 @@ class StageUpdates:
     """The optimizer's update, taken apart into one for each stage; `owners` is the stage of each parameter.
 
     Raises:
-        CoupledError: when it is made, if the update of a parameter reads gradients of several stages.
+        CoupledError: when it is made, if the update of a parameter reads gradients of several stages or a
+            loss.
     """
 
     optimizer: optax.GradientTransformation
@@ -132,7 +133,15 @@ class StageUpdates:
         state = jax.eval_shape(self.optimizer.init, self.params)
 
         def update(params: Any, state: Any, grads: Any) -> Any:
-            changes, state = self.optimizer.update(grads, state, params)
+            try:
+                changes, state = self.optimizer.update(grads, state, params)
+            except TypeError as error:
+                if not isinstance(self.optimizer, optax.GradientTransformationExtraArgs):
+                    raise
+                raise CoupledError(
+                    f"the optimizer's update asks for more than gradients ({error}), and no stage of a "
+                    "pipeline has the loss of the whole model; use a plan without a pipeline."
+                ) from error
             return jax.tree.leaves(optax.apply_updates(params, changes)), jax.tree.leaves(state)
 
         jaxpr, consts = flattened(jax.make_jaxpr(update)(self.params, state, self.params))

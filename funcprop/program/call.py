@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from funcprop import _jax
 
@@ -153,6 +154,14 @@ def require_optimizer(of: str, optimizer: Any) -> None:
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         shown = repr(optimizer) if isinstance(optimizer, str) else f"of type {type(optimizer).__name__}"
         raise TypeError(f"{of}optimizer is {shown}; pass an optax optimizer, such as optax.adam(1e-3).")
+
+
+def with_extra_arguments(optimizer: optax.GradientTransformation) -> Any:
+    """Return the optimizer as one that takes extra arguments, which it is given if it has use for them."""
+    require_optimizer("", optimizer)
+    if isinstance(optimizer, optax.MultiSteps):  # It hands extra arguments on, but its type does not say so.
+        optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+    return optax.with_extra_args_support(optimizer)
 
 
 def has_values(tree: Any) -> bool:

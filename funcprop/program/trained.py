@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -92,6 +93,8 @@ class Trained(NamedTuple):
             value, aux = pair(result, fun)
             return value, (state, aux)
 
+        if self.state is not None:
+            of_arrays.__signature__ = _with_state(fun)  # type: ignore[attr-defined]
         return of_arrays
 
     def evaluation(self, fun: Callable[..., Any] | None) -> Callable[..., Any] | None:
@@ -99,6 +102,16 @@ class Trained(NamedTuple):
         if fun is None or self.is_whole:
             return fun
         return lambda arrays, state=None: fun(self.joined(arrays, state))
+
+
+def _with_state(fun: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function of a model as one of arrays and state."""
+    signature = inspect.signature(fun)
+    first, *others = signature.parameters.values()
+    if first.kind is first.VAR_POSITIONAL:
+        return signature
+    state = inspect.Parameter("model_state", first.kind)
+    return signature.replace(parameters=[first, state, *others])
 
 
 def trained_leaves(model: Any) -> tuple[bool, ...]:

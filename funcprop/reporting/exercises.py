@@ -26,9 +26,9 @@ from funcprop.graph.graph import Operator, Variable, bytes_text, shape_text
 from funcprop.graph.objective import Objective
 from funcprop.memory.ledger import Footprint
 from funcprop.partition.plans import PartitionPlan, RejectedPlan
-from funcprop.partition.problem import of_batch
 from funcprop.partition.proof import PartitionProof
 from funcprop.partition.search import plan
+from funcprop.program.batch_arguments import of_batch
 from funcprop.program.facts import PRODUCTS, is_view
 from funcprop.reporting.layers import Memory
 from funcprop.reporting.number_text import amount, count, digits

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from funcprop._jax.compiled_programs import held_bytes, memory_fields
-from funcprop.training.training_loss import arguments as in_order
+from funcprop.program.batch_arguments import arguments as in_order
 from funcprop.training.update_step import Carried, Outcome
 
 
@@ -98,7 +98,8 @@ class PlannedStep:
 
     def text(self, params: Any, carried: Any, batch: Any, *_: Any) -> str:
         """Return the loss that was planned, as a program; that of the plan is made from it."""
-        return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(self._loss)(self._params, *in_order(batch))))
+        parts = in_order(batch, self._loss, self._params)
+        return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(self._loss)(self._params, *parts)))
 
     def __call__(self, params: Any, carried: Carried, batch: Any, key: Any, number: Any) -> Any:
         """Take a step as the plan does."""

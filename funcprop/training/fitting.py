@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import optax
 
-from funcprop.program.call import require_optimizer
 from funcprop.program.trained import Trained
 from funcprop.rules.rule_set import RuleSet
 from funcprop.training.checkpoints import Checkpoints
+from funcprop.training.fit_arguments import check
 from funcprop.training.loop import Epoch, Evaluate, Loss
 from funcprop.training.mixed_precision import MixedPrecision
 from funcprop.training.nonfinite_step import NonFiniteStepError
@@ -93,7 +93,8 @@ def fit(
             last step could not be saved. Other failures to save are warnings; training goes on.
         ValueError: an argument is out of range, `batches` yields nothing, or `evaluate` has a metric named
             `loss`.
-        TypeError: `plan` is given with what its step does not do.
+        TypeError: an argument is of another type, `evaluate` returns anything but numbers by name, or `plan`
+            is given with what its step does not do.
         NonFiniteStepError: a loss or an update is not finite. It is a FloatingPointError that names the first
             operator and holds the parameters before that step.
 
@@ -106,19 +107,19 @@ def fit(
         1 {'loss': 7.5} 2.5
         2 {'loss': 2.65625} 3.125
     """
-    require_optimizer("fit(loss, params, batches, optimizer): ", optimizer)
-    for name, value, least in (("epochs", epochs, 0), ("accumulate", accumulate, 1)):
-        if value < least:
-            raise ValueError(f"fit: {name}={value}; pass the number of {what(name)}, {least} or more.")
-    if weight is not None and accumulate == 1:
-        raise ValueError("fit: weight= says how much a part of a batch counts; pass accumulate= as well.")
-    if state is not None and not isinstance(state, TrainingState):
-        raise TypeError(
-            f"fit: state is of type {type(state).__name__}; pass the `state` of an epoch, or "
-            "fp.training.TrainingState(optimizer_state) to begin with a state of the optimizer."
-        )
-    if state is not None and state.model is not None and model_state is not None:
-        raise ValueError("fit: state has a model state, and model_state is given as well; leave one out.")
+    check(
+        optimizer,
+        batches=batches,
+        epochs=epochs,
+        evaluate=evaluate,
+        key=key,
+        state=state,
+        model_state=model_state,
+        accumulate=accumulate,
+        weight=weight,
+        stop=stop,
+        plan=plan,
+    )
     model = Trained.of(params)
     if model.state is not None:
         if model_state is not None:
@@ -160,8 +161,3 @@ def _of_models(epochs: Iterator[Epoch], model: Trained) -> Iterator[Epoch]:
     except NonFiniteStepError as error:
         error.params = model.joined(error.params, error.state.model)
         raise
-
-
-def what(name: str) -> str:
-    """Return what an argument counts."""
-    return {"epochs": "epochs", "accumulate": "parts of a batch"}[name]

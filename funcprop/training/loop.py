@@ -16,14 +16,13 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import optax
 
-from funcprop.program.call import without_aux
+from funcprop.program.batch_arguments import arguments
+from funcprop.program.call import with_extra_arguments, without_aux
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
 from funcprop.rules.transforms import value_and_grad
 from funcprop.training.position import Batches
-from funcprop.training.training_loss import arguments
 from funcprop.training.training_state import TrainingState
-from funcprop.training.update_step import with_extra_arguments
 
 Loss: TypeAlias = Callable[..., Any]
 Evaluate: TypeAlias = Callable[..., Mapping[str, Any]]
@@ -33,7 +32,7 @@ class Setup(NamedTuple):
     """All that a training run needs; what `module:setup()` returns for `funcprop train`.
 
     * `loss(params, *batch)`: a real scalar. A batch that is a plain tuple or list is spread over the
-      arguments; any other (an array, a dict, a NamedTuple) is one argument.
+      arguments, unless the loss takes one; any other (an array, a dict, a NamedTuple) is one argument.
     * `params`: a pytree of arrays.
     * `batches`: the minibatches of one epoch, as an iterable that can be iterated again in every epoch, or as
       a function of a PRNG key, called with another key in every epoch.
@@ -78,21 +77,23 @@ class Epoch(NamedTuple):
 
 
 def first_minibatch(setup: Setup, key: Any = None) -> tuple[Any, ...]:
-    """What the loss of a training run is first called with in an epoch, besides the parameters."""
+    """What the loss of a training run is first called with in an epoch, besides parameters, state and key."""
     key = jax.random.key(0) if key is None else key
     batches = setup.batches(key) if callable(setup.batches) else setup.batches
-    return arguments(next(iter(batches)))
+    first = (setup.params, None) if setup.options.get("model_state") is not None else (setup.params,)
+    options = {"key": key} if setup.options.get("keyed") else {}
+    return arguments(next(iter(batches)), setup.loss, *first, **options)
 
 
 def apply_loss(loss: Loss, params: Any, batch: Any) -> Any:
-    """`loss(params, *batch)` for a plain tuple or list, `loss(params, batch)` for anything else.
+    """`loss(params, *batch)` for a plain tuple or list, `loss(params, batch)` for another batch or loss.
 
     Example:
         >>> import funcprop as fp
         >>> fp.training.apply_loss(lambda w, x, y: w * x - y, 2.0, (3.0, 1.0))
         5.0
     """
-    return loss(params, *arguments(batch))
+    return loss(params, *arguments(batch, loss, params))
 
 
 def make_step(
@@ -116,7 +117,8 @@ def make_step(
     Args:
         loss: `loss(params, *batch)`, a real scalar; see `Setup` for how a batch is passed.
         optimizer: an optax gradient transformation. One with extra arguments is given `value`, `grad`,
-            `value_fn` (the loss of the minibatch, as a function of the parameters) and `batch`.
+            `value_fn` (the loss as a function of the parameters, and of this `batch` if none is given) and
+            `batch`.
         has_aux: the loss returns the scalar and auxiliary data.
         rules: a rule set; `fp.rules.default` if None.
 
@@ -142,9 +144,8 @@ def make_step(
                 f"has_aux={has_aux}, and {len(carried)} are given."
             )
 
-        def of_params(params: Any) -> Any:
-            of_batch = (lambda params, *batch: loss(params, *carried, *batch)) if carried else loss
-            return apply_loss(of_batch, params, batch)
+        def of_params(params: Any, batch: Any = batch) -> Any:
+            return loss(params, *carried, *arguments(batch, loss, params, *carried))
 
         of_params.__name__ = getattr(loss, "__name__", type(loss).__name__)
         found, gradient = value_and_grad(of_params, has_aux=has_aux, rules=rules)(params)

@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 
+from funcprop.program.batch_arguments import arguments
 from funcprop.rules.rule_set import RuleSet
 from funcprop.sweeps.backprop import backprop
 from funcprop.training.position import Position, step_key
-from funcprop.training.training_loss import TrainingLoss, arguments
+from funcprop.training.training_loss import TrainingLoss
 from funcprop.training.training_state import TrainingState
 
 
@@ -60,7 +61,8 @@ def _first(
     own = step_key(key, state.position.step)
     if objective == TrainingLoss(objective.loss):
         # Names are those of the loss's own arguments.
-        return backprop(objective.loss, rules=rules)(params, *arguments(batch)).first_nonfinite()
+        parts = arguments(batch, objective.loss, params)
+        return backprop(objective.loss, rules=rules)(params, *parts).first_nonfinite()
 
     def replayed(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
         return objective.value(params, model_state, batch, key)

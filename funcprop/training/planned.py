@@ -14,9 +14,10 @@ from typing import Any
 
 import optax
 
+from funcprop.program.batch_arguments import arguments
 from funcprop.rules.rule_set import RuleSet
 from funcprop.training.compiled_step import CompiledStep, PlannedStep
-from funcprop.training.training_loss import TrainingLoss, arguments
+from funcprop.training.training_loss import TrainingLoss
 from funcprop.training.update_step import update_step
 
 
@@ -89,7 +90,8 @@ def _pipelined(plan: Any, objective: TrainingLoss, optimizer: Any, rules: Any, p
             "itself, so that an overflow on one cannot leave out the update of all; use 'bfloat16', or a "
             "plan of data or tensor parallelism."
         )
-    weight = objective.weight and (lambda batch: objective.weight(*arguments(batch)))  # type: ignore[misc]
+    counted = objective.weight
+    weight = counted and (lambda batch: counted(*arguments(batch, counted)))
 
     def loss(params: Any, batch: Any) -> Any:
         return objective.whole(params, None, batch, None)[0]

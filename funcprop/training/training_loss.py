@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from funcprop.program.batch_arguments import arguments
 from funcprop.program.call import name_of, pair
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.transforms import value_and_grad
@@ -37,9 +38,9 @@ class TrainingLoss:
     def whole(self, params: Any, model: Any, batch: Any, key: Any) -> tuple[Any, tuple[Any, Any]]:
         """Compute `(value, (model state, aux))` of a batch at once."""
         cast = (lambda tree: tree) if self.precision is None else self.precision.cast
-        parts = arguments(cast(batch))
         options = {"key": key} if self.keyed else {}
-        returned = self.loss(cast(params), *([model] if self.stateful else []), *parts, **options)
+        first = (cast(params), model) if self.stateful else (cast(params),)
+        returned = self.loss(*first, *arguments(cast(batch), self.loss, *first, **options), **options)
         aux: Any = {}
         if self.stateful or self.has_aux:
             returned, extra = pair(returned, self.loss)
@@ -113,7 +114,7 @@ class TrainingLoss:
         return value_and_grad(scaled, has_aux=True, rules=rules)
 
     def _weight(self, part: Any) -> Any:
-        return 1.0 if self.weight is None else self.weight(*arguments(part))
+        return 1.0 if self.weight is None else self.weight(*arguments(part, self.weight))
 
     def require_mean(self, params: Any, batch: Any) -> None:
         """Compare the loss of two parts with the mean of their losses, where both should be equal.
@@ -139,11 +140,6 @@ class TrainingLoss:
                 f"{float(whole):.8g} of two parts together, {mean:.8g} as their mean. Pass weight=, a "
                 "function of a batch: by how many examples or tokens its loss is divided."
             )
-
-
-def arguments(batch: Any) -> tuple[Any, ...]:
-    """Return the arguments that a batch is: the entries of a plain tuple or list, or itself."""
-    return tuple(batch) if type(batch) in (tuple, list) else (batch,)
 
 
 def examples(batch: Any) -> int:

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -228,7 +228,12 @@ class TrainingRun:
         if self.evaluate is None:
             return {}
         state = () if self.carried.model is None else (self.carried.model,)
-        found = {name: float(value) for name, value in self.evaluate(self.params, *state).items()}
+        returned = self.evaluate(self.params, *state)
+        if not isinstance(returned, Mapping) or any(np.shape(value) for value in returned.values()):
+            raise TypeError(
+                f"fit: evaluate returned {_shown(returned)}; return numbers by name, as {{'accuracy': 0.9}}."
+            )
+        found = {name: float(value) for name, value in returned.items()}
         if "loss" in found:
             raise ValueError(
                 "fit: evaluate returned a metric named 'loss', which is the name of the training loss; call "
@@ -336,3 +341,9 @@ class TrainingRun:
 
 def _silent(**_: Any) -> None:
     pass
+
+
+def _shown(returned: Any) -> str:
+    if not isinstance(returned, Mapping):
+        return f"a {type(returned).__name__}"
+    return str({name: f"shape {np.shape(value)}" for name, value in returned.items()})

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from funcprop.program.call import require_optimizer
+from funcprop.program.call import with_extra_arguments
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
 from funcprop.training.position import step_key
@@ -56,7 +56,7 @@ def update_step(
             kept = all_finite(gradient)
             scale = precision.next_scale(carried.scale, kept)
 
-        def value_fn(params: Any) -> Any:
+        def value_fn(params: Any, batch: Any = batch) -> Any:
             return objective.value(params, carried.model, batch, own)
 
         extra = {"value": value, "grad": gradient, "value_fn": with_rules(value_fn, rules), "batch": batch}
@@ -74,14 +74,6 @@ def update_step(
         return params, Carried(state, model, scale, intact), Outcome(value, aux, intact)
 
     return step
-
-
-def with_extra_arguments(optimizer: optax.GradientTransformation) -> Any:
-    """Return the optimizer as one that takes extra arguments, which it is given if it has use for them."""
-    require_optimizer("", optimizer)
-    if isinstance(optimizer, optax.MultiSteps):  # It hands extra arguments on, but its type does not say so.
-        optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
-    return optax.with_extra_args_support(optimizer)
 
 
 def all_finite(tree: Any) -> Any:
