@@ -81,10 +81,10 @@ TESTS = {
     "partition/task_order.py": ("partition_pipeline",),
     "curvature/data_set.py": ("data_sets", "position_weights"),
     "curvature/kronecker.py": ("kronecker", "joint_layers", "position_weights"),
-    "curvature/laplace_posterior.py": ("laplace", "laplace_edges", "position_weights"),
+    "curvature/laplace_posterior.py": ("laplace", "laplace_edges", "position_weights", "curvature_plots"),
     "curvature/minibatches.py": ("data_sets",),
     "curvature/precision.py": ("laplace", "laplace_edges"),
-    "operators/solvers.py": ("curvature_krylov", "curvature_estimates"),
+    "operators/solvers.py": ("curvature_krylov", "curvature_estimates", "data_sets"),
     "operators/stochastic_estimates.py": ("curvature_estimates", "curvature_plots"),
     **{f"equations/{file}.py": READING for file in EQUATIONS},
 }
