@@ -217,3 +217,13 @@ def test_long_derivations_show_a_bar(monkeypatch):
     assert len(shown) == 1
     short.verify(progress=True)
     assert len(shown) == 2
+
+
+@pytest.mark.parametrize("draw", [jax.random.gamma, jax.random.dirichlet])
+def test_a_draw_that_depends_on_a_parameter_is_written_and_verified(draw):
+    """Its operator reads a key, which is no number."""
+    derivation = fp.derive(lambda w, k: jnp.sum(draw(k, w) ** 2))(
+        jnp.array([1.0, 2.0, 3.0]), jax.random.key(0)
+    )
+    derivation.verify()
+    assert "random_gamma(k, w)" in str(derivation)

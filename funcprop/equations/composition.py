@@ -131,7 +131,7 @@ def derived_equations(op: Operator, args: Sequence[Expression], cotangent: Expre
     if op.equation is None or op.call is not None or op.bodies or not _jax.is_differentiable(output.aval):
         return Equations(forward, tuple(cotangents))
     facts = facts_of(op.equation)
-    is_real = not any(np.issubdtype(x.type.dtype, np.complexfloating) for x in (*args, forward))
+    is_real = not any(jnp.issubdtype(x.type.dtype, jnp.complexfloating) for x in (*args, forward))
     smooth = [i for i, v in enumerate(op.inputs) if v.kind != "literal" and _jax.is_differentiable(v.aval)]
     for i in smooth:
         if facts.elementwise and is_real and args[i].shape == forward.shape:
