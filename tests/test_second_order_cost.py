@@ -193,6 +193,26 @@ def test_without_a_loss_layer_the_row_is_left_out_with_the_reason() -> None:
         fp.second_order_cost(jnp.sin)(jnp.ones(3))
 
 
+def test_what_jax_cannot_differentiate_twice_is_left_out_with_the_reason() -> None:
+    """A custom_vjp has no forward mode, a gamma's derivative no reverse mode; the page has the other rows."""
+    square = jax.custom_vjp(lambda x: x**2)
+    square.defvjp(lambda x: (square(x), x), lambda x, g: (2 * x * g,))
+    both = {
+        "HVP forward-over-reverse": (lambda w: jnp.sum(square(w) * w), "can't apply forward-mode autodiff"),
+        "HVP reverse-over-reverse": (
+            lambda w: jnp.sum(jax.random.gamma(jax.random.key(0), w)),
+            "Reverse-mode differentiation does not work for",
+        ),
+    }
+    for name, (loss, why) in both.items():
+        cost = fp.second_order_cost(loss)(jnp.arange(1.0, 4.0))
+        assert cost.left[name].startswith(why)
+        assert {"value", "gradient", *both} - {row.name for row in cost.rows} == {name}
+        assert f"{name}: left out, {why}" in str(cost)
+    report = fp.report(both["HVP forward-over-reverse"][0])(jnp.arange(1.0, 4.0))
+    np.testing.assert_allclose(report.spectrum.values, [18, 12, 6])
+
+
 def test_a_large_hessian_is_predicted_and_not_measured() -> None:
     square = jax.ShapeDtypeStruct((512, 512), jnp.float32)
     found = fp.second_order_cost(mlp)([square] * 2, square)

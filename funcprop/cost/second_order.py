@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from funcprop import _jax
-from funcprop.cost.programs import DENSE, GAUSS_NEWTON, GRADIENT, programs
+from funcprop.cost.programs import DENSE, GAUSS_NEWTON, GRADIENT, VALUE, programs
 from funcprop.cost.timing import Rates, compiled_together, fastest, measured_rates
 from funcprop.cost.work import Work, of_compiled, of_jaxpr
 from funcprop.graph.graph import aligned, bytes_text
@@ -234,13 +234,23 @@ def _costs(
     rules = rules.for_arguments(objective.traced.leaves)
     found, split, left = programs(objective, output, rules)
     count = sum(math.prod(v.shape or ()) for v in objective.inputs.values())
-    jaxprs = {p.name: jax.make_jaxpr(p.function)(*p.operands) for p in found}
+    jaxprs, lowered = {}, {}
+    for p in found:
+        try:
+            jaxpr, program = jax.make_jaxpr(p.function)(*p.operands), jax.jit(p.function).lower(*p.operands)
+            jaxprs[p.name], lowered[p.name] = jaxpr, program
+        except (TypeError, ValueError, NotImplementedError) as error:
+            if p.name in (VALUE, GRADIENT):
+                raise
+            # Such as a custom_vjp, which has no forward mode, and a loop, which has no reverse mode.
+            left[p.name] = str(error).partition("\n")[0]
+    found = [p for p in found if p.name in jaxprs]
     works = {name: of_jaxpr(jaxpr) for name, jaxpr in jaxprs.items()}
     gradient = next(p for p in found if p.name == GRADIENT)
     executable: dict[str, Any] = {}
     rates = None
     if repeats:
-        executable[GRADIENT] = jax.jit(gradient.function).lower(*gradient.operands).compile()
+        executable[GRADIENT] = lowered[GRADIENT].compile()
         run = executable[GRADIENT], gradient.operands
         (once,) = fastest([run], 1)
         (again,) = fastest([run], max(1, min(repeats, int(patience / 10 / once))))
@@ -248,14 +258,17 @@ def _costs(
         rates = measured_rates(list(works.values()), gradient.operands, largest_value, least)
         rates = rates.calibrated(works[GRADIENT], min(once, again))
     predicted = {n: _cost(work, None if rates is None else rates.seconds(work)) for n, work in works.items()}
-    reasons = dict.fromkeys(predicted) | {DENSE: _too_large(predicted[DENSE], count, largest, patience)}
+    reasons = dict.fromkeys(predicted)
+    if DENSE in predicted:
+        reasons[DENSE] = _too_large(predicted[DENSE], count, largest, patience)
     measured: dict[str, Cost] = {}
     chosen = [p for p in found if reasons[p.name] is None]
-    lowered = {p.name: jax.jit(p.function).lower(*p.operands) for p in chosen if p.name not in executable}
-    executable.update(zip(lowered, compiled_together(lowered.values()), strict=True))
+    others = {p.name: lowered[p.name] for p in chosen if p.name not in executable}
+    executable.update(zip(others, compiled_together(others.values()), strict=True))
     compiled = [(p.name, executable[p.name], p.operands) for p in chosen]
     # The dense Hessian takes far longer than the others and is not run in turn with them.
-    for together in (compiled[:-1], compiled[-1:]) if reasons[DENSE] is None else (compiled,):
+    dense = [row for row in compiled if row[0] == DENSE]
+    for together in filter(None, ([row for row in compiled if row[0] != DENSE], dense)):
         longest = max((predicted[name].seconds or 0 for name, _, _ in together), default=0)
         runs = max(1, min(repeats, int(patience / longest))) if longest else repeats
         seconds = fastest([run[1:] for run in together], runs) if repeats else [None] * len(together)

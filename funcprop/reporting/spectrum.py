@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from funcprop.cost.programs import FORWARD
+from funcprop.cost.programs import FORWARD, REVERSE
 from funcprop.cost.second_order import SecondOrderCost
 from funcprop.curvature.hessian_operator import hessian
 from funcprop.operators.solvers import DenseSolver
@@ -41,7 +41,7 @@ def top(
 ) -> Top | None:
     """The top of the spectrum; None if it takes too long, or several arguments are differentiated by."""
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    product = cost[FORWARD].measured
+    product = next((row.measured for row in cost.rows if row.name in (FORWARD, REVERSE)), None)
     if len(numbers) != 1 or product is None or (product.seconds or 0) > MOST_SECONDS:
         return None
     at = numbers[0] % len(args)
