@@ -80,7 +80,7 @@ def own_equations(
         rule = op.call.layer.rule
         write = None if rule is None or op.call.axes else rule.equations
         given = op.call.unflatten(list(args))
-    name = _CALLED.get(op.op, op.op) if op.call is None else op.op
+    name = called(op)
     try:
         found = None if write is None else write(OperatorSymbols(name, given, output, cotangent, op.static))
     except Exception as error:
@@ -113,14 +113,21 @@ def _one_for_each_array(call: LayerCall, equations: Any) -> Equations:
 _CALLED = {
     "logistic": "σ", "conv_general_dilated": "conv", "reduce_max": "max", "reduce_min": "min",
     "reduce_window_max": "maxpool", "reduce_window_sum": "sumpool", "concatenate": "concat",
-    "dynamic_slice": "slice", "dynamic_update_slice": "update", "reduce_window": "pool",
+    "dynamic_slice": "slice", "dynamic_update_slice": "update", "reduce_window": "pool", "cond": "cases",
 }  # fmt: skip
+
+
+def called(op: Operator) -> str:
+    """What an operator is called: a layer as it is named, a primitive as people call it."""
+    if op.call is not None:
+        return op.op
+    name = op.op if op.equation is None else _jax.function_name(op.equation)
+    return _CALLED.get(name, name.strip("_"))
 
 
 def derived_equations(op: Operator, args: Sequence[Expression], cotangent: Expression) -> Equations:
     """The equations of a primitive by what is known of it: `f′` of an entrywise one, `fᵀ` of a linear one."""
-    name = op.op if op.equation is None or op.call else _jax.function_name(op.equation)
-    name = _CALLED.get(name, name)
+    name = called(op)
     (output,) = op.outputs
 
     def function(*values: Any) -> Any:
@@ -210,9 +217,15 @@ def literal(variable: Variable) -> Expression:
     text, latex = variable.name, variable.name
     if variable.name in ("inf", "-inf"):
         text, latex = text.replace("-", "−").replace("inf", "∞"), text.replace("inf", "\\infty")
-    elif value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.floating) and jnp.isfinite(value):
+    elif value.ndim == 0 and _is_real_number(value):
         return number(float(value), value.dtype)
     return opaque(lambda: value, (), text, latex, jax.typeof(value))
+
+
+def _is_real_number(value: Any) -> bool:
+    """Whether a scalar is a number that a decimal one can be."""
+    is_real = any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer))
+    return is_real and bool(jnp.isfinite(value)) and float(value) == value and abs(float(value)) < 2**53
 
 
 def type_of(variable: Variable) -> jax.ShapeDtypeStruct:

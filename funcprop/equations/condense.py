@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from funcprop import _jax
-from funcprop.equations.composition import Composition, LinePart
+from funcprop.equations.composition import Composition, LinePart, literal, type_of
 from funcprop.equations.constants import draw, named_function, pattern
 from funcprop.equations.elementwise import is_elementwise
 from funcprop.equations.flow import Flow, Region, is_trivial, run
@@ -21,7 +22,7 @@ from funcprop.equations.line_parts import LineParts, is_curved, is_key, is_shape
 from funcprop.equations.recognition import Recognition
 from funcprop.graph.graph import Graph, Operator, Variable
 from funcprop.program.facts import PRODUCTS, facts_of
-from funcprop.rules.equations import Equations
+from funcprop.rules.equations import Equations, opaque
 from funcprop.rules.expressions import Expression
 
 WriteLine = Callable[[Sequence[Expression], Expression, Expression], Equations]
@@ -33,7 +34,8 @@ class Condensed:
 
     `kinds` are by the name of the line's variable: `product`, `activation`, `softmax`, `loss`, `norm`,
     `sum`, `value`. `roles` are those of inputs that are read as `weight`, `bias`, `scale` or `table`, with
-    the line that reads them. `functions` are the user's own, by their symbol: the formula of each.
+    the line that reads them. `functions` are the user's own, by their symbol: the formula of each. `operand`
+    writes a variable of the graph before in the symbols of the lines.
     """
 
     graph: Graph
@@ -41,6 +43,7 @@ class Condensed:
     kinds: Mapping[str, str]
     roles: Mapping[str, tuple[str, str]]
     functions: Mapping[str, Expression]
+    operand: Callable[[Variable, Mapping[str, Expression]], Expression]
 
 
 def condense(graph: Graph, result: Variable, inputs: Collection[str]) -> Condensed:
@@ -52,9 +55,12 @@ def condense(graph: Graph, result: Variable, inputs: Collection[str]) -> Condens
 
 
 def _with_slices(graph: Graph) -> Graph:
-    """The graph with a slice for every result of a split, and of an array that is taken apart."""
+    """The graph with a slice for every result of a split, and without what has no entries."""
     operators: list[Operator] = []
     for op in graph.operators:
+        if op.op == "concatenate" and op.call is None and any(0 in (v.shape or ()) for v in op.inputs):
+            operators.append(_of_entries(op))
+            continue
         if op.op not in ("split", "unstack") or op.call is not None:
             operators.append(op)
             continue
@@ -72,6 +78,18 @@ def _with_slices(graph: Graph) -> Graph:
             if part is not v:
                 operators.append(_of_one(op, "squeeze", partial(lax.squeeze, dimensions=[axis]), part, v))
     return replace(graph, operators=tuple(operators))
+
+
+def _of_entries(op: Operator) -> Operator:
+    """A concatenation of the operands that have entries."""
+    inputs = tuple(v for v in op.inputs if 0 not in (v.shape or ()))
+    if not inputs:
+        return op
+    if len(inputs) == 1:
+        return _of_one(op, "copy", lax.copy_p.bind, inputs[0], op.outputs[0])
+    joined = partial(lax.concatenate, dimension=op.static["dimension"])
+    jaxpr = jax.make_jaxpr(lambda *v: joined(v))(*(v.aval for v in inputs))
+    return replace(op, inputs=inputs, jaxpr=_jax.open_jaxpr(jaxpr))
 
 
 def _of_one(op: Operator, kind: str, function: Callable[..., Any], x: Variable, v: Variable) -> Operator:
@@ -105,7 +123,23 @@ class _Condensing:
             for name, role in self._roles(parts):
                 roles.setdefault(name, (role, op.outputs[0].name))
         graph = replace(self.flow.graph, operators=tuple(operators))
-        return Condensed(graph, writers, kinds, roles, recognition.functions)
+        return Condensed(graph, writers, kinds, roles, recognition.functions, self._operand)
+
+    def _operand(self, v: Variable, symbols: Mapping[str, Expression]) -> Expression:
+        """A variable as it is written where it is read."""
+        v = self.parts.number(v)
+        if v.kind == "literal":
+            return literal(v)
+        if v.name in self.lines or v.name not in self.parts:
+            return symbols[v.name]
+        parts = self.parts.within(v, self.lines)
+        inner = {part.output.name for part in parts}
+        read = {w.name: w for part in parts for w in part.inputs if w.kind != "literal"}
+        inputs = [w for w in read.values() if w.name not in inner]
+        unknown = opaque(lambda: jnp.zeros(v.shape or (), v.dtype), (), "?", "?", type_of(v))
+        return (
+            Composition(parts, inputs, ()).write([symbols[w.name] for w in inputs], unknown, unknown).forward
+        )
 
     def _line(self, op: Operator, parts: Sequence[LinePart]) -> tuple[Operator, WriteLine | None]:
         """The operators of a line as one, and how it is written if not as the operator itself."""

@@ -53,7 +53,8 @@ class _LineChoice:
         self.lines.update(v.name for v in op.outputs if v.named or len(op.outputs) > 1)
         if op.jaxpr.effects:
             self.lines.update(v.name for v in (*op.inputs, *op.outputs) if v.name in self.parts)
-        if op.outputs and self._is_whole(op) and op.outputs[0].name in self.used_names:
+        is_used = bool(op.outputs) and op.outputs[0].name in self.used_names
+        if is_used and self._is_whole(op) and not self._is_operand(op):
             self.lines.add(self._climb(op.outputs[0]))
 
     def _is_whole(self, op: Operator) -> bool:
@@ -65,6 +66,15 @@ class _LineChoice:
             return op.op != "custom_jvp_call" or name in self.flow.active
         facts = facts_of(op.equation)
         return op.op in PRODUCTS or (name in self.flow.active and not (facts.elementwise or facts.reduces))
+
+    def _is_operand(self, op: Operator) -> bool:
+        """Whether an operator takes entries or puts them in, and one sum or product reads what it gives."""
+        if op.op not in ("slice", "pad") or op.call is not None or op.outputs[0].named:
+            return False
+        ends = self._ends(op.outputs[0])
+        return (
+            len(ends) == 1 and ends[0].operator is not None and ends[0].operator.op in ("add", "sub", "mul")
+        )
 
     # --- the end of a product -----------------------------------------------------------------
 

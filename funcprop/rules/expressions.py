@@ -28,7 +28,7 @@ SUM, TERM, QUOTIENT, PRODUCT, POWER, ATOM = range(6)
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-_MINUS = "−{0}"
+_MINUS, _QUOTIENT = "−{0}", "{0} / {1}"
 
 # A decimal number that is longer than this may be that of a fraction.
 _LONG_DECIMAL = 8
@@ -163,11 +163,21 @@ class Expression:
             # A factor that is known stands before the whole product.
             return b * (self * y)
         for uniform, array in ((self, other), (other, self)):
-            if uniform.constant == 1 and array.shape == uniform.shape:
-                return array
-        if other.is_number and not self.is_number:
+            if uniform.constant == 1 and np.broadcast_shapes(uniform.shape, array.shape) == uniform.shape:
+                same = array.type.dtype == uniform.type.dtype
+                return spread_over(array, uniform.shape) if same or array.shape == uniform.shape else array
+        if other.is_number and (not self.is_number or (other.constant is not None and self.constant is None)):
             return other * self
-        if other.binding == QUOTIENT:
+        # `2 (1 / u) z` is `2 z / u`, and `(g / 2) ⊙ z` is `g ⊙ z / 2`.
+        fraction = _fraction(other)
+        if fraction is not None and is_one(fraction[0]):
+            return spread_over(self / fraction[1], np.broadcast_shapes(self.shape, other.shape))
+        if fraction is not None and self.constant and self.constant == fraction[1].constant:
+            return spread_over(fraction[0], np.broadcast_shapes(self.shape, other.shape))
+        fraction = _fraction(self)
+        if fraction is not None and fraction[1].shape == () and not other.is_number:
+            return spread_over(fraction[0], self.shape) * other / fraction[1]
+        if other.binding == QUOTIENT and self.constant is None:
             # `a (b / c)`; a fraction needs no parentheses in LaTeX.
             other = node(lambda x: x, (other,), "({0})", "{0}", ATOM, SUM, other.known_type)
         if self.is_number:
@@ -190,7 +200,7 @@ class Expression:
             return factor * (rest / other)
         if other.constant and other.constant < 1 and (1 / other.constant).is_integer():
             return _constant(1 / other.constant, other) * self
-        return _entrywise(jnp.divide, (self, other), "{0} / {1}", "\\frac{{{0}}}{{{1}}}", QUOTIENT, POWER)
+        return _entrywise(jnp.divide, (self, other), _QUOTIENT, "\\frac{{{0}}}{{{1}}}", QUOTIENT, POWER)
 
     def __rtruediv__(self, other: Any) -> Expression:
         return as_expression(other) / self
@@ -359,6 +369,14 @@ def factored(expression: Expression) -> tuple[Expression | None, Expression]:
         if factor.constant is not None:
             return factor, rest
     return None, expression
+
+
+def _fraction(expression: Expression) -> tuple[Expression, Expression] | None:
+    """Numerator and denominator of a fraction, be it a number in every entry of an array."""
+    inner = expression.operands[0] if expression.template == "{0}" and expression.operands else None
+    if inner is not None and inner.shape == () and inner.type.dtype == expression.type.dtype:
+        expression = inner
+    return expression.operands if expression.template == _QUOTIENT else None  # type: ignore[return-value]
 
 
 def is_one(expression: Expression) -> bool:

@@ -86,6 +86,8 @@ _KNOWN_NUMBERS = {
 
 def known_number(value: float, dtype: Any = None) -> tuple[str, str] | None:
     """A root of an integer, `π` or a logarithm that a decimal number is: templates of text and LaTeX."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        return None
     resolution = float(jnp.finfo(dtype or float).eps)
     if not 1e-4 < abs(value) < 1e4 or resolution > 1e-6 or len(decimal(value, dtype)) < 8:
         return None

@@ -17,6 +17,7 @@ from funcprop.rules.primitives import (
     pooling,
     product,
     reductions,
+    slices,
 )
 from funcprop.rules.rule import Rule
 from funcprop.rules.rule_set import OperatorKey
@@ -35,5 +36,6 @@ RULES: dict[OperatorKey, Rule] = {
 
 EQUATIONS: dict[Any, Callable[..., Any]] = {
     **arithmetic.EQUATIONS,
+    **slices.EQUATIONS,
     **{name: rule.equations for name, rule in RULES.items() if rule.equations is not None},
 }

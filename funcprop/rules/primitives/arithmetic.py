@@ -6,7 +6,6 @@ Operands of a primitive have equal shapes, except that one may be a scalar or ha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +16,6 @@ from funcprop.rules.equations import (
     Equations,
     OperatorSymbols,
     apply,
-    indexed,
     opaque,
     outer,
     written,
@@ -248,69 +246,6 @@ def _transpose(op: OperatorSymbols) -> Equations:
     return Equations(apply("transpose", lambda v: jnp.transpose(v, permutation), x), (back,))
 
 
-def _slice(op: OperatorSymbols) -> Equations | None:
-    """`x[1:, :3]`; one entry of an axis is its index alone, as after the squeeze that follows."""
-    (x,) = op.args
-    if _is_reshaped(x):
-        return None
-    starts, limits = op.static["start_indices"], op.static["limit_indices"]
-    steps = op.static["strides"] or (1,) * len(starts)
-    where = _range(starts, limits, steps, x.shape)
-
-    def cut(v: Any) -> Any:
-        return lax.slice(v, starts, limits, steps)
-
-    def put(g: Any) -> Any:
-        return jax.linear_transpose(cut, jax.ShapeDtypeStruct(x.shape, g.dtype))(g)[0]
-
-    is_smooth = jnp.issubdtype(x.type.dtype, jnp.inexact)
-    forward = indexed(cut, x, where, op.output.type)
-    text, latex = f"pad({{0}}, [{where}])", _PAD.replace("#", where)
-    back = written(put, (op.cotangent,), text, latex) if is_smooth else None
-    return Equations(forward, (back,))
-
-
-_PAD = "\\mathrm{{pad}}\\!\\left({0}, [\\texttt{{#}}]\\right)"
-
-
-def _is_reshaped(x: Expression) -> bool:
-    """Whether it is another shape of what is written: indices would be read as those of the latter."""
-    while x.template == "{0}" and x.operands and x.type.dtype != x.operands[0].type.dtype:
-        x = x.operands[0]
-    return x.template == "{0}" and bool(x.operands)
-
-
-def _range(starts: Sequence[int], limits: Sequence[int], steps: Sequence[int], shape: Sequence[int]) -> str:
-    words = [
-        str(a)
-        if b - a == 1 < size
-        else (f"{a}" if a else "") + ":" + (f"{b}" if b < size else "") + (f":{step}" if step > 1 else "")
-        for a, b, step, size in zip(starts, limits, steps, shape, strict=True)
-    ]
-    while len(words) > 1 and words[-1] == ":":
-        words.pop()
-    return ", ".join(words)
-
-
-def _concatenate(op: OperatorSymbols) -> Equations | None:
-    """`concat(x, h)`; each operand has its entries of the cotangent."""
-    if _is_reshaped(op.cotangent):
-        return None
-    axis, shape = op.static["dimension"], op.output.shape
-    forward = apply(op.name, lambda *v: jnp.concatenate(v, axis), *op.args, type_=op.output.type)
-    backward: list[Expression | None] = []
-    end = 0
-    for x in op.args:
-        start, end = end, end + x.shape[axis]
-        starts, limits = [0] * len(shape), list(shape)
-        starts[axis], limits[axis] = start, end
-        cut = partial(lax.slice_in_dim, start_index=start, limit_index=end, axis=axis)
-        where = _range(starts, limits, [1] * len(shape), shape)
-        is_smooth = jnp.issubdtype(x.type.dtype, jnp.inexact)
-        backward.append(indexed(cut, op.cotangent, where) if is_smooth else None)
-    return Equations(forward, tuple(backward))
-
-
 def _positions(op: OperatorSymbols) -> Equations | None:
     """`arange(n)`, the index of every entry."""
     shape, dtype = op.static["shape"], op.static["dtype"]
@@ -342,6 +277,9 @@ def _same(op: OperatorSymbols) -> Equations:
     (x,) = op.args
     if x.type.dtype == op.output.type.dtype:
         return Equations(x, (op.cotangent,))
+    if not jnp.issubdtype(x.type.dtype, jnp.inexact) and jnp.issubdtype(op.output.type.dtype, jnp.number):
+        # A whole number is the number that it is; of what is true or false, `[x > 0]` is 1 or 0.
+        return Equations(_counted(x, op.output.type), (None,))
 
     def to(dtype: Any, v: Expression) -> Expression:
         if jnp.issubdtype(v.type.dtype, jnp.complexfloating) and jnp.issubdtype(dtype, jnp.floating):
@@ -351,6 +289,15 @@ def _same(op: OperatorSymbols) -> Equations:
         )
 
     return Equations(to(op.output.type.dtype, x), (to(x.type.dtype, op.cotangent),))
+
+
+def _counted(x: Expression, type_: Any) -> Expression:
+    def number(v: Any) -> Any:
+        return v.astype(type_.dtype)
+
+    if x.type.dtype != bool:
+        return unwritten(number, x, type_)
+    return written(number, (x,), "[{0}]", "\\left[{0}\\right]", type_)
 
 
 EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
@@ -372,9 +319,7 @@ EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
     "reduce_sum": _sum,
     "transpose": _transpose,
     "reshape": _moved("reshape", lambda v, p: v.reshape(p["new_sizes"]), lambda g, t, p: g.reshape(t.shape)),
-    "concatenate": _concatenate,
     "iota": _positions,
-    "slice": _slice,
     "squeeze": _moved(
         "squeeze", lambda v, p: jnp.squeeze(v, p["dimensions"]), lambda g, t, p: g.reshape(t.shape)
     ),
