@@ -71,10 +71,8 @@ class _LineChoice:
         """Whether an operator takes entries or puts them in, and one sum or product reads what it gives."""
         if op.op not in ("slice", "pad") or op.call is not None or op.outputs[0].named:
             return False
-        ends = self._ends(op.outputs[0])
-        return (
-            len(ends) == 1 and ends[0].operator is not None and ends[0].operator.op in ("add", "sub", "mul")
-        )
+        readers = [end.operator.op for end in self._ends(op.outputs[0]) if end.operator is not None]
+        return readers in (["add"], ["sub"], ["mul"])
 
     # --- the end of a product -----------------------------------------------------------------
 

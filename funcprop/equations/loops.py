@@ -28,7 +28,7 @@ _CARRIED, _COUNTERS = "hcsvmq", "ijkn"
 _STEPS = "tτσ"
 
 
-class LoopStep:
+class WrittenStep:
     """One step of a loop as a function of its own: of what every step reads, what is carried, and slices.
 
     The first `fixed` operands are read by every step, `carries` are carried. `read` are the results of the
@@ -134,7 +134,7 @@ class LoopStep:
         return bases
 
 
-class Scan(LoopStep):
+class Scan(WrittenStep):
     """A step of a `scan`."""
 
     def __init__(self, op: Operator, active: Sequence[bool], read: Collection[int]) -> None:
@@ -158,7 +158,7 @@ class Scan(LoopStep):
         return [*given, *carry, *(x[at] for x in slices)]
 
 
-class While(LoopStep):
+class While(WrittenStep):
     """A step of a `while`, of which the last result is whether it is taken."""
 
     def __init__(self, op: Operator, read: Collection[int]) -> None:
