@@ -19,6 +19,7 @@ from funcprop import _jax
 from funcprop.equations.condense import condense
 from funcprop.equations.line_names import short_names
 from funcprop.equations.line_writer import LineWriter
+from funcprop.equations.plain_graph import plain
 from funcprop.equations.verification import Line, Progress, Verification, verify
 from funcprop.graph.graph import Operator, Variable
 from funcprop.graph.objective import Objective, trace_objective
@@ -150,8 +151,9 @@ class Body:
         self.outputs = dict(zip(self.smooth, given, strict=False)) | dict(
             zip(others, given[2 * count :], strict=True)
         )
-        self.condensed = condense(self.traced.graph, self.result, self.active)
-        self.graph, self.traced = self.traced.graph, replace(self.traced, graph=self.condensed.graph)
+        self.graph = plain(self.traced.graph)
+        self.condensed = condense(self.graph, self.result, self.active)
+        self.traced = replace(self.traced, graph=self.condensed.graph)
 
     def own_names(self, taken: Collection[str] = ()) -> dict[str, str]:
         """Short names of the lines of the body, none as what is `taken`."""

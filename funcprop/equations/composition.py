@@ -267,6 +267,10 @@ class Composition:
             for v, term in zip(part.inputs, backward, strict=True):
                 if v.kind != "literal" and v.name in self.active:
                     _add(cotangents, v.name, term)
+        for v in self.inputs:
+            # It is compared with, or rounded.
+            if v.name in self.active and v.name not in cotangents:
+                cotangents[v.name] = spread_over(number(0.0, v.dtype), v.shape or ())
         return Equations(known[last], tuple(cotangents.get(v.name) for v in self.inputs))
 
 

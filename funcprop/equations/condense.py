@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from funcprop import _jax
 from funcprop.equations.composition import Composition, LinePart, literal, type_of
@@ -47,55 +44,11 @@ class Condensed:
 
 
 def condense(graph: Graph, result: Variable, inputs: Collection[str]) -> Condensed:
-    """Merge the operators of a graph into lines."""
-    flow = Flow(_with_slices(graph), result, inputs)
+    """Merge the operators of a `plain` graph into lines."""
+    flow = Flow(graph, result, inputs)
     parts = LineParts(flow)
     recognition = Recognition(flow, parts)
     return _Condensing(flow, parts, chosen_lines(flow, parts)).condensed(recognition)
-
-
-def _with_slices(graph: Graph) -> Graph:
-    """The graph with a slice for every result of a split, and without what has no entries."""
-    operators: list[Operator] = []
-    for op in graph.operators:
-        if op.op == "concatenate" and op.call is None and any(0 in (v.shape or ()) for v in op.inputs):
-            operators.append(_of_entries(op))
-            continue
-        if op.op not in ("split", "unstack") or op.call is not None:
-            operators.append(op)
-            continue
-        (x,), axis = op.inputs, op.static["axis"]
-        sizes = op.static.get("sizes", [1] * len(op.outputs))
-        for v, end, size in zip(op.outputs, map(int, np.cumsum(sizes)), sizes, strict=True):
-            cut = partial(lax.slice_in_dim, start_index=end - size, limit_index=end, axis=axis)
-            aval = jax.eval_shape(cut, x.aval)
-            part = (
-                v
-                if op.op == "split"
-                else replace(v, name=f"{v.name}:", shape=aval.shape, aval=aval, named=False)
-            )
-            operators.append(_of_one(op, "slice", cut, x, part))
-            if part is not v:
-                operators.append(_of_one(op, "squeeze", partial(lax.squeeze, dimensions=[axis]), part, v))
-    return replace(graph, operators=tuple(operators))
-
-
-def _of_entries(op: Operator) -> Operator:
-    """A concatenation of the operands that have entries."""
-    inputs = tuple(v for v in op.inputs if 0 not in (v.shape or ()))
-    if not inputs:
-        return op
-    if len(inputs) == 1:
-        return _of_one(op, "copy", lax.copy_p.bind, inputs[0], op.outputs[0])
-    joined = partial(lax.concatenate, dimension=op.static["dimension"])
-    jaxpr = jax.make_jaxpr(lambda *v: joined(v))(*(v.aval for v in inputs))
-    return replace(op, inputs=inputs, jaxpr=_jax.open_jaxpr(jaxpr))
-
-
-def _of_one(op: Operator, kind: str, function: Callable[..., Any], x: Variable, v: Variable) -> Operator:
-    """A function of one variable as an operator, in the place of another."""
-    jaxpr = _jax.open_jaxpr(jax.make_jaxpr(function)(x.aval))
-    return replace(op, name=f"{v.name} {kind}", op=kind, inputs=(x,), outputs=(v,), jaxpr=jaxpr)
 
 
 class _Condensing:
@@ -123,7 +76,9 @@ class _Condensing:
             for name, role in self._roles(parts):
                 roles.setdefault(name, (role, op.outputs[0].name))
         graph = replace(self.flow.graph, operators=tuple(operators))
-        return Condensed(graph, writers, kinds, roles, recognition.functions, self._operand)
+        named = {part.name for part in self.parts.within(self.flow.result)}
+        functions = {name: form for name, form in recognition.functions.items() if name in named}
+        return Condensed(graph, writers, kinds, roles, functions, self._operand)
 
     def _operand(self, v: Variable, symbols: Mapping[str, Expression]) -> Expression:
         """A variable as it is written where it is read."""

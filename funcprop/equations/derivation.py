@@ -12,11 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from funcprop.equations.bodies import InsideLines
-from funcprop.equations.condense import condense
-from funcprop.equations.insides import Insides
 from funcprop.equations.line_breaks import broken
-from funcprop.equations.line_names import short_names
 from funcprop.equations.line_writer import LineWriter
+from funcprop.equations.readable_lines import ReadableLines, grouped, where
 from funcprop.equations.verification import Line, Progress, Verification, verify
 from funcprop.graph.objective import Argnums, Objective, trace_objective
 from funcprop.graph.references import has_references
@@ -66,21 +64,7 @@ class Derivation:
 
     def where(self) -> list[str]:
         """What the functions and the short names stand for, a row each."""
-        functions = [f"{name} = {form.text()}" for name, form in self.functions]
-        return [*functions, *(f"{names} = {path}" for names, path in self.grouped_legend())]
-
-    def grouped_legend(self) -> list[tuple[str, str]]:
-        """The short names with their paths, one row a module: `W₁, b₁` and `Dense_0/{kernel, bias}`."""
-        modules: dict[str, list[tuple[str, str]]] = {}
-        for short, path in self.legend.items():
-            module, _, leaf = path.rpartition("/")
-            modules.setdefault(module, []).append((short, leaf))
-        rows = []
-        for module, found in modules.items():
-            leaves = ", ".join(leaf for _, leaf in found)
-            end = leaves if len(found) == 1 else f"{{{leaves}}}"
-            rows.append((", ".join(short for short, _ in found), f"{module}/{end}" if module else leaves))
-        return rows
+        return where(self.functions, self.legend)
 
     def latex(self) -> str:
         """Two `align*` environments, ready for a document with `amsmath`, and what short names stand for."""
@@ -102,7 +86,7 @@ class Derivation:
             text += f":\n{environment([line.latex() for line in lines])}" if lines else "."
         rows = [
             f"${', '.join(map(latex_name, names.split(', ')))}$ is {latex_path(path)}"
-            for names, path in self.grouped_legend()
+            for names, path in grouped(self.legend)
         ]
         return text + (f"\nwhere {', '.join(rows)}." if rows else "")
 
@@ -186,15 +170,10 @@ def derive(
             if detail == "operators" or any(map(has_references, traced.graph.operators)):
                 writer = LineWriter(traced.graph, result, inputs)
                 return Derivation(tuple(writer.forward()), tuple(writer.backward()), traced), None
-            chosen = [v.name for v in inputs]
-            insides = Insides(traced.graph, result, chosen)
-            condensed = insides.add_roles(condense(traced.graph, result, chosen))
-            names, legend = short_names(condensed, result, chosen)
-            traced = replace(traced, graph=condensed.graph)
-            writer = LineWriter(condensed.graph, result, inputs, names, writers=condensed.writers)
-            functions = tuple((f"{name}(z)", formula) for name, formula in condensed.functions.items())
-            lines = tuple(writer.forward()), tuple(writer.backward())
-            return Derivation(*lines, traced, legend, functions, insides.written(writer, condensed)), None
+            lines = ReadableLines(traced.graph, result, inputs)
+            traced = replace(traced, graph=lines.graph)
+            insides = lines.insides.written(lines.writer, lines.condensed)
+            return Derivation(*lines.sweeps(), traced, lines.legend, lines.functions, insides), None
 
     if detail not in ("layers", "operators"):
         raise ValueError(f"derive: detail={detail!r} is none of 'layers', 'operators'.")

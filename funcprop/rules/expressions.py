@@ -175,6 +175,8 @@ class Expression:
         if fraction is not None and self.constant and self.constant == fraction[1].constant:
             return spread_over(fraction[0], np.broadcast_shapes(self.shape, other.shape))
         fraction = _fraction(self)
+        if fraction is not None and is_one(fraction[0]) and self.shape == other.shape:
+            return other / fraction[1]
         if fraction is not None and fraction[1].shape == () and not other.is_number:
             return spread_over(fraction[0], self.shape) * other / fraction[1]
         if other.binding == QUOTIENT and self.constant is None:
@@ -195,6 +197,8 @@ class Expression:
             return -(self.operands[0] / other)
         if self.constant is not None and other.constant:
             return _constant(self.constant / other.constant, self, other)
+        if self.constant and abs(self.constant) < 1 and (1 / self.constant).is_integer():
+            return number(1, self.type.dtype) / (_constant(1 / self.constant, self) * other)
         factor, rest = factored(self)
         if factor is not None and not other.is_number:
             return factor * (rest / other)
@@ -318,7 +322,11 @@ def number(value: float, dtype: Any = None) -> Expression:
             jnp.asarray(float(ratio), dtype) == jnp.asarray(float(value), dtype)
         )
     mantissa, _, exponent = text.partition("e")
-    latex = f"{mantissa} \\cdot 10^{{{{{int(exponent)}}}}}" if exponent else text
+    latex = text
+    if exponent:
+        latex = f"{mantissa} \\cdot 10^{{{{{int(exponent)}}}}}"
+        text = f"{mantissa}·10" + str(int(exponent)).translate(_SUPERSCRIPT)
+        text, latex = (t.removeprefix(one) for t, one in ((text, "1·"), (latex, "1 \\cdot ")))
     known = known_number(value, dtype)
     if is_ratio:
         text, latex = str(ratio), f"\\frac{{{{{ratio.numerator}}}}}{{{{{ratio.denominator}}}}}"

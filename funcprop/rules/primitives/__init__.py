@@ -12,6 +12,7 @@ from funcprop.rules.primitives import (
     convolution,
     cumulative,
     elementwise,
+    functions,
     indexing,
     loops,
     pooling,
@@ -36,6 +37,7 @@ RULES: dict[OperatorKey, Rule] = {
 
 EQUATIONS: dict[Any, Callable[..., Any]] = {
     **arithmetic.EQUATIONS,
-    **slices.EQUATIONS,
     **{name: rule.equations for name, rule in RULES.items() if rule.equations is not None},
+    **functions.EQUATIONS,
+    **slices.EQUATIONS,
 }

@@ -49,53 +49,6 @@ def _binary(
     return equations
 
 
-def _unary(
-    function: Callable[[Any], Any], derivative: Callable[[Expression, Expression], Expression]
-) -> Callable[[OperatorSymbols], Equations]:
-    def equations(op: OperatorSymbols) -> Equations:
-        (x,) = op.args
-        return Equations(apply(op.name, function, x, type_=x.type), (derivative(op.cotangent, x),))
-
-    return equations
-
-
-def _absolute(op: OperatorSymbols) -> Equations | None:
-    """`|z|`, whose slope is its sign."""
-    (x,) = op.args
-    if not jnp.issubdtype(x.type.dtype, jnp.floating):
-        return None
-    size = written(jnp.abs, (x,), "|{0}|", "\\left|{0}\\right|", x.type)
-    return Equations(size, (op.cotangent * apply("sign", jnp.sign, x, type_=x.type),))
-
-
-_COMPARISONS = {
-    "gt": (">", ">"), "lt": ("<", "<"), "ge": ("≥", "\\geq"), "le": ("≤", "\\leq"),
-    "eq": ("=", "="), "ne": ("≠", "\\neq"),
-}  # fmt: skip
-
-
-def _comparison(sign: str, latex: str) -> Callable[[OperatorSymbols], Equations]:
-    """`z > 0`, which has no derivative."""
-
-    def equations(op: OperatorSymbols) -> Equations:
-        compare = getattr(lax, op.name)
-        return Equations(
-            written(
-                compare, op.args, f"{{0}} {sign} {{1}}", f"{{0}} {latex} {{1}}", op.output.type, is_sum=True
-            ),
-            (None, None),
-        )
-
-    return equations
-
-
-def _power(op: OperatorSymbols) -> Equations:
-    (x,) = op.args
-    n = op.static.get("y", 2)
-    slope = n * x if n == 2 else n * x ** (n - 1)
-    return Equations(x**n, (op.cotangent * slope,))
-
-
 def _product(op: OperatorSymbols) -> Equations | None:
     a, b = op.args
     g = op.cotangent
@@ -307,13 +260,6 @@ EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
     "mul": _binary(lambda a, b: a**2 if a is b else a * b, lambda a, b, g: (g * b, g * a)),
     "div": _binary(lambda a, b: a / b, lambda a, b, g: (g / b, -(g * a) / b**2)),
     "neg": lambda op: Equations(-op.args[0], (-op.cotangent,)),
-    "log": _unary(jnp.log, lambda g, x: g / x),
-    "sin": _unary(jnp.sin, lambda g, x: g * apply("cos", jnp.cos, x, type_=x.type)),
-    "cos": _unary(jnp.cos, lambda g, x: -g * apply("sin", jnp.sin, x, type_=x.type)),
-    "abs": _absolute,
-    **{name: _comparison(sign, latex) for name, (sign, latex) in _COMPARISONS.items()},
-    "square": _power,
-    "integer_pow": _power,
     "dot_general": _product,
     "select_n": _where,
     "reduce_sum": _sum,
