@@ -94,6 +94,43 @@ def test_the_derivative_that_a_user_gave_a_known_function_is_not_hidden_by_its_n
     derivation.verify()
 
 
+def test_logsumexp_over_an_axis_or_all_is_one_function_and_its_slope_the_softmax():
+    z = jnp.linspace(-1.0, 2.0, 12).reshape(3, 4)
+    for axis, forward, slope in (
+        (1, "logsumexp(z, axis 1)", "1/3 softmax(z)"),
+        (0, "logsumexp(z, axis 0)", "1/4 softmax(z)"),
+        (None, "logsumexp(z)", "softmax(z)"),
+    ):
+        found = fp.derive(lambda z, axis=axis: jnp.mean(jax.nn.logsumexp(z, axis)))(z)
+        assert forward in found.text()
+        assert slope in texts(found.backward)[-1]
+        assert max(found.verify().errors.values()) < 1e-10
+    # Two functions of the same values are found beside each other.
+    both = fp.derive(lambda z: jnp.sum(jnp.exp(jax.nn.log_softmax(z)) * jax.nn.log_softmax(z)))(z)
+    assert texts(both.forward)[:2] == ["ℓ = log softmax(z)", "p = softmax(z)"]
+    both.verify()
+
+
+def test_the_target_of_a_value_is_a_formula_and_a_chosen_entry_an_index():
+    """Deep Q-learning: what has no derivative is written as well, and draws have lines of their own."""
+
+    def loss(w, x, a, r, key):
+        e = jax.random.uniform(key, (3, 1))
+        goal = r + 0.99 * (1 - jnp.isfinite(r)) * jnp.max(jax.lax.stop_gradient(x @ w), -1)
+        return optax.huber_loss((x @ w)[jnp.arange(3), a], goal).mean() + jnp.mean(
+            ((e * x + (1 - e) * x**2) @ w) ** 2
+        )
+
+    x = jnp.linspace(-1.0, 2.0, 12).reshape(3, 4)
+    found = fp.derive(loss)(jnp.ones((4, 2)), x, jnp.array([0, 1, 1]), jnp.ones(3), KEY)
+    text = found.text()
+    assert "[arange(3), a]" in text
+    assert "= r + 99/100 (1 − " in text
+    assert "uniform(key)" in text
+    assert "random(" not in text
+    assert max(found.verify().errors.values()) < 1e-10
+
+
 NORMS = {
     "LayerNorm": (lambda: nn.LayerNorm(param_dtype=jnp.float64), "norm(z) ⊙ γ + β"),
     "RMSNorm": (lambda: nn.RMSNorm(param_dtype=jnp.float64), "rms_norm(z) ⊙ γ"),

@@ -124,6 +124,7 @@ class Body:
         self, function: Any, types: Sequence[Any], active: Collection[int], told: Sequence[int]
     ) -> None:
         results = jax.eval_shape(function, *types)
+        told = [i for i in told if not jnp.issubdtype(results[i].dtype, jax.dtypes.prng_key)]
         is_smooth = {i: jnp.issubdtype(results[i].dtype, jnp.floating) for i in told}
         self.smooth = [i for i in told if is_smooth[i]]
         others = [i for i in told if not is_smooth[i]]

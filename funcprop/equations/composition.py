@@ -175,6 +175,7 @@ def _unseen(op: Operator, x: Expression, cotangent: Expression) -> Equations:
     if op.op == "transpose" and len(x.shape) == 2:
         return Equations(x.T, (cotangent.T,))
     forward = replace(unwritten(function, x, type_of(output)), places=_places(op, x, back=False))
+    forward = replace(forward, new_axes=_new_axes(op, x))
     if not _jax.is_differentiable(op.inputs[0].aval):
         return Equations(forward, (None,))
     if np.prod(output.shape or ()) == np.prod(x.shape):
@@ -184,6 +185,26 @@ def _unseen(op: Operator, x: Expression, cotangent: Expression) -> Equations:
     new = [axis for axis in range(len(output.shape or ())) if axis not in kept]
     text, latex = reduction("sum", new if new and x.shape != () else None, cotangent.is_sum)
     return Equations(forward, (written(back, (cotangent,), text, latex, x.type),))
+
+
+def _new_axes(op: Operator, x: Expression) -> tuple[int, ...]:
+    """The axes of the result of an operator that are not in what is written; none where that is not known."""
+    before, after = x.shape, op.outputs[0].shape or ()
+    if op.op == "broadcast_in_dim":
+        kept = op.static["broadcast_dimensions"]
+        return tuple(i for i in range(len(after)) if i not in kept or kept.index(i) in x.new_axes)
+    if op.op == "reshape" and len(after) > len(before) and not x.new_axes:
+        # Only axes of size 1 come in.
+        found, k = [], 0
+        for i, n in enumerate(after):
+            if k < len(before) and n == before[k]:
+                k += 1
+            elif n == 1:
+                found.append(i)
+            else:
+                return ()
+        return tuple(found) if k == len(before) else ()
+    return x.new_axes if before == after else ()
 
 
 def _places(op: Operator, of: Expression, back: bool) -> tuple[int, ...] | None:

@@ -128,10 +128,10 @@ class _Condensing:
 
     def _constant(self, v: Variable, parts: Sequence[LinePart]) -> str | None:
         """The name of a value without a derivative that is no short formula: a draw, a mask, positions."""
-        if any(part.output.name in self.flow.draws for part in parts):
+        if any(is_key(w) for part in parts for w in (*part.inputs, part.output)):
             return self._draw(v)
         steps = sum(not is_shape(part) for part in parts)
-        if steps <= LONGEST_LINE // 2 and any(w.kind == "input" for part in parts for w in part.inputs):
+        if steps <= LONGEST_LINE - 2 and any(w.kind == "input" for part in parts for w in part.inputs):
             return None
         operators = self.flow.between([v])
         if any(w.kind in ("input", "constant") for o in operators for w in o.inputs):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from funcprop.equations.bodies import InsideLines
-from funcprop.equations.line_breaks import broken
+from funcprop.equations.line_breaks import broken, broken_title
 from funcprop.equations.line_writer import LineWriter
 from funcprop.equations.readable_lines import ReadableLines, grouped, where
 from funcprop.equations.verification import Line, Progress, Verification, verify
@@ -44,7 +44,7 @@ class Derivation:
         widest = max((len(row) for found in rows.values() for row in found), default=0)
 
         def section(title: str, lines: Sequence[Line]) -> Iterator[str]:
-            yield title
+            yield from broken_title(title, width)
             for line in lines:
                 first, *others = rows[id(line)]
                 yield f"  {first:{widest}}   ({shapes[id(line)]})"

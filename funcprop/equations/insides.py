@@ -12,6 +12,7 @@ from funcprop.equations.bodies import Around, BodyWriter, InsideLines
 from funcprop.equations.cases import Case, conditions
 from funcprop.equations.condense import Condensed
 from funcprop.equations.flow import Flow, run
+from funcprop.equations.line_parts import is_key
 from funcprop.equations.line_writer import LineWriter
 from funcprop.equations.loops import Scan, While
 from funcprop.graph.graph import Graph, Operator, Variable
@@ -127,7 +128,9 @@ def _leaves(
 
 
 def _is_plain(v: Variable) -> bool:
-    """Whether a variable is an array of real numbers."""
-    return jnp.issubdtype(v.dtype, jnp.bool) or (
-        jnp.issubdtype(v.dtype, jnp.number) and not jnp.issubdtype(v.dtype, jnp.complexfloating)
+    """Whether a variable is an array of real numbers, or a key that is passed on."""
+    return (
+        jnp.issubdtype(v.dtype, jnp.bool)
+        or is_key(v)
+        or (jnp.issubdtype(v.dtype, jnp.number) and not jnp.issubdtype(v.dtype, jnp.complexfloating))
     )

@@ -19,7 +19,32 @@ from funcprop.program.equal_equations import function_key
 
 def plain(graph: Graph) -> Graph:
     """The graph without repetitions, splits and what is empty."""
-    return _with_slices(_without_repetitions(graph))
+    return _with_slices(_without_known_choices(_without_repetitions(graph)))
+
+
+def _without_known_choices(graph: Graph) -> Graph:
+    """The graph without selections of which the one condition is made of numbers, as in a variance."""
+    maker = {v.name: op for op in graph.operators for v in op.outputs}
+
+    def known(v: Variable) -> Any | None:
+        if v.kind == "literal":
+            return v.value
+        op = maker.get(v.name)
+        if op is None or op.op not in ("gt", "sub", "convert_element_type") or op.call is not None:
+            return None
+        operands = [known(w) for w in op.inputs]
+        return None if any(x is None for x in operands) else _jax.evaluate(op.jaxpr, (), operands)[0]
+
+    operators = []
+    for op in graph.operators:
+        is_choice = op.op == "select_n" and op.call is None and op.inputs[0].shape == ()
+        condition = known(op.inputs[0]) if is_choice else None
+        if condition is not None:
+            chosen = op.inputs[1 + int(condition)]
+            if chosen.kind != "literal" and chosen.aval.dtype == op.outputs[0].aval.dtype:
+                op = _of_one(op, "copy", lax.copy_p.bind, chosen, op.outputs[0])
+        operators.append(op)
+    return replace(graph, operators=tuple(operators))
 
 
 def _without_repetitions(graph: Graph) -> Graph:

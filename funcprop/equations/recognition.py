@@ -34,16 +34,19 @@ class Recognition:
         # Equal regions, such as the activations of equal layers, are compared once.
         self._found: dict[str, NamedFunction | None] = {}
         self._formulas: dict[str, Expression] = {}
-        covered: set[str] = set()
+        # What is read inside of them alone is no end of another function.
+        hidden: set[Operator] = set()
         for op in reversed(flow.operators):
             (v, *others) = op.outputs or (None,)
-            if v is None or others or v.name in covered or v.name not in flow.active:
+            if v is None or others or v.name not in flow.active:
+                continue
+            if op in hidden and hidden.issuperset(flow.readers[v.name]):
                 continue
             if is_trivial(op) or not may_be_inside(op):
                 continue
             region = self._recognise(v) or parts[v.name].region
             if region is not None:
-                covered.update(w.name for inner in region.operators for w in inner.outputs)
+                hidden.update(region.operators)
 
     def _recognise(self, v: Variable) -> Region | None:
         """Find the largest region that ends at a variable and is a known function."""

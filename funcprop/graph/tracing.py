@@ -277,6 +277,11 @@ class _Builder:
         if index.kind == "literal":
             return int(index.value)
         made = next((step for step in self.steps if index in step.outputs), None)
+        if made is not None and made.jaxpr.eqns[0].primitive.name == "platform_index":
+            # A kernel for Mosaic is never what this program is.
+            platforms = made.jaxpr.eqns[0].params["platforms"]
+            named = [name for group in platforms for name in group or ()]
+            return platforms.index(None) if None in platforms and set(named) <= {"mosaic"} else None
         if made is None or made.jaxpr.eqns[0].primitive.name not in ("clamp", "convert_element_type"):
             return None
         if any(v.kind != "literal" for v in made.inputs):

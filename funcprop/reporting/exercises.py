@@ -204,7 +204,7 @@ def several_devices(
         f"{why}"
     )
     if any(proof is not None and made.predicted.total < _SMALL for made, proof in plans):
-        answer += " Such small arrays take more than their entries: XLA begins each at a multiple of 64 bytes."
+        answer += " So small arrays take more than their entries: XLA begins each at a multiple of 64 bytes."
     return Exercise(5, "What if it is too large for one device?", answer.strip(), tuple(rows))
 
 

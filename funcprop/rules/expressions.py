@@ -47,7 +47,8 @@ class Expression:
     `binding` is how tightly the whole binds, `inner` how tightly its operands must bind to need no
     parentheses. Operands of different dtypes are promoted, to that of a wider one. A `uniform` array has one
     number in all of its entries, and is written as that number; a number that is known is `constant`. Where
-    the axes have another order than in what is written, `places` are those of the axes there.
+    the axes have another order than in what is written, `places` are those of the axes there; `new_axes` are
+    those that are not there at all.
     """
 
     function: Callable[..., Any]
@@ -60,6 +61,7 @@ class Expression:
     uniform: bool = False
     constant: float | None = None
     places: tuple[int, ...] | None = None
+    new_axes: tuple[int, ...] = ()
 
     @cached_property
     def type(self) -> jax.ShapeDtypeStruct:
@@ -197,14 +199,20 @@ class Expression:
             return -(self.operands[0] / other)
         if self.constant is not None and other.constant:
             return _constant(self.constant / other.constant, self, other)
-        if self.constant and abs(self.constant) < 1 and (1 / self.constant).is_integer():
-            return number(1, self.type.dtype) / (_constant(1 / self.constant, self) * other)
+        if self.constant and abs(self.constant) < 1 and not other.is_sum:
+            inverse = round(1 / self.constant)
+            if abs(inverse * self.constant - 1) < jnp.finfo(self.type.dtype).eps:
+                return number(1, self.type.dtype) / (_constant(inverse, self) * other)
         factor, rest = factored(self)
+        if factor is not None and factor.constant and other.constant:
+            return _constant(factor.constant / other.constant, factor, other) * rest
         if factor is not None and not other.is_number:
             return factor * (rest / other)
         if other.constant and other.constant < 1 and (1 / other.constant).is_integer():
             return _constant(1 / other.constant, other) * self
-        return _entrywise(jnp.divide, (self, other), _QUOTIENT, "\\frac{{{0}}}{{{1}}}", QUOTIENT, POWER)
+        # A product above the line needs no parentheses.
+        above = replace(self, binding=max(self.binding, POWER)) if self.binding >= PRODUCT else self
+        return _entrywise(jnp.divide, (above, other), _QUOTIENT, "\\frac{{{0}}}{{{1}}}", QUOTIENT, POWER)
 
     def __rtruediv__(self, other: Any) -> Expression:
         return as_expression(other) / self
@@ -214,6 +222,8 @@ class Expression:
         return node(of_one_dtype(jnp.matmul), (self, other), "{0} {1}", "{0}\\, {1}", PRODUCT, PRODUCT)
 
     def __pow__(self, exponent: float) -> Expression:
+        if exponent == 2 and self.template.startswith("√") and self.operands:
+            return self.operands[0]
         text = (
             "{0}" + str(exponent).translate(_SUPERSCRIPT)
             if isinstance(exponent, int)
@@ -227,6 +237,9 @@ class Expression:
         """The transpose of a matrix."""
         if self.template == "{0}ᵀ":
             return self.operands[0]
+        factor, rest = factored(self)
+        if factor is not None and factor.shape == () and len(rest.shape) == 2:
+            return factor * rest.T
         if self.template in _TRANSPOSED and len(self.shape) == 2 and not self.operands[0].is_number:
             text = _TRANSPOSED[self.template]
             latex = text.replace(" ", "\\, ").replace("ᵀ", "^{{\\top}}")
@@ -240,6 +253,9 @@ class Expression:
             return self
         if self.template == _MINUS:
             return -self.operands[0].sum(axes, keepdims)
+        factor, rest = factored(self)
+        if factor is not None and factor.shape == ():
+            return factor * rest.sum(axes, keepdims)
         text, latex = reduction("sum", axes, self.is_sum)
         return node(lambda x: jnp.sum(x, axes, keepdims=keepdims), (self,), text, latex, ATOM, SUM)
 

@@ -14,6 +14,7 @@ from funcprop.rules.primitives import (
     elementwise,
     functions,
     indexing,
+    linear_algebra,
     loops,
     pooling,
     product,
@@ -40,4 +41,5 @@ EQUATIONS: dict[Any, Callable[..., Any]] = {
     **{name: rule.equations for name, rule in RULES.items() if rule.equations is not None},
     **functions.EQUATIONS,
     **slices.EQUATIONS,
+    **linear_algebra.EQUATIONS,
 }

@@ -6,6 +6,7 @@ Operands of a primitive have equal shapes, except that one may be a scalar or ha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from funcprop.rules.equations import (
     Equations,
     OperatorSymbols,
     apply,
+    indexed,
     opaque,
     outer,
     written,
@@ -38,11 +40,26 @@ def _fit(cotangent: Expression, operand: Expression) -> Expression:
     return cotangent.sum(stretched, keepdims=True)
 
 
+def with_new_axes(a: Expression, b: Expression) -> tuple[Expression, Expression]:
+    """Two operands; if each has an axis that the other has not, these are told: `x[:, None] − y[None]`."""
+    mine, other = set(a.new_axes), set(b.new_axes)
+    if mine <= other or other <= mine or a.is_number or b.is_number:
+        return a, b
+    return _told_axes(a), _told_axes(b)
+
+
+def _told_axes(x: Expression) -> Expression:
+    words = ["None" if i in x.new_axes else ":" for i in range(len(x.shape))]
+    while words[-1] == ":":
+        words.pop()
+    return indexed(lambda v: v, x, ", ".join(words), x.type)
+
+
 def _binary(
     forward: Callable[[Any, Any], Expression], backward: Callable[[Any, Any, Any], tuple[Any, Any]]
 ) -> Callable[[OperatorSymbols], Equations]:
     def equations(op: OperatorSymbols) -> Equations:
-        a, b = op.args
+        a, b = with_new_axes(*op.args)
         a_cotangent, b_cotangent = backward(a, b, op.cotangent)
         return Equations(forward(a, b), (_fit(a_cotangent, a), _fit(b_cotangent, b)))
 
@@ -200,12 +217,11 @@ def _transpose(op: OperatorSymbols) -> Equations:
 
 
 def _positions(op: OperatorSymbols) -> Equations | None:
-    """`arange(n)`, the index of every entry."""
-    shape, dtype = op.static["shape"], op.static["dtype"]
-    if len(shape) != 1:
-        return None
-    text, latex = f"arange({shape[0]})", f"\\mathrm{{arange}}({shape[0]})"
-    return Equations(opaque(lambda: jnp.arange(shape[0], dtype=dtype), (), text, latex, op.output.type), ())
+    """`arange(n)`, the index of every entry along an axis."""
+    shape, dtype, axis = op.static["shape"], op.static["dtype"], op.static["dimension"]
+    text, latex = f"arange({shape[axis]})", f"\\mathrm{{arange}}({shape[axis]})"
+    make = partial(lax.broadcasted_iota, dtype, shape, axis)
+    return Equations(opaque(make, (), text, latex, op.output.type), ())
 
 
 def _spread(op: OperatorSymbols) -> Equations | None:
@@ -250,6 +266,13 @@ def _counted(x: Expression, type_: Any) -> Expression:
 
     if x.type.dtype != bool:
         return unwritten(number, x, type_)
+    if x.template == "{0} = {1}" and any(o.text().startswith("arange(") for o in x.operands):
+        label = next((o for o in x.operands if not o.text().startswith("arange(")), None)
+        if label is not None:
+            both = x.operands
+            text = "onehot({0})" if label is both[0] else "onehot({1})"
+            latex = f"\\mathrm{{{{onehot}}}}\\!\\left({{{0 if label is both[0] else 1}}}\\right)"
+            return written(lambda a, b: number(a == b), both, text, latex, type_)
     return written(number, (x,), "[{0}]", "\\left[{0}\\right]", type_)
 
 
