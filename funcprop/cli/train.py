@@ -169,7 +169,7 @@ def users_setup(target: str, options: TrainOptions) -> Setup:
     if needed := _needed_arguments(function):
         raise TargetError(
             f"target {target!r} needs {', '.join(needed)}, but train calls a function of no "
-            f"arguments; define `{define}` with the loss, parameters, optimizer and batches, and name it."
+            f"arguments; define `{define}` with the loss, parameters, batches and optimizer, and name it."
         )
     with users_code(f"target {target!r}: {function.__name__}() failed", module):
         given = function()

@@ -12,7 +12,7 @@ from funcprop.graph.objective import Argnums, Objective, trace_objective
 from funcprop.program.call import require_values
 from funcprop.rules.rewrite import Rewriter
 from funcprop.rules.rule_set import RuleSet
-from funcprop.rules.sets import handwritten
+from funcprop.rules.sets import chosen_rules, handwritten
 from funcprop.sweeps.activity import active_variables
 from funcprop.sweeps.propagation import Propagation
 from funcprop.sweeps.sweeps import backward_sweep, forward_sweep
@@ -22,7 +22,7 @@ def propagation_of(
     fun: Callable[..., Any], argnums: Argnums = 0, has_aux: bool = False, *, rules: RuleSet | None = None
 ) -> Callable[..., Propagation]:
     """`fp.backprop`, of which `Propagation.table` is not yet the equations."""
-    rules = handwritten if rules is None else rules
+    rules = chosen_rules(rules, handwritten)
 
     def propagate(objective: Objective) -> tuple[Propagation, Any]:
         traced, graph, result = objective.traced, objective.traced.graph, objective.result
