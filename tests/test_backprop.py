@@ -359,9 +359,9 @@ def test_a_gradient_of_shapes_says_what_gives_its_types() -> None:
 def test_what_is_no_rule_set_no_rule_and_no_function_is_refused_in_one_line():
     loss = lambda w: jnp.sum(w**2)  # noqa: E731
     for call in (fp.backprop, fp.with_rules, fp.backward_graph):
-        with pytest.raises(fp.RuleError, match="rules='none' is not a rule set; pass `fp.rules.default`"):
+        with pytest.raises(fp.RuleError, match=r"rules='none' is not a rule set; pass `fp\.rules\.default`"):
             call(loss, rules="none")(jnp.ones(2))
     with pytest.raises(fp.RuleError, match=r"fp.layer: rule=3 is no rule; pass fp.Rule\("):
         fp.layer(rule=3)(loss)
-    with pytest.raises(TypeError, match=r"^fun=float64\[2,3\] is ArrayImpl, not a function; pass the function"):
+    with pytest.raises(TypeError, match=r"^fun=float64\[2,3\] is ArrayImpl, not a function"):
         fp.backprop(jnp.ones((2, 3)))(jnp.ones(2))
