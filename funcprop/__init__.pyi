@@ -27,6 +27,7 @@ from .drawing.draw import draw as draw
 from .drawing.layout import DrawingError as DrawingError
 from .drawing.second_order import SecondOrderGraph as SecondOrderGraph
 from .drawing.second_order import second_order_graph as second_order_graph
+from .equations.backprop import backprop as backprop
 from .equations.derivation import Derivation as Derivation
 from .equations.derivation import derive as derive
 from .equations.prod import prod as prod
@@ -51,6 +52,5 @@ from .rules.transforms import hvp as hvp
 from .rules.transforms import jacobian as jacobian
 from .rules.transforms import value_and_grad as value_and_grad
 from .rules.transforms import vjp as vjp
-from .sweeps.backprop import backprop as backprop
 from .sweeps.nonfinite import NonFinite as NonFinite
 from .sweeps.propagation import Propagation as Propagation

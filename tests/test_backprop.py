@@ -314,7 +314,14 @@ def test_what_jax_cannot_differentiate_is_no_constant():
 
 def test_table_lists_inputs_values_and_gradients(chapter):
     table = str(fp.backprop(fp.models.chapter)(*chapter)).splitlines()
-    assert [row.split()[0] for row in table[1:]] == ["W1", "W2", "x", "y", "λ", *CHAPTER_VALUES]
+    names = [row.split()[0] for row in table[2:]]
+    assert names == ["W1", "W2", "x", "y", "λ", *CHAPTER_VALUES]
+    assert [" ".join(row.split("  ")[0].split()) for row in table[7:9]] == ["z = W1 x", "h = φ(z)"]
+    of_two = fp.backprop(lambda w, x: jnp.sum(jnp.tanh(x @ w) ** 2))(jnp.ones((2, 3)), jnp.ones(2))
+    assert "J = sum(tanh(z)²)" in str(of_two)
+    assert "  dot_general" in str(of_two)  # its name in `.values`
+    stacked = jax.vmap(fp.backprop(lambda x: jnp.sum(x**2)))(jnp.ones((4, 2)))
+    assert "J = sum(x²)" in str(stacked)
 
 
 def with_metrics(w, x):
@@ -347,3 +354,14 @@ def test_a_gradient_of_shapes_says_what_gives_its_types() -> None:
     with pytest.raises(TypeError, match=r"is called with shapes .* jax.eval_shape of the gradient gives"):
         gradient(shape)
     assert jax.eval_shape(gradient, shape).shape == (3,)
+
+
+def test_what_is_no_rule_set_no_rule_and_no_function_is_refused_in_one_line():
+    loss = lambda w: jnp.sum(w**2)  # noqa: E731
+    for call in (fp.backprop, fp.with_rules, fp.backward_graph):
+        with pytest.raises(fp.RuleError, match=r"rules='none' is not a rule set; pass `fp\.rules\.default`"):
+            call(loss, rules="none")(jnp.ones(2))
+    with pytest.raises(fp.RuleError, match=r"fp.layer: rule=3 is no rule; pass fp.Rule\("):
+        fp.layer(rule=3)(loss)
+    with pytest.raises(TypeError, match=r"^fun=float64\[2,3\] is ArrayImpl, not a function"):
+        fp.backprop(jnp.ones((2, 3)))(jnp.ones(2))

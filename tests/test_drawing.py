@@ -190,3 +190,10 @@ def test_a_penalty_and_a_loss_are_in_no_module() -> None:
     assert inside["exp"] is inside["Σ"] is inside["xⁿ"] is None
     assert sorted(boxes.values()) == ["layers", "layers/0", "layers/1"]
     assert "1" not in inside  # a number alone is no name of a parameter
+
+
+def test_a_depth_that_is_no_number_is_refused():
+    graph = fp.trace(jnp.sin)(1.0)
+    for depth in ("all", -1):
+        with pytest.raises(fp.DrawingError, match=r"fp.draw: depth=.* is no number of levels; pass 0"):
+            fp.draw(graph, depth=depth)

@@ -15,7 +15,7 @@ from funcprop.cli.target import Target, load
 from funcprop.equations.derivation import Derivation, derive
 from funcprop.equations.verification import Line
 from funcprop.graph.graph import shape_text
-from funcprop.sweeps.backprop import backprop
+from funcprop.sweeps.backprop import propagation_of
 from funcprop.sweeps.propagation import Propagation
 
 
@@ -61,7 +61,7 @@ def report(
     """Both sweeps, written out as the chapter's list."""
     target.require_arrays("backpropagation", "`funcprop forward` and `funcprop derive` take shapes")
     with users_code(f"target {target.label!r}: backpropagation failed", None):
-        propagation = backprop(target.function, argnums)(*target.args, **target.kwargs)
+        propagation = propagation_of(target.function, argnums)(*target.args, **target.kwargs)
         detail: Literal["layers", "operators"] = "operators" if operators else "layers"
         derivation = derive(target.function, argnums, detail=detail)(*target.args, **target.kwargs)
         found = gradients(propagation, derivation, operators)

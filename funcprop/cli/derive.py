@@ -60,13 +60,10 @@ def report(
         "target": target.label,
         "forward": [_data(line) for line in derivation.forward],
         "backward": [_data(line) for line in derivation.backward],
-        "loops": [
-            {
-                "title": loop.title,
-                "forward": [_data(line) for line in loop.forward],
-                "backward": [_data(line) for line in loop.backward],
-            }
-            for loop in derivation.loops
+        "insides": [
+            {"title": title, "lines": [_data(line) for line in lines]}
+            for inside in derivation.insides
+            for title, lines in inside.sections()
         ],
         "latex": derivation.latex(),
         "deviations": None

@@ -23,7 +23,7 @@ from funcprop.cli.train_run import RunOptions, fit_options, join
 from funcprop.equations.derivation import Derivation, derive
 from funcprop.program.trained import Trained
 from funcprop.progress import bar
-from funcprop.sweeps.backprop import backprop
+from funcprop.sweeps.backprop import propagation_of
 from funcprop.sweeps.propagation import Propagation
 from funcprop.training.loop import Epoch, Setup, first_minibatch
 from funcprop.training.training_loss import TrainingLoss
@@ -169,7 +169,7 @@ def users_setup(target: str, options: TrainOptions) -> Setup:
     if needed := _needed_arguments(function):
         raise TargetError(
             f"target {target!r} needs {', '.join(needed)}, but train calls a function of no "
-            f"arguments; define `{define}` with the loss, parameters, optimizer and batches, and name it."
+            f"arguments; define `{define}` with the loss, parameters, batches and optimizer, and name it."
         )
     with users_code(f"target {target!r}: {function.__name__}() failed", module):
         given = function()
@@ -227,7 +227,7 @@ class Sweeps(NamedTuple):
     @classmethod
     def of(cls, loss: Callable[..., Any], *args: Any) -> Sweeps:
         """Both sweeps of a loss at its arguments."""
-        return cls(backprop(loss)(*args), derive(loss)(*args))
+        return cls(propagation_of(loss)(*args), derive(loss)(*args))
 
 
 def one_minibatch(setup: Setup, epoch: Epoch, key: Any) -> Sweeps | None:
@@ -245,7 +245,14 @@ def one_minibatch(setup: Setup, epoch: Epoch, key: Any) -> Sweeps | None:
         return Sweeps.of(loss, params, *parts)
     whole = TrainingLoss(loss, stateful=stateful, **own).whole
     model = jax.tree.map(jnp.asarray, jax.device_get(epoch.state.model))
-    return Sweeps.of(lambda params, *parts: whole(params, model, parts, key)[0], params, *parts)
+
+    def of_parts(params: Any, *parts: Any) -> Any:
+        return whole(params, model, parts, key)[0]
+
+    # Data are called as the loss calls them.
+    names = list(inspect.signature(setup.loss).parameters.values())
+    vars(of_parts)["__signature__"] = inspect.Signature([*names[:1], *names[1 + stateful :]])
+    return Sweeps.of(of_parts, params, *parts)
 
 
 def describe_variables(propagation: Propagation) -> list[dict[str, Any]]:

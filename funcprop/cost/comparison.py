@@ -26,7 +26,7 @@ from funcprop.rules.matching import matches
 from funcprop.rules.measuring.ruled_programs import RuledProgram, alone, whole
 from funcprop.rules.rewrite import Match
 from funcprop.rules.rule_set import RuleSet
-from funcprop.rules.sets import autodiff, default
+from funcprop.rules.sets import autodiff, chosen_rules
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def compare(
         >>> [(row.operator, row.count) for row in found.fired]
         [('tanh', 1)]
     """
-    rules = default if rules is None else rules
+    rules = chosen_rules(rules)
     if repeats < 1:
         raise ValueError(f"compare: repeats={repeats}; every program has to run at least once.")
     scalar = without_aux(fun) if has_aux else fun

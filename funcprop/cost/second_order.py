@@ -26,7 +26,7 @@ from funcprop.program.call import has_values
 from funcprop.program.facts import CALLS
 from funcprop.program.sizes import budget_bytes
 from funcprop.rules.rule_set import RuleSet
-from funcprop.rules.sets import default
+from funcprop.rules.sets import chosen_rules
 
 # A kind of product is timed at most so often.
 _KIND_REPEATS = 5
@@ -213,7 +213,7 @@ def second_order_cost(
     """
     if repeats < 1:
         raise ValueError(f"second_order_cost: repeats={repeats}; every program has to run at least once.")
-    rule_set = default if rules is None else rules
+    rule_set = chosen_rules(rules)
     most = budget_bytes(budget, "second_order_cost: budget")
 
     def costs(*args: Any, **kwargs: Any) -> SecondOrderCost:

@@ -15,7 +15,7 @@ from funcprop.program.call import Call, require_values
 from funcprop.program.program import Program
 from funcprop.rules.rewrite import Rewriter
 from funcprop.rules.rule_set import RuleSet
-from funcprop.rules.sets import default
+from funcprop.rules.sets import chosen_rules
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class Bound:
 
 def ruled(program: Program, rules: RuleSet | None) -> Callable[..., Any]:
     """A traced function, carrying rules."""
-    return program.by(lambda jaxpr, values: Rewriter(default if rules is None else rules).run(jaxpr, values))
+    return program.by(lambda jaxpr, values: Rewriter(chosen_rules(rules)).run(jaxpr, values))
 
 
 def _is_array(leaf: Any) -> bool:

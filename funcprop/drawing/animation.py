@@ -22,7 +22,7 @@ from funcprop.graph.graph import Graph
 from funcprop.graph.objective import Argnums
 from funcprop.graph.writable import require_writable
 from funcprop.rules.rule_set import RuleSet
-from funcprop.sweeps.backprop import backprop
+from funcprop.sweeps.backprop import propagation_of
 from funcprop.sweeps.propagation import Propagation
 
 # Every step is a picture of its own.
@@ -188,7 +188,7 @@ def animate(
     """
 
     def animated(*args: Any, **kwargs: Any) -> Animation:
-        propagation = backprop(fun, argnums, has_aux, rules=rules)(*args, **kwargs)
+        propagation = propagation_of(fun, argnums, has_aux, rules=rules)(*args, **kwargs)
         graph = propagation.graph
         if len(graph) > MOST_OPERATORS:
             raise ValueError(

@@ -18,7 +18,7 @@ from funcprop.graph.tracing import trace_function
 from funcprop.program.call import without_aux
 from funcprop.program.facts import CALLS, CHECKPOINTS
 from funcprop.rules.rule_set import RuleSet
-from funcprop.rules.sets import default
+from funcprop.rules.sets import chosen_rules
 
 FORWARD, BACKWARD = "forward", "backward"
 
@@ -89,7 +89,7 @@ def backward_graph(
 
     def built(*args: Any, **kwargs: Any) -> BackwardGraph:
         positions = [i for i, _ in differentiated(fun, argnums, args, kwargs)]
-        own = (default if rules is None else rules).for_arguments(jax.tree.leaves((args, kwargs)))
+        own = chosen_rules(rules).for_arguments(jax.tree.leaves((args, kwargs)))
         traces: list[tuple[Any, ...]] = []
 
         @functools.wraps(fun)

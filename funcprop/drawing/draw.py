@@ -280,6 +280,8 @@ def draw(
         shown = _with_loops(shown, loops)
     if types is None:
         types = len(shown.graph) <= _FEW_WITH_TYPES
+    if depth is not None and (not isinstance(depth, int) or depth < 0):
+        raise DrawingError(f"fp.draw: depth={depth!r} is no number of levels; pass 0 for all closed, 1, 2 …")
     is_asked_for = bool(loops) or unnamed or not fold or depth is not None
     is_function = isinstance(graph, Graph) and not shown.roles
     if is_function and not shown.links:

@@ -7,6 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+import jax.numpy as jnp
+
 from funcprop.drawing.labels import operator_tooltip
 from funcprop.drawing.picture import Node, value_text
 from funcprop.drawing.representatives import Representatives, innermost_common
@@ -93,6 +95,7 @@ class Nodes:
             if v.name in self.known.results or any(c.name not in names for c in self.known.consumers[v.name])
         ]
         text = f"{_shapes(coming)} → {_shapes(leaving)}"
+        given = {name: v for name, v in given.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
         numbers = sum(math.prod(v.shape or ()) for v in given.values())
         if numbers:
             text += f"\n{numbers:,} parameters, {bytes_text(sum(v.nbytes or 0 for v in given.values()))}"

@@ -18,7 +18,7 @@ from funcprop.graph.tracing import trace_function
 from funcprop.program.call import without_aux
 from funcprop.program.facts import CALLS, CHECKPOINTS
 from funcprop.rules.rule_set import RuleSet
-from funcprop.rules.sets import default
+from funcprop.rules.sets import chosen_rules
 
 Order = Literal["forward-over-reverse", "reverse-over-reverse"]
 
@@ -94,7 +94,7 @@ def second_order_graph(
         raise ValueError(f"order={order!r} is not known; choose one of {', '.join(get_args(Order))}.")
 
     def built(*args: Any, **kwargs: Any) -> SecondOrderGraph:
-        rule_set = (default if rules is None else rules).for_arguments(jax.tree.leaves((args, kwargs)))
+        rule_set = chosen_rules(rules).for_arguments(jax.tree.leaves((args, kwargs)))
         primal = trace_function(fun, args, kwargs).graph
         (result,) = _scalar(primal)
         chosen = differentiated(fun, argnums, args, kwargs)

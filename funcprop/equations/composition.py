@@ -80,7 +80,7 @@ def own_equations(
         rule = op.call.layer.rule
         write = None if rule is None or op.call.axes else rule.equations
         given = op.call.unflatten(list(args))
-    name = _CALLED.get(op.op, op.op) if op.call is None else op.op
+    name = called(op)
     try:
         found = None if write is None else write(OperatorSymbols(name, given, output, cotangent, op.static))
     except Exception as error:
@@ -113,14 +113,21 @@ def _one_for_each_array(call: LayerCall, equations: Any) -> Equations:
 _CALLED = {
     "logistic": "σ", "conv_general_dilated": "conv", "reduce_max": "max", "reduce_min": "min",
     "reduce_window_max": "maxpool", "reduce_window_sum": "sumpool", "concatenate": "concat",
-    "dynamic_slice": "slice", "dynamic_update_slice": "update", "reduce_window": "pool",
+    "dynamic_slice": "slice", "dynamic_update_slice": "update", "reduce_window": "pool", "cond": "cases",
 }  # fmt: skip
+
+
+def called(op: Operator) -> str:
+    """What an operator is called: a layer as it is named, a primitive as people call it."""
+    if op.call is not None:
+        return op.op
+    name = op.op if op.equation is None else _jax.function_name(op.equation)
+    return _CALLED.get(name, name.strip("_"))
 
 
 def derived_equations(op: Operator, args: Sequence[Expression], cotangent: Expression) -> Equations:
     """The equations of a primitive by what is known of it: `f′` of an entrywise one, `fᵀ` of a linear one."""
-    name = op.op if op.equation is None or op.call else _jax.function_name(op.equation)
-    name = _CALLED.get(name, name)
+    name = called(op)
     (output,) = op.outputs
 
     def function(*values: Any) -> Any:
@@ -168,6 +175,7 @@ def _unseen(op: Operator, x: Expression, cotangent: Expression) -> Equations:
     if op.op == "transpose" and len(x.shape) == 2:
         return Equations(x.T, (cotangent.T,))
     forward = replace(unwritten(function, x, type_of(output)), places=_places(op, x, back=False))
+    forward = replace(forward, new_axes=_new_axes(op, x))
     if not _jax.is_differentiable(op.inputs[0].aval):
         return Equations(forward, (None,))
     if np.prod(output.shape or ()) == np.prod(x.shape):
@@ -177,6 +185,26 @@ def _unseen(op: Operator, x: Expression, cotangent: Expression) -> Equations:
     new = [axis for axis in range(len(output.shape or ())) if axis not in kept]
     text, latex = reduction("sum", new if new and x.shape != () else None, cotangent.is_sum)
     return Equations(forward, (written(back, (cotangent,), text, latex, x.type),))
+
+
+def _new_axes(op: Operator, x: Expression) -> tuple[int, ...]:
+    """The axes of the result of an operator that are not in what is written; none where that is not known."""
+    before, after = x.shape, op.outputs[0].shape or ()
+    if op.op == "broadcast_in_dim":
+        kept = op.static["broadcast_dimensions"]
+        return tuple(i for i in range(len(after)) if i not in kept or kept.index(i) in x.new_axes)
+    if op.op == "reshape" and len(after) > len(before) and not x.new_axes:
+        # Only axes of size 1 come in.
+        found, k = [], 0
+        for i, n in enumerate(after):
+            if k < len(before) and n == before[k]:
+                k += 1
+            elif n == 1:
+                found.append(i)
+            else:
+                return ()
+        return tuple(found) if k == len(before) else ()
+    return x.new_axes if before == after else ()
 
 
 def _places(op: Operator, of: Expression, back: bool) -> tuple[int, ...] | None:
@@ -210,9 +238,15 @@ def literal(variable: Variable) -> Expression:
     text, latex = variable.name, variable.name
     if variable.name in ("inf", "-inf"):
         text, latex = text.replace("-", "−").replace("inf", "∞"), text.replace("inf", "\\infty")
-    elif value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.floating) and jnp.isfinite(value):
+    elif value.ndim == 0 and _is_real_number(value):
         return number(float(value), value.dtype)
     return opaque(lambda: value, (), text, latex, jax.typeof(value))
+
+
+def _is_real_number(value: Any) -> bool:
+    """Whether a scalar is a number that a decimal one can be."""
+    is_real = any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.floating, jnp.integer))
+    return is_real and bool(jnp.isfinite(value)) and float(value) == value and abs(float(value)) < 2**53
 
 
 def type_of(variable: Variable) -> jax.ShapeDtypeStruct:
@@ -254,6 +288,10 @@ class Composition:
             for v, term in zip(part.inputs, backward, strict=True):
                 if v.kind != "literal" and v.name in self.active:
                     _add(cotangents, v.name, term)
+        for v in self.inputs:
+            # It is compared with, or rounded.
+            if v.name in self.active and v.name not in cotangents:
+                cotangents[v.name] = spread_over(number(0.0, v.dtype), v.shape or ())
         return Equations(known[last], tuple(cotangents.get(v.name) for v in self.inputs))
 
 

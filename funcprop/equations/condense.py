@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
-import numpy as np
-from jax import lax
+import jax.numpy as jnp
 
 from funcprop import _jax
-from funcprop.equations.composition import Composition, LinePart
+from funcprop.equations.composition import Composition, LinePart, literal, type_of
 from funcprop.equations.constants import draw, named_function, pattern
 from funcprop.equations.elementwise import is_elementwise
 from funcprop.equations.flow import Flow, Region, is_trivial, run
@@ -21,7 +19,7 @@ from funcprop.equations.line_parts import LineParts, is_curved, is_key, is_shape
 from funcprop.equations.recognition import Recognition
 from funcprop.graph.graph import Graph, Operator, Variable
 from funcprop.program.facts import PRODUCTS, facts_of
-from funcprop.rules.equations import Equations
+from funcprop.rules.equations import Equations, opaque
 from funcprop.rules.expressions import Expression
 
 WriteLine = Callable[[Sequence[Expression], Expression, Expression], Equations]
@@ -33,7 +31,8 @@ class Condensed:
 
     `kinds` are by the name of the line's variable: `product`, `activation`, `softmax`, `loss`, `norm`,
     `sum`, `value`. `roles` are those of inputs that are read as `weight`, `bias`, `scale` or `table`, with
-    the line that reads them. `functions` are the user's own, by their symbol: the formula of each.
+    the line that reads them. `functions` are the user's own, by their symbol: the formula of each. `operand`
+    writes a variable of the graph before in the symbols of the lines.
     """
 
     graph: Graph
@@ -41,43 +40,15 @@ class Condensed:
     kinds: Mapping[str, str]
     roles: Mapping[str, tuple[str, str]]
     functions: Mapping[str, Expression]
+    operand: Callable[[Variable, Mapping[str, Expression]], Expression]
 
 
 def condense(graph: Graph, result: Variable, inputs: Collection[str]) -> Condensed:
-    """Merge the operators of a graph into lines."""
-    flow = Flow(_with_slices(graph), result, inputs)
+    """Merge the operators of a `plain` graph into lines."""
+    flow = Flow(graph, result, inputs)
     parts = LineParts(flow)
     recognition = Recognition(flow, parts)
     return _Condensing(flow, parts, chosen_lines(flow, parts)).condensed(recognition)
-
-
-def _with_slices(graph: Graph) -> Graph:
-    """The graph with a slice for every result of a split, and of an array that is taken apart."""
-    operators: list[Operator] = []
-    for op in graph.operators:
-        if op.op not in ("split", "unstack") or op.call is not None:
-            operators.append(op)
-            continue
-        (x,), axis = op.inputs, op.static["axis"]
-        sizes = op.static.get("sizes", [1] * len(op.outputs))
-        for v, end, size in zip(op.outputs, map(int, np.cumsum(sizes)), sizes, strict=True):
-            cut = partial(lax.slice_in_dim, start_index=end - size, limit_index=end, axis=axis)
-            aval = jax.eval_shape(cut, x.aval)
-            part = (
-                v
-                if op.op == "split"
-                else replace(v, name=f"{v.name}:", shape=aval.shape, aval=aval, named=False)
-            )
-            operators.append(_of_one(op, "slice", cut, x, part))
-            if part is not v:
-                operators.append(_of_one(op, "squeeze", partial(lax.squeeze, dimensions=[axis]), part, v))
-    return replace(graph, operators=tuple(operators))
-
-
-def _of_one(op: Operator, kind: str, function: Callable[..., Any], x: Variable, v: Variable) -> Operator:
-    """A function of one variable as an operator, in the place of another."""
-    jaxpr = _jax.open_jaxpr(jax.make_jaxpr(function)(x.aval))
-    return replace(op, name=f"{v.name} {kind}", op=kind, inputs=(x,), outputs=(v,), jaxpr=jaxpr)
 
 
 class _Condensing:
@@ -105,7 +76,25 @@ class _Condensing:
             for name, role in self._roles(parts):
                 roles.setdefault(name, (role, op.outputs[0].name))
         graph = replace(self.flow.graph, operators=tuple(operators))
-        return Condensed(graph, writers, kinds, roles, recognition.functions)
+        named = {part.name for part in self.parts.within(self.flow.result)}
+        functions = {name: form for name, form in recognition.functions.items() if name in named}
+        return Condensed(graph, writers, kinds, roles, functions, self._operand)
+
+    def _operand(self, v: Variable, symbols: Mapping[str, Expression]) -> Expression:
+        """A variable as it is written where it is read."""
+        v = self.parts.number(v)
+        if v.kind == "literal":
+            return literal(v)
+        if v.name in self.lines or v.name not in self.parts:
+            return symbols[v.name]
+        parts = self.parts.within(v, self.lines)
+        inner = {part.output.name for part in parts}
+        read = {w.name: w for part in parts for w in part.inputs if w.kind != "literal"}
+        inputs = [w for w in read.values() if w.name not in inner]
+        unknown = opaque(lambda: jnp.zeros(v.shape or (), v.dtype), (), "?", "?", type_of(v))
+        return (
+            Composition(parts, inputs, ()).write([symbols[w.name] for w in inputs], unknown, unknown).forward
+        )
 
     def _line(self, op: Operator, parts: Sequence[LinePart]) -> tuple[Operator, WriteLine | None]:
         """The operators of a line as one, and how it is written if not as the operator itself."""
@@ -139,10 +128,10 @@ class _Condensing:
 
     def _constant(self, v: Variable, parts: Sequence[LinePart]) -> str | None:
         """The name of a value without a derivative that is no short formula: a draw, a mask, positions."""
-        if any(part.output.name in self.flow.draws for part in parts):
+        if any(is_key(w) for part in parts for w in (*part.inputs, part.output)):
             return self._draw(v)
         steps = sum(not is_shape(part) for part in parts)
-        if steps <= LONGEST_LINE // 2 and any(w.kind == "input" for part in parts for w in part.inputs):
+        if steps <= LONGEST_LINE - 2 and any(w.kind == "input" for part in parts for w in part.inputs):
             return None
         operators = self.flow.between([v])
         if any(w.kind in ("input", "constant") for o in operators for w in o.inputs):

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from funcprop.equations.condense import condense
-from funcprop.equations.line_breaks import broken
-from funcprop.equations.line_names import short_names
+from funcprop.equations.bodies import InsideLines
+from funcprop.equations.line_breaks import broken, broken_title
 from funcprop.equations.line_writer import LineWriter
-from funcprop.equations.loops import LoopsInside, ScanLines
+from funcprop.equations.readable_lines import ReadableLines, grouped, where
 from funcprop.equations.verification import Line, Progress, Verification, verify
 from funcprop.graph.objective import Argnums, Objective, trace_objective
 from funcprop.graph.references import has_references
@@ -34,53 +33,38 @@ class Derivation:
     traced: Traced
     legend: Mapping[str, str] = field(default_factory=dict)
     functions: tuple[tuple[str, Expression], ...] = ()
-    loops: tuple[ScanLines, ...] = ()
+    insides: tuple[InsideLines, ...] = ()
 
     def text(self, width: int = 100) -> str:
         """Both sweeps as aligned Unicode text with shapes; lines longer than `width` are broken."""
-        inside = [line for loop in self.loops for line in (*loop.forward, *loop.backward)]
-        lines = [*self.forward, *self.backward, *inside]
+        lines = [line for _, lines in self.sections() for line in lines]
         shapes = {id(line): " × ".join(map(str, line.shape)) or "scalar" for line in lines}
         room = width - 7 - max(map(len, shapes.values()), default=0)
         rows = {id(line): broken(line, room) for line in lines}
         widest = max((len(row) for found in rows.values() for row in found), default=0)
 
         def section(title: str, lines: Sequence[Line]) -> Iterator[str]:
-            yield title
+            yield from broken_title(title, width)
             for line in lines:
                 first, *others = rows[id(line)]
                 yield f"  {first:{widest}}   ({shapes[id(line)]})"
                 yield from (f"  {row}" for row in others)
 
-        parts = [
-            *section("Forward propagation", self.forward),
-            "",
-            *section("Backpropagation", self.backward),
-        ]
-        for loop in self.loops:
-            parts += ["", *section(loop.title, loop.forward)]
-            parts += ["", *section(loop.back, loop.backward)]
+        parts = [row for title, lines in self.sections() for row in ("", *section(title, lines))][1:]
         if where := self.where():
             parts += ["", "where", *(f"  {row}" for row in where)]
         return "\n".join(parts)
 
+    def sections(self) -> Iterator[tuple[str, tuple[Line, ...]]]:
+        """Titles with their lines: both sweeps, then a step of each loop and the branches."""
+        yield "Forward propagation", self.forward
+        yield "Backpropagation", self.backward
+        for inside in self.insides:
+            yield from inside.sections()
+
     def where(self) -> list[str]:
         """What the functions and the short names stand for, a row each."""
-        functions = [f"{name} = {form.text()}" for name, form in self.functions]
-        return [*functions, *(f"{names} = {path}" for names, path in self.grouped_legend())]
-
-    def grouped_legend(self) -> list[tuple[str, str]]:
-        """The short names with their paths, one row a module: `W₁, b₁` and `Dense_0/{kernel, bias}`."""
-        modules: dict[str, list[tuple[str, str]]] = {}
-        for short, path in self.legend.items():
-            module, _, leaf = path.rpartition("/")
-            modules.setdefault(module, []).append((short, leaf))
-        rows = []
-        for module, found in modules.items():
-            leaves = ", ".join(leaf for _, leaf in found)
-            end = leaves if len(found) == 1 else f"{{{leaves}}}"
-            rows.append((", ".join(short for short, _ in found), f"{module}/{end}" if module else leaves))
-        return rows
+        return where(self.functions, self.legend)
 
     def latex(self) -> str:
         """Two `align*` environments, ready for a document with `amsmath`, and what short names stand for."""
@@ -97,12 +81,12 @@ class Derivation:
             ]
         )
         text = "\n".join(environment(lines) for lines in sweeps if lines)
-        for loop in self.loops:
-            for title, lines in ((loop.title, loop.forward), (loop.back, loop.backward)):
-                text += f"\n{latex_title(title)}:\n{environment([line.latex() for line in lines])}"
+        for title, lines in [*self.sections()][2:]:
+            text += f"\n{latex_title(title)}"
+            text += f":\n{environment([line.latex() for line in lines])}" if lines else "."
         rows = [
             f"${', '.join(map(latex_name, names.split(', ')))}$ is {latex_path(path)}"
-            for names, path in self.grouped_legend()
+            for names, path in grouped(self.legend)
         ]
         return text + (f"\nwhere {', '.join(rows)}." if rows else "")
 
@@ -136,12 +120,10 @@ class Derivation:
             ValueError: no finite number could be compared, because all is NaN, infinite or empty.
         """
         with promoting():
-            found = verify([*self.forward, *self.backward], self.traced, tolerance, progress)
-            for loop in self.loops:
-                step = loop.at_a_step(self.traced.values())
-                inside = verify([*loop.forward, *loop.backward], step, tolerance, progress)
-                found = Verification(found.errors | inside.errors, found.unchecked | inside.unchecked)
-            return found
+            found = [verify([*self.forward, *self.backward], self.traced, tolerance, progress)]
+            for inside in self.insides:
+                found += inside.verify(self.traced.values(), tolerance, progress)
+            return Verification.together(found)
 
     __repr__ = __str__ = text
 
@@ -188,15 +170,10 @@ def derive(
             if detail == "operators" or any(map(has_references, traced.graph.operators)):
                 writer = LineWriter(traced.graph, result, inputs)
                 return Derivation(tuple(writer.forward()), tuple(writer.backward()), traced), None
-            chosen = [v.name for v in inputs]
-            loops = LoopsInside(traced, result, chosen)
-            condensed = loops.add_roles(condense(traced.graph, result, chosen))
-            names, legend = short_names(condensed, result, chosen)
-            traced = replace(traced, graph=condensed.graph)
-            writer = LineWriter(condensed.graph, result, inputs, names, writers=condensed.writers)
-            functions = tuple((f"{name}(z)", formula) for name, formula in condensed.functions.items())
-            lines = tuple(writer.forward()), tuple(writer.backward())
-            return Derivation(*lines, traced, legend, functions, loops.written(names, condensed)), None
+            lines = ReadableLines(traced.graph, result, inputs)
+            traced = replace(traced, graph=lines.graph)
+            insides = lines.insides.written(lines.writer, lines.condensed)
+            return Derivation(*lines.sweeps(), traced, lines.legend, lines.functions, insides), None
 
     if detail not in ("layers", "operators"):
         raise ValueError(f"derive: detail={detail!r} is none of 'layers', 'operators'.")

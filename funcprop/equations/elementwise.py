@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from funcprop import _jax
 from funcprop._jax.xla_options import jit_once
@@ -37,6 +38,8 @@ ELEMENTWISE: dict[str, Sequence[Callable[[Any], Any]]] = {
     "leaky_relu": [partial(jax.nn.leaky_relu, negative_slope=a) for a in (0.01, 0.1, 0.2)],
     "mish": [jax.nn.mish],
     "softsign": [jax.nn.soft_sign],
+    "huber": [partial(optax.huber_loss, delta=a) for a in (1.0, 0.5, 0.1)],
+    "log cosh": [optax.log_cosh],
     "hard_tanh": [jax.nn.hard_tanh],
     "hard_σ": [jax.nn.hard_sigmoid],
     "hard_silu": [jax.nn.hard_silu],

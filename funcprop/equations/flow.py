@@ -72,7 +72,14 @@ class Flow:
             of_active = [name for name in found if name in self.active]
             of_values = [name for name in of_active if name not in self.parameters]
             of_data = [name for name in found if name not in self.active]
-            return of_values or of_data or of_active
+            # A parameter from which a value beside it comes, as in `w − max(w)`.
+            beside = [name for name in of_active if any(is_above(name, v) for v in of_values or of_data)]
+            return [*(of_values or of_data), *beside] or of_active
+
+        def is_above(first: str, name: str | None) -> bool:
+            while name is not None and name != first:
+                name = parent[name]
+            return name is not None
 
         for v in (*self.graph.inputs, *self.graph.constants):
             if _jax.is_differentiable(v.aval):

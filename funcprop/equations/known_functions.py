@@ -18,7 +18,7 @@ from funcprop import _jax
 from funcprop._jax.xla_options import jit_once
 from funcprop.equations.elementwise import at_points, elementwise_functions, is_elementwise
 from funcprop.equations.flow import Region
-from funcprop.equations.losses import cross_entropies, soft_losses, softmaxes
+from funcprop.equations.losses import cross_entropies, logsumexps, soft_losses, softmaxes
 from funcprop.equations.named_function import NamedFunction
 from funcprop.equations.norms import norms
 from funcprop.sweeps.evaluation import drawn
@@ -48,9 +48,13 @@ def _candidates(region: Region) -> Iterator[NamedFunction]:
         return
     names = set(region.primitives())
     x, *others = region.inputs
+    if not x.shape:
+        return
     is_of_one_shape = region.output.shape == x.shape
     if not others and "exp" in names:
         yield from softmaxes(region)
+        if "log" in names and len(region.output.shape or ()) < len(x.shape):
+            yield from logsumexps(region)
     if len(others) <= 2 and is_of_one_shape and names & {"rsqrt", "sqrt", "pow"}:
         yield from norms(region)
     if {"exp", "log"} <= names and all(jnp.issubdtype(v.dtype, jnp.integer) for v in others):

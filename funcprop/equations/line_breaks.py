@@ -42,3 +42,15 @@ def _cut(text: str, width: int) -> int | None:
             found[depth] = i
     shallow = [depth for depth, i in found.items() if i > width // 3]
     return found[min(shallow)] if shallow else max(found.values(), default=None)
+
+
+def broken_title(title: str, width: int) -> list[str]:
+    """The rows of a title, cut after commas."""
+    rows = [""]
+    for part in title.replace(", ", ",\n").split("\n"):
+        row = f"{rows[-1]} {part}".strip()
+        if rows[-1] and len(row) > width:
+            rows.append(part)
+        else:
+            rows[-1] = row
+    return rows

@@ -46,14 +46,28 @@ class _LineChoice:
             v = part.output
             if v.name not in self.lines and not is_shape(part) and self._must_have_line(part):
                 self.lines.add(v.name)
+        self.lines |= self._draws()
         self._cut()
+
+    def _draws(self) -> set[str]:
+        """Random draws that are read together with other values."""
+        pure: set[str] = set()
+        found = set[str]()
+        for part in self.used:
+            given = [v for v in part.inputs if v.kind != "literal" and not is_key(v)]
+            if all(v.name in pure for v in given):
+                pure.add(part.output.name)
+            elif part.output.name in self.flow.draws:
+                found.update(self._cuttable(v).name for v in given if v.name in pure & self.flow.draws)
+        return found
 
     def _give_lines_to(self, op: Operator) -> None:
         """Give lines to what has a name, to operators that are run as they stand, and to whole ones."""
         self.lines.update(v.name for v in op.outputs if v.named or len(op.outputs) > 1)
         if op.jaxpr.effects:
             self.lines.update(v.name for v in (*op.inputs, *op.outputs) if v.name in self.parts)
-        if op.outputs and self._is_whole(op) and op.outputs[0].name in self.used_names:
+        is_used = bool(op.outputs) and op.outputs[0].name in self.used_names
+        if is_used and self._is_whole(op) and not self._is_operand(op):
             self.lines.add(self._climb(op.outputs[0]))
 
     def _is_whole(self, op: Operator) -> bool:
@@ -65,6 +79,13 @@ class _LineChoice:
             return op.op != "custom_jvp_call" or name in self.flow.active
         facts = facts_of(op.equation)
         return op.op in PRODUCTS or (name in self.flow.active and not (facts.elementwise or facts.reduces))
+
+    def _is_operand(self, op: Operator) -> bool:
+        """Whether an operator takes entries or puts them in, and one sum or product reads what it gives."""
+        if op.op not in ("slice", "pad") or op.call is not None or op.outputs[0].named:
+            return False
+        readers = [end.operator.op for end in self._ends(op.outputs[0]) if end.operator is not None]
+        return readers in (["add"], ["sub"], ["mul"])
 
     # --- the end of a product -----------------------------------------------------------------
 
@@ -130,6 +151,12 @@ class _LineChoice:
         v, ends = part.output, self._ends(part.output)
         if v.name not in self.flow.active:
             of_active = any(end.output.name in self.flow.active for end in ends)
+            picks = [
+                end.operator is not None and end.operator.op in ("gather", "scatter-add") for end in ends
+            ]
+            if all(picks) and part.operator is not None and part.operator.op == "concatenate":
+                # The places of single entries: `x[i, j]`.
+                return False
             return of_active and not is_key(v) and (v.name in self.flow.draws or self._is_long(v))
         if part.kind in _REPEATED or len({end.output.name for end in ends}) > 1:
             return True

@@ -25,12 +25,12 @@ _SUBSCRIPT = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 def short_names(
-    condensed: Condensed, result: Variable, active: Collection[str]
+    condensed: Condensed, result: Variable, active: Collection[str], taken: Collection[str] = ()
 ) -> tuple[dict[str, str], dict[str, str]]:
     """How every variable is written, and the path of each parameter that was given a short name.
 
     Names that the user gave stay, without the scopes around them. Arguments stay, if they are one array.
-    Letters are numbered in the order of the forward sweep where there are several.
+    Letters are numbered in the order of the forward sweep where there are several. None is `taken`.
     """
     graph = condensed.graph
     used = {v.name for op in graph.operators for v in op.inputs} | {result.name}
@@ -64,7 +64,7 @@ def short_names(
         else:
             wanted[v.name] = _LETTERS[condensed.kinds.get(v.name, "value")], v.name
     written = _without_clashes(kept)
-    written |= _numbered(wanted, [v.name for v in lines], set(written.values()))
+    written |= _numbered(wanted, [v.name for v in lines], {*written.values(), *taken})
     read = {v.name for op in graph.operators for v in op.inputs} | set(active)
     renamed = [v.name for v in graph.inputs if written[v.name] != v.name and v.name in read]
     first_read = {v.name: i for i, op in reversed([*enumerate(graph.operators)]) for v in op.inputs}

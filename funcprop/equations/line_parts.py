@@ -124,7 +124,7 @@ class LineParts:
         between = dict.fromkeys((of, self.flow.maker[op.inputs[0].name]))
         if any(o is not of and not is_trivial(o) for o in between):
             return None
-        region = Region((*between, op), (x,), op.outputs[0])
+        region = Region(tuple(self.flow.between(op.outputs, {x.name})), (x,), op.outputs[0])
         return LinePart(op.outputs[0], (x,), region=region, write=mean(axes, len(x.shape or ()), size))
 
 

@@ -8,9 +8,8 @@ from functools import cached_property
 
 import jax.numpy as jnp
 
-from funcprop import _jax
 from funcprop.equations.chain_rule import ChainTerm, call_operator
-from funcprop.equations.composition import LinePart, literal, own_equations, type_of
+from funcprop.equations.composition import LinePart, called, literal, own_equations, type_of
 from funcprop.equations.condense import WriteLine
 from funcprop.equations.verification import Line
 from funcprop.graph.graph import Graph, Operator, Variable
@@ -61,6 +60,8 @@ class LineWriter:
         self.cotangents = {name: _cotangent(v, of, self.symbols[name]) for name, v in variables.items()}
         # What a cotangent is known to be, for the operators before it: the symbol, or the constant 1.
         self.known: dict[str, Expression] = {result.name: number(1, result.dtype)}
+        # What is known to be the result; what it reads directly has no chain.
+        self.ends = {result.name}
         self._written: dict[Operator, tuple[Expression, Equations | None]] = {}
 
     def value(self, variable: Variable) -> Expression:
@@ -107,9 +108,8 @@ class LineWriter:
         # Where no other result is read, it need not be said which one this is.
         is_one_of_several = any(self.writers is None or w.name in self.users for w in others)
         suffix = f"_{index + 1}" if is_one_of_several else ""
-        written = op.op if op.equation is None or op.call else _jax.function_name(op.equation)
         type_ = self.symbols[op.outputs[index].name].type
-        return apply(written + suffix, lambda *xs: call_operator(op, xs)[index], *inputs, type_=type_)
+        return apply(called(op) + suffix, lambda *xs: call_operator(op, xs)[index], *inputs, type_=type_)
 
     def backward(self) -> Iterator[Line]:
         """`∂J/∂z = prod(∂J/∂h, ∂h/∂z) = …` in the order in which the cotangents are complete."""
@@ -160,14 +160,15 @@ class LineWriter:
         evaluated: list[Expression] = []
         is_known = False
         for op in uses:
-            product = self._prod(op, name)
             terms = self._evaluated(op, name)
+            ends = any(v.name in self.ends for v in op.outputs)
+            product = terms if ends and terms is not None else self._prod(op, name)
             chain.append(product)
             evaluated.append(product if terms is None else terms)
             is_known |= terms is not None
         left = self.cotangents[name]
-        forms = [_total(chain)] if any(o is not self.result for op in uses for o in op.outputs) else []
-        if is_known:
+        forms = [_total(chain)] if any(o.name not in self.ends for op in uses for o in op.outputs) else []
+        if is_known and not (forms and forms[0].text() == _total(evaluated).text()):
             forms.append(_total(evaluated))
         if not forms:
             forms = [_total(chain)]
@@ -212,7 +213,8 @@ class LineWriter:
         for i, v in enumerate(op.outputs):
             if v.name not in self.reaching:
                 continue
-            y, g = self.symbols[v.name], self.cotangents[v.name]
+            y = self.symbols[v.name]
+            g = self.known[v.name] if v.name in self.ends else self.cotangents[v.name]
             terms.append(
                 opaque(
                     ChainTerm(op, i, name, self.active),

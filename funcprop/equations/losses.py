@@ -16,6 +16,7 @@ from funcprop.equations.flow import Region
 from funcprop.equations.named_function import NamedFunction, Write
 from funcprop.rules.equations import Equations, apply, written
 from funcprop.rules.expressions import Expression, number, unwritten
+from funcprop.rules.notation import reduction
 
 
 def softmaxes(region: Region) -> Iterator[NamedFunction]:
@@ -66,6 +67,41 @@ def _log_softmax(axis: int) -> Write:
         (x,) = operands
         p = apply("softmax", partial(jax.nn.softmax, axis=axis), x)
         return Equations(apply("log softmax", function, x), (g - p * g.sum(axis, keepdims=True),))
+
+    return write
+
+
+def logsumexps(region: Region) -> Iterator[NamedFunction]:
+    """The logarithm of a sum of exponentials over one axis or all, whose slope is the softmax."""
+    (x,) = region.inputs
+    axes: list[int | None] = [*reversed(range(len(x.shape or ()))), None]
+    for axis in axes:
+        kept = tuple(n for i, n in enumerate(x.shape or ()) if axis is not None and i != axis)
+        if kept == region.output.shape:
+            yield NamedFunction(
+                "logsumexp",
+                "value",
+                partial(jax.nn.logsumexp, axis=axis),
+                _logsumexp(axis, len(x.shape or ())),
+            )
+
+
+def _logsumexp(axis: int | None, ndim: int) -> Write:
+    def write(
+        function: Callable[..., Any], operands: Sequence[Expression], g: Expression, output: Expression
+    ) -> Equations:
+        (x,) = operands
+        over = None if axis is None or ndim == 1 else (axis,)
+        text, latex = reduction("logsumexp", over)
+        forward = written(function, (x,), text, latex, output.type)
+        p = apply("softmax", partial(jax.nn.softmax, axis=axis), x, type_=x.type)
+        if axis is not None and g.shape:
+            g = unwritten(
+                partial(jnp.expand_dims, axis=axis),
+                g,
+                jax.eval_shape(partial(jnp.expand_dims, axis=axis), g.type),
+            )
+        return Equations(forward, (g * p,))
 
     return write
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import jax.numpy as jnp
 
@@ -32,16 +33,20 @@ class Recognition:
         self.roles: dict[str, tuple[str, str]] = {}
         # Equal regions, such as the activations of equal layers, are compared once.
         self._found: dict[str, NamedFunction | None] = {}
-        covered: set[str] = set()
+        self._formulas: dict[str, Expression] = {}
+        # What is read inside of them alone is no end of another function.
+        hidden: set[Operator] = set()
         for op in reversed(flow.operators):
             (v, *others) = op.outputs or (None,)
-            if v is None or others or v.name in covered or v.name not in flow.active:
+            if v is None or others or v.name not in flow.active:
+                continue
+            if op in hidden and hidden.issuperset(flow.readers[v.name]):
                 continue
             if is_trivial(op) or not may_be_inside(op):
                 continue
             region = self._recognise(v) or parts[v.name].region
             if region is not None:
-                covered.update(w.name for inner in region.operators for w in inner.outputs)
+                hidden.update(region.operators)
 
     def _recognise(self, v: Variable) -> Region | None:
         """Find the largest region that ends at a variable and is a known function."""
@@ -49,6 +54,8 @@ class Recognition:
         if found is None:
             return None
         region, known = found
+        if not known.name:
+            known = self._with_symbol(region, known)
         self.parts[v.name] = LinePart(v, region.inputs, None, region, known.write, known.name, known.kind)
         for role, w in zip(known.roles, region.inputs[1:], strict=False):
             if role is not None:
@@ -89,7 +96,9 @@ class Recognition:
         op = self.flow.maker.get(name)
         if op is None or op.equation is None or op.call is not None or not facts_of(op.equation).elementwise:
             return True
-        return len(self.flow.readers[name]) > 1 or self._is_named(name)
+        # Such as the difference of a prediction and its label.
+        joins = len(op.inputs) == 2 and not any(self.parts.number(v).kind == "literal" for v in op.inputs)
+        return joins or len(self.flow.readers[name]) > 1 or self._is_named(name)
 
     def _is_named(self, name: str) -> bool:
         return any(v.named for v in self.flow.maker[name].outputs if v.name == name)
@@ -128,7 +137,9 @@ class Recognition:
     def _own_function(self, region: Region) -> NamedFunction | None:
         """A function of each entry that has no name is `φ`, if it is more than a short formula."""
         plain = [op for op in region.operators if not is_trivial(op)]
-        uses = sum(v.name == region.inputs[0].name for op in plain for v in op.inputs)
+        # The absolute value of an input is read in its place.
+        read = plain[0].outputs[0] if plain and plain[0].op == "abs" else region.inputs[0]
+        uses = sum(v.name == read.name for op in plain for v in op.inputs)
         if not is_elementwise(region) or len(plain) < 3 or uses < 2:
             return None
         inner = self._without(region, plain[-1])
@@ -138,9 +149,15 @@ class Recognition:
         parts = [self.parts.of_operator(op, op.outputs[0]) for op in region.operators]
         z = symbol(region.inputs[0].name, "z", "z", type_of(region.inputs[0]))
         formula = Composition(parts, region.inputs[:1], ()).write([z], z, z).forward
-        same = (name for name, known in self.functions.items() if known.text() == formula.text())
+        self._formulas[region.key] = formula
+        return NamedFunction("", "activation", region, elementwise(""))
+
+    def _with_symbol(self, region: Region, known: NamedFunction) -> NamedFunction:
+        """A function of the user's own with its symbol: equal formulas have one."""
+        formula = self._formulas[region.key]
+        same = (name for name, given in self.functions.items() if given.text() == formula.text())
         if (name := next(same, None)) is None:
             count = len(self.functions)
             name = _SYMBOLS[count] if count < len(_SYMBOLS) else f"φ{count}"
             self.functions[name] = formula
-        return NamedFunction(name, "activation", region, elementwise(name))
+        return replace(known, name=name, write=elementwise(name))

@@ -68,6 +68,15 @@ class Verification:
     errors: dict[str, float]
     unchecked: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def together(cls, found: Sequence[Verification]) -> Verification:
+        """Several as one; of lines that define the same, as in two branches, the larger deviation."""
+        errors: dict[str, float] = {}
+        for key, error in (row for one in found for row in one.errors.items()):
+            errors[key] = max(error, errors.get(key, 0.0))
+        unchecked = {key: reason for one in found for key, reason in one.unchecked.items()}
+        return cls(errors, {key: reason for key, reason in unchecked.items() if key not in errors})
+
     def __str__(self) -> str:
         rows = {key: f"{error:.1e}" for key, error in self.errors.items()} | self.unchecked
         width = max(map(len, rows), default=0)
@@ -75,9 +84,16 @@ class Verification:
 
 
 def verify(
-    lines: Sequence[Line], traced: Traced, tolerance: float | None = None, progress: Progress = None
+    lines: Sequence[Line],
+    traced: Traced,
+    tolerance: float | None = None,
+    progress: Progress = None,
+    is_optional: bool = False,
 ) -> Verification:
-    """Evaluate every form of every line and compare it with autodiff; see `Derivation.verify`."""
+    """Evaluate every form of every line and compare it with autodiff; see `Derivation.verify`.
+
+    Lines that are `is_optional` may have no finite number: they are of what is not run.
+    """
     if not has_values(traced.leaves):
         raise TypeError(
             "verify: derive was given shapes (jax.ShapeDtypeStruct); give it arrays, so that its equations "
@@ -107,7 +123,8 @@ def verify(
                 if reason is not None:
                     unchecked[line.left] = reason
                 done(number)
-    _require_numbers(lines, oracle, unchecked)
+    if not is_optional:
+        _require_numbers(lines, oracle, unchecked)
     return Verification(errors, unchecked)
 
 

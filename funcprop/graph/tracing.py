@@ -263,6 +263,31 @@ class _Builder:
             step.jaxpr,
         )
 
+    def _in_its_place(self, eqn: Any, operands: Sequence[_Draft]) -> Any | None:
+        """The body that stands in an equation's place: of what is inlined, and a branch that is known."""
+        if eqn.primitive.name in self.inline:
+            ((_, body),) = _jax.sub_jaxprs(eqn)
+            return body
+        if eqn.primitive.name == "cond" and (index := self._known(operands[0])) is not None:
+            return eqn.params["branches"][index]
+        return None
+
+    def _known(self, index: _Draft) -> int | None:
+        """The number of a branch, if it is computed from literals alone."""
+        if index.kind == "literal":
+            return int(index.value)
+        made = next((step for step in self.steps if index in step.outputs), None)
+        if made is not None and made.jaxpr.eqns[0].primitive.name == "platform_index":
+            # A kernel for Mosaic is never what this program is.
+            platforms = made.jaxpr.eqns[0].params["platforms"]
+            named = [name for group in platforms for name in group or ()]
+            return platforms.index(None) if None in platforms and set(named) <= {"mosaic"} else None
+        if made is None or made.jaxpr.eqns[0].primitive.name not in ("clamp", "convert_element_type"):
+            return None
+        if any(v.kind != "literal" for v in made.inputs):
+            return None
+        return int(_jax.evaluate(made.jaxpr, (), [v.value for v in made.inputs])[0])
+
     def _walk(self, closed: Any, inputs: Sequence[_Draft], prefix: str, around: str | None) -> list[_Draft]:
         """Append the steps of a jaxpr; `around` is the line that those without one of their own come from."""
         jaxpr = _jax.open_jaxpr(closed)
@@ -298,8 +323,8 @@ class _Builder:
             ):
                 operands[0].label, operands[0].named, operands[0].scope = eqn.params["name"], True, scope
                 env[eqn.outvars[0]] = operands[0]
-            elif call is None and eqn.primitive.name in self.inline:
-                ((_, body),) = _jax.sub_jaxprs(eqn)
+            elif call is None and (body := self._in_its_place(eqn, operands)) is not None:
+                operands = operands[len(operands) - len(_jax.open_jaxpr(body).invars) :]
                 env.update(zip(eqn.outvars, self._walk(body, operands, scope, source), strict=True))
             else:
                 named = eqn.primitive.name == "name"

@@ -23,7 +23,7 @@ from funcprop.memory.ledger import Category
 from funcprop.program.call import Call, is_array, pair, traced
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
-from funcprop.rules.sets import default
+from funcprop.rules.sets import chosen_rules
 
 Kind: TypeAlias = Literal["loss", "prediction", "step"]
 KINDS: tuple[Kind, ...] = Kind.__args__  # type: ignore[attr-defined]
@@ -168,7 +168,7 @@ class Subject:
         shardings = [_jax.sharding_of(call.leaves[i]) for i in call.variables]
         inference = AccountedProgram(jaxpr, names, purposes, shardings)
         results = [v.aval for v in _jax.open_jaxpr(jaxpr).outvars[: own[0]]]
-        resolved = (default if rules is None else rules).for_arguments(call.leaves)
+        resolved = chosen_rules(rules).for_arguments(call.leaves)
         return cls(call, fun, signature, at, chosen, names, has_aux, has_state, resolved, inference, results)
 
     @property

@@ -30,7 +30,7 @@ from funcprop.program.trained import Trained
 from funcprop.rules.primitives import pooling
 from funcprop.rules.rule import Rule
 from funcprop.rules.rule_set import OperatorKey, RuleSet
-from funcprop.rules.sets import default
+from funcprop.rules.sets import chosen_rules
 
 # Segments of ZeRO-3: more of them gather less at a time.
 _SEGMENTS = 12
@@ -98,7 +98,7 @@ def plan(
         target = target_of(devices, on)
         _check(optimizer, weight, mesh, microbatches)
         limit = target.machine.memory if budget is None else budget_bytes(budget, "budget")
-        chosen = default if rules is None else rules
+        chosen = chosen_rules(rules)
         if not target.is_present and chosen.target is None:
             chosen = chosen.on(target.machine.platform)
         model = Trained.stateless(params)

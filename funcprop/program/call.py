@@ -144,9 +144,16 @@ def require_callable(fun: Any) -> None:
     """
     if not callable(fun):
         raise TypeError(
-            f"fun={fun!r} is {type(fun).__name__}, not a function; pass the function first and its "
+            f"fun={_brief(fun)} is {type(fun).__name__}, not a function; pass the function first and its "
             "arguments in a second call, as in fp.grad(loss)(params, x, y)."
         )
+
+
+def _brief(value: Any) -> str:
+    """A value on one line: an array by its type."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return repr(value).splitlines()[0]
 
 
 def require_optimizer(of: str, optimizer: Any) -> None:

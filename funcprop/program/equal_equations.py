@@ -34,7 +34,13 @@ def merged(jaxpr: Any, may: Callable[[Any], bool] = lambda eqn: True) -> Any:
 def _key(eqn: Any) -> Hashable:
     """What makes two equations equal; None for one that cannot be compared."""
     operands = tuple(_literal(v) if isinstance(v, _jax.Literal) else v for v in eqn.invars)
-    key = (eqn.primitive, operands, tuple(sorted(eqn.params.items(), key=lambda item: item[0])))
+    function = function_key(eqn)
+    return None if function is None else (function, operands)
+
+
+def function_key(eqn: Any) -> Hashable:
+    """What makes two equations the same function of their operands; None for one that cannot be compared."""
+    key = (eqn.primitive, tuple(sorted(eqn.params.items(), key=lambda item: item[0])))
     try:
         hash(key)
     except TypeError:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from markupsafe import Markup
 
-from funcprop.equations.derivation import Derivation
+from funcprop.equations.bodies import InsideLines
 from funcprop.equations.line_writer import forward_lines
 from funcprop.equations.verification import Line
 from funcprop.graph.graph import shape_text
@@ -49,7 +49,7 @@ class TypesetEquations:
     omitted: int
     readable: tuple[tuple[Equation, ...], tuple[Equation, ...]] | None = None
     where: tuple[str, ...] = ()
-    loops: tuple[tuple[TitledLines, TitledLines], ...] = ()
+    insides: tuple[tuple[TitledLines, ...], ...] = ()
 
 
 def equations(report: ReportData, most: int) -> TypesetEquations:
@@ -62,30 +62,33 @@ def equations(report: ReportData, most: int) -> TypesetEquations:
     inside = [line for line in steps if line.key in chosen]
     omitted = len(derivation.forward) + len(derivation.backward) + len(steps)
     forward, backward, inside = forward[:most], backward[:most], inside[:most]
-    sweeps = None
-    if report.readable is not None and len(report.readable.backward) <= min(most, _MOST_READABLE):
-        of_readable = (report.readable.forward, report.readable.backward)
-        sweeps = tuple(
-            tuple(_equation(f"{name}{i}", line) for i, line in enumerate(lines))
-            for name, lines in zip("rs", of_readable, strict=True)
-        )
+    readable = report.readable
+    if readable is not None and len(readable.backward) > min(most, _MOST_READABLE):
+        readable = None
+    sweeps = () if readable is None else (readable.forward, readable.backward)
+    typeset = [
+        tuple(_equation(f"{name}{i}", line) for i, line in enumerate(lines))
+        for name, lines in zip("rs", sweeps, strict=False)
+    ]
     return TypesetEquations(
         tuple(_equation(f"f{i}", line) for i, line in enumerate(forward)),
         tuple(_equation(f"b{i}", line) for i, line in enumerate(backward)),
         tuple(_equation(f"f{i}", line) for i, line in enumerate(inside, len(forward))),
         omitted - len(forward) - len(backward) - len(inside),
-        (sweeps[0], sweeps[1]) if sweeps is not None else None,
-        tuple(report.readable.where()) if sweeps is not None and report.readable is not None else (),
-        tuple(_loops(report.readable)) if sweeps is not None and report.readable is not None else (),
+        (typeset[0], typeset[1]) if typeset else None,
+        () if readable is None else tuple(readable.where()),
+        () if readable is None else tuple(_insides(readable.insides, "l")),
     )
 
 
-def _loops(derivation: Derivation) -> Iterator[tuple[TitledLines, TitledLines]]:
-    """One step of every loop, forwards and backwards, each under its title."""
-    for k, loop in enumerate(derivation.loops):
-        forward = tuple(_equation(f"lf{k}.{i}", line) for i, line in enumerate(loop.forward))
-        backward = tuple(_equation(f"lb{k}.{i}", line) for i, line in enumerate(loop.backward))
-        yield (loop.title, forward), (loop.back, backward)
+def _insides(insides: Sequence[InsideLines], key: str) -> Iterator[tuple[TitledLines, ...]]:
+    """One step of every loop and every branch, forwards and backwards, each under its title."""
+    for k, inside in enumerate(insides):
+        yield tuple(
+            (title, tuple(_equation(f"{key}{sweep}{k}.{i}", line) for i, line in enumerate(lines)))
+            for sweep, (title, lines) in zip("fb", inside.own_sections(), strict=False)
+        )
+        yield from _insides(inside.insides, f"{key}{k}.")
 
 
 def _steps(report: ReportData) -> list[Line]:

@@ -22,6 +22,8 @@ import optax
 
 from funcprop.cost.second_order import Cost, SecondOrderCost
 from funcprop.cost.split import function_of
+from funcprop.equations.condense import condense
+from funcprop.equations.plain_graph import plain
 from funcprop.graph.graph import Operator, Variable, bytes_text, shape_text
 from funcprop.graph.objective import Objective
 from funcprop.memory.ledger import Footprint
@@ -39,7 +41,12 @@ from funcprop.training.loop import Setup, first_minibatch
 _SHOWN = 6
 # The page plans for so many devices.
 _DEVICES = 4
+# Of so few bytes, what lies between the arrays is a part that is seen.
+_SMALL = 16_384
 LEFT_TO_THE_COMMAND = "Plans for a function of this size are left to funcprop partition."
+# A function with more operators is written operator by operator alone, and what rules gain, slopes and plans
+# are left out.
+MOST_LINES = 1000
 # What a bias of a layer is called; elsewhere it is what is added to a product.
 _BIASES = frozenset({"b", "bias", "offset", "beta"})
 
@@ -109,10 +116,7 @@ def gradient_shapes(objective: Objective, propagation: Propagation | None) -> Ex
 
 def bias(objective: Objective, propagation: Propagation | None) -> Exercise:
     """Exercise 2."""
-    added = _added_to_products(objective)
-    names = [
-        v.name for v in objective.inputs.values() if v.name in added or v.name.rpartition("/")[2] in _BIASES
-    ]
+    names = _biases(objective)
     listed = ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
     has = f"It has biases: {listed}. " if names else "It has no bias. "
     question, found = "What does a bias change?", _first_product(objective)
@@ -199,6 +203,8 @@ def several_devices(
         "In a pipeline of S stages and M microbatches, (S − 1) / (M + S − 1) of the time is idle. "
         f"{why}"
     )
+    if any(proof is not None and made.predicted.total < _SMALL for made, proof in plans):
+        answer += " So small arrays take more than their entries: XLA begins each at a multiple of 64 bytes."
     return Exercise(5, "What if it is too large for one device?", answer.strip(), tuple(rows))
 
 
@@ -275,23 +281,14 @@ def _first_product(objective: Objective) -> tuple[Variable, tuple[int, ...]] | N
     return None
 
 
-def _added_to_products(objective: Objective) -> set[str]:
-    """The arguments that are added to a product, in whatever shape."""
-    source = {v.name: v.name for v in objective.inputs.values()}
-    products: set[str] = set()
-    found: set[str] = set()
-    for op in objective.traced.graph:
-        names = [v.name for v in op.inputs if v.kind != "literal"]
-        if op.op in PRODUCTS:
-            products.update(v.name for v in op.outputs)
-        elif op.op == "add" and not products.isdisjoint(names):
-            found.update(source[name] for name in names if name in source)
-        elif op.equation is not None and op.call is None and is_view(op.equation) and names:
-            if names[0] in source:
-                source[op.outputs[0].name] = source[names[0]]
-            if names[0] in products:
-                products.add(op.outputs[0].name)
-    return found
+def _biases(objective: Objective) -> list[str]:
+    """The arguments that are added to a product, in whatever shape, or called so."""
+    inputs, graph = list(objective.inputs.values()), objective.traced.graph
+    added: set[str] = set()
+    if len(graph) <= MOST_LINES:
+        roles = condense(plain(graph), objective.result, [v.name for v in inputs]).roles
+        added = {name for name, (role, _) in roles.items() if role == "bias"}
+    return [v.name for v in inputs if v.name in added or v.name.rpartition("/")[2] in _BIASES]
 
 
 def _axes_of_weight(op: Operator, weight: int) -> Iterator[int]:

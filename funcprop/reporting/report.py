@@ -19,7 +19,7 @@ from funcprop.graph.references import require_no_references
 from funcprop.graph.writable import require_writable
 from funcprop.program.call import has_values, without_aux
 from funcprop.reporting.curves import train
-from funcprop.reporting.exercises import LEFT_TO_THE_COMMAND, all_exercises, planned
+from funcprop.reporting.exercises import LEFT_TO_THE_COMMAND, MOST_LINES, all_exercises, planned
 from funcprop.reporting.inspection import first_nonfinite, inspect
 from funcprop.reporting.layers import data_shapes, memory
 from funcprop.reporting.on_machine import on_this_machine
@@ -27,12 +27,8 @@ from funcprop.reporting.report_data import ReportData
 from funcprop.reporting.scale import picture_of
 from funcprop.reporting.spectrum import is_smooth, top
 from funcprop.rules.rule_set import RuleSet
-from funcprop.sweeps.backprop import backprop
+from funcprop.sweeps.backprop import propagation_of
 from funcprop.training.loop import Setup
-
-# A function with more operators is written operator by operator alone, and what rules gain, slopes and plans
-# are left out.
-MOST_LINES = 1000
 
 
 class ReportError(RuntimeError):
@@ -169,7 +165,7 @@ def report(
         traced = derivation.traced
         is_concrete = has_values(traced.leaves)
         doing("both sweeps")
-        propagation = backprop(scalar, argnums, rules=rules)(*args, **kwargs) if is_concrete else None
+        propagation = propagation_of(scalar, argnums, rules=rules)(*args, **kwargs) if is_concrete else None
         numbers = _all_smooth(args) if argnums is None else positions(argnums)
         doing("the graph's picture")
         drawing, inside, notes = picture_of(traced.graph, depth, fold)

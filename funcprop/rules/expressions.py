@@ -28,7 +28,7 @@ SUM, TERM, QUOTIENT, PRODUCT, POWER, ATOM = range(6)
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-_MINUS = "−{0}"
+_MINUS, _QUOTIENT = "−{0}", "{0} / {1}"
 
 # A decimal number that is longer than this may be that of a fraction.
 _LONG_DECIMAL = 8
@@ -47,7 +47,8 @@ class Expression:
     `binding` is how tightly the whole binds, `inner` how tightly its operands must bind to need no
     parentheses. Operands of different dtypes are promoted, to that of a wider one. A `uniform` array has one
     number in all of its entries, and is written as that number; a number that is known is `constant`. Where
-    the axes have another order than in what is written, `places` are those of the axes there.
+    the axes have another order than in what is written, `places` are those of the axes there; `new_axes` are
+    those that are not there at all.
     """
 
     function: Callable[..., Any]
@@ -60,6 +61,7 @@ class Expression:
     uniform: bool = False
     constant: float | None = None
     places: tuple[int, ...] | None = None
+    new_axes: tuple[int, ...] = ()
 
     @cached_property
     def type(self) -> jax.ShapeDtypeStruct:
@@ -163,11 +165,23 @@ class Expression:
             # A factor that is known stands before the whole product.
             return b * (self * y)
         for uniform, array in ((self, other), (other, self)):
-            if uniform.constant == 1 and array.shape == uniform.shape:
-                return array
-        if other.is_number and not self.is_number:
+            if uniform.constant == 1 and np.broadcast_shapes(uniform.shape, array.shape) == uniform.shape:
+                same = array.type.dtype == uniform.type.dtype
+                return spread_over(array, uniform.shape) if same or array.shape == uniform.shape else array
+        if other.is_number and (not self.is_number or (other.constant is not None and self.constant is None)):
             return other * self
-        if other.binding == QUOTIENT:
+        # `2 (1 / u) z` is `2 z / u`, and `(g / 2) ⊙ z` is `g ⊙ z / 2`.
+        fraction = _fraction(other)
+        if fraction is not None and is_one(fraction[0]):
+            return spread_over(self / fraction[1], np.broadcast_shapes(self.shape, other.shape))
+        if fraction is not None and self.constant and self.constant == fraction[1].constant:
+            return spread_over(fraction[0], np.broadcast_shapes(self.shape, other.shape))
+        fraction = _fraction(self)
+        if fraction is not None and is_one(fraction[0]) and self.shape == other.shape:
+            return other / fraction[1]
+        if fraction is not None and fraction[1].shape == () and not other.is_number:
+            return spread_over(fraction[0], self.shape) * other / fraction[1]
+        if other.binding == QUOTIENT and self.constant is None:
             # `a (b / c)`; a fraction needs no parentheses in LaTeX.
             other = node(lambda x: x, (other,), "({0})", "{0}", ATOM, SUM, other.known_type)
         if self.is_number:
@@ -185,12 +199,20 @@ class Expression:
             return -(self.operands[0] / other)
         if self.constant is not None and other.constant:
             return _constant(self.constant / other.constant, self, other)
+        if self.constant and abs(self.constant) < 1 and not other.is_sum:
+            inverse = round(1 / self.constant)
+            if abs(inverse * self.constant - 1) < jnp.finfo(self.type.dtype).eps:
+                return number(1, self.type.dtype) / (_constant(inverse, self) * other)
         factor, rest = factored(self)
+        if factor is not None and factor.constant and other.constant:
+            return _constant(factor.constant / other.constant, factor, other) * rest
         if factor is not None and not other.is_number:
             return factor * (rest / other)
         if other.constant and other.constant < 1 and (1 / other.constant).is_integer():
             return _constant(1 / other.constant, other) * self
-        return _entrywise(jnp.divide, (self, other), "{0} / {1}", "\\frac{{{0}}}{{{1}}}", QUOTIENT, POWER)
+        # A product above the line needs no parentheses.
+        above = replace(self, binding=max(self.binding, POWER)) if self.binding >= PRODUCT else self
+        return _entrywise(jnp.divide, (above, other), _QUOTIENT, "\\frac{{{0}}}{{{1}}}", QUOTIENT, POWER)
 
     def __rtruediv__(self, other: Any) -> Expression:
         return as_expression(other) / self
@@ -200,6 +222,8 @@ class Expression:
         return node(of_one_dtype(jnp.matmul), (self, other), "{0} {1}", "{0}\\, {1}", PRODUCT, PRODUCT)
 
     def __pow__(self, exponent: float) -> Expression:
+        if exponent == 2 and self.template.startswith("√") and self.operands:
+            return self.operands[0]
         text = (
             "{0}" + str(exponent).translate(_SUPERSCRIPT)
             if isinstance(exponent, int)
@@ -213,6 +237,9 @@ class Expression:
         """The transpose of a matrix."""
         if self.template == "{0}ᵀ":
             return self.operands[0]
+        factor, rest = factored(self)
+        if factor is not None and factor.shape == () and len(rest.shape) == 2:
+            return factor * rest.T
         if self.template in _TRANSPOSED and len(self.shape) == 2 and not self.operands[0].is_number:
             text = _TRANSPOSED[self.template]
             latex = text.replace(" ", "\\, ").replace("ᵀ", "^{{\\top}}")
@@ -226,6 +253,9 @@ class Expression:
             return self
         if self.template == _MINUS:
             return -self.operands[0].sum(axes, keepdims)
+        factor, rest = factored(self)
+        if factor is not None and factor.shape == ():
+            return factor * rest.sum(axes, keepdims)
         text, latex = reduction("sum", axes, self.is_sum)
         return node(lambda x: jnp.sum(x, axes, keepdims=keepdims), (self,), text, latex, ATOM, SUM)
 
@@ -308,7 +338,11 @@ def number(value: float, dtype: Any = None) -> Expression:
             jnp.asarray(float(ratio), dtype) == jnp.asarray(float(value), dtype)
         )
     mantissa, _, exponent = text.partition("e")
-    latex = f"{mantissa} \\cdot 10^{{{{{int(exponent)}}}}}" if exponent else text
+    latex = text
+    if exponent:
+        latex = f"{mantissa} \\cdot 10^{{{{{int(exponent)}}}}}"
+        text = f"{mantissa}·10" + str(int(exponent)).translate(_SUPERSCRIPT)
+        text, latex = (t.removeprefix(one) for t, one in ((text, "1·"), (latex, "1 \\cdot ")))
     known = known_number(value, dtype)
     if is_ratio:
         text, latex = str(ratio), f"\\frac{{{{{ratio.numerator}}}}}{{{{{ratio.denominator}}}}}"
@@ -359,6 +393,14 @@ def factored(expression: Expression) -> tuple[Expression | None, Expression]:
         if factor.constant is not None:
             return factor, rest
     return None, expression
+
+
+def _fraction(expression: Expression) -> tuple[Expression, Expression] | None:
+    """Numerator and denominator of a fraction, be it a number in every entry of an array."""
+    inner = expression.operands[0] if expression.template == "{0}" and expression.operands else None
+    if inner is not None and inner.shape == () and inner.type.dtype == expression.type.dtype:
+        expression = inner
+    return expression.operands if expression.template == _QUOTIENT else None  # type: ignore[return-value]
 
 
 def is_one(expression: Expression) -> bool:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop.program.layer_calls import LayerCall, boundary_p
-from funcprop.rules.rule import Rule
+from funcprop.rules.rule import Rule, RuleError
 
 
 class Layer:
@@ -29,6 +29,8 @@ class Layer:
         init: Callable[..., Any] | None = None,
         symbol: str | Callable[..., str] | None = None,
     ) -> None:
+        if rule is not None and not isinstance(rule, Rule):
+            raise RuleError(f"fp.layer: rule={rule!r} is no rule; pass fp.Rule(forward, backward).")
         self.function = function
         self.name = getattr(function, "__name__", type(function).__name__)
         self.rule: Any = rule

@@ -20,7 +20,7 @@ from funcprop.rules.patterns.recognition import Replacement, recognised
 from funcprop.rules.rewrite import ENTERED, Match, Rewriter, match
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import RuleTrace
-from funcprop.rules.sets import default
+from funcprop.rules.sets import chosen_rules
 
 
 class Matches(list[Match]):
@@ -50,7 +50,7 @@ def matches(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[.
         >>> [m.operator for m in fp.matches(jnp.tanh, fp.rules.handwritten)(0.0)]
         ['tanh']
     """
-    rules = default if rules is None else rules
+    rules = chosen_rules(rules)
 
     def listed(*args: Any, **kwargs: Any) -> Matches:
         call = Call.of(args, kwargs, is_array)

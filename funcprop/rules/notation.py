@@ -70,6 +70,12 @@ def decimal(value: float, dtype: Any = None) -> str:
     """The shortest decimal number that is `value` in a dtype."""
     if abs(value) < 1e6 and value == int(value):
         return str(int(value))
+    if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and np.isfinite(value):
+        # A product of rounded numbers, such as 0.01 · 0.1 in single precision.
+        resolution = float(jnp.finfo(dtype).eps)
+        for near in (float(f"{value:.{digits}g}") for digits in range(1, 5)):
+            if resolution < 1e-6 and abs(near / value - 1) < 3 * resolution:
+                return repr(near)
     is_half = dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
     written = repr(float(value)) if dtype is None or is_half else str(np.dtype(dtype).type(value))
     return f"{value:.4g}" if is_half or (len(written) > 12 and abs(value) > 1e6) else written
@@ -86,6 +92,8 @@ _KNOWN_NUMBERS = {
 
 def known_number(value: float, dtype: Any = None) -> tuple[str, str] | None:
     """A root of an integer, `π` or a logarithm that a decimal number is: templates of text and LaTeX."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        return None
     resolution = float(jnp.finfo(dtype or float).eps)
     if not 1e-4 < abs(value) < 1e4 or resolution > 1e-6 or len(decimal(value, dtype)) < 8:
         return None
@@ -97,6 +105,12 @@ def known_number(value: float, dtype: Any = None) -> tuple[str, str] | None:
     for of, (text, latex) in _KNOWN_NUMBERS.items():
         if is_value(of):
             return sign + text, sign + latex
+    for times in range(1, 21):
+        # Such as the constant of a Gaussian in several dimensions.
+        if is_value(times / 2 * np.log(2 * np.pi)):
+            text = f"{times // 2} " if times % 2 == 0 else f"{times}/2 "
+            latex = f"{times // 2}\\," if times % 2 == 0 else f"\\frac{{{{{times}}}}}{{{{2}}}}\\,"
+            return f"{sign}{text}log 2π", f"{sign}{latex} \\log 2\\pi"
     square, inverse = round(value**2), round(value**-2)
     if math.isqrt(max(square, inverse)) ** 2 == max(square, inverse):
         return None

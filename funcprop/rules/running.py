@@ -30,9 +30,8 @@ from funcprop.rules.machine import CompileTarget
 from funcprop.rules.patterns import FUNCTIONS
 from funcprop.rules.patterns.recognition import Replacement
 from funcprop.rules.rewrite import Rewriter
-from funcprop.rules.rule import RuleError
 from funcprop.rules.rule_set import RuleSet
-from funcprop.rules.sets import default
+from funcprop.rules.sets import chosen_rules
 
 
 def with_rules(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callable[..., Any]:
@@ -57,9 +56,7 @@ def with_rules(fun: Callable[..., Any], rules: RuleSet | None = None) -> Callabl
         [1. 1.]
     """
     require_callable(fun)
-    rules = default if rules is None else rules
-    if not isinstance(rules, RuleSet):
-        raise RuleError(f"rules={rules!r} is not a rule set; pass `fp.rules.default` or another RuleSet.")
+    rules = chosen_rules(rules)
 
     @functools.wraps(fun)
     def ruled(*args: Any, **kwargs: Any) -> Any:

@@ -82,7 +82,10 @@ class Named(Mapping[str, Any]):
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True, eq=False)
 class Propagation:
-    """The outcome of both sweeps: every value and cotangent by name. A pytree, so it can leave a `jit`."""
+    """The outcome of both sweeps: every value and cotangent by name. A pytree, so it can leave a `jit`.
+
+    `table` tells it as text, where it can: by the equations, which are not known here.
+    """
 
     graph: Graph
     value: Any
@@ -92,6 +95,7 @@ class Propagation:
     rules: RuleSet
     active: frozenset[str]
     aux: Any = None
+    table: Callable[[Propagation], str | None] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -105,14 +109,15 @@ class Propagation:
             self.graph,
             self.rules,
             self.active,
+            self.table,
         )
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Any, ...]) -> Propagation:
         """The inverse of `tree_flatten`."""
-        graph, rules, active = static
+        graph, rules, active, table = static
         value, gradient, tape, cotangents, aux = children
-        return cls(graph, value, gradient, tape, cotangents, rules, active, aux)
+        return cls(graph, value, gradient, tape, cotangents, rules, active, aux, table)
 
     @property
     def values(self) -> Named:
@@ -172,6 +177,8 @@ class Propagation:
         return first_nonfinite(whole, (self.value, self.gradient))
 
     def __str__(self) -> str:
+        if self.table is not None and (told := self.table(self)) is not None:
+            return told
         gradients = self.gradients
         listed = set(gradients)
         rows = [f"{'variable':24} {'shape':>14} {'‖value‖':>12} {'‖∂J/∂v‖':>12}"]
@@ -179,8 +186,8 @@ class Propagation:
             **{v.name: self.tape.values[v.name] for v in self.graph.inputs},
             **self.values,
         }.items():
-            gradient = _norm(gradients[name]) if name in listed else "-"
-            rows.append(f"{name:24} {jnp.shape(value)!s:>14} {_norm(value):>12} {gradient:>12}")
+            gradient = norm_text(gradients[name]) if name in listed else "-"
+            rows.append(f"{name:24} {jnp.shape(value)!s:>14} {norm_text(value):>12} {gradient:>12}")
         return "\n".join(rows)
 
 
@@ -301,7 +308,7 @@ def _collect_cotangents(graph: Graph, cotangents: Cotangents, prefix: str, into:
     into.update({prefix + name: cotangents.values[name] for name in unused if name in cotangents.values})
 
 
-def _norm(value: Any) -> str:
+def norm_text(value: Any) -> str:
     """The Euclidean norm of all entries, the value of one integer, or a dash."""
     if _jax.is_differentiable(jax.typeof(value)):
         return f"{float(jnp.linalg.norm(jnp.ravel(value))):.5g}"

@@ -8,7 +8,7 @@ import jax
 
 from funcprop.program.batch_arguments import arguments
 from funcprop.rules.rule_set import RuleSet
-from funcprop.sweeps.backprop import backprop
+from funcprop.sweeps.backprop import propagation_of
 from funcprop.training.position import Position, step_key
 from funcprop.training.training_loss import TrainingLoss
 from funcprop.training.training_state import TrainingState
@@ -62,9 +62,9 @@ def _first(
     if objective == TrainingLoss(objective.loss):
         # Names are those of the loss's own arguments.
         parts = arguments(batch, objective.loss, params)
-        return backprop(objective.loss, rules=rules)(params, *parts).first_nonfinite()
+        return propagation_of(objective.loss, rules=rules)(params, *parts).first_nonfinite()
 
     def replayed(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
         return objective.value(params, model_state, batch, key)
 
-    return backprop(replayed, rules=rules)(params, state.model, batch, own).first_nonfinite()
+    return propagation_of(replayed, rules=rules)(params, state.model, batch, own).first_nonfinite()

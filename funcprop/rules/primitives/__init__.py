@@ -12,11 +12,14 @@ from funcprop.rules.primitives import (
     convolution,
     cumulative,
     elementwise,
+    functions,
     indexing,
+    linear_algebra,
     loops,
     pooling,
     product,
     reductions,
+    slices,
 )
 from funcprop.rules.rule import Rule
 from funcprop.rules.rule_set import OperatorKey
@@ -36,4 +39,7 @@ RULES: dict[OperatorKey, Rule] = {
 EQUATIONS: dict[Any, Callable[..., Any]] = {
     **arithmetic.EQUATIONS,
     **{name: rule.equations for name, rule in RULES.items() if rule.equations is not None},
+    **functions.EQUATIONS,
+    **slices.EQUATIONS,
+    **linear_algebra.EQUATIONS,
 }

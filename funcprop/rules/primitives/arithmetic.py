@@ -40,62 +40,30 @@ def _fit(cotangent: Expression, operand: Expression) -> Expression:
     return cotangent.sum(stretched, keepdims=True)
 
 
+def with_new_axes(a: Expression, b: Expression) -> tuple[Expression, Expression]:
+    """Two operands; if each has an axis that the other has not, these are told: `x[:, None] − y[None]`."""
+    mine, other = set(a.new_axes), set(b.new_axes)
+    if mine <= other or other <= mine or a.is_number or b.is_number:
+        return a, b
+    return _told_axes(a), _told_axes(b)
+
+
+def _told_axes(x: Expression) -> Expression:
+    words = ["None" if i in x.new_axes else ":" for i in range(len(x.shape))]
+    while words[-1] == ":":
+        words.pop()
+    return indexed(lambda v: v, x, ", ".join(words), x.type)
+
+
 def _binary(
     forward: Callable[[Any, Any], Expression], backward: Callable[[Any, Any, Any], tuple[Any, Any]]
 ) -> Callable[[OperatorSymbols], Equations]:
     def equations(op: OperatorSymbols) -> Equations:
-        a, b = op.args
+        a, b = with_new_axes(*op.args)
         a_cotangent, b_cotangent = backward(a, b, op.cotangent)
         return Equations(forward(a, b), (_fit(a_cotangent, a), _fit(b_cotangent, b)))
 
     return equations
-
-
-def _unary(
-    function: Callable[[Any], Any], derivative: Callable[[Expression, Expression], Expression]
-) -> Callable[[OperatorSymbols], Equations]:
-    def equations(op: OperatorSymbols) -> Equations:
-        (x,) = op.args
-        return Equations(apply(op.name, function, x, type_=x.type), (derivative(op.cotangent, x),))
-
-    return equations
-
-
-def _absolute(op: OperatorSymbols) -> Equations | None:
-    """`|z|`, whose slope is its sign."""
-    (x,) = op.args
-    if not jnp.issubdtype(x.type.dtype, jnp.floating):
-        return None
-    size = written(jnp.abs, (x,), "|{0}|", "\\left|{0}\\right|", x.type)
-    return Equations(size, (op.cotangent * apply("sign", jnp.sign, x, type_=x.type),))
-
-
-_COMPARISONS = {
-    "gt": (">", ">"), "lt": ("<", "<"), "ge": ("≥", "\\geq"), "le": ("≤", "\\leq"),
-    "eq": ("=", "="), "ne": ("≠", "\\neq"),
-}  # fmt: skip
-
-
-def _comparison(sign: str, latex: str) -> Callable[[OperatorSymbols], Equations]:
-    """`z > 0`, which has no derivative."""
-
-    def equations(op: OperatorSymbols) -> Equations:
-        compare = getattr(lax, op.name)
-        return Equations(
-            written(
-                compare, op.args, f"{{0}} {sign} {{1}}", f"{{0}} {latex} {{1}}", op.output.type, is_sum=True
-            ),
-            (None, None),
-        )
-
-    return equations
-
-
-def _power(op: OperatorSymbols) -> Equations:
-    (x,) = op.args
-    n = op.static.get("y", 2)
-    slope = n * x if n == 2 else n * x ** (n - 1)
-    return Equations(x**n, (op.cotangent * slope,))
 
 
 def _product(op: OperatorSymbols) -> Equations | None:
@@ -248,76 +216,12 @@ def _transpose(op: OperatorSymbols) -> Equations:
     return Equations(apply("transpose", lambda v: jnp.transpose(v, permutation), x), (back,))
 
 
-def _slice(op: OperatorSymbols) -> Equations | None:
-    """`x[1:, :3]`; one entry of an axis is its index alone, as after the squeeze that follows."""
-    (x,) = op.args
-    if _is_reshaped(x):
-        return None
-    starts, limits = op.static["start_indices"], op.static["limit_indices"]
-    steps = op.static["strides"] or (1,) * len(starts)
-    where = _range(starts, limits, steps, x.shape)
-
-    def cut(v: Any) -> Any:
-        return lax.slice(v, starts, limits, steps)
-
-    def put(g: Any) -> Any:
-        return jax.linear_transpose(cut, jax.ShapeDtypeStruct(x.shape, g.dtype))(g)[0]
-
-    is_smooth = jnp.issubdtype(x.type.dtype, jnp.inexact)
-    forward = indexed(cut, x, where, op.output.type)
-    text, latex = f"pad({{0}}, [{where}])", _PAD.replace("#", where)
-    back = written(put, (op.cotangent,), text, latex) if is_smooth else None
-    return Equations(forward, (back,))
-
-
-_PAD = "\\mathrm{{pad}}\\!\\left({0}, [\\texttt{{#}}]\\right)"
-
-
-def _is_reshaped(x: Expression) -> bool:
-    """Whether it is another shape of what is written: indices would be read as those of the latter."""
-    while x.template == "{0}" and x.operands and x.type.dtype != x.operands[0].type.dtype:
-        x = x.operands[0]
-    return x.template == "{0}" and bool(x.operands)
-
-
-def _range(starts: Sequence[int], limits: Sequence[int], steps: Sequence[int], shape: Sequence[int]) -> str:
-    words = [
-        str(a)
-        if b - a == 1 < size
-        else (f"{a}" if a else "") + ":" + (f"{b}" if b < size else "") + (f":{step}" if step > 1 else "")
-        for a, b, step, size in zip(starts, limits, steps, shape, strict=True)
-    ]
-    while len(words) > 1 and words[-1] == ":":
-        words.pop()
-    return ", ".join(words)
-
-
-def _concatenate(op: OperatorSymbols) -> Equations | None:
-    """`concat(x, h)`; each operand has its entries of the cotangent."""
-    if _is_reshaped(op.cotangent):
-        return None
-    axis, shape = op.static["dimension"], op.output.shape
-    forward = apply(op.name, lambda *v: jnp.concatenate(v, axis), *op.args, type_=op.output.type)
-    backward: list[Expression | None] = []
-    end = 0
-    for x in op.args:
-        start, end = end, end + x.shape[axis]
-        starts, limits = [0] * len(shape), list(shape)
-        starts[axis], limits[axis] = start, end
-        cut = partial(lax.slice_in_dim, start_index=start, limit_index=end, axis=axis)
-        where = _range(starts, limits, [1] * len(shape), shape)
-        is_smooth = jnp.issubdtype(x.type.dtype, jnp.inexact)
-        backward.append(indexed(cut, op.cotangent, where) if is_smooth else None)
-    return Equations(forward, tuple(backward))
-
-
 def _positions(op: OperatorSymbols) -> Equations | None:
-    """`arange(n)`, the index of every entry."""
-    shape, dtype = op.static["shape"], op.static["dtype"]
-    if len(shape) != 1:
-        return None
-    text, latex = f"arange({shape[0]})", f"\\mathrm{{arange}}({shape[0]})"
-    return Equations(opaque(lambda: jnp.arange(shape[0], dtype=dtype), (), text, latex, op.output.type), ())
+    """`arange(n)`, the index of every entry along an axis."""
+    shape, dtype, axis = op.static["shape"], op.static["dtype"], op.static["dimension"]
+    text, latex = f"arange({shape[axis]})", f"\\mathrm{{arange}}({shape[axis]})"
+    make = partial(lax.broadcasted_iota, dtype, shape, axis)
+    return Equations(opaque(make, (), text, latex, op.output.type), ())
 
 
 def _spread(op: OperatorSymbols) -> Equations | None:
@@ -342,6 +246,9 @@ def _same(op: OperatorSymbols) -> Equations:
     (x,) = op.args
     if x.type.dtype == op.output.type.dtype:
         return Equations(x, (op.cotangent,))
+    if not jnp.issubdtype(x.type.dtype, jnp.inexact) and jnp.issubdtype(op.output.type.dtype, jnp.number):
+        # A whole number is the number that it is; of what is true or false, `[x > 0]` is 1 or 0.
+        return Equations(_counted(x, op.output.type), (None,))
 
     def to(dtype: Any, v: Expression) -> Expression:
         if jnp.issubdtype(v.type.dtype, jnp.complexfloating) and jnp.issubdtype(dtype, jnp.floating):
@@ -353,6 +260,22 @@ def _same(op: OperatorSymbols) -> Equations:
     return Equations(to(op.output.type.dtype, x), (to(x.type.dtype, op.cotangent),))
 
 
+def _counted(x: Expression, type_: Any) -> Expression:
+    def number(v: Any) -> Any:
+        return v.astype(type_.dtype)
+
+    if x.type.dtype != bool:
+        return unwritten(number, x, type_)
+    if x.template == "{0} = {1}" and any(o.text().startswith("arange(") for o in x.operands):
+        label = next((o for o in x.operands if not o.text().startswith("arange(")), None)
+        if label is not None:
+            both = x.operands
+            text = "onehot({0})" if label is both[0] else "onehot({1})"
+            latex = f"\\mathrm{{{{onehot}}}}\\!\\left({{{0 if label is both[0] else 1}}}\\right)"
+            return written(lambda a, b: number(a == b), both, text, latex, type_)
+    return written(number, (x,), "[{0}]", "\\left[{0}\\right]", type_)
+
+
 EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
     "add": _binary(lambda a, b: a + b, lambda a, b, g: (g, g)),
     "add_any": _binary(lambda a, b: a + b, lambda a, b, g: (g, g)),
@@ -360,21 +283,12 @@ EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
     "mul": _binary(lambda a, b: a**2 if a is b else a * b, lambda a, b, g: (g * b, g * a)),
     "div": _binary(lambda a, b: a / b, lambda a, b, g: (g / b, -(g * a) / b**2)),
     "neg": lambda op: Equations(-op.args[0], (-op.cotangent,)),
-    "log": _unary(jnp.log, lambda g, x: g / x),
-    "sin": _unary(jnp.sin, lambda g, x: g * apply("cos", jnp.cos, x, type_=x.type)),
-    "cos": _unary(jnp.cos, lambda g, x: -g * apply("sin", jnp.sin, x, type_=x.type)),
-    "abs": _absolute,
-    **{name: _comparison(sign, latex) for name, (sign, latex) in _COMPARISONS.items()},
-    "square": _power,
-    "integer_pow": _power,
     "dot_general": _product,
     "select_n": _where,
     "reduce_sum": _sum,
     "transpose": _transpose,
     "reshape": _moved("reshape", lambda v, p: v.reshape(p["new_sizes"]), lambda g, t, p: g.reshape(t.shape)),
-    "concatenate": _concatenate,
     "iota": _positions,
-    "slice": _slice,
     "squeeze": _moved(
         "squeeze", lambda v, p: jnp.squeeze(v, p["dimensions"]), lambda g, t, p: g.reshape(t.shape)
     ),

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from funcprop.rules.equations import Equations, OperatorSymbols, apply, indexed
+from funcprop.rules.equations import Equations, OperatorSymbols, apply, indexed, written
 from funcprop.rules.rule import Rule
 from funcprop.rules.rule_set import OperatorKey
 
@@ -95,6 +95,23 @@ def _gather_equations(op: OperatorSymbols) -> Equations:
     is_along_axis = numbers.collapsed_slice_dims == (axis,) and tuple(static["slice_sizes"]) == sizes
     if is_along_axis and numbers.offset_dims == kept:
         forward = indexed(rows, x, indices, op.output.type, axis)
+    elif numbers.operand_batching_dims and all(n == 1 for n in static["slice_sizes"]):
+        # One entry of each row.
+        forward = indexed(rows, x, indices, op.output.type)
+    elif indices.template.startswith("concat(") and all(n == 1 for n in static["slice_sizes"]):
+        # `x[i, j]`.
+        inside = ", ".join(f"{{{i}}}" for i in range(1, len(indices.operands) + 1))
+
+        def entries(x: Any, *parts: Any) -> Any:
+            return rows(x, indices.function(*parts))
+
+        forward = written(
+            entries,
+            (x, *indices.operands),
+            f"{{0}}[{inside}]",
+            f"{{0}}\\left[{inside}\\right]",
+            op.output.type,
+        )
     else:
         forward = apply("gather", rows, x, indices)
     return Equations(forward, (apply("scatter", back, op.cotangent, indices), None))
@@ -108,6 +125,15 @@ def _scatter_equations(op: OperatorSymbols) -> Equations:
     def back(g: Any, indices: Any) -> Any:
         return _scatter_backward(PlacesOfUpdates(like[0], indices, like[1]), g, None, **static)[2]
 
+    numbers = static["dimension_numbers"]
+    if numbers.scatter_dims_to_operand_dims == numbers.inserted_window_dims == (0,) and x.constant == 0:
+        # Rows are added up where their index is the same.
+        text = "sum({1} by {0})"
+        latex = "\\mathrm{{sum}}\\!\\left({1}\\ \\text{{by}}\\ {0}\\right)"
+        rows = lambda i, u: _added(jnp.zeros(x.shape, x.type.dtype), i, u, **static)  # noqa: E731
+        forward = written(rows, (indices, updates), text, latex, op.output.type)
+        picked = indexed(back, op.cotangent, indices, updates.type)
+        return Equations(forward, (op.cotangent, None, picked))
     forward = apply("scatter", lambda x, i, u: _added(x, i, u, **static), x, indices, updates)
     return Equations(forward, (op.cotangent, None, apply("gather", back, op.cotangent, indices)))
 

@@ -1,0 +1,100 @@
+"""Equations of functions of each entry that are written with a sign: `√h`, `|z|`, `z²`, `z > 0`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from funcprop.rules.equations import Equations, OperatorSymbols, apply, written
+from funcprop.rules.expressions import ATOM, POWER, SUM, Expression, node
+
+
+def _unary(
+    function: Callable[[Any], Any], derivative: Callable[[Expression, Expression], Expression]
+) -> Callable[[OperatorSymbols], Equations]:
+    def equations(op: OperatorSymbols) -> Equations:
+        (x,) = op.args
+        return Equations(apply(op.name, function, x, type_=x.type), (derivative(op.cotangent, x),))
+
+    return equations
+
+
+def _absolute(op: OperatorSymbols) -> Equations | None:
+    """`|z|`, whose slope is its sign."""
+    (x,) = op.args
+    if not jnp.issubdtype(x.type.dtype, jnp.floating):
+        return None
+    size = written(jnp.abs, (x,), "|{0}|", "\\left|{0}\\right|", x.type)
+    return Equations(size, (op.cotangent * apply("sign", jnp.sign, x, type_=x.type),))
+
+
+def _root(x: Expression) -> Expression:
+    """`√h`, `√(h + 1)`."""
+    text = "√{0}" if x.binding == ATOM else "√({0})"
+    return node(jnp.sqrt, (x,), text, "\\sqrt{{{0}}}", POWER, SUM, x.type)
+
+
+def _power_of_numbers(op: OperatorSymbols) -> Equations | None:
+    """`z^0.7`, where the exponent is known."""
+    x, exponent = op.args
+    if exponent.constant is None or not jnp.issubdtype(x.type.dtype, jnp.floating):
+        return None
+    n = exponent.constant
+    return Equations(x**n, (op.cotangent * (n * x ** (n - 1)), None))
+
+
+_COMPARISONS = {
+    "gt": (">", ">"), "lt": ("<", "<"), "ge": ("≥", "\\geq"), "le": ("≤", "\\leq"),
+    "eq": ("=", "="), "ne": ("≠", "\\neq"),
+}  # fmt: skip
+
+
+def _comparison(sign: str, latex: str) -> Callable[[OperatorSymbols], Equations]:
+    """`z > 0`, which has no derivative."""
+
+    def equations(op: OperatorSymbols) -> Equations:
+        compare = getattr(lax, op.name)
+        return Equations(
+            written(
+                compare, op.args, f"{{0}} {sign} {{1}}", f"{{0}} {latex} {{1}}", op.output.type, is_sum=True
+            ),
+            (None, None),
+        )
+
+    return equations
+
+
+def _power(op: OperatorSymbols) -> Equations:
+    (x,) = op.args
+    n = op.static.get("y", 2)
+    slope = n * x if n == 2 else n * x ** (n - 1)
+    return Equations(x**n, (op.cotangent * slope,))
+
+
+_EXP = "\\exp\\!\\left({0}\\right)"
+
+EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
+    "log": _unary(jnp.log, lambda g, x: g / x),
+    "log1p": lambda op: Equations(
+        written(jnp.log1p, op.args, "log(1 + {0})", "\\log\\!\\left(1 + {0}\\right)", op.args[0].type),
+        (op.cotangent / (1 + op.args[0]),),
+    ),
+    "expm1": lambda op: Equations(
+        written(jnp.expm1, op.args, "exp({0}) − 1", _EXP + " - 1", op.args[0].type, is_sum=True),
+        (op.cotangent * apply("exp", jnp.exp, op.args[0], type_=op.args[0].type),),
+    ),
+    "sqrt": lambda op: Equations(_root(op.args[0]), (op.cotangent / (2 * _root(op.args[0])),)),
+    "rsqrt": lambda op: Equations(
+        1 / _root(op.args[0]), (-op.cotangent / (2 * op.args[0] * _root(op.args[0])),)
+    ),
+    "pow": _power_of_numbers,
+    "sin": _unary(jnp.sin, lambda g, x: g * apply("cos", jnp.cos, x, type_=x.type)),
+    "cos": _unary(jnp.cos, lambda g, x: -g * apply("sin", jnp.sin, x, type_=x.type)),
+    "abs": _absolute,
+    **{name: _comparison(sign, latex) for name, (sign, latex) in _COMPARISONS.items()},
+    "square": _power,
+    "integer_pow": _power,
+}

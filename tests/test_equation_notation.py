@@ -1,0 +1,213 @@
+"""How numbers, names and sums are written in equations, as text and LaTeX."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import funcprop as fp
+from funcprop.reporting.mathml import mathml
+from funcprop.rules.notation import latex_name
+
+KEY = jax.random.key(0)
+
+
+def own(z: Any) -> Any:
+    """An activation that has no name."""
+    return 0.5 * z * (1 + jnp.tanh(0.8 * z))
+
+
+def texts(lines: Any) -> list[str]:
+    return [line.text() for line in lines]
+
+
+FORWARD = [
+    "z = W1 x",
+    "h = φ(z)",
+    "o = W2 h",
+    "L = l(o, y)",
+    "s = λ / 2 (‖W1‖²_F + ‖W2‖²_F)",
+    "J = L + s",
+]
+
+
+BACKWARD = [
+    "∂J/∂L = 1",
+    "∂J/∂s = 1",
+    "∂J/∂o = prod(∂J/∂L, ∂L/∂o) = ∂L/∂o",
+    "∂s/∂W1 = λ W1",
+    "∂s/∂W2 = λ W2",
+    "∂J/∂W2 = prod(∂J/∂o, ∂o/∂W2) + prod(∂J/∂s, ∂s/∂W2) = ∂J/∂o hᵀ + λ W2",
+    "∂J/∂h = prod(∂J/∂o, ∂o/∂h) = W2ᵀ ∂J/∂o",
+    "∂J/∂z = prod(∂J/∂h, ∂h/∂z) = ∂J/∂h ⊙ φ′(z)",
+    "∂J/∂W1 = prod(∂J/∂z, ∂z/∂W1) + prod(∂J/∂s, ∂s/∂W1) = ∂J/∂z xᵀ + λ W1",
+]
+
+
+def chapter(bias=False):
+    params = fp.models.init_chapter(jax.random.key(0), inputs=3, hidden=4, outputs=2, bias=bias)
+    return params, jnp.array([1.0, -2.0, 0.5]), jnp.array(1), 0.1
+
+
+def test_infinity_and_small_numbers_are_written_as_in_books():
+    def loss(x):
+        return jnp.sum(jax.nn.softmax(jnp.where(x > 0, x, -jnp.inf)) * 1e-7)
+
+    derivation = fp.derive(loss)(jnp.array([1.0, -1.0, 2.0]))
+    assert "−∞" in derivation.text()
+    assert "\\infty" in derivation.latex()
+    assert " 10^{-7}" in derivation.latex()
+    assert "inf" not in derivation.latex().replace("\\infty", "")
+
+
+def test_latex_balances_and_has_no_character_that_tex_does_not_know():
+    net = nn.Sequential([nn.Dense(5), own, nn.Dense(3)])
+    x = jnp.array([0.3, -1.0, 0.7, 2.0])
+    latex = fp.derive(lambda p, x: jnp.sum(net.apply(p, x) ** 2))(net.init(KEY, x), x).latex()
+    assert latex.count("{") == latex.count("}")
+    assert latex.count("\\left") == latex.count("\\right")
+    assert not re.search(r"[^\x00-\x7f]", latex)
+    assert "where $" in latex
+
+
+@pytest.mark.parametrize(("axis", "text"), [(0, "axis 0"), ((0, 2), "axes 0, 2"), (None, "")])
+def test_sums_and_means_name_their_axes_in_every_notation(axis, text):
+    x = jnp.arange(24.0).reshape(2, 3, 4)
+    for name, reduce in (("sum", jnp.sum), ("mean", jnp.mean)):
+        derivation = fp.derive(lambda w, reduce=reduce: jnp.sum(reduce(jnp.tanh(w), axis) ** 2))(x)
+        assert f"{name}(tanh(w){', ' if text else ''}{text})" in derivation.text()
+        assert (f"_{{\\text{{{text}}}}}" in derivation.latex()) == bool(text)
+        derivation.verify()
+
+
+def test_a_long_sum_is_broken_into_rows():
+    def loss(w, xs):
+        h = [fp.name(jnp.tanh(x @ w), f"hidden_state_{i}") for i, x in enumerate(xs)]
+        return sum(jnp.sum(v**2) for v in h)
+
+    derivation = fp.derive(loss)(jnp.ones((2, 2)), [jnp.ones((3, 2)) * i for i in range(6)])
+    assert max(map(len, derivation.text().splitlines())) <= 100
+    assert max(map(len, derivation.text(width=70).splitlines())) <= 70
+    derivation.verify()
+
+
+def test_numbers_and_small_functions_are_written_as_in_books():
+    def loss(z, y):
+        d = jnp.abs(z - y)
+        nll = 0.5 * jnp.exp(-2 * z) + jnp.log(z * z) + 0.5 * jnp.log(2 * jnp.pi)
+        return jnp.sum(jnp.where(d > 1, d / np.sqrt(8), 0)) + jnp.sum(nll)
+
+    found = fp.derive(loss)(jnp.array([0.5, -2.0, 1.5]), jnp.ones(3))
+    text = found.text()
+    assert "sum(φ(z − y))" in text
+    assert "φ(z) = where(|z| > 1, |z| / √8, 0)" in text
+    assert "1/2 log 2π" in text
+    assert "exp′" not in text
+    assert "\\sqrt{8}" in found.latex()
+    assert all(mathml(form.latex(), form.text()) for line in found.forward for form in line.forms)
+    assert max(found.verify().errors.values()) < 1e-10
+
+
+def test_roots_fractions_and_logarithms_are_written_with_their_signs():
+    def loss(z, y):
+        u = jnp.sum(y) ** 2
+        return jnp.mean(jnp.sqrt((z - y) ** 2 + 1e-6)) + jnp.sum(z**2) / u + jnp.sum(jnp.log1p(z**4)) / 3
+
+    found = fp.derive(loss)(jnp.array([0.5, -2.0]), jnp.ones(2))
+    text = found.text()
+    assert "h = (z − y)² + 10⁻⁶" in text
+    assert "= 1 / (4 √h)" in text
+    assert "mean(√h)" in text
+    assert "log(1 + z⁴)" in text
+    assert "2 z / " in text
+    assert max(found.verify().errors.values()) < 1e-10
+
+
+def test_axes_that_are_new_in_both_operands_are_told():
+    """Without them a table of distances would read as the difference of a vector and itself."""
+    found = fp.derive(lambda x, y: jnp.sum(jnp.exp(-jnp.sum((x[:, None] - y[None]) ** 2, -1))))(
+        jnp.eye(3, 2), jnp.ones((4, 2))
+    )
+    assert "(x[:, None] − y[None])²" in found.text()
+    assert (
+        "None" not in fp.derive(lambda x, y: jnp.sum((x - y[:, None]) ** 2))(jnp.eye(3), jnp.ones(3)).text()
+    )
+    assert max(found.verify().errors.values()) < 1e-10
+
+
+def test_solves_with_triangular_matrices_and_rows_that_are_added_up():
+    def loss(a, b, i):
+        low = jnp.tril(a) + 2 * jnp.eye(3)
+        y = jax.scipy.linalg.solve_triangular(low, jax.ops.segment_sum(b, i, 3), lower=True)
+        return jnp.sum(jax.scipy.linalg.solve_triangular(low, y, lower=True, trans=1) ** 2)
+
+    arguments = jnp.arange(9.0).reshape(3, 3) / 10, jnp.arange(8.0).reshape(4, 2), jnp.array([0, 2, 2, 1])
+    found = fp.derive(loss, (0, 1))(*arguments)
+    text = found.text()
+    assert "sum(b by i)" in text
+    assert "⁻¹ " in text
+    assert "tril(" in text
+    assert "triangular_solve" not in text
+    assert max(found.verify().errors.values()) < 1e-10
+
+
+def test_what_is_written_twice_is_computed_once():
+    def loss(w, x, y):
+        far = jnp.abs(x @ w - y) > 1
+        return jnp.mean(jnp.where(far, jnp.abs(x @ w - y) - 0.5, 0.5 * (x @ w - y) ** 2))
+
+    found = fp.derive(loss)(jnp.ones(2), jnp.eye(2), jnp.array([0.3, 5.0]))
+    assert texts(found.forward) == ["z = x w", "J = mean(huber(z − y))"]
+    assert max(found.verify().errors.values()) < 1e-10
+
+
+def test_a_product_with_a_constant_is_no_multiple():
+    """The ones of a second derivative times a matrix, times a number."""
+    found = fp.derive(lambda w: jnp.sum(jnp.sin(3.0 * (jnp.ones(1) @ w))))(jnp.ones((1, 4)))
+    assert "3 1 w" in found.text()
+    assert max(found.verify().errors.values()) < 1e-10
+
+
+def test_latex_is_balanced_and_complete():
+    latex = fp.derive(fp.models.chapter)(*chapter(bias=True)).latex()
+    assert latex.count("\\begin{align*}") == latex.count("\\end{align*}") == 2
+    assert latex.count("{") == latex.count("}")
+    assert latex.count("\\left(") == latex.count("\\right)")
+    assert len(re.findall("&=", latex)) == len(FORWARD) + len(BACKWARD) + 1
+    assert (
+        r"\frac{\partial J}{\partial z} &= \mathrm{prod}\!\left(\frac{\partial J}{\partial h}, "
+        r"\frac{\partial h}{\partial z}\right) = \frac{\partial J}{\partial h} \odot \phi'\!\left(z\right)"
+    ) in latex
+    assert not re.search(r"[^\x00-\x7f]", latex)
+
+
+def test_quotients_inside_products_are_in_parentheses():
+    def loss(x, y):
+        return fp.name(jnp.sum(fp.name(y * (1 / x), "a") * fp.name(y / x, "b")), "J")
+
+    lines = texts(fp.derive(loss)(jnp.ones(2), jnp.ones(2)).backward)
+    assert "− ∂J/∂b ⊙ y / x²" in lines[-1]
+    assert "(1 / x)" not in lines[-1]
+    other = fp.derive(lambda x, y: jnp.sum(x / (x * jnp.exp(y))))(jnp.ones(2), jnp.ones(2)).forward[-1].text()
+    assert other == "J = sum(x / (x ⊙ exp(y)))"
+
+
+def test_a_function_with_a_derivative_of_its_own_is_written_by_its_name():
+    derived = fp.derive(lambda w: jnp.sum(fp.name(jax.nn.relu(w), "h")))(jnp.array([1.0, -2.0]))
+    assert derived.forward[0].text() == "h = relu(w)"
+    assert derived.verify()
+
+
+def test_latex_of_names_with_characters_that_mean_something_to_latex():
+    assert latex_name("a_b{c}\\d^e~f") == "\\mathrm{a\\_b\\{c\\}\\backslash d\\wedge e\\sim f}"
+
+
+def test_a_sum_of_a_sum_has_parentheses_in_latex():
+    latex = fp.derive(lambda x, y: jnp.sum(x - y**2))(jnp.ones(2), jnp.ones(2)).latex()
+    assert r"J &= \sum \left(x - y^{2}\right)" in latex
