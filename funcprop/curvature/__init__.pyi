@@ -3,9 +3,7 @@ from .accumulation import accumulate as accumulate
 from .accumulation import merge as merge
 from .clipping import ClippedSum as ClippedSum
 from .clipping import clipped_sum as clipped_sum
-from .data_set import DataOperator as DataOperator
-from .data_set import over as over
-from .data_set import over_batches as over_batches
+from .data_operator import DataOperator as DataOperator
 from .diagonal.exact_diagonal import HessianDiagonal as HessianDiagonal
 from .diagonal.exact_diagonal import Plan as Plan
 from .diagonal.exact_diagonal import PlanRow as PlanRow
@@ -48,3 +46,5 @@ from .operators import Sum as Sum
 from .operators import Summary as Summary
 from .operators import identity as identity
 from .operators import summary as summary
+from .whole_data import over as over
+from .whole_data import over_batches as over_batches

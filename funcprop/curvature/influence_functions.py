@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from wadler_lindig import pformat
 
 from funcprop.curvature.binding import ruled
+from funcprop.curvature.data_operator import mean_operator
 from funcprop.curvature.data_set import DataSet
 from funcprop.curvature.example_gradients.mixed_examples import example_of
 from funcprop.curvature.example_gradients.per_example import per_example
@@ -347,7 +348,7 @@ class InfluenceOf:
         training = TrainingMinibatches(data, data.each(slopes, "direction"))
         operator = self.curvature
         if operator is None:
-            operator = data.operator(self._hessian(loss, penalty, chosen))
+            operator = mean_operator(data, self._hessian(loss, penalty, chosen))
         return self._found(loss, chosen, data.first.arguments, training, operator)
 
     def _of_chosen(self, params: PyTree) -> tuple[Loss, Loss | None, PyTree]:
