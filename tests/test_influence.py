@@ -143,3 +143,14 @@ def test_a_loss_of_a_whole_batch_is_refused_by_name() -> None:
         ValueError, match="the loss mean takes a batch and fails for ONE example; write it for"
     ):
         fp.curvature.influence(mean)(jnp.ones(3), x, y)
+
+
+def test_print_says_what_it_is_of_and_not_the_program(found: Any) -> None:
+    assert repr(found) == (
+        "influence of 30 training examples on 3 parameters: damping 0, Minres\n"
+        "parameter  type\n---------  ----------\n(all)      float64[3]"
+    )
+    over = fp.curvature.over([(X[:20], Y[:20]), (X[20:], Y[20:])])(influence(squared, damping=0.5))(W)
+    assert repr(over).startswith(
+        "influence of the training examples of a data set on 3 parameters: damping 0.5\n"
+    )
