@@ -154,3 +154,20 @@ def test_print_says_what_it_is_of_and_not_the_program(found: Any) -> None:
     assert repr(over).startswith(
         "influence of the training examples of a data set on 3 parameters: damping 0.5\n"
     )
+
+
+def test_a_loss_whose_examples_mix_is_refused() -> None:
+    """Of a batch of one, batch statistics make each influence zero."""
+
+    def centred(w, x, y):
+        h = jnp.tanh(x @ w)
+        return jnp.mean((h - h.mean(0) - y) ** 2)
+
+    asked = influence(centred, batched=True, damping=1.0)
+    x, y = jnp.ones((4, 3)), jnp.ones((4, 2))
+    with pytest.raises(
+        ValueError, match=r"^influence: the examples mix: in .*leading axis, which has length"
+    ):
+        asked(jnp.ones((3, 2)), x, y)
+    with pytest.raises(ValueError, match=r"^influence: the examples mix"):
+        fp.curvature.over([(x, y)])(asked)(jnp.ones((3, 2)))

@@ -14,7 +14,7 @@ from wadler_lindig import pformat
 
 from funcprop.curvature.data_operator import mean_operator
 from funcprop.curvature.data_set import DataSet
-from funcprop.curvature.example_gradients.mixed_examples import example_of
+from funcprop.curvature.example_gradients.mixed_examples import example_of, statistics_of_one
 from funcprop.curvature.examples import loss_of_one, total_of, weights_of
 from funcprop.curvature.hessian_operator import hessian
 from funcprop.curvature.influence_effects import Influence, Loss, losses_of_all
@@ -117,6 +117,7 @@ class InfluenceOf:
                 "of the same parameters, by the same where=."
             )
         program = Program.again(loss, params, *map(example_of, data))
+        statistics_of_one(program.jaxpr, "influence")
         return Influence(
             program, self.rules, params, training, operator.linearize(), self.damping, self.solver
         )
@@ -158,8 +159,8 @@ def influence(
         a data set in minibatches is `fp.curvature.over(batches)(fp.curvature.influence(loss))(params)`.
 
     Raises:
-        ValueError: `damping` is negative or not finite, the data have no common leading axis, or `curvature`
-            is of other parameters.
+        ValueError: `damping` is negative or not finite, the data have no common leading axis, the examples
+            mix (batch norm in training mode), or `curvature` is of other parameters.
         TypeError: `solver` is none.
         FloatingPointError: the curvature is not finite; the message has the parameter's path.
 
