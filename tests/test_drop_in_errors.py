@@ -163,6 +163,19 @@ def test_errors(program, error, message):
         assert not any("funcprop" in note for note in getattr(raised, "__notes__", ()))
 
 
+OF_ARGUMENTS = ("integer", "text", "by keyword only")  # JAX's words, then ours
+OF_RESULTS = ("vector result", "no result", "two results", "three for a pair")
+
+
+@pytest.mark.parametrize("case", [*OF_ARGUMENTS, *OF_RESULTS])
+def test_a_message_begins_with_jax_s_words_by_which_other_programs_know_it(case):
+    program = ERRORS[case][0]
+    words = str(outcome(program, JAX)).partition("\n")[0].partition(". ")[0].rstrip(".")
+    message = str(outcome(program, ours(fp.rules.default)))
+    assert message.startswith(f"{words}. ")
+    assert re.search(ERRORS[case][2], message[len(words) :]), message
+
+
 def test_a_primitive_without_abstract_values_beside_the_differentiated_ones():
     assert_as_jax(lambda t: t.grad(lambda x, y: jnp.tanh(x) * without_values.bind(y * 2))(S, X[0]))
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from compiling import compiled
 from dense_diagonals import KEY, N, Y, assert_exact, cross_entropy, mixing_backwards, normal, straight_through
+from jax.flatten_util import ravel_pytree
 
 import funcprop as fp
 
@@ -384,3 +385,20 @@ def test_errors() -> None:
     with pytest.raises(FloatingPointError, match="the diagonal is not finite at 'w'; "):
         roots(params)
     assert not np.isfinite(jax.jit(roots)(params)["w"]).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_where_the_loss_is_affine_before_a_cut(dtype: Any) -> None:
+    """Eigenvalues exist of single precision alone; a relu network is one of the cases that need them."""
+
+    def loss(p: Any, x: Any) -> Any:
+        return jnp.mean(jax.nn.logsumexp((jax.nn.relu(x @ p["w"]) @ p["v"]).astype(jnp.float32), -1))
+
+    params, x = ({"w": normal(3, 4), "v": normal(4, 2, seed=1)}, normal(N, 3, seed=2))
+    half = jax.tree.map(lambda a: a.astype(dtype), (params, x))
+    found = fp.curvature.hessian_diagonal(loss)(*half)
+    flat, unravel = ravel_pytree(jax.tree.map(lambda a: a.astype(jnp.float32), half[0]))
+    hessian = jax.hessian(lambda v: loss(unravel(v), half[1].astype(jnp.float32)))(flat)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
+    expected = jnp.diagonal(hessian)
+    np.testing.assert_allclose(ravel_pytree(found)[0], expected, atol=0.02 * float(jnp.abs(expected).max()))

@@ -143,3 +143,31 @@ def test_a_loss_of_a_whole_batch_is_refused_by_name() -> None:
         ValueError, match="the loss mean takes a batch and fails for ONE example; write it for"
     ):
         fp.curvature.influence(mean)(jnp.ones(3), x, y)
+
+
+def test_print_says_what_it_is_of_and_not_the_program(found: Any) -> None:
+    assert repr(found) == (
+        "influence of 30 training examples on 3 parameters: damping 0, Minres\n"
+        "parameter  type\n---------  ----------\n(all)      float64[3]"
+    )
+    over = fp.curvature.over([(X[:20], Y[:20]), (X[20:], Y[20:])])(influence(squared, damping=0.5))(W)
+    assert repr(over).startswith(
+        "influence of the training examples of a data set on 3 parameters: damping 0.5\n"
+    )
+
+
+def test_a_loss_whose_examples_mix_is_refused() -> None:
+    """Of a batch of one, batch statistics make each influence zero."""
+
+    def centred(w, x, y):
+        h = jnp.tanh(x @ w)
+        return jnp.mean((h - h.mean(0) - y) ** 2)
+
+    asked = influence(centred, batched=True, damping=1.0)
+    x, y = jnp.ones((4, 3)), jnp.ones((4, 2))
+    with pytest.raises(
+        ValueError, match=r"^influence: the examples mix: in .*leading axis, which has length"
+    ):
+        asked(jnp.ones((3, 2)), x, y)
+    with pytest.raises(ValueError, match=r"^influence: the examples mix"):
+        fp.curvature.over([(x, y)])(asked)(jnp.ones((3, 2)))

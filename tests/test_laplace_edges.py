@@ -160,3 +160,20 @@ def test_joint_predictive_and_prior_mean() -> None:
     full = laplace(linear, "gaussian", structure="full")(w, x, y)
     with pytest.raises(ValueError, match="prior_precision is a matrix, which is for structure='full'"):
         found.log_marginal_likelihood(full.as_prior())
+
+
+def test_print_says_what_it_is_of_and_what_is_known_of_the_evidence() -> None:
+    weights, targets = jnp.ones((2, 3)), jnp.ones((2, 4, 3))
+    posterior = laplace(linear, "gaussian", structure="low-rank", rank=2)(weights, TOKENS, targets)
+    squares = float(jnp.sum((TOKENS @ weights - targets) ** 2)) / 2
+    title = "Laplace posterior of 6 parameters: likelihood 'gaussian', structure 'low-rank'"
+    table = "parameter  type\n---------  -------------\n(all)      float64[2, 3]"
+    assert repr(posterior) == f"{title}, half the squared error {squares:.5g}\n{table}"
+    inside: list[str] = []
+    jax.jit(lambda p: (inside.append(repr(p)), p.misfit)[1])(posterior)
+    assert inside == [f"{title}\n{table}"]  # Its values are not known there.
+
+
+def test_of_many_parameters_the_first_are_listed() -> None:
+    names = fp.curvature.identity({f"w{i:02d}": jnp.ones(2) for i in range(23)}).parameters
+    assert names.listed().splitlines()[-2:] == ["w19        float64[2]", "… and 3 more"]

@@ -67,3 +67,27 @@ def test_errors():
     one = quantities(w, x[:1], y[:1], ["variance", "batch_gradients"])
     assert not one["variance"].any()
     assert one["batch_gradients"].shape == (1, 2)
+
+
+def similarities(w, x):
+    """Of a batch of one they have another shape."""
+    z = x @ w
+    return z @ z.T[:, :3]
+
+
+def squared(outputs, y):
+    return jnp.mean((outputs - y) ** 2)
+
+
+OF_SIMILARITIES = {
+    "per_example": lambda *args: fp.per_example(similarities, squared, batched=True)(*args, {"norm"}),
+    "kfac": fp.kfac(similarities, squared, batched=True, kind="exact"),
+    "laplace": fp.curvature.laplace(similarities, "gaussian", batched=True),
+}
+
+
+@pytest.mark.parametrize("ask", OF_SIMILARITIES.values(), ids=OF_SIMILARITIES)
+def test_outputs_that_depend_on_how_many_examples_there_are(ask):
+    message = r"the examples mix: .*similarities returns \[1, 1\], of two \[2, 2\]"
+    with pytest.raises(ValueError, match=message):
+        ask(jnp.ones((2, 2)), jnp.ones((4, 2)), jnp.ones((4, 3)))

@@ -3,9 +3,7 @@ from .accumulation import accumulate as accumulate
 from .accumulation import merge as merge
 from .clipping import ClippedSum as ClippedSum
 from .clipping import clipped_sum as clipped_sum
-from .data_set import DataOperator as DataOperator
-from .data_set import over as over
-from .data_set import over_batches as over_batches
+from .data_operator import DataOperator as DataOperator
 from .diagonal.exact_diagonal import HessianDiagonal as HessianDiagonal
 from .diagonal.exact_diagonal import Plan as Plan
 from .diagonal.exact_diagonal import PlanRow as PlanRow
@@ -16,17 +14,16 @@ from .example_gradients.per_example import per_example as per_example
 from .fisher_operator import fisher as fisher
 from .gauss_newton import GaussNewton as GaussNewton
 from .gauss_newton import ggn as ggn
+from .gaussian_prior import GaussianPrior as GaussianPrior
 from .hessian_operator import Hessian as Hessian
 from .hessian_operator import hessian as hessian
-from .influence_functions import Influence as Influence
+from .influence_effects import Influence as Influence
 from .influence_functions import influence as influence
 from .kronecker import Kronecker as Kronecker
 from .kronecker_factors import ekfac as ekfac
 from .kronecker_factors import kfac as kfac
 from .laplace_approximation import laplace as laplace
-from .laplace_posterior import GaussianPrior as GaussianPrior
 from .laplace_posterior import Laplace as Laplace
-from .laplace_posterior import Predictive as Predictive
 from .likelihood import Likelihood as Likelihood
 from .likelihood import gaussian as gaussian
 from .minibatches import LoaderError as LoaderError
@@ -48,3 +45,6 @@ from .operators import Sum as Sum
 from .operators import Summary as Summary
 from .operators import identity as identity
 from .operators import summary as summary
+from .predictive import Predictive as Predictive
+from .whole_data import over as over
+from .whole_data import over_batches as over_batches

@@ -37,8 +37,21 @@ def model_of_one(model: Function, batched: bool) -> Function:
     """`model(params, x)` of one example, from one of a whole batch, which is called with a batch of one."""
     if not batched:
         return _called_as(model, lambda params, x: widened(model(params, x)))
-    first = lambda outputs: jax.tree.map(lambda leaf: leaf[0], outputs)  # noqa: E731
-    return _called_as(model, lambda params, x: widened(first(model(params, _alone(x)))))
+
+    def of_one(params: Any, x: Any) -> Any:
+        outputs = model(params, _alone(x))
+        two = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *jnp.shape(a)), jnp.result_type(a)), x)
+        of_two = jax.eval_shape(lambda x: model(params, x), two)
+        for one, both in zip(jax.tree.leaves(outputs), jax.tree.leaves(of_two), strict=True):
+            if (jnp.shape(one), both.shape) != ((1, *both.shape[1:]), (2, *both.shape[1:])):
+                raise ValueError(
+                    f"the examples mix: of one example the model {name_of(model)} returns "
+                    f"{list(jnp.shape(one))}, of two {list(both.shape)}; with batched=True the examples "
+                    "are the leading axis of its outputs, and no other depends on how many there are."
+                )
+        return widened(jax.tree.map(lambda leaf: leaf[0], outputs))
+
+    return _called_as(model, of_one)
 
 
 def loss_of_one(loss: Function, batched: bool, first: int = 0) -> Function:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from funcprop.curvature.convexity import require_convex
+from funcprop.curvature.data_operator import mean_operator
 from funcprop.curvature.data_set import DataSet
 from funcprop.curvature.example_gradients.mixed_examples import example_of
 from funcprop.curvature.example_gradients.per_example import per_example
@@ -82,7 +83,7 @@ class LaplaceApproximation:
             return self._operator(point, x, weights)
 
         total, x = data.mean(fit), data.first.arguments[0]
-        return self._posterior(point, total.mean, total.weight, x, lambda: data.operator(operator))
+        return self._posterior(point, total.mean, total.weight, x, lambda: mean_operator(data, operator))
 
     def _point(self, params: PyTree) -> Point:
         point = Point.of(params, self.where)

@@ -1,75 +1,27 @@
-"""A Gaussian around trained parameters, and what it says of the model's outputs."""
+"""A Gaussian around trained parameters: the evidence of a prior, its own draws, and its predictions."""
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree, Scalar
-from wadler_lindig import pformat
 
-from funcprop.curvature.binding import ruled
-from funcprop.curvature.example_gradients.entering_parameters import Study
-from funcprop.curvature.example_gradients.measurement import entries_of
 from funcprop.curvature.example_gradients.mixed_examples import example_of
-from funcprop.curvature.example_gradients.per_example import LIMIT
-from funcprop.curvature.likelihood import broadcasts
+from funcprop.curvature.gaussian_prior import GaussianPrior, require_positive, spread
 from funcprop.curvature.precision import Full, Precision, Prior
+from funcprop.curvature.predictive import Predictive, drawn, linearised, plot_intervals
 from funcprop.operators.convergence import is_traced
 from funcprop.operators.linear_operator import Dense
-from funcprop.operators.parameters import shown, single_at_least
-from funcprop.operators.plots import axes_or_new, plot_entries
+from funcprop.operators.parameters import single_at_least
+from funcprop.operators.plots import plot_entries
 from funcprop.operators.subset import Point
 from funcprop.program.program import Program
 from funcprop.rules.rule_set import RuleSet
-
-AT_ONCE = 64  # examples whose Jacobians exist at the same time
-
-
-class Predictive(NamedTuple):
-    """Means and covariances of the outputs of m examples, without the noise of the targets.
-
-    The outputs `o` of one example have the model's shape; a scalar is a vector of length 1. `covariance` is
-    `[m, *o, *o]`, or with `joint=True` that of all outputs of all examples, `[m, *o, m, *o]`.
-    """
-
-    mean: Float[Array, "m ..."]
-    covariance: Float[Array, "m ..."]
-
-    @property
-    def variance(self) -> Float[Array, "m ..."]:
-        """The variance of every output, `[m, *o]`."""
-        size, rest = math.prod(self.mean.shape), math.prod(self.mean.shape[1:])
-        if self.covariance.ndim == 2 * self.mean.ndim:
-            return jnp.diagonal(self.covariance.reshape(size, size)).reshape(self.mean.shape)
-        blocks = self.covariance.reshape(-1, rest, rest)
-        return jnp.diagonal(blocks, axis1=1, axis2=2).reshape(self.mean.shape)
-
-
-class GaussianPrior(NamedTuple):
-    """A Gaussian on the parameters: what is known before the next data are seen.
-
-    Attributes:
-        mean: a pytree like the (chosen) parameters.
-        precision: a pytree like them, of the precisions of the entries; or a `Dense` operator.
-    """
-
-    mean: PyTree
-    precision: Any
-
-    def negative_log(self, params: PyTree) -> Scalar:
-        """`½ (θ − μ)ᵀ P (θ − μ)`, what is added to the next loss; `params` are the chosen parameters."""
-        moved = jax.tree.map(jnp.subtract, params, self.mean)
-        if isinstance(self.precision, Dense):
-            flat = self.precision.parameters.ravel(moved)
-            return flat @ self.precision.matrix @ flat / 2
-        parts = jax.tree.map(lambda δ, d: jnp.sum(δ * d**2) / 2, self.precision, moved)
-        return functools.reduce(jnp.add, jax.tree.leaves(parts))
 
 
 @jax.tree_util.register_dataclass
@@ -85,8 +37,6 @@ class Laplace:
     `prior_precision` and `noise`.
     """
 
-    __repr__ = pformat  # shapes instead of entries
-
     point: Point
     precision: Precision
     misfit: Scalar
@@ -95,6 +45,16 @@ class Laplace:
     model: Program
     likelihood: str | None = field(metadata={"static": True})
     rules: RuleSet | None = field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        names, likelihood = self.point.parameters, repr(self.likelihood) if self.likelihood else "your own"
+        title = f"Laplace posterior of {names.size:,} parameters: likelihood {likelihood}, structure "
+        title += repr(self.precision.structure)
+        if not is_traced(self.misfit):  # Evidence needs a prior; this is what is known without one.
+            squared = self.likelihood == "gaussian"
+            what = "half the squared error" if squared else "log-likelihood"
+            title += f", {what} {float(self.misfit if squared else -self.misfit):.5g}"
+        return f"{title}\n{names.listed()}"
 
     def log_marginal_likelihood(
         self, prior_precision: Any = 1.0, noise: Any = 1.0, *, prior_mean: Any = 0.0
@@ -147,7 +107,7 @@ class Laplace:
         """
         scale, prior = self._scale(noise), self._prior(prior_precision)
         model = self.model.at(self.point.chosen, self.point.others, example_of(x))
-        return _predictive(model, self.rules, joint, self.point, self.precision, x, scale, prior)
+        return linearised(model, self.rules, joint, self.point, self.precision, x, scale, prior)
 
     def probabilities(
         self,
@@ -180,7 +140,7 @@ class Laplace:
                 f"probabilities: samples={samples} and key={key}; give a number of draws, 1 or more, and "
                 "key=jax.random.key(…)."
             )
-        return jnp.mean(link(_drawn(found, samples, key)), 0)
+        return jnp.mean(link(drawn(found, samples, key)), 0)
 
     def sample(self, key: PRNGKeyArray, prior_precision: Any = 1.0, noise: Any = 1.0) -> PyTree:
         """Parameters drawn from the posterior; those that `where=` left out stay as they are."""
@@ -213,7 +173,7 @@ class Laplace:
         if x is not None:
             found = self.predictive(x, prior_precision, noise)
             noisy = self.likelihood == "gaussian"
-            return _plot_intervals(x, found, 1 / self._scale(noise) if noisy else None, axes)
+            return plot_intervals(x, found, 1 / self._scale(noise) if noisy else None, axes)
         prior = self._prior(prior_precision)
         if isinstance(prior, jax.Array):
             raise ValueError("plot: the prior is a matrix; give x, or a number as prior_precision.")
@@ -274,7 +234,7 @@ class Laplace:
                 f"laplace: noise has shape {jnp.shape(noise)}, but it is one number; a noise for each output "
                 "is given when it is fitted, fp.curvature.laplace(model, 'gaussian', noise=…)."
             )
-        _require_positive("noise", noise)
+        require_positive("noise", noise)
         if self.likelihood != "gaussian":
             if not isinstance(noise, float | int) or noise != 1:
                 name = repr(self.likelihood) if self.likelihood else "one of your own"
@@ -285,128 +245,18 @@ class Laplace:
     def _moved(self, mean: Any) -> list[Array]:
         """`θ* − μ`, leaf by leaf."""
         leaves = jax.tree.leaves(self.point.chosen)
-        means = self._spread("prior_mean", mean)
+        means = spread("prior_mean", mean, self.point.parameters)
         return [θ.astype(single_at_least(θ.dtype)) - μ for θ, μ in zip(leaves, means, strict=True)]
 
     def _prior(self, precision: Any) -> Prior:
+        names = self.point.parameters
         if isinstance(precision, GaussianPrior):
             precision = precision.precision
         if isinstance(precision, Dense):
-            if not isinstance(self.precision, Full) or precision.parameters != self.point.parameters:
+            if not isinstance(self.precision, Full) or precision.parameters != names:
                 raise ValueError(
                     "laplace: prior_precision is a matrix, which is for structure='full' and a prior of the "
                     "same parameters; pass a number, or a pytree like the parameters."
                 )
             return precision.matrix
-        return self._spread("prior_precision", precision, positive=True)
-
-    def _spread(self, name: str, given: Any, positive: bool = False) -> list[Array]:
-        """A number, or a pytree like the parameters, for every entry of every leaf."""
-        leaves = jax.tree.leaves(self.point.chosen)
-        values: list[Any] = jax.tree.leaves(given)
-        number, tree, structure = map(_structure, (0, self.point.chosen, given))
-        if structure == number:
-            values = values * len(leaves)
-        elif structure != tree:
-            raise ValueError(
-                f"{name} is {structure}, but the parameters are {tree}; pass one number, or a pytree like "
-                "them."
-            )
-        for path, value, θ in zip(self.point.parameters.paths, values, leaves, strict=True):
-            if not broadcasts(jnp.shape(value), θ.shape):
-                raise ValueError(
-                    f"laplace: {name} has shape {jnp.shape(value)} for {shown(path)}, which has shape "
-                    f"{θ.shape}; pass one number, or a pytree like the parameters."
-                )
-            if positive:
-                _require_positive(f"{name} of {shown(path)}" if len(values) > 1 else name, value)
-        return [
-            jnp.broadcast_to(jnp.asarray(value, single_at_least(θ.dtype)), θ.shape)
-            for value, θ in zip(values, leaves, strict=True)
-        ]
-
-
-@functools.partial(jax.jit, static_argnames=("rules", "joint"))
-def _predictive(
-    model: Program,
-    rules: RuleSet | None,
-    joint: bool,
-    point: Point,
-    precision: Precision,
-    x: Any,
-    scale: Any,
-    prior: Any,
-) -> Predictive:
-    count = jax.tree.leaves(x)[0].shape[0]
-    shape = jnp.shape(model.results) or (1,)
-
-    def outputs(chosen: PyTree, x: Any) -> Array:
-        found = jnp.ravel(ruled(model, rules)(chosen, point.others, x))
-        return found.astype(single_at_least(found.dtype))
-
-    def linearised(x: Any) -> tuple[Array, list[Array]]:
-        return outputs(point.chosen, x), jax.tree.leaves(jax.jacrev(outputs)(point.chosen, x))
-
-    study = Study.of(model, point.chosen, rules)
-
-    def one(x: Any) -> Predictive:
-        batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (point.others, x))
-        output, pull, met = study.forward(jax.tree.leaves(point.chosen), batch, 1)
-        (cotangents,) = jax.vmap(pull)(entries_of(output, math.prod(shape)))
-        forms = study.forms(met, cotangents, 1, LIMIT)
-        covariance = precision.covariance_of_forms(study, forms, scale, prior)
-        mean = output.astype(single_at_least(output.dtype)).reshape(shape)
-        return Predictive(mean, covariance.reshape(*shape, *shape))
-
-    if not joint:
-        return jax.lax.map(one, x, batch_size=min(AT_ONCE, count))
-    mean, jacobians = jax.lax.map(linearised, x, batch_size=min(AT_ONCE, count))
-    covariance = precision.covariance([j.reshape(-1, *j.shape[2:]) for j in jacobians], scale, prior)
-    return Predictive(mean.reshape(count, *shape), covariance.reshape(count, *shape, count, *shape))
-
-
-def _drawn(found: Predictive, samples: int, key: PRNGKeyArray) -> Float[Array, "s m ..."]:
-    """Draws of the outputs of each example."""
-    count, *shape = found.mean.shape
-    size = math.prod(shape)
-    values, vectors = jnp.linalg.eigh(found.covariance.reshape(count, size, size))
-    root = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None]
-    noise = jax.random.normal(key, (samples, count, size), root.dtype)
-    return found.mean[None] + jnp.einsum("nij,snj->sni", root, noise).reshape(samples, count, *shape)
-
-
-def _plot_intervals(x: Any, found: Predictive, noise: Any, axes: Any) -> Any:
-    axes = axes_or_new(axes)
-    inputs = [np.asarray(leaf) for leaf in jax.tree.leaves(x)]
-    count = len(inputs[0])
-    one = len(inputs) == 1 and inputs[0].size == count
-    at = inputs[0].reshape(-1) if one else np.arange(count)
-    order = np.argsort(at)
-    means = np.asarray(found.mean).reshape(count, -1)[order]
-    variances = np.asarray(found.variance).reshape(count, -1)[order]
-    for i, (mean, variance) in enumerate(zip(means.T, variances.T, strict=True)):
-        color, half = f"C{i % 10}", 2 * np.sqrt(variance)
-        axes.plot(at[order], mean, color=color, label=f"output {i}" if means.shape[1] > 1 else "mean")
-        axes.fill_between(at[order], mean - half, mean + half, color=color, alpha=0.3, linewidth=0)
-        if noise is not None:
-            wide = 2 * np.sqrt(variance + float(noise))
-            axes.fill_between(at[order], mean - wide, mean + wide, color=color, alpha=0.12, linewidth=0)
-    bands = "± 2 standard deviations: of the model" + ("" if noise is None else ", of the targets")
-    axes.set(xlabel="input" if one else "example", ylabel="output")
-    axes.set_title(bands, fontsize="medium")
-    if means.shape[1] <= _MOST_LABELLED:
-        axes.legend(frameon=False)
-    return axes
-
-
-_MOST_LABELLED = 10  # outputs that a legend lists
-
-
-def _structure(tree: PyTree) -> Any:
-    return jax.tree.structure(tree)
-
-
-def _require_positive(name: str, value: Any) -> None:
-    # By NumPy: inside jit, jax.numpy makes a tracer even of a comparison of Python's numbers.
-    if not isinstance(value, jax.core.Tracer) and not (np.asarray(value) > 0).all():
-        raise ValueError(f"laplace: {name} is {value}; it must be positive.")
+        return spread("prior_precision", precision, names, positive=True)

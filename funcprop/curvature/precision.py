@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ Prior: TypeAlias = "Sequence[Array] | Array"
 class Precision(abc.ABC):
     """`H` in some structure; `scale` is `c` and `prior` has `δ` for every entry, leaf by leaf."""
 
+    structure: ClassVar[str]
     parameters: Parameters
 
     @abc.abstractmethod
@@ -80,6 +81,7 @@ class Precision(abc.ABC):
 class Full(Precision):
     """The matrix itself."""
 
+    structure = "full"
     matrix: Float[Array, "P P"]
     parameters: Parameters = field(metadata={"static": True})
 
@@ -116,6 +118,7 @@ class Full(Precision):
 class DiagonalPrecision(Precision):
     """The diagonal of `H`, leaf by leaf; what is beside it counts as zero."""
 
+    structure = "diagonal"
     entries: tuple[Array, ...]
     parameters: Parameters = field(metadata={"static": True})
 
@@ -169,6 +172,7 @@ class LowRank(Precision):
     matrix `I + Vᵀ V`.
     """
 
+    structure = "low-rank"
     values: Float[Array, " k"]
     vectors: Float[Array, "P k"]
     parameters: Parameters = field(metadata={"static": True})
@@ -218,6 +222,7 @@ class KroneckerPrecision(Precision):
     has the means `A` and `G` over `count` examples.
     """
 
+    structure = "kronecker"
     blocks: tuple[Eigen, ...]
     factored: Kronecker
     count: Scalar

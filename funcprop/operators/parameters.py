@@ -7,12 +7,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
+
+from funcprop.graph.graph import aligned
+
+_MOST_LISTED = 20  # leaves that are listed for people
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,17 @@ class Parameters:
         )
         return f"{{{', '.join(shapes)}}}"
 
+    def listed(self) -> str:
+        """A line for each leaf, for people; of many, those in front."""
+        rows = [("parameter", "type")]
+        rows += [
+            (path or "(all)", f"{dtype}{list(shape)}")
+            for path, dtype, shape in zip(self.paths, self.dtypes, self.shapes, strict=True)
+        ]
+        more = len(rows) - 1 - _MOST_LISTED
+        table = aligned(rows[: 1 + _MOST_LISTED], set())
+        return f"{table}\n… and {more} more" if more > 0 else table
+
     def vector(self, v: PyTree, name: str = "v") -> PyTree:
         """`v` as a pytree of the parameters' shapes and dtypes.
 
@@ -283,4 +298,4 @@ def _is_number(leaf: Any) -> bool:
     return isinstance(leaf, float | int | complex) or hasattr(leaf, "dtype")
 
 
-Where = Callable[[str, Any], bool] | str | Sequence[str] | PyTree
+Where: TypeAlias = Callable[[str, Any], bool] | str | Sequence[str] | PyTree

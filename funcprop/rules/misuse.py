@@ -1,4 +1,7 @@
-"""What is wrong with a call of a transformed function, in one line: asked after JAX has refused it."""
+"""What is wrong with a call of a transformed function, in one line: asked after JAX has refused it.
+
+The line begins with JAX's own words, by which programs that were written for `jax.grad` know an error.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from funcprop import _jax
 from funcprop.program.call import has_values, name_of
 
 
@@ -36,7 +40,7 @@ def explained(
     def checked(*args: Any, **kwargs: Any) -> Any:
         result = ruled(*args, **kwargs)
         if (fault := _fault_of_result(name, result, has_aux)) is not None:
-            raise _NotScalarError(fault)
+            raise _NotScalarError(_words_on(result, has_aux) + fault)
         return result
 
     transformed = transform(checked)
@@ -47,13 +51,29 @@ def explained(
             return transformed(*args, **kwargs)
         except _NotScalarError as error:
             raise TypeError(str(error)) from None
-        except TypeError:
-            fault = _fault_of_arguments(name, fun, argnums, of_integers, args, kwargs)
-            if fault is None:
-                raise
-            raise TypeError(fault) from None
+        except TypeError as error:
+            if (fault := _fault_of_arguments(name, argnums, of_integers, args, kwargs)) is not None:
+                raise TypeError(_words(error) + fault) from None
+            if (fault := _fault_of_signature(name, fun, args, kwargs)) is not None:
+                raise TypeError(fault) from None
+            raise
 
     return called
+
+
+def _words(error: TypeError) -> str:
+    """JAX's words, to be followed by ours."""
+    first = str(error).partition("\n")[0].rstrip(". ")
+    return f"{first}. " if first else ""
+
+
+def _words_on(result: Any, has_aux: bool) -> str:
+    """JAX's words on a result, which it is given by another function: this one's name is ours to tell."""
+    try:
+        jax.grad(lambda _: result, has_aux=has_aux)(0.0)
+    except TypeError as error:
+        return _words(error)
+    return ""
 
 
 def _fault_of_result(name: str, result: Any, has_aux: bool) -> str | None:
@@ -63,11 +83,7 @@ def _fault_of_result(name: str, result: Any, has_aux: bool) -> str | None:
                 f"has_aux=True, but {name} returns {_kind(result)}; return the pair (scalar, auxiliary data)."
             )
         result = result[0]
-    if (
-        isinstance(result, jax.core.Tracer)
-        and result.shape == ()
-        and jnp.issubdtype(result.dtype, jnp.inexact)
-    ):
+    if _jax.is_traced(result) and result.shape == () and jnp.issubdtype(result.dtype, jnp.inexact):
         return None  # Asked at every eager call.
     if isinstance(result, tuple | list | dict) or result is None:
         return (
@@ -90,7 +106,6 @@ def _fault_of_result(name: str, result: Any, has_aux: bool) -> str | None:
 
 def _fault_of_arguments(
     name: str,
-    fun: Callable[..., Any],
     argnums: int | Sequence[int],
     of_integers: bool,
     args: tuple[Any, ...],
@@ -123,6 +138,12 @@ def _fault_of_arguments(
                     f"{where} is {shown}, which has no derivative; pass floating-point numbers, or choose "
                     "argnums without it."
                 )
+    return None
+
+
+def _fault_of_signature(
+    name: str, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> str | None:
     try:
         signature = inspect.signature(fun)
     except (TypeError, ValueError):

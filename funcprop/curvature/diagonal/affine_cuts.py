@@ -29,6 +29,7 @@ from funcprop.curvature.diagonal.dependence import propagate
 from funcprop.curvature.diagonal.nodes import LossNode, perturbed
 from funcprop.curvature.diagonal.piecewise import why_curved
 from funcprop.curvature.diagonal.separability import Separability, is_separable
+from funcprop.operators.parameters import single_at_least
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
 
@@ -129,7 +130,7 @@ def functions_of(
     zeros = [jnp.zeros(node.sizes(), node.variable.aval.dtype) for node in nodes]
     outputs, pullback = jax.vjp(with_rules(model, rules), zeros)
     _, product = jax.linearize(jax.grad(with_rules(loss, rules)), outputs)
-    return lambda slices: pullback(slices)[0], product, outputs
+    return lambda slices: pullback(slices.astype(outputs.dtype))[0], product, outputs
 
 
 def eigensystem(product: Callable[[Any], Any], outputs: Any, at_once: int) -> tuple[Any, Any]:
@@ -141,7 +142,8 @@ def eigensystem(product: Callable[[Any], Any], outputs: Any, at_once: int) -> tu
         )
 
     hessians = jax.lax.map(row, jnp.arange(outputs.shape[1]), batch_size=min(at_once, outputs.shape[1]))
-    return jnp.linalg.eigh(jnp.moveaxis(hessians, 0, -1))
+    # Of half precision there are no eigenvalues.
+    return jnp.linalg.eigh(jnp.moveaxis(hessians, 0, -1).astype(single_at_least(hessians.dtype)))
 
 
 def column_terms(cotangents: Any, weights: Any, a: Any, sizes: Sequence[int]) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 
 from funcprop.curvature.diagonal.affine_cuts import column_terms
 from funcprop.curvature.diagonal.columns import OUTPUTS, UNITS, ColumnForm, ColumnLoop
+from funcprop.operators.parameters import single_at_least
 
 Diagonals = list[Any]
 
@@ -38,7 +39,7 @@ def diagonals_of(program: ColumnLoop, data: Sequence[Any], done: Callable[[Any],
 
 def _empty(columns: ColumnForm) -> Any:
     _, _, Q, R = columns.node.sizes()
-    return jnp.zeros((Q, columns.node.inputs, R), columns.node.variable.aval.dtype)
+    return jnp.zeros((Q, columns.node.inputs, R), single_at_least(columns.node.variable.aval.dtype))
 
 
 # --- products ---------------------------------------------------------------------------------

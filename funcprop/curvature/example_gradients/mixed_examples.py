@@ -105,8 +105,13 @@ def trace_loss(loss: Callable[[Any, Any], Any], output: Any, y: Any) -> Program:
     return program
 
 
-def statistics_of_one(body: Any) -> None:
-    """Refuse statistics of one example alone, and `fp.layers.batch_norm` in training mode."""
+def statistics_of_one(body: Any, of: str = "per_example") -> None:
+    """Refuse statistics of one example alone, and `fp.layers.batch_norm` in training mode.
+
+    Raises:
+        ValueError: the program, of a model or a loss of one example, has some; it begins with what they are
+            asked `of`.
+    """
     jaxpr = _jax.open_jaxpr(body)
     # The mean is followed through operators of one operand; beside it, what it is a mean of, and over what.
     means: dict[Any, tuple[Any, str]] = {}
@@ -114,10 +119,10 @@ def statistics_of_one(body: Any) -> None:
     unconverted: dict[Any, Any] = {}
     for eqn in jaxpr.eqns:
         if (call := layer_call(eqn)) is not None and call.layer.name == "batch_norm" and _in_training(call):
-            _refuse(eqn, "`fp.layers.batch_norm` computes its statistics")
+            _refuse(of, eqn, "`fp.layers.batch_norm` computes its statistics")
         if call is None:
             for _, body in _jax.sub_jaxprs(eqn):
-                statistics_of_one(body)
+                statistics_of_one(body, of)
         operands = _jax.variables(eqn.invars)
         name = eqn.primitive.name
         values = [unconverted.get(v, v) for v in operands]
@@ -132,7 +137,7 @@ def statistics_of_one(body: Any) -> None:
         elif name == "sub" and len(operands) == 2 and operands[1] in means:
             value, over = means[operands[1]]
             if value is values[0]:
-                _refuse(eqn, f"it subtracts from a value its mean over {over}")
+                _refuse(of, eqn, f"it subtracts from a value its mean over {over}")
         elif len(operands) == 1 and operands[0] in means:
             means.update((v, means[operands[0]]) for v in eqn.outvars)
 
@@ -141,8 +146,6 @@ def _in_training(call: Any) -> bool:
     return not any(name.startswith("statistics") for name in call.argument_names())
 
 
-def _refuse(eqn: Any, what: str) -> None:
+def _refuse(of: str, eqn: Any, what: str) -> None:
     where = _jax.scope(eqn) or _jax.source_line(eqn) or "the model"
-    raise ValueError(
-        f"per_example: the examples mix: in {where}, {what} (batch norm in training mode). {REMEDY}"
-    )
+    raise ValueError(f"{of}: the examples mix: in {where}, {what} (batch norm in training mode). {REMEDY}")
