@@ -89,7 +89,7 @@ TESTS = {
     "curvature/predictive.py": ("laplace", "laplace_edges", "curvature_plots"),
     "curvature/gaussian_prior.py": ("laplace", "laplace_edges"),
     "curvature/minibatches.py": ("data_sets",),
-    "curvature/precision.py": ("laplace", "laplace_edges"),
+    "curvature/precision.py": ("laplace", "laplace_edges", "accumulated_curvature"),
     "operators/solvers.py": ("curvature_krylov", "curvature_estimates", "data_sets"),
     "operators/stochastic_estimates.py": ("curvature_estimates", "curvature_plots"),
     **{f"equations/{file}.py": READING for file in EQUATIONS},
