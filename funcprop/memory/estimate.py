@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from funcprop import _jax
 from funcprop.memory import products
-from funcprop.memory.liveness import BARRIER, Liveness, Step, Value
+from funcprop.memory.fusion import WINDOWS, Step, Value, with_copies
+from funcprop.memory.liveness import BARRIER, Liveness
 from funcprop.program.by_platform import by_platform_p, form_for
 from funcprop.program.facts import CALLS, CHECKPOINTS, CUSTOM_RULES, PRODUCTS, facts_of
 from funcprop.program.layer_calls import boundary_p
@@ -35,12 +36,6 @@ _UPDATES = frozenset({"dynamic_update_slice", "scatter", "scatter-add", "scatter
 # How often they need their results' bytes besides, while they run.
 _AGAIN = dict.fromkeys(("sort", "cumsum", "cumlogsumexp", "cummax", "cummin", "cumprod", "fft"), 1)
 _AGAIN |= dict.fromkeys(("random_bits", "threefry2x32"), 3)
-# What a library computes together with a sum.
-_IN_LIBRARY = frozenset(
-    {"abs", "add", "add_any", "broadcast_in_dim", "ceil", "convert_element_type", "cos", "div", "erf", "exp"}
-    | {"expm1", "floor", "integer_pow", "iota", "log", "log1p", "logistic", "max", "min", "mul", "neg", "pad"}
-    | {"pow", "reshape", "round", "rsqrt", "sign", "sin", "sqrt", "square", "sub", "tan", "tanh", "transpose"}
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +72,11 @@ def estimate(
     program.constants += values[: len(consts)]
     arguments, results = values[len(consts) :], program.walk(jaxpr, values, "")
     pairs = {id(results[j]): arguments[i] for i, j in (donated or {}).items() if results[j] is not None}
-    live = Liveness(program.steps, results)
+    steps = with_copies(program.steps, results)
+    live = Liveness(steps, results)
     peak = live.peak(pairs)
+    if live.hides:
+        peak = max(peak, Liveness(steps, results, library=False).peak(pairs), key=lambda found: found.nbytes)
     read = (v for v in program.constants if live.users[id(v)] and v.size > 1)
     return MemoryEstimate(
         peak.nbytes, peak.live, peak.op, tuple(arguments), tuple(read), live.users, tuple(results)
@@ -100,7 +98,7 @@ class _StepsOf:
         self.steps: list[Step] = []
         self.constants: list[Value] = []
         self.known: dict[Hashable, list[Value]] = {}
-        self.numbers: dict[Hashable, Value] = {}
+        self.numbers: dict[tuple[str, str], Value] = {}
 
     def walk(self, jaxpr: Any, given: Sequence[Value | None], scope: str) -> list[Value | None]:
         """Append the steps of a jaxpr whose arguments are `given`; its results. None is a literal."""
@@ -129,13 +127,12 @@ class _StepsOf:
 
     def moved(self, op: str, scope: str, value: Value, aval: Any, detail: Hashable = ()) -> Value:
         """A value in another order or type, computed where it is read; equal ones are one."""
-        key = (op, id(value), detail, str(aval))
+        key = (op, id(value), detail, _sizes(aval), str(aval.dtype))
         if key not in self.known:
             self.known[key] = self.add(
                 *(op, scope, [value], [aval]),
                 fuses=True,
                 expensive=_is_rounded(value.aval, aval),
-                in_library=op in _IN_LIBRARY,
             )
         return self.known[key][0]
 
@@ -150,15 +147,52 @@ class _StepsOf:
     ) -> Value:
         """What is read, repeated to a shape; its own axes are these of the result."""
         if value is None:
-            value = self.numbers.setdefault((str(atom), str(atom.aval)), Value(atom.aval))
-        kept = tuple(d for d, n in zip(axes, atom.aval.shape, strict=True) if n > 1)
-        sizes = [n for n in atom.aval.shape if n > 1]
+            value = self.numbers.setdefault(
+                (str(getattr(atom, "val", atom)), str(atom.aval.dtype)), Value(atom.aval)
+            )
+        kept = tuple(
+            sum(n > 1 for n in shape[:d]) for d, n in zip(axes, atom.aval.shape, strict=True) if n > 1
+        )
+        sizes = _sizes(atom.aval)
         while value.step is not None and value.step.op == "reshape":
             (source,) = value.step.operands
-            if [n for n in source.aval.shape if n > 1] != sizes:
+            if _sizes(source.aval) != sizes:
                 break
             value = source
         return self.moved("broadcast_in_dim", scope, value, atom.aval.update(shape=tuple(shape)), kept)
+
+    def _entrywise(self, op: str, scope: str, operands: list[Value]) -> Value:
+        """One value of the same shape as the operands; equal ones are one."""
+        key = (op, *map(id, operands))
+        if key not in self.known:
+            how = {"fuses": True, "entrywise": True, "expensive": op in ("exp", "div")}
+            self.known[key] = self.add(op, scope, operands, [operands[-1].aval], **how)
+        return self.known[key][0]
+
+    def _ones(self, aval: Any, scope: str) -> Value:
+        """An array of ones, which all share that need it."""
+        number = self.numbers.setdefault(("1.0", str(aval.dtype)), Value(aval.update(shape=())))
+        return self.moved("broadcast_in_dim", scope, number, aval, ())
+
+    def _is_lowest(self, value: Value | None) -> bool:
+        """Whether it is −∞ everywhere, of which a maximum is the other operand."""
+        if value is None or not value.is_spread or value.step is None:
+            return False
+        numbers = (v for (text, _), v in self.numbers.items() if text == "-inf")
+        return any(v is u for v in numbers for u in value.step.operands)
+
+    def _logistic(self, value: Value, scope: str) -> Value:
+        """1 / (1 + exp(−x))."""
+        ones = self._ones(value.aval, scope)
+        grown = self._entrywise("exp", scope, [self._entrywise("neg", scope, [value])])
+        return self._entrywise("div", scope, [ones, self._entrywise("add", scope, [ones, grown])])
+
+    def _divided(self, value: Value, by: Value, scope: str) -> Value:
+        """A quotient by what is spread out, which is a product with the reciprocals, spread out."""
+        (source,) = by.step.operands if by.step is not None else (by,)
+        inverse = self._entrywise("div", scope, [self._ones(source.aval, scope), source])
+        spread = self.moved("broadcast_in_dim", scope, inverse, by.aval, ("reciprocals", id(by)))
+        return self._entrywise("mul", scope, [value, spread])
 
     # --- equations ----------------------------------------------------------------------------
 
@@ -188,6 +222,8 @@ class _StepsOf:
             return operands[: len(eqn.outvars)]
         if name in _RESHAPES and (value := operands[0]) is not None:
             return [self._reshaped(value, eqn.outvars[0].aval, scope)]
+        if name == "logistic" and (value := operands[0]) is not None:
+            return [self._logistic(value, scope)]
         if name == "broadcast_in_dim":
             axes = eqn.params["broadcast_dimensions"]
             return [self._spread(eqn.invars[0], operands[0], axes, eqn.outvars[0].aval.shape, scope)]
@@ -197,8 +233,15 @@ class _StepsOf:
                 v if a.aval.shape == shape else self._spread(a, v, range(len(a.aval.shape)), shape, scope)
                 for a, v in zip(eqn.invars, operands, strict=True)
             ]
-        if facts.reduces and operands[0] is not None and operands[0].aval.shape == eqn.invars[0].aval.shape:
-            operands = [_unfolded(operands[0], eqn.params["axes"])]
+        if name == "max" and len(larger := [v for v in operands if not self._is_lowest(v)]) == 1:
+            return larger
+        numerator, by = (*operands, None, None)[:2]
+        if name == "div" and numerator is not None and by is not None and by.is_spread and not by.is_number:
+            return [self._divided(numerator, by, scope)]
+        reduces = 0
+        if facts.reduces:
+            source, reduces = _summed(operands[0], eqn)
+            operands = [source]
         key: Hashable = None
         if not eqn.effects and (not bodies or facts.combines):
             atoms = (str(a) if v is None else id(v) for a, v in zip(eqn.invars, operands, strict=False))
@@ -212,13 +255,13 @@ class _StepsOf:
             fuses=(moves and not _is_copied(eqn))
             or name == "gather"
             or (facts.fuses and not facts.reduces and (facts.elementwise or facts.flat)),
-            reduces=facts.reduces,
+            reduces=reduces,
             entrywise=facts.elementwise and not facts.moves,
             expensive=_is_rounded(eqn.invars[0].aval, eqn.outvars[0].aval)
             and not (operands[0] is None or operands[0].is_spread)
             if name == "convert_element_type"
             else not (facts.cheap or facts.flat or moves or _is_by_a_number(eqn)),
-            in_library=name in _IN_LIBRARY,
+            library=name in WINDOWS and products.windows_are_apart(eqn),
             effects=bool(eqn.effects),
             in_place={0: 0} if name in _UPDATES and operands[0] is not None else {},
             inside=inside + _AGAIN.get(name, 0) * sum(map(nbytes, eqn.outvars)),
@@ -256,7 +299,8 @@ class _StepsOf:
         # One product for each entry is no library's.
         name = "mul" if products.summed_terms(eqn) == 1 else eqn.primitive.name
         types = [aval.update(shape=made_flat or aval.shape)]
-        (made,) = self.add(name, scope, arranged, types, fuses=name == "mul")
+        library = products.is_in_library(eqn)
+        (made,) = self.add(name, scope, arranged, types, fuses=name == "mul", library=library)
         made = self._reshaped(made, aval, scope)
         if len(orders) > 2 and orders[2] is not None:
             made = self.moved("transpose", scope, made, aval, "result")
@@ -283,7 +327,8 @@ class _StepsOf:
         """The bytes of temporary values in a body that is run once."""
         inner = _StepsOf(self.barriers, self.platform)
         given = [Value(v.aval) for v in _jax.open_jaxpr(body).invars]
-        return Liveness(inner.steps, inner.walk(body, given, "")).peak({}).nbytes
+        results = inner.walk(body, given, "")
+        return Liveness(with_copies(inner.steps, results), results).peak({}).nbytes
 
     def _scan(self, eqn: Any, operands: list[Value | None], body: Any, scope: str) -> Sequence[Value | None]:
         """A loop: unrolled where XLA unrolls it, or one step that writes carries in place."""
@@ -302,7 +347,8 @@ class _StepsOf:
         inner = _StepsOf(self.barriers, self.platform)
         given = [Value(v.aval) for v in filled]
         carry, ys = inner._unrolled(body, given, consts, carries, max(unroll, 1), False, "")
-        live = Liveness(inner.steps, [*carry, *(y for of_step in ys for y in of_step)])
+        results = [*carry, *(y for of_step in ys for y in of_step)]
+        live = Liveness(with_copies(inner.steps, results), results)
         outside = live.invariant(given[:consts])
         over = {id(c): given[consts + i] for i, c in enumerate(carry)}
         inside = live.peak(over, outside, in_loop=True).nbytes
@@ -375,14 +421,24 @@ def _is_renamed(eqn: Any, operands: Sequence[Value | None]) -> bool:
     return name in _RENAMED
 
 
-def _unfolded(value: Value, axes: Sequence[int]) -> Value:
-    """What is summed, before a reshape that leaves the other axes, the last ones, as they are."""
-    kept = [d for d in range(len(value.aval.shape)) if d not in axes]
-    if value.step is None or value.step.op != "reshape" or kept[:1] != [len(value.aval.shape) - len(kept)]:
-        return value
+def _summed(value: Value | None, eqn: Any) -> tuple[Value | None, int]:
+    """What is summed, before a reshape that leaves the other axes alone, and its longest summed axis."""
+    axes, shape = eqn.params["axes"], eqn.invars[0].aval.shape
+    longest = max((shape[d] for d in axes), default=0)
+    kept = [d for d in range(len(shape)) if d not in axes]
+    if value is None or value.step is None or value.step.op != "reshape" or value.aval.shape != shape:
+        return value, longest
     (source,) = value.step.operands
-    last = value.aval.shape[kept[0] :]
-    return source if source.aval.shape[-len(last) :] == last else value
+    last = shape[len(shape) - len(kept) :]
+    first = source.aval.shape[: len(source.aval.shape) - len(kept)]
+    if not kept or kept[0] != len(axes) or source.aval.shape[len(first) :] != last:
+        return value, longest
+    return source, max(first, default=0)
+
+
+def _sizes(aval: Any) -> tuple[int, ...]:
+    """The lengths of the axes along which there are several entries."""
+    return tuple(n for n in aval.shape if n > 1)
 
 
 def _is_copied(eqn: Any) -> bool:
