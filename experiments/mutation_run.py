@@ -76,6 +76,7 @@ TESTS = {
     "rules/measuring/ruled_programs.py": ("measured_rules",),
     "memory/estimate.py": BYTES,
     "memory/fusion.py": BYTES,
+    "memory/steps_of.py": BYTES,
     "memory/liveness.py": BYTES,
     "partition/traffic.py": ("partition_plans",),
     "partition/device_bytes.py": ("partition_plans",),
