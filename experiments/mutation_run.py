@@ -75,6 +75,8 @@ TESTS = {
     "rules/measuring/measurements_file.py": ("measured_rules",),
     "rules/measuring/ruled_programs.py": ("measured_rules",),
     "memory/estimate.py": BYTES,
+    "memory/fusion.py": BYTES,
+    "memory/steps_of.py": BYTES,
     "memory/liveness.py": BYTES,
     "partition/traffic.py": ("partition_plans",),
     "partition/device_bytes.py": ("partition_plans",),

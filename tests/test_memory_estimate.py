@@ -16,6 +16,7 @@ from flax import nnx
 from jax import ShapeDtypeStruct
 
 import funcprop as fp
+from funcprop._jax.buffers import buffers
 from funcprop._jax.xla_options import barrier_options
 from funcprop.memory.estimate import estimate
 
@@ -255,6 +256,11 @@ def _rounded(p: Any, x: jax.Array) -> jax.Array:
     return jnp.tanh(y) @ p["w"].astype("bfloat16") + jax.nn.relu(y)
 
 
+def _of_weights(p: Any, x: jax.Array) -> jax.Array:
+    # The weights are never in memory: the library makes them on the way into the product.
+    return jax.nn.softmax(jnp.where(x > 0, x @ p["w"], -9.0)) @ p["w"]
+
+
 def _of_three_axes(p: Any, x: jax.Array) -> jax.Array:
     y = x.reshape(16, -1, x.shape[1])
     return jnp.sin(y @ p["w"]) @ p["w"]
@@ -267,7 +273,9 @@ def _of_edges(p: Any, x: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("trains", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("model", [_normalised, _layer_normalised, _rounded, _of_three_axes, _of_edges])
+@pytest.mark.parametrize(
+    "model", [_normalised, _layer_normalised, _rounded, _of_weights, _of_three_axes, _of_edges]
+)
 def test_what_is_computed_where_it_is_read_is_as_compiled(model: Any, trains: bool) -> None:
     def loss(p: Any, x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(model(p, x)).astype("float32"))
@@ -276,8 +284,11 @@ def test_what_is_computed_where_it_is_read_is_as_compiled(model: Any, trains: bo
     program = jax.value_and_grad(loss) if trains else loss
     x = ShapeDtypeStruct((1024, 64), "float32")
     found = estimate(jax.make_jaxpr(program)(p, x)).temporary
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""} if not trains else None
-    compiled = jax.jit(program).lower(p, x).compile(options)
+    lowered = jax.jit(program).lower(p, x)
+    # What a library holds between two products, which it computes together, is told by a program without it.
+    # Where it follows a reshape, XLA moves that behind the sine, which is then written over what it reads.
+    hides = buffers(lowered.compile()).hides or model is _of_three_axes
+    compiled = lowered.compile({"xla_cpu_experimental_ynn_fusion_type": ""} if hides else None)
     # Which of two products of a backward sweep comes first is not known.
     near = pytest.approx(compiled.memory_analysis().temp_size_in_bytes, rel=0.21 if trains else 0.1)
     assert found == near

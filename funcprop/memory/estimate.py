@@ -1,46 +1,19 @@
 """An estimate of a program's memory before it is compiled: a liveness analysis of its jaxpr.
 
-    estimate = arguments + constants + results + max over t of the bytes of the other values live at t
-
-Calls are inlined, equal equations are one, loops are one step that holds what a step of the body holds.
+estimate = arguments + constants + results + max over t of the bytes of the other values live at t
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax.numpy as jnp
-
 from funcprop import _jax
-from funcprop.memory import products
-from funcprop.memory.liveness import BARRIER, Liveness, Step, Value
-from funcprop.program.by_platform import by_platform_p, form_for
-from funcprop.program.facts import CALLS, CHECKPOINTS, CUSTOM_RULES, PRODUCTS, facts_of
-from funcprop.program.layer_calls import boundary_p
-from funcprop.program.linear_map import linear_body
+from funcprop.memory.fusion import Step, Value, with_copies
+from funcprop.memory.liveness import Liveness
+from funcprop.memory.steps_of import StepsOf
 from funcprop.program.sizes import nbytes
-
-_INLINED = CALLS | CHECKPOINTS | CUSTOM_RULES | {"custom_lin", "custom_vjp_call_jaxpr", "shard_map"}
-# Their results are their operands, under another name or, on one device, at all.
-_RENAMED = frozenset(
-    {"stop_gradient", "copy", "copy_p", "name", "pvary", "pcast", "reshard"}
-    | {"sharding_constraint", "bitcast_convert_type", "mesh_cast", "psum", "psum_invariant", "pmax", "pmin"}
-    | {"slice", "broadcast_in_dim", "reduce_sum", "reduce_max", "reduce_min", "all_gather", "ppermute"}
-)
-_RESHAPES = frozenset({"reshape", "squeeze", "expand_dims"})
-_MOVES = frozenset({"slice", "rev", "split", "dynamic_slice", "iota", "pad", "concatenate"})
-_UPDATES = frozenset({"dynamic_update_slice", "scatter", "scatter-add", "scatter_add"})
-# How often they need their results' bytes besides, while they run.
-_AGAIN = dict.fromkeys(("sort", "cumsum", "cumlogsumexp", "cummax", "cummin", "cumprod", "fft"), 1)
-_AGAIN |= dict.fromkeys(("random_bits", "threefry2x32"), 3)
-# What a library computes together with a sum.
-_IN_LIBRARY = frozenset(
-    {"abs", "add", "add_any", "broadcast_in_dim", "ceil", "convert_element_type", "cos", "div", "erf", "exp"}
-    | {"expm1", "floor", "integer_pow", "iota", "log", "log1p", "logistic", "max", "min", "mul", "neg", "pad"}
-    | {"pow", "reshape", "round", "rsqrt", "sign", "sin", "sqrt", "square", "sub", "tan", "tanh", "transpose"}
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,15 +43,18 @@ def estimate(
 
     With `barriers`, what `jax.checkpoint` computes again is not shared with what was computed before.
     """
-    program = _StepsOf(barriers, platform)
+    program = StepsOf(barriers, platform)
     jaxpr, consts = _jax.with_constants_as_inputs(closed)
     jaxpr, _ = _jax.without_unread_inputs(jaxpr, [True] * len(jaxpr.invars))
     values = [Value(v.aval) for v in jaxpr.invars]
     program.constants += values[: len(consts)]
     arguments, results = values[len(consts) :], program.walk(jaxpr, values, "")
     pairs = {id(results[j]): arguments[i] for i, j in (donated or {}).items() if results[j] is not None}
-    live = Liveness(program.steps, results)
+    steps = with_copies(program.steps, results)
+    live = Liveness(steps, results)
     peak = live.peak(pairs)
+    if live.hides:
+        peak = max(peak, Liveness(steps, results, library=False).peak(pairs), key=lambda found: found.nbytes)
     read = (v for v in program.constants if live.users[id(v)] and v.size > 1)
     return MemoryEstimate(
         peak.nbytes, peak.live, peak.op, tuple(arguments), tuple(read), live.users, tuple(results)
@@ -90,316 +66,3 @@ def peak_bytes(closed: Any) -> int:
     found, jaxpr = estimate(closed), _jax.open_jaxpr(closed)
     given = (v for v in found.arguments if v.step is None and found.users.get(id(v)))
     return found.temporary + sum(v.nbytes for v in given) + sum(map(nbytes, jaxpr.outvars))
-
-
-class _StepsOf:
-    """The steps of a jaxpr, and the constants in it."""
-
-    def __init__(self, barriers: bool, platform: str) -> None:
-        self.barriers, self.platform = barriers, platform
-        self.steps: list[Step] = []
-        self.constants: list[Value] = []
-        self.known: dict[Hashable, list[Value]] = {}
-        self.numbers: dict[Hashable, Value] = {}
-
-    def walk(self, jaxpr: Any, given: Sequence[Value | None], scope: str) -> list[Value | None]:
-        """Append the steps of a jaxpr whose arguments are `given`; its results. None is a literal."""
-        inner = _jax.open_jaxpr(jaxpr)
-        consts = [Value(v.aval) for v in inner.constvars]
-        self.constants += consts
-        values = dict(zip([*inner.constvars, *inner.invars], [*consts, *given], strict=True))
-
-        def read(atom: Any) -> Value | None:
-            return None if isinstance(atom, _jax.Literal) else values[atom]
-
-        for eqn in inner.eqns:
-            around = "/".join(part for part in (scope, _jax.scope(eqn)) if part)
-            made = self._equation(eqn, [read(v) for v in eqn.invars], around)
-            values.update(zip(eqn.outvars, made, strict=True))
-        return [read(v) for v in inner.outvars]
-
-    def add(
-        self, op: str, scope: str, operands: Sequence[Value | None], avals: Sequence[Any], **how: Any
-    ) -> list[Value]:
-        """Append a step; its results."""
-        step = Step(op, scope, [v for v in operands if v is not None], **how)
-        step.results = [Value(aval, step) for aval in avals]
-        self.steps.append(step)
-        return step.results
-
-    def moved(self, op: str, scope: str, value: Value, aval: Any, detail: Hashable = ()) -> Value:
-        """A value in another order or type, computed where it is read; equal ones are one."""
-        key = (op, id(value), detail, str(aval))
-        if key not in self.known:
-            self.known[key] = self.add(
-                *(op, scope, [value], [aval]),
-                fuses=True,
-                expensive=_is_rounded(value.aval, aval),
-                in_library=op in _IN_LIBRARY,
-            )
-        return self.known[key][0]
-
-    def _reshaped(self, value: Value, aval: Any, scope: str) -> Value:
-        """The same bytes in another shape."""
-        while value.step is not None and value.step.op == "reshape":
-            (value,) = value.step.operands
-        return value if value.aval.shape == aval.shape else self.moved("reshape", scope, value, aval)
-
-    def _spread(
-        self, atom: Any, value: Value | None, axes: Sequence[int], shape: Sequence[int], scope: str
-    ) -> Value:
-        """What is read, repeated to a shape; its own axes are these of the result."""
-        if value is None:
-            value = self.numbers.setdefault((str(atom), str(atom.aval)), Value(atom.aval))
-        kept = tuple(d for d, n in zip(axes, atom.aval.shape, strict=True) if n > 1)
-        sizes = [n for n in atom.aval.shape if n > 1]
-        while value.step is not None and value.step.op == "reshape":
-            (source,) = value.step.operands
-            if [n for n in source.aval.shape if n > 1] != sizes:
-                break
-            value = source
-        return self.moved("broadcast_in_dim", scope, value, atom.aval.update(shape=tuple(shape)), kept)
-
-    # --- equations ----------------------------------------------------------------------------
-
-    def _equation(self, eqn: Any, operands: list[Value | None], scope: str) -> Sequence[Value | None]:
-        name, facts = eqn.primitive.name, facts_of(eqn)
-        bodies = [body for _, body in _jax.sub_jaxprs(eqn)]
-        if (tangent_map := linear_body(eqn)) is not None:
-            return self.walk(tangent_map, operands, scope)
-        if eqn.primitive is by_platform_p:
-            return self.walk(form_for(eqn, self.platform), operands, scope)
-        if eqn.primitive is boundary_p:
-            return operands[eqn.params["call"].tree.num_leaves :]
-        if bodies and name in _INLINED:
-            given = operands[len(operands) - len(_jax.open_jaxpr(bodies[0]).invars) :]
-            if name in CHECKPOINTS and eqn.params["prevent_cse"] and eqn.params["differentiated"]:
-                given = self._behind_barrier(given, scope)
-            return self.walk(bodies[0], given, scope)
-        if name == BARRIER:
-            return self._behind_barrier(operands, scope)
-        if name == "scan":
-            return self._scan(eqn, operands, bodies[0], scope)
-        if name == "select_and_scatter_add":
-            return [self._unpooled(eqn, operands, scope)]
-        if name in PRODUCTS:
-            return [self._product(eqn, operands, scope)]
-        if _is_renamed(eqn, operands):
-            return operands[: len(eqn.outvars)]
-        if name in _RESHAPES and (value := operands[0]) is not None:
-            return [self._reshaped(value, eqn.outvars[0].aval, scope)]
-        if name == "broadcast_in_dim":
-            axes = eqn.params["broadcast_dimensions"]
-            return [self._spread(eqn.invars[0], operands[0], axes, eqn.outvars[0].aval.shape, scope)]
-        if facts.elementwise and len(eqn.invars) > 1:
-            shape = eqn.outvars[0].aval.shape
-            operands = [
-                v if a.aval.shape == shape else self._spread(a, v, range(len(a.aval.shape)), shape, scope)
-                for a, v in zip(eqn.invars, operands, strict=True)
-            ]
-        if facts.reduces and operands[0] is not None and operands[0].aval.shape == eqn.invars[0].aval.shape:
-            operands = [_unfolded(operands[0], eqn.params["axes"])]
-        key: Hashable = None
-        if not eqn.effects and (not bodies or facts.combines):
-            atoms = (str(a) if v is None else id(v) for a, v in zip(eqn.invars, operands, strict=False))
-            key = (name, tuple(atoms), str(eqn.params))
-            if key in self.known:
-                return self.known[key]
-        moves = facts.moves or name in _MOVES
-        inside = 0 if facts.combines else max(map(self._inside, bodies), default=0)
-        results = self.add(
-            *(name, scope, operands, [v.aval for v in eqn.outvars]),
-            fuses=(moves and not _is_copied(eqn))
-            or name == "gather"
-            or (facts.fuses and not facts.reduces and (facts.elementwise or facts.flat)),
-            reduces=facts.reduces,
-            entrywise=facts.elementwise and not facts.moves,
-            expensive=_is_rounded(eqn.invars[0].aval, eqn.outvars[0].aval)
-            and not (operands[0] is None or operands[0].is_spread)
-            if name == "convert_element_type"
-            else not (facts.cheap or facts.flat or moves or _is_by_a_number(eqn)),
-            in_library=name in _IN_LIBRARY,
-            effects=bool(eqn.effects),
-            in_place={0: 0} if name in _UPDATES and operands[0] is not None else {},
-            inside=inside + _AGAIN.get(name, 0) * sum(map(nbytes, eqn.outvars)),
-        )
-        if key is not None:
-            self.known[key] = results
-        return results
-
-    def _behind_barrier(self, given: list[Value | None], scope: str) -> list[Value | None]:
-        """The same values, when all of them are there, under new names; these, where no barrier is kept."""
-        if not self.barriers:
-            return given
-        there = [v for v in given if v is not None]
-        made = iter(self.add(BARRIER, scope, there, [v.aval for v in there]))
-        return [None if v is None else next(made) for v in given]
-
-    def _product(self, eqn: Any, operands: list[Value | None], scope: str) -> Value:
-        """A product, behind copies of operands whose axes are in another order, or, on a CPU, of 16 bits."""
-        result, wide, arranged = eqn.outvars[0].aval, jnp.dtype("float32"), []
-        orders, (*flat, made_flat) = products.orders(eqn), products.matrices(eqn)
-        for value, order, shape, atom in zip(operands, orders, flat, eqn.invars, strict=False):
-            if value is not None and value.step is not None and value.step.op == "transpose":
-                # A transposed matrix is read as it is.
-                value = value.step.operands[0] if len(atom.aval.shape) == 2 else value
-            if value is not None and order is not None:
-                aval = value.aval.update(shape=tuple(atom.aval.shape[d] for d in order))
-                value = self.moved("transpose", scope, value, aval, tuple(order))
-            if value is not None and self._is_widened(value.aval):
-                value = self.moved("convert_element_type", scope, value, value.aval.update(dtype=wide))
-            if value is not None and shape is not None:
-                value = self._reshaped(value, value.aval.update(shape=shape), scope)
-            arranged.append(value)
-        widened = self._is_widened(result)
-        aval = result.update(dtype=wide) if widened else result
-        # One product for each entry is no library's.
-        name = "mul" if products.summed_terms(eqn) == 1 else eqn.primitive.name
-        types = [aval.update(shape=made_flat or aval.shape)]
-        (made,) = self.add(name, scope, arranged, types, fuses=name == "mul")
-        made = self._reshaped(made, aval, scope)
-        if len(orders) > 2 and orders[2] is not None:
-            made = self.moved("transpose", scope, made, aval, "result")
-        return self.moved("convert_element_type", scope, made, result) if widened else made
-
-    def _is_widened(self, aval: Any) -> bool:
-        return self.platform == "cpu" and aval.dtype.itemsize == 2 and jnp.issubdtype(aval.dtype, jnp.inexact)
-
-    def _unpooled(self, eqn: Any, operands: list[Value | None], scope: str) -> Value:
-        """The derivative of max-pooling: positions of all entries, padded, then a scatter to the largest."""
-        result, padding = eqn.outvars[0].aval, eqn.params["padding"]
-        shape = tuple(d + low + high for d, (low, high) in zip(result.shape, padding, strict=True))
-        padded, values = result.update(shape=shape), operands[1]
-        places = padded.update(dtype=jnp.dtype("int32"))
-        positions = [self.add("iota", scope, [], [places])[0] for _ in shape]
-        if values is not None and shape != result.shape:
-            values = self.moved("pad", scope, values, padded)
-        (made,) = self.add("select_and_scatter_add", scope, [operands[0], values, *positions], [padded])
-        return made if shape == result.shape else self.moved("slice", scope, made, result)
-
-    # --- bodies -------------------------------------------------------------------------------
-
-    def _inside(self, body: Any) -> int:
-        """The bytes of temporary values in a body that is run once."""
-        inner = _StepsOf(self.barriers, self.platform)
-        given = [Value(v.aval) for v in _jax.open_jaxpr(body).invars]
-        return Liveness(inner.steps, inner.walk(body, given, "")).peak({}).nbytes
-
-    def _scan(self, eqn: Any, operands: list[Value | None], body: Any, scope: str) -> Sequence[Value | None]:
-        """A loop: unrolled where XLA unrolls it, or one step that writes carries in place."""
-        length, reverse = eqn.params["length"], eqn.params["reverse"]
-        unroll = min(int(eqn.params["unroll"]), length)
-        consts, carries = _jax.scan_counts(eqn.params)
-        filled = [Value(a.aval) if v is None else v for a, v in zip(eqn.invars, operands, strict=True)]
-        if length == unroll:
-            carry, ys = self._unrolled(body, filled, consts, carries, length, reverse, scope)
-            types = [v.aval for v in eqn.outvars[carries:]]
-            columns = zip(*ys, strict=True) if length else ((),) * len(types)
-            return [
-                *carry,
-                *(self._stacked(list(y), t, scope) for y, t in zip(columns, types, strict=True)),
-            ]
-        inner = _StepsOf(self.barriers, self.platform)
-        given = [Value(v.aval) for v in filled]
-        carry, ys = inner._unrolled(body, given, consts, carries, max(unroll, 1), False, "")
-        live = Liveness(inner.steps, [*carry, *(y for of_step in ys for y in of_step)])
-        outside = live.invariant(given[:consts])
-        over = {id(c): given[consts + i] for i, c in enumerate(carry)}
-        inside = live.peak(over, outside, in_loop=True).nbytes
-        hoisted = [self.add("hoisted", scope, filled[:consts], [v.aval])[0] for v in outside]
-        # What is made of single numbers is made in the loop.
-        read = [v for v in filled[:consts] if not v.is_number]
-        in_place = {len(read) + i: i for i in range(carries)}
-        types = [v.aval for v in eqn.outvars]
-        return self.add(
-            "scan", scope, [*read, *filled[consts:], *hoisted], types, in_place=in_place, inside=inside
-        )
-
-    def _stacked(self, values: list[Value], aval: Any, scope: str) -> Value:
-        """What an unrolled loop stacks; of one step it is the value itself."""
-        if len(values) == 1:
-            return values[0]
-        return self.add("stack", scope, values, [aval], fuses=True, expensive=True)[0]
-
-    def _unrolled(
-        self,
-        body: Any,
-        operands: list[Value],
-        consts: int,
-        carries: int,
-        times: int,
-        reverse: bool,
-        scope: str,
-    ) -> tuple[list[Value], list[list[Value]]]:
-        """Append so many steps of a loop; the carry after them, and what each stacks."""
-        inner = _jax.open_jaxpr(body)
-        carry, ys = operands[consts : consts + carries], []
-        types = [v.aval for v in inner.invars[consts + carries :]]
-        for k in range(times):
-            i = times - 1 - k if reverse else k
-            xs = [
-                self._sliced(v, t, i, scope) for v, t in zip(operands[consts + carries :], types, strict=True)
-            ]
-            results = self.walk(body, [*operands[:consts], *carry, *xs], scope)
-            made = [Value(a.aval) if v is None else v for a, v in zip(inner.outvars, results, strict=True)]
-            carry = made[:carries]
-            ys.append(made[carries:])
-        return carry, ys[::-1] if reverse else ys
-
-    def _sliced(self, value: Value, aval: Any, i: int, scope: str) -> Value:
-        """The values of one step of a loop; of what an unrolled loop has stacked, as that made them."""
-        if value.nbytes == nbytes(aval):
-            return value
-        if value.step is not None and value.step.op == "stack":
-            return value.step.operands[i]
-        return self.moved("slice", scope, value, aval, i)
-
-
-def _is_renamed(eqn: Any, operands: Sequence[Value | None]) -> bool:
-    """Whether the results are operands themselves, perhaps in another shape."""
-    name, (value, *_) = eqn.primitive.name, (*operands, None)
-    if not 0 < len(eqn.outvars) <= len(operands) or value is None:
-        return False
-    if any(nbytes(o) != nbytes(i) for o, i in zip(eqn.outvars, eqn.invars, strict=False)):
-        return False
-    if name == "transpose":
-        step, shape = value.step, eqn.invars[0].aval.shape
-        kept = [d for d in eqn.params["permutation"] if shape[d] > 1]
-        # The transpose of a product is the product of its factors in the other order.
-        swapped = len(kept) == 2 and step is not None and step.op == "dot_general"
-        return swapped or kept == sorted(kept)
-    if name in _RESHAPES:
-        return value.step is None or not value.step.fuses
-    if name == "convert_element_type":
-        return bool(eqn.outvars[0].aval.dtype == value.aval.dtype)
-    return name in _RENAMED
-
-
-def _unfolded(value: Value, axes: Sequence[int]) -> Value:
-    """What is summed, before a reshape that leaves the other axes, the last ones, as they are."""
-    kept = [d for d in range(len(value.aval.shape)) if d not in axes]
-    if value.step is None or value.step.op != "reshape" or kept[:1] != [len(value.aval.shape) - len(kept)]:
-        return value
-    (source,) = value.step.operands
-    last = value.aval.shape[kept[0] :]
-    return source if source.aval.shape[-len(last) :] == last else value
-
-
-def _is_copied(eqn: Any) -> bool:
-    """Whether arrays are joined by plain copies: many, or long rows."""
-    if eqn.primitive.name != "concatenate":
-        return False
-    shape = eqn.outvars[0].aval.shape
-    return len(eqn.invars) > 8 or (1 < len(shape) == eqn.params["dimension"] + 1 and shape[-1] >= 128)
-
-
-def _is_rounded(source: Any, aval: Any) -> bool:
-    """Whether entries are rounded to bfloat16, for which a CPU needs several instructions."""
-    return bool(aval.dtype == jnp.bfloat16 and source.dtype == jnp.float32)
-
-
-def _is_by_a_number(eqn: Any) -> bool:
-    """Whether it divides by one number for many, which is a product."""
-    if eqn.primitive.name != "div":
-        return False
-    return isinstance(eqn.invars[1], _jax.Literal) or eqn.invars[1].aval.size == 1

@@ -6,6 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+# A library leaves alone what is smaller.
+_SMALLEST_PRODUCT = 8
+_NARROWEST_CONVOLUTION = 16
+
 
 def matrices(eqn: Any) -> list[Sequence[int] | None]:
     """The shapes in which operands and result of a matrix product are computed; None stands for their own."""
@@ -52,3 +56,40 @@ def orders(eqn: Any) -> list[Any]:
         kept = [d for d in order if shape[d] > 1]
         found.append(None if kept == sorted(kept) else order)
     return found
+
+
+def is_in_library(eqn: Any) -> bool:
+    """Whether the library that computes sums computes a product together with them, as it is."""
+    shapes, out = [a.aval.shape for a in eqn.invars], eqn.outvars[0].aval.shape
+    if eqn.primitive.name == "dot_general":
+        summed, batch = eqn.params["dimension_numbers"]
+        kept = [
+            [d for d in range(len(s)) if d not in {*c, *b}]
+            for s, c, b in zip(shapes, summed, batch, strict=True)
+        ]
+        rows, columns = (math.prod(s[d] for d in k) for s, k in zip(shapes, kept, strict=True))
+        terms, last = (
+            math.prod(shapes[0][d] for d in summed[0]),
+            max(kept[0], default=-1) < min(summed[0], default=0),
+        )
+        in_rows = last or orders(eqn)[0] is not None
+        return in_rows and min(rows, columns) > 1 and max(rows, columns, terms) >= _SMALLEST_PRODUCT
+    places, (image, kernel) = eqn.params["dimension_numbers"], shapes
+    if len(image) != 4 or eqn.params["batch_group_count"] != 1 or set(eqn.params["lhs_dilation"]) != {1}:
+        return False
+    channels_last = [*places.lhs_spec] == [*places.out_spec] == [0, 3, 1, 2] and [*places.rhs_spec] == [
+        3,
+        2,
+        0,
+        1,
+    ]
+    shrinks = all(max(out[d], kernel[d - 1]) <= image[d] for d in (1, 2))
+    return channels_last and shrinks and max(image[3], out[3]) > _NARROWEST_CONVOLUTION
+
+
+def windows_are_apart(eqn: Any) -> bool:
+    """Whether windows that are summed neither overlap nor leave entries out."""
+    params = eqn.params
+    pairs = zip(params["window_dimensions"], params["window_strides"], strict=True)
+    dilated = {*params["base_dilation"], *params["window_dilation"]} != {1}
+    return not dilated and all(size in (1, stride) for size, stride in pairs)

@@ -1,0 +1,109 @@
+"""Steps of a program in the forms in which a compiler has them: equal ones once, quotients as products."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from funcprop.memory.fusion import Step, Value
+
+
+class Steps:
+    """Steps in their order, and the constants and numbers that they read."""
+
+    def __init__(self, barriers: bool, platform: str) -> None:
+        self.barriers, self.platform = barriers, platform
+        self.steps: list[Step] = []
+        self.constants: list[Value] = []
+        self.known: dict[Hashable, list[Value]] = {}
+        self.numbers: dict[tuple[str, str], Value] = {}
+
+    def add(
+        self, op: str, scope: str, operands: Sequence[Value | None], avals: Sequence[Any], **how: Any
+    ) -> list[Value]:
+        """Append a step; its results."""
+        step = Step(op, scope, [v for v in operands if v is not None], **how)
+        step.results = [Value(aval, step) for aval in avals]
+        self.steps.append(step)
+        return step.results
+
+    def moved(self, op: str, scope: str, value: Value, aval: Any, detail: Hashable = ()) -> Value:
+        """A value in another order or type, computed where it is read; equal ones are one."""
+        key = (op, id(value), detail, _sizes(aval), str(aval.dtype))
+        if key not in self.known:
+            self.known[key] = self.add(
+                *(op, scope, [value], [aval]),
+                fuses=True,
+                expensive=is_rounded(value.aval, aval),
+            )
+        return self.known[key][0]
+
+    def reshaped(self, value: Value, aval: Any, scope: str) -> Value:
+        """The same bytes in another shape."""
+        while value.step is not None and value.step.op == "reshape":
+            (value,) = value.step.operands
+        return value if value.aval.shape == aval.shape else self.moved("reshape", scope, value, aval)
+
+    def spread(
+        self, atom: Any, value: Value | None, axes: Sequence[int], shape: Sequence[int], scope: str
+    ) -> Value:
+        """What is read, repeated to a shape; its own axes are these of the result."""
+        if value is None:
+            value = self.numbers.setdefault(
+                (str(getattr(atom, "val", atom)), str(atom.aval.dtype)), Value(atom.aval)
+            )
+        kept = tuple(
+            sum(n > 1 for n in shape[:d]) for d, n in zip(axes, atom.aval.shape, strict=True) if n > 1
+        )
+        sizes = _sizes(atom.aval)
+        while value.step is not None and value.step.op == "reshape":
+            (source,) = value.step.operands
+            if _sizes(source.aval) != sizes:
+                break
+            value = source
+        return self.moved("broadcast_in_dim", scope, value, atom.aval.update(shape=tuple(shape)), kept)
+
+    def _entrywise(self, op: str, scope: str, operands: list[Value]) -> Value:
+        """One value of the same shape as the operands; equal ones are one."""
+        key = (op, *map(id, operands))
+        if key not in self.known:
+            how = {"fuses": True, "entrywise": True, "expensive": op in ("exp", "div")}
+            self.known[key] = self.add(op, scope, operands, [operands[-1].aval], **how)
+        return self.known[key][0]
+
+    def _ones(self, aval: Any, scope: str) -> Value:
+        """An array of ones, which all share that need it."""
+        number = self.numbers.setdefault(("1.0", str(aval.dtype)), Value(aval.update(shape=())))
+        return self.moved("broadcast_in_dim", scope, number, aval, ())
+
+    def is_lowest(self, value: Value | None) -> bool:
+        """Whether it is −∞ everywhere, of which a maximum is the other operand."""
+        if value is None or not value.is_spread or value.step is None:
+            return False
+        numbers = (v for (text, _), v in self.numbers.items() if text == "-inf")
+        return any(v is u for v in numbers for u in value.step.operands)
+
+    def logistic(self, value: Value, scope: str) -> Value:
+        """1 / (1 + exp(−x))."""
+        ones = self._ones(value.aval, scope)
+        grown = self._entrywise("exp", scope, [self._entrywise("neg", scope, [value])])
+        return self._entrywise("div", scope, [ones, self._entrywise("add", scope, [ones, grown])])
+
+    def divided(self, value: Value, by: Value, scope: str) -> Value:
+        """A quotient by what is spread out, which is a product with the reciprocals, spread out."""
+        (source,) = by.step.operands if by.step is not None else (by,)
+        inverse = self._entrywise("div", scope, [self._ones(source.aval, scope), source])
+        spread = self.moved("broadcast_in_dim", scope, inverse, by.aval, ("reciprocals", id(by)))
+        return self._entrywise("mul", scope, [value, spread])
+
+
+def _sizes(aval: Any) -> tuple[int, ...]:
+    """The lengths of the axes along which there are several entries."""
+    return tuple(n for n in aval.shape if n > 1)
+
+
+def is_rounded(source: Any, aval: Any) -> bool:
+    """Whether entries are rounded to bfloat16, for which a CPU needs several instructions."""
+    return bool(aval.dtype == jnp.bfloat16 and source.dtype == jnp.float32)

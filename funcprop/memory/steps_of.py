@@ -1,0 +1,309 @@
+"""A jaxpr as steps: calls are inlined, equal equations are one, loops are one step, or unrolled as by XLA."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from funcprop import _jax
+from funcprop.memory import products
+from funcprop.memory.fusion import WINDOWS, Value, with_copies
+from funcprop.memory.liveness import BARRIER, Liveness
+from funcprop.memory.step_forms import Steps, is_rounded
+from funcprop.program.by_platform import by_platform_p, form_for
+from funcprop.program.facts import CALLS, CHECKPOINTS, CUSTOM_RULES, PRODUCTS, facts_of
+from funcprop.program.layer_calls import boundary_p
+from funcprop.program.linear_map import linear_body
+from funcprop.program.sizes import nbytes
+
+_INLINED = CALLS | CHECKPOINTS | CUSTOM_RULES | {"custom_lin", "custom_vjp_call_jaxpr", "shard_map"}
+# Their results are their operands, under another name or, on one device, at all.
+_RENAMED = frozenset(
+    {"stop_gradient", "copy", "copy_p", "name", "pvary", "pcast", "reshard"}
+    | {"sharding_constraint", "bitcast_convert_type", "mesh_cast", "psum", "psum_invariant", "pmax", "pmin"}
+    | {"slice", "broadcast_in_dim", "reduce_sum", "reduce_max", "reduce_min", "all_gather", "ppermute"}
+)
+_RESHAPES = frozenset({"reshape", "squeeze", "expand_dims"})
+_MOVES = frozenset({"slice", "rev", "split", "dynamic_slice", "iota", "pad", "concatenate"})
+_UPDATES = frozenset({"dynamic_update_slice", "scatter", "scatter-add", "scatter_add"})
+# How often they need their results' bytes besides, while they run.
+_AGAIN = dict.fromkeys(("sort", "cumsum", "cumlogsumexp", "cummax", "cummin", "cumprod", "fft"), 1)
+_AGAIN |= dict.fromkeys(("random_bits", "threefry2x32"), 3)
+
+
+class StepsOf(Steps):
+    """The steps of a jaxpr for a platform; with `barriers`, those that keep recomputation apart are kept."""
+
+    def walk(self, jaxpr: Any, given: Sequence[Value | None], scope: str) -> list[Value | None]:
+        """Append the steps of a jaxpr whose arguments are `given`; its results. None is a literal."""
+        inner = _jax.open_jaxpr(jaxpr)
+        consts = [Value(v.aval) for v in inner.constvars]
+        self.constants += consts
+        values = dict(zip([*inner.constvars, *inner.invars], [*consts, *given], strict=True))
+
+        def read(atom: Any) -> Value | None:
+            return None if isinstance(atom, _jax.Literal) else values[atom]
+
+        for eqn in inner.eqns:
+            around = "/".join(part for part in (scope, _jax.scope(eqn)) if part)
+            made = self._equation(eqn, [read(v) for v in eqn.invars], around)
+            values.update(zip(eqn.outvars, made, strict=True))
+        return [read(v) for v in inner.outvars]
+
+    # --- equations ----------------------------------------------------------------------------
+
+    def _equation(self, eqn: Any, operands: list[Value | None], scope: str) -> Sequence[Value | None]:
+        name, facts = eqn.primitive.name, facts_of(eqn)
+        bodies = [body for _, body in _jax.sub_jaxprs(eqn)]
+        if (tangent_map := linear_body(eqn)) is not None:
+            return self.walk(tangent_map, operands, scope)
+        if eqn.primitive is by_platform_p:
+            return self.walk(form_for(eqn, self.platform), operands, scope)
+        if eqn.primitive is boundary_p:
+            return operands[eqn.params["call"].tree.num_leaves :]
+        if bodies and name in _INLINED:
+            given = operands[len(operands) - len(_jax.open_jaxpr(bodies[0]).invars) :]
+            if name in CHECKPOINTS and eqn.params["prevent_cse"] and eqn.params["differentiated"]:
+                given = self._behind_barrier(given, scope)
+            return self.walk(bodies[0], given, scope)
+        if name == BARRIER:
+            return self._behind_barrier(operands, scope)
+        if name == "scan":
+            return self._scan(eqn, operands, bodies[0], scope)
+        if name == "select_and_scatter_add":
+            return [self._unpooled(eqn, operands, scope)]
+        if name in PRODUCTS:
+            return [self._product(eqn, operands, scope)]
+        if _is_renamed(eqn, operands):
+            return operands[: len(eqn.outvars)]
+        if name in _RESHAPES and (value := operands[0]) is not None:
+            return [self.reshaped(value, eqn.outvars[0].aval, scope)]
+        if name == "logistic" and (value := operands[0]) is not None:
+            return [self.logistic(value, scope)]
+        if name == "broadcast_in_dim":
+            axes = eqn.params["broadcast_dimensions"]
+            return [self.spread(eqn.invars[0], operands[0], axes, eqn.outvars[0].aval.shape, scope)]
+        if facts.elementwise and len(eqn.invars) > 1:
+            shape = eqn.outvars[0].aval.shape
+            operands = [
+                v if a.aval.shape == shape else self.spread(a, v, range(len(a.aval.shape)), shape, scope)
+                for a, v in zip(eqn.invars, operands, strict=True)
+            ]
+        if name == "max" and len(larger := [v for v in operands if not self.is_lowest(v)]) == 1:
+            return larger
+        numerator, by = (*operands, None, None)[:2]
+        if name == "div" and numerator is not None and by is not None and by.is_spread and not by.is_number:
+            return [self.divided(numerator, by, scope)]
+        reduces = 0
+        if facts.reduces:
+            source, reduces = _summed(operands[0], eqn)
+            operands = [source]
+        key: Hashable = None
+        if not eqn.effects and (not bodies or facts.combines):
+            atoms = (str(a) if v is None else id(v) for a, v in zip(eqn.invars, operands, strict=False))
+            key = (name, tuple(atoms), str(eqn.params))
+            if key in self.known:
+                return self.known[key]
+        moves = facts.moves or name in _MOVES
+        inside = 0 if facts.combines else max(map(self._inside, bodies), default=0)
+        results = self.add(
+            *(name, scope, operands, [v.aval for v in eqn.outvars]),
+            fuses=(moves and not _is_copied(eqn))
+            or name == "gather"
+            or (facts.fuses and not facts.reduces and (facts.elementwise or facts.flat)),
+            reduces=reduces,
+            entrywise=facts.elementwise and not facts.moves,
+            expensive=is_rounded(eqn.invars[0].aval, eqn.outvars[0].aval)
+            and not (operands[0] is None or operands[0].is_spread)
+            if name == "convert_element_type"
+            else not (facts.cheap or facts.flat or moves or _is_by_a_number(eqn)),
+            library=name in WINDOWS and products.windows_are_apart(eqn),
+            effects=bool(eqn.effects),
+            in_place={0: 0} if name in _UPDATES and operands[0] is not None else {},
+            inside=inside + _AGAIN.get(name, 0) * sum(map(nbytes, eqn.outvars)),
+        )
+        if key is not None:
+            self.known[key] = results
+        return results
+
+    def _behind_barrier(self, given: list[Value | None], scope: str) -> list[Value | None]:
+        """The same values, when all of them are there, under new names; these, where no barrier is kept."""
+        if not self.barriers:
+            return given
+        there = [v for v in given if v is not None]
+        made = iter(self.add(BARRIER, scope, there, [v.aval for v in there]))
+        return [None if v is None else next(made) for v in given]
+
+    def _product(self, eqn: Any, operands: list[Value | None], scope: str) -> Value:
+        """A product, behind copies of operands whose axes are in another order, or, on a CPU, of 16 bits."""
+        result, wide, arranged = eqn.outvars[0].aval, jnp.dtype("float32"), []
+        orders, (*flat, made_flat) = products.orders(eqn), products.matrices(eqn)
+        for value, order, shape, atom in zip(operands, orders, flat, eqn.invars, strict=False):
+            if value is not None and value.step is not None and value.step.op == "transpose":
+                # A transposed matrix is read as it is.
+                value = value.step.operands[0] if len(atom.aval.shape) == 2 else value
+            if value is not None and order is not None:
+                aval = value.aval.update(shape=tuple(atom.aval.shape[d] for d in order))
+                value = self.moved("transpose", scope, value, aval, tuple(order))
+            if value is not None and self._is_widened(value.aval):
+                value = self.moved("convert_element_type", scope, value, value.aval.update(dtype=wide))
+            if value is not None and shape is not None:
+                value = self.reshaped(value, value.aval.update(shape=shape), scope)
+            arranged.append(value)
+        widened = self._is_widened(result)
+        aval = result.update(dtype=wide) if widened else result
+        # One product for each entry is no library's.
+        name = "mul" if products.summed_terms(eqn) == 1 else eqn.primitive.name
+        types = [aval.update(shape=made_flat or aval.shape)]
+        library = products.is_in_library(eqn)
+        (made,) = self.add(name, scope, arranged, types, fuses=name == "mul", library=library)
+        made = self.reshaped(made, aval, scope)
+        if len(orders) > 2 and orders[2] is not None:
+            made = self.moved("transpose", scope, made, aval, "result")
+        return self.moved("convert_element_type", scope, made, result) if widened else made
+
+    def _is_widened(self, aval: Any) -> bool:
+        return self.platform == "cpu" and aval.dtype.itemsize == 2 and jnp.issubdtype(aval.dtype, jnp.inexact)
+
+    def _unpooled(self, eqn: Any, operands: list[Value | None], scope: str) -> Value:
+        """The derivative of max-pooling: positions of all entries, padded, then a scatter to the largest."""
+        result, padding = eqn.outvars[0].aval, eqn.params["padding"]
+        shape = tuple(d + low + high for d, (low, high) in zip(result.shape, padding, strict=True))
+        padded, values = result.update(shape=shape), operands[1]
+        places = padded.update(dtype=jnp.dtype("int32"))
+        positions = [self.add("iota", scope, [], [places])[0] for _ in shape]
+        if values is not None and shape != result.shape:
+            values = self.moved("pad", scope, values, padded)
+        (made,) = self.add("select_and_scatter_add", scope, [operands[0], values, *positions], [padded])
+        return made if shape == result.shape else self.moved("slice", scope, made, result)
+
+    # --- bodies -------------------------------------------------------------------------------
+
+    def _inside(self, body: Any) -> int:
+        """The bytes of temporary values in a body that is run once."""
+        inner = StepsOf(self.barriers, self.platform)
+        given = [Value(v.aval) for v in _jax.open_jaxpr(body).invars]
+        results = inner.walk(body, given, "")
+        return Liveness(with_copies(inner.steps, results), results).peak({}).nbytes
+
+    def _scan(self, eqn: Any, operands: list[Value | None], body: Any, scope: str) -> Sequence[Value | None]:
+        """A loop: unrolled where XLA unrolls it, or one step that writes carries in place."""
+        length, reverse = eqn.params["length"], eqn.params["reverse"]
+        unroll = min(int(eqn.params["unroll"]), length)
+        consts, carries = _jax.scan_counts(eqn.params)
+        filled = [Value(a.aval) if v is None else v for a, v in zip(eqn.invars, operands, strict=True)]
+        if length == unroll:
+            carry, ys = self._unrolled(body, filled, consts, carries, length, reverse, scope)
+            types = [v.aval for v in eqn.outvars[carries:]]
+            columns = zip(*ys, strict=True) if length else ((),) * len(types)
+            return [
+                *carry,
+                *(self._stacked(list(y), t, scope) for y, t in zip(columns, types, strict=True)),
+            ]
+        inner = StepsOf(self.barriers, self.platform)
+        given = [Value(v.aval) for v in filled]
+        carry, ys = inner._unrolled(body, given, consts, carries, max(unroll, 1), False, "")
+        results = [*carry, *(y for of_step in ys for y in of_step)]
+        live = Liveness(with_copies(inner.steps, results), results)
+        outside = live.invariant(given[:consts])
+        over = {id(c): given[consts + i] for i, c in enumerate(carry)}
+        inside = live.peak(over, outside, in_loop=True).nbytes
+        hoisted = [self.add("hoisted", scope, filled[:consts], [v.aval])[0] for v in outside]
+        # What is made of single numbers is made in the loop.
+        read = [v for v in filled[:consts] if not v.is_number]
+        in_place = {len(read) + i: i for i in range(carries)}
+        types = [v.aval for v in eqn.outvars]
+        return self.add(
+            "scan", scope, [*read, *filled[consts:], *hoisted], types, in_place=in_place, inside=inside
+        )
+
+    def _stacked(self, values: list[Value], aval: Any, scope: str) -> Value:
+        """What an unrolled loop stacks; of one step it is the value itself."""
+        if len(values) == 1:
+            return values[0]
+        return self.add("stack", scope, values, [aval], fuses=True, expensive=True)[0]
+
+    def _unrolled(
+        self,
+        body: Any,
+        operands: list[Value],
+        consts: int,
+        carries: int,
+        times: int,
+        reverse: bool,
+        scope: str,
+    ) -> tuple[list[Value], list[list[Value]]]:
+        """Append so many steps of a loop; the carry after them, and what each stacks."""
+        inner = _jax.open_jaxpr(body)
+        carry, ys = operands[consts : consts + carries], []
+        types = [v.aval for v in inner.invars[consts + carries :]]
+        for k in range(times):
+            i = times - 1 - k if reverse else k
+            xs = [
+                self._sliced(v, t, i, scope) for v, t in zip(operands[consts + carries :], types, strict=True)
+            ]
+            results = self.walk(body, [*operands[:consts], *carry, *xs], scope)
+            made = [Value(a.aval) if v is None else v for a, v in zip(inner.outvars, results, strict=True)]
+            carry = made[:carries]
+            ys.append(made[carries:])
+        return carry, ys[::-1] if reverse else ys
+
+    def _sliced(self, value: Value, aval: Any, i: int, scope: str) -> Value:
+        """The values of one step of a loop; of what an unrolled loop has stacked, as that made them."""
+        if value.nbytes == nbytes(aval):
+            return value
+        if value.step is not None and value.step.op == "stack":
+            return value.step.operands[i]
+        return self.moved("slice", scope, value, aval, i)
+
+
+def _is_renamed(eqn: Any, operands: Sequence[Value | None]) -> bool:
+    """Whether the results are operands themselves, perhaps in another shape."""
+    name, (value, *_) = eqn.primitive.name, (*operands, None)
+    if not 0 < len(eqn.outvars) <= len(operands) or value is None:
+        return False
+    if any(nbytes(o) != nbytes(i) for o, i in zip(eqn.outvars, eqn.invars, strict=False)):
+        return False
+    if name == "transpose":
+        step, shape = value.step, eqn.invars[0].aval.shape
+        kept = [d for d in eqn.params["permutation"] if shape[d] > 1]
+        # The transpose of a product is the product of its factors in the other order.
+        swapped = len(kept) == 2 and step is not None and step.op == "dot_general"
+        return swapped or kept == sorted(kept)
+    if name in _RESHAPES:
+        return value.step is None or not value.step.fuses
+    if name == "convert_element_type":
+        return bool(eqn.outvars[0].aval.dtype == value.aval.dtype)
+    return name in _RENAMED
+
+
+def _summed(value: Value | None, eqn: Any) -> tuple[Value | None, int]:
+    """What is summed, before a reshape that leaves the other axes alone, and its longest summed axis."""
+    axes, shape = eqn.params["axes"], eqn.invars[0].aval.shape
+    longest = max((shape[d] for d in axes), default=0)
+    kept = [d for d in range(len(shape)) if d not in axes]
+    if value is None or value.step is None or value.step.op != "reshape" or value.aval.shape != shape:
+        return value, longest
+    (source,) = value.step.operands
+    last = shape[len(shape) - len(kept) :]
+    first = source.aval.shape[: len(source.aval.shape) - len(kept)]
+    if not kept or kept[0] != len(axes) or source.aval.shape[len(first) :] != last:
+        return value, longest
+    return source, max(first, default=0)
+
+
+def _is_copied(eqn: Any) -> bool:
+    """Whether arrays are joined by plain copies: many, or long rows."""
+    if eqn.primitive.name != "concatenate":
+        return False
+    shape = eqn.outvars[0].aval.shape
+    return len(eqn.invars) > 8 or (1 < len(shape) == eqn.params["dimension"] + 1 and shape[-1] >= 128)
+
+
+def _is_by_a_number(eqn: Any) -> bool:
+    """Whether it divides by one number for many, which is a product."""
+    if eqn.primitive.name != "div":
+        return False
+    return isinstance(eqn.invars[1], _jax.Literal) or eqn.invars[1].aval.size == 1
