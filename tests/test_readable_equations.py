@@ -159,6 +159,15 @@ def test_what_is_unnamed_is_written_where_it_is_read():
     derivation.verify()
 
 
+def test_of_what_is_not_differentiated_loops_have_lines_and_activations_have_none():
+    def loss(w, x):
+        last = jax.lax.scan(lambda c, t: (jnp.sin(c) * t, None), x[0], x)[0]
+        return jnp.sum(w * jax.nn.relu(x)) * last
+
+    forward = [line.text() for line in fp.derive(loss)(jnp.ones(3), jnp.array([1.0, -2.0, 3.0])).forward]
+    assert forward == ["u = scan(x[0], x)", "J = sum(w ⊙ relu(x)) u"]
+
+
 def test_an_elementwise_layer_of_the_users_has_its_symbol_and_its_derivative():
     act = fp.layer(own, symbol="ψ")
     derivation = fp.derive(lambda w, x: jnp.sum(act(x @ w) ** 2))(jnp.ones((4, 2)), X)
