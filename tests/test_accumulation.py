@@ -166,8 +166,7 @@ def test_products_over_the_data_set(hessian: Any) -> None:
     values = scipy.sparse.linalg.eigsh(operator, 2, which="LA", return_eigenvectors=False)
     np.testing.assert_allclose(np.sort(values), np.linalg.eigvalsh(hessian)[-2:], rtol=1e-9)
     noise = iter(range(9))
-    empty = over_batches(fp.hessian(loss), PARAMS, list)
-    with pytest.raises(LoaderError, match="over_batches: there are no minibatches"):
-        empty @ np.ones(8)
+    with pytest.raises(LoaderError, match="over: there are no minibatches, the loader yielded nothing"):
+        over_batches(fp.hessian(loss), PARAMS, list)
     with pytest.raises(LoaderError, match="minibatch 1 differs"):
         over_batches(fp.hessian(loss), PARAMS, lambda: [(X, Y + next(noise))])

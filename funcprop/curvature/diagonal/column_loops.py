@@ -135,7 +135,7 @@ def _by_products(program: ColumnLoop, activations: Sequence[Any]) -> tuple[Any, 
     def added(c: int, k: Any, number: Any, totals: Any, responses: Any) -> Any:
         at, found = kinds[c].entries(k, number, responses[c])
         # Indices past the end are those of an incomplete block.
-        total = totals[c].at[(k, *at)].add(found, mode="drop")
+        total = totals[c].at[(k, *at)].add(found.astype(totals[c].dtype), mode="drop")
         return [*totals[:c], total, *totals[c + 1 :]]
 
     def advance(totals: Any, which: Any, number: Any) -> Any:
