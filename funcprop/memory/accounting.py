@@ -56,8 +56,8 @@ def footprint(
     are given as arguments. A whole train step, which contains a backward sweep of its own, is `training`
     alone.
 
-    The estimate follows XLA's CPU backend. Of drawn programs of megabytes nine in ten are
-    within 15 % (`experiments/memory_figures.py`); of kilobytes, some are a third off.
+    The estimate follows XLA's CPU backend. Of drawn programs of megabytes nine in ten are within 15 %
+    (`experiments/memory_figures.py`); of kilobytes some are a third off, of associative scans a fifth.
 
     Args:
         fun: a loss, a prediction, or a train step, jitted or not.
