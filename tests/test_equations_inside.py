@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from equation_lines import texts
 
 import funcprop as fp
 from funcprop.equations.verification import DerivationError
@@ -16,10 +16,6 @@ from funcprop.reporting.mathml import mathml
 from funcprop.rules.equations import Equations, apply
 
 KEY = jax.random.key(0)
-
-
-def texts(lines: Any) -> list[str]:
-    return [line.text() for line in lines]
 
 
 def test_one_step_of_a_loop_is_written_and_verified():

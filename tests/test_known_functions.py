@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import flax.linen as nn
 import haiku as hk
@@ -11,15 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from equation_lines import texts
 
 import funcprop as fp
 from funcprop.equations.elementwise import ELEMENTWISE
 
 KEY = jax.random.key(0)
-
-
-def texts(lines: Any) -> list[str]:
-    return [line.text() for line in lines]
 
 
 LOSSES = {

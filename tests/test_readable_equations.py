@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equation_lines import own, texts
 from flax import nnx
 
 import funcprop as fp
@@ -25,11 +26,6 @@ SIZES = [4, 5, 6, 3]
 
 
 X, LABEL = jnp.array([0.3, -1.0, 0.7, 2.0]), jnp.array(1)
-
-
-def own(z: Any) -> Any:
-    """An activation that has no name."""
-    return 0.5 * z * (1 + jnp.tanh(0.8 * z))
 
 
 def plain() -> tuple[Callable[..., Any], Any]:
@@ -113,10 +109,6 @@ BACKWARD = {
     "∂J/∂W₁ = prod(∂J/∂z₁, ∂z₁/∂W₁) = x ∂J/∂z₁ᵀ",
     "∂J/∂b₁ = prod(∂J/∂z₁, ∂z₁/∂b₁) = ∂J/∂z₁",
 }
-
-
-def texts(lines: Any) -> list[str]:
-    return [line.text() for line in lines]
 
 
 @pytest.mark.parametrize("framework", NETS)
