@@ -78,6 +78,7 @@ def test_models_as_they_are(module: Any, of: str, weights: str) -> None:
     assert data["epochs"][1]["loss"] != data["epochs"][0]["loss"]
     (norm,) = (v["gradient"]["norm"] for v in data["variables"] if weights in v["name"])
     assert norm > 0
+    assert "x" in {variable["name"] for variable in data["variables"]}  # as the loss calls it
     found = run_json("backward", f"{name}:{of}")
     np.testing.assert_allclose(found["value"], data["epochs"][0]["loss"], rtol=1e-6)
 

@@ -250,7 +250,7 @@ def one_minibatch(setup: Setup, epoch: Epoch, key: Any) -> Sweeps | None:
         return whole(params, model, parts, key)[0]
 
     # Data are called as the loss calls them.
-    names = list(inspect.signature(setup.loss).parameters.values())
+    names = list(inspect.signature(loss).parameters.values())
     vars(of_parts)["__signature__"] = inspect.Signature([*names[:1], *names[1 + stateful :]])
     return Sweeps.of(of_parts, params, *parts)
 
