@@ -88,6 +88,7 @@ CHECKS = {
 
 @pytest.mark.sampled(7)
 @pytest.mark.parametrize("program", CHECKS.values(), ids=CHECKS)
+@pytest.mark.usefixtures("small_heap")
 def test_checks(program):
     assert_as_jax(program)
 

@@ -27,6 +27,7 @@ def live_bytes() -> int:
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("rules", [fp.rules.default, fp.rules.handwritten], ids=lambda rules: rules.name)
+@pytest.mark.usefixtures("small_heap")
 def test_no_activation_stays(block, rules):
     """A traced body that JAX keeps holds the trace that was around it, which has to forget its values."""
     inside = BLOCKS[block](lambda y: jax.nn.relu(y))
@@ -40,6 +41,7 @@ def test_no_activation_stays(block, rules):
     assert live_bytes() - before < 4096  # small constants at most, no array of the function's
 
 
+@pytest.mark.usefixtures("small_heap")
 def test_no_tracer_leaks():
     body = jax.checkpoint(lambda x: jax.nn.relu(1.0 * x))
     with jax.check_tracer_leaks():

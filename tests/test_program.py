@@ -175,6 +175,7 @@ def test_equal_programs_share_a_compilation() -> None:
     assert len(traces) == 1
 
 
+@pytest.mark.usefixtures("small_heap")
 def test_nothing_is_kept_alive() -> None:
     @jax.custom_vjp
     def halved(x, array):

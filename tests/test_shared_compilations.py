@@ -95,6 +95,7 @@ def test_equal_functions_share_their_compilations(compilations: list[str]) -> No
         assert len(compilations) == before, name
 
 
+@pytest.mark.usefixtures("small_heap")
 def test_no_function_and_no_array_is_kept_alive() -> None:
     references: dict[str, list[Any]] = {}
     for name, route in ROUTES.items():
@@ -109,6 +110,7 @@ def test_no_function_and_no_array_is_kept_alive() -> None:
     assert {n for n, found in references.items() if any(r() is not None for r in found)} == set()
 
 
+@pytest.mark.usefixtures("small_heap")
 def test_made_under_tracing_nothing_is_kept_either() -> None:
     references = []
     for value in range(3):
