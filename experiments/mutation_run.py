@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOOPS = ("rules_in_loops", "loops")
 ATTACHING = ("attach", "transforms", "rewrite", "primitives", "drop_in_export", "program")
 ALGEBRA = ("equations::test_equations_of_primitives_hold",)
-READING = ("equations", "readable_equations", "verification", "verification_rounding")
+READING = ("constant_names", "equations", "readable_equations", "verification", "verification_rounding")
 EQUATIONS = (
     *("chain_rule", "condense", "constants", "derivation", "elementwise", "flow", "known_functions"),
     *(
@@ -46,7 +46,7 @@ EQUATIONS = (
 )
 BYTES = ("memory_estimate", "memory_footprint", "batch_limit")
 TESTS = {
-    "rules/primitives/arithmetic.py": (*ALGEBRA, "equations"),
+    "rules/primitives/arithmetic.py": (*ALGEBRA, "equations", "readable_equations"),
     "rules/primitives/average_pooling.py": ("average_pooling", "rules"),
     "rules/primitives/convolution.py": ("convolution",),
     "rules/primitives/cumulative.py": ("primitives",),
