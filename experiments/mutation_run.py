@@ -30,7 +30,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LOOPS = ("rules_in_loops", "loops")
 ATTACHING = ("attach", "transforms", "rewrite", "primitives", "drop_in_export", "program")
 ALGEBRA = ("equations::test_equations_of_primitives_hold",)
-READING = ("constant_names", "equations", "readable_equations", "verification", "verification_rounding")
+READING = (
+    *("known_functions", "constant_names", "equations", "equations_inside", "readable_equations"),
+    *("verification", "verification_rounding"),
+)
 EQUATIONS = (
     *("chain_rule", "condense", "constants", "derivation", "elementwise", "flow", "known_functions"),
     *(
@@ -93,7 +96,7 @@ TESTS = {
     "curvature/minibatches.py": ("data_sets",),
     "curvature/precision.py": ("laplace", "laplace_edges", "accumulated_curvature"),
     "operators/solvers.py": ("curvature_krylov", "curvature_estimates", "data_sets"),
-    "operators/stochastic_estimates.py": ("curvature_estimates", "curvature_plots"),
+    "operators/stochastic_estimates.py": ("curvature_estimates", "data_sets", "curvature_plots"),
     **{f"equations/{file}.py": READING for file in EQUATIONS},
 }
 SWAPS: list[tuple[Any, Any]] = [

@@ -183,7 +183,11 @@ def test_table_has_a_diagonal_factor():
     model = lambda p, ids: p["t"][ids]  # noqa: E731
     y = normal(3, 2, 3)
     operator = fp.kfac(model, SQUARED, kind="exact")({"t": table}, ids, y)
-    assert operator.factors["t"][0].shape == (5,)
+    a, g = operator.factors["t"]
+    assert a.shape == (5,)
+    pi = np.sqrt((np.sum(a) / 5) / (np.trace(g) / 3))
+    left, right = np.diag(1 / (a + pi * np.sqrt(0.3))), np.linalg.inv(g + np.sqrt(0.3) / pi * np.eye(3))
+    np.testing.assert_allclose(operator.inverse(0.3).dense(), np.kron(left, right), atol=1e-10)
     assert_blocks(operator, ggn_blocks(model, SQUARED, {"t": table}, ids, y))
 
 
