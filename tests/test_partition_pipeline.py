@@ -12,6 +12,7 @@ from partition_models import MODELS
 import funcprop as fp
 from funcprop.partition.pipeline import PipelinedProgram
 from funcprop.partition.problem import TrainingProblem
+from funcprop.partition.running_pipeline import RunningPipeline
 from funcprop.partition.task_order import ORDERS, Order, timeline
 
 
@@ -64,7 +65,7 @@ def test_live_bytes_are_flat_or_grow(order: Order, grows: bool) -> None:
         loss, params, batch = MODELS["tied"](2 * microbatches)
         program = PipelinedProgram(TrainingProblem(loss, params, batch), 2, microbatches, order)
         devices = jax.devices()[4:6]
-        running = program.on(devices)
+        running = RunningPipeline(program, devices)
         placed, _ = running.place(params)
         peak = dict.fromkeys(devices, 0)
 

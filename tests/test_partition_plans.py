@@ -65,7 +65,7 @@ def test_twenty_steps_have_the_losses_of_one_device(kind: str) -> None:
 
 
 @pytest.mark.sampled(3)
-@pytest.mark.parametrize("kind", ["data", "both", "accumulation"])
+@pytest.mark.parametrize("kind", ["data", "both", "accumulation", "pipeline_data"])
 @pytest.mark.parametrize("name", MODELS)
 def test_bytes_and_collectives_are_predicted(name: str, kind: str) -> None:
     loss, params, batch = MODELS[name](32)
@@ -112,6 +112,27 @@ def test_overlapping_pools_are_split_at_all_sizes() -> None:
     assert proof.unpredicted == []
     assert proof.gradient_error is not None
     assert proof.gradient_error <= 1e-12
+
+
+def test_a_convolution_takes_its_batch_in_chunks_of_which_each_device_has_a_part() -> None:
+    def loss(w: Any, x: Any) -> Any:
+        return jnp.mean(nn.avg_pool(jnp.tanh(_convolved(x, w[0])), (16, 16)) @ w[1])
+
+    shapes = (3, 3, 32, 64), (64, 2), (64, 16, 16, 32)
+    first, second, x = (jax.random.normal(jax.random.key(i), s) / 8 for i, s in enumerate(shapes))
+    (plan,) = fp.partition.plan(loss, mesh={"data": 8})([first, second], x)
+    assert plan.problem.rules is not None
+    assert fp.matches(loss, rules=plan.problem.rules)([first, second], x)
+    proof = plan.compile()
+    assert proof.unpredicted == []
+    assert proof.gradient_error is not None
+    assert proof.gradient_error <= 1e-12
+
+
+def test_a_minibatch_overwrites_parameters_and_state() -> None:
+    loss, params, batch = MODELS["equinox"](256)
+    plan = fp.partition.plan(loss, optimizer=optax.adam(1e-3))(params, batch, devices=1).named("minibatch")
+    assert plan.compile().ratio == pytest.approx(1, abs=0.05)
 
 
 def test_zero_holds_a_third_of_what_split_arguments_hold() -> None:
@@ -185,6 +206,10 @@ def test_a_weighted_mean_needs_its_weight(kind: str) -> None:
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(jax.device_get(x), y, atol=1e-14), gradient, reference
     )
+
+
+def _convolved(x: Any, w: Any) -> Any:
+    return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [

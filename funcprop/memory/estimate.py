@@ -50,7 +50,7 @@ def estimate(
     program.constants += values[: len(consts)]
     arguments, results = values[len(consts) :], program.walk(jaxpr, values, "")
     pairs = {id(results[j]): arguments[i] for i, j in (donated or {}).items() if results[j] is not None}
-    steps = with_copies(program.steps, results)
+    steps = with_copies(program.steps, results, pairs)
     live = Liveness(steps, results)
     peak = live.peak(pairs)
     if live.hides:

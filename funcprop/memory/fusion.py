@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -306,17 +306,23 @@ class Fusion:
         return _takes_in(reader, step) and (alone or not step.expensive)
 
 
-def with_copies(steps: Sequence[Step], results: Iterable[Value | None]) -> list[Step]:
-    """The steps, with copies of what is written over though others read it, too, as soon as it is there."""
+def with_copies(
+    steps: Sequence[Step], results: Iterable[Value | None], donated: Mapping[int, Value] | None = None
+) -> list[Step]:
+    """The steps, with copies of what is written over though others read it, too, as soon as it is there.
+
+    `donated` says over which argument a result may be written.
+    """
     returned = {id(v) for v in results if v is not None}
     steps, readers, found = _needed(steps, returned), defaultdict(set), []
     for step in steps:
         for v in step.operands:
             readers[id(v)].add(id(step))
     for step in steps:
-        for k in step.in_place:
-            v = step.operands[k]
-            if v.size > 1 and (v.step is None or len(readers[id(v)]) > 1 or id(v) in returned):
+        for k, place in step.in_place.items():
+            v, over = step.operands[k], (donated or {}).get(id(step.results[place]))
+            is_kept = (v.step is None and over is not v) or len(readers[id(v)]) > 1 or id(v) in returned
+            if v.size > 1 and is_kept:
                 copy = Step("copy", step.scope, [v])
                 copy.results = [Value(v.aval, copy)]
                 step.operands[k] = copy.results[0]

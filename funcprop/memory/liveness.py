@@ -7,7 +7,7 @@ Kernels run in the order in which what they read becomes ready.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from funcprop.memory.fusion import Fusion, Kernel, Step, Value
@@ -69,14 +69,13 @@ class Liveness:
         found: set[int] = set()
         slots.sort(key=lambda pair: -pair[1].nbytes)
         gaps = [[(-1, written)] for written, _ in slots]
-        # First what a result is written over, then what else is there before it.
+        # First what a result is written over, and what that is; then what else is there before it.
         for is_over in (True, False):
             for (written, result), free in zip(slots, gaps, strict=True):
-                for start, v in values:
+                taken = self._chain(written, result, values, last) if is_over else values
+                for start, v in taken:
                     end = last.get(id(v), start)
                     if id(v) in found or v.nbytes > result.nbytes:
-                        continue
-                    if is_over and not (end == written and self._is_over(written, v, result)):
                         continue
                     gap = next((g for g in free if g[0] < start and (is_over or end < g[1])), None)
                     if gap is not None:
@@ -84,6 +83,18 @@ class Liveness:
                         free += [(gap[0], start), (end, gap[1])]
                         found.add(id(v))
         return found
+
+    def _chain(
+        self, t: int, result: Value, values: Sequence[tuple[int, Value]], last: Mapping[int, int]
+    ) -> Iterator[tuple[int, Value]]:
+        """What a result is written over, what that is written over, and so on, each with its time."""
+        over: tuple[int, Value] | None = (t, result)
+        while over is not None:
+            t, result = over
+            ending = (pair for pair in values if last.get(id(pair[1]), pair[0]) == t > pair[0])
+            over = next((pair for pair in ending if self._is_over(t, pair[1], result)), None)
+            if over is not None:
+                yield over
 
     def _is_over(self, t: int, operand: Value, result: Value) -> bool:
         """Whether a kernel writes a result where an operand lies that is not read again."""
@@ -107,7 +118,7 @@ class Liveness:
             ending = [v for key, v in kernel.reads.items() if key in live and last[key] == t]
             for v in step.results:
                 over = donated.get(id(v))
-                is_over = over is not None and step.entrywise and last.get(id(over), t) <= t
+                is_over = over is not None and last.get(id(over), t) <= t and _is_written(step, over)
                 if id(v) in uncounted or is_over:
                     continue
                 for u in ending:
@@ -122,6 +133,11 @@ class Liveness:
                 if id(v) in live and last.get(id(v), t) <= t and not (in_loop and id(v) in self.results):
                     size -= live.pop(id(v)).nbytes
         return best
+
+
+def _is_written(step: Step, argument: Value) -> bool:
+    """Whether a step can write its result where an argument lies that it may overwrite."""
+    return step.entrywise or any(step.operands[k] is argument for k in step.in_place)
 
 
 def _view(kernel: Kernel) -> list[Value]:

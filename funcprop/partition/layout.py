@@ -136,13 +136,8 @@ def layout_of(axes: Axes, sizes: Mapping[str, int], batch_variables: Sequence[An
                 + "; print(fp.partition.axes(loss)(params, batch)) lists them; if it is a loop of a rule, "
                 "rules=fp.rules.autodiff has none."
             )
-        if not axes.program.divides(root, sizes[DATA]):
-            size = next(axis.size for axis in axes if axis.key == root)
-            raise ValueError(
-                f"data={sizes[DATA]}: {size} examples cannot be divided among {sizes[DATA]} devices; "
-                f"use a batch of {sizes[DATA] * max(1, size // sizes[DATA])} or "
-                f"{sizes[DATA] * (size // sizes[DATA] + 1)}, or fewer devices for `data`."
-            )
+        if (undivided := axes.program.undivided(root, sizes[DATA])) is not None:
+            raise ValueError(_not_divided(axes, root, sizes[DATA], *undivided))
         split[root] = DATA
     if sizes.get(MODEL, 1) > 1:
         chosen = tensor_axes(axes, sizes[MODEL], split)
@@ -154,6 +149,19 @@ def layout_of(axes: Axes, sizes: Mapping[str, int], batch_variables: Sequence[An
             )
         split |= chosen
     return MeshLayout(axes.program, dict(sizes), split)
+
+
+def _not_divided(axes: Axes, root: Place, parts: int, part: int, where: str) -> str:
+    size = next(axis.size for axis in axes if axis.key == root)
+    if size % parts:
+        return (
+            f"data={parts}: {size} examples cannot be divided among {parts} devices; use a batch of "
+            f"{parts * max(1, size // parts)} or {parts * (size // parts + 1)}, or fewer devices for `data`."
+        )
+    return (
+        f"data={parts}: of the {size} examples {part} are together in {where}, which cannot be divided among "
+        f"{parts} devices; use fewer devices for `data`, or rules=fp.rules.autodiff if a rule makes it."
+    )
 
 
 def mesh_of(devices: Sequence[Any], sizes: Mapping[str, int]) -> Mesh:

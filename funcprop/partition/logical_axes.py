@@ -172,7 +172,6 @@ class AxisProgram:
 
     @cached_property
     def _meetings(self) -> tuple[dict[Place, str], Mapping[Place, set[Place]]]:
-        made = {v: eqn for eqn, _ in self.equations for v in eqn.outvars}
         twice: dict[Place, str] = {}
         conflicts: dict[Place, set[Place]] = defaultdict(set)
         for v in self.variables:
@@ -180,7 +179,7 @@ class AxisProgram:
             for i, root in enumerate(roots):
                 for other in roots[i + 1 :]:
                     if root == other and root not in twice:
-                        twice[root] = f"it meets itself: twice in {_described(v, made.get(v))}"
+                        twice[root] = f"it meets itself: twice in {_described(v, self._makers.get(v))}"
                     elif root != other:
                         conflicts[root].add(other)
                         conflicts[other].add(root)
@@ -191,7 +190,19 @@ class AxisProgram:
 
     def divides(self, root: Place, parts: int) -> bool:
         """Whether every array that has the axis can be cut into so many equal parts."""
-        return all(shape(v)[d] % parts == 0 for v, d in self.classes[root])
+        return self.undivided(root, parts) is None
+
+    def undivided(self, root: Place, parts: int) -> tuple[int, str] | None:
+        """The size, and a description, of the first array whose axis cannot be cut into so many parts."""
+        for v, d in self.classes[root]:
+            if shape(v)[d] % parts:
+                return shape(v)[d], _described(v, self._makers.get(v))
+        return None
+
+    @cached_property
+    def _makers(self) -> dict[Any, Any]:
+        """The equation that makes each variable."""
+        return {v: eqn for eqn, _ in self.equations for v in eqn.outvars}
 
     def work(self) -> dict[Place, int]:
         """Operations of the matrix products that each axis takes part in."""

@@ -7,27 +7,23 @@ it, and the copies are made anew from what the owner's optimizer has updated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from funcprop import _jax
 from funcprop.partition.device_bytes import DeviceBytes
-from funcprop.partition.layout import DATA
 from funcprop.partition.problem import TrainingProblem
 from funcprop.partition.segments import LossSegment
-from funcprop.partition.stages import StageSweeps, StageUpdates, replicated, stage_meshes
-from funcprop.partition.task_order import Order, PipelineTask, PipelineTimeline, timeline
-from funcprop.partition.traffic import Collective, compiled_collectives
+from funcprop.partition.stage_needs import StageNeeds, needs_of
+from funcprop.partition.stages import StageSweeps, StageUpdates
+from funcprop.partition.task_order import Order, PipelineTimeline, timeline
+from funcprop.partition.traffic import Collective
 from funcprop.program.sizes import nbytes
 from funcprop.program.structural_key import StructuralKey
-
-Watch = Callable[[PipelineTask], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +45,14 @@ class PipelinedProgram:
     recompute: bool = False
 
     @property
-    def _places(self) -> int:
+    def place_count(self) -> int:
+        """How many places there are."""
         return self.places or self.count
 
     @cached_property
     def timeline(self) -> PipelineTimeline:
         """Who does what when."""
-        return timeline(self.order, self.count, self.microbatches, self._places)
+        return timeline(self.order, self.count, self.microbatches, self.place_count)
 
     @cached_property
     def segments(self) -> list[LossSegment]:
@@ -80,62 +77,40 @@ class PipelinedProgram:
             for i in range(count)
         )
 
-    # --- running it ---------------------------------------------------------------------------
-
-    def on(self, devices: Sequence[Any]) -> RunningPipeline:
-        """The pipeline on devices that are there.
-
-        Raises:
-            ValueError: a device belongs to another process.
-        """
-        needed = self._places * self.replicas
-        if any(d.process_index != jax.process_index() for d in list(devices)[:needed]):
-            raise ValueError(
-                "a pipeline over devices of several processes is not supported; use the devices "
-                "of one process "
-                "(jax.local_devices()), or a plan of data or tensor parallelism over all."
-            )
-        return RunningPipeline(self, stage_meshes(devices, self._places, self.replicas))
-
-    def compiled(self, devices: Sequence[Any]) -> tuple[list[DeviceBytes], list[Collective]]:
-        """Compile it for devices that need not be there: bytes of each place, and all collectives."""
-        return RunningPipeline(self, stage_meshes(devices, self._places, self.replicas)).compiled()
-
-    # --- what it costs ------------------------------------------------------------------------
-
     @cached_property
-    def _leaves(self) -> tuple[list[Any], list[Any]]:
+    def leaves(self) -> tuple[list[Any], list[Any]]:
+        """The shapes of the parameters, and of a microbatch."""
         parts = self.problem.part_shapes(self.microbatches)
         return jax.tree.leaves(self.problem.shapes[0]), jax.tree.leaves(parts)
 
     @cached_property
-    def one_replica(self) -> PipelinedProgram:
-        """The same pipeline of one device's examples, cut: what it needs is seen there."""
-        one = self
-        if self.replicas > 1:
-            one = replace(self, microbatches=self.microbatches * self.replicas, replicas=1)
-        one.segments  # noqa: B018
-        return one
+    def needs(self) -> list[StageNeeds]:
+        """What one device of each stage needs for a microbatch."""
+        (params, batch), places = self.leaves, self.problem.batch_axes
+        known: dict[Any, StageNeeds] = {}
+        found: list[StageNeeds] = []
+        for stage, segment in zip(self.stages, self.segments, strict=True):
+            examples = [(batch[i], places[i]) for i in segment.batch]
+            inputs = list(zip(segment.inputs, found[-1].outputs if found else (), strict=True))
+            key = stage, tuple(d for _, d in [*examples, *inputs])
+            if key not in known:
+                own = [params[i] for i in segment.params]
+                known[key] = needs_of(stage, own, examples, inputs, self.replicas, self.problem.platform)
+            found.append(known[key])
+        return found
 
     @cached_property
     def stage_bytes(self) -> list[DeviceBytes]:
         """The peak of the devices of each place."""
-        one = self.one_replica
-        leaves = one._leaves
-        each = {stage: stage.nbytes(*leaves) for stage in set(one.stages)}
-        saved, extra = ([each[stage][i] for stage in one.stages] for i in (0, 1))
-        if self.replicas > 1:  # The sums of gradients before and after the all-reduce.
-            weights = [sum(nbytes(leaves[0][i]) for i in segment.params) for segment in one.segments]
-            extra = [n + w for n, w in zip(extra, weights, strict=True)]
-        return self.bytes_with(saved, extra)
+        return self.bytes_with([n.saved for n in self.needs], [n.extra for n in self.needs])
 
     def bytes_with(self, saved: Sequence[int], extra: Sequence[int]) -> list[DeviceBytes]:
         """The peak of the devices of each place, where microbatches and sweeps need so many bytes."""
-        leaves, _ = self._leaves
+        leaves, _ = self.leaves
         found = []
-        for place in range(self._places):
-            own = range(place, self.count, self._places)
-            weights = sum(nbytes(leaves[i]) for s in own for i in self.one_replica.segments[s].params)
+        for place in range(self.place_count):
+            own = range(place, self.count, self.place_count)
+            weights = sum(nbytes(leaves[i]) for s in own for i in self.segments[s].params)
             held = sum(saved[s] * self.timeline.in_flight[s] for s in own)
             purposes = {"parameters": weights, "optimizer state": self._state_bytes(own), "saved": held}
             purposes |= {"results": weights, "temporaries": max(extra[s] for s in own)}
@@ -155,7 +130,7 @@ class PipelinedProgram:
 
     @cached_property
     def _planned_updates(self) -> StageUpdates:
-        return self.one_replica.updates(self.problem.optimizer)
+        return self.updates(self.problem.optimizer)
 
     @cached_property
     def predicted_bytes(self) -> DeviceBytes:
@@ -166,28 +141,21 @@ class PipelinedProgram:
     def predicted_traffic(self) -> list[Collective]:
         """What stages hand each other in a step, both ways, and what is reduced over replicas."""
         found = []
-        segments = self.one_replica.segments
-        for s, segment in enumerate(segments[:-1]):
-            found += [_sent(v, nbytes(v), s, self.microbatches) for v in segment.outputs]
-        if self.replicas > 1:
-            leaves, _ = self._leaves
-            (loss,) = segments[-1].outputs
-            found.append(Collective("all-reduce", nbytes(loss), "the loss", self.microbatches))
-            found += [
-                Collective("all-reduce", nbytes(leaves[i]), f"gradients of stage {s}", self.microbatches)
-                for s, segment in enumerate(segments)
-                for i in segment.params
-            ]
+        for s, (segment, needs) in enumerate(zip(self.segments, self.needs, strict=True)):
+            if s < self.count - 1:
+                pairs = zip(segment.outputs, needs.sent, strict=True)
+                found += [sent(v, n, s, self.microbatches) for v, n in pairs]
+            found += [replace(c, trips=c.trips * self.microbatches) for c in needs.collectives]
         return found
 
     @cached_property
     def flops(self) -> int:
         """Operations of the busiest device in one step: its segments forward, twice as much backward."""
         work = [
-            sum(self.one_replica.segments[s].flops for s in range(place, self.count, self._places))
-            for place in range(self._places)
+            sum(self.segments[s].flops for s in range(place, self.count, self.place_count))
+            for place in range(self.place_count)
         ]
-        return max(work) * (4 if self.recompute else 3) * self.microbatches
+        return max(work) * (4 if self.recompute else 3) * self.microbatches // self.replicas
 
     @property
     def bubble(self) -> float:
@@ -195,189 +163,7 @@ class PipelinedProgram:
         return self.timeline.bubble
 
 
-class RunningPipeline:
-    """A pipeline on its devices."""
-
-    def __init__(self, program: PipelinedProgram, meshes: Sequence[Mesh]) -> None:
-        self.program, self._meshes = program, list(meshes)
-        self._mesh = [meshes[place] for place in program.timeline.devices]
-
-    def place(self, params: Any, state: Any = None, optimizer: Any = None) -> tuple[Any, Any]:
-        """Parameters, and the optimizer's state, each leaf on the devices of the stage that owns it."""
-        leaves, tree = jax.tree.flatten(params)
-        placed = [_copied(x, self._mesh[s]) for x, s in zip(leaves, self.program.owners, strict=True)]
-        if state is None:
-            return jax.tree.unflatten(tree, placed), None
-        rest, state_tree = jax.tree.flatten(state)
-        owners = self.program.updates(optimizer).state_owners
-        held = [_copied(x, self._mesh[s or 0]) for x, s in zip(rest, owners, strict=True)]
-        return jax.tree.unflatten(tree, placed), jax.tree.unflatten(state_tree, held)
-
-    def _to(self, s: int, x: Any) -> Any:
-        """An array on the devices of a stage, laid out as it is on those of another."""
-        spec = getattr(x.sharding, "spec", PartitionSpec())
-        return jax.device_put(x, NamedSharding(self._mesh[s], spec))
-
-    def _parts(self, batch: Any) -> tuple[list[list[Any]], list[Any]]:
-        """The leaves of each microbatch, and its weight as a share of all."""
-        problem, count = self.program.problem, self.program.microbatches
-        stacked = jax.tree.leaves(problem.parts_of(batch, count, strided=False))
-        parts = [[x[m] for x in stacked] for m in range(count)]
-        if problem.weight is None:
-            return parts, [1 / count] * count
-        tree = jax.tree.structure(batch)
-        weights = [problem.weight(jax.tree.unflatten(tree, part)) for part in parts]
-        total = sum(weights)
-        return parts, [w / total for w in weights]
-
-    def _example(self, s: int, x: Any, d: int | None) -> Any:
-        spec = PartitionSpec() if d is None else PartitionSpec(*[None] * d, DATA)
-        return jax.device_put(x, NamedSharding(self._mesh[s], spec))
-
-    def gradient(self, params: Any, batch: Any, watch: Watch | None = None) -> tuple[Any, list[Any]]:
-        """The loss, and the leaves of the gradient, each where the parameter is."""
-        program, last = self.program, self.program.count - 1
-        leaves = jax.tree.leaves(params)
-        held = [
-            [self._to(s, leaves[i]) for i in segment.params] for s, segment in enumerate(program.segments)
-        ]
-        total = [
-            [jnp.zeros(x.shape, x.dtype, device=replicated(self._mesh[s])) for x in own]
-            for s, own in enumerate(held)
-        ]
-        parts, weights = self._parts(batch)
-        places = program.problem.batch_axes
-        handed: dict[tuple[str, int, int], Any] = {}
-        saved: dict[tuple[int, int], Any] = {}
-        losses: list[Any] = []
-        for task in program.timeline.tasks:
-            s, m = task.stage, task.microbatch
-            stage, segment = program.stages[s], program.segments[s]
-            if task.sweep == "F":
-                examples = [self._example(s, parts[m][i], places[i]) for i in segment.batch]
-                inputs = [self._to(s, x) for x in handed.pop(("F", s - 1, m), [])]
-                outputs, kept = stage.forward(held[s], examples, inputs)
-                saved[s, m] = kept, examples, inputs
-                if s == last:
-                    weight = jax.device_put(
-                        jnp.asarray(weights[m], outputs[0].dtype), replicated(self._mesh[s])
-                    )
-                    losses.append(weight * outputs[0])
-                    handed["B", s, m] = [weight]
-                else:
-                    handed["F", s, m] = outputs
-                del inputs, outputs, examples, kept
-            else:
-                sent = handed.pop(("B", s, m))
-                sent = sent if s == last else self._cotangents(s, sent)
-                kept, examples, inputs = saved.pop((s, m))
-                total[s], sent = stage.backward(total[s], kept, sent, held[s], examples, inputs)
-                if s:
-                    handed["B", s - 1, m] = sent
-                del sent, kept, examples, inputs
-            if watch is not None:
-                watch(task)
-        return sum(losses[1:], losses[0]), self._added(leaves, total)
-
-    def _cotangents(self, s: int, sent: list[Any]) -> list[Any]:
-        """What the next stage sent back, with zeros for what has no derivative."""
-        given = iter(sent)
-        found = []
-        for v in self.program.segments[s].outputs:
-            if jnp.issubdtype(v.dtype, jnp.inexact):
-                found.append(self._to(s, next(given)))
-            else:
-                found.append(_jax.zero_tangent(v))
-        return found
-
-    def _added(self, leaves: Sequence[Any], total: Sequence[Sequence[Any]]) -> list[Any]:
-        """The gradients on the owners of their parameters; those of other stages are added in their order."""
-        grads: list[Any] = [None] * len(leaves)
-        for s, segment in enumerate(self.program.segments):
-            for i, x in zip(segment.params, total[s], strict=True):
-                owner = self.program.owners[i]
-                grads[i] = x if grads[i] is None else grads[i] + self._to(owner, x)
-        return [
-            jnp.zeros(x.shape, x.dtype, device=replicated(self._mesh[owner])) if g is None else g
-            for g, x, owner in zip(grads, leaves, self.program.owners, strict=True)
-        ]
-
-    def step(self, optimizer: Any) -> Callable[..., Any]:
-        """A train step: `step(params, state, batch) -> params, state, loss`; it overwrites the parameters."""
-        updates = self.program.updates(optimizer)
-        programs, owners = updates.programs, updates.state_owners
-
-        def step(params: Any, state: Any, batch: Any) -> Any:
-            value, grads = self.gradient(params, batch)
-            leaves, tree = jax.tree.flatten(params)
-            rest, state_tree = jax.tree.flatten(state)
-            new, kept = list(leaves), list(rest)
-            for s, update in enumerate(programs):
-                own, needed = updates.of(s)
-                given = [self._to(s, rest[j]) for j in needed]
-                values, states = update([leaves[i] for i in own], given, [grads[i] for i in own])
-                for i, x in zip(own, values, strict=True):
-                    new[i] = x
-                for j, x in zip(needed, states, strict=True):
-                    if owners[j] == s or (owners[j] is None and s == 0):
-                        kept[j] = x
-            return jax.tree.unflatten(tree, new), jax.tree.unflatten(state_tree, kept), value
-
-        return step
-
-    def compiled(self) -> tuple[list[DeviceBytes], list[Collective]]:
-        """The peak of the devices of each place, and all collectives of a step, by the compiled programs."""
-        program = self.program
-        leaves, batch = program._leaves
-        places = program.problem.batch_axes
-        saved, extra = [], []
-        moved: list[Collective] = []
-        shapes: list[Any] = []
-        for s, stage in enumerate(program.stages):
-            params, examples, _ = stage.types(leaves, batch)
-            whole = replicated(self._mesh[s])
-            params = [_at(x, whole) for x in params]
-            split = [places[i] for i in program.segments[s].batch]
-            examples = [
-                _at(
-                    x,
-                    NamedSharding(
-                        self._mesh[s], PartitionSpec() if d is None else PartitionSpec(*[None] * d, DATA)
-                    ),
-                )
-                for x, d in zip(examples, split, strict=True)
-            ]
-            inputs = [_at(x, NamedSharding(self._mesh[s], spec)) for x, spec in shapes]
-            lowered = stage.forward.lower(params, examples, inputs)
-            forward = lowered.compile()
-            outputs, pull = jax.tree.map(_at, lowered.out_info, forward.output_shardings)
-            shapes = [(x, x.sharding.spec) for x in outputs]
-            if s < program.count - 1:
-                each = program.replicas
-                moved += [_sent(x, nbytes(x) // each, s, program.microbatches) for x in outputs]
-            backward = stage.backward.lower(params, pull, outputs, params, examples, inputs).compile()
-            for compiled in (forward, backward):
-                inside = compiled_collectives(_jax.program_text(compiled))
-                moved += [replace(c, trips=c.trips * program.microbatches) for c in inside]
-            fields = _jax.memory_fields(forward), _jax.memory_fields(backward)
-            handed = sum(nbytes(x) for x in outputs) // program.replicas
-            received = sum(nbytes(x) for x in [*examples, *inputs]) // program.replicas
-            saved.append(fields[0]["output"] - handed + received)
-            new = fields[1]["output"] - fields[1]["alias"]
-            extra.append(max(fields[0]["temporary"] + handed, fields[1]["temporary"] + new))
-        return program.bytes_with(saved, extra), moved
-
-
-def _sent(x: Any, size: int, stage: int, microbatches: int) -> Collective:
+def sent(x: Any, size: int, stage: int, microbatches: int) -> Collective:
     """What a stage hands to the next for each microbatch, and gets the cotangent of, if it has one."""
     trips = microbatches * (2 if jnp.issubdtype(x.dtype, jnp.inexact) else 1)
     return Collective("send", size, f"stage {stage} to {stage + 1}", trips)
-
-
-def _at(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _copied(x: Any, mesh: Mesh) -> Any:
-    """A copy: steps overwrite what they are given, and `device_put` shares what is already in its place."""
-    return jax.device_put(jnp.array(x, copy=True), replicated(mesh))

@@ -21,6 +21,7 @@ from funcprop.partition.pipeline import PipelinedProgram
 from funcprop.partition.problem import TrainingProblem, Weight
 from funcprop.partition.programs import SteppedProgram
 from funcprop.partition.proof import PartitionProof, deviation
+from funcprop.partition.running_pipeline import RunningPipeline
 from funcprop.partition.sharded import ShardedProgram
 from funcprop.partition.task_order import PipelineTimeline
 from funcprop.partition.topology import DeviceTarget
@@ -106,6 +107,21 @@ class PartitionPlan:
             )
         return self.target.devices(self._count)
 
+    def _running(self, program: PipelinedProgram) -> RunningPipeline:
+        """A pipeline on the devices.
+
+        Raises:
+            ValueError: one of them belongs to another process.
+        """
+        devices = self._devices()
+        if any(d.process_index != jax.process_index() for d in devices):
+            raise ValueError(
+                "a pipeline over devices of several processes is not supported; use the devices "
+                "of one process "
+                "(jax.local_devices()), or a plan of data or tensor parallelism over all."
+            )
+        return RunningPipeline(program, devices)
+
     def place(self, params: Any, state: Any = None, optimizer: Any = None) -> tuple[Any, Any]:
         """Put parameters, and the state of the optimizer, where the plan keeps them: `(params, state)`.
 
@@ -121,7 +137,7 @@ class PartitionPlan:
                 f"plan {self.name!r} was made without an optimizer; pass optimizer= with its state."
             )
         if isinstance(self.program, PipelinedProgram):
-            return self.program.on(self._devices()).place(params, state, optimizer)
+            return self._running(self.program).place(params, state, optimizer)
         ins = self.program.jitted(self._devices(), None if state is None else optimizer)[1]
         placed = jax.tree.map(_placed, params, ins[0])
         return placed, None if state is None else jax.tree.map(_placed, state, ins[1])
@@ -129,7 +145,7 @@ class PartitionPlan:
     def step(self, optimizer: Any) -> Callable[..., Any]:
         """A train step, `step(params, state, batch) -> params, state, loss`; it overwrites the first two."""
         if isinstance(self.program, PipelinedProgram):
-            run = self.program.on(self._devices()).step(optimizer)
+            run = self._running(self.program).step(optimizer)
         else:
             run = self.program.jitted(self._devices(), optimizer)[0]
         return lambda params, state, batch: run(params, state, self.put(batch))
@@ -139,7 +155,7 @@ class PartitionPlan:
         params = Trained.stateless(params).arrays
         tree = jax.tree.structure(params)
         if isinstance(self.program, PipelinedProgram):
-            running = self.program.on(self._devices())
+            running = self._running(self.program)
             value, leaves = running.gradient(running.place(params)[0], batch)
             return value, jax.tree.unflatten(tree, leaves)
         fun, ins = self.program.jitted(self._devices(), None, gradient_only=True)
@@ -238,7 +254,7 @@ class PartitionPlan:
         count = self.program.microbatches * parts
         problem.require_parts(count, "microbatches × accumulate")
         problem.require_parts(count * self.program.replicas, "microbatches × accumulate × data")
-        return replace(self.program, problem=problem, microbatches=count).on(self._devices()).step(optimizer)
+        return self._running(replace(self.program, problem=problem, microbatches=count)).step(optimizer)
 
     def _problem_of(self, loss: Callable[..., Any], rules: RuleSet | None, **more: Any) -> TrainingProblem:
         chosen = self.problem.rules if rules is None else rules
@@ -248,7 +264,7 @@ class PartitionPlan:
         """Compile the plan, and compare it with what was predicted; with values, run its gradient as well."""
         expected = self.program.predicted_traffic
         if isinstance(self.program, PipelinedProgram):
-            held, found = self.program.compiled(self.target.devices(self._count))
+            held, found = RunningPipeline(self.program, self.target.devices(self._count)).compiled()
             total = max(place.total for place in held)
         else:
             compiled = self.program.compiled(self.target.devices(self._count))

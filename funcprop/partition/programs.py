@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,10 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from funcprop import _jax
 from funcprop.partition.device_bytes import DeviceBytes, peak_of_step
-from funcprop.partition.layout import DATA, MODEL, MeshLayout, layout_of, mesh_of
+from funcprop.partition.layout import DATA, MeshLayout, layout_of, mesh_of
 from funcprop.partition.local import local_program
 from funcprop.partition.problem import TrainingProblem, updated
-from funcprop.partition.traffic import REDUCES_BEHIND_LOOPS, Collective, predicted_collectives
+from funcprop.partition.traffic import Collective, predicted_collectives
 from funcprop.program.flops import of_jaxpr
 from funcprop.rules.transforms import value_and_grad
 
@@ -177,33 +177,18 @@ class SteppedProgram:
     @cached_property
     def predicted_bytes(self) -> DeviceBytes:
         """The peak of one device."""
-        arguments, count = self.problem.arguments(self.problem.optimizer), self.parts * self.minibatches
+        arguments = self.problem.arguments(self.problem.optimizer)
         if self.lean is not None:  # Of one device; what is computed again is not shared.
             closed = jax.make_jaxpr(self.whole(self.problem.optimizer))(*arguments)
             return peak_of_step(
                 _jax.with_constants_as_inputs(closed)[0], arguments, True, self.problem.platform
             )
-        found = dict(peak_of_step(self._local, arguments, platform=self.problem.platform).by_purpose)
-        found["batch"] = found.get("batch", 0) * count
-        if self.parts > 1:  # The sum of gradients stays beside that of a part.
-            start = len(self._planned.program.consts)
-            own = self._planned.program.jaxpr.invars[start : start + len(jax.tree.leaves(arguments[0]))]
-            found["temporaries"] = found.get("temporaries", 0) + sum(map(self._planned.bytes_of, own))
-        return DeviceBytes(found)
+        return peak_of_step(local_program(self.layout), arguments, platform=self.problem.platform)
 
     @cached_property
     def predicted_traffic(self) -> list[Collective]:
-        """The collectives of one step.
-
-        Gradients of parts are reduced as sums that a loop adds up; what tensor parallelism reduces is so in
-        each part.
-        """
-        platform = self.problem.platform
-        if self.lean is not None or self.sizes.get(MODEL, 1) > 1:
-            return predicted_collectives(self.layout, platform)
-        once = platform in REDUCES_BEHIND_LOOPS and self.problem.weight is None
-        found = predicted_collectives(self.whole_batch, platform)
-        return [replace(c, trips=c.trips * (1 if once else self.parts)) for c in found]
+        """The collectives of one step."""
+        return predicted_collectives(self.layout, self.problem.platform)
 
     @cached_property
     def flops(self) -> int:

@@ -27,7 +27,7 @@ from funcprop.program.call import require_optimizer
 from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import budget_bytes, nbytes
 from funcprop.program.trained import Trained
-from funcprop.rules.primitives import pooling
+from funcprop.rules.primitives import convolution, pooling
 from funcprop.rules.rule import Rule
 from funcprop.rules.rule_set import OperatorKey, RuleSet
 from funcprop.rules.sets import chosen_rules
@@ -35,6 +35,7 @@ from funcprop.rules.sets import chosen_rules
 # Segments of ZeRO-3: more of them gather less at a time.
 _SEGMENTS = 12
 _SHARES = (0.5, 0.25, 0.1)
+_CONVOLUTION = "conv_general_dilated"
 
 
 def plan(
@@ -147,22 +148,24 @@ class _Search:
             name, dict(mesh), program.problem, program, self.target, self.budget, notes=notes, **more
         )
 
-    @cached_property
-    def _split(self) -> TrainingProblem:
-        """The problem where examples are on several devices.
+    def _split(self, devices: int) -> TrainingProblem:
+        """The problem where examples are on several devices: rules go by the sizes of one.
 
-        XLA gathers them for autodiff's derivative of a max-pool, so there the rule is used at all sizes.
+        A convolution takes its batch in chunks, of which each device has a part. For autodiff's derivative of
+        a max-pool XLA gathers the examples, so there the rule is used at all sizes.
         """
         problem, rules = self.problem, self.problem.rules
-        made = {eqn.primitive.name for eqn, _ in problem.axes.program.equations}
-        if rules is None or problem.platform == "tpu" or "select_and_scatter_add" not in made:
+        if devices == 1 or rules is None or problem.platform == "tpu":
             return problem
-        pools: dict[OperatorKey, Rule | None] = {
-            name: pooling.rule(minimum=minimum, everywhere=True)
-            for name, minimum in (("reduce_window_max", False), ("reduce_window_min", True))
-            if name in rules and not rules.is_replaced(name)
-        }
-        return replace(problem, rules=rules.replace(pools)) if pools else problem
+        made = {eqn.primitive.name for eqn, _ in problem.axes.program.equations}
+        changes: dict[OperatorKey, Rule | None] = {}
+        if "select_and_scatter_add" in made:
+            pools = ("reduce_window_max", False), ("reduce_window_min", True)
+            changes |= {name: pooling.rule(minimum=least, everywhere=True) for name, least in pools}
+        if _CONVOLUTION in made:
+            changes[_CONVOLUTION] = convolution.rule(devices=devices)
+        changes = {name: r for name, r in changes.items() if name in rules and not rules.is_replaced(name)}
+        return replace(problem, rules=rules.replace(changes)) if changes else problem
 
     @cached_property
     def _mean(self) -> None:
@@ -211,7 +214,7 @@ class _Search:
             self._mean  # noqa: B018
             names.append(f"accumulation {parts}")
         sizes = {DATA: data, MODEL: model} if model > 1 else {DATA: data}
-        program = SteppedProgram(self._split if data > 1 else self.problem, sizes, parts)
+        program = SteppedProgram(self._split(data), sizes, parts)
         program.whole_batch  # noqa: B018 (an axis that cannot be split is an error here)
         return self._plan(" × ".join(names) or "one device", sizes, program)
 
@@ -225,7 +228,7 @@ class _Search:
     def remat(self, share: float) -> PartitionPlan:
         """Rematerialisation on one device, within a share of what is held between the sweeps."""
         # Schedules are compared by what they compile to only where that is what will run.
-        lean = Rematerializer(RematLimits(share, measure=self.target.is_present))
+        lean = Rematerializer(RematLimits(share, measure=False))
         found = lean.plan_of(self.problem.loss)(*self.problem.shapes)
         options = found.compiler_options if self.target.is_present else {}
         program = SteppedProgram(self.problem, {DATA: 1}, lean=lean.applied, compiler_options=options or {})
@@ -246,10 +249,9 @@ class _Search:
         self.problem.require_parts(parts * replicas, "microbatches × data")
         self._mean  # noqa: B018
         count = stages * 2 if self.schedule == "interleaved" else stages
-        problem = self._split if replicas > 1 else self.problem
-        program = PipelinedProgram(problem, count, parts, self.schedule, stages, replicas)
+        program = PipelinedProgram(self._split(replicas), count, parts, self.schedule, stages, replicas)
         program.timeline  # noqa: B018
-        program.one_replica  # noqa: B018 (a loss that cannot be cut is an error here)
+        program.segments  # noqa: B018 (a loss that cannot be cut is an error here)
         name = f"pipeline {stages} ({self.schedule})" + (f" × data {replicas}" if replicas > 1 else "")
         mesh = {STAGE: stages, DATA: replicas} if replicas > 1 else {STAGE: stages}
         return self._plan(name, mesh, program)
@@ -275,6 +277,7 @@ class _Search:
         for name, make in self._candidates():
             try:
                 made = make()
+                made.predicted  # noqa: B018 (an optimizer that a pipeline cannot take apart is an error here)
             except ValueError as error:
                 rejected.append(RejectedPlan(name, str(error)))
                 continue

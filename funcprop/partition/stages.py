@@ -15,11 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
 from funcprop import _jax
-from funcprop.memory.estimate import estimate
 from funcprop.partition.flat import flattened
 from funcprop.partition.layout import DATA
 from funcprop.partition.segments import LossSegment
-from funcprop.program.sizes import nbytes
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
 
@@ -79,18 +77,6 @@ class StageSweeps:
         own = [params[i] for i in self.segment.params], [batch[i] for i in self.segment.batch]
         return *own, list(self.segment.inputs)
 
-    def nbytes(self, params: Sequence[Any], batch: Sequence[Any]) -> tuple[int, int]:
-        """Bytes of one microbatch between its two sweeps, and what a sweep needs besides, at most.
-
-        The first are what the stage read, and what it made for later; the second are not what it adds up.
-        """
-        given = self.types(params, batch)
-        outputs, saved = jax.eval_shape(self.forward, *given)
-        made = sum(map(nbytes, jax.tree.leaves(saved)))
-        forward = _extra(self.forward, given, 0) - made
-        backward = _extra(self.backward, (given[0], saved, outputs, *given), len(given[0]))
-        return made + sum(map(nbytes, jax.tree.leaves(given[1:]))), max(forward, backward)
-
 
 def _again(given: Any) -> Any:
     raise AssertionError("a stage that is run again has no pullback")
@@ -100,14 +86,6 @@ def _rebuilt(tree: Any, places: Sequence[int | None], kept: Sequence[Any], given
     """A pullback from what was kept of it and what it had been given."""
     rest = iter(kept)
     return jax.tree.unflatten(tree, [next(rest) if place is None else given[place] for place in places])
-
-
-def _extra(fun: Any, arguments: Any, donated: int) -> int:
-    """The peak of a program without its arguments, of which the first may be overwritten."""
-    closed = jax.make_jaxpr(fun)(*arguments)
-    found = estimate(closed, {i: i for i in range(donated)})
-    new = _jax.open_jaxpr(closed).outvars[donated:]
-    return found.temporary + sum(map(nbytes, new))
 
 
 class CoupledError(ValueError):

@@ -78,6 +78,16 @@ class ConvolutionPlan(NamedTuple):
 Chooser = Callable[[Geometry], ConvolutionPlan]
 
 
+class _Ways(NamedTuple):
+    """The chooser of ways, and over how many devices a batch is split, of which each has its own sizes."""
+
+    choose: Chooser
+    devices: int
+
+    def geometry(self, x: Any, w: Any, static: Any, machine: Machine | None) -> Geometry:
+        return geometry_of(x, w, static, machine, self.devices)
+
+
 # Where a part took less time by another way than XLA's: the part, its least sizes and its greatest.
 _REGIONS: tuple[tuple[str, dict[str, int], dict[str, int]], ...] = (
     ("margin", {"taps": 2, "width": 8, "inputs": 32}, {"padded": 0}),
@@ -143,21 +153,21 @@ def _with_margin(x: Any, w: Any, static: Any) -> Any:
 
 
 def _forward(
-    choose: Chooser, x: Any, w: Any, *, machine: Machine | None = None, **static: Any
+    ways: _Ways, x: Any, w: Any, *, machine: Machine | None = None, **static: Any
 ) -> tuple[Any, ConvolutionOperands]:
-    margin = choose(geometry_of(x, w, static, machine)).margin
+    margin = ways.choose(ways.geometry(x, w, static, machine)).margin
     y = _with_margin(x, w, static) if margin else lax.conv_general_dilated(x, w, **static)
     return y, ConvolutionOperands(x, w)
 
 
 def _backward(
-    choose: Chooser, residuals: ConvolutionOperands, g: Any, needs: Any, *, machine: Machine | None = None,
+    ways: _Ways, residuals: ConvolutionOperands, g: Any, needs: Any, *, machine: Machine | None = None,
     **static: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
     x, w = residuals
     need_x, need_w = needs
-    geometry = geometry_of(x, w, static, machine)
-    chosen = choose(geometry)
+    geometry = ways.geometry(x, w, static, machine)
+    chosen = ways.choose(geometry)
 
     def convolve(x: Any, w: Any) -> Any:
         return lax.conv_general_dilated(x, w, **static)
@@ -176,11 +186,11 @@ def _backward(
     return x_cotangent, w_cotangent
 
 
-def _jvp(choose: Chooser, residuals: ConvolutionOperands, tangents: Any, **static: Any) -> Any:
+def _jvp(ways: _Ways, residuals: ConvolutionOperands, tangents: Any, **static: Any) -> Any:
     """Linear in each operand: as the value is computed, so are the tangents."""
     (x, w), (x_dot, w_dot) = residuals, tangents
     pairs = [(a, b) for a, b in ((x_dot, w), (x, w_dot)) if a is not None and b is not None]
-    terms = [_forward(choose, *pair, **static)[0] for pair in pairs]
+    terms = [_forward(ways, *pair, **static)[0] for pair in pairs]
     return terms[0] if len(terms) == 1 else lax.add(*terms)
 
 
@@ -237,7 +247,7 @@ def _weight_cotangent(x: Any, g: Any, static: Any, geometry: Geometry) -> Any:
     return lax.transpose(kernel, np.argsort((*rhs[2:], rhs[1], rhs[0])))
 
 
-def _applies(choose: Chooser, x: Any, w: Any, *, machine: Machine | None = None, **static: Any) -> bool | str:
+def _applies(ways: _Ways, x: Any, w: Any, *, machine: Machine | None = None, **static: Any) -> bool | str:
     if static["feature_group_count"] != 1 or static["batch_group_count"] != 1:
         return "the convolution has groups"
     if any(d != 1 for d in static["lhs_dilation"]):
@@ -246,25 +256,25 @@ def _applies(choose: Chooser, x: Any, w: Any, *, machine: Machine | None = None,
         return "the padding is negative"
     if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         return f"the operands are {x.dtype} and {w.dtype}"
-    geometry = geometry_of(x, w, static, machine)
+    geometry = ways.geometry(x, w, static, machine)
     if not geometry.kernel:
         return "the convolution has no spatial axis"
     if 0 in (geometry.batch, geometry.inputs, geometry.outputs, *geometry.input, *geometry.output):
         return "the input or the result is empty"
-    if not any(choose(geometry)):
+    if not any(ways.choose(geometry)):
         return "XLA's convolution is as fast at this size"
     return True
 
 
-def _equations(choose: Chooser, op: OperatorSymbols) -> Equations:
+def _equations(ways: _Ways, op: OperatorSymbols) -> Equations:
     x, w = op.args
     static = dict(op.static)
 
     def back(i: int, g: Any, x: Any, w: Any) -> Any:
-        return _backward(choose, ConvolutionOperands(x, w), g, (i == 0, i == 1), **static)[i]
+        return _backward(ways, ConvolutionOperands(x, w), g, (i == 0, i == 1), **static)[i]
 
     return Equations(
-        apply("conv", lambda x, w: _forward(choose, x, w, **static)[0], x, w),
+        apply("conv", lambda x, w: _forward(ways, x, w, **static)[0], x, w),
         (
             apply("convᵀ", lambda g, w: back(0, g, jnp.zeros(x.shape, x.type.dtype), w), op.cotangent, w),
             apply("corr", lambda x, g: back(1, g, x, jnp.zeros(w.shape, w.type.dtype)), x, op.cotangent),
@@ -272,15 +282,19 @@ def _equations(choose: Chooser, op: OperatorSymbols) -> Equations:
     )
 
 
-def rule(choose: Chooser = plan) -> Rule:
-    """The rule of a convolution whose ways are chosen by `choose(geometry) -> Plan`."""
+def rule(choose: Chooser = plan, devices: int = 1) -> Rule:
+    """The rule of a convolution whose ways are chosen by `choose(geometry) -> Plan`.
+
+    Of a batch that is split over `devices`, the sizes are those of one.
+    """
+    ways = _Ways(choose, devices)
     return Rule(
-        partial(_forward, choose),
-        partial(_backward, choose),
-        partial(_equations, choose),
+        partial(_forward, ways),
+        partial(_backward, ways),
+        partial(_equations, ways),
         platforms=frozenset({"cpu"}),
-        applies=partial(_applies, choose),
-        jvp=partial(_jvp, choose),
+        applies=partial(_applies, ways),
+        jvp=partial(_jvp, ways),
         pure=True,
         sized=True,
         ways=_ways,

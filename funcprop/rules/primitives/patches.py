@@ -26,7 +26,10 @@ from funcprop.rules.machine import Machine, host, near_cache
 
 
 class Geometry(NamedTuple):
-    """The sizes of a convolution, whatever its layout."""
+    """The sizes of a convolution, whatever its layout, for one of the devices over which the batch is split.
+
+    There are `parts` of these; `batch` is that of one.
+    """
 
     batch: int
     input: tuple[int, ...]
@@ -38,6 +41,7 @@ class Geometry(NamedTuple):
     padded: bool
     itemsize: int
     machine: Machine | None = None
+    parts: int = 1
 
     @property
     def chunk_bytes(self) -> int:
@@ -63,18 +67,20 @@ class Geometry(NamedTuple):
 def chunk(geometry: Geometry) -> int:
     """How many examples make a chunk: what the near cache holds, if possible a divisor of the batch.
 
-    All of them for a pointwise convolution, whose patches are the input itself.
+    All of them for a pointwise convolution, whose patches are the input itself. On several devices each has
+    an equal part of every chunk.
     """
     if math.prod(geometry.kernel) == 1:
-        return geometry.batch
+        return geometry.batch * geometry.parts
     most = max(1, min(geometry.batch, geometry.chunk_bytes // max(1, geometry.bytes_of_example)))
     divisor = max(n for n in range(1, most + 1) if geometry.batch % n == 0)
-    return divisor if 2 * divisor > most else most
+    return divisor * geometry.parts if 2 * divisor > most or geometry.parts > 1 else most
 
 
-def geometry_of(x: Any, w: Any, static: Any, machine: Machine | None = None) -> Geometry:
-    """The sizes of a convolution of `x` by `w` with these parameters."""
+def geometry_of(x: Any, w: Any, static: Any, machine: Machine | None = None, devices: int = 1) -> Geometry:
+    """The sizes of a convolution of `x` by `w` with these parameters, its batch split over some devices."""
     lhs, rhs, _ = static["dimension_numbers"]
+    parts = math.gcd(devices, x.shape[lhs[0]])
     kernel = tuple(w.shape[a] for a in rhs[2:])
     spatial = tuple(x.shape[a] for a in lhs[2:])
     output = tuple(
@@ -86,8 +92,8 @@ def geometry_of(x: Any, w: Any, static: Any, machine: Machine | None = None) -> 
     strides = tuple(static["window_strides"])
     inputs, outputs = x.shape[lhs[1]], w.shape[rhs[0]]
     padded = any(map(any, static["padding"]))
-    sizes = x.shape[lhs[0]], spatial, output, kernel, inputs, outputs, strides
-    return Geometry(*sizes, padded, x.dtype.itemsize, machine)
+    sizes = x.shape[lhs[0]] // parts, spatial, output, kernel, inputs, outputs, strides
+    return Geometry(*sizes, padded, x.dtype.itemsize, machine, parts)
 
 
 # --- one chunk --------------------------------------------------------------------------------

@@ -1,0 +1,208 @@
+"""A pipeline on its devices: its tasks are run in the order of the timeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from funcprop import _jax
+from funcprop.partition.device_bytes import DeviceBytes
+from funcprop.partition.layout import DATA
+from funcprop.partition.pipeline import PipelinedProgram, sent
+from funcprop.partition.stage_needs import cotangents
+from funcprop.partition.stages import replicated, stage_meshes
+from funcprop.partition.task_order import PipelineTask
+from funcprop.partition.traffic import Collective, compiled_collectives
+from funcprop.program.sizes import nbytes
+
+Watch = Callable[[PipelineTask], None]
+
+
+class RunningPipeline:
+    """A pipeline on its devices, which need not be there if it is only compiled."""
+
+    def __init__(self, program: PipelinedProgram, devices: Sequence[Any]) -> None:
+        self.program = program
+        meshes = stage_meshes(devices, program.place_count, program.replicas)
+        self._mesh = [meshes[place] for place in program.timeline.devices]
+
+    def place(self, params: Any, state: Any = None, optimizer: Any = None) -> tuple[Any, Any]:
+        """Parameters, and the optimizer's state, each leaf on the devices of the stage that owns it."""
+        leaves, tree = jax.tree.flatten(params)
+        placed = [_copied(x, self._mesh[s]) for x, s in zip(leaves, self.program.owners, strict=True)]
+        if state is None:
+            return jax.tree.unflatten(tree, placed), None
+        rest, state_tree = jax.tree.flatten(state)
+        owners = self.program.updates(optimizer).state_owners
+        held = [_copied(x, self._mesh[s or 0]) for x, s in zip(rest, owners, strict=True)]
+        return jax.tree.unflatten(tree, placed), jax.tree.unflatten(state_tree, held)
+
+    def _to(self, s: int, x: Any) -> Any:
+        """An array on the devices of a stage, laid out as it is on those of another."""
+        spec = getattr(x.sharding, "spec", PartitionSpec())
+        return jax.device_put(x, NamedSharding(self._mesh[s], spec))
+
+    def _parts(self, batch: Any) -> tuple[list[list[Any]], list[Any]]:
+        """The leaves of each microbatch, and its weight as a share of all."""
+        problem, count = self.program.problem, self.program.microbatches
+        stacked = jax.tree.leaves(problem.parts_of(batch, count, strided=False))
+        parts = [[x[m] for x in stacked] for m in range(count)]
+        if problem.weight is None:
+            return parts, [1 / count] * count
+        tree = jax.tree.structure(batch)
+        weights = [problem.weight(jax.tree.unflatten(tree, part)) for part in parts]
+        total = sum(weights)
+        return parts, [w / total for w in weights]
+
+    def _example(self, s: int, x: Any, d: int | None) -> Any:
+        spec = PartitionSpec() if d is None else PartitionSpec(*[None] * d, DATA)
+        return jax.device_put(x, NamedSharding(self._mesh[s], spec))
+
+    def gradient(self, params: Any, batch: Any, watch: Watch | None = None) -> tuple[Any, list[Any]]:
+        """The loss, and the leaves of the gradient, each where the parameter is."""
+        program, last = self.program, self.program.count - 1
+        leaves = jax.tree.leaves(params)
+        held = [
+            [self._to(s, leaves[i]) for i in segment.params] for s, segment in enumerate(program.segments)
+        ]
+        total = [
+            [jnp.zeros(x.shape, x.dtype, device=replicated(self._mesh[s])) for x in own]
+            for s, own in enumerate(held)
+        ]
+        parts, weights = self._parts(batch)
+        places = program.problem.batch_axes
+        handed: dict[tuple[str, int, int], Any] = {}
+        saved: dict[tuple[int, int], Any] = {}
+        losses: list[Any] = []
+        for task in program.timeline.tasks:
+            s, m = task.stage, task.microbatch
+            stage, segment = program.stages[s], program.segments[s]
+            if task.sweep == "F":
+                examples = [self._example(s, parts[m][i], places[i]) for i in segment.batch]
+                inputs = [self._to(s, x) for x in handed.pop(("F", s - 1, m), [])]
+                outputs, kept = stage.forward(held[s], examples, inputs)
+                saved[s, m] = kept, examples, inputs
+                if s == last:
+                    weight = jax.device_put(
+                        jnp.asarray(weights[m], outputs[0].dtype), replicated(self._mesh[s])
+                    )
+                    losses.append(weight * outputs[0])
+                    handed["B", s, m] = [weight]
+                else:
+                    handed["F", s, m] = outputs
+                del inputs, outputs, examples, kept
+            else:
+                sent = handed.pop(("B", s, m))
+                sent = sent if s == last else self._cotangents(s, sent)
+                kept, examples, inputs = saved.pop((s, m))
+                total[s], sent = stage.backward(total[s], kept, sent, held[s], examples, inputs)
+                if s:
+                    handed["B", s - 1, m] = sent
+                del sent, kept, examples, inputs
+            if watch is not None:
+                watch(task)
+        return sum(losses[1:], losses[0]), self._added(leaves, total)
+
+    def _cotangents(self, s: int, sent: list[Any]) -> list[Any]:
+        """What the next stage sent back, with zeros for what has no derivative."""
+        given = iter(sent)
+        found = []
+        for v in self.program.segments[s].outputs:
+            if jnp.issubdtype(v.dtype, jnp.inexact):
+                found.append(self._to(s, next(given)))
+            else:
+                found.append(_jax.zero_tangent(v))
+        return found
+
+    def _added(self, leaves: Sequence[Any], total: Sequence[Sequence[Any]]) -> list[Any]:
+        """The gradients on the owners of their parameters; those of other stages are added in their order."""
+        grads: list[Any] = [None] * len(leaves)
+        for s, segment in enumerate(self.program.segments):
+            for i, x in zip(segment.params, total[s], strict=True):
+                owner = self.program.owners[i]
+                grads[i] = x if grads[i] is None else grads[i] + self._to(owner, x)
+        return [
+            jnp.zeros(x.shape, x.dtype, device=replicated(self._mesh[owner])) if g is None else g
+            for g, x, owner in zip(grads, leaves, self.program.owners, strict=True)
+        ]
+
+    def step(self, optimizer: Any) -> Callable[..., Any]:
+        """A train step: `step(params, state, batch) -> params, state, loss`; it overwrites the parameters."""
+        updates = self.program.updates(optimizer)
+        programs, owners = updates.programs, updates.state_owners
+
+        def step(params: Any, state: Any, batch: Any) -> Any:
+            value, grads = self.gradient(params, batch)
+            leaves, tree = jax.tree.flatten(params)
+            rest, state_tree = jax.tree.flatten(state)
+            new, kept = list(leaves), list(rest)
+            for s, update in enumerate(programs):
+                own, needed = updates.of(s)
+                given = [self._to(s, rest[j]) for j in needed]
+                values, states = update([leaves[i] for i in own], given, [grads[i] for i in own])
+                for i, x in zip(own, values, strict=True):
+                    new[i] = x
+                for j, x in zip(needed, states, strict=True):
+                    if owners[j] == s or (owners[j] is None and s == 0):
+                        kept[j] = x
+            return jax.tree.unflatten(tree, new), jax.tree.unflatten(state_tree, kept), value
+
+        return step
+
+    def compiled(self) -> tuple[list[DeviceBytes], list[Collective]]:
+        """The peak of the devices of each place, and all collectives of a step, by the compiled programs."""
+        program = self.program
+        leaves, batch = program.leaves
+        places = program.problem.batch_axes
+        saved, extra = [], []
+        moved: list[Collective] = []
+        shapes: list[Any] = []
+        for s, stage in enumerate(program.stages):
+            params, examples, _ = stage.types(leaves, batch)
+            whole = replicated(self._mesh[s])
+            params = [_at(x, whole) for x in params]
+            split = [places[i] for i in program.segments[s].batch]
+            examples = [
+                _at(
+                    x,
+                    NamedSharding(
+                        self._mesh[s], PartitionSpec() if d is None else PartitionSpec(*[None] * d, DATA)
+                    ),
+                )
+                for x, d in zip(examples, split, strict=True)
+            ]
+            inputs = [_at(x, NamedSharding(self._mesh[s], spec)) for x, spec in shapes]
+            lowered = stage.forward.lower(params, examples, inputs)
+            forward = lowered.compile()
+            outputs, pull = jax.tree.map(_at, lowered.out_info, forward.output_shardings)
+            shapes = [(x, x.sharding.spec) for x in outputs]
+            if s < program.count - 1:
+                each = program.replicas
+                moved += [sent(x, nbytes(x) // each, s, program.microbatches) for x in outputs]
+            backward = stage.backward.lower(
+                params, pull, cotangents(outputs), params, examples, inputs
+            ).compile()
+            for compiled in (forward, backward):
+                inside = compiled_collectives(_jax.program_text(compiled))
+                moved += [replace(c, trips=c.trips * program.microbatches) for c in inside]
+            fields = _jax.memory_fields(forward), _jax.memory_fields(backward)
+            handed = sum(nbytes(x) for x in outputs) // program.replicas
+            received = sum(nbytes(x) for x in [*examples, *inputs]) // program.replicas
+            saved.append(fields[0]["output"] - handed + received)
+            new = fields[1]["output"] - fields[1]["alias"]
+            extra.append(max(fields[0]["temporary"] + handed, fields[1]["temporary"] + new))
+        return program.bytes_with(saved, extra), moved
+
+
+def _at(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _copied(x: Any, mesh: Mesh) -> Any:
+    """A copy: steps overwrite what they are given, and `device_put` shares what is already in its place."""
+    return jax.device_put(jnp.array(x, copy=True), replicated(mesh))
