@@ -2,7 +2,7 @@ from .device_bytes import DeviceBytes as DeviceBytes
 from .logical_axes import Axes as Axes
 from .logical_axes import Axis as Axis
 from .logical_axes import axes as axes
-from .plans import PartitionPlan as PartitionPlan
+from .partition_plan import PartitionPlan as PartitionPlan
 from .plans import Plans as Plans
 from .plans import RejectedPlan as RejectedPlan
 from .proof import PartitionProof as PartitionProof

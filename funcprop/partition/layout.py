@@ -17,8 +17,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from funcprop.partition.axis_program import AxisProgram
 from funcprop.partition.links import Place, rank, shape
-from funcprop.partition.logical_axes import Axes, AxisProgram
+from funcprop.partition.logical_axes import Axes
 from funcprop.program.sizes import nbytes
 
 DATA, MODEL, STAGE = "data", "model", "stage"

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from funcprop.partition.axis_program import AxisProgram, flat_program
 from funcprop.partition.layout import batch_places, example_axis
-from funcprop.partition.logical_axes import Axes, AxisProgram, axes_of, flat_program
+from funcprop.partition.logical_axes import Axes, axes_of
 from funcprop.partition.segments import Cuttable
-from funcprop.program.call import has_values, with_extra_arguments
+from funcprop.program.call import has_values, update_by
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
 from funcprop.rules.transforms import value_and_grad
@@ -157,16 +158,11 @@ def updated(
     gradient: Callable[..., Any], problem: TrainingProblem, optimizer: optax.GradientTransformation
 ) -> Callable[..., Any]:
     """A train step of a problem: `step(params, state, batch) -> params, state, loss`."""
-    transformation, loss = with_extra_arguments(optimizer), with_rules(problem.loss, problem.rules)
+    update, loss = update_by(optimizer), with_rules(problem.loss, problem.rules)
 
     def step(params: Any, state: Any, batch: Any) -> Any:
         value, grads = gradient(params, batch)
-
-        def value_fn(params: Any, batch: Any = batch) -> Any:
-            return loss(params, batch)
-
-        extra = {"value": value, "grad": grads, "value_fn": value_fn, "batch": batch}
-        changes, state = transformation.update(grads, state, params, **extra)
+        changes, state = update(grads, state, params, value, loss, batch)
         return optax.apply_updates(params, changes), state, value
 
     return step

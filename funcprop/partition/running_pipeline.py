@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from funcprop import _jax
+from funcprop._jax.xla_options import for_buffers
 from funcprop.partition.device_bytes import DeviceBytes
 from funcprop.partition.layout import DATA
 from funcprop.partition.pipeline import PipelinedProgram, sent
@@ -158,7 +159,7 @@ class RunningPipeline:
         """The peak of the devices of each place, and all collectives of a step, by the compiled programs."""
         program = self.program
         leaves, batch = program.leaves
-        places = program.problem.batch_axes
+        places, options = program.problem.batch_axes, for_buffers(program.problem.platform)
         saved, extra = [], []
         moved: list[Collective] = []
         shapes: list[Any] = []
@@ -178,7 +179,7 @@ class RunningPipeline:
             ]
             inputs = [_at(x, NamedSharding(self._mesh[s], spec)) for x, spec in shapes]
             lowered = stage.forward.lower(params, examples, inputs)
-            forward = lowered.compile()
+            forward = lowered.compile(options)
             outputs, pull = jax.tree.map(_at, lowered.out_info, forward.output_shardings)
             shapes = [(x, x.sharding.spec) for x in outputs]
             if s < program.count - 1:

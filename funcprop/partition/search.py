@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cache, cached_property, partial
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal, get_args
 
 import optax
 
-from funcprop.memory.remat.limits import BudgetError, RematLimits
-from funcprop.memory.remat.rematerialize import Rematerializer
-from funcprop.partition.layout import DATA, MODEL, STAGE
-from funcprop.partition.pipeline import PipelinedProgram
-from funcprop.partition.plans import PartitionPlan, PlanProgram, Plans, RejectedPlan
-from funcprop.partition.problem import TrainingProblem, Weight, require_mean
-from funcprop.partition.programs import SteppedProgram
-from funcprop.partition.sharded import ShardedProgram
+from funcprop.memory.remat.limits import BudgetError
+from funcprop.partition.partition_plan import PartitionPlan
+from funcprop.partition.plan_kinds import PlanKinds
+from funcprop.partition.plans import Plans, RejectedPlan
+from funcprop.partition.problem import TrainingProblem, Weight
 from funcprop.partition.task_order import Order
-from funcprop.partition.topology import DeviceTarget, target_of
+from funcprop.partition.topology import target_of
 from funcprop.program.batch_arguments import taking_a_batch
 from funcprop.program.call import require_optimizer
 from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import budget_bytes, nbytes
 from funcprop.program.trained import Trained
-from funcprop.rules.primitives import convolution, pooling
-from funcprop.rules.rule import Rule
-from funcprop.rules.rule_set import OperatorKey, RuleSet
+from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.sets import chosen_rules
 
-# Segments of ZeRO-3: more of them gather less at a time.
-_SEGMENTS = 12
 _SHARES = (0.5, 0.25, 0.1)
-_CONVOLUTION = "conv_general_dilated"
+# What is estimated to be larger than the budget by so much is not compiled to see whether it fits.
+_DOUBT = 1.25
+By = Literal["checked", "estimate"]
 
 
 def plan(
@@ -49,6 +42,7 @@ def plan(
     microbatches: int | None = None,
     schedule: Order = "1f1b",
     shard_parameters: bool = False,
+    by: By = "checked",
 ) -> Callable[..., Plans]:
     """Plan a train step on several devices: `plan(loss)(params, batch, devices=8) -> Plans`.
 
@@ -58,7 +52,8 @@ def plan(
 
     With `mesh`, the one plan of that mesh: `{"data": 4, "model": 2}`, `{"stage": 4, "data": 2}`. Without,
     data and tensor parallelism and both, ZeRO-3, pipelines, and on one device smaller minibatches,
-    accumulation and rematerialisation, which are the alternatives at equal bytes.
+    accumulation and rematerialisation, which are the alternatives at equal bytes. Bytes are estimated; on
+    devices that are here the best plans are compiled until one is known to fit the budget.
 
     Plans that cut the batch (all but data and tensor parallelism) need a loss that is a mean over
     examples; with `weight`, a weighted one, in which a part of the batch counts `weight(part)`. It is
@@ -76,6 +71,7 @@ def plan(
         microbatches: into how many parts a pipeline, or accumulation, cuts the batch.
         schedule: of a pipeline: "1f1b", "gpipe" or "interleaved" (two stages on each device).
         shard_parameters: with `mesh={"data": n}`, ZeRO-3.
+        by: "checked", or "estimate", which compiles nothing.
 
     Raises:
         TypeError: an nnx model holds more than parameters; with what to write.
@@ -97,7 +93,7 @@ def plan(
         params: Any, batch: Any, devices: int | Sequence[Any] | None = None, on: str | None = None
     ) -> Plans:
         target = target_of(devices, on)
-        _check(optimizer, weight, mesh, microbatches)
+        _check(optimizer, weight, mesh, microbatches, by)
         limit = target.machine.memory if budget is None else budget_bytes(budget, "budget")
         chosen = chosen_rules(rules)
         if not target.is_present and chosen.target is None:
@@ -106,16 +102,18 @@ def plan(
         function = model.function(taking_a_batch(loss, params, batch))
         platform = target.machine.platform
         problem = TrainingProblem(function, model.arrays, batch, optimizer, chosen, weight, platform)
-        search = _Search(problem, target, limit, microbatches, schedule)
+        kinds = PlanKinds(problem, target, limit, microbatches, schedule)
         if mesh is not None:
-            return Plans((search.on_mesh(mesh, shard_parameters),), (), problem.examples)
-        return search.all()
+            return Plans((kinds.on_mesh(mesh, shard_parameters),), (), problem.examples)
+        return _Search(kinds, by).all()
 
     return planned
 
 
-def _check(optimizer: Any, weight: Any, mesh: Any, microbatches: Any) -> None:
+def _check(optimizer: Any, weight: Any, mesh: Any, microbatches: Any, by: Any) -> None:
     """Raise if an argument of `plan` is not what it says."""
+    if by not in get_args(By):
+        raise ValueError(f"by={by!r} is not known; use one of {', '.join(map(repr, get_args(By)))}.")
     if optimizer is not None:
         require_optimizer("plan: ", optimizer)
     if weight is not None and not callable(weight):
@@ -127,148 +125,11 @@ def _check(optimizer: Any, weight: Any, mesh: Any, microbatches: Any) -> None:
 
 
 class _Search:
-    """The plans of one problem."""
+    """Every kind of plan of one problem, best first."""
 
-    def __init__(
-        self,
-        problem: TrainingProblem,
-        target: DeviceTarget,
-        budget: int | None,
-        microbatches: int | None,
-        schedule: Order,
-    ) -> None:
-        self.problem, self.target, self.budget = problem, target, budget
-        self.microbatches, self.schedule = microbatches, schedule
-
-    def _plan(self, name: str, mesh: Mapping[str, int], program: PlanProgram, **more: Any) -> PartitionPlan:
-        notes: tuple[str, ...] = ()
-        if not self.problem.has_values and not (isinstance(program, SteppedProgram) and program.is_plain):
-            notes = ("not checked: whether the loss is a mean over examples needs values, not shapes",)
-        return PartitionPlan(
-            name, dict(mesh), program.problem, program, self.target, self.budget, notes=notes, **more
-        )
-
-    def _split(self, devices: int) -> TrainingProblem:
-        """The problem where examples are on several devices: rules go by the sizes of one.
-
-        A convolution takes its batch in chunks, of which each device has a part. For autodiff's derivative of
-        a max-pool XLA gathers the examples, so there the rule is used at all sizes.
-        """
-        problem, rules = self.problem, self.problem.rules
-        if devices == 1 or rules is None or problem.platform == "tpu":
-            return problem
-        made = {eqn.primitive.name for eqn, _ in problem.axes.program.equations}
-        changes: dict[OperatorKey, Rule | None] = {}
-        if "select_and_scatter_add" in made:
-            pools = ("reduce_window_max", False), ("reduce_window_min", True)
-            changes |= {name: pooling.rule(minimum=least, everywhere=True) for name, least in pools}
-        if _CONVOLUTION in made:
-            changes[_CONVOLUTION] = convolution.rule(devices=devices)
-        changes = {name: r for name, r in changes.items() if name in rules and not rules.is_replaced(name)}
-        return replace(problem, rules=rules.replace(changes)) if changes else problem
-
-    @cached_property
-    def _mean(self) -> None:
-        require_mean(self.problem)
-
-    # --- single plans -------------------------------------------------------------------------
-
-    def on_mesh(self, mesh: Mapping[str, int], shard_parameters: bool) -> PartitionPlan:
-        """The plan of a mesh.
-
-        Raises:
-            ValueError: an axis is not known, or there are not so many devices.
-        """
-        if unknown := set(mesh) - {DATA, MODEL, STAGE}:
-            raise ValueError(
-                f"mesh={dict(mesh)!r}: the model has no axis "
-                f"{', '.join(sorted(map(repr, unknown)))}; use data "
-                "(examples), model (parameters) and stage (a pipeline)."
-            )
-        count = math.prod(mesh.values())
-        if count > self.target.count:
-            raise ValueError(
-                f"mesh={dict(mesh)!r} needs {count} devices, and there are {self.target.count}; "
-                f"use fewer, or "
-                "on='v5e:4x4' for devices that are not there."
-            )
-        if mesh.get(STAGE, 1) > 1:
-            if mesh.get(MODEL, 1) > 1:
-                raise ValueError(
-                    f"mesh={dict(mesh)!r}: a pipeline is combined with data, not with model; drop one."
-                )
-            return self.pipeline(mesh[STAGE], mesh.get(DATA, 1))
-        if shard_parameters:
-            if mesh.get(MODEL, 1) > 1:
-                raise ValueError(f"mesh={dict(mesh)!r}: shard_parameters=True is for data alone; drop model.")
-            return self.zero(mesh.get(DATA, 1))
-        parts = self.microbatches or 1
-        return self.layout(mesh.get(DATA, 1), mesh.get(MODEL, 1), parts)
-
-    def layout(self, data: int, model: int, parts: int = 1) -> PartitionPlan:
-        """Data and tensor parallelism, with accumulation over `parts` microbatches."""
-        names = ([f"data {data}"] if data > 1 else []) + ([f"tensor {model}"] if model > 1 else [])
-        if parts > 1:
-            self.problem.require_parts(parts, "microbatches")
-            self.problem.require_parts(parts * data, "microbatches × data")
-            self._mean  # noqa: B018
-            names.append(f"accumulation {parts}")
-        sizes = {DATA: data, MODEL: model} if model > 1 else {DATA: data}
-        program = SteppedProgram(self._split(data), sizes, parts)
-        program.whole_batch  # noqa: B018 (an axis that cannot be split is an error here)
-        return self._plan(" × ".join(names) or "one device", sizes, program)
-
-    def minibatch(self, parts: int) -> PartitionPlan:
-        """A smaller minibatch on one device: so many updates with a part of the batch each."""
-        self.problem.require_parts(parts, "minibatches")
-        program = SteppedProgram(self.problem, {DATA: 1}, minibatches=parts)
-        size = self.problem.examples // parts
-        return self._plan(f"minibatch of {size}", {DATA: 1}, program, updates=parts)
-
-    def remat(self, share: float) -> PartitionPlan:
-        """Rematerialisation on one device, within a share of what is held between the sweeps."""
-        # Schedules are compared by what they compile to only where that is what will run.
-        lean = Rematerializer(RematLimits(share, measure=False))
-        found = lean.plan_of(self.problem.loss)(*self.problem.shapes)
-        options = found.compiler_options if self.target.is_present else {}
-        program = SteppedProgram(self.problem, {DATA: 1}, lean=lean.applied, compiler_options=options or {})
-        return self._plan(f"rematerialisation {share:.0%}", {DATA: 1}, program)
-
-    def zero(self, parts: int) -> PartitionPlan:
-        """ZeRO-3 over so many devices."""
-        self.problem.require_parts(parts, "data")
-        self._mean  # noqa: B018
-        most = len(self.problem.cuttable(parts).positions()) - 1
-        program = ShardedProgram(self.problem, parts, min(most, _SEGMENTS))
-        return self._plan(f"zero {parts}", {DATA: parts}, program)
-
-    def pipeline(self, stages: int, replicas: int) -> PartitionPlan:
-        """A pipeline, each stage on `replicas` devices."""
-        parts = self.microbatches or self._microbatches(stages, replicas)
-        self.problem.require_parts(parts, "microbatches")
-        self.problem.require_parts(parts * replicas, "microbatches × data")
-        self._mean  # noqa: B018
-        count = stages * 2 if self.schedule == "interleaved" else stages
-        program = PipelinedProgram(self._split(replicas), count, parts, self.schedule, stages, replicas)
-        program.timeline  # noqa: B018
-        program.segments  # noqa: B018 (a loss that cannot be cut is an error here)
-        name = f"pipeline {stages} ({self.schedule})" + (f" × data {replicas}" if replicas > 1 else "")
-        mesh = {STAGE: stages, DATA: replicas} if replicas > 1 else {STAGE: stages}
-        return self._plan(name, mesh, program)
-
-    def _microbatches(self, stages: int, replicas: int) -> int:
-        """The largest number up to four for each stage into which the batch can be cut."""
-        each = self.problem.examples // replicas
-        fit = [
-            m
-            for m in range(1, 4 * stages + 1)
-            if each % m == 0 and self.problem.examples % (m * replicas) == 0
-        ]
-        if self.schedule == "interleaved":
-            fit = [m for m in fit if m % stages == 0] or fit
-        return max(fit, default=1)
-
-    # --- all plans ----------------------------------------------------------------------------
+    def __init__(self, kinds: PlanKinds, by: By) -> None:
+        self.kinds, self.by = kinds, by
+        self.problem, self.target, self.budget = kinds.problem, kinds.target, kinds.budget
 
     def all(self) -> Plans:
         """Every kind of plan that can be made, best first."""
@@ -282,26 +143,34 @@ class _Search:
                 rejected.append(RejectedPlan(name, str(error)))
                 continue
             found.append(made)
-        found.sort(key=lambda p: (p.fits is False, p.seconds / p.updates if p.fits else p.predicted.total))
-        return Plans(tuple(found), tuple(rejected), self.problem.examples)
+        return Plans(tuple(self._checked(found)), tuple(rejected), self.problem.examples)
+
+    def _checked(self, plans: list[PartitionPlan]) -> list[PartitionPlan]:
+        """The plans, best first, compiled until the first of them is known to fit, or that none does."""
+        found = sorted(plans, key=_order)
+        if self.by == "checked" and self.target.is_present and self.budget is not None:
+            near = _DOUBT * self.budget
+            while (best := found[0]).compiled_bytes is None and best.held <= near:
+                found = sorted([best.checked(), *found[1:]], key=_order)
+        return found
 
     def _candidates(self) -> Iterator[tuple[str, Callable[[], PartitionPlan]]]:
         n = self.target.count
         yield "one device", lambda: self._one_device
         if n > 1:
-            yield f"data {n}", partial(self.layout, n, 1)
+            yield f"data {n}", partial(self.kinds.layout, n, 1)
             for model in _divisors(n):
-                yield f"data {n // model} × tensor {model}", partial(self.layout, n // model, model)
-            yield f"zero {n}", partial(self.zero, n)
+                yield f"data {n // model} × tensor {model}", partial(self.kinds.layout, n // model, model)
+            yield f"zero {n}", partial(self.kinds.zero, n)
             for stages in _stage_counts(n):
-                yield f"pipeline {stages}", partial(self.pipeline, stages, n // stages)
+                yield f"pipeline {stages}", partial(self.kinds.pipeline, stages, n // stages)
             yield (
                 f"data {n} × accumulation",
-                lambda: self._smallest(lambda parts: self.layout(n, 1, parts), n),
+                lambda: self._smallest(lambda parts: self.kinds.layout(n, 1, parts), n),
             )
-        yield "accumulation", partial(self._smallest, partial(self.layout, 1, 1), 1)
+        yield "accumulation", partial(self._smallest, partial(self.kinds.layout, 1, 1), 1)
         if self.problem.optimizer is not None:
-            yield "minibatch", partial(self._smallest, self.minibatch, 1)
+            yield "minibatch", partial(self._smallest, self.kinds.minibatch, 1)
         yield "rematerialisation", self._cheapest_remat
 
     def _smallest(self, make: Callable[[int], PartitionPlan], among: int) -> PartitionPlan:
@@ -318,7 +187,7 @@ class _Search:
 
     @cached_property
     def _one_device(self) -> PartitionPlan:
-        return self.layout(1, 1)
+        return self.kinds.layout(1, 1)
 
     def _bytes_that_stay(self) -> int:
         """What one device holds at some time, whatever is computed again."""
@@ -345,7 +214,7 @@ class _Search:
                 )
         for share in _SHARES:
             try:
-                found = self.remat(share)
+                found = self.kinds.remat(share)
             except BudgetError:
                 break
             if self.budget is None or found.fits:
@@ -353,6 +222,11 @@ class _Search:
         if found is None:
             raise ValueError("no half of what is held between the sweeps can be computed again.")
         return found
+
+
+def _order(plan: PartitionPlan) -> tuple[bool, float]:
+    fast = plan.fits is not False
+    return not fast, plan.seconds / plan.updates if fast else plan.held
 
 
 def _divisors(n: int) -> list[int]:

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 from funcprop import _jax
 from funcprop.memory.estimate import estimate
+from funcprop.partition.axis_program import flat_program
 from funcprop.partition.layout import DATA, MeshLayout
 from funcprop.partition.local import local_program
-from funcprop.partition.logical_axes import flat_program
 from funcprop.partition.stages import StageSweeps
 from funcprop.partition.traffic import Collective, predicted_collectives
 from funcprop.program.sizes import nbytes

@@ -163,12 +163,27 @@ def require_optimizer(of: str, optimizer: Any) -> None:
         raise TypeError(f"{of}optimizer is {shown}; pass an optax optimizer, such as optax.adam(1e-3).")
 
 
-def with_extra_arguments(optimizer: optax.GradientTransformation) -> Any:
-    """Return the optimizer as one that takes extra arguments, which it is given if it has use for them."""
+def update_by(optimizer: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
+    """Make `update(gradient, state, params, value, loss, batch) -> (updates, state)` of an optimizer.
+
+    It is given what it has use for besides the gradient: `value`, `grad`, `batch`, and as `value_fn` the
+    `loss(params, batch)`, of this batch if none is given.
+    """
     require_optimizer("", optimizer)
     if isinstance(optimizer, optax.MultiSteps):  # It hands extra arguments on, but its type does not say so.
         optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
-    return optax.with_extra_args_support(optimizer)
+    transformation = optax.with_extra_args_support(optimizer)
+
+    def update(
+        gradient: Any, state: Any, params: Any, value: Any, loss: Callable[..., Any], batch: Any
+    ) -> tuple[Any, Any]:
+        def value_fn(params: Any, batch: Any = batch) -> Any:
+            return loss(params, batch)
+
+        extra = {"value": value, "grad": gradient, "value_fn": value_fn, "batch": batch}
+        return transformation.update(gradient, state, params, **extra)
+
+    return update
 
 
 def has_values(tree: Any) -> bool:

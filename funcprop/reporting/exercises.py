@@ -27,7 +27,8 @@ from funcprop.equations.plain_graph import plain
 from funcprop.graph.graph import Operator, Variable, bytes_text, shape_text
 from funcprop.graph.objective import Objective
 from funcprop.memory.ledger import Footprint
-from funcprop.partition.plans import PartitionPlan, RejectedPlan
+from funcprop.partition.partition_plan import PartitionPlan
+from funcprop.partition.plans import RejectedPlan
 from funcprop.partition.proof import PartitionProof
 from funcprop.partition.search import plan
 from funcprop.program.batch_arguments import of_batch

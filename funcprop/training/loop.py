@@ -17,7 +17,7 @@ import jax
 import optax
 
 from funcprop.program.batch_arguments import arguments
-from funcprop.program.call import with_extra_arguments, without_aux
+from funcprop.program.call import update_by, without_aux
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
 from funcprop.rules.transforms import value_and_grad
@@ -135,7 +135,7 @@ def make_step(
         >>> print(w, loss)
         [0.5 0.5] 2.0
     """
-    transformation = with_extra_arguments(optimizer)
+    update = update_by(optimizer)
 
     def step(params: Any, state: Any, batch: Any, *carried: Any) -> tuple[Any, ...]:
         if len(carried) > 1 or (carried and not has_aux):
@@ -150,9 +150,8 @@ def make_step(
         of_params.__name__ = getattr(loss, "__name__", type(loss).__name__)
         found, gradient = value_and_grad(of_params, has_aux=has_aux, rules=rules)(params)
         value, *aux = found if has_aux else (found,)
-        value_fn = with_rules(without_aux(of_params) if has_aux else of_params, rules)
-        extra = {"value": value, "grad": gradient, "value_fn": value_fn, "batch": batch}
-        updates, state = transformation.update(gradient, state, params, **extra)
+        alone = with_rules(without_aux(of_params) if has_aux else of_params, rules)
+        updates, state = update(gradient, state, params, value, alone, batch)
         return optax.apply_updates(params, updates), state, value, *aux
 
     return jax.jit(step, donate_argnums=(0, 1))

@@ -14,6 +14,8 @@ from typing import Any
 
 import optax
 
+from funcprop.partition.fitted_plan import FittedPlan
+from funcprop.partition.partition_plan import PartitionPlan
 from funcprop.program.batch_arguments import arguments
 from funcprop.rules.rule_set import RuleSet
 from funcprop.training.compiled_step import CompiledStep, PlannedStep
@@ -25,13 +27,14 @@ from funcprop.training.update_step import update_step
 class PartedLoss(TrainingLoss):
     """A loss whose gradient a plan computes, each device from its own examples."""
 
-    plan: Any = None
+    plan: FittedPlan | None = None
 
     def _derivative(self, rules: RuleSet | None, factor: Any) -> Callable[..., Any]:
         def loss(params: Any, batch: Any) -> Any:
             return self.whole(params, None, batch, None)[0]
 
         def derivative(params: Any, model: Any, batch: Any, key: Any) -> Any:
+            assert self.plan is not None
             value, gradient = self.plan.gradient_of(loss, rules)(params, batch, factor)
             return (value, (value if factor is None else value / factor, (model, {}))), gradient
 
@@ -50,22 +53,22 @@ def step_under(
     Raises:
         TypeError: the plan does not do what the loss needs.
     """
-    if not hasattr(plan, "fitted"):
+    if not isinstance(plan, PartitionPlan):
         _refuse(objective, fields(objective), "a plan of one's own has a step of its own", "leave them out")
         return objective, PlannedStep(plan.step(optimizer), objective.loss, params), plan.place
-    place = partial(plan.place, optimizer=optimizer)
-    if plan.is_of_parts:
+    place, fitted = partial(plan.place, optimizer=optimizer), FittedPlan(plan)
+    if fitted.is_of_parts:
         why = f"the plan {plan.name!r} computes losses of parts of a batch, on different devices"
         _refuse(objective, [f for f in fields(objective) if f.name in _OF_THE_WHOLE], why, _WHOLE)
     if "stage" in plan.mesh:
-        return objective, _pipelined(plan, objective, optimizer, rules, params), place
-    loss, parts = plan.fitted(objective.loss)
+        return objective, _pipelined(fitted, objective, optimizer, rules, params), place
+    loss, parts = fitted.differentiated(objective.loss)
     objective = replace(objective, loss=loss, accumulate=objective.accumulate * parts)
-    if plan.is_of_parts:
+    if fitted.is_of_parts:
         given = {f.name: getattr(objective, f.name) for f in fields(TrainingLoss)}
-        objective = PartedLoss(**given, plan=plan)
+        objective = PartedLoss(**given, plan=fitted)
     step = update_step(objective, optimizer, plan.problem.rules if rules is None else rules)
-    return objective, CompiledStep(step, plan.put, plan.compiler_options), place
+    return objective, CompiledStep(step, plan.put, fitted.compiler_options), place
 
 
 _OF_THE_WHOLE = ("has_aux", "stateful", "keyed")
@@ -82,13 +85,15 @@ def _refuse(objective: TrainingLoss, which: Any, why: str, remedy: str) -> None:
         raise TypeError(f"fit: {', '.join(asked)}: {why}; {remedy}.")
 
 
-def _pipelined(plan: Any, objective: TrainingLoss, optimizer: Any, rules: Any, params: Any) -> PlannedStep:
+def _pipelined(
+    fitted: FittedPlan, objective: TrainingLoss, optimizer: Any, rules: Any, params: Any
+) -> PlannedStep:
     """A pipeline's step of the loss in its precision."""
     if objective.precision is not None and objective.precision.scale is not None:
         raise TypeError(
-            f"fit: precision={objective.precision.compute!r}: the plan {plan.name!r} updates each stage by "
-            "itself, so that an overflow on one cannot leave out the update of all; use 'bfloat16', or a "
-            "plan of data or tensor parallelism."
+            f"fit: precision={objective.precision.compute!r}: the plan {fitted.plan.name!r} updates each "
+            "stage by itself, so that an overflow on one cannot leave out the update of all; use 'bfloat16', "
+            "or a plan of data or tensor parallelism."
         )
     counted = objective.weight
     weight = counted and (lambda batch: counted(*arguments(batch, counted)))
@@ -96,5 +101,5 @@ def _pipelined(plan: Any, objective: TrainingLoss, optimizer: Any, rules: Any, p
     def loss(params: Any, batch: Any) -> Any:
         return objective.whole(params, None, batch, None)[0]
 
-    step = plan.step_of(loss, optimizer, objective.accumulate, weight, rules)
+    step = fitted.step_of(loss, optimizer, objective.accumulate, weight, rules)
     return PlannedStep(step, objective.loss, params)

@@ -7,13 +7,14 @@ step itself keeps them: it and every step after it return what they were given.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from funcprop.program.call import with_extra_arguments
+from funcprop.program.call import update_by
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
 from funcprop.training.position import step_key
@@ -41,7 +42,7 @@ def update_step(
     objective: TrainingLoss, optimizer: optax.GradientTransformation, rules: RuleSet | None
 ) -> Callable[..., tuple[Any, Carried, Outcome]]:
     """Make `step(params, carried, batch, key, number) -> (params, carried, outcome)`, to be jitted."""
-    transformation = with_extra_arguments(optimizer)
+    update = update_by(optimizer)
     precision = objective.precision
 
     def step(params: Any, carried: Carried, batch: Any, key: Any, number: Any) -> Any:
@@ -56,11 +57,11 @@ def update_step(
             kept = all_finite(gradient)
             scale = precision.next_scale(carried.scale, kept)
 
-        def value_fn(params: Any, batch: Any = batch) -> Any:
+        @partial(with_rules, rules=rules)
+        def loss(params: Any, batch: Any) -> Any:
             return objective.value(params, carried.model, batch, own)
 
-        extra = {"value": value, "grad": gradient, "value_fn": with_rules(value_fn, rules), "batch": batch}
-        updates, state = transformation.update(gradient, carried.optimizer, params, **extra)
+        updates, state = update(gradient, carried.optimizer, params, value, loss, batch)
         sound = all_finite(updates)
         if factor is not None:
             # An overflow of scaled gradients leaves out the update, until no smaller factor is left.
