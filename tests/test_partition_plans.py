@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -151,16 +152,42 @@ def test_zero_holds_a_third_of_what_split_arguments_hold() -> None:
 
 def test_the_table_has_every_kind_best_first() -> None:
     loss, params, batch = MODELS["mlp"]()
-    plans = fp.partition.plan(loss, optimizer=optax.adam(1e-3), budget="28kB")(params, batch, devices=4)
+    plans = fp.partition.plan(loss, optimizer=optax.adam(1e-3), budget="32kB")(params, batch, devices=4)
     names = " ".join(plan.name for plan in plans)
     kinds = "one device", "data 4", "tensor 4", "zero 4", "pipeline", "accumulation", "minibatch", "remat"
     assert [kind for kind in kinds if kind not in names] == []
     fits = [bool(plan.fits) for plan in plans]
     assert fits == sorted(fits, reverse=True)
-    assert plans[0].predicted.total <= 28_000 < plans[-1].predicted.total
+    assert plans[0].held <= 32_000 < plans[-1].held
+    # The first is known to fit: its bytes are the compiler's.
+    assert plans[0].compiled_bytes == plans[0].compile().compiled
+    assert f"compiled {plans[0].held:,}, of 32,000: fits; estimated" in str(plans[0])
+    assert plans[0].as_dict()["checked"]
+    assert plans[-1].compiled_bytes is None
     assert "× too large" in str(plans)
     assert plans.named("minibatch").updates > 1
     assert plans.as_dict()["plans"][0]["name"] == plans[0].name
+
+
+def test_plans_that_fit_by_the_estimate_alone_are_compiled_until_one_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loss, params, batch = MODELS["mlp"]()
+    compiled = []
+
+    def checked(plan: fp.partition.PartitionPlan) -> fp.partition.PartitionPlan:
+        compiled.append(plan.name)
+        return dataclasses.replace(plan, compiled_bytes=10**9 if len(compiled) < 3 else 20_000)
+
+    monkeypatch.setattr(fp.partition.PartitionPlan, "checked", checked)
+    make = fp.partition.plan(loss, optimizer=optax.adam(1e-3), budget="1MB")
+    plans = make(params, batch, devices=2)
+    assert len(compiled) == 3
+    assert (plans[0].name, plans[0].held, plans[0].fits) == (compiled[-1], 20_000, True)
+    assert [plan.fits for plan in plans if plan.name in compiled[:2]] == [False, False]
+    make = fp.partition.plan(loss, optimizer=optax.adam(1e-3), budget="1MB", by="estimate")
+    assert all(plan.compiled_bytes is None for plan in make(params, batch, devices=2))
+    assert len(compiled) == 3
 
 
 def test_smaller_minibatches_make_several_updates() -> None:
@@ -234,6 +261,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"microbatches": -1}, {}, r"microbatches=-1 is no number of parts"),
     ({"weight": 3}, {}, r"weight=3 is no function"),
     ({"optimizer": "adam"}, {}, r"plan: optimizer is 'adam'; pass an optax optimizer"),
+    ({"by": "guess"}, {}, r"by='guess' is not known; use one of 'checked', 'estimate'"),
     ({"budget": "much"}, {}, r"budget='much' is not a number of bytes"),
 ]
 

@@ -12,7 +12,6 @@ import pytest
 
 import funcprop as fp
 from funcprop import training
-from funcprop.program.call import with_extra_arguments
 
 X = np.asarray(jax.random.normal(jax.random.key(0), (64, 6)))
 Y = np.sin(X.sum(1))
@@ -126,7 +125,10 @@ ASKING = {
 def test_an_optimizer_may_ask_for_the_loss(asks: str, kind: str) -> None:
     """As `optax.polyak_sgd` and line searches do; here beside a loop in plain Optax."""
     optimizer, params = ASKING[asks], PARAMS
-    update, state = with_extra_arguments(optimizer).update, optimizer.init(PARAMS)
+    # MultiSteps hands extra arguments on, but its type does not say so.
+    plainly = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+    asking = plainly if isinstance(optimizer, optax.MultiSteps) else optimizer
+    update, state = optax.with_extra_args_support(asking).update, optimizer.init(PARAMS)
     batches = [(X[i : i + 16], Y[i : i + 16]) for i in range(0, 64, 16)]
     for batch in batches:
         value, grad = jax.value_and_grad(plain)(params, *batch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property, partial
 from numbers import Integral
@@ -11,6 +10,7 @@ from typing import Any, Literal, get_args
 import optax
 
 from funcprop.memory.remat.limits import BudgetError
+from funcprop.partition.device_bytes import DeviceBytes
 from funcprop.partition.partition_plan import PartitionPlan
 from funcprop.partition.plan_kinds import PlanKinds
 from funcprop.partition.plans import Plans, RejectedPlan
@@ -148,17 +148,22 @@ class _Search:
     def _checked(self, plans: list[PartitionPlan]) -> list[PartitionPlan]:
         """The plans, best first, compiled until the first of them is known to fit, or that none does."""
         found = sorted(plans, key=_order)
-        if self.by == "checked" and self.target.is_present and self.budget is not None:
-            near = _DOUBT * self.budget
-            while (best := found[0]).compiled_bytes is None and best.held <= near:
-                found = sorted([best.checked(), *found[1:]], key=_order)
+        if self.by != "checked" or not self.target.is_present or self.budget is None:
+            return found
+        limit = _DOUBT * self.budget
+        while not found[0].fits or found[0].compiled_bytes is None:
+            near = (i for i, p in enumerate(found) if p.compiled_bytes is None and p.held <= limit)
+            if (i := next(near, None)) is None:
+                break
+            found[i] = found[i].checked()
+            found.sort(key=_order)
         return found
 
     def _candidates(self) -> Iterator[tuple[str, Callable[[], PartitionPlan]]]:
         n = self.target.count
-        yield "one device", lambda: self._one_device
+        yield "one device", lambda: self._whole(1)
         if n > 1:
-            yield f"data {n}", partial(self.kinds.layout, n, 1)
+            yield f"data {n}", lambda: self._whole(n)
             for model in _divisors(n):
                 yield f"data {n // model} × tensor {model}", partial(self.kinds.layout, n // model, model)
             yield f"zero {n}", partial(self.kinds.zero, n)
@@ -182,20 +187,32 @@ class _Search:
         chosen = [k for k in parts if k & (k - 1) == 0] or parts
         if self.budget is None:
             return make(chosen[min(1, len(chosen) - 1)])
-        made = cache(make)
-        return made(chosen[bisect.bisect_left(chosen[:-1], True, key=lambda k: bool(made(k).fits))])
+        made, i, last = cache(make), self._guess(among, chosen), len(chosen) - 1
+        while i < last and not made(chosen[i]).fits:
+            i += 1
+        while i > 0 and made(chosen[i]).fits and made(chosen[i - 1]).fits:
+            i -= 1
+        return made(chosen[i])
+
+    def _guess(self, among: int, parts: Sequence[int]) -> int:
+        """Which number of parts is likely to be the first that fits: what does not stay is divided."""
+        assert self.budget is not None
+        held = self._whole(among).predicted
+        stays = _staying(held)
+        rest = held.total - stays
+        fit = (i for i, k in enumerate(parts) if stays + rest / k <= self.budget)
+        return next(fit, len(parts) - 1)
 
     @cached_property
-    def _one_device(self) -> PartitionPlan:
-        return self.kinds.layout(1, 1)
+    def _whole(self) -> Callable[[int], PartitionPlan]:
+        """The plan of the whole batch at once, over so many devices."""
+        return cache(lambda devices: self.kinds.layout(devices, 1))
 
     def _bytes_that_stay(self) -> int:
         """What one device holds at some time, whatever is computed again."""
-        held = self._one_device.predicted.by_purpose
-        kept = ("parameters", "optimizer state", "batch", "results")
         products = (eqn for eqn, _ in self.problem.axes.program.equations if eqn.primitive.name in PRODUCTS)
         largest = max((nbytes(eqn.outvars[0]) for eqn in products), default=0)
-        return sum(held.get(name, 0) for name in kept) + largest
+        return _staying(self._whole(1).predicted) + largest
 
     def _cheapest_remat(self) -> PartitionPlan:
         """The largest share that fits; the smallest that can be planned if none does.
@@ -222,6 +239,12 @@ class _Search:
         if found is None:
             raise ValueError("no half of what is held between the sweeps can be computed again.")
         return found
+
+
+def _staying(held: DeviceBytes) -> int:
+    """What does not depend on how much is done at a time."""
+    kept = ("parameters", "optimizer state", "batch", "results")
+    return sum(held.by_purpose.get(name, 0) for name in kept)
 
 
 def _order(plan: PartitionPlan) -> tuple[bool, float]:
