@@ -130,6 +130,58 @@ def test_a_convolution_takes_its_batch_in_chunks_of_which_each_device_has_a_part
     assert proof.gradient_error <= 1e-12
 
 
+def test_examples_are_followed_through_indices_and_keys() -> None:
+    """`x[arange(n), i]` picks of each example its own entry; each example has a key of its own."""
+
+    def loss(w: Any, batch: Any) -> Any:
+        x, classes, keys = batch
+        drawn = jax.vmap(lambda key: jax.random.bernoulli(key, 0.8, (4,)))(keys)
+        logits = jax.nn.log_softmax(jnp.tanh(x @ w[0]) * drawn @ w[1])
+        chosen = jnp.zeros_like(logits).at[jnp.arange(len(x)), classes].set(1.0)
+        return -logits[jnp.arange(len(x)), classes].mean() + jnp.mean(chosen * logits)
+
+    x = jax.random.normal(jax.random.key(0), (16, 4))
+    batch = x, jnp.arange(16) % 3, jax.random.split(jax.random.key(1), 16)
+    weights = [jnp.cos(jnp.arange(16.0)).reshape(4, 4), jnp.sin(jnp.arange(12.0)).reshape(4, 3)]
+    for kind in ("data", "zero", "pipeline_data"):
+        (plan,) = fp.partition.plan(loss, **MESHES[kind])(weights, batch)
+        assert plan.problem.batch_axes == [0, 0, 0]
+        _, gradient = plan.gradient(weights, batch)
+        reference = jax.grad(loss)(weights, batch)
+        for x, y in zip(gradient, reference, strict=True):
+            np.testing.assert_allclose(jax.device_get(x), y, atol=1e-14)
+
+
+def test_a_grouped_convolution_is_split_by_examples_but_not_on_two_axes() -> None:
+    """On a mesh of two axes XLA adds up the gradient of its kernel over both, and it is wrong."""
+
+    def loss(w: Any, x: Any) -> Any:
+        y = jax.lax.conv_general_dilated(
+            x, w[0], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=4
+        )
+        return jnp.mean((jnp.tanh(y).mean((1, 2)) @ w[1]) ** 2)
+
+    x = jax.random.normal(jax.random.key(0), (16, 5, 5, 4))
+    weights = [jax.random.normal(jax.random.key(1), (3, 3, 1, 4)), jnp.ones((4, 8))]
+    (plan,) = fp.partition.plan(loss, mesh={"data": 8})(weights, x)
+    proof = plan.compile()
+    assert proof.unpredicted == []
+    assert proof.gradient_error is not None
+    assert proof.gradient_error <= 1e-12
+    with pytest.raises(ValueError, match=r"grouped convolution's kernel wrongly .* use data or model alone"):
+        fp.partition.plan(loss, mesh={"data": 2, "model": 4})(weights, x)
+
+
+def test_a_loss_that_draws_for_the_whole_batch_is_no_mean_over_examples() -> None:
+    def loss(w: Any, batch: Any) -> Any:
+        x, key = batch
+        return jnp.mean(jnp.where(jax.random.bernoulli(key, 0.5, x.shape), jnp.tanh(x @ w) ** 2, 0))
+
+    batch = jnp.arange(64.0).reshape(16, 4) / 64, jax.random.key(0)
+    with pytest.raises(ValueError, match=r"draws random numbers.*give each example a key of its own"):
+        fp.partition.plan(loss, mesh={"data": 2}, microbatches=2)(jnp.eye(4), batch)
+
+
 def test_a_minibatch_overwrites_parameters_and_state() -> None:
     loss, params, batch = MODELS["equinox"](256)
     plan = fp.partition.plan(loss, optimizer=optax.adam(1e-3))(params, batch, devices=1).named("minibatch")

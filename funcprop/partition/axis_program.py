@@ -47,6 +47,7 @@ class AxisProgram:
         self.variables: list[Any] = []
         self.totals: list[AxisTotal] = []
         self.equations: list[tuple[Any, int]] = []
+        self.makers: dict[Any, Any] = {}
         self._enter(jaxpr.invars)
         self._walk(jaxpr, 1, frozenset())
 
@@ -87,6 +88,7 @@ class AxisProgram:
     def _walk(self, jaxpr: Any, trips: int, joined: frozenset[Any]) -> None:
         for eqn in jaxpr.eqns:
             self._enter(eqn.outvars)
+            self.makers.update(dict.fromkeys(eqn.outvars, eqn))
             bodies = [_jax.open_jaxpr(body) for _, body in _jax.sub_jaxprs(eqn)]
             self.equations.append((eqn, trips))
             if eqn.primitive.name == "scan":
@@ -99,7 +101,7 @@ class AxisProgram:
                 found.block_all([*eqn.invars, *eqn.outvars], f"it passes through `{eqn.primitive.name}`")
                 self._apply(found, eqn, trips)
             else:
-                self._apply(links_of(eqn), eqn, trips, any(v in joined for v in eqn.outvars))
+                self._apply(links_of(eqn, self.makers), eqn, trips, any(v in joined for v in eqn.outvars))
 
     def _inside(self, eqn: Any, body: Any, operands: Any, trips: int) -> None:
         self._enter([*body.constvars, *body.invars])
@@ -154,7 +156,7 @@ class AxisProgram:
             for i, root in enumerate(roots):
                 for other in roots[i + 1 :]:
                     if root == other and root not in twice:
-                        twice[root] = f"it meets itself: twice in {_described(v, self._makers.get(v))}"
+                        twice[root] = f"it meets itself: twice in {_described(v, self.makers.get(v))}"
                     elif root != other:
                         conflicts[root].add(other)
                         conflicts[other].add(root)
@@ -171,13 +173,8 @@ class AxisProgram:
         """The size, and a description, of the first array whose axis cannot be cut into so many parts."""
         for v, d in self.classes[root]:
             if shape(v)[d] % parts:
-                return shape(v)[d], _described(v, self._makers.get(v))
+                return shape(v)[d], _described(v, self.makers.get(v))
         return None
-
-    @cached_property
-    def _makers(self) -> dict[Any, Any]:
-        """The equation that makes each variable."""
-        return {v: eqn for eqn, _ in self.equations for v in eqn.outvars}
 
     def work(self) -> dict[Place, int]:
         """Operations of the matrix products that each axis takes part in."""

@@ -149,6 +149,7 @@ def layout_of(axes: Axes, sizes: Mapping[str, int], batch_variables: Sequence[An
                 "mixes their entries, as optax.lbfgs does."
             )
         split |= chosen
+        _refuse_grouped(axes.program, split)
     return MeshLayout(axes.program, dict(sizes), split)
 
 
@@ -163,6 +164,22 @@ def _not_divided(axes: Axes, root: Place, parts: int, part: int, where: str) -> 
         f"data={parts}: of the {size} examples {part} are together in {where}, which cannot be divided among "
         f"{parts} devices; use fewer devices for `data`, or rules=fp.rules.autodiff if a rule makes it."
     )
+
+
+def _refuse_grouped(program: AxisProgram, split: Mapping[Place, str]) -> None:
+    """Raise where XLA adds up the cotangent of a kernel over too many devices.
+
+    On a mesh of two axes XLA of jaxlib 0.10 sums a batch-grouped convolution, which the cotangent of a
+    grouped one's kernel is, over both: the gradient is then wrong.
+    """
+    for eqn, _ in program.equations:
+        if eqn.primitive.name == "conv_general_dilated" and eqn.params["batch_group_count"] > 1:
+            place = eqn.invars[0], eqn.params["dimension_numbers"].lhs_spec[1]
+            if split.get(program.find(place)) == DATA:
+                raise ValueError(
+                    "data × model: XLA computes the gradient of a grouped convolution's kernel wrongly where "
+                    "a mesh has two axes; use data or model alone, or a pipeline × data."
+                )
 
 
 def mesh_of(devices: Sequence[Any], sizes: Mapping[str, int]) -> Mesh:

@@ -5,18 +5,24 @@ An operator that the table does not know blocks everything that it reads and mak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from funcprop import _jax
+from funcprop.partition.index_places import own_places
 from funcprop.partition.links import Links, rank, shape
 from funcprop.program.facts import facts_of
 
 
-def links_of(eqn: Any) -> Links:
-    """What an equation without bodies says of axes; loops and calls are walked through elsewhere."""
+def links_of(eqn: Any, made: Mapping[Any, Any]) -> Links:
+    """What an equation without bodies says of axes; loops and calls are walked through elsewhere.
+
+    `made` has the equations that make variables.
+    """
     found, name, facts = Links(), eqn.primitive.name, facts_of(eqn)
-    if name in _TABLE:
+    if name in _INDEXED:
+        _INDEXED[name](eqn, found, made)
+    elif name in _TABLE:
         _TABLE[name](eqn, found)
     elif facts.elementwise or facts.identity:
         _elementwise(eqn, found)
@@ -30,23 +36,7 @@ def links_of(eqn: Any) -> Links:
 
 
 # Operators whose results have entries that depend on their place alone: each device makes its own.
-_MAKERS = frozenset(
-    [
-        "iota",
-        "random_bits",
-        "random_seed",
-        "random_wrap",
-        "random_unwrap",
-        "random_split",
-        "random_fold_in",
-        "threefry2x32",
-        "create_token",
-        "after_all",
-        "empty",
-        "debug_callback",
-        "debug_print",
-    ]
-)
+_MAKERS = frozenset({"iota", "create_token", "after_all", "empty", "debug_callback", "debug_print"})
 
 
 def _elementwise(eqn: Any, found: Links) -> None:
@@ -109,22 +99,25 @@ def _dot(eqn: Any, found: Links) -> None:
 
 def _convolution(eqn: Any, found: Links) -> None:
     numbers, (image, kernel), result = eqn.params["dimension_numbers"], eqn.invars, eqn.outvars[0]
-    if eqn.params["feature_group_count"] > 1 or eqn.params["batch_group_count"] > 1:
-        what = "a grouped convolution"
-        specs = ((image, numbers.lhs_spec), (kernel, numbers.rhs_spec), (result, numbers.out_spec))
-        if eqn.params["batch_group_count"] == 1:
+    specs = ((image, numbers.lhs_spec), (kernel, numbers.rhs_spec), (result, numbers.out_spec))
+    groups = eqn.params["feature_group_count"], eqn.params["batch_group_count"]
+    if max(groups) > 1:
+        if groups[1] == 1:
             found.link(image, numbers.lhs_spec[0], result, numbers.out_spec[0])
-            for v, spec in specs:
-                for d in spec[1:] if v is not kernel else spec:
-                    found.block(v, d, what)
-        else:
-            found.block_all([image, kernel, result], what)
+        elif groups[0] == 1:  # The cotangent of a kernel: its features are the examples, which are summed.
+            found.link(image, numbers.lhs_spec[1], kernel, numbers.rhs_spec[1])
+            found.total(image, [numbers.lhs_spec[1]])
+        free = {(0, 0), (2, 0)} if groups[1] == 1 else {(0, 1), (1, 1)} if groups[0] == 1 else set()
+        for i, (v, spec) in enumerate(specs):
+            for k, d in enumerate(spec):
+                if (i, k) not in free:
+                    found.block(v, d, "a grouped convolution")
         return
     found.link(image, numbers.lhs_spec[0], result, numbers.out_spec[0])
     found.link(kernel, numbers.rhs_spec[0], result, numbers.out_spec[1])
     found.link(image, numbers.lhs_spec[1], kernel, numbers.rhs_spec[1])
     found.total(image, [numbers.lhs_spec[1]])
-    for v, spec in ((image, numbers.lhs_spec), (kernel, numbers.rhs_spec), (result, numbers.out_spec)):
+    for v, spec in specs:
         for d in spec[2:]:
             found.block(v, d, "space of a convolution: neighbours are on another device")
 
@@ -174,7 +167,7 @@ def _reshape(eqn: Any, found: Links) -> None:
             i, j = last_i + 1, last_j + 1
 
 
-def _gather(eqn: Any, found: Links) -> None:
+def _gather(eqn: Any, found: Links, made: Mapping[Any, Any]) -> None:
     numbers, (operand, indices), result = eqn.params["dimension_numbers"], eqn.invars[:2], eqn.outvars[0]
     gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     whole = [d for d in range(rank(operand)) if d not in gone]
@@ -190,10 +183,13 @@ def _gather(eqn: Any, found: Links) -> None:
     pairs = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
     for d, place in pairs:
         found.link(operand, d, indices, place)
-    found.total(operand, numbers.collapsed_slice_dims)
+    own = own_places(indices, numbers.start_index_map, shape(operand), made)
+    for d, place in own.items():
+        found.link(operand, d, indices, place)
+    found.total(operand, [d for d in numbers.collapsed_slice_dims if d not in own])
 
 
-def _scatter(eqn: Any, found: Links) -> None:
+def _scatter(eqn: Any, found: Links, made: Mapping[Any, Any]) -> None:
     numbers, (operand, indices, updates) = eqn.params["dimension_numbers"], eqn.invars[:3]
     result = eqn.outvars[0]
     found.together(operand, result)
@@ -206,6 +202,8 @@ def _scatter(eqn: Any, found: Links) -> None:
             found.block(result, d, "a slice of it is written by an index")
             found.block(updates, place, "a slice that is written by an index")
     batching = dict(zip(numbers.scatter_indices_batching_dims, numbers.operand_batching_dims, strict=True))
+    own = own_places(indices, numbers.scatter_dims_to_operand_dims, shape(operand), made)
+    batching |= {place: d for d, place in own.items()}
     rest = [d for d in range(rank(updates)) if d not in numbers.update_window_dims]
     for d, place in enumerate(rest):
         found.link(indices, d, updates, place)
@@ -250,10 +248,13 @@ def _stack(eqn: Any, found: Links) -> None:
             found.link(part, d, whole, d + (d >= axis))
 
 
-def _bits(eqn: Any, found: Links) -> None:
-    """The last axis may be one of bytes; all others are the same."""
-    for d in range(min(map(rank, (eqn.invars[0], eqn.outvars[0])))):
-        found.link(eqn.invars[0], d, eqn.outvars[0], d)
+def _leading(eqn: Any, found: Links) -> None:
+    """The leading axes are the same: of bytes, of keys, and of what is drawn by them."""
+    for result in eqn.outvars:
+        for v in eqn.invars:
+            for d in range(min(rank(v), rank(result))):
+                if shape(v)[d] == shape(result)[d]:
+                    found.link(v, d, result, d)
 
 
 def _parts(what: str) -> Callable[[Any, Links], None]:
@@ -277,9 +278,6 @@ _TABLE: dict[str, Callable[[Any, Links], None]] = {
     "broadcast_in_dim": _broadcast,
     "transpose": _transpose,
     **dict.fromkeys(("reshape", "squeeze", "expand_dims"), _reshape),
-    "gather": _gather,
-    **dict.fromkeys(("scatter-add", "scatter_add", "scatter-sub", "scatter", "scatter-mul"), _scatter),
-    **dict.fromkeys(("scatter-min", "scatter-max"), _scatter),
     **dict.fromkeys(
         ("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window"), _window
     ),
@@ -293,7 +291,13 @@ _TABLE: dict[str, Callable[[Any, Links], None]] = {
     "dynamic_update_slice": _parts("a part of it is written by an index (`dynamic_update_slice`)"),
     "tile": _parts("it is repeated as a whole (`tile`)"),
     **dict.fromkeys(("stack", "unstack"), _stack),
-    "bitcast_convert_type": _bits,
+    **dict.fromkeys(("bitcast_convert_type", "threefry2x32", "random_bits", "random_seed"), _leading),
+    **dict.fromkeys(("random_wrap", "random_unwrap", "random_split", "random_fold_in"), _leading),
     "rev": _parts("it is reversed (`rev`)"),
     "fft": _spectrum,
+}
+_INDEXED: dict[str, Callable[[Any, Links, Mapping[Any, Any]], None]] = {
+    "gather": _gather,
+    **dict.fromkeys(("scatter-add", "scatter_add", "scatter-sub", "scatter", "scatter-mul"), _scatter),
+    **dict.fromkeys(("scatter-min", "scatter-max"), _scatter),
 }

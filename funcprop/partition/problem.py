@@ -199,10 +199,13 @@ def require_mean(problem: TrainingProblem, most: int = 64) -> None:
     eps = float(jnp.finfo(problem.value_type).eps)
     if abs(whole - mean) <= 1e4 * eps * max(abs(whole), abs(first), abs(second)):
         return
+    draws = any(eqn.primitive.name == "random_bits" for eqn, _ in problem.axes.program.equations)
     needed = (whole - second) / (first - second) if first != second else math.nan
     needs = (
-        f"it needs the weight {needed:.4g} for the first half. Pass weight=, the function of a batch that "
-        "says how much it counts (for instance its number of tokens)"
+        "it draws random numbers, and parts draw others than the whole; give each example a key of its own"
+        if draws
+        else f"it needs the weight {needed:.4g} for the first half. Pass weight=, the function of a batch "
+        "that says how much it counts (for instance its number of tokens)"
         if 0 <= needed <= 1
         else "no weights make it one. Divide it by the number of examples if it is their sum"
     )
