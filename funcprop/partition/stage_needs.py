@@ -58,9 +58,11 @@ def needs_of(
     given = [[x for x, _ in examples], [x for x, _ in inputs]]
     places = [[d for _, d in examples], [d for _, d in inputs]]
     outputs, saved = jax.eval_shape(stage.forward, params, *given)
-    forward = _Sweep(stage.forward, (params, *given), [*whole, *places[0], *places[1]], replicas, platform)
+    forward = _SplitSweep(
+        stage.forward, (params, *given), [*whole, *places[0], *places[1]], replicas, platform
+    )
     made, kept = forward.places[: len(outputs)], forward.places[len(outputs) :]
-    backward = _Sweep(
+    backward = _SplitSweep(
         stage.backward,
         (params, saved, cotangents(outputs), params, *given),
         [*whole, *kept, *made, *whole, *places[0], *places[1]],
@@ -81,7 +83,7 @@ def cotangents(outputs: Any) -> Any:
     return [x if jnp.issubdtype(x.dtype, jnp.inexact) else _jax.zero_tangent(x) for x in outputs]
 
 
-class _Sweep:
+class _SplitSweep:
     """One sweep of a stage on one of its devices, from where its arguments hold the examples."""
 
     def __init__(
