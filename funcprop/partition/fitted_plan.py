@@ -11,6 +11,7 @@ from funcprop.partition.partition_plan import PartitionPlan, PlanProgram
 from funcprop.partition.pipeline import PipelinedProgram
 from funcprop.partition.problem import TrainingProblem, Weight
 from funcprop.partition.programs import SteppedProgram
+from funcprop.partition.running_pipeline import RunningPipeline
 from funcprop.partition.sharded import ShardedProgram
 from funcprop.rules.rule_set import RuleSet
 
@@ -84,7 +85,8 @@ class FittedPlan:
         count = program.microbatches * parts
         problem.require_parts(count, "microbatches × accumulate")
         problem.require_parts(count * program.replicas, "microbatches × accumulate × data")
-        return self.plan.running(replace(program, problem=problem, microbatches=count)).step(optimizer)
+        planned = replace(program, problem=problem, microbatches=count)
+        return RunningPipeline(planned, self.plan.devices()).step(optimizer)
 
     def _problem_of(self, loss: Callable[..., Any], rules: RuleSet | None, **more: Any) -> TrainingProblem:
         chosen = self.plan.problem.rules if rules is None else rules

@@ -107,28 +107,20 @@ class PartitionPlan:
         """The devices that it is for.
 
         Raises:
-            ValueError: they are not there.
+            ValueError: they are not there, or all of them are another process's.
         """
         if not self.target.is_present:
             raise ValueError(
                 f"plan {self.name!r} is for {self.target.on}, which is not there; it can be compiled only."
             )
-        return self.target.devices(self._count)
-
-    def running(self, program: PipelinedProgram) -> RunningPipeline:
-        """A pipeline on the devices.
-
-        Raises:
-            ValueError: one of them belongs to another process.
-        """
-        devices = self.devices()
-        if any(d.process_index != jax.process_index() for d in devices):
+        devices = self.target.devices(self._count)
+        there = {d.process_index for d in devices}
+        if len(there) == 1 and there != {jax.process_index()}:
             raise ValueError(
-                "a pipeline over devices of several processes is not supported; use the devices "
-                "of one process "
-                "(jax.local_devices()), or a plan of data or tensor parallelism over all."
+                f"plan {self.name!r} is for {len(devices)} devices, all of process {there.pop()}, and this "
+                f"is process {jax.process_index()}; plan for more devices, or run it in that process alone."
             )
-        return RunningPipeline(program, devices)
+        return devices
 
     def place(self, params: Any, state: Any = None, optimizer: Any = None) -> tuple[Any, Any]:
         """Put parameters, and the state of the optimizer, where the plan keeps them: `(params, state)`.
@@ -145,7 +137,7 @@ class PartitionPlan:
                 f"plan {self.name!r} was made without an optimizer; pass optimizer= with its state."
             )
         if isinstance(self.program, PipelinedProgram):
-            return self.running(self.program).place(params, state, optimizer)
+            return RunningPipeline(self.program, self.devices()).place(params, state, optimizer)
         ins = self.program.jitted(self.devices(), None if state is None else optimizer)[1]
         placed = jax.tree.map(_placed, params, ins[0])
         return placed, None if state is None else jax.tree.map(_placed, state, ins[1])
@@ -153,7 +145,7 @@ class PartitionPlan:
     def step(self, optimizer: Any) -> Callable[..., Any]:
         """A train step, `step(params, state, batch) -> params, state, loss`; it overwrites the first two."""
         if isinstance(self.program, PipelinedProgram):
-            run = self.running(self.program).step(optimizer)
+            run = RunningPipeline(self.program, self.devices()).step(optimizer)
         else:
             run = self.program.jitted(self.devices(), optimizer)[0]
         return lambda params, state, batch: run(params, state, self.put(batch))
@@ -163,7 +155,7 @@ class PartitionPlan:
         params = Trained.stateless(params).arrays
         tree = jax.tree.structure(params)
         if isinstance(self.program, PipelinedProgram):
-            running = self.running(self.program)
+            running = RunningPipeline(self.program, self.devices())
             value, leaves = running.gradient(running.place(params)[0], batch)
             return value, jax.tree.unflatten(tree, leaves)
         fun, ins = self.program.jitted(self.devices(), None, gradient_only=True)
@@ -213,8 +205,9 @@ class PartitionPlan:
             true, reference = jax.jit(jax.value_and_grad(self.problem.loss))(
                 self.problem.params, self.problem.batch
             )
+            together = len({d.process_index for d in self.devices()}) > 1
             errors = (
-                deviation(jax.tree.leaves(grads), jax.tree.leaves(reference)),
+                deviation(jax.tree.leaves(grads), jax.tree.leaves(reference), together),
                 abs(float(value) - float(true)),
             )
         return PartitionProof(

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from funcprop.partition.device_bytes import DeviceBytes
 from funcprop.partition.traffic import Collective, volume
@@ -85,9 +85,17 @@ class PartitionProof:
         return "\n".join(lines)
 
 
-def deviation(gradient: Sequence[Any], reference: Sequence[Any]) -> float:
-    """The largest deviation of an entry, relative to the largest entry of the whole reference."""
-    pairs = [(np.asarray(jax.device_get(a)), np.asarray(b)) for a, b in zip(gradient, reference, strict=True)]
-    largest = max((float(np.max(np.abs(b), initial=0)) for _, b in pairs), default=0.0)
-    worst = max((float(np.max(np.abs(a - b), initial=0)) for a, b in pairs), default=0.0)
+def deviation(gradient: Sequence[Any], reference: Sequence[Any], together: bool = False) -> float:
+    """The largest deviation of an entry, relative to the largest entry of the whole reference.
+
+    Each process compares the parts that it has; `together`, all of them call this.
+    """
+    worst, largest = 0.0, 0.0
+    for a, b in zip(gradient, map(np.asarray, reference), strict=True):
+        largest = max(largest, float(np.max(np.abs(b), initial=0)))
+        for part in a.addressable_shards:
+            difference = np.abs(np.asarray(part.data) - b[part.index])
+            worst = max(worst, float(np.max(difference, initial=0)))
+    if together:
+        worst = float(np.max(multihost_utils.process_allgather(np.asarray(worst))))
     return worst / largest if largest else worst

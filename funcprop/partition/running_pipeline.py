@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from funcprop import _jax
 from funcprop._jax.xla_options import for_buffers
 from funcprop.partition.device_bytes import DeviceBytes
+from funcprop.partition.edges import moved, opened, placed, told
 from funcprop.partition.layout import DATA
 from funcprop.partition.pipeline import PipelinedProgram, sent
 from funcprop.partition.stage_needs import cotangents
@@ -31,6 +33,8 @@ class RunningPipeline:
         self.program = program
         meshes = stage_meshes(devices, program.place_count, program.replicas)
         self._mesh = [meshes[place] for place in program.timeline.devices]
+        self._is_spread = len({d.process_index for mesh in meshes for d in mesh.devices.flat}) > 1
+        self._is_open = False
 
     def place(self, params: Any, state: Any = None, optimizer: Any = None) -> tuple[Any, Any]:
         """Parameters, and the optimizer's state, each leaf on the devices of the stage that owns it."""
@@ -44,9 +48,7 @@ class RunningPipeline:
         return jax.tree.unflatten(tree, placed), jax.tree.unflatten(state_tree, held)
 
     def _to(self, s: int, x: Any) -> Any:
-        """An array on the devices of a stage, laid out as it is on those of another."""
-        spec = getattr(x.sharding, "spec", PartitionSpec())
-        return jax.device_put(x, NamedSharding(self._mesh[s], spec))
+        return moved(x, self._mesh[s])
 
     def _parts(self, batch: Any) -> tuple[list[list[Any]], list[Any]]:
         """The leaves of each microbatch, and its weight as a share of all."""
@@ -60,13 +62,16 @@ class RunningPipeline:
         total = sum(weights)
         return parts, [w / total for w in weights]
 
-    def _example(self, s: int, x: Any, d: int | None) -> Any:
-        spec = PartitionSpec() if d is None else PartitionSpec(*[None] * d, DATA)
-        return jax.device_put(x, NamedSharding(self._mesh[s], spec))
+    def _layout(self, s: int, d: int | None) -> NamedSharding:
+        """That of an array on a stage whose examples are along an axis."""
+        return NamedSharding(
+            self._mesh[s], PartitionSpec() if d is None else PartitionSpec(*[None] * d, DATA)
+        )
 
     def gradient(self, params: Any, batch: Any, watch: Watch | None = None) -> tuple[Any, list[Any]]:
         """The loss, and the leaves of the gradient, each where the parameter is."""
         program, last = self.program, self.program.count - 1
+        self._open()
         leaves = jax.tree.leaves(params)
         held = [
             [self._to(s, leaves[i]) for i in segment.params] for s, segment in enumerate(program.segments)
@@ -84,14 +89,12 @@ class RunningPipeline:
             s, m = task.stage, task.microbatch
             stage, segment = program.stages[s], program.segments[s]
             if task.sweep == "F":
-                examples = [self._example(s, parts[m][i], places[i]) for i in segment.batch]
+                examples = [placed(parts[m][i], self._layout(s, places[i])) for i in segment.batch]
                 inputs = [self._to(s, x) for x in handed.pop(("F", s - 1, m), [])]
                 outputs, kept = stage.forward(held[s], examples, inputs)
                 saved[s, m] = kept, examples, inputs
                 if s == last:
-                    weight = jax.device_put(
-                        jnp.asarray(weights[m], outputs[0].dtype), replicated(self._mesh[s])
-                    )
+                    weight = placed(jnp.asarray(weights[m], outputs[0].dtype), replicated(self._mesh[s]))
                     losses.append(weight * outputs[0])
                     handed["B", s, m] = [weight]
                 else:
@@ -107,7 +110,24 @@ class RunningPipeline:
                 del sent, kept, examples, inputs
             if watch is not None:
                 watch(task)
-        return sum(losses[1:], losses[0]), self._added(leaves, total)
+        value = sum(losses[1:], losses[0])
+        return told(value) if self._is_spread else value, self._added(leaves, total)
+
+    def _open(self) -> None:
+        """Before the first task, compile the programs and connect the processes, if there are several."""
+        if self._is_spread and not self._is_open:
+            for _ in self._compiled_stages(None):
+                pass
+            opened(self._edges())
+            self._is_open = True
+
+    def _edges(self) -> list[tuple[Mesh, Mesh]]:
+        """From which stages to which arrays go: along the cuts, and to and from the owners of parameters."""
+        pairs = list(pairwise(range(self.program.count)))
+        pairs += [(0, s) for s in range(1, self.program.count)]  # counts of the optimizer
+        for s, segment in enumerate(self.program.segments):
+            pairs += [(self.program.owners[i], s) for i in segment.params]
+        return [(self._mesh[a], self._mesh[b]) for s, t in pairs for a, b in ((s, t), (t, s))]
 
     def _cotangents(self, s: int, sent: list[Any]) -> list[Any]:
         """What the next stage sent back, with zeros for what has no derivative."""
@@ -136,6 +156,8 @@ class RunningPipeline:
         """A train step: `step(params, state, batch) -> params, state, loss`; it overwrites the parameters."""
         updates = self.program.updates(optimizer)
         programs, owners = updates.programs, updates.state_owners
+        if self._is_spread:
+            updates.compile([replicated(mesh) for mesh in self._mesh])
 
         def step(params: Any, state: Any, batch: Any) -> Any:
             value, grads = self.gradient(params, batch)
@@ -158,46 +180,38 @@ class RunningPipeline:
     def compiled(self) -> tuple[list[DeviceBytes], list[Collective]]:
         """The peak of the devices of each place, and all collectives of a step, by the compiled programs."""
         program = self.program
-        leaves, batch = program.leaves
-        places, options = program.problem.batch_axes, for_buffers(program.problem.platform)
         saved, extra = [], []
-        moved: list[Collective] = []
-        shapes: list[Any] = []
-        for s, stage in enumerate(program.stages):
-            params, examples, _ = stage.types(leaves, batch)
-            whole = replicated(self._mesh[s])
-            params = [_at(x, whole) for x in params]
-            split = [places[i] for i in program.segments[s].batch]
-            examples = [
-                _at(
-                    x,
-                    NamedSharding(
-                        self._mesh[s], PartitionSpec() if d is None else PartitionSpec(*[None] * d, DATA)
-                    ),
-                )
-                for x, d in zip(examples, split, strict=True)
-            ]
-            inputs = [_at(x, NamedSharding(self._mesh[s], spec)) for x, spec in shapes]
+        found: list[Collective] = []
+        stages = self._compiled_stages(for_buffers(program.problem.platform))
+        for s, (given, outputs, *sweeps) in enumerate(stages):
+            if s < program.count - 1:
+                each = program.replicas
+                found += [sent(x, nbytes(x) // each, s, program.microbatches) for x in outputs]
+            for compiled in sweeps:
+                inside = compiled_collectives(_jax.program_text(compiled))
+                found += [replace(c, trips=c.trips * program.microbatches) for c in inside]
+            forward, backward = map(_jax.memory_fields, sweeps)
+            handed = sum(nbytes(x) for x in outputs) // program.replicas
+            saved.append(forward["output"] - handed + sum(map(nbytes, given)) // program.replicas)
+            new = backward["output"] - backward["alias"]
+            extra.append(max(forward["temporary"] + handed, backward["temporary"] + new))
+        return program.bytes_with(saved, extra), found
+
+    def _compiled_stages(self, options: Any) -> Iterator[tuple[list[Any], list[Any], Any, Any]]:
+        """For each stage the types of what it is given and hands on, and its compiled sweeps."""
+        places = self.program.problem.batch_axes
+        outputs: list[Any] = []
+        for s, stage in enumerate(self.program.stages):
+            params, examples, _ = stage.types(*self.program.leaves)
+            params = [_at(x, replicated(self._mesh[s])) for x in params]
+            split = zip(examples, self.program.segments[s].batch, strict=True)
+            examples = [_at(x, self._layout(s, places[i])) for x, i in split]
+            inputs = [_at(x, NamedSharding(self._mesh[s], x.sharding.spec)) for x in outputs]
             lowered = stage.forward.lower(params, examples, inputs)
             forward = lowered.compile(options)
             outputs, pull = jax.tree.map(_at, lowered.out_info, forward.output_shardings)
-            shapes = [(x, x.sharding.spec) for x in outputs]
-            if s < program.count - 1:
-                each = program.replicas
-                moved += [sent(x, nbytes(x) // each, s, program.microbatches) for x in outputs]
-            backward = stage.backward.lower(
-                params, pull, cotangents(outputs), params, examples, inputs
-            ).compile()
-            for compiled in (forward, backward):
-                inside = compiled_collectives(_jax.program_text(compiled))
-                moved += [replace(c, trips=c.trips * program.microbatches) for c in inside]
-            fields = _jax.memory_fields(forward), _jax.memory_fields(backward)
-            handed = sum(nbytes(x) for x in outputs) // program.replicas
-            received = sum(nbytes(x) for x in [*examples, *inputs]) // program.replicas
-            saved.append(fields[0]["output"] - handed + received)
-            new = fields[1]["output"] - fields[1]["alias"]
-            extra.append(max(fields[0]["temporary"] + handed, fields[1]["temporary"] + new))
-        return program.bytes_with(saved, extra), moved
+            backward = stage.backward.lower(params, pull, cotangents(outputs), params, examples, inputs)
+            yield [*examples, *inputs], outputs, forward, backward.compile()
 
 
 def _at(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -206,4 +220,4 @@ def _at(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 def _copied(x: Any, mesh: Mesh) -> Any:
     """A copy: steps overwrite what they are given, and `device_put` shares what is already in its place."""
-    return jax.device_put(jnp.array(x, copy=True), replicated(mesh))
+    return placed(jnp.array(x, copy=True), replicated(mesh))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -86,6 +87,10 @@ def _rebuilt(tree: Any, places: Sequence[int | None], kept: Sequence[Any], given
     """A pullback from what was kept of it and what it had been given."""
     rest = iter(kept)
     return jax.tree.unflatten(tree, [next(rest) if place is None else given[place] for place in places])
+
+
+def _kind(v: Any) -> tuple[Any, Any]:
+    return v.aval.shape, v.aval.dtype
 
 
 class CoupledError(ValueError):
@@ -175,8 +180,23 @@ class StageUpdates:
                 values = [jnp.asarray(x, v.aval.dtype) for x, v in zip(values, part.outvars, strict=True)]
                 return values[:split], values[split:]
 
-            found.append(jax.jit(update, donate_argnums=(0, 2)))
+            # The memory of gradients is used for the state; without as many arrays in it JAX would warn.
+            spare = Counter(_kind(v) for v in results[len(own) :])
+            spare.subtract(_kind(v) for v in read[len(own) + len(kept) :])
+            found.append(jax.jit(update, donate_argnums=(0, 2) if min(spare.values(), default=0) >= 0 else 0))
         return found
+
+    def compile(self, shardings: Sequence[Any]) -> None:
+        """Compile the programs for parameters that are laid out so, stage by stage."""
+        leaves = jax.tree.leaves(self.params)
+        state = jax.tree.leaves(jax.eval_shape(self.optimizer.init, self.params))
+        for stage, (program, sharding) in enumerate(zip(self.programs, shardings, strict=True)):
+            own, needed = self.of(stage)
+            each = ([leaves[i] for i in own], [state[j] for j in needed], [leaves[i] for i in own])
+            types = [
+                [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in part] for part in each
+            ]
+            program.lower(*types).compile()
 
     def of(self, stage: int) -> tuple[list[int], list[int]]:
         """The positions of a stage's own parameters, and of the leaves of the state that it needs."""

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from funcprop.partition.edges import shared_out, taken_back
 from funcprop.training.manifest import (
     MANIFEST,
     CheckpointError,
@@ -170,7 +171,7 @@ class Checkpoints:
             CheckpointError: the step before it, or this one, cannot be written.
         """
         self.wait()
-        arrays = named_arrays(tree)
+        arrays = named_arrays(jax.tree.map(shared_out, tree))
         leaves = {name: leaf_facts(array) for name, array in arrays.items()}
         mesh = next((a.sharding.mesh for a in arrays.values() if hasattr(a.sharding, "mesh")), None)
         devices = {
@@ -250,17 +251,18 @@ class Checkpoints:
             CheckpointError: every step is damaged, or was saved by another model or optimizer.
         """
         problem = None
+        spread = jax.tree.map(shared_out, like)
         steps = json.loads(self._peers.gathered("steps", json.dumps(self.steps()))[0])
         for step in reversed(steps):
             path = self._path(step)
             try:
-                found, mine = self._read(path, like), ""
+                found, mine = self._read(path, spread), ""
             except DamagedError as error:
                 found, mine = None, str(error)
             # What one process cannot read, none shall use.
             problems = [text for text in self._peers.gathered("problem", mine) if text]
             if found is not None and not problems:
-                return found
+                return found._replace(tree=jax.tree.map(taken_back, found.tree, like))
             problem = problems[0]
             earlier = [s for s in steps if s < step]
             if warn is not None:

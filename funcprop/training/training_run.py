@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from funcprop.partition.edges import on_the_host
 from funcprop.progress import bar
 from funcprop.rules.rule_set import RuleSet
 from funcprop.training.checkpoints import Checkpoints
@@ -132,7 +133,9 @@ class TrainingRun:
         mesh = mesh_of(params) if isinstance(self.program, CompiledStep) else None
         self.params, self.carried = placed_like(mesh, copied((params, carried)))
         self.position = state.position
-        if self.peers.together and all(leaf.is_fully_addressable for leaf in jax.tree.leaves(self.params)):
+        # Of a pipeline, a process may have all parameters.
+        alone = isinstance(self.program, CompiledStep) and self.peers.together
+        if alone and all(leaf.is_fully_addressable for leaf in jax.tree.leaves(self.params)):
             raise ValueError(
                 f"fit: {self.peers.count} processes, but the parameters lie on this process's devices alone; "
                 "pass plan=, or put them on a mesh of all devices."
@@ -175,7 +178,8 @@ class TrainingRun:
     def _prepare(self, arguments: tuple[Any, ...]) -> None:
         params = arguments[0]
         if self.objective.accumulate > 1 and not isinstance(self.program, CompiledStep):
-            params = jax.device_get(params)  # Those of a pipeline lie on different devices.
+            # Those of a pipeline lie on different devices.
+            params = jax.tree.map(on_the_host, params)
         self.objective.require_mean(params, arguments[2])
         if self.peers.together:
             text = self.program.text(*arguments)
