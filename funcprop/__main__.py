@@ -1,0 +1,5 @@
+"""`python -m funcprop` is the command `funcprop`."""
+
+from funcprop.cli import main
+
+main()
