@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from typing import Any
 
 import jax.numpy as jnp
@@ -208,3 +210,9 @@ def test_json_stands_alone_on_stdout(module: Any) -> None:
     result = run("backward", f"{name}:f", "--json")
     assert json.loads(result.stdout)["value"] == 9.0
     assert {"imported", "traced"} <= set(result.stderr.splitlines())
+
+
+def test_the_package_runs_as_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "funcprop", "--help"], capture_output=True, text=True)
+    assert done.stderr == ""
+    assert "Usage: python -m funcprop" in done.stdout

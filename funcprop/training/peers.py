@@ -254,4 +254,5 @@ def fingerprint(tree: Any) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    # An error that went through several programs begins with the same words for each of them.
+    return re.sub(r"(\b[^:]+: )\1+", r"\1", (str(error).splitlines() or [type(error).__name__])[0])[:200]
