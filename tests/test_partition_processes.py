@@ -59,6 +59,12 @@ def trained(epochs, directory=None, **options):
     return [epoch.metrics["loss"] for epoch in run]
 
 whole = trained(6)
+for epoch in fp.training.fit(
+    loss, params, [batch], optimizer, epochs=2, plan=plan, evaluate=lambda p: {"then": float(loss(p, batch))}
+):
+    assert abs(epoch.metrics["then"] - expected[epoch.number]) < 1e-12
+    together = plan.gather(epoch.params)
+    assert abs(float(loss(together, batch)) - expected[epoch.number]) < 1e-12
 assert np.abs(np.subtract(whole, expected)).max() < 1e-12, (whole, expected)
 assert trained(3, sys.argv[3]) + trained(6, sys.argv[3]) == whole
 assert np.abs(np.subtract(trained(2, accumulate=2), expected[:2])).max() < 1e-12

@@ -243,3 +243,14 @@ def test_a_plan_without_an_optimizer_takes_that_of_the_run() -> None:
         np.testing.assert_allclose(jax.device_get(a), b, rtol=1e-12)
     with pytest.raises(TypeError, match="was made without an optimizer; pass optimizer= with its state"):
         plan("data", None).place(PARAMS, ADAM.init(PARAMS))
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+def test_parameters_come_together_for_evaluation(kind: str) -> None:
+    planned = plan(kind)
+    evaluate = lambda params: {"then": plain(params, X, Y)}  # noqa: E731
+    epochs = trained({}, plan=planned, evaluate=evaluate)
+    for epoch, expected in zip(epochs, trained({}, evaluate=evaluate), strict=True):
+        assert abs(epoch.metrics["then"] - expected.metrics["then"]) <= 1e-12
+        together = planned.gather(epoch.params)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-12), together, expected.params)

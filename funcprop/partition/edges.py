@@ -81,8 +81,15 @@ def told(x: Any) -> Any:
 
 
 def on_the_host(x: Any) -> Any:
-    """Return the value of an array of one stage's devices, in every process."""
-    return np.asarray(x if _reaches_all(x) else told(x))
+    """Return the whole value of an array, wherever it lies, in every process."""
+    if not isinstance(x, jax.Array):
+        return np.asarray(x)
+    if not _reaches_all(x):
+        x = told(x)
+    elif not (x.is_fully_addressable or x.is_fully_replicated):
+        layout: Any = x.sharding
+        x = _laid_out(x, NamedSharding(layout.mesh, PartitionSpec()))
+    return np.asarray(x)
 
 
 def shared_out(x: Any) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 
 from funcprop import _jax
 from funcprop.partition.device_bytes import DeviceBytes
+from funcprop.partition.edges import on_the_host
 from funcprop.partition.layout import DATA
 from funcprop.partition.pipeline import PipelinedProgram
 from funcprop.partition.problem import TrainingProblem
@@ -141,6 +142,11 @@ class PartitionPlan:
         ins = self.program.jitted(self.devices(), None if state is None else optimizer)[1]
         placed = jax.tree.map(_placed, params, ins[0])
         return placed, None if state is None else jax.tree.map(_placed, state, ins[1])
+
+    def gather(self, tree: Any) -> Any:
+        """Return the values of parameters, or of a state, as whole arrays on the host; with several processes
+        all of them call this."""
+        return jax.tree.map(on_the_host, tree)
 
     def step(self, optimizer: Any) -> Callable[..., Any]:
         """A train step, `step(params, state, batch) -> params, state, loss`; it overwrites the first two."""

@@ -77,10 +77,10 @@ def fit(
         accumulate: in how many parts a batch is taken, one after the other, with one update from their mean.
         weight: how much a part counts, `weight(*part)`, if its loss is not the mean over its examples.
         stop: `stop(metrics of all epochs) -> bool`, after every epoch; such as `early_stop("test_loss")`.
-        plan: where and how the step runs: one of `fp.partition.plan(loss)(params, batch)`, whose loss takes
-            the batch as one argument; or an object with `place(params, state)` and `step(optimizer)`. Plans
-            of ZeRO-3 and pipelines take losses that are means over examples: no `has_aux`, `model_state` or
-            `keyed`.
+        plan: where and how the step runs: one of `fp.partition.plan(loss)(params, batch)`; or an object with
+            `place(params, state)` and `step(optimizer)`. Plans of ZeRO-3 and pipelines take losses that are
+            means over examples: no `has_aux`, `model_state` or `keyed`. In a pipeline parameters stay with
+            their stages: `plan.gather(epoch.params)` are all of them on the host, as `evaluate` gets them.
         checkpoints: a directory, or `Checkpoints(directory, every=…)`, in which steps are saved while
             training goes on. If there are steps of this run, it goes on after the last of them, as if it had
             never been interrupted; on any number of devices. After SIGTERM it saves and leaves.

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from funcprop.partition.edges import on_the_host
 from funcprop.progress import bar
 from funcprop.rules.rule_set import RuleSet
 from funcprop.training.checkpoints import Checkpoints
@@ -178,8 +177,7 @@ class TrainingRun:
     def _prepare(self, arguments: tuple[Any, ...]) -> None:
         params = arguments[0]
         if self.objective.accumulate > 1 and not isinstance(self.program, CompiledStep):
-            # Those of a pipeline lie on different devices.
-            params = jax.tree.map(on_the_host, params)
+            params = self.plan.gather(params) if self._is_pipelined else jax.device_get(params)
         self.objective.require_mean(params, arguments[2])
         if self.peers.together:
             text = self.program.text(*arguments)
@@ -228,11 +226,17 @@ class TrainingRun:
         self._record("problem", at, {"message": str(error)})
         raise error
 
+    @property
+    def _is_pipelined(self) -> bool:
+        return "stage" in getattr(self.plan, "mesh", ())
+
     def _evaluated(self) -> dict[str, float]:
         if self.evaluate is None:
             return {}
         state = () if self.carried.model is None else (self.carried.model,)
-        returned = self.evaluate(self.params, *state)
+        # No program takes arrays of several stages.
+        params = self.plan.gather(self.params) if self._is_pipelined else self.params
+        returned = self.evaluate(params, *state)
         if not isinstance(returned, Mapping) or any(np.shape(value) for value in returned.values()):
             raise TypeError(
                 f"fit: evaluate returned {_shown(returned)}; return numbers by name, as {{'accuracy': 0.9}}."
