@@ -69,6 +69,12 @@ assert np.abs(np.subtract(whole, expected)).max() < 1e-12, (whole, expected)
 assert trained(3, sys.argv[3]) + trained(6, sys.argv[3]) == whole
 assert np.abs(np.subtract(trained(2, accumulate=2), expected[:2])).max() < 1e-12
 
+# What already lies on the devices of all processes is laid out anew.
+(data,) = fp.partition.plan(loss, optimizer=optimizer, **KINDS["data"])(params, batch)
+spread = data.place(params)[0]
+value, _ = plan.gradient(spread, data.put(batch))
+assert abs(float(value) - expected[0]) < 1e-12
+
 (plan,) = fp.partition.plan(loss, mesh={"stage": 2}, microbatches=2)(params, batch)
 try:
     plan.gradient(params, batch)

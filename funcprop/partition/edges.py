@@ -24,9 +24,11 @@ _numbers = count(1)  # All processes do the same, so that they count the same.
 
 
 def placed(x: Any, sharding: Any) -> Any:
-    """Return a value that each process has whole, laid out over devices that may be of other processes."""
+    """Return a value of all processes, or of a stage, laid out over devices, also of other processes."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        return moved(x, sharding.mesh)
+        if not _reaches_all(x):
+            return moved(x, sharding.mesh)
+        x = on_the_host(x)
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
