@@ -33,17 +33,8 @@ settings.load_profile("random" if NIGHTLY else "fixed")
 
 jax.config.update("jax_enable_x64", True)
 
-# Programs and traces live until the end: what has survived a full collection is not looked through again.
+# Programs and traces live until the end: they need not be looked through for garbage every moment.
 gc.set_threshold(50_000, 20, 20)
-
-
-def freeze_survivors(phase: str, info: dict[str, int]) -> None:
-    """After a full collection, leave what it kept out of the next."""
-    if phase == "stop" and info["generation"] == 2:
-        gc.freeze()
-
-
-gc.callbacks.append(freeze_survivors)
 
 
 @pytest.fixture
