@@ -7,7 +7,7 @@ inputs, of the constants that it must add up, and of the sites. Equal results ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -264,16 +264,26 @@ class LoopStep:
     def stacked_bytes(self, hoisted: int) -> tuple[int, int]:
         """Count what a step stacks, if so many of the scanned inputs, the last ones, were made for the loop.
 
-        Residuals; and what the backward adds: cotangents of sites and of those inputs, and the transposed
-        copies of activations that the contractions after the loop are made with.
+        Residuals, and results that the reversed loop reads one step later, for which they are copied; and
+        what the backward adds: cotangents of sites and of those inputs, and the transposed copies of
+        activations that the contractions after the loop are made with.
         """
-        body = self.forward.body
+        body, forward = self.forward.body, self.forward
         first = len(body.jaxpr.invars) - hoisted
         positions, xs = (body.by_kind(of)[2] for of in (body.smooth, self.inputs))
         made = [v for i, v in zip(positions, xs, strict=True) if i >= first]
         returned = [v for v in self.stacked if v in {*_jax.variables([*self.sites, *made])}]
-        copies = dict.fromkeys(_jax.variables(self.forward.activations))
-        return sum(map(nbytes, self.forward.stacked)), sum(map(nbytes, [*returned, *copies]))
+        copies = dict.fromkeys(_jax.variables(forward.activations))
+        in_loop = {*_jax.free_variables(forward.again), *_jax.variables(forward.leaves)}
+        later = in_loop.intersection(forward.carry_of)
+        return sum(map(nbytes, [*forward.stacked, *later])), sum(map(nbytes, [*returned, *copies]))
+
+    def summed_bytes(self, constants: Collection[int]) -> int:
+        """Count the bytes of the sums that the backward carries for these constants, by their positions."""
+        body = self.forward.body
+        positions, loose = (body.by_kind(of)[0] for of in (body.smooth, self.inputs))
+        pairs = zip(positions, loose, strict=True)
+        return sum(nbytes(v) for i, v in pairs if i in constants and self.varies(v))
 
     def varies(self, atom: Any) -> bool:
         """Decide whether a cotangent is not the same in all steps."""
