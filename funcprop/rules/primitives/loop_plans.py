@@ -27,12 +27,12 @@ An LSTM of T64 B4 H512 is bound by its products: three of 1.7 ms outside of the 
 128 steps reads `W`, whose 4 MB are just the two caches.
 
 **Byte guard.** Of several plans, the most ambitious is taken that holds no more than autodiff does, else the
-one that holds least. Ours: stacked residuals, cotangents and hoisted results, results copied for the reversed
-loop, transposed copies of the activations, constants turned and put side by side, and the cotangents of
-constants that are made of others and added up in the loop. Autodiff's: its residuals, and for each product one
-step's cotangent of the constant. A fiftieth of the made constants, which both hold, is no difference. Of 60
-drawn recurrent networks none held more than 1.02 of autodiff's; the worst had held 1.23 (LSTM T10 B1 H96, now 0.84),
-1.10 (MGU T100 B8 H64, 0.90) and 1.08 (GRU T100 B1 H96, 0.82).
+one that holds least. Ours: stacked residuals, cotangents and hoisted results, results copied for the
+reversed loop, transposed copies of the activations, constants turned and put side by side, and cotangents of
+constants that are made of others, added up in the loop. Autodiff's: its residuals, and for each product one
+step's cotangent of the constant. A fiftieth of the made constants, which both hold, is no difference. Of 48
+drawn recurrent networks none held more than 1.02 of autodiff's bytes. (LSTM T10 B1 H96 had held 1.23, now
+0.84; MGU T100 B8 H64 1.10 and 0.90; GRU T100 B1 H96 1.08 and 0.82.)
 """
 
 from __future__ import annotations
