@@ -51,7 +51,8 @@ from funcprop import _jax
 from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import nbytes
 from funcprop.rules.machine import Machine, host
-from funcprop.rules.primitives.loop_bodies import BodySplit, Site, run_perturbed, sites, split, widened
+from funcprop.rules.primitives.loop_bodies import BodySplit, split, widened
+from funcprop.rules.primitives.loop_sites import Site, run_perturbed, sites
 from funcprop.rules.primitives.loop_steps import ForwardStep, LoopStep, StepBody
 
 Arrays = list[Any]

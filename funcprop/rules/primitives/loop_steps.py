@@ -20,14 +20,8 @@ from funcprop.program.equal_equations import merged
 from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import nbytes
 from funcprop.rules.machine import Machine
-from funcprop.rules.primitives.loop_bodies import (
-    BodySplit,
-    Site,
-    depths,
-    run_perturbed,
-    split,
-    with_arranged_products,
-)
+from funcprop.rules.primitives.loop_bodies import BodySplit, depths, split, with_arranged_products
+from funcprop.rules.primitives.loop_sites import Site, run_perturbed
 from funcprop.rules.primitives.stacking import to_stack
 
 Arrays = list[Any]
