@@ -293,6 +293,8 @@ def test_what_leaves_the_loop_holds_no_more_than_it_saves(rows):
         # Their reversed loops read the carry itself, for which a result is copied.
         (nn.MGUCell, 100, 8, 64),
         (nn.GRUCell, 100, 1, 96),
+        # Short: the constants are larger than all that is stacked.
+        (nn.MGUCell, 33, 1, 64),
     ],
 )
 def test_recurrent_networks_hold_no_more_than_by_autodiff(cell, steps, batch, width):

@@ -47,6 +47,25 @@ class LoopCotangents(NamedTuple):
     sites: Arrays
 
 
+class StackedBytes(NamedTuple):
+    """Bytes of one step: residuals; results that the reversed loop reads one step later, which are copied.
+
+    And what the backward adds: cotangents of sites and of inputs that were made for the loop, and transposed
+    copies of the activations that are contracted after it, some of which are the loop's `own`.
+    """
+
+    residuals: int
+    later: int
+    cotangents: int
+    copies: int
+    own: int
+
+    def at_once(self, hoisted: int) -> int:
+        """The most at the end of the loop, of the reversed one, and after it; `hoisted` precedes the loop."""
+        forward, backward = hoisted + self.residuals, self.residuals + self.later + self.cotangents
+        return max(forward, backward, self.cotangents + self.copies + self.own)
+
+
 def _smooth(atoms: Sequence[Any]) -> list[int]:
     return [i for i, v in enumerate(atoms) if _jax.is_differentiable(v.aval)]
 
@@ -255,22 +274,18 @@ class LoopStep:
         """Bytes of the constants that are made for the reversed loop."""
         return sum(map(nbytes, self.cut.once.outvars))
 
-    def stacked_bytes(self, hoisted: int) -> tuple[int, int]:
-        """Count what a step stacks, if so many of the scanned inputs, the last ones, were made for the loop.
-
-        Residuals, and results that the reversed loop reads one step later, for which they are copied; and
-        what the backward adds: cotangents of sites and of those inputs, and the transposed copies of
-        activations that the contractions after the loop are made with.
-        """
+    def stacked_bytes(self, hoisted: int) -> StackedBytes:
+        """Count what a step stacks; so many of the scanned inputs, the last ones, were made for the loop."""
         body, forward = self.forward.body, self.forward
         first = len(body.jaxpr.invars) - hoisted
         positions, xs = (body.by_kind(of)[2] for of in (body.smooth, self.inputs))
         made = [v for i, v in zip(positions, xs, strict=True) if i >= first]
         returned = [v for v in self.stacked if v in {*_jax.variables([*self.sites, *made])}]
-        copies = dict.fromkeys(_jax.variables(forward.activations))
+        activations = dict.fromkeys(_jax.variables(forward.activations))
         in_loop = {*_jax.free_variables(forward.again), *_jax.variables(forward.leaves)}
-        later = in_loop.intersection(forward.carry_of)
-        return sum(map(nbytes, [*forward.stacked, *later])), sum(map(nbytes, [*returned, *copies]))
+        own = [v for v in activations if v not in forward.scanned]
+        kinds = forward.stacked, in_loop.intersection(forward.carry_of), returned, activations, own
+        return StackedBytes(*(sum(map(nbytes, kind)) for kind in kinds))
 
     def summed_bytes(self, constants: Collection[int]) -> int:
         """Count the bytes of the sums that the backward carries for these constants, by their positions."""
