@@ -281,10 +281,23 @@ def test_what_leaves_the_loop_holds_no_more_than_it_saves(rows):
     assert temporary_bytes(fp.value_and_grad(cross_entropy_by_chunks, rules=RULES), *args) > 1.02 * theirs
 
 
-@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell])
-@pytest.mark.parametrize("shape", [(12, 4, 16), (9, 1, 20)])
-def test_recurrent_networks_hold_no_more_than_by_autodiff(cell, shape):
-    steps, batch, width = shape
+@pytest.mark.parametrize(
+    ("cell", "steps", "batch", "width"),
+    [
+        (nn.LSTMCell, 12, 4, 16),
+        (nn.LSTMCell, 9, 1, 20),
+        (nn.GRUCell, 12, 4, 16),
+        (nn.GRUCell, 9, 1, 20),
+        # Its constants are made of others: sums of their cotangents would be as large.
+        (nn.OptimizedLSTMCell, 10, 1, 96),
+        # Their reversed loops read the carry itself, for which a result is copied.
+        (nn.MGUCell, 100, 8, 64),
+        (nn.GRUCell, 100, 1, 96),
+        # Short: the constants are larger than all that is stacked.
+        (nn.MGUCell, 33, 1, 64),
+    ],
+)
+def test_recurrent_networks_hold_no_more_than_by_autodiff(cell, steps, batch, width):
     model, x = nn.RNN(cell(width, param_dtype=float, dtype=float)), normal(batch, steps, width)
     params = jax.eval_shape(model.init, jax.random.key(0), x)
 

@@ -47,9 +47,9 @@ def normal(*shape, seed=0):
 
 
 @settings(max_examples=10)
-@given(st.lists(st.integers(0, 3), min_size=2, max_size=3), st.integers(1, 3), st.integers(0, 2))
+@given(st.lists(st.sampled_from([0, 2, 3]), min_size=2, max_size=3), st.integers(1, 3), st.integers(0, 2))
 @example([0, 2], 2, 1)
-@example([1, 1], 1, 0)
+@example([2, 1, 3], 1, 0)
 @example([2, 0, 3], 3, 2)
 def test_product_of_rows_with_a_matrix(rows, inputs, more):
     x, w = normal(*rows, inputs), normal(inputs, inputs + more, seed=1)
@@ -68,6 +68,7 @@ def test_activations_come_first_in_the_weight_gradient():
 
 LEFT_ALONE = {
     "matrix of rows": (lambda x, w: x @ w, (3, 2), (2, 4), "XLA finds the best order of this product itself"),
+    "one example": (lambda x, w: x @ w, (1, 3, 2), (2, 4), "XLA finds the best order of this product itself"),
     "narrowing": (lambda x, w: x @ w, (2, 3, 4), (4, 2), "XLA finds the best order of this product itself"),
     "batched": (jnp.matmul, (2, 3, 4), (2, 4, 5), "it is not a product of rows with a matrix"),
     "heads": (

@@ -35,13 +35,13 @@ def rows_of_three_axes(p, xs):
     """An outer product of the batch; one of the two products is in a jit of its own."""
 
     def step(h, x):
-        h = jnp.tanh(jax.jit(jnp.matmul)(h, p["U"]) + x[:, None] @ p["V"])
+        h = jnp.tanh(jax.jit(jnp.matmul)(h, p["U"]) + jnp.stack([x, -x], 1) @ p["V"])
         return h, h
 
-    return jnp.sum(jax.lax.scan(step, jnp.ones((B, 1, 9)), xs)[1] ** 2)
+    return jnp.sum(jax.lax.scan(step, jnp.ones((B, 2, 18)), xs)[1] ** 2)
 
 
-WIDE = {"U": normal(9, 9), "V": normal(9, 9, seed=1)}, normal(T, B, 9, seed=3)
+WIDE = {"U": normal(18, 18), "V": normal(18, 18, seed=1)}, normal(T, B, 18, seed=3)
 
 
 def test_products_that_leave_the_loop_keep_no_rule_of_their_own():
@@ -51,9 +51,9 @@ def test_products_that_leave_the_loop_keep_no_rule_of_their_own():
     found = fp.matches(rows_of_three_axes)(*WIDE)
     reasons = [m.reason for m in found if m.operator in ("scan", "dot_general")]
     assert reasons == [None, *["the rule of the loop around it derives it"] * 2]
-    assert (9, 9) in products_in_loops(jax.grad(rows_of_three_axes), *WIDE)
+    assert (18, 18) in products_in_loops(jax.grad(rows_of_three_axes), *WIDE)
     here = fp.rules.default.on("cpu")
-    assert (9, 9) not in products_in_loops(fp.grad(rows_of_three_axes, rules=here), *WIDE)
+    assert (18, 18) not in products_in_loops(fp.grad(rows_of_three_axes, rules=here), *WIDE)
 
     @compiled
     def both(*args):
@@ -98,15 +98,15 @@ def test_a_function_used_in_a_loop_and_beside_it_has_the_rules_of_its_place():
 
     def loss(p, xs):
         def step(h, x):
-            h = cell(h, p["U"]) + x[:, None] @ p["V"]
+            h = cell(h, p["U"]) + jnp.stack([x, -x], 1) @ p["V"]
             return h, h
 
-        return jnp.sum(jax.lax.scan(step, cell(jnp.ones((B, 1, 9)), p["U"]), xs)[1] ** 2)
+        return jnp.sum(jax.lax.scan(step, cell(jnp.ones((B, 2, 18)), p["U"]), xs)[1] ** 2)
 
     rules = fp.rules.handwritten.replace({"scan": loops.rule(loops.ALWAYS)}).on("cpu")
     ours = fp.grad(loss, rules=rules)
-    assert (9, 9) in products_in_loops(jax.grad(loss), *WIDE)
-    assert (9, 9) not in products_in_loops(ours, *WIDE)
+    assert (18, 18) in products_in_loops(jax.grad(loss), *WIDE)
+    assert (18, 18) not in products_in_loops(ours, *WIDE)
     close(*compiled(lambda *args: (ours(*args), jax.grad(loss)(*args)))(*WIDE))
 
 

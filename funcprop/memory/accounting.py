@@ -14,7 +14,8 @@ from funcprop._jax.hlo import constant_bytes
 from funcprop.graph.references import require_no_references
 from funcprop.graph.tracing import Arguments
 from funcprop.memory import notes
-from funcprop.memory.cases import KINDS, AccountedProgram, Kind, Subject
+from funcprop.memory.accounted_program import AccountedProgram
+from funcprop.memory.cases import KINDS, Kind, Subject
 from funcprop.memory.estimate import MemoryEstimate
 from funcprop.memory.ledger import Footprint, Ledger, Row
 from funcprop.memory.rows import compiled_rows, estimated_rows, total_rows

@@ -1,13 +1,7 @@
-"""The programs whose memory is accounted: a function as it is, its gradient, a train step.
-
-A case is a function from flat arrays to flat arrays, with the types, names and purposes of its arguments.
-"""
+"""The programs of a function whose memory is accounted: as it is, its gradient, a train step."""
 
 from __future__ import annotations
 
-import functools
-import math
-from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -19,6 +13,7 @@ import optax
 from funcprop import _jax
 from funcprop.graph.objective import differentiable, positions
 from funcprop.graph.tracing import Arguments, argument_names
+from funcprop.memory.accounted_program import AccountedProgram, purposes_in_step
 from funcprop.memory.ledger import Category
 from funcprop.program.call import Call, is_array, pair, traced
 from funcprop.rules.rule_set import RuleSet
@@ -27,88 +22,6 @@ from funcprop.rules.sets import chosen_rules
 
 Kind: TypeAlias = Literal["loss", "prediction", "step"]
 KINDS: tuple[Kind, ...] = Kind.__args__  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True, eq=False)
-class AccountedProgram:
-    """A program: its jaxpr, and for each argument its name, purpose and sharding, None if it has none.
-
-    `results` are names and purposes of results; those that it does not list are `results`. `donated` are
-    positions of arguments.
-    """
-
-    jaxpr: Any
-    names: Sequence[str]
-    categories: Sequence[Category]
-    shardings: Sequence[Any]
-    results: Sequence[tuple[str, Category]] = ()
-    donated: frozenset[int] = frozenset()
-
-    @property
-    def aliases(self) -> dict[int, int]:
-        """Which argument is overwritten by which result, as JAX matches them: the next of equal type."""
-        jaxpr = _jax.open_jaxpr(self.jaxpr)
-        free: dict[Any, deque[int]] = defaultdict(deque)
-        for i in sorted(self.donated):
-            free[_type(jaxpr.invars[i].aval)].append(i)
-        pairs = {}
-        for j, v in enumerate(jaxpr.outvars):
-            if queue := free[_type(v.aval)]:
-                pairs[queue.popleft()] = j
-        return pairs
-
-    @functools.cached_property
-    def read(self) -> list[int]:
-        """The positions of the arguments that are read: the compiled program has no others."""
-        jaxpr, _ = _jax.with_constants_as_inputs(self.jaxpr)
-        kept = _jax.without_unread_inputs(jaxpr, [False] * len(jaxpr.invars))[1]
-        constants = len(jaxpr.invars) - len(self.names)
-        return [i for i, is_read in enumerate(kept[constants:]) if is_read]
-
-    def result(self, j: int) -> tuple[str, Category]:
-        """The name and the purpose of a result."""
-        return self.results[j] if j < len(self.results) else (f"result {j}", "results")
-
-    def compiled(self, options: Mapping[str, Any]) -> Any:
-        """The program compiled for the devices of its arguments, by default for this machine's first."""
-        inner, consts = _jax.open_jaxpr(self.jaxpr), _jax.constants(self.jaxpr)
-        position = {i: k for k, i in enumerate(self.read)}
-
-        def of_read(*values: Any) -> list[Any]:
-            unread = (v.aval for v in inner.invars)
-            every = [values[position[i]] if i in position else _zeros(a) for i, a in enumerate(unread)]
-            return _jax.evaluate(inner, consts, every)
-
-        types = [
-            jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=self.shardings[i])
-            for i, v in enumerate(inner.invars)
-            if i in position
-        ]
-        program = jax.jit(
-            of_read,
-            keep_unused=True,
-            donate_argnums=tuple(position[i] for i in sorted(self.donated) if i in position),
-            compiler_options=dict(options) or None,
-        )
-        return program.lower(*types).compile()
-
-    def donating(self, positions: Sequence[int]) -> AccountedProgram:
-        """The same with other donated arguments."""
-        return replace(self, donated=frozenset(positions))
-
-    @property
-    def platform(self) -> str:
-        """The platform that it is compiled for."""
-        placed = [s for s in self.shardings if s is not None]
-        return next(iter(placed[0].device_set)).platform if placed else jax.default_backend()
-
-
-def _zeros(aval: Any) -> Any:
-    return jnp.zeros(aval.shape, aval.dtype)
-
-
-def _type(aval: Any) -> tuple[Any, ...]:
-    return tuple(aval.shape), str(aval.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,7 +169,7 @@ class Subject:
             for v, gives in zip(eqn.invars, eqn.params.get("donated_invars", ()), strict=False)
             if gives and v in jaxpr.invars
         )
-        return replace(self.inference, categories=_purposes(self.inference.jaxpr), donated=donated)
+        return replace(self.inference, categories=purposes_in_step(self.inference.jaxpr), donated=donated)
 
     def _of_chosen(self, chosen: Sequence[Any], others: Sequence[Any]) -> tuple[list[Any], Any]:
         """The function's own results, and the others, of its arrays."""
@@ -333,42 +246,3 @@ def _split(returned: Any, has_aux: bool, has_state: bool, fun: Callable[..., Any
 
 def _arrays(tree: Any) -> list[Any]:
     return [x for x in jax.tree.leaves(tree) if isinstance(x, jax.core.Tracer) or is_array(x)]
-
-
-def _purposes(jaxpr: Any) -> list[Category]:
-    """What the arguments of a train step are: carried ones are parameters if the forward sweep reads them."""
-    inner = _jax.open_jaxpr(jaxpr)
-    returned: dict[Any, int] = defaultdict(int)
-    for v in inner.outvars:
-        returned[_type(v.aval)] += 1
-    forward = _read_forward(jaxpr)
-    found: list[Category] = []
-    for v, reads in zip(inner.invars, forward, strict=True):
-        carried = returned[_type(v.aval)] > 0 and _jax.is_differentiable(v.aval)
-        returned[_type(v.aval)] -= carried
-        if carried:
-            found.append("parameters" if reads else "optimizer state")
-        else:
-            small = math.prod(v.aval.shape) == 1 and returned[_type(v.aval)] > 0
-            found.append("optimizer state" if small else "inputs")
-    return found
-
-
-def _read_forward(jaxpr: Any, prefix: str = "") -> list[bool]:
-    """For each argument, whether an equation of a forward sweep under differentiation reads it."""
-    inner = _jax.open_jaxpr(jaxpr)
-    read = set()
-    for eqn in inner.eqns:
-        scope = f"{prefix}/{_jax.scope(eqn)}"
-        operands = _jax.variables(eqn.invars)
-        bodies = [body for _, body in _jax.sub_jaxprs(eqn)]
-        if "jvp(" in scope and "transpose(" not in scope:
-            read.update(operands)
-        elif len(bodies) == 1 and len(_jax.open_jaxpr(bodies[0]).invars) == len(eqn.invars):
-            inside = _read_forward(bodies[0], scope)
-            read.update(
-                v
-                for v, reads in zip(eqn.invars, inside, strict=True)
-                if reads and not isinstance(v, _jax.Literal)
-            )
-    return [v in read for v in inner.invars]

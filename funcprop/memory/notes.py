@@ -7,7 +7,7 @@ from typing import Any
 
 from funcprop import _jax
 from funcprop._jax import xla_options
-from funcprop.memory.cases import AccountedProgram
+from funcprop.memory.accounted_program import AccountedProgram
 from funcprop.memory.estimate import MemoryEstimate, estimate
 from funcprop.program.facts import CHECKPOINTS
 from funcprop.program.flops import of_jaxpr

@@ -10,7 +10,7 @@ from typing import Any
 from funcprop import _jax
 from funcprop._jax.buffers import Assignment, Buffer
 from funcprop.graph.naming import without_transformations
-from funcprop.memory.cases import AccountedProgram
+from funcprop.memory.accounted_program import AccountedProgram
 from funcprop.memory.estimate import MemoryEstimate
 from funcprop.memory.ledger import Category, Row
 from funcprop.program.sizes import nbytes

@@ -12,7 +12,7 @@ never replaced. Equations with effects, and results that are read elsewhere, are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
@@ -116,13 +116,13 @@ class Known:
     static: tuple[tuple[str, Any], ...] = ()
 
     @cached_property
-    def operators(self) -> Collection[str]:
-        """The primitives of the function's equations."""
-        return [eqn.primitive.name for eqn in _reference(self.function, _SCALAR).eqns]
+    def _of_a_number(self) -> Any:
+        return _reference(self.function, _SCALAR)
 
     @cached_property
-    def _inside(self) -> frozenset[str]:
-        return _names(_reference(self.function, _SCALAR).eqns)
+    def operators(self) -> Collection[str]:
+        """The primitives of the function's equations."""
+        return [eqn.primitive.name for eqn in self._of_a_number.eqns]
 
     @property
     def last(self) -> str:
@@ -131,8 +131,8 @@ class Known:
 
     def find(self, eqn: Any, producer: Producer) -> Replacement | None:
         """The function's equations, if they end with `eqn`."""
-        behind = _names(list(_behind(eqn, producer, 4 * len(self.operators))))
-        if not behind.issuperset(self._inside):  # Much cheaper than tracing the reference.
+        reference = self._of_a_number  # Much cheaper than to trace it at the type of the result.
+        if not _looks_like(reference.eqns[-1], eqn, _producer(reference), producer):
             return None
         found = equal_to(self.function, eqn, producer)
         if found is None:
@@ -193,24 +193,16 @@ def _applied(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-def _names(eqns: Iterable[Any]) -> frozenset[str]:
-    """The primitives of equations and of their bodies."""
-    bodies = (_jax.equations(body) for eqn in eqns for _, body in _jax.sub_jaxprs(eqn))
-    return frozenset(e.primitive.name for group in (eqns, *bodies) for e in group)
-
-
-def _behind(eqn: Any, producer: Producer, count: int) -> Iterator[Any]:
-    """An equation and at most `count` equations that lead to it."""
-    queue, seen = [eqn], {id(eqn)}
-    while queue and count:
-        count -= 1
-        current = queue.pop(0)
-        yield current
-        for atom in current.invars:
-            made = producer(atom)
-            if made is not None and id(made) not in seen:
-                seen.add(id(made))
-                queue.append(made)
+def _looks_like(reference: Any, here: Any, reference_maker: Producer, maker: Producer) -> bool:
+    """Whether an equation and those that lead to it apply the reference's operators, constants aside."""
+    if reference.primitive is not here.primitive or len(reference.invars) != len(here.invars):
+        return False
+    for r, h in zip(reference.invars, here.invars, strict=True):
+        before = None if _filled_with(r, reference_maker) is not None else reference_maker(r)
+        made = None if before is None else maker(h)
+        if before is not None and (made is None or not _looks_like(before, made, reference_maker, maker)):
+            return False
+    return True
 
 
 def _ordinary(aval: Any) -> bool:

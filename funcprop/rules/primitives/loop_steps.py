@@ -7,7 +7,7 @@ inputs, of the constants that it must add up, and of the sites. Equal results ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,14 +20,8 @@ from funcprop.program.equal_equations import merged
 from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import nbytes
 from funcprop.rules.machine import Machine
-from funcprop.rules.primitives.loop_bodies import (
-    BodySplit,
-    Site,
-    depths,
-    run_perturbed,
-    split,
-    with_arranged_products,
-)
+from funcprop.rules.primitives.loop_bodies import BodySplit, depths, split, with_arranged_products
+from funcprop.rules.primitives.loop_sites import Site, run_perturbed
 from funcprop.rules.primitives.stacking import to_stack
 
 Arrays = list[Any]
@@ -51,6 +45,25 @@ class LoopCotangents(NamedTuple):
     constants: Arrays
     scanned: Arrays
     sites: Arrays
+
+
+class StackedBytes(NamedTuple):
+    """Bytes of one step: residuals; results that the reversed loop reads one step later, which are copied.
+
+    And what the backward adds: cotangents of sites and of inputs that were made for the loop, and transposed
+    copies of the activations that are contracted after it, some of which are the loop's `own`.
+    """
+
+    residuals: int
+    later: int
+    cotangents: int
+    copies: int
+    own: int
+
+    def at_once(self, hoisted: int) -> int:
+        """The most at the end of the loop, of the reversed one, and after it; `hoisted` precedes the loop."""
+        forward, backward = hoisted + self.residuals, self.residuals + self.later + self.cotangents
+        return max(forward, backward, self.cotangents + self.copies + self.own)
 
 
 def _smooth(atoms: Sequence[Any]) -> list[int]:
@@ -261,19 +274,25 @@ class LoopStep:
         """Bytes of the constants that are made for the reversed loop."""
         return sum(map(nbytes, self.cut.once.outvars))
 
-    def stacked_bytes(self, hoisted: int) -> tuple[int, int]:
-        """Count what a step stacks, if so many of the scanned inputs, the last ones, were made for the loop.
-
-        Residuals; and what the backward adds: cotangents of sites and of those inputs, and the transposed
-        copies of activations that the contractions after the loop are made with.
-        """
-        body = self.forward.body
+    def stacked_bytes(self, hoisted: int) -> StackedBytes:
+        """Count what a step stacks; so many of the scanned inputs, the last ones, were made for the loop."""
+        body, forward = self.forward.body, self.forward
         first = len(body.jaxpr.invars) - hoisted
         positions, xs = (body.by_kind(of)[2] for of in (body.smooth, self.inputs))
         made = [v for i, v in zip(positions, xs, strict=True) if i >= first]
         returned = [v for v in self.stacked if v in {*_jax.variables([*self.sites, *made])}]
-        copies = dict.fromkeys(_jax.variables(self.forward.activations))
-        return sum(map(nbytes, self.forward.stacked)), sum(map(nbytes, [*returned, *copies]))
+        activations = dict.fromkeys(_jax.variables(forward.activations))
+        in_loop = {*_jax.free_variables(forward.again), *_jax.variables(forward.leaves)}
+        own = [v for v in activations if v not in forward.scanned]
+        kinds = forward.stacked, in_loop.intersection(forward.carry_of), returned, activations, own
+        return StackedBytes(*(sum(map(nbytes, kind)) for kind in kinds))
+
+    def summed_bytes(self, constants: Collection[int]) -> int:
+        """Count the bytes of the sums that the backward carries for these constants, by their positions."""
+        body = self.forward.body
+        positions, loose = (body.by_kind(of)[0] for of in (body.smooth, self.inputs))
+        pairs = zip(positions, loose, strict=True)
+        return sum(nbytes(v) for i, v in pairs if i in constants and self.varies(v))
 
     def varies(self, atom: Any) -> bool:
         """Decide whether a cotangent is not the same in all steps."""

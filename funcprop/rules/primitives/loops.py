@@ -39,7 +39,7 @@ import jax
 from funcprop import _jax
 from funcprop.program.facts import PRODUCTS, SUMS
 from funcprop.rules.machine import Machine
-from funcprop.rules.primitives.loop_bodies import Site, contribution, with_constant_operand
+from funcprop.rules.primitives.loop_bodies import with_constant_operand
 from funcprop.rules.primitives.loop_plans import ALWAYS as ALWAYS
 from funcprop.rules.primitives.loop_plans import (
     MEASURED,
@@ -49,25 +49,12 @@ from funcprop.rules.primitives.loop_plans import (
     worth_deferring,
     worth_hoisting,
 )
+from funcprop.rules.primitives.loop_sites import contributions
 from funcprop.rules.primitives.loop_steps import LoopSaved
 from funcprop.rules.rule import PLATFORMS, Rule
 from funcprop.rules.rule_set import OperatorKey
 
 Arrays = list[Any]
-
-
-def _contributions(
-    jaxpr: Any, places: Sequence[Site], cotangents: Arrays, activations: Arrays, consts: Arrays
-) -> dict[int, Any]:
-    """For each constant, what its sites contribute: one contraction over time for each."""
-    total: dict[int, Any] = {}
-    remaining = iter(activations)
-    for site, g in zip(places, cotangents, strict=True):
-        eqn = jaxpr.eqns[site.position]
-        a = next(remaining) if eqn.primitive.name in PRODUCTS else None
-        term = contribution(eqn, site.operand, a, g, consts[site.constant])
-        total[site.constant] = total[site.constant] + term if site.constant in total else term
-    return total
 
 
 @partial(
@@ -122,14 +109,14 @@ def _backward(
     body = step.forward.body
     found = step.pull(residuals.saved, list(cotangents), params)
     loop_constants = [residuals.constants[i] for i in cut.rest_constants]
-    deferred = _contributions(body.jaxpr, body.sites, found.sites, residuals.activations, loop_constants)
+    deferred = contributions(body.jaxpr, body.sites, found.sites, residuals.activations, loop_constants)
     x_count = len(cut.parallel.invars) - len(residuals.constants)
     xs = [*cut.parallel.invars[len(residuals.constants) :], *cut.parallel.outvars]
     x_cts = [_zero(v.aval, params["length"]) for v in xs]
     for i, ct in zip(cut.rest_scanned, found.scanned, strict=True):
         x_cts[i] = x_cts[i] if ct is None else ct
     const_cts, raw_x_cts, site_cts = residuals.pull_parallel(x_cts[x_count:])
-    hoisted = _contributions(
+    hoisted = contributions(
         cut.parallel, loop.hoisted_sites, site_cts, residuals.hoisted_activations, residuals.constants
     )
     terms = [[ct, hoisted.get(i)] for i, ct in enumerate(const_cts)]

@@ -66,7 +66,8 @@ def _applies(x: Any, w: Any, **static: Any) -> bool | str:
     rows_times_matrix = w.ndim == 2 and tuple(w_axes) == (0,) and tuple(x_axes) == (x.ndim - 1,)
     if batch or not rows_times_matrix:
         return "it is not a product of rows with a matrix"
-    if x.ndim < 3 or w.shape[1] < w.shape[0]:
+    # An axis of one is none: XLA drops it. (A symbolic size is not known to be one.)
+    if sum(n != 1 for n in x.shape[:-1]) < 2 or w.shape[1] < w.shape[0]:
         return "XLA finds the best order of this product itself"
     result = static["preferred_element_type"]
     if x.dtype != w.dtype or result not in (None, x.dtype) or not jnp.issubdtype(x.dtype, jnp.floating):
