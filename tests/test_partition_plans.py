@@ -121,6 +121,9 @@ def test_a_convolution_takes_its_batch_in_chunks_of_which_each_device_has_a_part
 
     shapes = (3, 3, 32, 64), (64, 2), (64, 16, 16, 32)
     first, second, x = (jax.random.normal(jax.random.key(i), s) / 8 for i, s in enumerate(shapes))
+    # A smaller minibatch has chunks of its own, though the whole batch's are of fewer examples.
+    plans = fp.partition.plan(loss, optimizer=optax.sgd(0.1))(*jax.eval_shape(lambda: ([first, second], x)))
+    assert plans.named("minibatch").flops == pytest.approx(plans.named("one device").flops, rel=0.1)
     (plan,) = fp.partition.plan(loss, mesh={"data": 8})([first, second], x)
     assert plan.problem.rules is not None
     assert fp.matches(loss, rules=plan.problem.rules)([first, second], x)

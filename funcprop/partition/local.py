@@ -6,7 +6,7 @@ Independent all-reduces over the same devices are one equation of several arrays
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from funcprop import _jax
@@ -19,21 +19,16 @@ ALL_REDUCE.multiple_results = True
 _WALKED = frozenset({"scan", "cond"})  # In the bodies of others nothing is split.
 
 
-def local_program(layout: MeshLayout, alone: Collection[str] = ()) -> Any:
-    """The jaxpr of one device under a layout. It is for reading, not for running.
-
-    Over the axes in `alone` nothing is reduced: their parts come one after the other.
-    """
-    return _Local(layout, alone).program(layout.program.jaxpr)
+def local_program(layout: MeshLayout) -> Any:
+    """The jaxpr of one device under a layout. It is for reading, not for running."""
+    return _Local(layout).program(layout.program.jaxpr)
 
 
 class _Local:
     """Variables of one device for those of the whole, by the layout."""
 
-    def __init__(self, layout: MeshLayout, alone: Collection[str]) -> None:
-        self._layout = layout
-        axes = {v: tuple(name for name in names if name not in alone) for v, names in layout.reduced.items()}
-        self._reduced = {v: names for v, names in axes.items() if names}
+    def __init__(self, layout: MeshLayout) -> None:
+        self._layout, self._reduced = layout, layout.reduced
         self._own: dict[Any, Any] = {}
 
     def _atom(self, v: Any) -> Any:

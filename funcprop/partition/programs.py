@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from funcprop import _jax
 from funcprop._jax.xla_options import for_buffers
 from funcprop.partition.device_bytes import DeviceBytes, peak_of_step
-from funcprop.partition.layout import DATA, MeshLayout, layout_of, mesh_of
+from funcprop.partition.layout import MeshLayout, layout_of, mesh_of
 from funcprop.partition.local import local_program
 from funcprop.partition.problem import TrainingProblem, updated
 from funcprop.partition.traffic import Collective, predicted_collectives
@@ -155,15 +155,6 @@ class SteppedProgram:
         return fun.lower(*placed).compile(for_buffers(self.problem.platform))
 
     @cached_property
-    def _planned(self) -> MeshLayout:
-        """The layout of a step with one of the parts of the batch, where what this one needs is seen."""
-        if self.lean is not None:
-            return self.layout
-        axes, count = self.problem.axes, self.parts * self.minibatches
-        sizes = {**self.sizes, DATA: self.sizes.get(DATA, 1) * count}
-        return layout_of(axes, sizes, self.problem.batch_variables(axes.program))
-
-    @cached_property
     def whole_batch(self) -> MeshLayout:
         """The layout of a step with the whole batch; errors as of `layout_of`."""
         axes = self.problem.axes
@@ -171,9 +162,8 @@ class SteppedProgram:
 
     @cached_property
     def _local(self) -> Any:
-        """The program of one device for one part of the batch."""
-        alone = () if self.sizes.get(DATA, 1) > 1 else (DATA,)
-        return local_program(self._planned, alone)
+        """The program of one device."""
+        return local_program(self.layout)
 
     @cached_property
     def predicted_bytes(self) -> DeviceBytes:
@@ -184,7 +174,7 @@ class SteppedProgram:
             return peak_of_step(
                 _jax.with_constants_as_inputs(closed)[0], arguments, True, self.problem.platform
             )
-        return peak_of_step(local_program(self.layout), arguments, platform=self.problem.platform)
+        return peak_of_step(self._local, arguments, platform=self.problem.platform)
 
     @cached_property
     def predicted_traffic(self) -> list[Collective]:
@@ -194,4 +184,4 @@ class SteppedProgram:
     @cached_property
     def flops(self) -> int:
         """Operations of one device in one step."""
-        return of_jaxpr(self._local) * self.parts * self.minibatches
+        return of_jaxpr(self._local)
