@@ -205,7 +205,7 @@ def test_what_is_done_after_a_function_with_a_name_is_not_hidden_by_it():
     derivation = fp.derive(loss)(w.astype(jnp.float32), x.astype(jnp.float32), jax.random.key(1))
     lines = texts(derivation.forward)
     assert "elu(z) / 0.7" in lines[2]
-    assert "p = softmax(u₂)" in lines
+    assert "p = softmax(u₁)" in lines
     assert "log(p + 10⁻⁸)" in derivation.text()
     derivation.verify()
 

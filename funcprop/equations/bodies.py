@@ -165,7 +165,10 @@ class Body:
         """Writes the lines in these names; the results are those of the whole graph, if it `ends` here."""
         inputs = [v for v in self.inputs if v.name in self.active]
         names = {**names, self.result.name: "J"}
-        writer = BodyWriter(self.condensed.graph, self.result, inputs, names, writers=self.condensed.writers)
+        condensed = self.condensed
+        writer = BodyWriter(
+            condensed.graph, self.result, inputs, names, writers=condensed.writers, smooth=condensed.smooth
+        )
         writer.collected, writer.unwritten = set(collected), {self.result.name}
         given = zip((self.outputs[i] for i in self.smooth), self.cotangents, strict=True)
         writer.given = {v.name: g for v, g in given if v.kind != "literal"}

@@ -19,7 +19,7 @@ from funcprop.program.facts import facts_of
 from funcprop.program.layer_calls import LayerCall
 from funcprop.rules import primitives
 from funcprop.rules.equations import Equations, OperatorSymbols, apply, opaque, written
-from funcprop.rules.expressions import Expression, number, spread_over, unwritten
+from funcprop.rules.expressions import Expression, number, spread_over, unwritten, without_scale
 from funcprop.rules.notation import reduction
 from funcprop.rules.rule import RuleError
 
@@ -181,10 +181,17 @@ def _unseen(op: Operator, x: Expression, cotangent: Expression) -> Equations:
     if np.prod(output.shape or ()) == np.prod(x.shape):
         pulled = replace(unwritten(back, cotangent, x.type), places=_places(op, cotangent, back=True))
         return Equations(forward, (pulled,))
+    scales: list[Callable[[Expression], Expression]] = []
+    while (peeled := without_scale(cotangent)) is not None and not cotangent.is_number:
+        scales.append(peeled[0])
+        cotangent = peeled[1]
     kept = op.static["broadcast_dimensions"]
     new = [axis for axis in range(len(output.shape or ())) if axis not in kept]
     text, latex = reduction("sum", new if new and x.shape != () else None, cotangent.is_sum)
-    return Equations(forward, (written(back, (cotangent,), text, latex, x.type),))
+    total = written(back, (cotangent,), text, latex, x.type)
+    for scale in reversed(scales):
+        total = scale(total)
+    return Equations(forward, (total,))
 
 
 def _new_axes(op: Operator, x: Expression) -> tuple[int, ...]:

@@ -17,6 +17,9 @@ _LETTERS = {
     "norm": "n",
     "sum": "r",
     "value": "u",
+    "draw": "ε",
+    "mask": "m",
+    "index": "i",
 }
 # Of several weights in one line each has a letter of its own.
 _WEIGHTS = "WUVQ"

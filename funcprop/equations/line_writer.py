@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import jax.numpy as jnp
@@ -47,8 +47,10 @@ class LineWriter:
         written: Mapping[str, str] | None = None,
         others: Iterable[Variable] = (),
         writers: Mapping[Operator, WriteLine] | None = None,
+        smooth: Collection[str] | None = None,
     ) -> None:
         self.graph, self.result, self.inputs, self.writers = graph, result, inputs, writers
+        self.smooth = smooth
         variables = {v.name: v for v in (*graph.variables, *others)}
         # An objective that nobody named is written as the chapter writes it.
         names = {result.name: "J"} if not result.named and "J" not in variables else {}
@@ -118,6 +120,8 @@ class LineWriter:
             if name not in self.active or name == self.result.name:
                 continue
             uses = [op for op in self.users[name] if any(v.name in self.reaching for v in op.outputs)]
+            # One that reads it behind a `stop_gradient` says nothing.
+            uses = [op for op in uses if not self._is_zero(op, name)] or uses[:1]
             if not uses:
                 continue
             if len(uses) > 1:
@@ -134,7 +138,8 @@ class LineWriter:
     @cached_property
     def active(self) -> set[str]:
         """The variables that depend on an input."""
-        return set(active_variables(self.graph, {v.name for v in self.inputs}))
+        found = active_variables(self.graph, {v.name for v in self.inputs})
+        return found if self.smooth is None else found & set(self.smooth)
 
     @cached_property
     def users(self) -> dict[str, list[Operator]]:
@@ -186,6 +191,10 @@ class LineWriter:
         ]
         known = [term for term in terms if term is not None]
         return _total(known) if len(known) == len(terms) else None
+
+    def _is_zero(self, op: Operator, name: str) -> bool:
+        term = self._evaluated(op, name)
+        return term is not None and term.constant == 0
 
     def _partials(self, op: Operator, written: set[str]) -> Iterator[Line]:
         """`∂s/∂W1 = λ W1`: what a scalar operator contributes to sums stands by itself first."""

@@ -27,7 +27,9 @@ class ReadableLines:
         self.condensed = self.insides.add_roles(condense(graph, result, chosen))
         self.graph = self.condensed.graph
         names, self.legend = short_names(self.condensed, result, chosen)
-        self.writer = LineWriter(self.graph, result, inputs, names, writers=self.condensed.writers)
+        self.writer = LineWriter(
+            self.graph, result, inputs, names, writers=self.condensed.writers, smooth=self.condensed.smooth
+        )
         functions = self.condensed.functions.items()
         self.functions = tuple((f"{name}(z)", formula) for name, formula in functions)
 

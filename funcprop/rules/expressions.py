@@ -28,6 +28,8 @@ SUM, TERM, QUOTIENT, PRODUCT, POWER, ATOM = range(6)
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
+_PLAIN_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
+
 _MINUS, _QUOTIENT = "−{0}", "{0} / {1}"
 
 # A decimal number that is longer than this may be that of a fraction.
@@ -161,9 +163,11 @@ class Expression:
         if self.constant is not None and b is not None and b.constant is not None:
             # Two factors that are known are one.
             return _constant(self.constant * b.constant, self, b) * y
+        # A factor that is known stands before the whole product.
         if b is not None and b.shape == ():
-            # A factor that is known stands before the whole product.
             return b * (self * y)
+        if a is not None and a.shape == () and not other.is_number:
+            return a * (x * other)
         for uniform, array in ((self, other), (other, self)):
             if uniform.constant == 1 and np.broadcast_shapes(uniform.shape, array.shape) == uniform.shape:
                 same = array.type.dtype == uniform.type.dtype
@@ -177,8 +181,8 @@ class Expression:
         if fraction is not None and self.constant and self.constant == fraction[1].constant:
             return spread_over(fraction[0], np.broadcast_shapes(self.shape, other.shape))
         fraction = _fraction(self)
-        if fraction is not None and is_one(fraction[0]) and self.shape == other.shape:
-            return other / fraction[1]
+        if fraction is not None and fraction[0].constant and self.shape == other.shape:
+            return number(fraction[0].constant, fraction[0].type.dtype) * (other / fraction[1])
         if fraction is not None and fraction[1].shape == () and not other.is_number:
             return spread_over(fraction[0], self.shape) * other / fraction[1]
         if other.binding == QUOTIENT and self.constant is None:
@@ -199,6 +203,8 @@ class Expression:
             return -(self.operands[0] / other)
         if self.constant is not None and other.constant:
             return _constant(self.constant / other.constant, self, other)
+        if self.constant is not None and self.constant < 0:
+            return -(-self / other)
         if self.constant and abs(self.constant) < 1 and not other.is_sum:
             inverse = round(1 / self.constant)
             if abs(inverse * self.constant - 1) < jnp.finfo(self.type.dtype).eps:
@@ -222,8 +228,13 @@ class Expression:
         return node(of_one_dtype(jnp.matmul), (self, other), "{0} {1}", "{0}\\, {1}", PRODUCT, PRODUCT)
 
     def __pow__(self, exponent: float) -> Expression:
+        if exponent == 1:
+            return self
         if exponent == 2 and self.template.startswith("√") and self.operands:
             return self.operands[0]
+        before = _exponent(self.template)
+        if before is not None and isinstance(exponent, int) and exponent > 0:
+            return self.operands[0] ** (before * exponent)
         text = (
             "{0}" + str(exponent).translate(_SUPERSCRIPT)
             if isinstance(exponent, int)
@@ -237,9 +248,11 @@ class Expression:
         """The transpose of a matrix."""
         if self.template == "{0}ᵀ":
             return self.operands[0]
-        factor, rest = factored(self)
-        if factor is not None and factor.shape == () and len(rest.shape) == 2:
-            return factor * rest.T
+        if self.is_number:
+            turned = jax.ShapeDtypeStruct(self.shape[::-1], self.type.dtype)
+            return unwritten(jnp.transpose, self, turned)
+        if (peeled := without_scale(self)) is not None and len(peeled[1].shape) == 2:
+            return peeled[0](peeled[1].T)
         if self.template in _TRANSPOSED and len(self.shape) == 2 and not self.operands[0].is_number:
             text = _TRANSPOSED[self.template]
             latex = text.replace(" ", "\\, ").replace("ᵀ", "^{{\\top}}")
@@ -251,11 +264,8 @@ class Expression:
         axes = (axes,) if isinstance(axes, int) else axes
         if axes is not None and not len(axes):
             return self
-        if self.template == _MINUS:
-            return -self.operands[0].sum(axes, keepdims)
-        factor, rest = factored(self)
-        if factor is not None and factor.shape == ():
-            return factor * rest.sum(axes, keepdims)
+        if (peeled := without_scale(self)) is not None and peeled[1].shape == self.shape:
+            return peeled[0](peeled[1].sum(axes, keepdims))
         text, latex = reduction("sum", axes, self.is_sum)
         return node(lambda x: jnp.sum(x, axes, keepdims=keepdims), (self,), text, latex, ATOM, SUM)
 
@@ -330,19 +340,18 @@ def number(value: float, dtype: Any = None) -> Expression:
     """A constant; a ratio of small integers is written as one. Without a dtype it takes that of others."""
     ratio = Fraction(value).limit_denominator(10_000)
     is_ratio = ratio.numerator / ratio.denominator == value and ratio.denominator != 1
-    text = decimal(value, dtype)
+    text = decimal(abs(value), dtype)
     if not is_ratio and len(text) > _LONG_DECIMAL:
-        # A third in single precision.
-        ratio = Fraction(value).limit_denominator(100)
-        is_ratio = ratio.denominator != 1 and bool(
-            jnp.asarray(float(ratio), dtype) == jnp.asarray(float(value), dtype)
-        )
+        ratio = _short_ratio(value, dtype) or ratio
+        is_ratio = _short_ratio(value, dtype) is not None
     mantissa, _, exponent = text.partition("e")
     latex = text
     if exponent:
         latex = f"{mantissa} \\cdot 10^{{{{{int(exponent)}}}}}"
         text = f"{mantissa}·10" + str(int(exponent)).translate(_SUPERSCRIPT)
         text, latex = (t.removeprefix(one) for t, one in ((text, "1·"), (latex, "1 \\cdot ")))
+    if value < 0:
+        text, latex = f"-{text}", f"-{latex}"
     known = known_number(value, dtype)
     if is_ratio:
         text, latex = str(ratio), f"\\frac{{{{{ratio.numerator}}}}}{{{{{ratio.denominator}}}}}"
@@ -354,6 +363,17 @@ def number(value: float, dtype: Any = None) -> Expression:
     type_ = jax.ShapeDtypeStruct((), constant.dtype, weak_type=dtype is None)
     text = text.replace("-", "−")
     return Expression(lambda: constant, (), text, latex, binding, ATOM, type_, constant=float(value))
+
+
+def _short_ratio(value: float, dtype: Any) -> Fraction | None:
+    """A third in single precision, or a few of a small part, such as 0.9 / 7, but for rounding."""
+    resolution = 2 * float(jnp.finfo(dtype if dtype is not None else float).eps)
+    for largest in (100, 10_000):
+        ratio = Fraction(value).limit_denominator(largest)
+        is_short = largest == 100 or abs(ratio.numerator) <= 3
+        if is_short and ratio.denominator != 1 and abs(float(ratio) / value - 1) < resolution < 1e-6:
+            return ratio
+    return None
 
 
 def _constant(value: float, *operands: Expression) -> Expression:
@@ -393,6 +413,30 @@ def factored(expression: Expression) -> tuple[Expression | None, Expression]:
         if factor.constant is not None:
             return factor, rest
     return None, expression
+
+
+def without_scale(
+    expression: Expression,
+) -> tuple[Callable[[Expression], Expression], Expression] | None:
+    """A sign, a known factor or a known divisor of all entries as a function, and what it is applied to."""
+    if (positive := _without_sign(expression)) is not None:
+        return (lambda v: -v), positive
+    factor, rest = factored(expression)
+    if factor is not None and factor.constant is not None:
+        known = number(factor.constant, factor.type.dtype)
+        return (lambda v: known * v), rest
+    if expression.template == _QUOTIENT and (divisor := expression.operands[1]).constant is not None:
+        numerator = expression.operands[0]
+        # It may have been written above a line, where a product needs no parentheses.
+        lowered = PRODUCT if numerator.template.startswith("{0} ") else numerator.binding
+        return (lambda v: v / divisor), replace(numerator, binding=lowered)
+    return None
+
+
+def _exponent(template: str) -> int | None:
+    """The whole number to which an expression is the power of its operand."""
+    digits = template.removeprefix("{0}").translate(_PLAIN_DIGITS)
+    return int(digits) if template.startswith("{0}") and template[3:] and digits.isdecimal() else None
 
 
 def _fraction(expression: Expression) -> tuple[Expression, Expression] | None:

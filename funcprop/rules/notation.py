@@ -70,6 +70,8 @@ def decimal(value: float, dtype: Any = None) -> str:
     """The shortest decimal number that is `value` in a dtype."""
     if abs(value) < 1e6 and value == int(value):
         return str(int(value))
+    if (short := f"{value:.1g}") and abs(value) >= 1e6 and float(short) == value:
+        return short
     if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and np.isfinite(value):
         # A product of rounded numbers, such as 0.01 · 0.1 in single precision.
         resolution = float(jnp.finfo(dtype).eps)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from funcprop.rules.equations import Equations, OperatorSymbols, apply, written
-from funcprop.rules.expressions import ATOM, POWER, SUM, Expression, node
+from funcprop.rules.expressions import ATOM, POWER, SUM, Expression, node, of_one_dtype
+from funcprop.rules.primitives.arithmetic import with_new_axes
 
 
 def _unary(
@@ -43,7 +44,33 @@ def _power_of_numbers(op: OperatorSymbols) -> Equations | None:
     if exponent.constant is None or not jnp.issubdtype(x.type.dtype, jnp.floating):
         return None
     n = exponent.constant
+    n = int(n) if n == int(n) else n
     return Equations(x**n, (op.cotangent * (n * x ** (n - 1)), None))
+
+
+def _larger(sign: int) -> Callable[[OperatorSymbols], Equations | None]:
+    """`max(a, b)`, whose slope is 1 where `a` is larger, and 1/2 where both are equal."""
+
+    def equations(op: OperatorSymbols) -> Equations | None:
+        a, b = op.args
+        if not jnp.issubdtype(a.type.dtype, jnp.floating):
+            return None
+        compute = lax.max if sign > 0 else lax.min
+        forward = apply(op.name, of_one_dtype(compute), a, b, type_=op.output.type)
+        difference = b if a.constant == 0 else a if b.constant == 0 else a - b
+        if difference is b:
+            sides = (None, _step(sign, difference))
+        else:
+            sides = (_step(sign, difference), _step(-sign, difference) if b.constant is None else None)
+        return Equations(forward, tuple(None if s is None else op.cotangent * s for s in sides))
+
+    return equations
+
+
+def _step(sign: int, x: Expression) -> Expression:
+    """1 where the sign of `x` is `sign`, else 0, and 1/2 where `x` is 0."""
+    x = x if sign > 0 else -x
+    return apply("step", lambda v: jnp.heaviside(v, jnp.asarray(0.5, v.dtype)), x, type_=x.type)
 
 
 _COMPARISONS = {
@@ -59,7 +86,7 @@ def _comparison(sign: str, latex: str) -> Callable[[OperatorSymbols], Equations]
         compare = getattr(lax, op.name)
         return Equations(
             written(
-                compare, op.args, f"{{0}} {sign} {{1}}", f"{{0}} {latex} {{1}}", op.output.type, is_sum=True
+                compare, with_new_axes(*op.args), f"{{0}} {sign} {{1}}", f"{{0}} {latex} {{1}}", op.output.type, is_sum=True
             ),
             (None, None),
         )
@@ -91,6 +118,8 @@ EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
         1 / _root(op.args[0]), (-op.cotangent / (2 * op.args[0] * _root(op.args[0])),)
     ),
     "pow": _power_of_numbers,
+    "max": _larger(1),
+    "min": _larger(-1),
     "sin": _unary(jnp.sin, lambda g, x: g * apply("cos", jnp.cos, x, type_=x.type)),
     "cos": _unary(jnp.cos, lambda g, x: -g * apply("sin", jnp.sin, x, type_=x.type)),
     "abs": _absolute,
