@@ -141,7 +141,7 @@ class _Condensing:
         return replace(op, inputs=inputs, flops=flops, bodies={}, call=None, jaxpr=jaxpr)
 
     def _by_parts(self, parts: Sequence[LinePart], inputs: Sequence[Variable]) -> Callable[..., list[Any]]:
-        """The function that parts are together: what one of them computes inside is not read by the others."""
+        """The function that parts are together: what one computes inside is not read by the others."""
 
         def function(*values: Any) -> list[Any]:
             known = {v.name: x for v, x in zip(inputs, values, strict=True)}
@@ -155,7 +155,10 @@ class _Condensing:
                 return known[v.name]
 
             for part in parts:
-                region = part.region or Region((part.operator,), part.operator.inputs, part.output)
+                region = part.region
+                if region is None:
+                    assert part.operator is not None
+                    region = Region((part.operator,), part.operator.inputs, part.output)
                 known[part.output.name] = region(*map(value, region.inputs))
             return [known[parts[-1].output.name]]
 

@@ -13,7 +13,7 @@ import numpy as np
 from funcprop.equations.flow import Region
 from funcprop.graph.graph import Variable
 from funcprop.rules.equations import Equations, apply, opaque, written
-from funcprop.rules.expressions import Expression, unwritten
+from funcprop.rules.expressions import Expression, number, unwritten
 
 # A list of integers that is not longer than this is written out.
 _SHORT_LIST = 12
@@ -56,8 +56,10 @@ def pattern(value: Any) -> str:
         and np.array_equal(array, np.broadcast_to(np.tri(*array.shape[-2:]).astype(bool), array.shape))
     ):
         return "causal mask"
-    if array.ndim == 2 and np.array_equal(array, np.eye(*array.shape)):
-        return "identity"
+    if array.ndim == 2 and array.shape[0] == array.shape[1] and array.dtype.kind == "f":
+        scale = float(array[0, 0])
+        if scale and np.array_equal(array, scale * np.eye(len(array), dtype=array.dtype)):
+            return "I" if scale == 1 else f"{number(scale, array.dtype).text()} I"
     last = np.arange(array.shape[-1]) if array.ndim else None
     if (
         last is not None

@@ -105,7 +105,9 @@ class Flow:
     @cached_property
     def keys(self) -> dict[str, frozenset[str]]:
         """The keys that what depends on nothing else is made from; none for a constant."""
-        found = {v.name: frozenset({v.name}) for v in (*self.graph.inputs, *self.graph.constants) if is_key(v)}
+        found = {
+            v.name: frozenset({v.name}) for v in (*self.graph.inputs, *self.graph.constants) if is_key(v)
+        }
         for op in self.operators:
             given = [v.name for v in op.inputs if v.kind != "literal"]
             if all(name in found for name in given):
@@ -195,7 +197,9 @@ _LARGEST_REGION = 60
 
 _FEW = 8
 
-_OUTSIDE = frozenset({"dot_general", "conv_general_dilated", "scan", "while", "cond", "custom_vjp_call"})
+_OUTSIDE = frozenset(
+    {"dot_general", "conv_general_dilated", "scan", "while", "cond", "custom_vjp_call", "solve", "tril"}
+)
 
 
 def may_be_inside(op: Operator) -> bool:

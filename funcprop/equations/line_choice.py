@@ -20,6 +20,7 @@ LONGEST_LINE = 12
 # A formula with fewer symbols is written again where it is read twice.
 _SHORT = 3
 # The derivative of these repeats the result and the operand: both have lines.
+_PICKS = ("gather", "scatter", "scatter-add")
 _REPEATED = ("norm", "softmax", "log_softmax")
 
 
@@ -139,14 +140,12 @@ class _LineChoice:
         v, ends = part.output, self._ends(part.output)
         if v.name not in self.flow.active:
             of_active = any(end.output.name in self.flow.active for end in ends)
-            picks = [
-                end.operator is not None and end.operator.op in ("gather", "scatter-add") for end in ends
-            ]
+            picks = [end.operator is not None and end.operator.op in _PICKS for end in ends]
             if all(picks) and part.operator is not None and part.operator.op == "concatenate":
                 # The places of single entries: `x[i, j]`.
                 return False
-            if is_key(v) or part.kind == "draw":
-                return part.kind == "draw"
+            if is_key(v) or part.kind in ("draw", "norm"):
+                return not is_key(v)
             keys = self.flow.keys.get(v.name)
             is_read = any(self.flow.keys.get(end.output.name) != keys for end in ends)
             return (of_active or is_read) and (bool(keys) or self._is_long(v))

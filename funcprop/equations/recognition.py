@@ -9,7 +9,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 
 from funcprop.equations.composition import Composition, LinePart, type_of
-from funcprop.equations.constants import draw, named_function
+from funcprop.equations.constants import draw, named_function, pattern
 from funcprop.equations.elementwise import elementwise, is_elementwise
 from funcprop.equations.flow import Flow, Region, is_key, is_trivial, may_be_inside
 from funcprop.equations.known_functions import find
@@ -39,7 +39,7 @@ class Recognition:
         self._plain: dict[str, LinePart] = {}
         # What is read outside of the functions that it is in is in none of them.
         self._outside: set[str] = set()
-        while outside := self._recognise_all():
+        while not (outside := self._recognise_all()) <= self._outside:
             self._outside |= outside
             self.functions, self.roles = {}, {}
             for name, part in self._plain.items():
@@ -66,7 +66,7 @@ class Recognition:
     def _recognise(self, v: Variable) -> Region | None:
         """Find the largest region that ends at a variable and is a known function."""
         if v.name in self.flow.keys:
-            return self._draw(v)
+            return self._draw(v) if self.flow.keys[v.name] else self._constant(v)
         if not may_be_inside(self.flow.maker[v.name]):
             return None
         if (given := self.parts[v.name].region) is not None and not self._is_open(given):
@@ -96,6 +96,16 @@ class Recognition:
             self._put(v, LinePart(v, (key,), None, region, named_function(name), name, "draw"))
             return region
         return None
+
+    def _constant(self, v: Variable) -> Region | None:
+        """A constant matrix that has a name of its own: `0.1 I`, a causal mask."""
+        if len(v.shape or ()) < 2 or not all(map(may_be_inside, operators := self.flow.between([v]))):
+            return None
+        region = Region(tuple(operators), (), v)
+        if (name := pattern(region())) in ("constant", "mask", "positions"):
+            return None
+        self._put(v, LinePart(v, (), None, region, named_function(name), name, "constant"))
+        return region
 
     def _put(self, v: Variable, part: LinePart) -> None:
         self._plain.setdefault(v.name, self.parts[v.name])
@@ -157,6 +167,8 @@ class Recognition:
                 known = None
             self._found[key] = known or self._own_function(region)
         known = self._found[key]
+        if known is not None and not known.name and region.output.name not in self.flow.active:
+            return None
         return None if known is not None and known.kind == "loss" and self._is_open(region) else known
 
     def _is_hidden(self, region: Region, known: NamedFunction) -> bool:

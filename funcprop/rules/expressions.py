@@ -169,7 +169,12 @@ class Expression:
         if a is not None and a.shape == () and not other.is_number:
             return a * (x * other)
         for uniform, array in ((self, other), (other, self)):
-            if uniform.constant == 1 and np.broadcast_shapes(uniform.shape, array.shape) == uniform.shape:
+            if uniform.constant != 1:
+                continue
+            shape = np.broadcast_shapes(uniform.shape, array.shape)
+            if shape == array.shape and common_dtype(uniform.type, array.type) == array.type.dtype:
+                return array
+            if shape == uniform.shape:
                 same = array.type.dtype == uniform.type.dtype
                 return spread_over(array, uniform.shape) if same or array.shape == uniform.shape else array
         if other.is_number and (not self.is_number or (other.constant is not None and self.constant is None)):
@@ -212,7 +217,7 @@ class Expression:
         factor, rest = factored(self)
         if factor is not None and factor.constant and other.constant:
             return _constant(factor.constant / other.constant, factor, other) * rest
-        if factor is not None and not other.is_number:
+        if factor is not None and other.constant is None:
             return factor * (rest / other)
         if other.constant and other.constant < 1 and (1 / other.constant).is_integer():
             return _constant(1 / other.constant, other) * self

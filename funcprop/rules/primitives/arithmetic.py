@@ -99,8 +99,8 @@ def _product(op: OperatorSymbols) -> Equations | None:
         return Equations(a @ b, (outer(g, b), a.T @ g))
     if len(b.shape) == 2:
         return Equations(a @ b, (b @ g, outer(a, g)))
-    inner = of_one_dtype(jnp.matmul)
-    return Equations(factors(inner, (a, b), "{0}ᵀ {1}", "{0}^{{\\top}}\\, {1}"), (g * b, g * a))
+    dot = of_one_dtype(jnp.matmul)
+    return Equations(factors(dot, (a, b), "{0}ᵀ {1}", "{0}^{{\\top}}\\, {1}"), (g * b, g * a))
 
 
 def _general_product(a: Expression, b: Expression, g: Expression, op: OperatorSymbols) -> Equations:

@@ -58,13 +58,22 @@ def _larger(sign: int) -> Callable[[OperatorSymbols], Equations | None]:
         compute = lax.max if sign > 0 else lax.min
         forward = apply(op.name, of_one_dtype(compute), a, b, type_=op.output.type)
         difference = b if a.constant == 0 else a if b.constant == 0 else a - b
-        if difference is b:
-            sides = (None, _step(sign, difference))
-        else:
-            sides = (_step(sign, difference), _step(-sign, difference) if b.constant is None else None)
-        return Equations(forward, tuple(None if s is None else op.cotangent * s for s in sides))
+        of_a = _step(sign, difference) if difference is not b else None
+        of_b = _step(sign if difference is b else -sign, difference) if b.constant is None else None
+        return Equations(forward, tuple(None if s is None else op.cotangent * s for s in (of_a, of_b)))
 
     return equations
+
+
+def _log_of_sum(op: OperatorSymbols) -> Equations | None:
+    """`logaddexp(a, b)`, whose slope is the share of `eᵃ`."""
+    a, b = op.args
+    if not a.type.dtype == b.type.dtype == op.output.type.dtype or not a.shape == b.shape == op.output.shape:
+        return None
+    shares = (apply("σ", lambda d: lax.logistic(d), d, type_=d.type) for d in (a - b, b - a))
+    return Equations(
+        apply("logaddexp", jnp.logaddexp, a, b, type_=a.type), tuple(op.cotangent * p for p in shares)
+    )
 
 
 def _step(sign: int, x: Expression) -> Expression:
@@ -83,11 +92,10 @@ def _comparison(sign: str, latex: str) -> Callable[[OperatorSymbols], Equations]
     """`z > 0`, which has no derivative."""
 
     def equations(op: OperatorSymbols) -> Equations:
-        compare = getattr(lax, op.name)
+        a, b = with_new_axes(*op.args)
+        compare, latex_text = getattr(lax, op.name), f"{{0}} {latex} {{1}}"
         return Equations(
-            written(
-                compare, with_new_axes(*op.args), f"{{0}} {sign} {{1}}", f"{{0}} {latex} {{1}}", op.output.type, is_sum=True
-            ),
+            written(compare, (a, b), f"{{0}} {sign} {{1}}", latex_text, op.output.type, is_sum=True),
             (None, None),
         )
 
@@ -118,6 +126,7 @@ EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
         1 / _root(op.args[0]), (-op.cotangent / (2 * op.args[0] * _root(op.args[0])),)
     ),
     "pow": _power_of_numbers,
+    "logaddexp": _log_of_sum,
     "max": _larger(1),
     "min": _larger(-1),
     "sin": _unary(jnp.sin, lambda g, x: g * apply("cos", jnp.cos, x, type_=x.type)),

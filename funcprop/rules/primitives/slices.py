@@ -4,6 +4,7 @@ slice           y = x[1:, :3]           x̄ = pad(ȳ, [1:, :3])
 dynamic_slice   y = x[i : i + 3]        x̄ = pad(ȳ, [i : i + 3])
 pad             y = pad(x, [1:-1])      x̄ = ȳ[1:-1]
 concatenate     y = concat(a, b)        ā = ȳ[:2], b̄ = ȳ[2:]
+stack           y = stack(a, b)         ā = ȳ[0], b̄ = ȳ[1]
 """
 
 from __future__ import annotations
@@ -137,9 +138,25 @@ def _concatenate(op: OperatorSymbols) -> Equations | None:
     return Equations(forward, tuple(backward))
 
 
+def _stack(op: OperatorSymbols) -> Equations | None:
+    """`stack(a, b)`; each operand has its entry of the cotangent along the new axis."""
+    if _is_reshaped(op.cotangent) and not op.cotangent.is_number:
+        return None
+    axis = op.static["axis"]
+    forward = apply(op.name, lambda *v: jnp.stack(v, axis), *op.args, type_=op.output.type)
+    backward: list[Expression | None] = []
+    for i, x in enumerate(op.args):
+        cut = partial(jnp.take, indices=i, axis=axis)
+        where = ", ".join([":"] * axis + [str(i)])
+        is_smooth = jnp.issubdtype(x.type.dtype, jnp.inexact)
+        backward.append(_entries(cut, op.cotangent, where, x.shape) if is_smooth else None)
+    return Equations(forward, tuple(backward))
+
+
 EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "pad": _pad,
     "concatenate": _concatenate,
+    "stack": _stack,
 }
