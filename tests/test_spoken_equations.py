@@ -159,6 +159,14 @@ def test_the_axes_of_a_norm_and_of_a_comparison_are_told():
 
     assert "n = norm(z, axis 0)" in lines_of(batch_norm, W, X)
 
+    def layer_norm(p, x):
+        n = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return jnp.sum(jnp.tanh(n * p["scale"] + p["bias"]))
+
+    lines = lines_of(lambda x, p: layer_norm(p, x), TARGETS, {"scale": jnp.ones(4), "bias": jnp.ones(4)})
+    assert "n = norm(x) ⊙ scale + bias" in lines
+    assert any("⊙ mean(∂J/∂n ⊙ scale ⊙ norm(x))) / σ(x)" in line for line in lines), lines
+
     def ranking(w, x, y):
         s = x @ w
         pairs = (y[:, None] > y[None]).astype(s.dtype)

@@ -179,9 +179,9 @@ def _norm(name: str, norm: _Norm, order: Sequence[int]) -> Write:
             return function(value, *fillings)
 
         # Along the last axis if it is not said.
-        over = None if norm.groups > 1 or norm.axes == (len(x.shape) - 1,) else norm.axes
+        along = None if norm.groups > 1 or norm.axes == (len(x.shape) - 1,) else norm.axes
         like = jax.ShapeDtypeStruct(x.shape, output.type.dtype)
-        n = written(normalized, (x,), *reduction(name, over), like)
+        n = written(normalized, (x,), *reduction(name, along), like)
         text, latex, pulled = "{0}", "{0}", g
         cotangents: list[Expression | None] = [None] * len(others)
         for k, i in enumerate(order):
@@ -192,9 +192,9 @@ def _norm(name: str, norm: _Norm, order: Sequence[int]) -> Write:
             sign, latex_sign = (" ⊙ ", " \\odot ") if k == 0 else (" + ", " + ")
             text, latex = f"{text}{sign}{{{i + 1}}}", f"{latex}{latex_sign}{{{i + 1}}}"
             pulled = pulled * others[i] if k == 0 else pulled
-        mean = lambda v: written(norm.mean, (v,), *reduction("mean", over))  # noqa: E731
+        mean = lambda v: written(norm.mean, (v,), *reduction("mean", along))  # noqa: E731
         centred = pulled - mean(pulled) if norm.centred else pulled
-        sigma = written(norm.sigma, (x,), *reduction("σ" if norm.centred else "rms", over), x.type)
+        sigma = written(norm.sigma, (x,), *reduction("σ" if norm.centred else "rms", along), x.type)
         forward = written(
             lambda _, v, *p: function(v, *p), (n, x, *others), *_after(text, latex), is_sum=len(order) > 1
         )
