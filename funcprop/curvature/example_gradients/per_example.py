@@ -153,7 +153,7 @@ class PerExample:
         if sampled and key is None:
             raise ValueError(
                 f"per_example: {sampled[0]!r} is an estimate by random signs; "
-                    "pass key=jax.random.key(…) beside x and y."
+                "pass key=jax.random.key(…) beside x and y."
             )
         require_values("per_example", {"params": params, "x": x, "y": y}, AUDIT)
         size = batch_size(x, y, "per_example")
