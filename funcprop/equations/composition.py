@@ -20,7 +20,7 @@ from funcprop.program.layer_calls import LayerCall
 from funcprop.rules import primitives
 from funcprop.rules.equations import Equations, OperatorSymbols, apply, opaque, written
 from funcprop.rules.expressions import Expression, number, spread_over, unwritten, without_scale
-from funcprop.rules.notation import reduction
+from funcprop.rules.notation import latex_name, literally, reduction
 from funcprop.rules.rule import RuleError
 
 
@@ -125,6 +125,22 @@ def called(op: Operator) -> str:
     return _CALLED.get(name, name.strip("_"))
 
 
+# A loop that reads more than this is written with what was computed before it alone.
+_MOST_OPERANDS = 5
+
+
+def by_name(
+    op: Operator, name: str, function: Callable[..., Any], args: Sequence[Expression], type_: Any
+) -> Expression:
+    """An operator as a function by its name; the lines of a loop of many operands say what it reads."""
+    if len(args) <= _MOST_OPERANDS or op.op not in ("scan", "while"):
+        return apply(name, function, *args, type_=type_)
+    shown = [i for i, v in enumerate(op.inputs) if v.kind == "intermediate"] or [0]
+    words = "".join(f"{{{i}}}, " for i in shown[:_MOST_OPERANDS])
+    latex = f"{literally(latex_name(name))}\\!\\left({words}\\ldots\\right)"
+    return written(function, args, f"{name}({words}…)", latex, type_)
+
+
 def derived_equations(op: Operator, args: Sequence[Expression], cotangent: Expression) -> Equations:
     """The equations of a primitive by what is known of it: `f′` of an entrywise one, `fᵀ` of a linear one."""
     name = called(op)
@@ -133,7 +149,7 @@ def derived_equations(op: Operator, args: Sequence[Expression], cotangent: Expre
     def function(*values: Any) -> Any:
         return _jax.evaluate(op.jaxpr, (), values)[0]
 
-    forward = apply(name, function, *args, type_=type_of(output))
+    forward = by_name(op, name, function, args, type_of(output))
     cotangents: list[Expression | None] = [None] * len(args)
     if op.equation is None or op.call is not None or op.bodies or not _jax.is_differentiable(output.aval):
         return Equations(forward, tuple(cotangents))

@@ -9,11 +9,11 @@ from functools import cached_property
 import jax.numpy as jnp
 
 from funcprop.equations.chain_rule import ChainTerm, call_operator
-from funcprop.equations.composition import LinePart, called, literal, own_equations, type_of
+from funcprop.equations.composition import LinePart, by_name, called, literal, own_equations, type_of
 from funcprop.equations.condense import WriteLine
 from funcprop.equations.verification import Line
 from funcprop.graph.graph import Graph, Operator, Variable
-from funcprop.rules.equations import Equations, apply, opaque
+from funcprop.rules.equations import Equations, opaque
 from funcprop.rules.expressions import (
     Expression,
     Symbol,
@@ -111,7 +111,8 @@ class LineWriter:
         is_one_of_several = any(self.writers is None or w.name in self.users for w in others)
         suffix = f"_{index + 1}" if is_one_of_several else ""
         type_ = self.symbols[op.outputs[index].name].type
-        return apply(called(op) + suffix, lambda *xs: call_operator(op, xs)[index], *inputs, type_=type_)
+        compute = lambda *xs: call_operator(op, xs)[index]  # noqa: E731
+        return by_name(op, called(op) + suffix, compute, inputs, type_)
 
     def backward(self) -> Iterator[Line]:
         """`∂J/∂z = prod(∂J/∂h, ∂h/∂z) = …` in the order in which the cotangents are complete."""

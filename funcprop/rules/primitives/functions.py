@@ -102,6 +102,20 @@ def _comparison(sign: str, latex: str) -> Callable[[OperatorSymbols], Equations]
     return equations
 
 
+def _both(word: str, sign: str) -> Callable[[OperatorSymbols], Equations | None]:
+    """`a and b`, of what is true or false."""
+
+    def equations(op: OperatorSymbols) -> Equations | None:
+        if op.output.type.dtype != bool:
+            return None
+        join = lambda a, b: a & b if word == "and" else a | b  # noqa: E731
+        latex = f"{{0}} {sign} {{1}}"
+        both = written(join, op.args, f"{{0}} {word} {{1}}", latex, op.output.type, is_sum=True)
+        return Equations(both, (None, None))
+
+    return equations
+
+
 def _power(op: OperatorSymbols) -> Equations:
     (x,) = op.args
     n = op.static.get("y", 2)
@@ -126,6 +140,8 @@ EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
         1 / _root(op.args[0]), (-op.cotangent / (2 * op.args[0] * _root(op.args[0])),)
     ),
     "pow": _power_of_numbers,
+    "and": _both("and", "\\wedge"),
+    "or": _both("or", "\\vee"),
     "logaddexp": _log_of_sum,
     "max": _larger(1),
     "min": _larger(-1),

@@ -24,11 +24,12 @@ from funcprop.rules.expressions import ATOM, Expression, parenthesised, unwritte
 def _slice(op: OperatorSymbols) -> Equations | None:
     """`x[1:, :3]`; one entry of an axis is its index alone, as after the squeeze that follows."""
     (x,) = op.args
-    if _is_reshaped(x):
+    order = _order(x)
+    if order is None:
         return None
     starts, limits = op.static["start_indices"], op.static["limit_indices"]
     steps = op.static["strides"] or (1,) * len(starts)
-    where = _range(starts, limits, steps, x.shape)
+    where = _range(*([given[k] for k in order] for given in (starts, limits, steps, x.shape)))
 
     def cut(v: Any) -> Any:
         return lax.slice(v, starts, limits, steps)
@@ -78,9 +79,28 @@ _PAD = "\\mathrm{{pad}}\\!\\left({0}, [\\texttt{{#}}]\\right)"
 
 def _is_reshaped(x: Expression) -> bool:
     """Whether it is another shape of what is written: indices would be read as those of the latter."""
-    while x.template == "{0}" and x.operands and x.type.dtype != x.operands[0].type.dtype:
+    while x.template == "{0}" and x.operands and (x.type.dtype != x.operands[0].type.dtype or _is_row(x)):
         x = x.operands[0]
     return x.template == "{0}" and bool(x.operands)
+
+
+def _is_row(x: Expression) -> bool:
+    """Whether it is another shape of the one axis of what is written."""
+    long = [[n for n in v.shape if n > 1] for v in (x, x.operands[0])]
+    return len(x.shape) == 1 and long[0] == long[1] and len(long[0]) <= 1
+
+
+def _order(x: Expression) -> Sequence[int] | None:
+    """The axes in the order in which they are written, if that is of the same shape but for the order."""
+    if not _is_reshaped(x):
+        return range(len(x.shape))
+    inner = x
+    while inner.template == "{0}" and inner.operands:
+        inner = inner.operands[0]
+    places = x.places or ()
+    if sorted(places) != list(range(len(inner.shape))) or x.shape != tuple(inner.shape[k] for k in places):
+        return None
+    return [places.index(k) for k in range(len(places))]
 
 
 def _range(starts: Sequence[int], limits: Sequence[int], steps: Sequence[int], shape: Sequence[int]) -> str:
