@@ -15,7 +15,7 @@ from funcprop.equations.verification import Line
 from funcprop.graph.graph import Graph, Operator, Variable
 from funcprop.rules.equations import Equations, opaque
 from funcprop.rules.expressions import Expression, Symbol, number, symbol
-from funcprop.rules.formula_nodes import is_one
+from funcprop.rules.formula import is_one
 from funcprop.rules.notation import latex_name
 from funcprop.sweeps.activity import active_variables
 from funcprop.sweeps.propagation import completion_order

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop.program.dtypes import common_dtype, is_weak
-from funcprop.rules.formula_nodes import (
+from funcprop.rules.formula import (
     ATOM,
     FRACTION,
     MINUS,
@@ -26,7 +26,7 @@ from funcprop.rules.formula_nodes import (
     TERM,
     TRANSPOSED,
     Environment,
-    Node,
+    Formula,
     exponent_of,
     factored,
     fraction_of,
@@ -35,7 +35,7 @@ from funcprop.rules.formula_nodes import (
 from funcprop.rules.notation import SUPERSCRIPT, literally, number_text, reduction
 
 
-class Expression(Node):
+class Expression(Formula):
     """What a formula is of: it is added, multiplied, transposed and summed as numbers and matrices are."""
 
     def __add__(self, other: Any) -> Expression:

@@ -26,7 +26,7 @@ TRANSPOSED = {
 
 
 @dataclass(frozen=True, eq=False)
-class Node:
+class Formula:
     """A function of operands, with a template for each notation (`{0}`, `{1}` are the operands).
 
     `binding` is how tightly the whole binds, `inner` how tightly its operands must bind to need no
@@ -87,7 +87,7 @@ class Node:
         wrap = "\\left({}\\right)"
         return self.latex_template.format(*(self._inside(o, o.latex(), wrap) for o in self.operands))
 
-    def _inside(self, operand: Node, rendered: str, parentheses: str) -> str:
+    def _inside(self, operand: Formula, rendered: str, parentheses: str) -> str:
         return parentheses.format(rendered) if operand.binding < self.inner else rendered
 
 
