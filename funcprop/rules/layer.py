@@ -130,7 +130,8 @@ def layer(
     are None.
 
     Raises:
-        TypeError: `function` is none; or when called with a positional argument that is no array, or an unhashable static one.
+        TypeError: it is no function; or when called with a positional argument that is no array, or an
+            unhashable static one.
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
