@@ -85,6 +85,17 @@ def test_vectors_are_multiplied_and_measured_as_on_paper():
     assert lines == ["J = sum(‖z, axis 0‖)", "∂J/∂z = z / ‖z, axis 0‖"]
 
 
+def test_the_transpose_of_an_inverse_and_the_axis_of_a_maximum_are_told():
+    def distance(m, x):
+        inverse = jnp.linalg.inv(x.T @ x + jnp.eye(5))
+        return jnp.mean(jnp.einsum("ni,ij,nj->n", x - m, inverse, x - m))
+
+    lines = lines_of(distance, normal(0, 5), X)
+    assert any(" + I)⁻ᵀ" in line for line in lines), lines
+    lines = lines_of(lambda w, x: jnp.sum(jnp.max(jnp.sin(x @ w), 1)), W, X)
+    assert any("max(sin(z), axis 1)" in line for line in lines), lines
+
+
 def test_kinks_have_steps_and_ties_are_true():
     lines = lines_of(lambda z: jnp.sum(jnp.maximum(z, 0.5)), jnp.array([0.5, 1.0, -1.0]))
     assert lines[-1] == "∂J/∂z = step(z − 1/2)"

@@ -182,6 +182,10 @@ class Expression(Formula):
         """The transpose of a matrix."""
         if self.template == "{0}ᵀ":
             return self.operands[0]
+        if self.template in _OF_MATRIX[1:]:
+            mark, latex = ("⁻ᵀ", "-\\top") if self.template == "{0}⁻¹" else ("⁻¹", "-1")
+            turn = lambda *v: jnp.transpose(self.function(*v))  # noqa: E731
+            return node(turn, self.operands, "{0}" + mark, "{0}^{{" + latex + "}}", POWER, ATOM)
         if self.is_number:
             turned = jax.ShapeDtypeStruct(self.shape[::-1], self.type.dtype)
             return unwritten(jnp.transpose, self, turned)
@@ -342,19 +346,23 @@ def promoted(expression: Expression, type_: Any) -> Expression:
     return node(lambda x: x.astype(dtype), (expression,), template, template, binding, binding, wider)
 
 
+# Of these the transpose is written without brackets.
+_OF_MATRIX = ("{0}ᵀ", "{0}⁻¹", "{0}⁻ᵀ")
+
+
 def factors(
     function: Callable[..., Any], operands: Sequence[Expression], text: str, latex: str, type_: Any = None
 ) -> Expression:
     """A product that is written by templates; operands that are sums are put in parentheses.
 
-    The transpose of a transpose is the matrix itself.
+    The transpose of a transpose is the matrix itself, that of an inverse has a sign of its own.
     """
     given, twice = list(operands), set[int]()
     for i, operand in enumerate(operands):
-        if f"{{{i}}}ᵀ" in text and operand.template == "{0}ᵀ" and len(operand.shape) == 2:
+        if f"{{{i}}}ᵀ" in text and operand.template in _OF_MATRIX and len(operand.shape) == 2:
             text = text.replace(f"{{{i}}}ᵀ", f"{{{i}}}")
             latex = latex.replace(f"{{{i}}}^{{{{\\top}}}}", f"{{{i}}}")
-            given[i] = operand.operands[0]
+            given[i] = operand.T
             twice.add(i)
 
     def of_given(*values: Any) -> Any:
