@@ -194,7 +194,8 @@ class KroneckerFactors:
         Parameters.of(params)
         if self.part.group == SAMPLED and key is None:
             raise ValueError(
-                "kfac: kind='mc' draws random signs; pass key=jax.random.key(…), or kind='exact'."
+                "kfac: kind='mc' draws random signs; pass key=jax.random.key(…) beside x and y, "
+                "or kind='exact'."
             )
         functions = programs(of_chosen, loss, params, x, y)
         arguments = (*functions, params, x, y, key, weights)

@@ -192,6 +192,8 @@ def written_by(path: str | os.PathLike[str]) -> str:
     Raises:
         DrawingError: there is none, or the file cannot be written.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise DrawingError(f"fp.draw: path={path!r} is no file; pass its name, such as 'net.svg'.")
     try:
         require_writable("fp.draw: path", path, tuple(SUFFIXES))
     except OSError as error:
@@ -262,6 +264,8 @@ def draw(
     """
     if path is not None:
         written_by(path)
+    if not (loops is None or isinstance(loops, int)) or (loops is not None and loops < 0):
+        raise DrawingError(f"fp.draw: loops={loops!r} is no number of levels; pass 0 for all closed, 1, 2 …")
     require_known(engine)
     if theme not in get_args(Theme):
         raise DrawingError(f"fp.draw: theme={theme!r} is not known; choose 'auto' or 'light'.")

@@ -18,6 +18,8 @@ from funcprop.graph.naming import joined
 
 # A picture of more nodes than this is drawn as its modules.
 MOST_NODES = 60
+# A net of modules is opened to so many nodes by itself.
+_OPEN_MODULES = 30
 # So many operators that stand beside the modules are drawn as one node.
 _LOOSE = 4
 # What has no modules is drawn as so many runs of operators.
@@ -35,8 +37,10 @@ class Fitted(NamedTuple):
 def fitted(shown: Shown, fold: Fold, unnamed: bool | None) -> Fitted:
     """The first picture that has at most `MOST_NODES`: all open, then as its modules, then as runs."""
     found = Fitted(assemble(shown, None, fold, unnamed), shown)
+    is_net = len({scope_path(op.scope) for op in shown.graph if _is_module(op)}) > 1
+    most = _OPEN_MODULES if is_net else MOST_NODES
     for candidate in _smaller(shown, fold, unnamed):
-        if len(found.picture.nodes) <= MOST_NODES:
+        if len(found.picture.nodes) <= most:
             break
         found = min(found, candidate, key=lambda fitted: len(fitted.picture.nodes))
     return found
@@ -82,15 +86,19 @@ def _first_depth(shown: Shown, deepest: int) -> int:
 def _with_functions(shown: Shown, depth: int) -> Shown:
     """The drawing in which what stands beside its modules is one node, called by the function it is from."""
     graph, scopes, shut = shown.graph, list[str](), set[tuple[str, ...]]()
-    for loose, run in itertools.groupby(graph.operators, key=lambda op: _loose_in(op, depth)):
-        ops = list(run)
+    grouped = itertools.groupby(graph.operators, key=lambda op: _loose_in(op, depth))
+    runs = [(loose, list(run)) for loose, run in grouped]
+    # Of several that are from one function the last has its name.
+    last = {loose: i for i, (loose, ops) in enumerate(runs) if len(ops) >= _LOOSE}
+    for i, (loose, ops) in enumerate(runs):
         if loose is None:
             scopes += [op.scope for op in ops]
             continue
         scope, function = loose
         # All of it in one node would be no picture.
         short = len(ops) < _LOOSE or len(ops) == len(graph)
-        own = scope if short else joined(scope, function or f"{len(ops)} operators")
+        called = function if function and last.get(loose) == i else f"{len(ops)} operators"
+        own = scope if short else joined(scope, called)
         shut |= set() if short else {scope_path(own)}
         scopes += [own] * len(ops)
     return replace(shown, graph=_moved(graph, scopes), shut=frozenset(shut))

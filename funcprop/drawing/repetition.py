@@ -194,6 +194,11 @@ class _Repetition:
         names = [v.name for v in variables if v is not None]
         if len(set(names)) < len(names):
             return False
+        if not self.is_chain and any(
+            v.kind == "input" and "/" not in v.name for v in variables if v is not None
+        ):
+            # Both arguments of a function are seen: two views that one encoder reads.
+            return False
         if all(name not in self.reads.origins for name in names):
             return all(self.is_own(i, name) for i, name in enumerate(names))
         return self.is_parallel([(i, self.reads.origins.get(name)) for i, name in enumerate(names)])

@@ -22,6 +22,7 @@ _ASPECT = 2.2
 _MOST_ROWS = 12
 _LANE = 5.0  # between arrows that go on in the next row
 _GAP = 26.0
+_BOX = 3  # arrows that are cut rather than one box
 _PADDING = 14.0  # around what is in a box
 
 
@@ -36,7 +37,7 @@ def in_rows(layout: Layout, sizes: Mapping[str, Size], row: float = ROW) -> Layo
 
 
 def _cuts(layout: Layout, sizes: Mapping[str, Size], row: float) -> list[float]:
-    """Where the picture is cut: between nodes, across as few arrows as may be."""
+    """Where the picture is cut: between nodes, across as few boxes and arrows as may be."""
     count = -(-int(layout.width) // int(row))
     taken = sorted(
         (x - sizes[n].width / 2 - 4, x + sizes[n].width / 2 + 4) for n, (x, _) in layout.nodes.items()
@@ -47,6 +48,9 @@ def _cuts(layout: Layout, sizes: Mapping[str, Size], row: float) -> list[float]:
             free.append((right + start) / 2)
         right = max(right, end)
     spans = [(min(x for x, _ in r.points), max(x for x, _ in r.points)) for r in layout.edges]
+    boxes = [(left, right) for (left, _, right, _), *_ in layout.boxes.values()]
+    # A box that is cut is worse than an arrow that goes on in the next row.
+    spans += [span for span in boxes for _ in range(_BOX)]
     found: list[float] = []
     for number in range(1, count):
         wanted = layout.width * number / count

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from funcprop import _jax
 from funcprop.equations.condense import condense
+from funcprop.equations.familiar_operators import familiar
 from funcprop.equations.line_names import short_names
 from funcprop.equations.line_writer import LineWriter
 from funcprop.equations.plain_graph import plain
@@ -152,7 +153,7 @@ class Body:
         self.outputs = dict(zip(self.smooth, given, strict=False)) | dict(
             zip(others, given[2 * count :], strict=True)
         )
-        self.graph = plain(self.traced.graph)
+        self.graph = familiar(plain(self.traced.graph))
         self.condensed = condense(self.graph, self.result, self.active)
         self.traced = replace(self.traced, graph=self.condensed.graph)
 
@@ -165,7 +166,10 @@ class Body:
         """Writes the lines in these names; the results are those of the whole graph, if it `ends` here."""
         inputs = [v for v in self.inputs if v.name in self.active]
         names = {**names, self.result.name: "J"}
-        writer = BodyWriter(self.condensed.graph, self.result, inputs, names, writers=self.condensed.writers)
+        condensed = self.condensed
+        writer = BodyWriter(
+            condensed.graph, self.result, inputs, names, writers=condensed.writers, smooth=condensed.smooth
+        )
         writer.collected, writer.unwritten = set(collected), {self.result.name}
         given = zip((self.outputs[i] for i in self.smooth), self.cotangents, strict=True)
         writer.given = {v.name: g for v, g in given if v.kind != "literal"}

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from funcprop import _jax
 from funcprop.equations.elementwise import elementwise, is_elementwise, slope
 from funcprop.equations.flow import Region, is_trivial
 from funcprop.equations.named_function import Write
+from funcprop.equations.shape_changes import of_shape
 from funcprop.graph.graph import Operator, Variable
 from funcprop.program.facts import facts_of
 from funcprop.program.layer_calls import LayerCall
 from funcprop.rules import primitives
 from funcprop.rules.equations import Equations, OperatorSymbols, apply, opaque, written
-from funcprop.rules.expressions import Expression, number, spread_over, unwritten
-from funcprop.rules.notation import reduction
+from funcprop.rules.expressions import Expression, number, spread_over
+from funcprop.rules.notation import latex_name, literally
 from funcprop.rules.rule import RuleError
 
 
@@ -45,7 +45,7 @@ class LinePart:
             return self.write(self.region, args, cotangent, output)
         assert self.operator is not None
         if is_trivial(self.operator):
-            return _unseen(self.operator, args[0], cotangent)
+            return of_shape(self.operator, args[0], cotangent)
         found = own_equations(self.operator, args, output, cotangent)
         if found is None and self.activation is not None:
             region = Region((self.operator,), self.inputs, self.output)
@@ -125,6 +125,22 @@ def called(op: Operator) -> str:
     return _CALLED.get(name, name.strip("_"))
 
 
+# A loop that reads more than this is written with what was computed before it alone.
+_MOST_OPERANDS = 5
+
+
+def by_name(
+    op: Operator, name: str, function: Callable[..., Any], args: Sequence[Expression], type_: Any
+) -> Expression:
+    """An operator as a function by its name; the lines of a loop of many operands say what it reads."""
+    if len(args) <= _MOST_OPERANDS or op.op not in ("scan", "while"):
+        return apply(name, function, *args, type_=type_)
+    shown = [i for i, v in enumerate(op.inputs) if v.kind == "intermediate"] or [0]
+    words = "".join(f"{{{i}}}, " for i in shown[:_MOST_OPERANDS])
+    latex = f"{literally(latex_name(name))}\\!\\left({words}\\ldots\\right)"
+    return written(function, args, f"{name}({words}…)", latex, type_)
+
+
 def derived_equations(op: Operator, args: Sequence[Expression], cotangent: Expression) -> Equations:
     """The equations of a primitive by what is known of it: `f′` of an entrywise one, `fᵀ` of a linear one."""
     name = called(op)
@@ -133,7 +149,7 @@ def derived_equations(op: Operator, args: Sequence[Expression], cotangent: Expre
     def function(*values: Any) -> Any:
         return _jax.evaluate(op.jaxpr, (), values)[0]
 
-    forward = apply(name, function, *args, type_=type_of(output))
+    forward = by_name(op, name, function, args, type_of(output))
     cotangents: list[Expression | None] = [None] * len(args)
     if op.equation is None or op.call is not None or op.bodies or not _jax.is_differentiable(output.aval):
         return Equations(forward, tuple(cotangents))
@@ -159,77 +175,6 @@ def _transposed(function: Callable[..., Any], i: int, like: Any) -> Callable[...
         return jax.vjp(lambda v: function(*others[:i], v, *others[i:]), zero)[1](g)[0]
 
     return transposed
-
-
-def _unseen(op: Operator, x: Expression, cotangent: Expression) -> Equations:
-    """A change of shape or type, which is not written; entries that were repeated are added up again."""
-    (output,) = op.outputs
-
-    def function(value: Any) -> Any:
-        return _jax.evaluate(op.jaxpr, (), [value])[0]
-
-    def back(g: Any) -> Any:
-        y, pull = jax.vjp(function, jnp.zeros(x.shape, x.type.dtype))
-        return pull(g.astype(y.dtype))[0]
-
-    if op.op == "transpose" and len(x.shape) == 2:
-        return Equations(x.T, (cotangent.T,))
-    forward = replace(unwritten(function, x, type_of(output)), places=_places(op, x, back=False))
-    forward = replace(forward, new_axes=_new_axes(op, x))
-    if not _jax.is_differentiable(op.inputs[0].aval):
-        return Equations(forward, (None,))
-    if np.prod(output.shape or ()) == np.prod(x.shape):
-        pulled = replace(unwritten(back, cotangent, x.type), places=_places(op, cotangent, back=True))
-        return Equations(forward, (pulled,))
-    kept = op.static["broadcast_dimensions"]
-    new = [axis for axis in range(len(output.shape or ())) if axis not in kept]
-    text, latex = reduction("sum", new if new and x.shape != () else None, cotangent.is_sum)
-    return Equations(forward, (written(back, (cotangent,), text, latex, x.type),))
-
-
-def _new_axes(op: Operator, x: Expression) -> tuple[int, ...]:
-    """The axes of the result of an operator that are not in what is written; none where that is not known."""
-    before, after = x.shape, op.outputs[0].shape or ()
-    if op.op == "broadcast_in_dim":
-        kept = op.static["broadcast_dimensions"]
-        return tuple(i for i in range(len(after)) if i not in kept or kept.index(i) in x.new_axes)
-    if op.op == "reshape" and len(after) > len(before) and not x.new_axes:
-        # Only axes of size 1 come in.
-        found, k = [], 0
-        for i, n in enumerate(after):
-            if k < len(before) and n == before[k]:
-                k += 1
-            elif n == 1:
-                found.append(i)
-            else:
-                return ()
-        return tuple(found) if k == len(before) else ()
-    return x.new_axes if before == after else ()
-
-
-def _places(op: Operator, of: Expression, back: bool) -> tuple[int, ...] | None:
-    """Which axes of what is written the axes are of which an operator changes shape or order.
-
-    Of several axes that become one it is the last. There may be axes that were not there, of size 1.
-    """
-    shapes = [v.shape or () for v in (op.inputs[0], op.outputs[0])]
-    places = of.places or tuple(range(len(of.shape)))
-    if op.op == "transpose":
-        order = op.static["permutation"]
-        return tuple(places[np.argsort(order)[i] if back else order[i]] for i in range(len(order)))
-    old, new = reversed(shapes) if back else shapes
-    if old == new:
-        return of.places
-    # An axis of the one shape and the axis of the other in which the same number of entries ends.
-    ends = {int(np.prod(old[: i + 1])): i for i in range(len(old))}
-    found = []
-    for i in range(len(new)):
-        end = int(np.prod(new[: i + 1]))
-        nearest = min((e for e in ends if e >= end), default=None)
-        if nearest is None:
-            return None
-        found.append(places[ends[nearest]])
-    return tuple(found)
 
 
 def literal(variable: Variable) -> Expression:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from funcprop import _jax
 from funcprop.equations.composition import Composition, LinePart, literal, type_of
-from funcprop.equations.constants import draw, named_function, pattern
+from funcprop.equations.constants import named_function, pattern
 from funcprop.equations.elementwise import is_elementwise
-from funcprop.equations.flow import Flow, Region, is_trivial, run
-from funcprop.equations.line_choice import LONGEST_LINE, chosen_lines
-from funcprop.equations.line_parts import LineParts, is_curved, is_key, is_shape
+from funcprop.equations.flow import Flow, Region, is_key, is_trivial, run
+from funcprop.equations.line_choice import chosen_lines
+from funcprop.equations.line_parts import LineParts, is_curved
 from funcprop.equations.recognition import Recognition
 from funcprop.graph.graph import Graph, Operator, Variable
 from funcprop.program.facts import PRODUCTS, facts_of
@@ -32,7 +33,7 @@ class Condensed:
     `kinds` are by the name of the line's variable: `product`, `activation`, `softmax`, `loss`, `norm`,
     `sum`, `value`. `roles` are those of inputs that are read as `weight`, `bias`, `scale` or `table`, with
     the line that reads them. `functions` are the user's own, by their symbol: the formula of each. `operand`
-    writes a variable of the graph before in the symbols of the lines.
+    writes a variable of the graph before in the symbols of the lines. `smooth` are those with a gradient.
     """
 
     graph: Graph
@@ -41,6 +42,7 @@ class Condensed:
     roles: Mapping[str, tuple[str, str]]
     functions: Mapping[str, Expression]
     operand: Callable[[Variable, Mapping[str, Expression]], Expression]
+    smooth: Collection[str]
 
 
 def condense(graph: Graph, result: Variable, inputs: Collection[str]) -> Condensed:
@@ -78,7 +80,7 @@ class _Condensing:
         graph = replace(self.flow.graph, operators=tuple(operators))
         named = {part.name for part in self.parts.within(self.flow.result)}
         functions = {name: form for name, form in recognition.functions.items() if name in named}
-        return Condensed(graph, writers, kinds, roles, functions, self._operand)
+        return Condensed(graph, writers, kinds, roles, functions, self._operand, self.flow.active)
 
     def _operand(self, v: Variable, symbols: Mapping[str, Expression]) -> Expression:
         """A variable as it is written where it is read."""
@@ -106,7 +108,7 @@ class _Condensing:
         inner = {part.output.name for part in parts}
         read = {w.name: w for part in parts for w in part.inputs if w.kind != "literal"}
         inputs = tuple(w for w in read.values() if w.name not in inner)
-        merged = _merged(op, self.flow.between([v], {w.name for w in inputs}), inputs)
+        merged = self._merged(op, self.flow.between([v], {w.name for w in inputs}), inputs, parts)
         if v.name not in self.flow.active and len(parts) > 1:
             name = self._constant(v, parts)
             if name is not None:
@@ -122,34 +124,56 @@ class _Condensing:
         operators = [*self.flow.between(op.inputs, self.lines), op]
         made = {v.name for o in operators for v in o.outputs}
         read = {v.name: v for o in operators for v in o.inputs if v.kind != "literal"}
-        return _merged(op, operators, tuple(v for v in read.values() if v.name not in made))
+        return self._merged(op, operators, tuple(v for v in read.values() if v.name not in made))
+
+    def _merged(
+        self,
+        op: Operator,
+        operators: Sequence[Operator],
+        inputs: tuple[Variable, ...],
+        parts: Sequence[LinePart] = (),
+    ) -> Operator:
+        """Some operators as one, which computes the results of the last of them, `op`, by the `parts`."""
+        types = [_jax.inner_type(v.aval) for v in inputs]
+        function = self._by_parts(parts, inputs) if parts else run(operators, inputs, op.outputs)
+        flops = sum(o.flops for o in operators)
+        jaxpr = _jax.open_jaxpr(jax.make_jaxpr(function)(*types))
+        return replace(op, inputs=inputs, flops=flops, bodies={}, call=None, jaxpr=jaxpr)
+
+    def _by_parts(self, parts: Sequence[LinePart], inputs: Sequence[Variable]) -> Callable[..., list[Any]]:
+        """The function that parts are together: what one computes inside is not read by the others."""
+
+        def function(*values: Any) -> list[Any]:
+            known = {v.name: x for v, x in zip(inputs, values, strict=True)}
+
+            def value(v: Variable) -> Any:
+                if v.kind == "literal":
+                    return v.value
+                if v.name not in known:
+                    # A number in every entry of an array, which a part reads as the number.
+                    known[v.name] = run(self.flow.between([v], known), (), [v])()[0]
+                return known[v.name]
+
+            for part in parts:
+                region = part.region
+                if region is None:
+                    assert part.operator is not None
+                    region = Region((part.operator,), part.operator.inputs, part.output)
+                known[part.output.name] = region(*map(value, region.inputs))
+            return [known[parts[-1].output.name]]
+
+        return function
 
     # --- what has no derivative ---------------------------------------------------------------
 
     def _constant(self, v: Variable, parts: Sequence[LinePart]) -> str | None:
-        """The name of a value without a derivative that is no short formula: a draw, a mask, positions."""
-        if any(is_key(w) for part in parts for w in (*part.inputs, part.output)):
-            return self._draw(v)
-        steps = sum(not is_shape(part) for part in parts)
-        if steps <= LONGEST_LINE - 2 and any(w.kind == "input" for part in parts for w in part.inputs):
+        """The name of a value that is made from keys or from nothing, and is no draw: a mask, positions."""
+        if v.name not in self.flow.keys:
             return None
-        operators = self.flow.between([v])
-        if any(w.kind in ("input", "constant") for o in operators for w in o.inputs):
-            return "mask" if v.dtype == bool else "f"
-        return pattern(run(operators, (), [v])()[0])
-
-    def _draw(self, v: Variable) -> str:
-        """The name of a random draw from the last key on the way to it."""
-        keys = [w for o in self.flow.between([v]) for w in (*o.inputs, *o.outputs) if is_key(w)]
-        for key in reversed(list(dict.fromkeys(keys))):
-            inner = self.flow.between([v], {key.name})
-            made = {w.name for o in inner for w in o.outputs}
-            given = {w.name for o in inner for w in o.inputs if w.kind != "literal" and w.name not in made}
-            if given == {key.name}:
-                name = draw(Region(tuple(inner), (key,), v), key, v)
-                if name is not None:
-                    return name
-        return "random"
+        if self.flow.keys[v.name]:
+            is_made = any(is_key(w) for part in parts for w in part.inputs)
+            return parts[-1].name if parts[-1].kind == "draw" else "random" if is_made else None
+        return pattern(run(self.flow.between([v]), (), [v])()[0])
 
     # --- kinds and roles ----------------------------------------------------------------------
 
@@ -162,7 +186,7 @@ class _Condensing:
         if any(op.call is not None for op in operators):
             return "product" if any(self._is_weight(w) for part in parts for w in part.inputs) else "value"
         if (kind := self.parts[v.name].kind) is not None:
-            return kind
+            return kind if kind != "draw" else {"b": "mask", "i": "index"}.get(v.dtype.kind, kind)
         if not parts or not all(map(_is_entrywise, parts)):
             return "value"
         return "activation" if any(map(is_curved, parts)) else "sum"
@@ -180,13 +204,6 @@ class _Condensing:
                 if v.kind != "literal" and is_parameter and (role := _role(part, source)) is not None:
                     found.append((source.name, role))
         return found
-
-
-def _merged(op: Operator, operators: Sequence[Operator], inputs: tuple[Variable, ...]) -> Operator:
-    """Some operators as one, which computes the results of the last of them, `op`."""
-    jaxpr = jax.make_jaxpr(run(operators, inputs, op.outputs))(*(_jax.inner_type(v.aval) for v in inputs))
-    flops = sum(o.flops for o in operators)
-    return replace(op, inputs=inputs, flops=flops, bodies={}, call=None, jaxpr=_jax.open_jaxpr(jaxpr))
 
 
 def _is_entrywise(part: LinePart) -> bool:

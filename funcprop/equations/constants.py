@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,14 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from funcprop.equations.flow import Region
 from funcprop.graph.graph import Variable
-from funcprop.rules.equations import Equations, apply, opaque
-from funcprop.rules.expressions import Expression, unwritten
+from funcprop.rules.equations import Equations, apply, opaque, written
+from funcprop.rules.expressions import Expression, number, unwritten
 
 # A list of integers that is not longer than this is written out.
 _SHORT_LIST = 12
 
-_DRAWS: dict[str, Callable[..., Any]] = {"normal": jax.random.normal, "uniform": jax.random.uniform}
+_DRAWS: dict[str, Callable[..., Any]] = {
+    "normal": jax.random.normal,
+    "uniform": jax.random.uniform,
+    "gumbel": jax.random.gumbel,
+    "exponential": jax.random.exponential,
+    "laplace": jax.random.laplace,
+    "rademacher": jax.random.rademacher,
+}
+# Larger numbers are no bounds of a draw, but what its bits are made with.
+_LARGEST = 10**8
 
 
 def named_function(name: str) -> Callable[..., Equations]:
@@ -28,6 +39,9 @@ def named_function(name: str) -> Callable[..., Equations]:
         if not operands:
             latex = f"\\text{{{name}}}"
             return Equations(opaque(function, (), name, latex, output.type), ())
+        if "{0}" in name:
+            latex = name.replace("randint(", "\\mathrm{{randint}}(")
+            return Equations(written(function, operands, name, latex, output.type), (None,))
         return Equations(apply(name, function, *operands, type_=output.type), (None,) * len(operands))
 
     return write
@@ -42,8 +56,10 @@ def pattern(value: Any) -> str:
         and np.array_equal(array, np.broadcast_to(np.tri(*array.shape[-2:]).astype(bool), array.shape))
     ):
         return "causal mask"
-    if array.ndim == 2 and np.array_equal(array, np.eye(*array.shape)):
-        return "identity"
+    if array.ndim == 2 and array.shape[0] == array.shape[1] and array.dtype.kind == "f":
+        scale = float(array[0, 0])
+        if scale and np.array_equal(array, scale * np.eye(len(array), dtype=array.dtype)):
+            return "I" if scale == 1 else f"{number(scale, array.dtype).text()} I"
     last = np.arange(array.shape[-1]) if array.ndim else None
     if (
         last is not None
@@ -63,18 +79,25 @@ def index_of(
     return Equations(unwritten(function, operands[0], output.type), (None,))
 
 
-def draw(function: Callable[[Any], Any], key: Variable, output: Variable) -> str | None:
-    """The name of the draw that a function of a key is, or None: `normal`, `uniform`, `bernoulli`."""
-    if key.aval.shape != () or output.shape is None:
-        return None
+def draw(region: Region) -> str | None:
+    """The name of the draw that a function of a key is, or None: `normal`, `randint`, `bernoulli`."""
+    (key,), output = region.inputs, region.output
     given = jax.random.key(7)
-    if jax.typeof(given).dtype != key.aval.dtype:
+    if output.shape is None or key.aval.shape != () or jax.typeof(given).dtype != key.aval.dtype:
         return None
-    found = np.asarray(function(given))
+    found = np.asarray(region(given))
     if jnp.issubdtype(output.dtype, jnp.floating):
         for name, of_key in _DRAWS.items():
             if np.array_equal(found, np.asarray(of_key(given, output.shape, output.dtype))):
                 return name
+    elif jnp.issubdtype(output.dtype, jnp.integer):
+        if found.ndim == 1 and np.array_equal(found, jax.random.permutation(given, found.size)):
+            return "permutation"
+        numbers = {int(v.value) for op in region.operators for v in op.inputs if _is_whole(v)}
+        for low, high in itertools.combinations(sorted(n for n in {0, *numbers} if abs(n) < _LARGEST), 2):
+            drawn = jax.random.randint(given, output.shape, low, high, output.dtype)
+            if np.array_equal(found, np.asarray(drawn)):
+                return f"randint({{0}}, {low}, {high})"
     if np.isin(found, (0, 1)).all():
         found = found.astype(bool)
         share = float(np.mean(found))
@@ -84,3 +107,7 @@ def draw(function: Callable[[Any], Any], key: Variable, output: Variable) -> str
         ):
             return "bernoulli"
     return None
+
+
+def _is_whole(v: Variable) -> bool:
+    return v.kind == "literal" and np.ndim(v.value) == 0 and np.asarray(v.value).dtype.kind in "iu"

@@ -117,8 +117,11 @@ class Derivation:
         Raises:
             DerivationError: a form deviates; the message names the line.
             TypeError: the arguments were shapes only.
-            ValueError: no finite number could be compared, because all is NaN, infinite or empty.
+            ValueError: the tolerance is negative; or no finite number could be compared, because all is NaN,
+                infinite or empty.
         """
+        if tolerance is not None and not tolerance >= 0:
+            raise ValueError(f"verify: tolerance={tolerance!r} is no deviation; pass a number ≥ 0, as 1e-5.")
         with promoting():
             found = [verify([*self.forward, *self.backward], self.traced, tolerance, progress)]
             for inside in self.insides:

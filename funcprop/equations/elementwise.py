@@ -46,6 +46,9 @@ ELEMENTWISE: dict[str, Sequence[Callable[[Any], Any]]] = {
 }
 
 
+# What their slopes are called.
+_SLOPES = {"softplus": "σ", "log σ": "σ", "log cosh": "tanh"}
+
 # No function in the table is written by more operators.
 _LONGEST_ACTIVATION = 20
 
@@ -66,6 +69,11 @@ def elementwise(name: str) -> Write:
         function: Callable[..., Any], operands: Sequence[Expression], g: Expression, output: Expression
     ) -> Equations:
         (x,) = operands
+        if name in _SLOPES:
+            of, operand = _SLOPES[name], -x if name == "log σ" else x
+            # The slope of `log σ(z)` is `σ(−z)`.
+            back = (lambda v: slope(function)(-v)) if name == "log σ" else slope(function)
+            return Equations(apply(name, function, x), (g * apply(of, back, operand, type_=x.type),))
         derivative = g * apply(f"{name}′", slope(function), x, type_=x.type)
         return Equations(apply(name, function, x), (derivative,))
 

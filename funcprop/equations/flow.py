@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from funcprop import _jax
 from funcprop.graph.graph import Graph, Operator, Variable, needed
 from funcprop.graph.references import has_references
@@ -30,7 +33,12 @@ class Flow:
         self.graph, self.result = graph, result
         self.operators = tuple(op for op in needed(graph.operators, [result]) if op.outputs)
         self.maker = {v.name: op for op in self.operators for v in op.outputs}
-        self.active = active_variables(graph, inputs)
+        active = active_variables(graph, inputs)
+        # What is read behind a `stop_gradient` alone has no gradient.
+        self.active = {result.name} & active
+        for op in reversed(self.operators):
+            if any(v.name in self.active for v in op.outputs):
+                self.active.update(v.name for v in op.inputs if v.name in active)
 
     @cached_property
     def readers(self) -> dict[str, list[Operator]]:
@@ -95,13 +103,16 @@ class Flow:
         return parent
 
     @cached_property
-    def draws(self) -> set[str]:
-        """What is made from random numbers, and has no derivative."""
-        found: set[str] = set()
+    def keys(self) -> dict[str, frozenset[str]]:
+        """The keys that what depends on nothing else is made from; none for a constant."""
+        found = {
+            v.name: frozenset({v.name}) for v in (*self.graph.inputs, *self.graph.constants) if is_key(v)
+        }
         for op in self.operators:
-            is_draw = op.equation is not None and facts_of(op.equation).random
-            if is_draw or any(v.name in found for v in op.inputs):
-                found.update(v.name for v in op.outputs if v.name not in self.active)
+            given = [v.name for v in op.inputs if v.kind != "literal"]
+            if all(name in found for name in given):
+                keys = frozenset().union(*(found[name] for name in given))
+                found |= {v.name: frozenset({v.name}) if is_key(v) else keys for v in op.outputs}
         return found
 
     def source(self, variable: Variable) -> Variable:
@@ -128,7 +139,7 @@ class Flow:
             op = self.maker.get(v.name)
             is_outer = op is None or (v.named and v is not last) or v.name == stop
             if v.name not in self.active and not is_outer and first in self.active:
-                is_outer = not (into_constants or self._is_literal(v))
+                is_outer = not (into_constants or self._is_literal(v) or self._is_of(first, v))
             if op is None or is_outer:
                 others[v.name] = v
             elif not may_be_inside(op) or len(inside) > _LARGEST_REGION:
@@ -164,6 +175,15 @@ class Flow:
         """The place of every variable among those of the graph."""
         return {v.name: i for i, v in enumerate(self.graph.variables)}
 
+    def _is_of(self, first: str, v: Variable) -> bool:
+        """Whether a few operators compute a variable from another one, such as the largest entry of a row."""
+        for _ in range(_FEW):
+            op = self.maker.get(v.name)
+            if v.name == first or op is None or v.named:
+                break
+            v = next((w for w in op.inputs if w.name == first or w.kind != "literal"), v)
+        return v.name == first
+
     def _is_literal(self, variable: Variable) -> bool:
         """Whether a value is made of literals alone, such as a number in every entry of an array."""
         if variable.kind == "literal":
@@ -175,7 +195,11 @@ class Flow:
 # A region with more operators is no single function that has a name.
 _LARGEST_REGION = 60
 
-_OUTSIDE = frozenset({"dot_general", "conv_general_dilated", "scan", "while", "cond", "custom_vjp_call"})
+_FEW = 8
+
+_OUTSIDE = frozenset(
+    {"dot_general", "conv_general_dilated", "scan", "while", "cond", "custom_vjp_call", "solve", "tril"}
+)
 
 
 def may_be_inside(op: Operator) -> bool:
@@ -183,6 +207,11 @@ def may_be_inside(op: Operator) -> bool:
     if op.equation is None or op.call is not None or has_references(op) or len(op.outputs) != 1:
         return False
     return op.op not in _OUTSIDE and not op.jaxpr.effects and not facts_of(op.equation).random
+
+
+def is_key(v: Variable) -> bool:
+    """Whether a variable is a key of random numbers."""
+    return jnp.issubdtype(v.aval.dtype, jax.dtypes.prng_key)
 
 
 def is_trivial(op: Operator) -> bool:
@@ -205,6 +234,12 @@ class Region:
     def __call__(self, *values: Any) -> Any:
         """The value of the output, from those of the inputs."""
         return run(self.operators, self.inputs, [self.output])(*values)[0]
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether its inputs are all that it reads."""
+        known = {v.name for op in self.operators for v in op.outputs}.union(v.name for v in self.inputs)
+        return all(v.kind == "literal" or v.name in known for op in self.operators for v in op.inputs)
 
     def primitives(self) -> Iterator[str]:
         """The names of all primitives in it, those of bodies included."""

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from funcprop.equations.bodies import Around, BodyWriter, InsideLines
 from funcprop.equations.cases import Case, conditions
 from funcprop.equations.condense import Condensed
-from funcprop.equations.flow import Flow, run
-from funcprop.equations.line_parts import is_key
+from funcprop.equations.flow import Flow, is_key, run
 from funcprop.equations.line_writer import LineWriter
 from funcprop.equations.loops import Scan, While
 from funcprop.graph.graph import Graph, Operator, Variable

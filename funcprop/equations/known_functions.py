@@ -20,7 +20,7 @@ from funcprop.equations.elementwise import at_points, elementwise_functions, is_
 from funcprop.equations.flow import Region
 from funcprop.equations.losses import cross_entropies, logsumexps, soft_losses, softmaxes
 from funcprop.equations.named_function import NamedFunction
-from funcprop.equations.norms import norms
+from funcprop.equations.norms import lengths, norms
 from funcprop.sweeps.evaluation import drawn
 
 
@@ -55,6 +55,8 @@ def _candidates(region: Region) -> Iterator[NamedFunction]:
         yield from softmaxes(region)
         if "log" in names and len(region.output.shape or ()) < len(x.shape):
             yield from logsumexps(region)
+    if not others and names & {"rsqrt", "sqrt"} and "reduce_sum" in names:
+        yield from lengths(region)
     if len(others) <= 2 and is_of_one_shape and names & {"rsqrt", "sqrt", "pow"}:
         yield from norms(region)
     if {"exp", "log"} <= names and all(jnp.issubdtype(v.dtype, jnp.integer) for v in others):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from funcprop.equations.flow import Flow, is_trivial
-from funcprop.equations.line_parts import ARITHMETIC, LinePart, LineParts, is_curved, is_key, is_shape
+from funcprop import _jax
+from funcprop.equations.flow import Flow, is_key, is_trivial
+from funcprop.equations.line_parts import ARITHMETIC, LinePart, LineParts, is_curved, is_shape
 from funcprop.graph.graph import Operator, Variable
 from funcprop.graph.references import has_references
 from funcprop.program.facts import PRODUCTS, facts_of
@@ -19,6 +20,7 @@ LONGEST_LINE = 12
 # A formula with fewer symbols is written again where it is read twice.
 _SHORT = 3
 # The derivative of these repeats the result and the operand: both have lines.
+_PICKS = ("gather", "scatter", "scatter-add")
 _REPEATED = ("norm", "softmax", "log_softmax")
 
 
@@ -46,20 +48,7 @@ class _LineChoice:
             v = part.output
             if v.name not in self.lines and not is_shape(part) and self._must_have_line(part):
                 self.lines.add(v.name)
-        self.lines |= self._draws()
         self._cut()
-
-    def _draws(self) -> set[str]:
-        """Random draws that are read together with other values."""
-        pure: set[str] = set()
-        found = set[str]()
-        for part in self.used:
-            given = [v for v in part.inputs if v.kind != "literal" and not is_key(v)]
-            if all(v.name in pure for v in given):
-                pure.add(part.output.name)
-            elif part.output.name in self.flow.draws:
-                found.update(self._cuttable(v).name for v in given if v.name in pure & self.flow.draws)
-        return found
 
     def _give_lines_to(self, op: Operator) -> None:
         """Give lines to what has a name, to operators that are run as they stand, and to whole ones."""
@@ -151,16 +140,26 @@ class _LineChoice:
         v, ends = part.output, self._ends(part.output)
         if v.name not in self.flow.active:
             of_active = any(end.output.name in self.flow.active for end in ends)
-            picks = [
-                end.operator is not None and end.operator.op in ("gather", "scatter-add") for end in ends
-            ]
+            picks = [end.operator is not None and end.operator.op in _PICKS for end in ends]
             if all(picks) and part.operator is not None and part.operator.op == "concatenate":
                 # The places of single entries: `x[i, j]`.
                 return False
-            return of_active and not is_key(v) and (v.name in self.flow.draws or self._is_long(v))
+            if is_key(v) or part.kind in ("draw", "norm"):
+                return not is_key(v)
+            keys = self.flow.keys.get(v.name)
+            is_read = any(self.flow.keys.get(end.output.name) != keys for end in ends)
+            return (of_active or is_read) and (bool(keys) or self._is_long(v))
         if part.kind in _REPEATED or len({end.output.name for end in ends}) > 1:
             return True
-        return any(end.operator is not None and self._is_whole(end.operator) for end in ends)
+        wholes = [end.operator for end in ends if end.operator is not None and self._is_whole(end.operator)]
+        return bool(wholes) and not (self._is_scaled(part) and all(o.op == "dot_general" for o in wholes))
+
+    def _is_scaled(self, part: LinePart) -> bool:
+        """Whether a part is a line times a number, which stands before a product."""
+        if part.operator is None or part.operator.op not in ("mul", "div", "neg"):
+            return False
+        others = [v for v in part.inputs if v.kind != "literal"]
+        return len(others) == 1 and (others[0].name in self.lines or others[0].name not in self.parts)
 
     def _is_long(self, v: Variable) -> bool:
         return sum(not is_shape(part) for part in self.parts.within(v, self.lines)) > _SHORT
@@ -181,7 +180,7 @@ class _LineChoice:
         """Give lines to the longest parts of what is too long."""
         self.size: dict[str, int] = {}
         for part in self.used:
-            if not is_shape(part) and part.output.name in self.flow.active:
+            if not is_shape(part) and part.output.name not in self.flow.keys:
                 while (long := self._too_long(part)) is not None:
                     self.lines.add(self._cuttable(long).name)
                 self.size[part.output.name] = 1 + sum(map(self._symbols, part.inputs))
@@ -194,7 +193,7 @@ class _LineChoice:
     def _too_long(self, part: LinePart) -> Variable | None:
         """An operand that is better a line of its own."""
         for w in part.inputs:
-            size = self._symbols(w)
+            size = self._symbols(w) if _jax.is_differentiable(w.aval) else 1
             if part.kind in _REPEATED and size > 1:
                 return w
             if size > _SHORT and (is_curved(part) or len(self._ends(self._cuttable(w))) > 1):

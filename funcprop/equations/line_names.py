@@ -17,6 +17,9 @@ _LETTERS = {
     "norm": "n",
     "sum": "r",
     "value": "u",
+    "draw": "ε",
+    "mask": "m",
+    "index": "i",
 }
 # Of several weights in one line each has a letter of its own.
 _WEIGHTS = "WUVQ"
@@ -85,7 +88,8 @@ def _without_clashes(kept: Mapping[str, str]) -> dict[str, str]:
     """Names that stay; of names that several variables would share, each but the first is numbered."""
     total, seen, taken = Counter(kept.values()), Counter[str](), set(kept.values())
     written = {}
-    for name, short in kept.items():
+    # What has no path around its name keeps it.
+    for name, short in sorted(kept.items(), key=lambda item: item[0] != item[1]):
         seen[short] += 1
         if total[short] == 1 or seen[short] == 1:
             written[name] = short

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -142,8 +141,3 @@ def is_curved(part: LinePart) -> bool:
         return True
     facts = facts_of(op.equation)
     return facts.elementwise and not facts.linear_in
-
-
-def is_key(v: Variable) -> bool:
-    """Whether a variable is a key of random numbers."""
-    return jnp.issubdtype(v.aval.dtype, jax.dtypes.prng_key)

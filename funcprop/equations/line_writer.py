@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import jax.numpy as jnp
 
 from funcprop.equations.chain_rule import ChainTerm, call_operator
-from funcprop.equations.composition import LinePart, called, literal, own_equations, type_of
+from funcprop.equations.composition import LinePart, by_name, called, literal, own_equations, type_of
 from funcprop.equations.condense import WriteLine
 from funcprop.equations.verification import Line
 from funcprop.graph.graph import Graph, Operator, Variable
-from funcprop.rules.equations import Equations, apply, opaque
-from funcprop.rules.expressions import (
-    Expression,
-    Symbol,
-    is_one,
-    number,
-    symbol,
-)
+from funcprop.rules.equations import Equations, opaque
+from funcprop.rules.expressions import Expression, Symbol, number, symbol
+from funcprop.rules.formula import is_one
 from funcprop.rules.notation import latex_name
 from funcprop.sweeps.activity import active_variables
 from funcprop.sweeps.propagation import completion_order
@@ -47,8 +42,10 @@ class LineWriter:
         written: Mapping[str, str] | None = None,
         others: Iterable[Variable] = (),
         writers: Mapping[Operator, WriteLine] | None = None,
+        smooth: Collection[str] | None = None,
     ) -> None:
         self.graph, self.result, self.inputs, self.writers = graph, result, inputs, writers
+        self.smooth = smooth
         variables = {v.name: v for v in (*graph.variables, *others)}
         # An objective that nobody named is written as the chapter writes it.
         names = {result.name: "J"} if not result.named and "J" not in variables else {}
@@ -109,7 +106,8 @@ class LineWriter:
         is_one_of_several = any(self.writers is None or w.name in self.users for w in others)
         suffix = f"_{index + 1}" if is_one_of_several else ""
         type_ = self.symbols[op.outputs[index].name].type
-        return apply(called(op) + suffix, lambda *xs: call_operator(op, xs)[index], *inputs, type_=type_)
+        compute = lambda *xs: call_operator(op, xs)[index]  # noqa: E731
+        return by_name(op, called(op) + suffix, compute, inputs, type_)
 
     def backward(self) -> Iterator[Line]:
         """`∂J/∂z = prod(∂J/∂h, ∂h/∂z) = …` in the order in which the cotangents are complete."""
@@ -118,6 +116,8 @@ class LineWriter:
             if name not in self.active or name == self.result.name:
                 continue
             uses = [op for op in self.users[name] if any(v.name in self.reaching for v in op.outputs)]
+            # One that reads it behind a `stop_gradient` says nothing.
+            uses = [op for op in uses if not self._is_zero(op, name)] or uses[:1]
             if not uses:
                 continue
             if len(uses) > 1:
@@ -134,7 +134,8 @@ class LineWriter:
     @cached_property
     def active(self) -> set[str]:
         """The variables that depend on an input."""
-        return set(active_variables(self.graph, {v.name for v in self.inputs}))
+        found = active_variables(self.graph, {v.name for v in self.inputs})
+        return found if self.smooth is None else found & set(self.smooth)
 
     @cached_property
     def users(self) -> dict[str, list[Operator]]:
@@ -186,6 +187,10 @@ class LineWriter:
         ]
         known = [term for term in terms if term is not None]
         return _total(known) if len(known) == len(terms) else None
+
+    def _is_zero(self, op: Operator, name: str) -> bool:
+        term = self._evaluated(op, name)
+        return term is not None and term.constant == 0
 
     def _partials(self, op: Operator, written: set[str]) -> Iterator[Line]:
         """`∂s/∂W1 = λ W1`: what a scalar operator contributes to sums stands by itself first."""

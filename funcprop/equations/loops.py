@@ -62,7 +62,7 @@ class WrittenStep:
         """Titles and the writer of the lines, with what operands and results are called around the loop."""
         body, end = self.body, self.fixed + self.carries
         t = _STEPS[min(given.depth, len(_STEPS) - 1)]
-        own = body.own_names()
+        own = body.own_names([*(x.text() for x in operands), *filter(None, results)])
         bases = self._bases(results, {*own.values(), *given.taken})
         fixed = [*operands[: self.fixed], *operands[end:]]
         called, told = operand_names(fixed, {*own.values(), *bases, *given.taken})

@@ -14,8 +14,8 @@ import numpy as np
 
 from funcprop.equations.flow import Region
 from funcprop.equations.named_function import NamedFunction, Write
-from funcprop.rules.equations import Equations, apply, written
-from funcprop.rules.expressions import Expression, unwritten
+from funcprop.rules.equations import Equations, written
+from funcprop.rules.expressions import POWER, QUOTIENT, Expression, node, unwritten
 from funcprop.rules.notation import reduction
 
 
@@ -105,6 +105,55 @@ def norms(region: Region) -> Iterator[NamedFunction]:
             yield NamedFunction(name, "norm", partial(norm.scaled, order), _norm(name, norm, order), roles)
 
 
+def lengths(region: Region) -> Iterator[NamedFunction]:
+    """The length of vectors along axes that a region adds up, and what is divided by it."""
+    (x,) = region.inputs
+    reduced = {tuple(op.static["axes"]) for op in region.operators if op.op == "reduce_sum"}
+    for axes in sorted(reduced):
+        kept = tuple(n for i, n in enumerate(x.shape or ()) if i not in axes)
+        if region.output.shape == x.shape:
+            yield NamedFunction("unit", "norm", partial(_unit, axes), _of_length(axes, is_unit=True))
+        elif region.output.shape in (kept, tuple(1 if i in axes else n for i, n in enumerate(x.shape or ()))):
+            length = partial(_length, axes, region.output.shape != kept)
+            yield NamedFunction("length", "value", length, _of_length(axes, is_unit=False))
+
+
+def _length(axes: Sequence[int], keepdims: bool, x: Any) -> Any:
+    return jnp.sqrt((x**2).sum(axes, keepdims=keepdims))
+
+
+def _unit(axes: Sequence[int], x: Any) -> Any:
+    return x / _length(axes, True, x)
+
+
+def _of_length(axes: Sequence[int], is_unit: bool) -> Write:
+    """`‖z‖`, whose cotangent is `ȳ z / ‖z‖`, and `n = z / ‖z‖`, of which it is `(n̄ − n (n̄ · n)) / ‖z‖`."""
+
+    def write(
+        function: Callable[..., Any], operands: Sequence[Expression], g: Expression, output: Expression
+    ) -> Equations:
+        (x,) = operands
+        over = "" if len(axes) == len(x.shape) else f", {'axis' if len(axes) == 1 else 'axes'} "
+        over += ", ".join(map(str, axes)) if over else ""
+        text = f"‖{{0}}{over}‖"
+        below = "\\text{{" + over + "}}" if over else ""
+        latex = "\\left\\lVert {0}" + below + "\\right\\rVert"
+        wide = written(partial(_length, axes, True), (x,), text, latex)
+        if is_unit:
+            y = output
+            forward = node(
+                function, (x,), f"{{0}} / {text}", "\\frac{{{0}}}{{" + latex + "}}", QUOTIENT, POWER
+            )
+            return Equations(forward, ((g - y * (g * y).sum(axes, keepdims=True)) / wide,))
+        forward = written(function, (x,), text, latex, output.type)
+        if not output.shape:
+            return Equations(forward, (g * x / forward,))
+        spread = unwritten(lambda v: v.reshape(wide.shape), g, jax.ShapeDtypeStruct(wide.shape, g.type.dtype))
+        return Equations(forward, (spread * x / wide,))
+
+    return write
+
+
 def _is_parameter_of(shape: tuple[int, ...], of: tuple[int, ...]) -> bool:
     """Whether a scale or shift has the last axes of what is normalised, or all with the first of size 1."""
     last = shape
@@ -129,7 +178,10 @@ def _norm(name: str, norm: _Norm, order: Sequence[int]) -> Write:
             fillings = [jnp.full(t.shape, 1 - order.index(i), t.dtype) for i, t in enumerate(types)]
             return function(value, *fillings)
 
-        n = apply(name, normalized, x, type_=jax.ShapeDtypeStruct(x.shape, output.type.dtype))
+        # Along the last axis if it is not said.
+        along = None if norm.groups > 1 or norm.axes == (len(x.shape) - 1,) else norm.axes
+        like = jax.ShapeDtypeStruct(x.shape, output.type.dtype)
+        n = written(normalized, (x,), *reduction(name, along), like)
         text, latex, pulled = "{0}", "{0}", g
         cotangents: list[Expression | None] = [None] * len(others)
         for k, i in enumerate(order):
@@ -140,9 +192,9 @@ def _norm(name: str, norm: _Norm, order: Sequence[int]) -> Write:
             sign, latex_sign = (" ⊙ ", " \\odot ") if k == 0 else (" + ", " + ")
             text, latex = f"{text}{sign}{{{i + 1}}}", f"{latex}{latex_sign}{{{i + 1}}}"
             pulled = pulled * others[i] if k == 0 else pulled
-        mean = partial(apply, "mean", norm.mean)
+        mean = lambda v: written(norm.mean, (v,), *reduction("mean", along))  # noqa: E731
         centred = pulled - mean(pulled) if norm.centred else pulled
-        sigma = apply("σ" if norm.centred else "rms", norm.sigma, x, type_=x.type)
+        sigma = written(norm.sigma, (x,), *reduction("σ" if norm.centred else "rms", along), x.type)
         forward = written(
             lambda _, v, *p: function(v, *p), (n, x, *others), *_after(text, latex), is_sum=len(order) > 1
         )

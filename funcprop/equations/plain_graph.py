@@ -19,7 +19,45 @@ from funcprop.program.equal_equations import function_key
 
 def plain(graph: Graph) -> Graph:
     """The graph without repetitions, splits and what is empty."""
-    return _with_slices(_without_known_choices(_without_repetitions(graph)))
+    return _without_identities(_with_slices(_without_known_choices(_without_repetitions(graph))))
+
+
+def _without_identities(graph: Graph) -> Graph:
+    """The graph without products with 1 and maxima with −∞; a product with one number is entrywise."""
+    operators: list[Operator] = []
+    numbers: dict[str, Any] = {}
+    for op in graph.operators:
+        if op.op in ("broadcast_in_dim", "convert_element_type") and op.inputs[0].kind == "literal":
+            numbers[op.outputs[0].name] = op.inputs[0].value
+        operators += _entrywise(op)
+        op = operators[-1]
+        given = [v.value if v.kind == "literal" else numbers.get(v.name) for v in op.inputs]
+        one = _IDENTITY.get(op.op)
+        others = [v for v, x in zip(op.inputs, given, strict=True) if x is None or not np.all(x == one)]
+        if one is None or op.call is not None or len(others) != 1:
+            continue
+        if others[0].type == op.outputs[0].type:
+            operators[-1] = of_one(op, "copy", lax.copy_p.bind, others[0], op.outputs[0])
+    return replace(graph, operators=tuple(operators))
+
+
+_IDENTITY = {"mul": 1.0, "max": -np.inf, "min": np.inf}
+
+
+def _entrywise(op: Operator) -> list[Operator]:
+    """A product over no axis with one number, as the product of each entry with it."""
+    if op.op != "dot_general" or op.call is not None:
+        return [op]
+    (v,), numbers = op.outputs, [v for v in op.inputs if v.shape == ()]
+    if not numbers or any(w.dtype != v.dtype for w in op.inputs):
+        return [op]
+    number, shape = numbers[0], v.shape or ()
+    array = next((w for w in op.inputs if w.shape != ()), numbers[-1])
+    if number.kind == "literal" and number.value == 1:
+        return [of_one(op, "copy", lax.copy_p.bind, array, v)]
+    full = replace(number, name=f"{v.name}:", kind="intermediate", shape=shape, aval=v.aval, named=False)
+    spread = of_one(op, "broadcast_in_dim", partial(lax.broadcast, sizes=shape), number, full)
+    return [spread, of_some(op, "mul", lax.mul, (full, array), v)]
 
 
 def _without_known_choices(graph: Graph) -> Graph:
@@ -42,7 +80,7 @@ def _without_known_choices(graph: Graph) -> Graph:
         if condition is not None:
             chosen = op.inputs[1 + int(condition)]
             if chosen.kind != "literal" and chosen.aval.dtype == op.outputs[0].aval.dtype:
-                op = _of_one(op, "copy", lax.copy_p.bind, chosen, op.outputs[0])
+                op = of_one(op, "copy", lax.copy_p.bind, chosen, op.outputs[0])
         operators.append(op)
     return replace(graph, operators=tuple(operators))
 
@@ -94,9 +132,9 @@ def _with_slices(graph: Graph) -> Graph:
                 if op.op == "split"
                 else replace(v, name=f"{v.name}:", shape=aval.shape, aval=aval, named=False)
             )
-            operators.append(_of_one(op, "slice", cut, x, part))
+            operators.append(of_one(op, "slice", cut, x, part))
             if part is not v:
-                operators.append(_of_one(op, "squeeze", partial(lax.squeeze, dimensions=[axis]), part, v))
+                operators.append(of_one(op, "squeeze", partial(lax.squeeze, dimensions=[axis]), part, v))
     return replace(graph, operators=tuple(operators))
 
 
@@ -106,13 +144,22 @@ def _of_entries(op: Operator) -> Operator:
     if not inputs:
         return op
     if len(inputs) == 1:
-        return _of_one(op, "copy", lax.copy_p.bind, inputs[0], op.outputs[0])
+        return of_one(op, "copy", lax.copy_p.bind, inputs[0], op.outputs[0])
     joined = partial(lax.concatenate, dimension=op.static["dimension"])
     jaxpr = jax.make_jaxpr(lambda *v: joined(v))(*(v.aval for v in inputs))
     return replace(op, inputs=inputs, jaxpr=_jax.open_jaxpr(jaxpr))
 
 
-def _of_one(op: Operator, kind: str, function: Callable[..., Any], x: Variable, v: Variable) -> Operator:
+def of_one(op: Operator, kind: str, function: Callable[..., Any], x: Variable, v: Variable) -> Operator:
     """A function of one variable as an operator, in the place of another."""
-    jaxpr = _jax.open_jaxpr(jax.make_jaxpr(function)(x.aval))
-    return replace(op, name=f"{v.name} {kind}", op=kind, inputs=(x,), outputs=(v,), jaxpr=jaxpr)
+    return of_some(op, kind, function, (x,), v)
+
+
+def of_some(
+    op: Operator, kind: str, function: Callable[..., Any], inputs: tuple[Variable, ...], v: Variable
+) -> Operator:
+    """A function of some variables as an operator, in the place of another."""
+    jaxpr = _jax.open_jaxpr(jax.make_jaxpr(function)(*(x.aval for x in inputs)))
+    return replace(
+        op, name=f"{v.name} {kind}", op=kind, inputs=inputs, outputs=(v,), jaxpr=jaxpr, bodies={}, call=None
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from funcprop.equations.condense import condense
+from funcprop.equations.familiar_operators import familiar
 from funcprop.equations.insides import Insides
 from funcprop.equations.line_names import short_names
 from funcprop.equations.line_writer import LineWriter
@@ -22,12 +23,14 @@ class ReadableLines:
 
     def __init__(self, graph: Graph, result: Variable, inputs: Sequence[Variable]) -> None:
         chosen = [v.name for v in inputs]
-        graph = plain(graph)
+        graph = familiar(plain(graph))
         self.insides = Insides(graph, result, chosen)
         self.condensed = self.insides.add_roles(condense(graph, result, chosen))
         self.graph = self.condensed.graph
         names, self.legend = short_names(self.condensed, result, chosen)
-        self.writer = LineWriter(self.graph, result, inputs, names, writers=self.condensed.writers)
+        self.writer = LineWriter(
+            self.graph, result, inputs, names, writers=self.condensed.writers, smooth=self.condensed.smooth
+        )
         functions = self.condensed.functions.items()
         self.functions = tuple((f"{name}(z)", formula) for name, formula in functions)
 

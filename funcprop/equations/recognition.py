@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 
 import jax.numpy as jnp
 
 from funcprop.equations.composition import Composition, LinePart, type_of
+from funcprop.equations.constants import draw, named_function, pattern
 from funcprop.equations.elementwise import elementwise, is_elementwise
-from funcprop.equations.flow import Flow, Region, is_trivial, may_be_inside
+from funcprop.equations.flow import Flow, Region, is_key, is_trivial, may_be_inside
 from funcprop.equations.known_functions import find
 from funcprop.equations.line_parts import LineParts
 from funcprop.equations.named_function import NamedFunction
@@ -34,33 +36,85 @@ class Recognition:
         # Equal regions, such as the activations of equal layers, are compared once.
         self._found: dict[str, NamedFunction | None] = {}
         self._formulas: dict[str, Expression] = {}
-        # What is read inside of them alone is no end of another function.
-        hidden: set[Operator] = set()
-        for op in reversed(flow.operators):
+        self._plain: dict[str, LinePart] = {}
+        # What is read outside of the functions that it is in is in none of them.
+        self._outside: set[str] = set()
+        while not (outside := self._recognise_all()) <= self._outside:
+            self._outside |= outside
+            self.functions, self.roles = {}, {}
+            for name, part in self._plain.items():
+                parts[name] = part
+
+    def _recognise_all(self) -> set[str]:
+        """Recognise functions from the end on; gives the variables in them that are read outside too."""
+        homes: dict[Operator, set[str]] = defaultdict(set)
+        outside = set[str]()
+        for op in reversed(self.flow.operators):
             (v, *others) = op.outputs or (None,)
-            if v is None or others or v.name not in flow.active:
+            if v is None or others or is_trivial(op):
                 continue
-            if op in hidden and hidden.issuperset(flow.readers[v.name]):
+            readers = self.flow.readers[v.name]
+            if homes[op] and all(homes[op] & homes[reader] for reader in readers):
                 continue
-            if is_trivial(op) or not may_be_inside(op):
-                continue
-            region = self._recognise(v) or parts[v.name].region
-            if region is not None:
-                hidden.update(region.operators)
+            if homes[op] and v.name in self.flow.active and any(homes[op] & homes[r] for r in readers):
+                outside.add(v.name)
+            region = self._recognise(v)
+            for inner in () if region is None else region.operators:
+                homes[inner].add(v.name)
+        return outside
 
     def _recognise(self, v: Variable) -> Region | None:
         """Find the largest region that ends at a variable and is a known function."""
+        if v.name in self.flow.keys:
+            return self._draw(v) if self.flow.keys[v.name] else self._constant(v)
+        if not may_be_inside(self.flow.maker[v.name]):
+            return None
+        if (given := self.parts[v.name].region) is not None and not self._is_open(given):
+            return given
         found = self._largest(v)
         if found is None:
             return None
         region, known = found
         if not known.name:
             known = self._with_symbol(region, known)
-        self.parts[v.name] = LinePart(v, region.inputs, None, region, known.write, known.name, known.kind)
+        self._put(v, LinePart(v, region.inputs, None, region, known.write, known.name, known.kind))
         for role, w in zip(known.roles, region.inputs[1:], strict=False):
             if role is not None:
                 self.roles[self.flow.source(w).name] = role, v.name
         return region
+
+    def _draw(self, v: Variable) -> Region | None:
+        """A random draw from one key, the last one from which all of it is made."""
+        if is_key(v) or not self.flow.keys[v.name]:
+            return None
+        between = self.flow.between
+        keys = {w.name: w for op in between([v]) for w in (*op.inputs, *op.outputs) if is_key(w)}
+        for key in reversed(keys.values()):
+            region = Region(tuple(between([v], {key.name})), (key,), v)
+            if not region.is_closed or (name := draw(region)) is None:
+                continue
+            self._put(v, LinePart(v, (key,), None, region, named_function(name), name, "draw"))
+            return region
+        return None
+
+    def _constant(self, v: Variable) -> Region | None:
+        """A constant matrix that has a name of its own: `0.1 I`, a causal mask."""
+        if len(v.shape or ()) < 2 or not all(map(may_be_inside, operators := self.flow.between([v]))):
+            return None
+        region = Region(tuple(operators), (), v)
+        if (name := pattern(region())) in ("constant", "mask", "positions"):
+            return None
+        self._put(v, LinePart(v, (), None, region, named_function(name), name, "constant"))
+        return region
+
+    def _put(self, v: Variable, part: LinePart) -> None:
+        self._plain.setdefault(v.name, self.parts[v.name])
+        self.parts[v.name] = part
+
+    def _is_open(self, region: Region) -> bool:
+        """Whether something that a region computes on the way is read outside."""
+        inner = {v.name for op in region.operators for v in op.outputs} - {region.output.name}
+        return not inner.isdisjoint(self._outside)
 
     def _largest(self, last: Variable) -> tuple[Region, NamedFunction] | None:
         first, best = self.flow.dominators.get(last.name), None
@@ -112,7 +166,10 @@ class Recognition:
             if known is not None and self._is_hidden(region, known):
                 known = None
             self._found[key] = known or self._own_function(region)
-        return self._found[key]
+        known = self._found[key]
+        if known is not None and not known.name and region.output.name not in self.flow.active:
+            return None
+        return None if known is not None and known.kind == "loss" and self._is_open(region) else known
 
     def _is_hidden(self, region: Region, known: NamedFunction) -> bool:
         """Whether a function has its name already before the last operator, such as `softmax(z) + 1e-8`."""

@@ -122,7 +122,10 @@ def differentiable(
     chosen: set[int] = set()
     for p in (argnums,) if isinstance(argnums, int) else argnums:
         if not -count <= p < count:
-            raise ValueError(f"argnums={p}, but the function was called with {count} positional arguments.")
+            choice = f"choose among {', '.join(map(str, range(count)))}" if count else "pass them by position"
+            raise ValueError(
+                f"argnums={p}, but the function was called with {count} positional arguments; {choice}."
+            )
         if not held[p] & smooth:
             holds = ", ".join(_shown(leaves[i]) for i in sorted(held[p])) or "nothing"
             raise TypeError(

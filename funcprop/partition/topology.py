@@ -84,11 +84,13 @@ def target_of(devices: int | Sequence[Any] | None, on: str | None) -> DeviceTarg
         return DeviceTarget(math.prod(map(int, found[2].split("x"))), MACHINES[found[1]], on)
     present = jax.devices() if devices is None or isinstance(devices, int) else list(devices)
     count = len(present) if devices is None or not isinstance(devices, int) else devices
-    if count < 1 or count > len(present):
+    if count < 1:
+        raise ValueError(f"devices={devices!r}: pass at least 1, or on='v5e:4x4' for devices not there.")
+    if count > len(present):
         raise ValueError(
             f"devices={count}, of which there {'is' if len(present) == 1 else 'are'} {len(present)}; use no "
             "more, or on='v5e:4x4' for devices that are not there "
-            f"(for more host devices, XLA_FLAGS=--xla_force_host_platform_device_count={max(count, 1)})."
+            f"(for more host devices, XLA_FLAGS=--xla_force_host_platform_device_count={count})."
         )
     return DeviceTarget(count, MACHINES["host"], None, tuple(present[:count]))
 

@@ -6,10 +6,8 @@ multiplied, transposed and summed with the ordinary operators, which write numbe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -17,99 +15,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcprop.program.dtypes import common_dtype, is_weak
-from funcprop.rules.notation import decimal, known_number, literally, reduction
-
-Environment = Mapping[str, Any]
-
-
-# How tightly an operator binds; an operand that binds less tightly is put in parentheses.
-SUM, TERM, QUOTIENT, PRODUCT, POWER, ATOM = range(6)
-
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-_MINUS, _QUOTIENT = "−{0}", "{0} / {1}"
-
-# A decimal number that is longer than this may be that of a fraction.
-_LONG_DECIMAL = 8
-
-# A product, and how its transpose is written.
-_TRANSPOSED = {
-    "{0} {1}": "{1}ᵀ {0}ᵀ", "{0}ᵀ {1}": "{1}ᵀ {0}", "{0} {1}ᵀ": "{1} {0}ᵀ", "{0}ᵀ {1}ᵀ": "{1} {0}",
-    "{1} {0}": "{0}ᵀ {1}ᵀ", "{1}ᵀ {0}": "{0}ᵀ {1}", "{1} {0}ᵀ": "{0} {1}ᵀ", "{1}ᵀ {0}ᵀ": "{0} {1}",
-}  # fmt: skip
+from funcprop.rules.formula import (
+    ATOM,
+    FRACTION,
+    MINUS,
+    POWER,
+    PRODUCT,
+    QUOTIENT,
+    SUM,
+    TERM,
+    TRANSPOSED,
+    Environment,
+    Formula,
+    exponent_of,
+    factored,
+    fraction_of,
+    is_one,
+)
+from funcprop.rules.notation import SUPERSCRIPT, literally, number_text, reduction
 
 
-@dataclass(frozen=True, eq=False)
-class Expression:
-    """A function of operands, with a template for each notation (`{0}`, `{1}` are the operands).
-
-    `binding` is how tightly the whole binds, `inner` how tightly its operands must bind to need no
-    parentheses. Operands of different dtypes are promoted, to that of a wider one. A `uniform` array has one
-    number in all of its entries, and is written as that number; a number that is known is `constant`. Where
-    the axes have another order than in what is written, `places` are those of the axes there; `new_axes` are
-    those that are not there at all.
-    """
-
-    function: Callable[..., Any]
-    operands: tuple[Expression, ...]
-    template: str
-    latex_template: str
-    binding: int
-    inner: int
-    known_type: jax.ShapeDtypeStruct | None = None
-    uniform: bool = False
-    constant: float | None = None
-    places: tuple[int, ...] | None = None
-    new_axes: tuple[int, ...] = ()
-
-    @cached_property
-    def type(self) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of the value; found by tracing where they are not known."""
-        if self.known_type is not None:
-            return self.known_type
-        return jax.eval_shape(self.function, *(operand.type for operand in self.operands))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the value."""
-        return tuple(self.type.shape)
-
-    @property
-    def is_number(self) -> bool:
-        """Whether it is one number, in one entry or in all of them."""
-        return self.shape == () or self.uniform
-
-    @property
-    def is_sum(self) -> bool:
-        """Whether it is written as a sum, or with a sign: in a sum over entries it stands in parentheses."""
-        return self.binding <= TERM
-
-    def evaluate(self, environment: Environment) -> Any:
-        """The value of the expression, with the symbols' values in `environment`."""
-        return self.function(*(operand.evaluate(environment) for operand in self.operands))
-
-    def symbols(self) -> set[str]:
-        """The keys of the symbols in it."""
-        return set().union(*(operand.symbols() for operand in self.operands))
-
-    def text(self) -> str:
-        """Unicode text."""
-        return self.template.format(*(self._inside(o, o.text(), "({})") for o in self.operands))
-
-    def latex(self) -> str:
-        """LaTeX, without dollar signs."""
-        wrap = "\\left({}\\right)"
-        return self.latex_template.format(*(self._inside(o, o.latex(), wrap) for o in self.operands))
-
-    def _inside(self, operand: Expression, rendered: str, parentheses: str) -> str:
-        return parentheses.format(rendered) if operand.binding < self.inner else rendered
+class Expression(Formula):
+    """What a formula is of: it is added, multiplied, transposed and summed as numbers and matrices are."""
 
     def __add__(self, other: Any) -> Expression:
         other = as_expression(other)
         if other.constant is not None and other.constant < 0:
             return self - _constant(-other.constant, other)
-        if other.template == _MINUS:
+        if other.template == MINUS:
             return self - other.operands[0]
         if other.template in ("{0} + {1}", "{0} − {1}"):
             first, second = other.operands
@@ -126,7 +59,7 @@ class Expression:
 
     def __sub__(self, other: Any) -> Expression:
         other = as_expression(other)
-        if other.template == _MINUS:
+        if other.template == MINUS:
             return self + other.operands[0]
         # The right operand of a difference needs parentheses if it is a sum itself.
         subtrahend = parenthesised(other) if other.binding == SUM else other
@@ -136,11 +69,11 @@ class Expression:
         return as_expression(other) - self
 
     def __neg__(self) -> Expression:
-        if self.template == _MINUS:
+        if self.template == MINUS:
             return self.operands[0]
         if self.constant is not None:
             return _constant(-self.constant, self)
-        return _entrywise(jnp.negative, (self,), _MINUS, "-{0}", TERM, QUOTIENT)
+        return _entrywise(jnp.negative, (self,), MINUS, "-{0}", TERM, QUOTIENT)
 
     def __mul__(self, other: Any) -> Expression:
         other = as_expression(other)
@@ -161,24 +94,31 @@ class Expression:
         if self.constant is not None and b is not None and b.constant is not None:
             # Two factors that are known are one.
             return _constant(self.constant * b.constant, self, b) * y
+        # A factor that is known stands before the whole product.
         if b is not None and b.shape == ():
-            # A factor that is known stands before the whole product.
             return b * (self * y)
+        if a is not None and a.shape == () and not other.is_number:
+            return a * (x * other)
         for uniform, array in ((self, other), (other, self)):
-            if uniform.constant == 1 and np.broadcast_shapes(uniform.shape, array.shape) == uniform.shape:
+            if uniform.constant != 1:
+                continue
+            shape = np.broadcast_shapes(uniform.shape, array.shape)
+            if shape == array.shape and common_dtype(uniform.type, array.type) == array.type.dtype:
+                return array
+            if shape == uniform.shape:
                 same = array.type.dtype == uniform.type.dtype
                 return spread_over(array, uniform.shape) if same or array.shape == uniform.shape else array
         if other.is_number and (not self.is_number or (other.constant is not None and self.constant is None)):
             return other * self
         # `2 (1 / u) z` is `2 z / u`, and `(g / 2) ⊙ z` is `g ⊙ z / 2`.
-        fraction = _fraction(other)
+        fraction = fraction_of(other)
         if fraction is not None and is_one(fraction[0]):
             return spread_over(self / fraction[1], np.broadcast_shapes(self.shape, other.shape))
         if fraction is not None and self.constant and self.constant == fraction[1].constant:
             return spread_over(fraction[0], np.broadcast_shapes(self.shape, other.shape))
-        fraction = _fraction(self)
-        if fraction is not None and is_one(fraction[0]) and self.shape == other.shape:
-            return other / fraction[1]
+        fraction = fraction_of(self)
+        if fraction is not None and fraction[0].constant and self.shape == other.shape:
+            return number(fraction[0].constant, fraction[0].type.dtype) * (other / fraction[1])
         if fraction is not None and fraction[1].shape == () and not other.is_number:
             return spread_over(fraction[0], self.shape) * other / fraction[1]
         if other.binding == QUOTIENT and self.constant is None:
@@ -195,10 +135,12 @@ class Expression:
         other = as_expression(other)
         if is_one(other):
             return self
-        if self.template == _MINUS:
+        if self.template == MINUS:
             return -(self.operands[0] / other)
         if self.constant is not None and other.constant:
             return _constant(self.constant / other.constant, self, other)
+        if self.constant is not None and self.constant < 0:
+            return -(-self / other)
         if self.constant and abs(self.constant) < 1 and not other.is_sum:
             inverse = round(1 / self.constant)
             if abs(inverse * self.constant - 1) < jnp.finfo(self.type.dtype).eps:
@@ -206,13 +148,13 @@ class Expression:
         factor, rest = factored(self)
         if factor is not None and factor.constant and other.constant:
             return _constant(factor.constant / other.constant, factor, other) * rest
-        if factor is not None and not other.is_number:
+        if factor is not None and other.constant is None:
             return factor * (rest / other)
         if other.constant and other.constant < 1 and (1 / other.constant).is_integer():
             return _constant(1 / other.constant, other) * self
         # A product above the line needs no parentheses.
         above = replace(self, binding=max(self.binding, POWER)) if self.binding >= PRODUCT else self
-        return _entrywise(jnp.divide, (above, other), _QUOTIENT, "\\frac{{{0}}}{{{1}}}", QUOTIENT, POWER)
+        return _entrywise(jnp.divide, (above, other), FRACTION, "\\frac{{{0}}}{{{1}}}", QUOTIENT, POWER)
 
     def __rtruediv__(self, other: Any) -> Expression:
         return as_expression(other) / self
@@ -222,12 +164,15 @@ class Expression:
         return node(of_one_dtype(jnp.matmul), (self, other), "{0} {1}", "{0}\\, {1}", PRODUCT, PRODUCT)
 
     def __pow__(self, exponent: float) -> Expression:
+        if exponent == 1:
+            return self
         if exponent == 2 and self.template.startswith("√") and self.operands:
             return self.operands[0]
+        before = exponent_of(self.template)
+        if before is not None and isinstance(exponent, int) and exponent > 0:
+            return self.operands[0] ** (before * exponent)
         text = (
-            "{0}" + str(exponent).translate(_SUPERSCRIPT)
-            if isinstance(exponent, int)
-            else f"{{0}}^{exponent}"
+            "{0}" + str(exponent).translate(SUPERSCRIPT) if isinstance(exponent, int) else f"{{0}}^{exponent}"
         )
         latex = "{0}^{{" + str(exponent) + "}}"
         return _entrywise(lambda x: x**exponent, (self,), text, latex, POWER, ATOM)
@@ -237,11 +182,17 @@ class Expression:
         """The transpose of a matrix."""
         if self.template == "{0}ᵀ":
             return self.operands[0]
-        factor, rest = factored(self)
-        if factor is not None and factor.shape == () and len(rest.shape) == 2:
-            return factor * rest.T
-        if self.template in _TRANSPOSED and len(self.shape) == 2 and not self.operands[0].is_number:
-            text = _TRANSPOSED[self.template]
+        if self.template in _OF_MATRIX[1:]:
+            mark, latex = ("⁻ᵀ", "-\\top") if self.template == "{0}⁻¹" else ("⁻¹", "-1")
+            turn = lambda *v: jnp.transpose(self.function(*v))  # noqa: E731
+            return node(turn, self.operands, "{0}" + mark, "{0}^{{" + latex + "}}", POWER, ATOM)
+        if self.is_number:
+            turned = jax.ShapeDtypeStruct(self.shape[::-1], self.type.dtype)
+            return unwritten(jnp.transpose, self, turned)
+        if (peeled := without_scale(self)) is not None and len(peeled[1].shape) == 2:
+            return peeled[0](peeled[1].T)
+        if self.template in TRANSPOSED and len(self.shape) == 2 and not self.operands[0].is_number:
+            text = TRANSPOSED[self.template]
             latex = text.replace(" ", "\\, ").replace("ᵀ", "^{{\\top}}")
             return factors(lambda *v: jnp.transpose(self.function(*v)), self.operands, text, latex)
         return node(jnp.transpose, (self,), "{0}ᵀ", "{0}^{{\\top}}", POWER, ATOM)
@@ -251,11 +202,8 @@ class Expression:
         axes = (axes,) if isinstance(axes, int) else axes
         if axes is not None and not len(axes):
             return self
-        if self.template == _MINUS:
-            return -self.operands[0].sum(axes, keepdims)
-        factor, rest = factored(self)
-        if factor is not None and factor.shape == ():
-            return factor * rest.sum(axes, keepdims)
+        if (peeled := without_scale(self)) is not None and peeled[1].shape == self.shape:
+            return peeled[0](peeled[1].sum(axes, keepdims))
         text, latex = reduction("sum", axes, self.is_sum)
         return node(lambda x: jnp.sum(x, axes, keepdims=keepdims), (self,), text, latex, ATOM, SUM)
 
@@ -328,31 +276,10 @@ def symbol(key: str, text: str, latex: str, type_: jax.ShapeDtypeStruct) -> Symb
 
 def number(value: float, dtype: Any = None) -> Expression:
     """A constant; a ratio of small integers is written as one. Without a dtype it takes that of others."""
-    ratio = Fraction(value).limit_denominator(10_000)
-    is_ratio = ratio.numerator / ratio.denominator == value and ratio.denominator != 1
-    text = decimal(value, dtype)
-    if not is_ratio and len(text) > _LONG_DECIMAL:
-        # A third in single precision.
-        ratio = Fraction(value).limit_denominator(100)
-        is_ratio = ratio.denominator != 1 and bool(
-            jnp.asarray(float(ratio), dtype) == jnp.asarray(float(value), dtype)
-        )
-    mantissa, _, exponent = text.partition("e")
-    latex = text
-    if exponent:
-        latex = f"{mantissa} \\cdot 10^{{{{{int(exponent)}}}}}"
-        text = f"{mantissa}·10" + str(int(exponent)).translate(_SUPERSCRIPT)
-        text, latex = (t.removeprefix(one) for t, one in ((text, "1·"), (latex, "1 \\cdot ")))
-    known = known_number(value, dtype)
-    if is_ratio:
-        text, latex = str(ratio), f"\\frac{{{{{ratio.numerator}}}}}{{{{{ratio.denominator}}}}}"
-    elif known is not None:
-        text, latex = known
-    is_product = is_ratio or " " in text or "/" in text
+    text, latex, is_product = number_text(value, dtype)
     binding = TERM if value < 0 else PRODUCT if is_product else ATOM
     constant = jnp.asarray(float(value), dtype)
     type_ = jax.ShapeDtypeStruct((), constant.dtype, weak_type=dtype is None)
-    text = text.replace("-", "−")
     return Expression(lambda: constant, (), text, latex, binding, ATOM, type_, constant=float(value))
 
 
@@ -383,29 +310,25 @@ def as_expression(value: Any) -> Expression:
 def _without_sign(expression: Expression) -> Expression | None:
     """The negative of an expression that is written with a minus, else None."""
     is_negative = expression.constant is not None and expression.constant < 0
-    return -expression if is_negative or expression.template == _MINUS else None
+    return -expression if is_negative or expression.template == MINUS else None
 
 
-def factored(expression: Expression) -> tuple[Expression | None, Expression]:
-    """A known factor of all entries, and the rest; a product of matrices has none, even with a constant."""
-    if expression.template == "{0} {1}" and expression.inner == QUOTIENT:
-        factor, rest = expression.operands
-        if factor.constant is not None:
-            return factor, rest
-    return None, expression
-
-
-def _fraction(expression: Expression) -> tuple[Expression, Expression] | None:
-    """Numerator and denominator of a fraction, be it a number in every entry of an array."""
-    inner = expression.operands[0] if expression.template == "{0}" and expression.operands else None
-    if inner is not None and inner.shape == () and inner.type.dtype == expression.type.dtype:
-        expression = inner
-    return expression.operands if expression.template == _QUOTIENT else None  # type: ignore[return-value]
-
-
-def is_one(expression: Expression) -> bool:
-    """Whether the expression is the constant 1, which a product leaves out."""
-    return expression.constant == 1 and expression.shape == ()
+def without_scale(
+    expression: Expression,
+) -> tuple[Callable[[Expression], Expression], Expression] | None:
+    """A sign, a known factor or a known divisor of all entries as a function, and what it is applied to."""
+    if (positive := _without_sign(expression)) is not None:
+        return (lambda v: -v), positive
+    factor, rest = factored(expression)
+    if factor is not None and factor.constant is not None:
+        known = number(factor.constant, factor.type.dtype)
+        return (lambda v: known * v), rest
+    if expression.template == FRACTION and (divisor := expression.operands[1]).constant is not None:
+        numerator = expression.operands[0]
+        # It may have been written above a line, where a product needs no parentheses.
+        lowered = PRODUCT if numerator.template.startswith("{0} ") else numerator.binding
+        return (lambda v: v / divisor), replace(numerator, binding=lowered)
+    return None
 
 
 def parenthesised(expression: Expression) -> Expression:
@@ -423,19 +346,23 @@ def promoted(expression: Expression, type_: Any) -> Expression:
     return node(lambda x: x.astype(dtype), (expression,), template, template, binding, binding, wider)
 
 
+# Of these the transpose is written without brackets.
+_OF_MATRIX = ("{0}ᵀ", "{0}⁻¹", "{0}⁻ᵀ")
+
+
 def factors(
     function: Callable[..., Any], operands: Sequence[Expression], text: str, latex: str, type_: Any = None
 ) -> Expression:
     """A product that is written by templates; operands that are sums are put in parentheses.
 
-    The transpose of a transpose is the matrix itself.
+    The transpose of a transpose is the matrix itself, that of an inverse has a sign of its own.
     """
     given, twice = list(operands), set[int]()
     for i, operand in enumerate(operands):
-        if f"{{{i}}}ᵀ" in text and operand.template == "{0}ᵀ" and len(operand.shape) == 2:
+        if f"{{{i}}}ᵀ" in text and operand.template in _OF_MATRIX and len(operand.shape) == 2:
             text = text.replace(f"{{{i}}}ᵀ", f"{{{i}}}")
             latex = latex.replace(f"{{{i}}}^{{{{\\top}}}}", f"{{{i}}}")
-            given[i] = operand.operands[0]
+            given[i] = operand.T
             twice.add(i)
 
     def of_given(*values: Any) -> Any:
@@ -446,7 +373,7 @@ def factors(
 
 def unwritten(function: Callable[..., Any], x: Expression, type_: Any) -> Expression:
     """A function of one operand that is not written: a change of shape or type."""
-    if x.template == _MINUS:
+    if x.template == MINUS:
         return -unwritten(function, x.operands[0], type_)
     factor, rest = factored(x)
     if factor is not None and factor.shape == () and rest.type.dtype == type_.dtype and rest.shape == x.shape:

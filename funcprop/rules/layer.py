@@ -130,7 +130,8 @@ def layer(
     are None.
 
     Raises:
-        TypeError: when called with a positional argument that is no array, or an unhashable static one.
+        TypeError: it is no function; or when called with a positional argument that is no array, or an
+            unhashable static one.
 
     Example:
         >>> import jax.numpy as jnp, funcprop as fp
@@ -142,4 +143,8 @@ def layer(
     """
     if function is None:
         return lambda f: Layer(f, rule, init, symbol)
+    if not callable(function):
+        raise TypeError(
+            f"fp.layer: {function!r} is not a function; write @fp.layer above one, or fp.layer(function)."
+        )
     return Layer(function, rule, init, symbol)

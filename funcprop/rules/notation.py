@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ _GREEK = {
 }  # fmt: skip
 
 
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _DIGITS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
 _ESCAPES = {c: f"\\{c}" for c in "_%&#${}"} | {"\\": "\\backslash ", "^": "\\wedge ", "~": "\\sim "}
@@ -70,6 +72,8 @@ def decimal(value: float, dtype: Any = None) -> str:
     """The shortest decimal number that is `value` in a dtype."""
     if abs(value) < 1e6 and value == int(value):
         return str(int(value))
+    if (short := f"{value:.1g}") and abs(value) >= 1e6 and float(short) == value:
+        return short
     if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and np.isfinite(value):
         # A product of rounded numbers, such as 0.01 · 0.1 in single precision.
         resolution = float(jnp.finfo(dtype).eps)
@@ -132,3 +136,43 @@ def reduction(name: str, axes: Sequence[int] | None, of_sum: bool = False) -> tu
     if name == "sum":
         return text, f"\\sum{below} " + ("\\left({0}\\right)" if of_sum else "{0}")
     return text, "\\mathrm{{" + name + "}}" + below + "\\!\\left({0}\\right)"
+
+
+# A decimal number that is longer than this may be that of a fraction.
+_LONG_DECIMAL = 8
+
+
+def number_text(value: float, dtype: Any = None) -> tuple[str, str, bool]:
+    """A number as text and LaTeX, and whether it is written as a product or a ratio."""
+    ratio = Fraction(value).limit_denominator(10_000)
+    is_ratio = ratio.numerator / ratio.denominator == value and ratio.denominator != 1
+    text = decimal(abs(value), dtype)
+    if not is_ratio and len(text) > _LONG_DECIMAL:
+        ratio = _short_ratio(value, dtype) or ratio
+        is_ratio = _short_ratio(value, dtype) is not None
+    mantissa, _, exponent = text.partition("e")
+    latex = text
+    if exponent:
+        latex = f"{mantissa} \\cdot 10^{{{{{int(exponent)}}}}}"
+        text = f"{mantissa}·10" + str(int(exponent)).translate(SUPERSCRIPT)
+        text, latex = (t.removeprefix(one) for t, one in ((text, "1·"), (latex, "1 \\cdot ")))
+    if value < 0:
+        text, latex = f"-{text}", f"-{latex}"
+    known = known_number(value, dtype)
+    if is_ratio:
+        text, latex = str(ratio), f"\\frac{{{{{ratio.numerator}}}}}{{{{{ratio.denominator}}}}}"
+    elif known is not None:
+        text, latex = known
+    is_product = is_ratio or " " in text or "/" in text
+    return text.replace("-", "−"), latex, is_product
+
+
+def _short_ratio(value: float, dtype: Any) -> Fraction | None:
+    """A third in single precision, or a few of a small part, such as 0.9 / 7, but for rounding."""
+    resolution = 2 * float(jnp.finfo(dtype if dtype is not None else float).eps)
+    for largest in (100, 10_000):
+        ratio = Fraction(value).limit_denominator(largest)
+        is_short = largest == 100 or abs(ratio.numerator) <= 3
+        if is_short and ratio.denominator != 1 and abs(float(ratio) / value - 1) < resolution < 1e-6:
+            return ratio
+    return None

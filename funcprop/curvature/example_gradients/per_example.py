@@ -152,7 +152,8 @@ class PerExample:
         sampled = [n for n in names if n != VALUE and any(p.group == SAMPLED for p in QUANTITIES[n].parts)]
         if sampled and key is None:
             raise ValueError(
-                f"per_example: {sampled[0]!r} is an estimate by random signs; pass key=jax.random.key(…)."
+                f"per_example: {sampled[0]!r} is an estimate by random signs; "
+                "pass key=jax.random.key(…) beside x and y."
             )
         require_values("per_example", {"params": params, "x": x, "y": y}, AUDIT)
         size = batch_size(x, y, "per_example")

@@ -41,5 +41,6 @@ EQUATIONS: dict[Any, Callable[..., Any]] = {
     **{name: rule.equations for name, rule in RULES.items() if rule.equations is not None},
     **functions.EQUATIONS,
     **slices.EQUATIONS,
+    **indexing.EQUATIONS,
     **linear_algebra.EQUATIONS,
 }

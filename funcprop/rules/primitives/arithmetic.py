@@ -24,10 +24,11 @@ from funcprop.rules.equations import (
 )
 from funcprop.rules.expressions import (
     Expression,
-    factored,
     factors,
+    of_one_dtype,
     promoted,
     unwritten,
+    without_scale,
 )
 
 
@@ -73,10 +74,19 @@ def _product(op: OperatorSymbols) -> Equations | None:
     # The cotangent of a real operand beside a complex one is the real part alone.
     if len({jnp.issubdtype(v.type.dtype, jnp.complexfloating) for v in (a, b)}) > 1:
         return None
-    factor, g = factored(g)
-    if factor is not None:
-        found = _product(op._replace(cotangent=g))
-        return None if found is None else found._replace(backward=tuple(factor * v for v in found.backward))
+    # What scales an operand or the cotangent stands before the product.
+    if (peeled := without_scale(g)) is not None and not g.is_number:
+        scale, inner = peeled
+        found = _product(op._replace(cotangent=inner))
+        return None if found is None else found._replace(backward=tuple(map(scale, found.backward)))
+    for i, v in enumerate((a, b)):
+        if (peeled := without_scale(v)) is not None and not v.is_number and peeled[1].type == v.type:
+            scale, inner = peeled
+            found = _product(op._replace(args=(inner, b) if i == 0 else (a, inner)))
+            if found is None:
+                return None
+            backward = (x if k == i else scale(x) for k, x in enumerate(found.backward))
+            return Equations(scale(found.forward), tuple(backward))
     # Terms are added in the result's precision (`preferred_element_type`), which may be more than that of
     # the operands.
     a, b = (promoted(v, op.output.type) for v in (a, b))
@@ -89,7 +99,8 @@ def _product(op: OperatorSymbols) -> Equations | None:
         return Equations(a @ b, (outer(g, b), a.T @ g))
     if len(b.shape) == 2:
         return Equations(a @ b, (b @ g, outer(a, g)))
-    return Equations(a @ b, (g * b, g * a))
+    dot = of_one_dtype(jnp.matmul)
+    return Equations(factors(dot, (a, b), "{0}ᵀ {1}", "{0}^{{\\top}}\\, {1}"), (g * b, g * a))
 
 
 def _general_product(a: Expression, b: Expression, g: Expression, op: OperatorSymbols) -> Equations:

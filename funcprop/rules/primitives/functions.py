@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from funcprop.rules.equations import Equations, OperatorSymbols, apply, written
-from funcprop.rules.expressions import ATOM, POWER, SUM, Expression, node
+from funcprop.rules.expressions import ATOM, POWER, SUM, Expression, node, of_one_dtype
+from funcprop.rules.primitives.arithmetic import with_new_axes
 
 
 def _unary(
@@ -43,7 +44,42 @@ def _power_of_numbers(op: OperatorSymbols) -> Equations | None:
     if exponent.constant is None or not jnp.issubdtype(x.type.dtype, jnp.floating):
         return None
     n = exponent.constant
+    n = int(n) if n == int(n) else n
     return Equations(x**n, (op.cotangent * (n * x ** (n - 1)), None))
+
+
+def _larger(sign: int) -> Callable[[OperatorSymbols], Equations | None]:
+    """`max(a, b)`, whose slope is 1 where `a` is larger, and 1/2 where both are equal."""
+
+    def equations(op: OperatorSymbols) -> Equations | None:
+        a, b = op.args
+        if not jnp.issubdtype(a.type.dtype, jnp.floating):
+            return None
+        compute = lax.max if sign > 0 else lax.min
+        forward = apply(op.name, of_one_dtype(compute), a, b, type_=op.output.type)
+        difference = b if a.constant == 0 else a if b.constant == 0 else a - b
+        of_a = _step(sign, difference) if difference is not b else None
+        of_b = _step(sign if difference is b else -sign, difference) if b.constant is None else None
+        return Equations(forward, tuple(None if s is None else op.cotangent * s for s in (of_a, of_b)))
+
+    return equations
+
+
+def _log_of_sum(op: OperatorSymbols) -> Equations | None:
+    """`logaddexp(a, b)`, whose slope is the share of `eᵃ`."""
+    a, b = op.args
+    if not a.type.dtype == b.type.dtype == op.output.type.dtype or not a.shape == b.shape == op.output.shape:
+        return None
+    shares = (apply("σ", lambda d: lax.logistic(d), d, type_=d.type) for d in (a - b, b - a))
+    return Equations(
+        apply("logaddexp", jnp.logaddexp, a, b, type_=a.type), tuple(op.cotangent * p for p in shares)
+    )
+
+
+def _step(sign: int, x: Expression) -> Expression:
+    """1 where the sign of `x` is `sign`, else 0, and 1/2 where `x` is 0."""
+    x = x if sign > 0 else -x
+    return apply("step", lambda v: jnp.heaviside(v, jnp.asarray(0.5, v.dtype)), x, type_=x.type)
 
 
 _COMPARISONS = {
@@ -56,13 +92,26 @@ def _comparison(sign: str, latex: str) -> Callable[[OperatorSymbols], Equations]
     """`z > 0`, which has no derivative."""
 
     def equations(op: OperatorSymbols) -> Equations:
-        compare = getattr(lax, op.name)
+        a, b = with_new_axes(*op.args)
+        compare, latex_text = getattr(lax, op.name), f"{{0}} {latex} {{1}}"
         return Equations(
-            written(
-                compare, op.args, f"{{0}} {sign} {{1}}", f"{{0}} {latex} {{1}}", op.output.type, is_sum=True
-            ),
+            written(compare, (a, b), f"{{0}} {sign} {{1}}", latex_text, op.output.type, is_sum=True),
             (None, None),
         )
+
+    return equations
+
+
+def _both(word: str, sign: str) -> Callable[[OperatorSymbols], Equations | None]:
+    """`a and b`, of what is true or false."""
+
+    def equations(op: OperatorSymbols) -> Equations | None:
+        if op.output.type.dtype != bool:
+            return None
+        join = lambda a, b: a & b if word == "and" else a | b  # noqa: E731
+        latex = f"{{0}} {sign} {{1}}"
+        both = written(join, op.args, f"{{0}} {word} {{1}}", latex, op.output.type, is_sum=True)
+        return Equations(both, (None, None))
 
     return equations
 
@@ -91,6 +140,11 @@ EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
         1 / _root(op.args[0]), (-op.cotangent / (2 * op.args[0] * _root(op.args[0])),)
     ),
     "pow": _power_of_numbers,
+    "and": _both("and", "\\wedge"),
+    "or": _both("or", "\\vee"),
+    "logaddexp": _log_of_sum,
+    "max": _larger(1),
+    "min": _larger(-1),
     "sin": _unary(jnp.sin, lambda g, x: g * apply("cos", jnp.cos, x, type_=x.type)),
     "cos": _unary(jnp.cos, lambda g, x: -g * apply("sin", jnp.sin, x, type_=x.type)),
     "abs": _absolute,

@@ -14,6 +14,7 @@ Source: Griewank and Walther, *Evaluating Derivatives*, section 3.2, for the adj
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from funcprop.rules.equations import Equations, OperatorSymbols, apply, indexed, written
+from funcprop.rules.expressions import Expression
 from funcprop.rules.rule import Rule
 from funcprop.rules.rule_set import OperatorKey
 
@@ -95,26 +97,65 @@ def _gather_equations(op: OperatorSymbols) -> Equations:
     is_along_axis = numbers.collapsed_slice_dims == (axis,) and tuple(static["slice_sizes"]) == sizes
     if is_along_axis and numbers.offset_dims == kept:
         forward = indexed(rows, x, indices, op.output.type, axis)
-    elif numbers.operand_batching_dims and all(n == 1 for n in static["slice_sizes"]):
-        # One entry of each row.
-        forward = indexed(rows, x, indices, op.output.type)
-    elif indices.template.startswith("concat(") and all(n == 1 for n in static["slice_sizes"]):
-        # `x[i, j]`.
-        inside = ", ".join(f"{{{i}}}" for i in range(1, len(indices.operands) + 1))
-
-        def entries(x: Any, *parts: Any) -> Any:
-            return rows(x, indices.function(*parts))
-
+    elif (places := _places(x, indices, numbers)) is not None and all(n == 1 for n in static["slice_sizes"]):
+        where, operands, whole = places
         forward = written(
-            entries,
-            (x, *indices.operands),
-            f"{{0}}[{inside}]",
-            f"{{0}}\\left[{inside}\\right]",
+            lambda x, *parts: rows(x, whole(*parts)),
+            (x, *operands),
+            f"{{0}}[{where}]",
+            f"{{0}}\\left[{where}\\right]",
             op.output.type,
         )
+        backward = written(
+            lambda g, *parts: back(g, whole(*parts)),
+            (op.cotangent, *operands),
+            f"scatter({{0}}, [{where}])",
+            f"\\mathrm{{{{scatter}}}}\\!\\left({{0}}, \\left[{where}\\right]\\right)",
+            x.type,
+        )
+        return Equations(forward, (backward, None))
     else:
         forward = apply("gather", rows, x, indices)
     return Equations(forward, (apply("scatter", back, op.cotangent, indices), None))
+
+
+def _places(
+    x: Expression, indices: Expression, numbers: Any
+) -> tuple[str, tuple[Expression, ...], Callable[..., Any]] | None:
+    """How single entries are named, `i, j`: a template, its operands after the first, and their function."""
+    if indices.template.startswith("concat("):
+        inside = ", ".join(f"{{{i}}}" for i in range(1, len(indices.operands) + 1))
+        return inside, indices.operands, indices.function
+    if not numbers.operand_batching_dims:
+        return None
+    # One entry of each row.
+    rows = f"arange({x.shape[0]})" if numbers.operand_batching_dims == (0,) and len(x.shape) == 2 else "…"
+    return f"{rows}, {{1}}", (indices,), lambda i: i
+
+
+def _put_equations(op: OperatorSymbols) -> Equations | None:
+    """An array with other entries at some places."""
+    x, indices, updates = op.args
+    static = dict(op.static)
+    places = _places(x, indices, static["dimension_numbers"])
+    if places is None or updates.constant is None or static["dimension_numbers"].update_window_dims:
+        return None
+    where, operands, whole = places
+    parameters = {k: v for k, v in static.items() if not k.startswith("update_")}
+
+    def put(x: Any, *parts: Any) -> Any:
+        value = jnp.full(updates.shape, updates.constant, x.dtype)
+        return lax.scatter(x, whole(*parts), value, **parameters)
+
+    def back(g: Any, *parts: Any) -> Any:
+        return lax.scatter(g, whole(*parts), jnp.zeros(updates.shape, g.dtype), **parameters)
+
+    def shown(function: Any, of: Expression, value: str) -> Expression:
+        latex = f"{{0}}\\ \\text{{{{with}}}}\\ \\left[{where}\\right] = {value}"
+        text = f"{{0}} with [{where}] = {value}"
+        return written(function, (of, *operands), text, latex, of.type, is_sum=True)
+
+    return Equations(shown(put, x, updates.text()), (shown(back, op.cotangent, "0"), None, None))
 
 
 def _scatter_equations(op: OperatorSymbols) -> Equations:
@@ -150,3 +191,5 @@ RULES: dict[OperatorKey, Rule] = {
     ),
     "top_k": Rule(_top_k_forward, _top_k_backward, platforms=frozenset(), pure=True),
 }
+
+EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {"scatter": _put_equations}

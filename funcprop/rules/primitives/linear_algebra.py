@@ -1,6 +1,11 @@
-"""Equations of solves with triangular matrices.
+"""Equations of matrices that are factored or solved with.
 
     triangular_solve   y = L⁻¹ b        b̄ = L⁻ᵀ ȳ,  L̄ = −tril(b̄ yᵀ)
+    solve              y = A⁻¹ b        b̄ = A⁻ᵀ ȳ,  Ā = −b̄ yᵀ
+    cholesky           A = L Lᵀ         Ā = L⁻ᵀ tril½(Lᵀ L̄) L⁻¹, half of the diagonal
+    eigenvalues        A = Q Λ Qᵀ       Ā = Q diag(λ̄) Qᵀ
+    singular values    A = U Σ Vᵀ       Ā = U diag(σ̄) Vᵀ
+    log |det A|                         Ā = ȳ A⁻ᵀ
 
 Source: Giles, *Collected matrix derivative results for forward and reverse mode AD* (2008), section 2.
 """
@@ -14,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from funcprop.rules.equations import Equations, OperatorSymbols, written
-from funcprop.rules.expressions import POWER, PRODUCT, Expression, factors, node
+from funcprop.rules.equations import Equations, OperatorSymbols, apply, outer, written
+from funcprop.rules.expressions import ATOM, POWER, PRODUCT, SUM, Expression, factors, node
 from funcprop.rules.notation import literally
 
 
@@ -56,6 +61,106 @@ def _triangular_solve(op: OperatorSymbols) -> Equations | None:
     return Equations(forward, (of_left, of_right))
 
 
+def _solve(op: OperatorSymbols) -> Equations:
+    """`A⁻¹ b`; the inverse itself where `b` is the identity."""
+    a, b = op.args
+    of_b = _product(lambda a, g: jnp.linalg.solve(a.T, g), (a, op.cotangent), "⁻ᵀ", b.type)
+    if b.text() == "I":
+        forward = node(jnp.linalg.solve, (a, b), "{0}⁻¹", "{0}^{{-1}}", POWER, ATOM, op.output.type)
+    else:
+        forward = _product(jnp.linalg.solve, (a, b), "⁻¹", op.output.type)
+    pair = outer(of_b, op.output) if len(b.shape) == 1 else of_b @ op.output.T
+    return Equations(forward, (-pair, of_b))
+
+
+def _tril(op: OperatorSymbols) -> Equations:
+    def lower(x: Expression) -> Expression:
+        return apply("tril", jnp.tril, x, type_=x.type)
+
+    return Equations(lower(op.args[0]), (lower(op.cotangent),))
+
+
+def _cholesky(op: OperatorSymbols) -> Equations | None:
+    """`A = L Lᵀ`; of the lower triangle of `Lᵀ L̄` half of the diagonal counts."""
+    (a,) = op.args
+    if len(a.shape) != 2 or not jnp.issubdtype(a.type.dtype, jnp.floating):
+        return None
+    lower = op.output
+    factor = lambda a: lax.linalg.cholesky(a, symmetrize_input=False)  # noqa: E731
+
+    def back(y: Any, g: Any) -> Any:
+        y = jnp.tril(y)
+        inner = jnp.tril(y.T @ jnp.tril(g))
+        inner = inner - jnp.diag(jnp.diag(inner)) / 2
+        solve = lax.linalg.triangular_solve
+        left = solve(y, inner, left_side=True, lower=True, transpose_a=True)
+        return solve(y, left, left_side=False, lower=True)
+
+    text = "{0}⁻ᵀ tril½({0}ᵀ {1}) {0}⁻¹"
+    latex = "{0}^{{-\\top}}\\, \\mathrm{{tril}}_{{1/2}}\\!\\left({0}^{{\\top}}\\, {1}\\right) {0}^{{-1}}"
+    backward = node(back, (lower, op.cotangent), text, latex, PRODUCT, POWER, a.type)
+    return Equations(apply("chol", factor, a, type_=op.output.type), (backward,))
+
+
+def _eigenvalues(op: OperatorSymbols) -> Equations:
+    """Of `A = Q Λ Qᵀ`."""
+    (a,) = op.args
+    values = lambda a: lax.linalg.eigh(a, symmetrize_input=False)[1]  # noqa: E731
+
+    def back(a: Any, g: Any) -> Any:
+        q = lax.linalg.eigh(a, symmetrize_input=False)[0]
+        return (q * g) @ q.T
+
+    backward = _framed(back, (a, op.cotangent), "Q({0}) diag({1}) Q({0})ᵀ", a.type)
+    return Equations(apply("eigenvalues", values, a, type_=op.output.type), (backward,))
+
+
+def _singular_values(op: OperatorSymbols) -> Equations:
+    """Of `A = U Σ Vᵀ`."""
+    (a,) = op.args
+
+    def back(a: Any, g: Any) -> Any:
+        u, _, v = jnp.linalg.svd(a, full_matrices=False)
+        return (u * g) @ v
+
+    values = lambda a: jnp.linalg.svd(a, compute_uv=False)  # noqa: E731
+    backward = _framed(back, (a, op.cotangent), "U({0}) diag({1}) V({0})ᵀ", a.type)
+    return Equations(apply("svd", values, a, type_=op.output.type), (backward,))
+
+
+def _logdet(op: OperatorSymbols) -> Equations:
+    """`log |det A|`, whose slope is the transpose of the inverse."""
+    (a,) = op.args
+    forward = written(
+        lambda a: jnp.linalg.slogdet(a)[1],
+        (a,),
+        "log |det {0}|",
+        "\\log \\left|\\det {0}\\right|",
+        op.output.type,
+    )
+    return Equations(forward, (op.cotangent * _inverse_of_transpose(a),))
+
+
+def _determinant(op: OperatorSymbols) -> Equations | None:
+    """`det A`, whose slope is that times the transpose of the inverse."""
+    (a,) = op.args
+    if len(a.shape) != 2:
+        return None
+    forward = apply("det", jnp.linalg.det, a, type_=op.output.type)
+    return Equations(forward, (op.cotangent * op.output * _inverse_of_transpose(a),))
+
+
+def _inverse_of_transpose(a: Expression) -> Expression:
+    return node(lambda a: jnp.linalg.inv(a).T, (a,), "{0}⁻ᵀ", "{0}^{{-\\top}}", POWER, ATOM, a.type)
+
+
+def _framed(
+    function: Callable[..., Any], operands: Sequence[Expression], text: str, type_: Any
+) -> Expression:
+    latex = text.replace("ᵀ", "^{{\\top}}").replace("diag", "\\mathrm{{diag}}")
+    return node(function, tuple(operands), text, latex, PRODUCT, SUM, type_)
+
+
 _LATEX = {"⁻¹": "^{{-1}}", "⁻ᵀ": "^{{-\\top}}"}
 
 
@@ -66,4 +171,13 @@ def _product(
     return node(function, tuple(operands), text, latex, PRODUCT, POWER, type_)
 
 
-EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {"triangular_solve": _triangular_solve}
+EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
+    "triangular_solve": _triangular_solve,
+    "solve": _solve,
+    "tril": _tril,
+    "chol": _cholesky,
+    "eigenvalues": _eigenvalues,
+    "singular_values": _singular_values,
+    "logdet": _logdet,
+    "det": _determinant,
+}

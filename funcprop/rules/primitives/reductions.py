@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from funcprop.rules.equations import Equations, OperatorSymbols, apply
+from funcprop.rules.equations import Equations, OperatorSymbols, apply, written
+from funcprop.rules.notation import reduction
 from funcprop.rules.rule import Rule
 from funcprop.rules.rule_set import OperatorKey
 
@@ -50,8 +51,10 @@ def _rule(reduce: Callable[..., Any], name: str) -> Rule:
         (x,) = op.args
         axes = tuple(op.static["axes"])
         back = partial(_shared, axes)
+        over = None if len(axes) == len(x.shape) else axes
         return Equations(
-            apply(name, lambda x: reduce(x, axes), x), (apply("share", back, x, op.output, op.cotangent),)
+            written(lambda x: reduce(x, axes), (x,), *reduction(name, over)),
+            (apply("share", back, x, op.output, op.cotangent),),
         )
 
     def applies(x: Any, **_: Any) -> bool | str:

@@ -4,6 +4,7 @@ slice           y = x[1:, :3]           x̄ = pad(ȳ, [1:, :3])
 dynamic_slice   y = x[i : i + 3]        x̄ = pad(ȳ, [i : i + 3])
 pad             y = pad(x, [1:-1])      x̄ = ȳ[1:-1]
 concatenate     y = concat(a, b)        ā = ȳ[:2], b̄ = ȳ[2:]
+stack           y = stack(a, b)         ā = ȳ[0], b̄ = ȳ[1]
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from funcprop.rules.expressions import ATOM, Expression, parenthesised, unwritte
 def _slice(op: OperatorSymbols) -> Equations | None:
     """`x[1:, :3]`; one entry of an axis is its index alone, as after the squeeze that follows."""
     (x,) = op.args
-    if _is_reshaped(x):
+    order = _order(x)
+    if order is None:
         return None
     starts, limits = op.static["start_indices"], op.static["limit_indices"]
     steps = op.static["strides"] or (1,) * len(starts)
-    where = _range(starts, limits, steps, x.shape)
+    where = _range(*([given[k] for k in order] for given in (starts, limits, steps, x.shape)))
 
     def cut(v: Any) -> Any:
         return lax.slice(v, starts, limits, steps)
@@ -77,9 +79,28 @@ _PAD = "\\mathrm{{pad}}\\!\\left({0}, [\\texttt{{#}}]\\right)"
 
 def _is_reshaped(x: Expression) -> bool:
     """Whether it is another shape of what is written: indices would be read as those of the latter."""
-    while x.template == "{0}" and x.operands and x.type.dtype != x.operands[0].type.dtype:
+    while x.template == "{0}" and x.operands and (x.type.dtype != x.operands[0].type.dtype or _is_row(x)):
         x = x.operands[0]
     return x.template == "{0}" and bool(x.operands)
+
+
+def _is_row(x: Expression) -> bool:
+    """Whether it is another shape of the one axis of what is written."""
+    long = [[n for n in v.shape if n > 1] for v in (x, x.operands[0])]
+    return len(x.shape) == 1 and long[0] == long[1] and len(long[0]) <= 1
+
+
+def _order(x: Expression) -> Sequence[int] | None:
+    """The axes in the order in which they are written, if that is of the same shape but for the order."""
+    if not _is_reshaped(x):
+        return range(len(x.shape))
+    inner = x
+    while inner.template == "{0}" and inner.operands:
+        inner = inner.operands[0]
+    places = x.places or ()
+    if sorted(places) != list(range(len(inner.shape))) or x.shape != tuple(inner.shape[k] for k in places):
+        return None
+    return [places.index(k) for k in range(len(places))]
 
 
 def _range(starts: Sequence[int], limits: Sequence[int], steps: Sequence[int], shape: Sequence[int]) -> str:
@@ -137,9 +158,25 @@ def _concatenate(op: OperatorSymbols) -> Equations | None:
     return Equations(forward, tuple(backward))
 
 
+def _stack(op: OperatorSymbols) -> Equations | None:
+    """`stack(a, b)`; each operand has its entry of the cotangent along the new axis."""
+    if _is_reshaped(op.cotangent) and not op.cotangent.is_number:
+        return None
+    axis = op.static["axis"]
+    forward = apply(op.name, lambda *v: jnp.stack(v, axis), *op.args, type_=op.output.type)
+    backward: list[Expression | None] = []
+    for i, x in enumerate(op.args):
+        cut = partial(jnp.take, indices=i, axis=axis)
+        where = ", ".join([":"] * axis + [str(i)])
+        is_smooth = jnp.issubdtype(x.type.dtype, jnp.inexact)
+        backward.append(_entries(cut, op.cotangent, where, x.shape) if is_smooth else None)
+    return Equations(forward, tuple(backward))
+
+
 EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "pad": _pad,
     "concatenate": _concatenate,
+    "stack": _stack,
 }
