@@ -16,9 +16,9 @@ NAMES: list[tuple[Any, str]] = [
     (np.tri(2, 5, dtype=bool), "causal mask"),
     (LOWER.T, "mask"),
     (np.array([True, False]), "mask"),
-    (np.eye(3), "identity"),
+    (np.eye(3), "I"),
     (np.eye(3)[:, ::-1], "constant"),
-    (2 * np.eye(3), "constant"),
+    (2 * np.eye(3), "2 I"),
     (np.arange(4), "positions"),
     (np.arange(4.0), "positions"),
     (np.broadcast_to(np.arange(4), (3, 4)), "positions"),
@@ -28,6 +28,8 @@ NAMES: list[tuple[Any, str]] = [
     (np.array([3.0, 1.0]), "constant"),
     (np.arange(100) + 1, "constant"),
     (np.array(2.5), "constant"),
+    (np.zeros((0, 0)), "constant"),
+    (np.zeros((3, 3)), "constant"),
 ]
 
 

@@ -56,11 +56,11 @@ def pattern(value: Any) -> str:
         and np.array_equal(array, np.broadcast_to(np.tri(*array.shape[-2:]).astype(bool), array.shape))
     ):
         return "causal mask"
-    if array.ndim == 2 and array.shape[0] == array.shape[1] and array.dtype.kind == "f":
+    if array.ndim == 2 and 0 < array.shape[0] == array.shape[1] and array.dtype.kind == "f":
         scale = float(array[0, 0])
         if scale and np.array_equal(array, scale * np.eye(len(array), dtype=array.dtype)):
             return "I" if scale == 1 else f"{number(scale, array.dtype).text()} I"
-    last = np.arange(array.shape[-1]) if array.ndim else None
+    last = np.arange(array.shape[-1]) if array.ndim and array.size else None
     if (
         last is not None
         and array.dtype.kind in "iuf"

@@ -80,7 +80,8 @@ def chunk(geometry: Geometry) -> int:
 def geometry_of(x: Any, w: Any, static: Any, machine: Machine | None = None, devices: int = 1) -> Geometry:
     """The sizes of a convolution of `x` by `w` with these parameters, its batch split over some devices."""
     lhs, rhs, _ = static["dimension_numbers"]
-    parts = math.gcd(devices, x.shape[lhs[0]])
+    batch = x.shape[lhs[0]]
+    parts = math.gcd(devices, batch) if isinstance(batch, int) else 1  # A symbolic size may not divide.
     kernel = tuple(w.shape[a] for a in rhs[2:])
     spatial = tuple(x.shape[a] for a in lhs[2:])
     output = tuple(
@@ -92,7 +93,7 @@ def geometry_of(x: Any, w: Any, static: Any, machine: Machine | None = None, dev
     strides = tuple(static["window_strides"])
     inputs, outputs = x.shape[lhs[1]], w.shape[rhs[0]]
     padded = any(map(any, static["padding"]))
-    sizes = x.shape[lhs[0]] // parts, spatial, output, kernel, inputs, outputs, strides
+    sizes = batch // parts, spatial, output, kernel, inputs, outputs, strides
     return Geometry(*sizes, padded, x.dtype.itemsize, machine, parts)
 
 
