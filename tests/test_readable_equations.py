@@ -244,3 +244,16 @@ def test_products_over_several_axes_are_written_in_the_order_of_what_is_read():
     assert texts(found.forward)[:2] == ["z = constant w", "u = z[0] ⊙ z[1]"]
     assert "slice" not in found.text()
     found.verify()
+
+    def of_both_transposed(a, b):
+        return jnp.sum(jnp.sin(jnp.einsum("bki,bjk->bij", a, b)))
+
+    found = fp.derive(of_both_transposed, argnums=(0, 1))(
+        jnp.sin(jnp.arange(24.0)).reshape(2, 3, 4), jnp.cos(jnp.arange(30.0)).reshape(2, 5, 3)
+    )
+    assert texts(found.forward)[0] == "z = b a"
+    assert texts(found.backward)[1:] == [
+        "∂J/∂a = prod(∂J/∂z, ∂z/∂a) = bᵀ ∂J/∂z",
+        "∂J/∂b = prod(∂J/∂z, ∂z/∂b) = ∂J/∂z aᵀ",
+    ]
+    found.verify()
