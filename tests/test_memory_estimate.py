@@ -129,6 +129,20 @@ def test_loops_hold_the_stacked_results_of_all_steps() -> None:
     assert found.training.estimate > 32 * 64 * 8 * 8 > found.inference.estimate
 
 
+def test_a_step_of_a_loop_frees_what_it_has_read() -> None:
+    def looped(m: jax.Array, x: jax.Array) -> jax.Array:
+        def step(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            for _ in range(4):
+                x = jnp.tanh((m @ (m + x[:, None] * x)) @ x)  # each time two matrices
+            return x, None
+
+        return jax.lax.scan(step, x, None, length=3)[0]
+
+    types = f64(64, 64), f64(64)
+    compiled = jax.jit(looped).lower(*types).compile().memory_analysis().temp_size_in_bytes
+    assert estimate(jax.make_jaxpr(looped)(*types)).temporary == pytest.approx(compiled, rel=0.05)
+
+
 def test_models_of_equinox_and_nnx() -> None:
     net = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))
     found = account(lambda net, x: jnp.sum(jax.vmap(net)(x) ** 2), net, f64(100, 4))
