@@ -105,7 +105,11 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    done = [process.communicate(timeout=240) for process in running]
+    try:
+        done = [process.communicate(timeout=240) for process in running]
+    finally:
+        for process in running:
+            process.kill()
     assert [process.returncode for process in running] == [0, 0], done
     printed = [[line for line in out.splitlines() if line.startswith("losses")] for out, _ in done]
     assert printed[0] == printed[1] != []

@@ -56,7 +56,9 @@ def moved(x: Any, mesh: Mesh) -> Any:
     parts = [part.data[None] for part in x.addressable_shards]
     parts += [jnp.zeros(empty, x.dtype, device=d) for d in mesh.local_devices]
     pair = jax.make_array_from_single_device_arrays((2, *x.shape), both, parts, dtype=x.dtype)
-    arrived = [part for part in _passed_on(pair, both).addressable_shards if part.device in mesh.devices]
+    # A program starts when its operands are there: not waited for, a later transfer could overtake this one.
+    passed = jax.block_until_ready(_passed_on(pair, both))
+    arrived = [part for part in passed.addressable_shards if part.device in mesh.devices]
     found = [part.data[0] for part in arrived]
     return jax.make_array_from_single_device_arrays(x.shape, target, found, dtype=x.dtype)
 
@@ -109,7 +111,7 @@ def taken_back(x: Any, like: Any) -> Any:
     """Return what `shared_out` made, or an array laid out as that, on the devices of `like`."""
     if _reaches_all(like):
         return x
-    whole = _laid_out(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
+    whole = jax.block_until_ready(_laid_out(x, NamedSharding(x.sharding.mesh, PartitionSpec())))
     return placed(whole.addressable_shards[0].data, like.sharding)
 
 
@@ -131,7 +133,7 @@ def _on_each_process(x: Any, spec: PartitionSpec) -> Any:
     parts = parts or [jnp.zeros((1, *x.shape), x.dtype, device=own)]
     each = NamedSharding(mesh, PartitionSpec("process"))
     stacked = jax.make_array_from_single_device_arrays((len(first), *x.shape), each, parts, dtype=x.dtype)
-    return _summed(stacked, NamedSharding(mesh, spec))
+    return jax.block_until_ready(_summed(stacked, NamedSharding(mesh, spec)))
 
 
 @partial(jax.jit, static_argnums=1)

@@ -116,6 +116,11 @@ class Expression(Formula):
             return spread_over(self / fraction[1], np.broadcast_shapes(self.shape, other.shape))
         if fraction is not None and self.constant and self.constant == fraction[1].constant:
             return spread_over(fraction[0], np.broadcast_shapes(self.shape, other.shape))
+        if fraction is not None and self.constant:
+            # `2 (z / (2 u))` is `z / u`.
+            below, rest = factored(fraction[1])
+            if below is not None and below.constant and (self.constant / below.constant).is_integer():
+                return _constant(self.constant / below.constant, self, below) * (fraction[0] / rest)
         fraction = fraction_of(self)
         if fraction is not None and fraction[0].constant and self.shape == other.shape:
             return number(fraction[0].constant, fraction[0].type.dtype) * (other / fraction[1])
