@@ -116,7 +116,8 @@ def taken_back(x: Any, like: Any) -> Any:
 
 
 def _reaches_all(x: Any) -> bool:
-    if jax.process_count() == 1:
+    """Whether an array is no stage's: every process has a part of it, or one of its own."""
+    if jax.process_count() == 1 or not isinstance(getattr(x, "sharding", None), NamedSharding):
         return True
     return len({d.process_index for d in x.sharding.device_set}) == jax.process_count()
 
