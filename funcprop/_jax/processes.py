@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from jax._src import distributed  # Its client has no public name.
 
+ARRIVAL = 3600  # seconds that processes wait for each other, such as for compilations
+
 # What process 0 starts. It stays for a while when that process is gone, so that the others find out who is
 # gone and say so: JAX ends a process in which it cannot reach the service, without a word of ours.
 _SERVICE = """

@@ -19,7 +19,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from funcprop._jax import processes
 
-ARRIVAL = 3600  # seconds that processes wait for each other's compilations
 _numbers = count(1)  # All processes do the same, so that they count the same.
 
 
@@ -91,8 +90,7 @@ def on_the_host(x: Any) -> Any:
     if not _reaches_all(x):
         x = told(x)
     elif not (x.is_fully_addressable or x.is_fully_replicated):
-        layout: Any = x.sharding
-        x = _laid_out(x, NamedSharding(layout.mesh, PartitionSpec()))
+        x = _whole(x)
     return np.asarray(x)
 
 
@@ -111,8 +109,12 @@ def taken_back(x: Any, like: Any) -> Any:
     """Return what `shared_out` made, or an array laid out as that, on the devices of `like`."""
     if _reaches_all(like):
         return x
-    whole = jax.block_until_ready(_laid_out(x, NamedSharding(x.sharding.mesh, PartitionSpec())))
-    return placed(whole.addressable_shards[0].data, like.sharding)
+    return placed(_whole(x).addressable_shards[0].data, like.sharding)
+
+
+def _whole(x: Any) -> Any:
+    """An array that is cut over devices, whole on each of them."""
+    return jax.block_until_ready(_laid_out(x, NamedSharding(x.sharding.mesh, PartitionSpec())))
 
 
 def _reaches_all(x: Any) -> bool:
@@ -164,7 +166,7 @@ def opened(pairs: Iterable[tuple[Mesh, Mesh]]) -> None:
 
     Two processes connect when they first use an edge, and one gives up if the other is still compiling.
     """
-    processes.wait_for_all(f"funcprop/pipeline/{next(_numbers)}", ARRIVAL)
+    processes.wait_for_all(f"funcprop/pipeline/{next(_numbers)}", processes.ARRIVAL)
     for source, mesh in dict.fromkeys(pair for pair in pairs if pair[0] != pair[1]):
         number = jnp.zeros((), device=NamedSharding(source, PartitionSpec()))
-        jax.block_until_ready(moved(number, mesh))
+        moved(number, mesh)

@@ -29,7 +29,6 @@ HEARTBEAT = 30  # seconds, after which JAX itself aborts a process that has lost
 SILENCE = 8.0  # seconds without a sign, after which a process counts as gone, dead or stopped
 PULSE = 0.5  # seconds between signs
 DEAD = 3.0  # seconds without a sign, after which it is named as the one that broke a collective
-ARRIVAL = 3600  # seconds that processes wait for each other, such as for compilations
 
 _leaving = threading.Lock()
 _at_the_end: dict[str, Callable[..., Any]] = {}  # what a run has to say when this process must leave
@@ -103,7 +102,7 @@ class Peers:
     def arrive(self, where: str) -> None:
         """Wait until all processes are here."""
         if self.together:
-            _processes.wait_for_all(f"funcprop/{self._run}/{where}", ARRIVAL)
+            _processes.wait_for_all(f"funcprop/{self._run}/{where}", _processes.ARRIVAL)
 
     def gathered(self, what: str, text: str) -> list[str]:
         """Return the texts of all processes, by their numbers."""
@@ -111,7 +110,7 @@ class Peers:
             return [text]
         name = f"funcprop/{self._run}/{what}/{next(_numbers)}"
         _processes.publish(f"{name}/{self.mine}", text)
-        return [_processes.published(f"{name}/{i}", ARRIVAL) for i in range(self.count)]
+        return [_processes.published(f"{name}/{i}", _processes.ARRIVAL) for i in range(self.count)]
 
     def asked_to_leave(self, step: int) -> bool:
         """Return whether one of the processes got SIGTERM; JAX tells all of them at the same step."""
