@@ -251,8 +251,8 @@ class Checkpoints:
             CheckpointError: every step is damaged, or was saved by another model or optimizer.
         """
         problem = None
-        spread = jax.tree.map(shared_out, like)
         steps = json.loads(self._peers.gathered("steps", json.dumps(self.steps()))[0])
+        spread = jax.tree.map(shared_out, like) if steps else like
         for step in reversed(steps):
             path = self._path(step)
             try:
