@@ -18,6 +18,7 @@ from drawn_models import MODELS, shape
 import funcprop as fp
 from funcprop.drawing.dot import box_label
 from funcprop.drawing.picture import Edge, Node, Picture
+from funcprop.drawing.simplified import simplified
 
 # What is at both ends: its kind and its name.
 Arrow = tuple[tuple[str, str], tuple[str, str]]
@@ -309,3 +310,84 @@ def test_what_is_computed_on_the_way_is_not_called_by_the_name_of_the_loss():
     p = {"mu": layer(9, 2), "width": layer(9, 2), "out": layer(2, 9)}
     labels = [n.label for n in fp.draw(fp.trace(loss)(p, jnp.ones((4, 9)), jax.random.key(0))).picture.nodes]
     assert labels.count("loss") <= 1
+
+
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_simplified_and_folded_is_the_simplified_function(name: str) -> None:
+    graph = simplified(MODELS[name]())
+    assert_true(graph)
+
+
+def test_what_is_no_mathematics_is_not_drawn():
+    """Types, axes of length 1, wrapped indices, guards, checkpoints, and a sum divided by its count."""
+
+    @jax.checkpoint
+    def layer(w, x):
+        return jnp.tanh(x @ w)
+
+    def loss(w, table, tokens, y):
+        logits = layer(w, table[tokens]) + jnp.ones(3)
+        picked = jnp.take_along_axis(logits, y[:, None], 1)[:, 0]
+        return jnp.mean(jax.nn.logsumexp(logits, -1) - picked)
+
+    graph = fp.trace(loss)(jnp.ones((4, 3)), jnp.ones((9, 4)), jnp.arange(5), jnp.zeros(5, int))
+    labels = [n.label for n in fp.draw(graph, unnamed=False).picture.nodes if n.kind == "operator"]
+    assert labels == [
+        "gather",
+        "×",
+        "tanh",
+        "+",
+        "gather",
+        "max",
+        "stop",
+        "−",
+        "exp",
+        "Σ",
+        "|·|",
+        "log",
+        "+",
+        "−",
+        "mean",
+    ]
+    every = {n.label for n in fp.draw(graph, dead=True).picture.nodes if n.kind == "operator"}
+    assert {"broadcast", "where", "remat2", "is finite"} <= every
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_constants_of_equal_blocks_that_differ_stay_apart(factor):
+    def fun(x):
+        for i in range(4):
+            with jax.named_scope(f"block{i}"):
+                x = jnp.sinh(jnp.tanh(x * jnp.full(3, 2 * factor**i)))
+        return x
+
+    counts = [box.count for box in fp.draw(fp.trace(fun)(shape(3)), depth=9).picture.boxes]
+    assert counts == ([4] if factor == 1 else [1, 1, 1, 1])
+
+
+def test_what_a_graph_is_made_of_is_no_parameter():
+    def loss(p, graph):
+        with jax.named_scope("net"):
+            nodes, senders = graph
+            h = jnp.tanh(nodes[senders] @ p["net"]["w"])
+            h = jnp.tanh(h @ p["net"]["v"])
+        return jnp.sum(h**2)
+
+    p = {"net": {"w": shape(3, 4), "v": shape(4, 4)}}
+    picture = fp.draw(fp.trace(loss)(p, (shape(5, 3), shape(7, dtype="int32"))), depth=0).picture
+    assert {"graph/0", "graph/1"} <= {n.label for n in picture.nodes}
+    assert any("28 parameters" in n.brief for n in picture.nodes)
+
+
+def test_dropout_before_a_normalisation_is_not_in_it():
+    def loss(p, x, key):
+        h = x @ p["first"]["kernel"]
+        h = jnp.where(jax.random.bernoulli(key, 0.9, h.shape), h / 0.9, 0.0)
+        h = (h - h.mean(0)) * jax.lax.rsqrt(h.var(0) + 1e-5) * p["norm"]["scale"]
+        return jnp.sum((h @ p["last"]["kernel"]) ** 2)
+
+    p = {"first": {"kernel": shape(3, 4)}, "norm": {"scale": shape(4)}, "last": {"kernel": shape(4, 2)}}
+    shown = fp.draw(fp.trace(loss)(p, shape(5, 3), jax.random.key(0)), depth=0).shown
+    scopes = {op.op: op.scope for op in shown.graph}
+    assert scopes["rsqrt"] == "norm" != scopes["random_bits"]

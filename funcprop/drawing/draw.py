@@ -26,8 +26,9 @@ from funcprop.drawing.picture import Picture, node_ids
 from funcprop.drawing.request import Shown
 from funcprop.drawing.rows import ROW, in_rows
 from funcprop.drawing.second_order import SecondOrderGraph
+from funcprop.drawing.simplified import data_of, live, simplified
 from funcprop.drawing.svg import Theme, svg
-from funcprop.graph.graph import Graph, needed
+from funcprop.graph.graph import Graph
 from funcprop.graph.module_scopes import with_module_scopes
 from funcprop.graph.writable import require_writable
 
@@ -238,7 +239,9 @@ def draw(
         fold: draw repeated blocks once, where the picture stays the same function; in graphs of more than 40
             operators also those that have no scope. `"sizes"` folds those that differ in their sizes as well,
             and says so; so does a picture that would have more than 60 nodes.
-        dead: draw also what no result depends on, and arguments that nobody reads.
+        dead: draw also what no result depends on, and arguments that nobody reads. This, `unnamed=True` and
+            `fold=False` also draw what is left out of a function as no mathematics: changes of type, axes of
+            length 1, values made from numbers alone, wrapped indices, `max(x, −∞)`, checkpoints.
         unnamed: draw a square also for a value that nobody named; by default in graphs of up to 40 operators.
             Without it, an arrow goes from operator to operator.
         types: write dtype and bytes into the squares, not only the shape; by default in graphs of up to 12
@@ -274,7 +277,8 @@ def draw(
     elif isinstance(graph, BackwardGraph | SecondOrderGraph):
         shown = graph.shown()
     elif isinstance(graph, Graph):
-        shown = Shown(graph if dead else _live(graph))
+        exact = dead or bool(unnamed) or not fold
+        shown = Shown(graph if dead else live(graph if exact else simplified(graph)), data=data_of(graph))
     else:
         raise TypeError(
             f"fp.draw: graph={graph!r} is not a graph; pass what fp.trace(fun)(*args), fp.backward_graph, "
@@ -298,14 +302,6 @@ def draw(
     if path is not None:
         drawing.save(path)
     return drawing
-
-
-def _live(graph: Graph) -> Graph:
-    """The graph without what no result depends on, and without what nobody reads."""
-    operators = needed(graph.operators, graph.outputs)
-    read = {id(v) for op in operators for v in op.inputs} | set(map(id, graph.outputs))
-    inputs, constants = (tuple(v for v in vs if id(v) in read) for vs in (graph.inputs, graph.constants))
-    return replace(graph, inputs=inputs, constants=constants, operators=tuple(operators))
 
 
 def _with_loops(shown: Shown, levels: int | None) -> Shown:

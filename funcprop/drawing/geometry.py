@@ -9,7 +9,7 @@ from funcprop.drawing.picture import Node
 
 LABEL, DETAIL, EDGE_LABEL = 14.0, 9.0, 9.0
 _LEAST = 34.0
-_LONGEST_LABEL = 36
+_LONGEST_LABEL = 48
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def merged(groups: Iterable[list[Edge]], nodes: Mapping[str, Node], few: bool) -
             text = value_text(edge.shape, edge.dtype, edge.nbytes)
         if edge.kind == "residual":
             yield replace(edge, label=bytes_text(edge.nbytes or 0))
-        elif few and "variable" not in ends:
+        elif few and ends == {"operator"}:
             yield replace(edge, label=text)
         else:
             yield edge

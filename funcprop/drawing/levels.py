@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -36,32 +36,37 @@ class Fitted(NamedTuple):
 
 def fitted(shown: Shown, fold: Fold, unnamed: bool | None) -> Fitted:
     """The first picture that has at most `MOST_NODES`: all open, then as its modules, then as runs."""
-    found = Fitted(assemble(shown, None, fold, unnamed), shown)
     is_net = len({scope_path(op.scope) for op in shown.graph if _is_module(op)}) > 1
-    most = _OPEN_MODULES if is_net else MOST_NODES
-    for candidate in _smaller(shown, fold, unnamed):
-        if len(found.picture.nodes) <= most:
-            break
-        found = min(found, candidate, key=lambda fitted: len(fitted.picture.nodes))
+    unnamed = False if is_net else unnamed
+    found = Fitted(assemble(shown, None, fold, unnamed), shown)
+    if len(found.picture.nodes) <= (_OPEN_MODULES if is_net else MOST_NODES):
+        return found
+    for level in _smaller(shown, fold, unnamed):
+        for candidate in level:
+            found = min(found, candidate, key=lambda fitted: len(fitted.picture.nodes))
+            if len(found.picture.nodes) <= _OPEN_MODULES:
+                return found
+        if len(found.picture.nodes) <= MOST_NODES:
+            return found
+    if len(found.picture.nodes) > MOST_NODES and len(shown.graph) > _RUNS:
+        in_runs = replace(shown, graph=_in_runs(shown.graph), links=(), places={})
+        found = Fitted(assemble(in_runs, 0, False, unnamed), in_runs)
     return found
 
 
-def _smaller(shown: Shown, fold: Fold, unnamed: bool | None) -> Iterator[Fitted]:
+def _smaller(shown: Shown, fold: Fold, unnamed: bool | None) -> Iterator[Iterable[Fitted]]:
+    """Pictures that are smaller and smaller, those of one depth together."""
     sizes: Fold = "sizes" if fold else False
     if unnamed is None and len(shown.graph) <= FEW:
-        yield Fitted(assemble(shown, None, fold, False), shown)
+        yield [Fitted(assemble(shown, None, fold, False), shown)]
     shown = _in_layers(shown)
     deepest = max((len(scope_path(op.scope)) for op in shown.graph), default=0)
     first = _first_depth(shown, deepest)
     for depth in range(first, -1, -1) if deepest else ():
-        yield from _as_modules(shown, depth, fold, unnamed)
+        yield _as_modules(shown, depth, fold, unnamed)
     if not deepest:
-        yield Fitted(assemble(shown, None, sizes, unnamed), shown)
-        yield from _as_modules(shown, 0, fold, unnamed)
-    if len(shown.graph) <= _RUNS:
-        return
-    in_runs = replace(shown, graph=_in_runs(shown.graph), links=(), places={})
-    yield Fitted(assemble(in_runs, 0, False, unnamed), in_runs)
+        yield [Fitted(assemble(shown, None, sizes, unnamed), shown)]
+        yield _as_modules(shown, 0, fold, unnamed)
 
 
 def _as_modules(shown: Shown, depth: int, fold: Fold, unnamed: bool | None) -> Iterator[Fitted]:
@@ -89,7 +94,7 @@ def _with_functions(shown: Shown, depth: int) -> Shown:
     grouped = itertools.groupby(graph.operators, key=lambda op: _loose_in(op, depth))
     runs = [(loose, list(run)) for loose, run in grouped]
     # Of several that are from one function the last has its name.
-    last = {loose: i for i, (loose, ops) in enumerate(runs) if len(ops) >= _LOOSE}
+    last = {loose: i for i, (loose, _) in enumerate(runs)}
     for i, (loose, ops) in enumerate(runs):
         if loose is None:
             scopes += [op.scope for op in ops]
@@ -97,6 +102,8 @@ def _with_functions(shown: Shown, depth: int) -> Shown:
         scope, function = loose
         # All of it in one node would be no picture.
         short = len(ops) < _LOOSE or len(ops) == len(graph)
+        is_result = i == len(runs) - 1 and [v.shape for v in graph.outputs] == [()]
+        function = function or "loss" * is_result
         called = function if function and last.get(loose) == i else f"{len(ops)} operators"
         own = scope if short else joined(scope, called)
         shut |= set() if short else {scope_path(own)}
@@ -188,5 +195,9 @@ def inside(node: Node, shown: Shown) -> Shown:
     )
     roles = {op.name: shown.roles[op.name] for op in moved if op.name in shown.roles}
     return Shown(
-        graph, roles=roles, variable_roles=shown.variable_roles, legend=shown.legend if roles else ()
+        graph,
+        roles=roles,
+        variable_roles=shown.variable_roles,
+        legend=shown.legend if roles else (),
+        data=shown.data,
     )

@@ -92,7 +92,9 @@ class Nodes:
             v
             for op in ops
             for v in op.outputs
-            if v.name in self.known.results or any(c.name not in names for c in self.known.consumers[v.name])
+            if v.name in self.known.results
+            or v.name in self.known.onward
+            or any(c.name not in names for c in self.known.consumers[v.name])
         ]
         text = f"{_shapes(coming)} → {_shapes(leaving)}"
         given = {name: v for name, v in given.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
@@ -130,12 +132,12 @@ class Nodes:
             # Where it stands says what scope it is in.
             label = label.removeprefix(variable.scope + "/")
         elif box is not None and box.path and not box.section:
-            own = [part for part in scope_path(label) if part not in box.path and part != "params"]
+            own = [part for part in scope_path(label) if part not in (*box.path, "params", "~")]
             # A number alone says nothing.
             label = label if all(map(str.isdigit, own)) else "/".join(own)
         if variable.kind == "input" and not variable.named:
             # What comes into a scope that is drawn by itself.
-            label = label.rpartition("/")[2]
+            label = "/".join(label.split("/")[-2:])
         # A square that nobody named shows its shape alone: its name would be that of its operator.
         if not variable.named and variable.kind == "intermediate":
             label = ""
@@ -173,7 +175,7 @@ class Nodes:
 
 def _shapes(values: Iterable[Variable], most: int = 1) -> str:
     """The shapes of what comes into a scope, or leaves it."""
-    texts = list(dict.fromkeys(_shape(v.shape) for v in values))
+    texts = list(dict.fromkeys(_shape(v.shape) for v in sorted(values, key=lambda v: not v.shape)))
     return ", ".join(texts[:most]) + ", …" * (len(texts) > most) or "nothing"
 
 

@@ -126,8 +126,9 @@ class Representatives:
                 if scope.section or scope.count > 1 or scope.path == path[: len(scope.path)]:
                     return scope
             return None
-        inside_pytree = "/" in variable.name or variable.kind == "constant"
-        box = innermost_common(self.readers(variable, saved=False)) if inside_pytree else None
+        is_parameter = "/" in variable.name and variable.name not in self.shown.data
+        is_inside = is_parameter or variable.kind == "constant"
+        box = innermost_common(self.readers(variable, saved=False)) if is_inside else None
         return None if box is self.root else box
 
     def loop_scope(self, place: DrawnPlace) -> Scope:

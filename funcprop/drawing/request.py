@@ -48,7 +48,7 @@ class Shown:
     boxes. `residuals` are drawn as values that are saved for the section `saved_for`. `missing` are arrows
     that the graph does not have. Of opened loops, `links` are the arrows from value to value, `places` are
     the values that no operator computes, and `titles` what the boxes are called, by their scope. The
-    scopes in `shut` are drawn as one node at any depth.
+    scopes in `shut` are drawn as one node at any depth. `data` are the inputs that are no parameters.
     """
 
     graph: Graph
@@ -64,3 +64,4 @@ class Shown:
     places: Mapping[DrawnPlace, Variable] = field(default_factory=dict)
     titles: Mapping[tuple[str, ...], str] = field(default_factory=dict)
     shut: frozenset[tuple[str, ...]] = frozenset()
+    data: frozenset[str] = frozenset()

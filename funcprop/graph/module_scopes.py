@@ -18,6 +18,7 @@ from funcprop.program.facts import PRODUCTS
 Path = tuple[str, ...]
 
 _MOVING = frozenset({"broadcast_in_dim", "reshape", "squeeze", "transpose", "convert_element_type"})
+_TOTALS = frozenset({"reduce_sum", "mean"})
 _ELEMENTWISE = frozenset({"mul", "add", "sub"})
 
 
@@ -130,9 +131,17 @@ def _with_normalisations(operators: Sequence[Operator], chosen: Sequence[Path | 
         for v in op.inputs:
             readers[v.name].add(i)
     norms = {path for path, ops in kinds.items() if ops <= _ELEMENTWISE | _MOVING and "mul" in ops}
+    # What mixes several values before anything is added up, such as a mask, is no statistic.
+    totals = set[str]()
     found = list(chosen)
+    is_total = []
+    for op in operators:
+        read = {v.name for v in op.inputs if v.kind != "literal"}
+        is_total.append(op.op in _TOTALS or len(read) == 1 or bool(read & totals))
+        if op.op in _TOTALS or read & totals:
+            totals |= {v.name for v in op.outputs}
     for i in range(len(operators) - 1, -1, -1):
         places = {found[r] for v in operators[i].outputs for r in readers[v.name]}
-        if found[i] is None and len(places) == 1 and places <= norms:
+        if found[i] is None and is_total[i] and len(places) == 1 and places <= norms:
             found[i] = places.pop()
     return found
