@@ -347,9 +347,10 @@ class _Signatures:
         ops = [op for child in block for op in _operators(child)]
         inside = {op.name: i for i, op in enumerate(ops)}
 
-        def source(v: Variable) -> Any:
+        def source(op: Operator, v: Variable) -> Any:
             if v.kind == "literal":
-                return v.name if self.equality.types else "literal"
+                # Blocks draw random numbers by keys of their own.
+                return v.name if self.equality.types and op.op != "random_fold_in" else "literal"
             made = self.producer.get(v.name)
             if made is not None and made[0].name in inside:
                 return inside[made[0].name], made[1]
@@ -362,7 +363,7 @@ class _Signatures:
                 op.op,
                 role.get(op.name, ""),
                 tuple(map(type_, op.outputs)),
-                tuple((source(v), type_(v)) for v in op.inputs),
+                tuple((source(op, v), type_(v)) for v in op.inputs),
             )
             for op in ops
         )

@@ -130,6 +130,9 @@ class _Simplifying:
     def _chosen(self, op: Operator) -> Variable | None:
         """The one of two values that is meant: an index as it is, a maximum where it is finite."""
         test, no, yes = op.inputs
+        if test.kind == "literal" and test.shape == () and _is_number(no, np.nan):
+            # A variance, of which the number of entries is known.
+            return yes
         made = self.maker.get(test.name)
         if made is None:
             return None
@@ -173,4 +176,4 @@ def _lengths(v: Variable) -> list[int]:
 
 def _is_number(v: Variable, number: Any) -> bool:
     """Whether a variable is this number, in every entry."""
-    return v.kind == "literal" and v.value is not None and bool(np.all(v.value == number))
+    return v.kind == "literal" and v.value is not None and bool(np.all(np.equal(v.value, number) | (v.value != v.value) & (number != number)))
