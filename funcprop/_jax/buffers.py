@@ -7,6 +7,7 @@ are read, so they are read here by hand.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import defaultdict
@@ -202,7 +203,8 @@ class _Module:
         if made is None:
             return Buffer(kind, nbytes, offset, allocation, "", "", "", (), "")
         shape, dtype = _type(made.shape, path)
-        results = {j for other in others for j in self._results(_one(other, 4), tuple(_numbers(other, 3)))}
+        values = ((_one(other, 4), tuple(_numbers(other, 3))) for other in others)
+        results = {j for value in values for j in self.results.get(value, ())}
         name = made.op_name or self._named(number, path)
         readers = dict.fromkeys(self.instructions[n].op_name for n in self._readers(number, path, set()))
         return Buffer(
@@ -239,16 +241,16 @@ class _Module:
         operands = (self.instructions[n].op_name for n in self.instructions[number].operands)
         return next((name for names in (readers, operands) for name in names if name), "")
 
-    def _results(self, number: int, path: tuple[int, ...]) -> Iterator[int]:
-        """The positions of the program's results that a value is."""
+    @functools.cached_property
+    def results(self) -> dict[tuple[int, tuple[int, ...]], list[int]]:
+        """The positions of the program's results, by the value that each is."""
         root = self.instructions[self.root]
         if root.opcode != "tuple":
-            if number == self.root and not path:
-                yield 0
-            return
+            return {(self.root, ()): [0]}
+        found: dict[tuple[int, tuple[int, ...]], list[int]] = defaultdict(list)
         for k, operand in enumerate(root.operands):
-            if self._origin(operand, ()) == (number, path):
-                yield k
+            found[self._origin(operand, ())].append(k)
+        return found
 
     def _origin(self, number: int, path: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
         """The instruction and the part of its result that a value is, before it was handed on."""

@@ -176,4 +176,8 @@ def _lengths(v: Variable) -> list[int]:
 
 def _is_number(v: Variable, number: Any) -> bool:
     """Whether a variable is this number, in every entry."""
-    return v.kind == "literal" and v.value is not None and bool(np.all(np.equal(v.value, number) | (v.value != v.value) & (number != number)))
+    return (
+        v.kind == "literal"
+        and v.value is not None
+        and bool(np.all(np.equal(v.value, number) | (v.value != v.value) & (number != number)))
+    )

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from funcprop.operators.convergence import is_traced, tolerance_of, warn_unless
 from funcprop.operators.finite import require_finite
 from funcprop.operators.lanczos import Tridiagonal, tridiagonal, tridiagonals
-from funcprop.operators.products import flat_map, mapped, matrix_of
+from funcprop.operators.products import flat_map, flat_product, mapped, matrix_of
 from funcprop.operators.solvers import DenseSolver
 from funcprop.operators.symmetric_map import SymmetricMap
 
@@ -161,17 +161,23 @@ def _of_matrix(matrix: Array, k: int, which: str) -> Pairs:
 
 
 def _lanczos(operator: SymmetricMap, k: int, which: str, dimension: int, key: Array) -> Pairs:
-    if not operator.on_host:
+    if is_traced((operator, key)):
         return _compiled_lanczos(operator, k, which, dimension, key)
+
+    def columns(matrix: Array) -> Array:
+        # One program for all products, of any number of vectors in a space of any dimension: most of the time
+        # of a deep network is that of its compilation.
+        if operator.on_host:
+            return operator.columns(matrix)
+        return jnp.stack([flat_product(operator, v) for v in matrix.T], 1)
+
     names = operator.parameters
     start = jax.random.normal(key, (names.size,), names.dtype)
-    found: Tridiagonal = jax.tree.map(
-        lambda a: a[0], tridiagonals(operator.columns, start[None], dimension, key)
-    )
+    found: Tridiagonal = jax.tree.map(lambda a: a[0], tridiagonals(columns, start[None], dimension, key))
     values, small = found.eigh()
     at = chosen(values, k, which)
     vectors = found.basis.T @ small[:, at]
-    return _of_products(operator.columns(vectors), values[at], vectors, jnp.abs(values).max())
+    return _of_products(columns(vectors), values[at], vectors, jnp.abs(values).max())
 
 
 @functools.partial(jax.jit, static_argnames=("k", "which", "dimension"))

@@ -104,4 +104,5 @@ def advance(i: Any, state: LanczosState, product: Array, key: Array) -> LanczosS
     return LanczosState(basis, diagonal, off_diagonal, following, largest)
 
 
-_advance_all = jax.jit(jax.vmap(advance, (None, 0, 0, None)))
+# What is known is large, and is written in its place.
+_advance_all = jax.jit(jax.vmap(advance, (None, 0, 0, None)), donate_argnums=1)

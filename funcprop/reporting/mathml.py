@@ -19,15 +19,15 @@ _IDENTIFIERS = {
     "alpha": "α", "beta": "β", "gamma": "γ", "epsilon": "ε", "eta": "η", "theta": "θ", "lambda": "λ",
     "mu": "μ", "sigma": "σ", "phi": "φ", "psi": "ψ", "chi": "χ", "ell": "ℓ", "infty": "∞",
     "log": "log", "exp": "exp", "max": "max", "min": "min", "tanh": "tanh", "sin": "sin", "cos": "cos",
-    "varphi": "φ", "tau": "τ", "rho": "ρ", "omega": "ω", "pi": "π", "Delta": "Δ", "Sigma": "Σ", "Phi": "Φ",
+    "det": "det", "varphi": "φ", "tau": "τ", "rho": "ρ", "omega": "ω", "pi": "π", "Delta": "Δ", "Sigma": "Σ", "Phi": "Φ",
 }  # fmt: skip
 _OPERATORS = {
     "partial": "∂", "odot": "⊙", "top": "⊤", "cdot": "·", "times": "×", "ast": "∗", "geq": "≥",
     "leftarrow": "←", "leq": "≤", "neq": "≠", "circ": "∘", "otimes": "⊗", "mid": "|", "ldots": "…",
-    "dots": "…", "cdots": "⋯", "in": "∈", "prime": "′",
+    "dots": "…", "cdots": "⋯", "in": "∈", "prime": "′", "vee": "∨", "wedge": "∧",
 }  # fmt: skip
 _FENCES = {"lVert": "‖", "rVert": "‖"}
-_SPACES = {",": "0.17em", "!": None}
+_SPACES = {",": "0.17em", " ": "0.25em", "!": None}
 _LONGEST = 20
 
 # Characters that LaTeX writes by a command.

@@ -169,6 +169,8 @@ def number_text(value: float, dtype: Any = None) -> tuple[str, str, bool]:
 
 def _short_ratio(value: float, dtype: Any) -> Fraction | None:
     """A third in single precision, or a few of a small part, such as 0.9 / 7, but for rounding."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        return None
     resolution = 2 * float(jnp.finfo(dtype if dtype is not None else float).eps)
     for largest in (100, 10_000):
         ratio = Fraction(value).limit_denominator(largest)
