@@ -19,7 +19,8 @@ _IDENTIFIERS = {
     "alpha": "α", "beta": "β", "gamma": "γ", "epsilon": "ε", "eta": "η", "theta": "θ", "lambda": "λ",
     "mu": "μ", "sigma": "σ", "phi": "φ", "psi": "ψ", "chi": "χ", "ell": "ℓ", "infty": "∞",
     "log": "log", "exp": "exp", "max": "max", "min": "min", "tanh": "tanh", "sin": "sin", "cos": "cos",
-    "det": "det", "varphi": "φ", "tau": "τ", "rho": "ρ", "omega": "ω", "pi": "π", "Delta": "Δ", "Sigma": "Σ", "Phi": "Φ",
+    "det": "det",
+    "varphi": "φ", "tau": "τ", "rho": "ρ", "omega": "ω", "pi": "π", "Delta": "Δ", "Sigma": "Σ", "Phi": "Φ",
 }  # fmt: skip
 _OPERATORS = {
     "partial": "∂", "odot": "⊙", "top": "⊤", "cdot": "·", "times": "×", "ast": "∗", "geq": "≥",
