@@ -298,6 +298,34 @@ def test_a_net_is_first_seen_as_its_modules():
     assert {"Embed_0", "RNN_0", "Dense_0"} <= {node.label for node in picture.nodes}
 
 
+def test_a_module_that_is_nearly_all_of_the_net_is_opened():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(3):
+                x = x + nn.Dense(8)(nn.gelu(nn.LayerNorm()(x)))
+            return x
+
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            x = nn.Embed(10, 8, name="embedding")(tokens)
+            for i in range(3):
+                x = Block(name=f"block_{i}")(x)
+            return nn.LayerNorm(name="norm")(x)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, tokens):
+            return nn.Dense(10, name="head")(Body(name="body")(tokens))
+
+    model, tokens = Model(), jnp.zeros((2, 5), int)
+    params = model.init(jax.random.key(0), tokens)
+    graph = fp.trace(lambda params, tokens: model.apply(params, tokens).mean())(params, tokens)
+    seen = [(node.label, node.count) for node in fp.draw(graph).picture.nodes if node.kind == "scope"]
+    assert seen == [("embedding", 1), ("block_0 … block_2", 3), ("norm", 1), ("head", 1)]
+
+
 def test_what_is_computed_on_the_way_is_not_called_by_the_name_of_the_loss():
     def loss(p, x, key):
         mu, width = x @ p["mu"]["W"] + p["mu"]["b"], x @ p["width"]["W"] + p["width"]["b"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import NamedTuple
 
 from funcprop.drawing.nodes_and_boxes import FEW, Fold, assemble, assembled
@@ -12,7 +14,7 @@ from funcprop.drawing.parameter_groups import layers_of
 from funcprop.drawing.picture import Node, Picture
 from funcprop.drawing.representatives import blocks_of
 from funcprop.drawing.request import Shown
-from funcprop.drawing.scopes import scope_path
+from funcprop.drawing.scopes import scope_path, scopes_around
 from funcprop.graph.graph import Graph, Operator, Variable
 from funcprop.graph.naming import joined
 
@@ -22,6 +24,8 @@ MOST_NODES = 60
 _OPEN_MODULES = 30
 # So many operators that stand beside the modules are drawn as one node.
 _LOOSE = 4
+# A module with more than this share of the operators says as little as what is around all of them.
+_NEARLY_ALL = 0.75
 # What has no modules is drawn as so many runs of operators.
 _RUNS = 30
 ALL = 10**6
@@ -62,7 +66,9 @@ def _smaller(shown: Shown, fold: Fold, unnamed: bool | None) -> Iterator[Iterabl
     shown = _in_layers(shown)
     deepest = max((len(scope_path(op.scope)) for op in shown.graph), default=0)
     first = _first_depth(shown, deepest)
-    for depth in range(first, -1, -1) if deepest else ():
+    for opened, depth in [*_opened(shown, first)][::-1] if deepest else ():
+        yield _as_modules(opened, depth, fold, unnamed)
+    for depth in range(first - 1, -1, -1):
         yield _as_modules(shown, depth, fold, unnamed)
     if not deepest:
         yield [Fitted(assemble(shown, None, sizes, unnamed), shown)]
@@ -88,10 +94,24 @@ def _first_depth(shown: Shown, deepest: int) -> int:
     return max(deepest - 1, 0)
 
 
+def _opened(shown: Shown, depth: int) -> Iterator[tuple[Shown, int]]:
+    """The drawing and a depth; then with a module opened that is nearly all of it and has some, and so on."""
+    yield shown, depth
+    paths = [scope_path(op.scope) for op in shown.graph]
+    while True:
+        modules = Counter(path[: depth + 1] for path in paths if len(path) > depth)
+        around, size = max(modules.items(), key=itemgetter(1))
+        inside = {path[: depth + 2] for path in paths if path[: depth + 1] == around} - {around}
+        if size <= _NEARLY_ALL * len(paths) or len(inside) < 2:
+            return
+        shown, depth = replace(shown, shut=shown.shut | set(modules) - {around}), depth + 1
+        yield shown, depth
+
+
 def _with_functions(shown: Shown, depth: int) -> Shown:
     """The drawing in which what stands beside its modules is one node, called by the function it is from."""
-    graph, scopes, shut = shown.graph, list[str](), set[tuple[str, ...]]()
-    grouped = itertools.groupby(graph.operators, key=lambda op: _loose_in(op, depth))
+    graph, scopes, shut = shown.graph, list[str](), set(shown.shut)
+    grouped = itertools.groupby(graph.operators, key=lambda op: _loose_in(op, depth, shown.shut))
     runs = [(loose, list(run)) for loose, run in grouped]
     # Of several that are from one function the last has its name.
     last = {loose: i for i, (loose, _) in enumerate(runs)}
@@ -111,9 +131,9 @@ def _with_functions(shown: Shown, depth: int) -> Shown:
     return replace(shown, graph=_moved(graph, scopes), shut=frozenset(shut))
 
 
-def _loose_in(op: Operator, depth: int) -> tuple[str, str] | None:
+def _loose_in(op: Operator, depth: int, shut: frozenset[tuple[str, ...]]) -> tuple[str, str] | None:
     """The scope of an operator and the function it comes from; None if it is inside of a module."""
-    if len(scope_path(op.scope)) > depth:
+    if len(scope_path(op.scope)) > depth or not shut.isdisjoint(scopes_around(op.scope)):
         return None
     function = (op.source or "").rpartition("(")[2].rstrip(")").rpartition(".")[2]
     return op.scope, "" if function.startswith(("<", "__")) else function
