@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import jax
@@ -101,3 +102,17 @@ def test_json_and_print() -> None:
     axes = axes_of("mlp")
     assert len(json.loads(axes.json())["axes"]) == len(axes)
     assert "cannot be split because" in str(axes).splitlines()[0]
+
+
+def test_a_batch_may_be_given_as_to_the_loss() -> None:
+    def loss(w, x, y):
+        return jnp.mean((jnp.tanh(x @ w) - y) ** 2)
+
+    w, x, y = jnp.eye(4), jnp.ones((8, 4)), jnp.ones((8, 4))
+    planner = fp.partition.plan(loss, mesh={"data": 8})
+    assert planner(w, x, y)[0].predicted == planner(w, (x, y))[0].predicted
+    assert str(fp.partition.axes(loss)(w, x, y)) == str(fp.partition.axes(loss)(w, (x, y)))
+    for data, shown in (((), "params"), ((x, y, 8), "params, …, …, 8")):
+        message = f"plan(loss)({shown}): pass the parameters and the batch, and how many devices by keyword"
+        with pytest.raises(TypeError, match=re.escape(message)):
+            planner(w, *data)

@@ -257,3 +257,40 @@ def test_products_over_several_axes_are_written_in_the_order_of_what_is_read():
         "∂J/∂b = prod(∂J/∂z, ∂z/∂b) = ∂J/∂z aᵀ",
     ]
     found.verify()
+
+
+def test_a_norm_begins_behind_a_factor():
+    """`rms_norm(4 u)` is `rms_norm(u)` but for ε."""
+
+    def loss(u, w):
+        v = 4 * u
+        return jnp.sum((v / jnp.sqrt(jnp.mean(v**2, -1, keepdims=True) + 1e-6)) @ w * v)
+
+    found = fp.derive(loss)(1e-3 * jax.random.normal(KEY, (3, 8)), jnp.eye(8))
+    found.verify()
+    assert texts(found.forward)[:2] == ["r = 4 u", "n = rms_norm(r)"]
+
+
+def test_lengths_that_a_mask_is_made_of_are_read_on_the_way():
+    """The mask of a speech model, whose number of frames is computed from a mask of samples."""
+
+    def loss(w, x):
+        h = jnp.tanh(x[..., None] * w)[:, ::2]
+        frames = jnp.ones(x.shape, int).cumsum(-1)[:, -1] // 2 - 1
+        last = jnp.zeros(h.shape[:2], int).at[jnp.arange(len(x)), frames].set(1)
+        mask = jnp.flip(jnp.flip(last, -1).cumsum(-1), -1).astype(bool)
+        return jnp.mean(jnp.where(mask[..., None], h, 0) ** 2)
+
+    found = fp.derive(loss)(jnp.ones(3), jax.random.normal(KEY, (4, 16)))
+    found.verify()
+    assert "J = mean(u₄²)" in texts(found.forward)
+
+
+def test_a_path_that_is_too_long_has_a_row_of_its_own():
+    path = "/".join(["encoder"] * 10 + ["h"])
+    params = {path: {"kernel": jnp.eye(3), "b": jnp.ones(3)}}
+    shown = fp.derive(lambda p, x: jnp.sum(jnp.tanh(x @ p[path]["kernel"] + p[path]["b"])))(
+        params, jnp.eye(3)
+    )
+    assert str(shown).splitlines()[-2:] == ["  W, b", f"    = {path}/{{kernel, b}}"]
+    assert max(map(len, str(shown).splitlines())) <= 100

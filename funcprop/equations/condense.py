@@ -22,6 +22,7 @@ from funcprop.graph.graph import Graph, Operator, Variable
 from funcprop.program.facts import PRODUCTS, facts_of
 from funcprop.rules.equations import Equations, opaque
 from funcprop.rules.expressions import Expression
+from funcprop.sweeps.evaluation import evaluated
 
 WriteLine = Callable[[Sequence[Expression], Expression, Expression], Equations]
 
@@ -150,8 +151,8 @@ class _Condensing:
                 if v.kind == "literal":
                     return v.value
                 if v.name not in known:
-                    # A number in every entry of an array, which a part reads as the number.
-                    known[v.name] = run(self.flow.between([v], known), (), [v])()[0]
+                    # Such as a number in every entry of an array, which a part reads as the number.
+                    known[v.name] = evaluated(self.flow.between([v], known), known)[v.name]
                 return known[v.name]
 
             for part in parts:

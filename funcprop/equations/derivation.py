@@ -51,8 +51,8 @@ class Derivation:
                 yield from (f"  {row}" for row in others)
 
         parts = [row for title, lines in self.sections() for row in ("", *section(title, lines))][1:]
-        if where := self.where():
-            parts += ["", "where", *(f"  {row}" for row in where)]
+        if rows_of_where := where(self.functions, self.legend, width - 2):
+            parts += ["", "where", *(f"  {row}" for row in rows_of_where)]
         return "\n".join(parts)
 
     def sections(self) -> Iterator[tuple[str, tuple[Line, ...]]]:

@@ -39,10 +39,15 @@ class ReadableLines:
         return tuple(self.writer.forward()), tuple(self.writer.backward())
 
 
-def where(functions: Sequence[tuple[str, Expression]], legend: Mapping[str, str]) -> list[str]:
-    """What functions and short names stand for, a row each."""
-    formulas = [f"{name} = {form.text()}" for name, form in functions]
-    return [*formulas, *(f"{names} = {path}" for names, path in grouped(legend))]
+def where(
+    functions: Sequence[tuple[str, Expression]], legend: Mapping[str, str], width: int = 100
+) -> list[str]:
+    """What functions and short names stand for, a row each; a path that is too long has one of its own."""
+    rows = [f"{name} = {form.text()}" for name, form in functions]
+    for names, path in grouped(legend):
+        whole = f"{names} = {path}"
+        rows += [whole] if len(whole) <= width else [names, f"  = {path}"]
+    return rows
 
 
 def grouped(legend: Mapping[str, str]) -> list[tuple[str, str]]:

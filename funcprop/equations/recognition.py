@@ -123,7 +123,8 @@ class Recognition:
             if region is not None and (len(region.operators) == 1 or self._is_start(first)):
                 regions = self._regions(region, last, first)
                 found = next(((r, k) for r in regions if (k := self._known(r))), None)
-                best = found or best
+                if found is not None and not (best is not None and _drops_factor(*found, *best)):
+                    best = found
             if region is None or first not in self.flow.maker or self._is_named(first):
                 break
             first = self.flow.dominators.get(first)
@@ -218,3 +219,9 @@ class Recognition:
             name = _SYMBOLS[count] if count < len(_SYMBOLS) else f"φ{count}"
             self.functions[name] = formula
         return replace(known, name=name, write=elementwise(name))
+
+
+def _drops_factor(region: Region, known: NamedFunction, inner: Region, of_inner: NamedFunction) -> bool:
+    """Whether the same normalisation begins later: it divides by `√(… + ε)`, so a factor is no part of it."""
+    before = set(region.operators).difference(inner.operators)
+    return known.kind == "norm" and known.name == of_inner.name and not all(map(is_trivial, before))

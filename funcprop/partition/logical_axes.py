@@ -17,7 +17,7 @@ import jax
 from funcprop.graph.graph import aligned
 from funcprop.partition.axis_program import AxisProgram, flat_program
 from funcprop.partition.links import Place, shape
-from funcprop.program.batch_arguments import taking_a_batch
+from funcprop.program.batch_arguments import one_batch, taking_a_batch
 from funcprop.program.trained import Trained
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.transforms import value_and_grad
@@ -82,7 +82,7 @@ class Axes:
 
 
 def axes(fun: Callable[..., Any], *, rules: RuleSet | None = None) -> Callable[..., Axes]:
-    """Find the logical axes of a loss and its gradient: `axes(loss)(params, batch) -> Axes`.
+    """Find the logical axes of a loss and its gradient: `axes(loss)(params, *batch) -> Axes`.
 
     Arguments may be shapes. Two axes of arrays are one axis of the model where some operator needs them to be
     equal; the axis can be split over devices if no operator needs it whole on one.
@@ -104,7 +104,8 @@ def axes(fun: Callable[..., Any], *, rules: RuleSet | None = None) -> Callable[.
         2 params/1[1]
     """
 
-    def found(params: Any, batch: Any) -> Axes:
+    def found(params: Any, *data: Any) -> Axes:
+        batch = one_batch("axes", data)
         model = Trained.stateless(params)
         loss, params = model.function(taking_a_batch(fun, params, batch)), model.arrays
         program = flat_program(value_and_grad(loss, rules=rules), params, batch)

@@ -17,7 +17,7 @@ from funcprop.partition.plans import Plans, RejectedPlan
 from funcprop.partition.problem import TrainingProblem, Weight
 from funcprop.partition.task_order import Order
 from funcprop.partition.topology import target_of
-from funcprop.program.batch_arguments import taking_a_batch
+from funcprop.program.batch_arguments import one_batch, taking_a_batch
 from funcprop.program.call import require_optimizer
 from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import budget_bytes, nbytes
@@ -44,7 +44,7 @@ def plan(
     shard_parameters: bool = False,
     by: By = "checked",
 ) -> Callable[..., Plans]:
-    """Plan a train step on several devices: `plan(loss)(params, batch, devices=8) -> Plans`.
+    """Plan a train step on several devices: `plan(loss)(params, *batch, devices=8) -> Plans`.
 
     The loss is used as it is. Each plan says bytes of one device at the peak, operations, bytes communicated,
     the bubble of a pipeline and updates for each batch; `plans[0].compile()` proves it, `.place` and `.step`
@@ -60,9 +60,10 @@ def plan(
     checked on numbers.
 
     Args:
-        loss: of parameters and batch, both pytrees; or `loss(params, *batch)`. Parameters may be a module of
-            Equinox as it is: its floating-point arrays are trained, and plans are for a tree of these,
-            `eqx.filter(module, eqx.is_inexact_array)`. Of an nnx model give what `nnx.split` returns.
+        loss: of parameters and batch, both pytrees; or `loss(params, *batch)`, which the plan's step is given
+            as one tuple. Parameters may be a module of Equinox as it is: its floating-point arrays are
+            trained, and plans are for a tree of these, `eqx.filter(module, eqx.is_inexact_array)`. Of an nnx
+            model give what `nnx.split` returns.
         optimizer: any optax optimizer; without, only the gradient is accounted.
         budget: bytes of one device, or text as "16GB"; the device's memory for `on=`.
         rules: the rules of the gradient; `fp.rules.default` if None.
@@ -74,7 +75,7 @@ def plan(
         by: "checked", or "estimate", which compiles nothing.
 
     Raises:
-        TypeError: an nnx model holds more than parameters; with what to write.
+        TypeError: an nnx model holds more than parameters, or there is no batch; with what to write.
         ValueError: there are not so many devices, an axis of the mesh is not known or cannot be split, the
         batch
             cannot be cut, or the loss is no mean over examples.
@@ -90,8 +91,9 @@ def plan(
     """
 
     def planned(
-        params: Any, batch: Any, devices: int | Sequence[Any] | None = None, on: str | None = None
+        params: Any, *data: Any, devices: int | Sequence[Any] | None = None, on: str | None = None
     ) -> Plans:
+        batch = one_batch("plan", data)
         target = target_of(devices, on)
         _check(optimizer, weight, mesh, microbatches, by)
         limit = target.machine.memory if budget is None else budget_bytes(budget, "budget")

@@ -46,3 +46,18 @@ def taking_a_batch(loss: Callable[..., Any], params: Any, batch: Any) -> Callabl
     """The loss; one that takes the entries of a batch that is a tuple or list as arguments, as one of it."""
     is_spread = type(batch) in (tuple, list) and not accepts(loss, params, batch)
     return of_batch(loss) if is_spread and accepts(loss, params, *batch) else loss
+
+
+def one_batch(of: str, data: tuple[Any, ...]) -> Any:
+    """What follows the parameters, as one batch.
+
+    Raises:
+        TypeError: it is nothing, or ends in a number: devices are given by keyword.
+    """
+    if not data or isinstance(data[-1], int):
+        given = ", ".join(["params", *("…" for _ in data[:-1]), *map(str, data[-1:])])
+        raise TypeError(
+            f"{of}(loss)({given}): pass the parameters and the batch, and how many devices by keyword: "
+            f"{of}(loss)(params, *batch, devices=8)."
+        )
+    return data[0] if len(data) == 1 else data
