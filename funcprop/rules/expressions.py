@@ -96,6 +96,10 @@ class Expression(Formula):
             return _constant(self.constant * b.constant, self, b) * y
         # A factor that is known stands before the whole product.
         if b is not None and b.shape == ():
+            divided = fraction_of(self)
+            if b.constant and divided is not None and divided[1].constant and self.shape == ():
+                # `(λ / 2) 2 w` is `λ w`.
+                return (b * self) * y
             return b * (self * y)
         if a is not None and a.shape == () and not other.is_number:
             return a * (x * other)
