@@ -7,12 +7,16 @@ from collections.abc import Mapping, Sequence
 from funcprop.equations.condense import condense
 from funcprop.equations.familiar_operators import familiar
 from funcprop.equations.insides import Insides
+from funcprop.equations.line_breaks import summands
 from funcprop.equations.line_names import short_names
 from funcprop.equations.line_writer import LineWriter
 from funcprop.equations.plain_graph import plain
 from funcprop.equations.verification import Line
 from funcprop.graph.graph import Graph, Variable
 from funcprop.rules.expressions import Expression
+
+# A formula that is wider is broken.
+_WIDEST = 96
 
 
 class ReadableLines:
@@ -41,8 +45,9 @@ class ReadableLines:
 
 def where(functions: Sequence[tuple[str, Expression]], legend: Mapping[str, str]) -> list[str]:
     """What functions and short names stand for, a row each."""
-    formulas = [f"{name} = {form.text()}" for name, form in functions]
-    return [*formulas, *(f"{names} = {path}" for names, path in grouped(legend))]
+    formulas = [list(summands(f"{name} = {form.text()}", _WIDEST)) for name, form in functions]
+    rows = [f"    {row}" if i else row for found in formulas for i, row in enumerate(found)]
+    return [*rows, *(f"{names} = {path}" for names, path in grouped(legend))]
 
 
 def grouped(legend: Mapping[str, str]) -> list[tuple[str, str]]:
