@@ -66,7 +66,7 @@ def test_other_limits(module: Any) -> None:
     [
         (["--budget", "half"], "--budget 'half': write bytes, such as 100000, 64MB, 25% or 1.5GiB."),
         (["--peak", "x%"], "--peak 'x%': write a share as 25%, or bytes as 64MB."),
-        (["--budget", "150%"], "a float is a share of the residual bytes, between 0 and 1"),
+        (["--budget", "150%"], "--budget '150%': write a share as 25%, or bytes as 64MB."),
         (["--budget", "1", "--count-arguments"], "BudgetError: budget=1: chapter cannot be differentiated"),
         (
             ["--budget", "25%", "--chunks", "2"],

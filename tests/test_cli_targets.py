@@ -1,7 +1,9 @@
 """What a command is about: how it is named, and a clear message for every target that cannot be used."""
 
 import re
+import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +208,67 @@ def test_every_command_says_what_is_wrong_with_a_target(command: str, module: An
         assert not result.stdout
         frames = re.findall(r'File "(.*?)"', result.stderr)
         assert all("/funcprop/" not in frame and "site-packages" not in frame for frame in frames), frames
+
+
+LOSS = """
+    import optax
+    def loss(w, x):
+        return jnp.mean((x @ w) ** 2)
+    def opaque(w, x):
+        return object()
+    def example():
+        return jnp.ones(2), jnp.ones((3, 2))
+    def setup():
+        return fp.training.Setup(loss, jnp.ones(2), [(jnp.ones((3, 2)),)], optax.sgd(0.1), epochs=1)
+    """
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["derive", "./:loss"], "./ is no .py file; write module:function"),
+        (["derive", "notes.txt:loss"], "notes.txt is no .py file"),
+        (["derive", "{}:opaque"], r"function opaque at .*users_\w+.py"),
+        (["report", "{}:loss", "-o", "page.pdf"], "the page is .html"),
+        (["rematerialize", "{}:loss", "--budget", "250%"], "write a share as 25%"),
+        (["partition", "{}:loss", "--on", "v5e:2x2x2"], "v5e has 2 axes; write v5e:4x4"),
+        (["partition", "{}:loss", "--on", "v5p:0x2x2"], "v5p has 3 axes; write v5p:4x4x4"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_a_remedy(module: Any, arguments: list[str], said: str) -> None:
+    name = module(LOSS)
+    Path("notes.txt").touch()
+    result = run(*(argument.format(name) for argument in arguments))
+    assert result.exit_code == 1
+    assert re.search(said, result.stderr)
+    assert "Traceback" not in result.stderr
+    assert not Path("page.pdf").exists()
+
+
+def test_a_run_that_cannot_go_on_says_that_it_begins_anew(module: Any) -> None:
+    name = module(LOSS)
+    first, second = (run("train", f"{name}:setup", "--resume", "saved") for _ in range(2))
+    assert first.exit_code == second.exit_code == 0
+    assert "there is no step in saved: the run begins anew" in first.stderr
+    assert "goes on after step" in second.stderr
+    assert "anew" not in second.stderr
+
+
+def test_a_batch_without_examples_has_no_shares_of_a_trace(module: Any) -> None:
+    name = module(LOSS.replace("jnp.ones((3, 2))\n    def setup", "jnp.ones((0, 2))\n    def setup"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run("curvature", f"{name}:loss").exit_code == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_result_that_cannot_be_printed_is_one_line(module: Any) -> None:
+    name = module("def f():\n    return jnp.float32(1)")
+    command = [sys.executable, "-m", "funcprop", "forward", f"{name}:f"]
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 1
+    assert (
+        result.stderr
+        == "funcprop: the result cannot be printed: No space left on device; write it elsewhere.\n"
+    )

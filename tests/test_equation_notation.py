@@ -13,7 +13,7 @@ from equation_lines import BACKWARD, FORWARD, chapter, own, texts
 
 import funcprop as fp
 from funcprop.reporting.mathml import mathml
-from funcprop.rules.notation import latex_name
+from funcprop.rules.notation import latex_name, number_text
 
 KEY = jax.random.key(0)
 
@@ -174,3 +174,64 @@ def test_latex_of_names_with_characters_that_mean_something_to_latex():
 def test_a_sum_of_a_sum_has_parentheses_in_latex():
     latex = fp.derive(lambda x, y: jnp.sum(x - y**2))(jnp.ones(2), jnp.ones(2)).latex()
     assert r"J &= \sum \left(x - y^{2}\right)" in latex
+
+
+def _of_tanh(w, b):
+    h = jnp.tanh(w @ b)
+    return jnp.sum(b @ h) - jnp.sum(h * h)
+
+
+def _matrices(w, b, x, keys):
+    """Functions of whose equations each was read as something else, with a line that says what they are."""
+    n = len(w)
+    positive = w @ w.T + jnp.eye(n)
+    batch = positive * jnp.array([1.0, 2.0])[:, None, None]
+    return {
+        "λ times": (lambda w, b: b[0] / 2 * jnp.sum(w**2), "b[0] w"),
+        "trace": (lambda w, b: jnp.trace(w @ positive), "tr("),
+        "diagonal": (lambda w, b: jnp.sum((w + jnp.diag(b)) ** 2), "diag("),
+        "solves": (lambda w, b: jnp.sum(jnp.linalg.solve(batch + w, x) ** 2), "⁻¹ x"),
+        "keys": (
+            lambda w, b: jnp.sum((w + jax.vmap(lambda k: jax.random.normal(k, (n,)))(keys)) ** 2),
+            "= normal(keys)",
+        ),
+        "complement": (lambda w, b: jnp.sum(w @ jnp.log1p(-b)), "log(1 − b)"),
+        "equal terms": (_of_tanh, "− 2 h"),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["λ times", "trace", "diagonal", "solves", "keys", "complement", "equal terms"]
+)
+def test_what_textbooks_have_a_symbol_for(name):
+    w, b, x = (
+        jnp.array(np.random.default_rng(0).normal(size=(3, 3))),
+        jnp.array([0.3, -0.2, 0.7]),
+        jnp.ones(3),
+    )
+    keys = jax.random.split(KEY, 3)
+    x = jnp.ones((2, 3, 1))
+
+    def of(w, b, x, keys):
+        return _matrices(w, b, x, keys)[name][0](w, b)
+
+    derivation = fp.derive(of)(w, b, x, keys)
+    derivation.verify()
+    assert _matrices(w, b, x, keys)[name][1] in derivation.text()
+
+
+def test_a_root_of_a_large_integer_is_no_name_of_a_number():
+    """One in a few numbers is such a root by chance, in single precision."""
+    for value in (5.952029e-4, 8.373080e-4, 1680.2391):
+        assert "√" not in number_text(value, np.dtype("float32"))[0]
+    assert number_text(float(np.float32(48**-0.5)), np.dtype("float32"))[0] == "1/√48"
+
+
+def test_a_formula_that_is_wider_than_the_page_is_broken():
+    def wide(z):
+        t = z / (1 + z)
+        return 1 + t + t**2 * (1 + t + t**2 * (1 + t + t**2 * (1 + t + t**2)))
+
+    text = fp.derive(lambda x: jnp.sum(wide(x) * 0.37))(jnp.ones(4)).text()
+    assert "φ(z) = " in text
+    assert max(map(len, text.splitlines())) <= 100

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -56,7 +57,14 @@ def emit(compute: Callable[[], Output], as_json: bool, out: Path | None = None) 
         text = f"{path}: {text}" if path is not None else str(output.content)
         if "out" in data:
             data = data | {"out": None if path is None else str(path)}
-    print(json_text(data) if as_json else text)
+    try:
+        print(json_text(data) if as_json else text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is buffered could not be written at the end either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        problem = f"the result cannot be printed: {error.strerror}; write it elsewhere."
     if problem is not None:
         print(f"funcprop: {problem}", file=sys.stderr)
         raise typer.Exit(1)

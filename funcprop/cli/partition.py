@@ -32,7 +32,7 @@ def partition(
         bool, typer.Option("--axes", help="show the model's axes, and why one cannot be split")
     ] = False,
     prove: Annotated[bool, typer.Option("--prove", help="compile the best plan, and compare it")] = False,
-    out: Annotated[Path | None, typer.Option(help="file to write the JSON to")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="file to write the JSON to")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Plans for a train step on several devices: bytes per device, FLOPs, communication; best first."""

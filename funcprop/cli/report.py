@@ -42,7 +42,13 @@ def report(
     """A page to open in a browser: the graph, both sweeps step by step, equations, memory, cost, training."""
     options = {"epochs": epochs, "examples": examples, "depth": depth, "has_aux": has_aux}
     path = out or Path(f"{re.sub(r'[^A-Za-z0-9]+', '_', target.rpartition(':')[2])}.html")
-    emit(lambda: write(target, parse_argnums(argnums), options), as_json, path)
+
+    def compute() -> Output:
+        if path.suffix not in (".html", ".htm"):
+            raise TargetError(f"--out {str(path)!r}: the page is .html; for a picture alone, funcprop draw.")
+        return write(target, parse_argnums(argnums), options)
+
+    emit(compute, as_json, path)
 
 
 def write(target: str, argnums: Sequence[int] | None, options: dict[str, Any]) -> Output:

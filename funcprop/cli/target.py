@@ -156,6 +156,8 @@ def load_function(target: str, define: str = "") -> tuple[Callable[..., Any], Mo
 def _load_module(target: str, name: str) -> ModuleType:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
+    if "/" in name or os.sep in name or (Path(name).is_file() and "." in name):
+        raise TargetError(f"target {target!r}: {name} is no .py file; {USAGE}.")
     with users_code(
         f"target {target!r}: cannot import module {name!r} (from {os.getcwd()} or sys.path)", None
     ):

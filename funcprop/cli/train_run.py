@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +91,8 @@ def _directory(options: RunOptions) -> Path | None:
             f"--checkpoints {str(checkpoints)!r} has steps up to {steps[-1]} of an earlier run; --resume "
             f"{str(checkpoints)!r} goes on with them, or choose another directory."
         )
+    if resume is not None and not training.Checkpoints(resume).steps():
+        print(f"there is no step in {resume}: the run begins anew, and is saved there", file=sys.stderr)
     return checkpoints if resume is None else resume
 
 

@@ -53,8 +53,8 @@ def fitted(shown: Shown, fold: Fold, unnamed: bool | None) -> Fitted:
         if len(found.picture.nodes) <= MOST_NODES:
             return found
     if len(found.picture.nodes) > MOST_NODES and len(shown.graph) > _RUNS:
-        in_runs = replace(shown, graph=_in_runs(shown.graph), links=(), places={})
-        found = Fitted(assemble(in_runs, 0, False, unnamed), in_runs)
+        shown = replace(shown, graph=in_runs(shown.graph, _RUNS), links=(), places={})
+        found = Fitted(assemble(shown, 0, False, unnamed), shown)
     return found
 
 
@@ -154,9 +154,9 @@ def _is_module(op: Operator) -> bool:
     return any("[" not in part and "->" not in part for part in scope_path(op.scope))
 
 
-def _in_runs(graph: Graph) -> Graph:
-    """The graph with operators that follow each other in scopes of so many each."""
-    count, length = len(graph), -(-len(graph) // _RUNS)
+def in_runs(graph: Graph, runs: int) -> Graph:
+    """The graph with operators that follow each other in so many scopes."""
+    count, length = len(graph), -(-len(graph) // runs)
     scopes = []
     for i, op in enumerate(graph.operators):
         first = i - i % length

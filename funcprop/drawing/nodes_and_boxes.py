@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from funcprop.drawing.arrows import Arrows
+from funcprop.drawing.folding import Folding
 from funcprop.drawing.labels import merged, origin
 from funcprop.drawing.nodes import Nodes
 from funcprop.drawing.picture import Box, Picture
 from funcprop.drawing.representatives import FEW, Fold, Representatives, blocks_of
 from funcprop.drawing.request import Shown
-from funcprop.drawing.scopes import Folding, Scope
+from funcprop.drawing.scopes import Scope
 
 
 def assemble(shown: Shown, depth: int | None, fold: Fold, unnamed: bool | None) -> Picture:

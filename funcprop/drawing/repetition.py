@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from funcprop.drawing.folding import Equality, Folding, fold
 from funcprop.drawing.request import Shown
-from funcprop.drawing.scopes import Equality, Folding, Scope, fold, scope_path, scope_tree
+from funcprop.drawing.scopes import Scope, scope_path, scope_tree
 from funcprop.graph.graph import Operator, Variable
 
 # Operators that do not tell their operands apart, or only in the order in which they come.

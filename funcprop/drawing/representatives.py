@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Literal
 
+from funcprop.drawing.folding import Folding
 from funcprop.drawing.repetition import folded as repeated
 from funcprop.drawing.request import DrawnPlace, Shown
-from funcprop.drawing.scopes import Folding, Scope, scope_path, scope_tree
+from funcprop.drawing.scopes import Scope, scope_path, scope_tree
 from funcprop.graph.graph import Operator, Variable
 
 # Up to this many operators, every value is a square, and the types stand in the picture.

@@ -83,7 +83,17 @@ def draw(region: Region) -> str | None:
     """The name of the draw that a function of a key is, or None: `normal`, `randint`, `bernoulli`."""
     (key,), output = region.inputs, region.output
     given = jax.random.key(7)
-    if output.shape is None or key.aval.shape != () or jax.typeof(given).dtype != key.aval.dtype:
+    if output.shape is None or jax.typeof(given).dtype != key.aval.dtype:
+        return None
+    if (many := key.aval.shape) and output.shape[: len(many)] == many:
+        # One of each key.
+        keys, shape = jax.random.split(given, many), output.shape[len(many) :]
+        found = np.asarray(region(keys)).reshape(-1, *shape)
+        each = [(name, lambda k, f=f: f(k, shape, output.dtype)) for name, f in _DRAWS.items()]
+        is_real = jnp.issubdtype(output.dtype, jnp.floating)
+        of_keys = ((name, jax.vmap(f)(keys.ravel())) for name, f in each) if is_real else ()
+        return next((name for name, values in of_keys if np.array_equal(found, values)), None)
+    if many:
         return None
     found = np.asarray(region(given))
     if jnp.issubdtype(output.dtype, jnp.floating):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,7 +41,8 @@ class _Familiar:
     def graph(self) -> Graph:
         operators = []
         for op in self.whole.operators:
-            changes = (self._slope, self._triangle, self._solve, self._result, self._function)
+            matrices = (self._trace, self._diagonal, self._triangle, self._solve)
+            changes = (self._slope, *matrices, self._result, self._function)
             found = next((new for change in changes if op.call is None and (new := list(change(op)))), [op])
             operators += found
         return replace(self.whole, operators=tuple(operators))
@@ -110,6 +111,34 @@ class _Familiar:
 
     # --- matrices -----------------------------------------------------------------------------
 
+    def _trace(self, op: Operator) -> Iterator[Operator]:
+        """The trace in place of the sum of what a mask leaves of a matrix."""
+        chosen = self._made_by(op.inputs[0], "select_n") if op.op == "reduce_sum" else None
+        if chosen is not None and op.outputs[0].shape == () and self._is_on_diagonal(chosen):
+            yield of_one(op, "trace", jax.jit(jnp.trace), chosen.inputs[2], op.outputs[0])
+
+    def _diagonal(self, op: Operator) -> Iterator[Operator]:
+        """The matrix with a vector on its diagonal."""
+        if op.op == "select_n" and self._is_on_diagonal(op):
+            x = op.inputs[2]
+            while (made := self._made_by(x, "broadcast_in_dim", "pad", "reshape")) is not None:
+                x = made.inputs[0]
+            if x.kind != "literal" and x.shape == (op.outputs[0].shape or ())[:1]:
+                points = jnp.arange(1, x.shape[0] + 1, dtype=x.dtype)
+                found = self._known(op.outputs[0], (x, points))
+                if found is not None and np.array_equal(found, np.diag(points)):
+                    yield of_one(op, "diag", jax.jit(jnp.diag), x, op.outputs[0])
+
+    def _is_on_diagonal(self, op: Operator) -> bool:
+        """Whether a choice leaves the diagonal of a square matrix."""
+        shape = op.outputs[0].shape or ()
+        if len(op.inputs) != 3 or len(shape) != 2 or not _jax.is_differentiable(op.outputs[0].aval):
+            return False
+        mask, otherwise, _ = op.inputs
+        zero = self._known(otherwise)
+        found = None if zero is None or np.any(zero) else self._known(mask)
+        return found is not None and np.array_equal(found, np.eye(*shape, dtype=bool))
+
     def _triangle(self, op: Operator) -> Iterator[Operator]:
         """The lower triangle in place of a choice by a mask."""
         if op.op != "select_n" or len(op.inputs) != 3 or len(op.outputs[0].shape or ()) < 2:
@@ -117,8 +146,8 @@ class _Familiar:
         if not _jax.is_differentiable(op.outputs[0].aval):
             return
         mask, otherwise, x = op.inputs
-        zero = self._known(otherwise, {})
-        found = None if zero is None or np.any(zero) else self._known(mask, {})
+        zero = self._known(otherwise)
+        found = None if zero is None or np.any(zero) else self._known(mask)
         if found is not None and pattern(found) == "causal mask":
             factored = self._made_by(x, "cholesky")
             if factored is None:
@@ -126,15 +155,17 @@ class _Familiar:
             else:
                 yield of_one(op, "chol", jax.jit(_cholesky), factored.inputs[0], op.outputs[0])
 
-    def _known(self, v: Variable, given: Mapping[str, Any]) -> Any | None:
-        """The value of a variable that is made of numbers alone."""
+    def _known(self, v: Variable, *given: tuple[Variable, Any]) -> Any | None:
+        """The value of a variable that is made of numbers, and of what is given, alone."""
+        inputs, values = [w for w, _ in given], [value for _, value in given]
+        names = {w.name for w in inputs}
         if v.kind == "literal":
             return v.value
         operators: dict[Operator, None] = {}
         stack = [v]
         while stack:
             w = stack.pop()
-            if w.kind == "literal":
+            if w.kind == "literal" or w.name in names:
                 continue
             made = self.maker.get(w.name)
             if made is None or made.jaxpr.effects or len(operators) > 20:
@@ -142,14 +173,16 @@ class _Familiar:
             operators[made] = None
             stack.extend(made.inputs)
         ordered = [o for o in self.whole.operators if o in operators]
-        return np.asarray(run(ordered, (), [v])()[0])
+        return np.asarray(run(ordered, inputs, [v])(*values)[0])
 
     def _solve(self, op: Operator) -> Iterator[Operator]:
         """The solution of linear equations in place of a factorisation and what reads it."""
         if op.op != "custom_linear_solve" or len(op.outputs) != 1:
             return
         a, b = op.inputs[0], op.inputs[-1]
-        if len(a.shape or ()) != 2 or len(b.shape or ()) not in (1, 2) or "literal" in (a.kind, b.kind):
+        axes = len(a.shape or ())
+        is_batch = axes > 2 and len(b.shape or ()) == axes
+        if not (is_batch or (axes == 2 and len(b.shape or ()) in (1, 2))) or "literal" in (a.kind, b.kind):
             return
         operators, stack = {op: None}, list(op.inputs)
         while stack:
@@ -163,15 +196,18 @@ class _Familiar:
             stack.extend(made.inputs)
         ordered = [o for o in self.whole.operators if o in operators]
         compute = run(ordered, (a, b), op.outputs)
-        if _is_solve(lambda x, y: compute(x, y)[0], a, b):
+        is_column = (b.shape or ())[axes - 2] == (a.shape or ())[-1]
+        if is_column and _is_solve(lambda x, y: compute(x, y)[0], a, b):
             yield of_some(op, "solve", jax.jit(jnp.linalg.solve), (a, b), op.outputs[0])
-        elif len(b.shape or ()) == 2 and _is_solve(lambda x, y: compute(x, y.T)[0].T, a, _turned(b)):
+        elif len(b.shape or ()) == axes and _is_solve(
+            lambda x, y: _transposed(compute(x, _transposed(y))[0]), a, _turned(b)
+        ):
             # One right-hand side in each row.
             (v,) = op.outputs
             columns, solution = (replace(_turned(w), name=f"{v.name}:{k}") for k, w in enumerate((b, v)))
-            yield of_one(op, "transpose", lambda x: lax.transpose(x, (1, 0)), b, columns)
+            yield of_one(op, "transpose", _transposed, b, columns)
             yield of_some(op, "solve", jax.jit(jnp.linalg.solve), (a, columns), solution)
-            yield of_one(op, "transpose", lambda x: lax.transpose(x, (1, 0)), solution, v)
+            yield of_one(op, "transpose", _transposed, solution, v)
 
     def _result(self, op: Operator) -> Iterator[Operator]:
         """One result of an operator, where the others are not read."""
@@ -212,9 +248,14 @@ def _is_same(function: Callable[..., Any], reference: Callable[..., Any], points
     return all(np.allclose(x, y, rtol=tolerance, atol=tolerance) for x, y in pairs)
 
 
+def _transposed(x: Any) -> Any:
+    *others, rows, columns = range(x.ndim)
+    return lax.transpose(x, (*others, columns, rows))
+
+
 def _turned(v: Variable) -> Variable:
-    """The type of a matrix that is transposed."""
-    aval = jax.eval_shape(jnp.transpose, v.aval)
+    """The type of a matrix, or of several, that is transposed."""
+    aval = jax.eval_shape(_transposed, v.aval)
     return replace(v, kind="intermediate", shape=aval.shape, aval=aval, named=False)
 
 
@@ -225,6 +266,6 @@ def _cholesky(x: Any) -> Any:
 def _is_solve(function: Callable[[Any, Any], Any], a: Variable, b: Variable) -> bool:
     """Whether a function of a matrix and a right-hand side solves, with the cotangents of a solve."""
     random = np.random.default_rng(0)
-    size = (a.shape or ())[0]
+    size = (a.shape or ())[-1]
     matrix = jnp.asarray(np.eye(size) * 3 + random.uniform(-1, 1, a.shape) / size, a.dtype)
     return _is_same(function, jnp.linalg.solve, [matrix, jnp.asarray(random.normal(size=b.shape), b.dtype)])

@@ -15,14 +15,14 @@ def broken(line: Line, width: int) -> list[str]:
     rows: list[str] = []
     indent = " " * (len(line.left) + len(line.sign) - 1 if len(line.left) < width // 2 else 4)
     for form in line.forms:
-        found = list(_summands(form.text(), width - len(indent) - 3))
+        found = list(summands(form.text(), width - len(indent) - 3))
         rows.append(f"{indent} = {found[0]}")
         rows += [f"{indent}   {row}" for row in found[1:]]
     rows[0] = f"{line.left} {line.sign} {rows[0][len(indent) + 3 :]}"
     return rows
 
 
-def _summands(text: str, width: int) -> Iterator[str]:
+def summands(text: str, width: int) -> Iterator[str]:
     """Cut a sum into rows before signs, if that can be outside of all parentheses."""
     while len(text) > width:
         cut = _cut(text, width)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from funcprop.equations.condense import condense
 from funcprop.equations.familiar_operators import familiar
 from funcprop.equations.insides import Insides
+from funcprop.equations.line_breaks import summands
 from funcprop.equations.line_names import short_names
 from funcprop.equations.line_writer import LineWriter
 from funcprop.equations.plain_graph import plain
@@ -40,10 +41,13 @@ class ReadableLines:
 
 
 def where(
-    functions: Sequence[tuple[str, Expression]], legend: Mapping[str, str], width: int = 100
+    functions: Sequence[tuple[str, Expression]], legend: Mapping[str, str], width: int = 98
 ) -> list[str]:
-    """What functions and short names stand for, a row each; a path that is too long has one of its own."""
-    rows = [f"{name} = {form.text()}" for name, form in functions]
+    """What functions and short names stand for; formulas are broken, a path that is long has its own row."""
+    rows = []
+    for name, form in functions:
+        first, *others = summands(f"{name} = {form.text()}", width - 2)
+        rows += [first, *(f"    {row}" for row in others)]
     for names, path in grouped(legend):
         whole = f"{names} = {path}"
         rows += [whole] if len(whole) <= width else [names, f"  = {path}"]

@@ -161,6 +161,8 @@ def trace_function(
         result_trees.append((result_tree, extra_tree, kept))
         return [*results, *(x for x, k in zip(others, kept, strict=True) if k is None)]
 
+    # JAX's messages name the user's function, not this one.
+    flat.__wrapped__ = fun  # type: ignore[attr-defined]
     closed = traced(flat, call.values, fun)
     names = argument_names(fun, [signature.paths[i] for i in call.variables])
     label = getattr(fun, "__name__", type(fun).__name__)

@@ -79,7 +79,7 @@ class Summary:
     @property
     def shares(self) -> Float[np.ndarray, " l"]:
         """Each parameter's part of the trace; of an indefinite operator some may be negative."""
-        return self.traces[0] / self.trace[0]
+        return self.traces[0] / (self.trace[0] or 1)
 
     @property
     def condition(self) -> float | None:

@@ -24,21 +24,23 @@ class DeviceKind:
         memory: bytes of one device; None for a host, whose memory the user knows.
         flops: operations in a second.
         link: bytes in a second that a device sends its neighbours.
+        axes: of its network.
     """
 
     platform: str
     memory: int | None
     flops: float
     link: float
+    axes: int = 1
 
 
 _GIB = 2**30
 MACHINES = {
     "host": DeviceKind("cpu", None, 5e10, 5e9),
-    "v4": DeviceKind("tpu", 32 * _GIB, 275e12, 300e9),
-    "v5e": DeviceKind("tpu", 16 * _GIB, 197e12, 200e9),
-    "v5p": DeviceKind("tpu", 95 * _GIB, 459e12, 600e9),
-    "v6e": DeviceKind("tpu", 32 * _GIB, 918e12, 450e9),
+    "v4": DeviceKind("tpu", 32 * _GIB, 275e12, 300e9, 3),
+    "v5e": DeviceKind("tpu", 16 * _GIB, 197e12, 200e9, 2),
+    "v5p": DeviceKind("tpu", 95 * _GIB, 459e12, 600e9, 3),
+    "v6e": DeviceKind("tpu", 32 * _GIB, 918e12, 450e9, 2),
     "h100": DeviceKind("cuda", 80 * 10**9, 989e12, 450e9),
 }
 
@@ -81,7 +83,11 @@ def target_of(devices: int | Sequence[Any] | None, on: str | None) -> DeviceTarg
         if found is None or found[1] not in MACHINES or found[1] == "host":
             known = ", ".join(name for name in MACHINES if name != "host")
             raise ValueError(f"on={on!r} is not known; write kind:shape, as v5e:4x4 or h100:8, of {known}.")
-        return DeviceTarget(math.prod(map(int, found[2].split("x"))), MACHINES[found[1]], on)
+        sizes, machine = [int(size) for size in found[2].split("x")], MACHINES[found[1]]
+        if len(sizes) != machine.axes or 0 in sizes:
+            shape = "x".join("4" * machine.axes)
+            raise ValueError(f"on={on!r}: {found[1]} has {machine.axes} axes; write {found[1]}:{shape}.")
+        return DeviceTarget(math.prod(sizes), machine, on)
     present = jax.devices() if devices is None or isinstance(devices, int) else list(devices)
     count = len(present) if devices is None or not isinstance(devices, int) else devices
     if count < 1:

@@ -24,10 +24,10 @@ def budget_or_share(text: str, what: str) -> int | float:
     """`"25%"` as a share, a float; other text as a number of bytes, an int. Errors as of `budget_bytes`."""
     if not text.strip().endswith("%"):
         return budget_bytes(text, what)
-    try:
-        return float(text.strip()[:-1]) / 100
-    except ValueError:
-        raise ValueError(f"{what}={text!r} is not a share; write '25%', or bytes as '64MB'.") from None
+    found = re.fullmatch(r"(\d+\.?\d*) *%", text.strip())
+    if found is None or not 0 <= float(found[1]) <= 100:
+        raise ValueError(f"{what}={text!r} is no share from 0% to 100%; write '25%', or bytes as '64MB'.")
+    return float(found[1]) / 100
 
 
 def budget_bytes(budget: int | str, what: str) -> int:

@@ -16,7 +16,7 @@ from funcprop.reporting.mathml import mathml
 from funcprop.reporting.report_data import ReportData
 
 # So many lines of a sweep are read by a person; more are left to `fp.derive`.
-_MOST_READABLE = 100
+_MOST_READABLE = 200
 
 
 @dataclass(frozen=True)

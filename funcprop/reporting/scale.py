@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from funcprop.drawing.draw import Drawing, draw
+from funcprop.drawing.levels import MOST_NODES as FEW_NODES
+from funcprop.drawing.levels import in_runs
 from funcprop.drawing.loops import has_loops
-from funcprop.graph.graph import Graph, Operator, Variable
-from funcprop.graph.naming import joined
+from funcprop.graph.graph import Graph
 from funcprop.reporting.loop_contents import Opened, opened
 
 # A picture with more nodes is drawn with loops closed, then with its innermost scopes collapsed.
 MOST_NODES = 400
-# Unless the picture is asked to be whole: a larger one is drawn as modules that open.
-FEW_NODES = 60
 # What is still too large is drawn as so many runs of operators that follow each other.
 RUNS = 150
 
@@ -54,25 +51,4 @@ def picture_of(graph: Graph, depth: int | None, fold: bool) -> ScaledPicture:
             return ScaledPicture(drawing, inside, (*notes, f"{which} are drawn as one node each."))
     length = -(-len(graph) // RUNS)
     said = f"Of {len(graph):,} operators, every {length} that follow each other are drawn as one node."
-    return ScaledPicture(draw(_in_runs(graph, length), depth=0, loops=0, fold=False), inside, (*notes, said))
-
-
-def _in_runs(graph: Graph, length: int) -> Graph:
-    """Put operators into scopes of so many each."""
-    count = len(graph)
-
-    def run(number: int) -> str:
-        first = number - number % length
-        return f"operators {first + 1} … {min(first + length, count)}"
-
-    of: dict[str, Variable] = {}
-
-    def moved(variables: Sequence[Variable]) -> tuple[Variable, ...]:
-        return tuple(of.get(v.name, v) if v.kind != "literal" else v for v in variables)
-
-    operators: list[Operator] = []
-    for i, op in enumerate(graph.operators):
-        of |= {v.name: replace(v, scope=joined(run(i), v.scope)) for v in op.outputs}
-        scope = joined(run(i), op.scope)
-        operators.append(replace(op, scope=scope, inputs=moved(op.inputs), outputs=moved(op.outputs)))
-    return Graph(graph.name, graph.inputs, graph.constants, tuple(operators), moved(graph.outputs))
+    return ScaledPicture(draw(in_runs(graph, RUNS), depth=0, loops=0, fold=False), inside, (*notes, said))

@@ -6,6 +6,7 @@ multiplied, transposed and summed with the ordinary operators, which write numbe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,6 +62,10 @@ class Expression(Formula):
         other = as_expression(other)
         if other.template == MINUS:
             return self + other.operands[0]
+        if self.template == "{0} − {1}" and other.shape == self.shape:
+            first, second = self.operands
+            if second.text() == other.text():
+                return first - 2 * other
         # The right operand of a difference needs parentheses if it is a sum itself.
         subtrahend = parenthesised(other) if other.binding == SUM else other
         return _entrywise(jnp.subtract, (self, subtrahend), "{0} − {1}", "{0} - {1}", SUM, SUM)
@@ -96,6 +101,10 @@ class Expression(Formula):
             return _constant(self.constant * b.constant, self, b) * y
         # A factor that is known stands before the whole product.
         if b is not None and b.shape == ():
+            divided = fraction_of(self)
+            if b.constant and divided is not None and divided[1].constant and self.shape == ():
+                # `(λ / 2) 2 w` is `λ w`.
+                return (b * self) * y
             return b * (self * y)
         if a is not None and a.shape == () and not other.is_number:
             return a * (x * other)
@@ -207,6 +216,10 @@ class Expression(Formula):
         axes = (axes,) if isinstance(axes, int) else axes
         if axes is not None and not len(axes):
             return self
+        if self.constant is not None and self.shape:
+            rest = jax.eval_shape(lambda x: jnp.sum(x, axes, keepdims=keepdims), self.type).shape
+            count = math.prod(self.shape) // max(math.prod(rest), 1)
+            return spread_over(number(self.constant * count, self.type.dtype), rest)
         if (peeled := without_scale(self)) is not None and peeled[1].shape == self.shape:
             return peeled[0](peeled[1].sum(axes, keepdims))
         text, latex = reduction("sum", axes, self.is_sum)

@@ -116,7 +116,9 @@ def known_number(value: float, dtype: Any = None) -> tuple[str, str] | None:
             latex = f"{times // 2}\\," if times % 2 == 0 else f"\\frac{{{{{times}}}}}{{{{2}}}}\\,"
             return f"{sign}{text}log 2π", f"{sign}{latex} \\log 2\\pi"
     square, inverse = round(value**2), round(value**-2)
-    if math.isqrt(max(square, inverse)) ** 2 == max(square, inverse):
+    largest = max(square, inverse)
+    # Roots of larger integers are so near to each other that one in a hundred numbers is one by chance.
+    if math.isqrt(largest) ** 2 == largest or 8 * largest * resolution > 0.01:
         return None
     if square > 1 and is_value(square**0.5):
         return f"{sign}√{square}", f"{sign}\\sqrt{{{{{square}}}}}"

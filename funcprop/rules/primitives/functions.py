@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from funcprop.rules.equations import Equations, OperatorSymbols, apply, written
-from funcprop.rules.expressions import ATOM, POWER, SUM, Expression, node, of_one_dtype
+from funcprop.rules.expressions import ATOM, POWER, SUM, Expression, node, of_one_dtype, parenthesised
+from funcprop.rules.formula import MINUS
 from funcprop.rules.primitives.arithmetic import with_new_axes
 
 
@@ -63,6 +64,14 @@ def _larger(sign: int) -> Callable[[OperatorSymbols], Equations | None]:
         return Equations(forward, tuple(None if s is None else op.cotangent * s for s in (of_a, of_b)))
 
     return equations
+
+
+def _log_of_one_plus(x: Expression) -> Expression:
+    sign, inner = ("−", x.operands[0]) if x.template == MINUS else ("+", x)
+    inner = parenthesised(inner) if sign == "−" and inner.binding == SUM else inner
+    latex = f"\\log\\!\\left(1 {'-' if sign == '−' else '+'} {{0}}\\right)"
+    compute = (lambda v: jnp.log1p(-v)) if sign == "−" else jnp.log1p
+    return written(compute, (inner,), f"log(1 {sign} {{0}})", latex, x.type)
 
 
 def _log_of_sum(op: OperatorSymbols) -> Equations | None:
@@ -128,7 +137,7 @@ _EXP = "\\exp\\!\\left({0}\\right)"
 EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
     "log": _unary(jnp.log, lambda g, x: g / x),
     "log1p": lambda op: Equations(
-        written(jnp.log1p, op.args, "log(1 + {0})", "\\log\\!\\left(1 + {0}\\right)", op.args[0].type),
+        _log_of_one_plus(op.args[0]),
         (op.cotangent / (1 + op.args[0]),),
     ),
     "expm1": lambda op: Equations(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from funcprop.rules.equations import Equations, OperatorSymbols, apply, outer, written
+from funcprop.rules.equations import Equations, OperatorSymbols, apply, opaque, outer, written
 from funcprop.rules.expressions import ATOM, POWER, PRODUCT, SUM, Expression, factors, node
 from funcprop.rules.notation import literally
 
@@ -64,12 +64,18 @@ def _triangular_solve(op: OperatorSymbols) -> Equations | None:
 def _solve(op: OperatorSymbols) -> Equations:
     """`A⁻¹ b`; the inverse itself where `b` is the identity."""
     a, b = op.args
-    of_b = _product(lambda a, g: jnp.linalg.solve(a.T, g), (a, op.cotangent), "⁻ᵀ", b.type)
+    transposed = lambda a, g: jnp.linalg.solve(jnp.matrix_transpose(a), g)  # noqa: E731
+    of_b = _product(transposed, (a, op.cotangent), "⁻ᵀ", b.type)
     if b.text() == "I":
         forward = node(jnp.linalg.solve, (a, b), "{0}⁻¹", "{0}^{{-1}}", POWER, ATOM, op.output.type)
     else:
         forward = _product(jnp.linalg.solve, (a, b), "⁻¹", op.output.type)
-    pair = outer(of_b, op.output) if len(b.shape) == 1 else of_b @ op.output.T
+    if len(a.shape) == 2:
+        pair = outer(of_b, op.output) if len(b.shape) == 1 else of_b @ op.output.T
+    else:
+        # A matrix for each example.
+        rows = lambda x, y: x @ jnp.matrix_transpose(y)  # noqa: E731
+        pair = factors(rows, (of_b, op.output), "{0} {1}ᵀ", "{0}\\, {1}^{{\\top}}", a.type)
     return Equations(forward, (-pair, of_b))
 
 
@@ -128,6 +134,20 @@ def _singular_values(op: OperatorSymbols) -> Equations:
     return Equations(apply("svd", values, a, type_=op.output.type), (backward,))
 
 
+def _trace(op: OperatorSymbols) -> Equations:
+    (a,) = op.args
+    identity = opaque(lambda: jnp.eye(a.shape[0], dtype=a.type.dtype), (), "I", "\\mathbf{{I}}", a.type)
+    forward = apply("tr", jnp.trace, a, type_=op.output.type)
+    return Equations(forward, (op.cotangent * identity,))
+
+
+def _diagonal(op: OperatorSymbols) -> Equations:
+    def diagonal(x: Expression, like: Any) -> Expression:
+        return apply("diag", jnp.diag, x, type_=like)
+
+    return Equations(diagonal(op.args[0], op.output.type), (diagonal(op.cotangent, op.args[0].type),))
+
+
 def _logdet(op: OperatorSymbols) -> Equations:
     """`log |det A|`, whose slope is the transpose of the inverse."""
     (a,) = op.args
@@ -175,6 +195,8 @@ EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
     "triangular_solve": _triangular_solve,
     "solve": _solve,
     "tril": _tril,
+    "trace": _trace,
+    "diag": _diagonal,
     "chol": _cholesky,
     "eigenvalues": _eigenvalues,
     "singular_values": _singular_values,
