@@ -10,6 +10,8 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from funcprop.memory.fusion import Fusion, Kernel, Step, Value
 
 BARRIER = "optimization_barrier"
@@ -27,7 +29,10 @@ class Peak:
 class Liveness:
     """The kernels of a program of `steps` whose results are `results`, in the order in which they run."""
 
-    def __init__(self, steps: Sequence[Step], results: Iterable[Value | None], library: bool = True) -> None:
+    def __init__(
+        self, steps: Sequence[Step], results: Iterable[Value | None], library: bool = True, chip: int = 0
+    ) -> None:
+        self.chip = chip
         fusion = Fusion(steps, results, library)
         self.results, self.users = fusion.results, fusion.users
         self.hides = any(kernel.hides for kernel in fusion.kernels)
@@ -84,6 +89,20 @@ class Liveness:
                         found.add(id(v))
         return found
 
+    def _on_chip(self, last: Mapping[int, int], elsewhere: Collection[int]) -> set[int]:
+        """Find the values that stay in the memory on the chip: those that are needed for the shortest time."""
+        if not self.chip:
+            return set()
+        free = np.full(len(self.kernels), self.chip)
+        made = [(t, v) for t, kernel in enumerate(self.kernels) for v in kernel.step.results]
+        spans = [(t, last.get(id(v), t) + 1, v) for t, v in made if id(v) not in elsewhere]
+        found: set[int] = set()
+        for start, end, v in sorted(spans, key=lambda span: span[1] - span[0]):
+            if free[start:end].min() >= v.nbytes:
+                free[start:end] -= v.nbytes
+                found.add(id(v))
+        return found
+
     def _chain(
         self, t: int, result: Value, values: Sequence[tuple[int, Value]], last: Mapping[int, int]
     ) -> Iterator[tuple[int, Value]]:
@@ -111,6 +130,7 @@ class Liveness:
         uncounted = {id(v) for v in outside}
         if not in_loop:
             uncounted |= self.results | self._in_results(donated, last)
+        uncounted |= self._on_chip(last, uncounted)
         live: dict[int, Value] = {}
         size, best = 0, Peak(0, (), "")
         for t, kernel in enumerate(self.kernels):

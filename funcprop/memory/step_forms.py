@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from funcprop.memory.fusion import Step, Value
+from funcprop.program.facts import PRODUCTS
 
 
 class Steps:
@@ -25,6 +26,8 @@ class Steps:
     ) -> list[Value]:
         """Append a step; its results."""
         step = Step(op, scope, [v for v in operands if v is not None], **how)
+        if self.platform == "tpu":
+            step.expensive, step.reduces = False, int(step.reduces > 0 or op in PRODUCTS)
         step.results = [Value(aval, step) for aval in avals]
         self.steps.append(step)
         return step.results

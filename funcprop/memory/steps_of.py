@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from funcprop import _jax
 from funcprop.memory import products
+from funcprop.memory.epilogues import write_late
 from funcprop.memory.fusion import WINDOWS, Value, with_copies
 from funcprop.memory.liveness import BARRIER, Liveness
 from funcprop.memory.step_forms import Steps, is_rounded
+from funcprop.memory.tiles import on_chip
 from funcprop.program.by_platform import by_platform_p, form_for
 from funcprop.program.facts import CALLS, CHECKPOINTS, CUSTOM_RULES, PRODUCTS, facts_of
 from funcprop.program.layer_calls import boundary_p
@@ -28,6 +31,8 @@ _RENAMED = frozenset(
 _RESHAPES = frozenset({"reshape", "squeeze", "expand_dims"})
 _MOVES = frozenset({"slice", "rev", "split", "dynamic_slice", "iota", "pad", "concatenate"})
 _UPDATES = frozenset({"dynamic_update_slice", "scatter", "scatter-add", "scatter_add"})
+# A TPU writes their results over their operands.
+_ALL_REDUCES = frozenset({"all_reduce", "psum", "psum_invariant"})
 # How often they need their results' bytes besides, while they run.
 _AGAIN = dict.fromkeys(("sort", "cumsum", "cumlogsumexp", "cummax", "cummin", "cumprod", "fft"), 1)
 _AGAIN |= dict.fromkeys(("random_bits", "threefry2x32"), 3)
@@ -51,6 +56,15 @@ class StepsOf(Steps):
             made = self._equation(eqn, [read(v) for v in eqn.invars], around)
             values.update(zip(eqn.outvars, made, strict=True))
         return [read(v) for v in inner.outvars]
+
+    def liveness(
+        self, results: Sequence[Value | None], donated: Mapping[int, Value] | None = None, library: bool = True
+    ) -> Liveness:
+        """When what is in memory; `library` says whether a CPU's library computes long sums."""
+        steps = with_copies(self.steps, results, donated)
+        if self.platform == "tpu":
+            write_late(steps, results)
+        return Liveness(steps, results, library and self.platform == "cpu", on_chip(self.platform))
 
     # --- equations ----------------------------------------------------------------------------
 
@@ -107,11 +121,16 @@ class StepsOf(Steps):
             if key in self.known:
                 return self.known[key]
         moves = facts.moves or name in _MOVES
+        compared = self.platform == "tpu" and _is_one_of_a_row(eqn)
+        written_over = range(len(operands) if self.platform == "tpu" and name in _ALL_REDUCES else 0)
+        if name in _UPDATES and operands[0] is not None and not compared:
+            written_over = range(1)
         inside = 0 if facts.combines else max(map(self._inside, bodies), default=0)
         results = self.add(
             *(name, scope, operands, [v.aval for v in eqn.outvars]),
             fuses=(moves and not _is_copied(eqn))
             or name == "gather"
+            or compared
             or (facts.fuses and not facts.reduces and (facts.elementwise or facts.flat)),
             reduces=reduces,
             entrywise=facts.elementwise and not facts.moves,
@@ -121,7 +140,7 @@ class StepsOf(Steps):
             else not (facts.cheap or facts.flat or moves or _is_by_a_number(eqn)),
             library=name in WINDOWS and products.windows_are_apart(eqn),
             effects=bool(eqn.effects),
-            in_place={0: 0} if name in _UPDATES and operands[0] is not None else {},
+            in_place={k: k for k in written_over},
             inside=inside + _AGAIN.get(name, 0) * sum(map(nbytes, eqn.outvars)),
         )
         if key is not None:
@@ -138,6 +157,8 @@ class StepsOf(Steps):
 
     def _product(self, eqn: Any, operands: list[Value | None], scope: str) -> Value:
         """A product, behind copies of operands whose axes are in another order, or, on a CPU, of 16 bits."""
+        if self.platform == "tpu":
+            return self._multiplied(eqn, operands, scope)
         result, wide, arranged = eqn.outvars[0].aval, jnp.dtype("float32"), []
         orders, (*flat, made_flat) = products.orders(eqn), products.matrices(eqn)
         for value, order, shape, atom in zip(operands, orders, flat, eqn.invars, strict=False):
@@ -164,6 +185,15 @@ class StepsOf(Steps):
             made = self.moved("transpose", scope, made, aval, "result")
         return self.moved("convert_element_type", scope, made, result) if widened else made
 
+    def _multiplied(self, eqn: Any, operands: list[Value | None], scope: str) -> Value:
+        """A product on a TPU, which reads any order of axes, and 16 bits unless more are asked for."""
+        exact = {str(p) for p in eqn.params["precision"] or ()} - {"DEFAULT"}
+        short = jnp.dtype("bfloat16")
+        for k, v in enumerate(operands):
+            if v is not None and v.aval.dtype == jnp.float32 and not exact:
+                operands[k] = self.moved("convert_element_type", scope, v, v.aval.update(dtype=short))
+        return self.add(eqn.primitive.name, scope, operands, [eqn.outvars[0].aval])[0]
+
     def _is_widened(self, aval: Any) -> bool:
         return self.platform == "cpu" and aval.dtype.itemsize == 2 and jnp.issubdtype(aval.dtype, jnp.inexact)
 
@@ -186,7 +216,7 @@ class StepsOf(Steps):
         inner = StepsOf(self.barriers, self.platform)
         given = [Value(v.aval) for v in _jax.open_jaxpr(body).invars]
         results = inner.walk(body, given, "")
-        return Liveness(with_copies(inner.steps, results), results).peak({}).nbytes
+        return inner.liveness(results).peak({}).nbytes
 
     def _scan(self, eqn: Any, operands: list[Value | None], body: Any, scope: str) -> Sequence[Value | None]:
         """A loop: unrolled where XLA unrolls it, or one step that writes carries in place."""
@@ -206,7 +236,7 @@ class StepsOf(Steps):
         given = [Value(v.aval) for v in filled]
         carry, ys = inner._unrolled(body, given, consts, carries, max(unroll, 1), False, "")
         results = [*carry, *(y for of_step in ys for y in of_step)]
-        live = Liveness(with_copies(inner.steps, results), results)
+        live = inner.liveness(results)
         outside = live.invariant(given[:consts])
         over = {id(c): given[consts + i] for i, c in enumerate(carry)}
         inside = live.peak(over, outside, in_loop=True).nbytes
@@ -300,6 +330,15 @@ def _is_copied(eqn: Any) -> bool:
         return False
     shape = eqn.outvars[0].aval.shape
     return len(eqn.invars) > 8 or (1 < len(shape) == eqn.params["dimension"] + 1 and shape[-1] >= 128)
+
+
+def _is_one_of_a_row(eqn: Any) -> bool:
+    """Whether it writes one entry of each row, which a comparison with its place does as well."""
+    if not eqn.primitive.name.startswith("scatter"):
+        return False
+    operand, _, updates = (v.aval for v in eqn.invars)
+    rows = [operand.shape[d] for d in eqn.params["dimension_numbers"].operand_batching_dims]
+    return bool(rows) and updates.size == math.prod(rows)
 
 
 def _is_by_a_number(eqn: Any) -> bool:

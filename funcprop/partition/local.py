@@ -19,16 +19,16 @@ ALL_REDUCE.multiple_results = True
 _WALKED = frozenset({"scan", "cond"})  # In the bodies of others nothing is split.
 
 
-def local_program(layout: MeshLayout) -> Any:
+def local_program(layout: MeshLayout, platform: str) -> Any:
     """The jaxpr of one device under a layout. It is for reading, not for running."""
-    return _Local(layout).program(layout.program.jaxpr)
+    return _Local(layout, platform).program(layout.program.jaxpr)
 
 
 class _Local:
     """Variables of one device for those of the whole, by the layout."""
 
-    def __init__(self, layout: MeshLayout) -> None:
-        self._layout, self._reduced = layout, layout.reduced
+    def __init__(self, layout: MeshLayout, platform: str) -> None:
+        self._layout, self._reduced = layout, layout.reduced_on(platform)
         self._own: dict[Any, Any] = {}
 
     def _atom(self, v: Any) -> Any:

@@ -154,7 +154,7 @@ class PartitionPlan:
             run = RunningPipeline(self.program, self.devices()).step(optimizer)
         else:
             run = self.program.jitted(self.devices(), optimizer)[0]
-        return lambda params, state, batch: run(params, state, self.put(batch))
+        return lambda params, state, batch: run(params, state, self.put(batch))[:3]
 
     def gradient(self, params: Any, batch: Any) -> tuple[Any, Any]:
         """The loss and its gradient by the plan, at parameters wherever they are."""

@@ -163,7 +163,7 @@ class SteppedProgram:
     @cached_property
     def _local(self) -> Any:
         """The program of one device."""
-        return local_program(self.layout)
+        return local_program(self.layout, self.problem.platform)
 
     @cached_property
     def predicted_bytes(self) -> DeviceBytes:

@@ -100,7 +100,8 @@ class _SplitSweep:
         pairs = zip(program.jaxpr.invars[start:], places, strict=True)
         split = {program.find((v, d)): DATA for v, d in pairs if d is not None and replicas > 1}
         layout = MeshLayout(program, {DATA: replicas}, split)
-        found = estimate(local_program(layout), {start + i: i for i in range(donated)}, platform=platform)
+        over = {start + i: i for i in range(donated)}
+        found = estimate(local_program(layout, platform), over, platform=platform)
         results = program.jaxpr.outvars
         self.temporary = found.temporary
         self.sizes = [nbytes(v) if isinstance(v, _jax.Literal) else layout.bytes_of(v) for v in results]
