@@ -36,7 +36,9 @@ def write_late(steps: Sequence[Step], results: Iterable[Value | None]) -> None:
                     made.results[0].aval = made.results[0].aval.update(dtype=next(iter(wanted)))
 
 
-def _epilogue(product: Step, users: Mapping[int, Sequence[tuple[int, Step]]], returned: set[int]) -> list[Step]:
+def _epilogue(
+    product: Step, users: Mapping[int, Sequence[tuple[int, Step]]], returned: set[int]
+) -> list[Step]:
     """The steps from a product to the last of which all that it is read for goes through."""
     taken, last = [product], 1
     waiting = {id(product.results[0])}

@@ -90,7 +90,7 @@ class Liveness:
         return found
 
     def _on_chip(self, last: Mapping[int, int], elsewhere: Collection[int]) -> set[int]:
-        """Find the values that stay in the memory on the chip: those that are needed for the shortest time."""
+        """Find the values that stay in the memory on the chip: what is needed for a short time first."""
         if not self.chip:
             return set()
         free = np.full(len(self.kernels), self.chip)

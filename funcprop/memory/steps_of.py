@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,16 @@ from funcprop.memory import products
 from funcprop.memory.epilogues import write_late
 from funcprop.memory.fusion import WINDOWS, Value, with_copies
 from funcprop.memory.liveness import BARRIER, Liveness
-from funcprop.memory.step_forms import Steps, is_rounded
+from funcprop.memory.step_forms import (
+    RESHAPES,
+    Steps,
+    is_by_a_number,
+    is_copied,
+    is_one_of_a_row,
+    is_renamed,
+    is_rounded,
+    summed,
+)
 from funcprop.memory.tiles import on_chip
 from funcprop.program.by_platform import by_platform_p, form_for
 from funcprop.program.facts import CALLS, CHECKPOINTS, CUSTOM_RULES, PRODUCTS, facts_of
@@ -22,13 +30,6 @@ from funcprop.program.linear_map import linear_body
 from funcprop.program.sizes import nbytes
 
 _INLINED = CALLS | CHECKPOINTS | CUSTOM_RULES | {"custom_lin", "custom_vjp_call_jaxpr", "shard_map"}
-# Their results are their operands, under another name or, on one device, at all.
-_RENAMED = frozenset(
-    {"stop_gradient", "copy", "copy_p", "name", "pvary", "pcast", "reshard"}
-    | {"sharding_constraint", "bitcast_convert_type", "mesh_cast", "psum", "psum_invariant", "pmax", "pmin"}
-    | {"slice", "broadcast_in_dim", "reduce_sum", "reduce_max", "reduce_min", "all_gather", "ppermute"}
-)
-_RESHAPES = frozenset({"reshape", "squeeze", "expand_dims"})
 _MOVES = frozenset({"slice", "rev", "split", "dynamic_slice", "iota", "pad", "concatenate"})
 _UPDATES = frozenset({"dynamic_update_slice", "scatter", "scatter-add", "scatter_add"})
 # A TPU writes their results over their operands.
@@ -58,7 +59,10 @@ class StepsOf(Steps):
         return [read(v) for v in inner.outvars]
 
     def liveness(
-        self, results: Sequence[Value | None], donated: Mapping[int, Value] | None = None, library: bool = True
+        self,
+        results: Sequence[Value | None],
+        donated: Mapping[int, Value] | None = None,
+        library: bool = True,
     ) -> Liveness:
         """When what is in memory; `library` says whether a CPU's library computes long sums."""
         steps = with_copies(self.steps, results, donated)
@@ -86,13 +90,13 @@ class StepsOf(Steps):
             return self._behind_barrier(operands, scope)
         if name == "scan":
             return self._scan(eqn, operands, bodies[0], scope)
-        if name == "select_and_scatter_add":
+        if name == "select_and_scatter_add" and self.platform != "tpu":
             return [self._unpooled(eqn, operands, scope)]
         if name in PRODUCTS:
             return [self._product(eqn, operands, scope)]
-        if _is_renamed(eqn, operands):
+        if is_renamed(eqn, operands):
             return operands[: len(eqn.outvars)]
-        if name in _RESHAPES and (value := operands[0]) is not None:
+        if name in RESHAPES and (value := operands[0]) is not None:
             return [self.reshaped(value, eqn.outvars[0].aval, scope)]
         if name == "logistic" and (value := operands[0]) is not None:
             return [self.logistic(value, scope)]
@@ -112,7 +116,7 @@ class StepsOf(Steps):
             return [self.divided(numerator, by, scope)]
         reduces = 0
         if facts.reduces:
-            source, reduces = _summed(operands[0], eqn)
+            source, reduces = summed(operands[0], eqn)
             operands = [source]
         key: Hashable = None
         if not eqn.effects and (not bodies or facts.combines):
@@ -121,14 +125,13 @@ class StepsOf(Steps):
             if key in self.known:
                 return self.known[key]
         moves = facts.moves or name in _MOVES
-        compared = self.platform == "tpu" and _is_one_of_a_row(eqn)
-        written_over = range(len(operands) if self.platform == "tpu" and name in _ALL_REDUCES else 0)
-        if name in _UPDATES and operands[0] is not None and not compared:
-            written_over = range(1)
+        compared = self.platform == "tpu" and is_one_of_a_row(eqn)
+        over = name in _UPDATES and operands[0] is not None and not compared
+        written_over = len(operands) if self.platform == "tpu" and name in _ALL_REDUCES else int(over)
         inside = 0 if facts.combines else max(map(self._inside, bodies), default=0)
         results = self.add(
             *(name, scope, operands, [v.aval for v in eqn.outvars]),
-            fuses=(moves and not _is_copied(eqn))
+            fuses=(moves and not is_copied(eqn))
             or name == "gather"
             or compared
             or (facts.fuses and not facts.reduces and (facts.elementwise or facts.flat)),
@@ -137,10 +140,10 @@ class StepsOf(Steps):
             expensive=is_rounded(eqn.invars[0].aval, eqn.outvars[0].aval)
             and not (operands[0] is None or operands[0].is_spread)
             if name == "convert_element_type"
-            else not (facts.cheap or facts.flat or moves or _is_by_a_number(eqn)),
+            else not (facts.cheap or facts.flat or moves or is_by_a_number(eqn)),
             library=name in WINDOWS and products.windows_are_apart(eqn),
             effects=bool(eqn.effects),
-            in_place={k: k for k in written_over},
+            in_place={k: k for k in range(written_over)},
             inside=inside + _AGAIN.get(name, 0) * sum(map(nbytes, eqn.outvars)),
         )
         if key is not None:
@@ -287,62 +290,3 @@ class StepsOf(Steps):
         if value.step is not None and value.step.op == "stack":
             return value.step.operands[i]
         return self.moved("slice", scope, value, aval, i)
-
-
-def _is_renamed(eqn: Any, operands: Sequence[Value | None]) -> bool:
-    """Whether the results are operands themselves, perhaps in another shape."""
-    name, (value, *_) = eqn.primitive.name, (*operands, None)
-    if not 0 < len(eqn.outvars) <= len(operands) or value is None:
-        return False
-    if any(nbytes(o) != nbytes(i) for o, i in zip(eqn.outvars, eqn.invars, strict=False)):
-        return False
-    if name == "transpose":
-        step, shape = value.step, eqn.invars[0].aval.shape
-        kept = [d for d in eqn.params["permutation"] if shape[d] > 1]
-        # The transpose of a product is the product of its factors in the other order.
-        swapped = len(kept) == 2 and step is not None and step.op == "dot_general"
-        return swapped or kept == sorted(kept)
-    if name in _RESHAPES:
-        return value.step is None or not value.step.fuses
-    if name == "convert_element_type":
-        return bool(eqn.outvars[0].aval.dtype == value.aval.dtype)
-    return name in _RENAMED
-
-
-def _summed(value: Value | None, eqn: Any) -> tuple[Value | None, int]:
-    """What is summed, before a reshape that leaves the other axes alone, and its longest summed axis."""
-    axes, shape = eqn.params["axes"], eqn.invars[0].aval.shape
-    longest = max((shape[d] for d in axes), default=0)
-    kept = [d for d in range(len(shape)) if d not in axes]
-    if value is None or value.step is None or value.step.op != "reshape" or value.aval.shape != shape:
-        return value, longest
-    (source,) = value.step.operands
-    last = shape[len(shape) - len(kept) :]
-    first = source.aval.shape[: len(source.aval.shape) - len(kept)]
-    if not kept or kept[0] != len(axes) or source.aval.shape[len(first) :] != last:
-        return value, longest
-    return source, max(first, default=0)
-
-
-def _is_copied(eqn: Any) -> bool:
-    """Whether arrays are joined by plain copies: many, or long rows."""
-    if eqn.primitive.name != "concatenate":
-        return False
-    shape = eqn.outvars[0].aval.shape
-    return len(eqn.invars) > 8 or (1 < len(shape) == eqn.params["dimension"] + 1 and shape[-1] >= 128)
-
-
-def _is_one_of_a_row(eqn: Any) -> bool:
-    """Whether it writes one entry of each row, which a comparison with its place does as well."""
-    if not eqn.primitive.name.startswith("scatter"):
-        return False
-    operand, _, updates = (v.aval for v in eqn.invars)
-    rows = [operand.shape[d] for d in eqn.params["dimension_numbers"].operand_batching_dims]
-    return bool(rows) and updates.size == math.prod(rows)
-
-
-def _is_by_a_number(eqn: Any) -> bool:
-    """Whether it divides by one number for many, which is a product."""
-    if eqn.primitive.name != "div":
-        return False
-    return isinstance(eqn.invars[1], _jax.Literal) or eqn.invars[1].aval.size == 1

@@ -1,4 +1,4 @@
-"""How a TPU keeps arrays: in tiles of 8 × 128 entries, of few rows in smaller ones, and small ones on the chip."""
+"""How a TPU keeps arrays: in tiles of 8 × 128 entries, or of fewer rows; what fits stays on the chip."""
 
 from __future__ import annotations
 
@@ -16,20 +16,18 @@ def kept_bytes(aval: Any, platform: str) -> int:
     """The bytes of an argument or a result in memory, in the order of axes that pads it least."""
     if platform != "tpu":
         return nbytes(aval)
-    size, shape = aval.dtype.itemsize, aval.shape
+    size, shape, entries = aval.dtype.itemsize, aval.shape, math.prod(aval.shape)
     packed = max(1, 4 // size)
     if len(shape) < 2:
-        count = math.prod(shape)
-        return _up(count, min(max(_power(count), _COLUMNS * packed), _ROWS * _COLUMNS)) * size
-    entries = math.prod(shape)
-    if not entries:
-        return 0
-    ends = ((shape[i], shape[j]) for i, j in itertools.permutations(range(len(shape)), 2))
+        return size * _up(entries, min(max(_power(entries), _COLUMNS * packed), _ROWS * _COLUMNS))
     tiled = (
-        entries // (rows * columns) * _up(rows, max(packed, min(_power(rows), _ROWS))) * _up(columns, _COLUMNS)
-        for rows, columns in ends
+        _up(rows, max(packed, min(_power(rows), _ROWS)))
+        * _up(columns, _COLUMNS)
+        * entries
+        // (rows * columns)
+        for rows, columns in itertools.permutations(shape, 2)
     )
-    return min(tiled) * size
+    return size * min(tiled) if entries else 0
 
 
 def on_chip(platform: str) -> int:

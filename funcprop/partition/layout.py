@@ -45,13 +45,16 @@ class MeshLayout:
         """The layout of a variable as JAX writes it."""
         return PartitionSpec(*self.over(v))
 
-    def parts(self, v: Any) -> int:
-        """Into how many parts a variable is cut."""
-        return math.prod(self.sizes[name] for name in self.over(v) if name is not None)
+    def type_of(self, v: Any) -> Any:
+        """The type of a variable on one device."""
+        if isinstance(v, _jax.Literal) or not any(names := self.over(v)):
+            return v.aval
+        sizes = [1 if name is None else self.sizes[name] for name in names]
+        return v.aval.update(shape=tuple(n // parts for n, parts in zip(shape(v), sizes, strict=True)))
 
     def bytes_of(self, v: Any) -> int:
         """Bytes of a variable on one device."""
-        return nbytes(v) // self.parts(v)
+        return nbytes(self.type_of(v))
 
     @cached_property
     def reduced(self) -> dict[Any, tuple[str, ...]]:

@@ -12,7 +12,6 @@ from typing import Any
 from funcprop import _jax
 from funcprop.partition.flat import barrier
 from funcprop.partition.layout import MeshLayout
-from funcprop.partition.links import shape
 
 ALL_REDUCE = _jax.Primitive("all_reduce")
 ALL_REDUCE.multiple_results = True
@@ -35,19 +34,8 @@ class _Local:
         if isinstance(v, _jax.Literal):
             return v
         if v not in self._own:
-            self._own[v] = _jax.Var(self._type(v))
+            self._own[v] = _jax.Var(self._layout.type_of(v))
         return self._own[v]
-
-    def _type(self, v: Any) -> Any:
-        names = self._layout.over(v)
-        if not any(names):
-            return v.aval
-        sizes = self._layout.sizes
-        return v.aval.update(
-            shape=tuple(
-                n if name is None else n // sizes[name] for n, name in zip(shape(v), names, strict=True)
-            )
-        )
 
     def program(self, jaxpr: Any) -> Any:
         """A jaxpr, and the bodies of its loops, of one device."""
