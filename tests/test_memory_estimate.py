@@ -309,6 +309,18 @@ def test_what_is_computed_where_it_is_read_is_as_compiled(model: Any, trains: bo
     assert found == near
 
 
+def test_what_loops_fill_is_there_from_the_start() -> None:
+    def filled(x: jax.Array) -> jax.Array:
+        for _ in range(2):
+            _, kept = jax.lax.scan(lambda c, _: (jnp.sin(c), c), x, length=20)
+            x = jnp.tanh(kept @ kept[0].T).sum((0, 2))[:, None] + x
+        return x
+
+    x = ShapeDtypeStruct((64, 128), "float32")
+    compiled = jax.jit(filled).lower(x).compile().memory_analysis().temp_size_in_bytes
+    assert estimate(jax.make_jaxpr(filled)(x)).temporary == pytest.approx(compiled, rel=0.02)
+
+
 # As libtpu 0.0.42 says for a v5e.
 TILED = {
     ("float32", (300,)): 2048,

@@ -248,9 +248,12 @@ class StepsOf(Steps):
         read = [v for v in filled[:consts] if not v.is_number]
         in_place = {len(read) + i: i for i in range(carries)}
         types = [v.aval for v in eqn.outvars]
-        return self.add(
-            "scan", scope, [*read, *filled[consts:], *hoisted], types, in_place=in_place, inside=inside
-        )
+        given = [*read, *filled[consts:], *hoisted]
+        if self.platform == "cpu":
+            # What a loop fills is made of zeros as soon as the program begins.
+            in_place |= {len(given) + i: carries + i for i in range(len(types) - carries)}
+            given += [self.add("zeros", scope, [], [aval])[0] for aval in types[carries:]]
+        return self.add("scan", scope, given, types, in_place=in_place, inside=inside)
 
     def _stacked(self, values: list[Value], aval: Any, scope: str) -> Value:
         """What an unrolled loop stacks; of one step it is the value itself."""
