@@ -68,12 +68,14 @@ class Liveness:
     def _in_results(self, donated: dict[int, Value], last: dict[int, int]) -> set[int]:
         """Find the values that lie in the memory of a result before it is written: the largest first."""
         made = {id(v): (t, v) for t, kernel in enumerate(self.kernels) for v in kernel.step.results}
-        slots = [pair for key, pair in made.items() if key in self.results and key not in donated]
+        slots = [pair for key, pair in made.items() if key in self.results]
         values = [(t, v) for key, (t, v) in made.items() if key not in self.results and v.size > 1]
         values.sort(key=lambda pair: -pair[1].nbytes)
         found: set[int] = set()
         slots.sort(key=lambda pair: -pair[1].nbytes)
-        gaps = [[(-1, written)] for written, _ in slots]
+        # What is written over an argument is free once that was read.
+        starts = (last.get(id(donated[id(v)]), -1) if id(v) in donated else -1 for _, v in slots)
+        gaps = [[(start, written)] for start, (written, _) in zip(starts, slots, strict=True)]
         # First what a result is written over, and what that is; then what else is there before it.
         for is_over in (True, False):
             for (written, result), free in zip(slots, gaps, strict=True):
@@ -111,7 +113,8 @@ class Liveness:
         while over is not None:
             t, result = over
             ending = (pair for pair in values if last.get(id(pair[1]), pair[0]) == t > pair[0])
-            over = next((pair for pair in ending if self._is_over(t, pair[1], result)), None)
+            fit = [pair for pair in ending if self._is_over(t, pair[1], result)]
+            over = max(fit, key=lambda pair: pair[0], default=None)
             if over is not None:
                 yield over
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from funcprop import _jax
 from funcprop.memory import products
+from funcprop.memory.donations import with_rescued
 from funcprop.memory.epilogues import write_late
 from funcprop.memory.fusion import WINDOWS, Value, with_copies
 from funcprop.memory.liveness import BARRIER, Liveness
@@ -66,6 +67,8 @@ class StepsOf(Steps):
     ) -> Liveness:
         """When what is in memory; `library` says whether a CPU's library computes long sums."""
         steps = with_copies(self.steps, results, donated)
+        if self.platform == "cpu" and donated:
+            steps = with_rescued(steps, donated)
         if self.platform == "tpu":
             write_late(steps, results)
         return Liveness(steps, results, library and self.platform == "cpu", on_chip(self.platform))
