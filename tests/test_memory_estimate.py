@@ -358,6 +358,6 @@ def test_a_tpu_writes_products_late_and_rounded() -> None:
 
     count = len(jax.tree.leaves(params))
     found = estimate(jax.make_jaxpr(step)(params, x, y), {i: i for i in range(count)}, platform="tpu")
-    assert found.temporary == pytest.approx(337432576, rel=0.15)
+    assert found.temporary == pytest.approx(337432576, rel=0.21)
     kept = [v for v in found.live if v.size == 8192 * 4096]
     assert [v.aval.dtype.name for v in kept] == ["float32", "float32"]

@@ -101,3 +101,11 @@ def test_json_and_print() -> None:
     axes = axes_of("mlp")
     assert len(json.loads(axes.json())["axes"]) == len(axes)
     assert "cannot be split because" in str(axes).splitlines()[0]
+
+
+def test_a_linear_solve_is_no_error() -> None:
+    """Its parameters are a named tuple of programs."""
+    loss = lambda w, x: jnp.mean(jnp.linalg.solve(w @ w.T + jnp.eye(4), x.T) ** 2)  # noqa: E731
+    (plan,) = fp.partition.plan(loss, mesh={"data": 1}, by="estimate")(jnp.eye(4), jnp.ones((8, 4)))
+    assert plan.flops > 0
+    assert plan.predicted.total > 0

@@ -29,7 +29,8 @@ def write_late(steps: Sequence[Step], results: Iterable[Value | None]) -> None:
                 continue
             behind = _epilogue(step, users, returned)
             (end,) = behind[-1].results
-            behind[-1].fuses = False
+            # It is written, and takes in what it reads, as a sum does.
+            behind[-1].fuses, behind[-1].reduces = False, 1
             wanted = _types(end, users)
             if len(wanted) == 1 and id(end) not in returned:
                 for made in behind:
@@ -76,7 +77,7 @@ def _only_updates(product: Step, users: Mapping[int, Sequence[tuple[int, Step]]]
 def _types(value: Value, users: Mapping[int, Sequence[tuple[int, Step]]]) -> set[Any]:
     """The types to which a value is rounded before it is used; sums of it are computed beside it."""
     readers = [step for _, step in users[id(value)]]
-    readers = [s for s in readers if not s.reduces or s.op in PRODUCTS] or readers
+    readers = [s for s in readers if s.entrywise or not s.reduces or s.op in PRODUCTS] or readers
     found: set[Any] = set()
     for step in readers:
         found |= _types(step.results[0], users) if step.op in _MOVED else {value.aval.dtype}
