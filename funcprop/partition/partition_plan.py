@@ -230,7 +230,7 @@ class PartitionPlan:
         if isinstance(self.program, PipelinedProgram):
             held, found = RunningPipeline(self.program, devices).compiled()
             return max(place.total for place in held), found
-        compiled = self.program.compiled(devices)
+        compiled = self.problem.compiled(*self.program.jitted(devices, self.problem.optimizer))
         found = compiled_collectives(_jax.program_text(compiled))
         return _jax.held_bytes(_jax.memory_fields(compiled)), found
 
