@@ -116,3 +116,11 @@ def test_a_batch_may_be_given_as_to_the_loss() -> None:
         message = f"plan(loss)({shown}): pass the parameters and the batch, and how many devices by keyword"
         with pytest.raises(TypeError, match=re.escape(message)):
             planner(w, *data)
+
+
+def test_a_linear_solve_is_no_error() -> None:
+    """Its parameters are a named tuple of programs."""
+    loss = lambda w, x: jnp.mean(jnp.linalg.solve(w @ w.T + jnp.eye(4), x.T) ** 2)  # noqa: E731
+    (plan,) = fp.partition.plan(loss, mesh={"data": 1}, by="estimate")(jnp.eye(4), jnp.ones((8, 4)))
+    assert plan.flops > 0
+    assert plan.predicted.total > 0

@@ -284,7 +284,8 @@ def map_jaxprs(params: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[
         if is_jaxpr(value):
             changed[key] = change(value)
         elif isinstance(value, tuple | list) and any(map(is_jaxpr, value)):
-            changed[key] = type(value)(change(item) for item in value)
+            items = [change(item) if is_jaxpr(item) else item for item in value]
+            changed[key] = type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return changed
 
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from funcprop import _jax
-from funcprop.memory.fusion import Step, Value, with_copies
-from funcprop.memory.liveness import Liveness
+from funcprop.memory.fusion import Step, Value
 from funcprop.memory.steps_of import StepsOf
 from funcprop.program.sizes import nbytes
 
@@ -50,11 +49,11 @@ def estimate(
     program.constants += values[: len(consts)]
     arguments, results = values[len(consts) :], program.walk(jaxpr, values, "")
     pairs = {id(results[j]): arguments[i] for i, j in (donated or {}).items() if results[j] is not None}
-    steps = with_copies(program.steps, results, pairs)
-    live = Liveness(steps, results)
+    live = program.liveness(results, pairs)
     peak = live.peak(pairs)
     if live.hides:
-        peak = max(peak, Liveness(steps, results, library=False).peak(pairs), key=lambda found: found.nbytes)
+        plain = program.liveness(results, pairs, library=False)
+        peak = max(peak, plain.peak(pairs), key=lambda found: found.nbytes)
     read = (v for v in program.constants if live.users[id(v)] and v.size > 1)
     return MemoryEstimate(
         peak.nbytes, peak.live, peak.op, tuple(arguments), tuple(read), live.users, tuple(results)

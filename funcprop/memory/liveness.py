@@ -10,6 +10,8 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from funcprop.memory.fusion import Fusion, Kernel, Step, Value
 
 BARRIER = "optimization_barrier"
@@ -27,7 +29,10 @@ class Peak:
 class Liveness:
     """The kernels of a program of `steps` whose results are `results`, in the order in which they run."""
 
-    def __init__(self, steps: Sequence[Step], results: Iterable[Value | None], library: bool = True) -> None:
+    def __init__(
+        self, steps: Sequence[Step], results: Iterable[Value | None], library: bool = True, chip: int = 0
+    ) -> None:
+        self.chip = chip
         fusion = Fusion(steps, results, library)
         self.results, self.users = fusion.results, fusion.users
         self.hides = any(kernel.hides for kernel in fusion.kernels)
@@ -63,12 +68,14 @@ class Liveness:
     def _in_results(self, donated: dict[int, Value], last: dict[int, int]) -> set[int]:
         """Find the values that lie in the memory of a result before it is written: the largest first."""
         made = {id(v): (t, v) for t, kernel in enumerate(self.kernels) for v in kernel.step.results}
-        slots = [pair for key, pair in made.items() if key in self.results and key not in donated]
+        slots = [pair for key, pair in made.items() if key in self.results]
         values = [(t, v) for key, (t, v) in made.items() if key not in self.results and v.size > 1]
         values.sort(key=lambda pair: -pair[1].nbytes)
         found: set[int] = set()
         slots.sort(key=lambda pair: -pair[1].nbytes)
-        gaps = [[(-1, written)] for written, _ in slots]
+        # What is written over an argument is free once that was read.
+        starts = (last.get(id(donated[id(v)]), -1) if id(v) in donated else -1 for _, v in slots)
+        gaps = [[(start, written)] for start, (written, _) in zip(starts, slots, strict=True)]
         # First what a result is written over, and what that is; then what else is there before it.
         for is_over in (True, False):
             for (written, result), free in zip(slots, gaps, strict=True):
@@ -84,6 +91,20 @@ class Liveness:
                         found.add(id(v))
         return found
 
+    def _on_chip(self, last: Mapping[int, int], elsewhere: Collection[int]) -> set[int]:
+        """Find the values that stay in the memory on the chip: what is needed for a short time first."""
+        if not self.chip:
+            return set()
+        free = np.full(len(self.kernels), self.chip)
+        made = [(t, v) for t, kernel in enumerate(self.kernels) for v in kernel.step.results]
+        spans = [(t, last.get(id(v), t) + 1, v) for t, v in made if id(v) not in elsewhere]
+        found: set[int] = set()
+        for start, end, v in sorted(spans, key=lambda span: span[1] - span[0]):
+            if free[start:end].min() >= v.nbytes:
+                free[start:end] -= v.nbytes
+                found.add(id(v))
+        return found
+
     def _chain(
         self, t: int, result: Value, values: Sequence[tuple[int, Value]], last: Mapping[int, int]
     ) -> Iterator[tuple[int, Value]]:
@@ -92,7 +113,8 @@ class Liveness:
         while over is not None:
             t, result = over
             ending = (pair for pair in values if last.get(id(pair[1]), pair[0]) == t > pair[0])
-            over = next((pair for pair in ending if self._is_over(t, pair[1], result)), None)
+            fit = [pair for pair in ending if self._is_over(t, pair[1], result)]
+            over = max(fit, key=lambda pair: pair[0], default=None)
             if over is not None:
                 yield over
 
@@ -111,6 +133,7 @@ class Liveness:
         uncounted = {id(v) for v in outside}
         if not in_loop:
             uncounted |= self.results | self._in_results(donated, last)
+        uncounted |= self._on_chip(last, uncounted)
         live: dict[int, Value] = {}
         size, best = 0, Peak(0, (), "")
         for t, kernel in enumerate(self.kernels):

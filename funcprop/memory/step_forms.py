@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
+from funcprop import _jax
 from funcprop.memory.fusion import Step, Value
+from funcprop.program.facts import PRODUCTS
+from funcprop.program.sizes import nbytes
+
+# Their results are their operands, under another name or, on one device, at all.
+_RENAMED = frozenset(
+    {"stop_gradient", "copy", "copy_p", "name", "pvary", "pcast", "reshard"}
+    | {"sharding_constraint", "bitcast_convert_type", "mesh_cast", "psum", "psum_invariant", "pmax", "pmin"}
+    | {"slice", "broadcast_in_dim", "reduce_sum", "reduce_max", "reduce_min", "all_gather", "ppermute"}
+)
+RESHAPES = frozenset({"reshape", "squeeze", "expand_dims"})
 
 
 class Steps:
@@ -25,6 +37,8 @@ class Steps:
     ) -> list[Value]:
         """Append a step; its results."""
         step = Step(op, scope, [v for v in operands if v is not None], **how)
+        if self.platform == "tpu":
+            step.expensive, step.reduces = False, int(step.reduces > 0 or op in PRODUCTS)
         step.results = [Value(aval, step) for aval in avals]
         self.steps.append(step)
         return step.results
@@ -107,3 +121,62 @@ def _sizes(aval: Any) -> tuple[int, ...]:
 def is_rounded(source: Any, aval: Any) -> bool:
     """Whether entries are rounded to bfloat16, for which a CPU needs several instructions."""
     return bool(aval.dtype == jnp.bfloat16 and source.dtype == jnp.float32)
+
+
+def is_renamed(eqn: Any, operands: Sequence[Value | None]) -> bool:
+    """Whether the results are operands themselves, perhaps in another shape."""
+    name, (value, *_) = eqn.primitive.name, (*operands, None)
+    if not 0 < len(eqn.outvars) <= len(operands) or value is None:
+        return False
+    if any(nbytes(o) != nbytes(i) for o, i in zip(eqn.outvars, eqn.invars, strict=False)):
+        return False
+    if name == "transpose":
+        step, shape = value.step, eqn.invars[0].aval.shape
+        kept = [d for d in eqn.params["permutation"] if shape[d] > 1]
+        # The transpose of a product is the product of its factors in the other order.
+        swapped = len(kept) == 2 and step is not None and step.op == "dot_general"
+        return swapped or kept == sorted(kept)
+    if name in RESHAPES:
+        return value.step is None or not value.step.fuses
+    if name == "convert_element_type":
+        return bool(eqn.outvars[0].aval.dtype == value.aval.dtype)
+    return name in _RENAMED
+
+
+def summed(value: Value | None, eqn: Any) -> tuple[Value | None, int]:
+    """What is summed, before a reshape that leaves the other axes alone, and its longest summed axis."""
+    axes, shape = eqn.params["axes"], eqn.invars[0].aval.shape
+    longest = max((shape[d] for d in axes), default=0)
+    kept = [d for d in range(len(shape)) if d not in axes]
+    if value is None or value.step is None or value.step.op != "reshape" or value.aval.shape != shape:
+        return value, longest
+    (source,) = value.step.operands
+    last = shape[len(shape) - len(kept) :]
+    first = source.aval.shape[: len(source.aval.shape) - len(kept)]
+    if not kept or kept[0] != len(axes) or source.aval.shape[len(first) :] != last:
+        return value, longest
+    return source, max(first, default=0)
+
+
+def is_copied(eqn: Any) -> bool:
+    """Whether arrays are joined by plain copies: many, or long rows."""
+    if eqn.primitive.name != "concatenate":
+        return False
+    shape = eqn.outvars[0].aval.shape
+    return len(eqn.invars) > 8 or (1 < len(shape) == eqn.params["dimension"] + 1 and shape[-1] >= 128)
+
+
+def is_one_of_a_row(eqn: Any) -> bool:
+    """Whether it writes one entry of each row, which a comparison with its place does as well."""
+    if not eqn.primitive.name.startswith("scatter"):
+        return False
+    operand, _, updates = (v.aval for v in eqn.invars)
+    rows = [operand.shape[d] for d in eqn.params["dimension_numbers"].operand_batching_dims]
+    return bool(rows) and updates.size == math.prod(rows)
+
+
+def is_by_a_number(eqn: Any) -> bool:
+    """Whether it divides by one number for many, which is a product."""
+    if eqn.primitive.name != "div":
+        return False
+    return isinstance(eqn.invars[1], _jax.Literal) or eqn.invars[1].aval.size == 1

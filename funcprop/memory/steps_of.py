@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from funcprop import _jax
 from funcprop.memory import products
+from funcprop.memory.donations import with_rescued
+from funcprop.memory.epilogues import write_late
 from funcprop.memory.fusion import WINDOWS, Value, with_copies
 from funcprop.memory.liveness import BARRIER, Liveness
-from funcprop.memory.step_forms import Steps, is_rounded
+from funcprop.memory.step_forms import (
+    RESHAPES,
+    Steps,
+    is_by_a_number,
+    is_copied,
+    is_one_of_a_row,
+    is_renamed,
+    is_rounded,
+    summed,
+)
+from funcprop.memory.tiles import on_chip
 from funcprop.program.by_platform import by_platform_p, form_for
 from funcprop.program.facts import CALLS, CHECKPOINTS, CUSTOM_RULES, PRODUCTS, facts_of
 from funcprop.program.layer_calls import boundary_p
@@ -19,15 +31,10 @@ from funcprop.program.linear_map import linear_body
 from funcprop.program.sizes import nbytes
 
 _INLINED = CALLS | CHECKPOINTS | CUSTOM_RULES | {"custom_lin", "custom_vjp_call_jaxpr", "shard_map"}
-# Their results are their operands, under another name or, on one device, at all.
-_RENAMED = frozenset(
-    {"stop_gradient", "copy", "copy_p", "name", "pvary", "pcast", "reshard"}
-    | {"sharding_constraint", "bitcast_convert_type", "mesh_cast", "psum", "psum_invariant", "pmax", "pmin"}
-    | {"slice", "broadcast_in_dim", "reduce_sum", "reduce_max", "reduce_min", "all_gather", "ppermute"}
-)
-_RESHAPES = frozenset({"reshape", "squeeze", "expand_dims"})
 _MOVES = frozenset({"slice", "rev", "split", "dynamic_slice", "iota", "pad", "concatenate"})
 _UPDATES = frozenset({"dynamic_update_slice", "scatter", "scatter-add", "scatter_add"})
+# A TPU writes their results over their operands.
+_ALL_REDUCES = frozenset({"all_reduce", "psum", "psum_invariant"})
 # How often they need their results' bytes besides, while they run.
 _AGAIN = dict.fromkeys(("sort", "cumsum", "cumlogsumexp", "cummax", "cummin", "cumprod", "fft"), 1)
 _AGAIN |= dict.fromkeys(("random_bits", "threefry2x32"), 3)
@@ -52,6 +59,20 @@ class StepsOf(Steps):
             values.update(zip(eqn.outvars, made, strict=True))
         return [read(v) for v in inner.outvars]
 
+    def liveness(
+        self,
+        results: Sequence[Value | None],
+        donated: Mapping[int, Value] | None = None,
+        library: bool = True,
+    ) -> Liveness:
+        """When what is in memory; `library` says whether a CPU's library computes long sums."""
+        steps = with_copies(self.steps, results, donated)
+        if self.platform == "cpu" and donated:
+            steps = with_rescued(steps, donated)
+        if self.platform == "tpu":
+            write_late(steps, results)
+        return Liveness(steps, results, library and self.platform == "cpu", on_chip(self.platform))
+
     # --- equations ----------------------------------------------------------------------------
 
     def _equation(self, eqn: Any, operands: list[Value | None], scope: str) -> Sequence[Value | None]:
@@ -72,13 +93,13 @@ class StepsOf(Steps):
             return self._behind_barrier(operands, scope)
         if name == "scan":
             return self._scan(eqn, operands, bodies[0], scope)
-        if name == "select_and_scatter_add":
+        if name == "select_and_scatter_add" and self.platform != "tpu":
             return [self._unpooled(eqn, operands, scope)]
         if name in PRODUCTS:
             return [self._product(eqn, operands, scope)]
-        if _is_renamed(eqn, operands):
+        if is_renamed(eqn, operands):
             return operands[: len(eqn.outvars)]
-        if name in _RESHAPES and (value := operands[0]) is not None:
+        if name in RESHAPES and (value := operands[0]) is not None:
             return [self.reshaped(value, eqn.outvars[0].aval, scope)]
         if name == "logistic" and (value := operands[0]) is not None:
             return [self.logistic(value, scope)]
@@ -98,7 +119,7 @@ class StepsOf(Steps):
             return [self.divided(numerator, by, scope)]
         reduces = 0
         if facts.reduces:
-            source, reduces = _summed(operands[0], eqn)
+            source, reduces = summed(operands[0], eqn)
             operands = [source]
         key: Hashable = None
         if not eqn.effects and (not bodies or facts.combines):
@@ -107,21 +128,25 @@ class StepsOf(Steps):
             if key in self.known:
                 return self.known[key]
         moves = facts.moves or name in _MOVES
+        compared = self.platform == "tpu" and is_one_of_a_row(eqn)
+        over = name in _UPDATES and operands[0] is not None and not compared
+        written_over = len(operands) if self.platform == "tpu" and name in _ALL_REDUCES else int(over)
         inside = 0 if facts.combines else max(map(self._inside, bodies), default=0)
         results = self.add(
             *(name, scope, operands, [v.aval for v in eqn.outvars]),
-            fuses=(moves and not _is_copied(eqn))
+            fuses=(moves and not is_copied(eqn))
             or name == "gather"
+            or compared
             or (facts.fuses and not facts.reduces and (facts.elementwise or facts.flat)),
             reduces=reduces,
             entrywise=facts.elementwise and not facts.moves,
             expensive=is_rounded(eqn.invars[0].aval, eqn.outvars[0].aval)
             and not (operands[0] is None or operands[0].is_spread)
             if name == "convert_element_type"
-            else not (facts.cheap or facts.flat or moves or _is_by_a_number(eqn)),
+            else not (facts.cheap or facts.flat or moves or is_by_a_number(eqn)),
             library=name in WINDOWS and products.windows_are_apart(eqn),
             effects=bool(eqn.effects),
-            in_place={0: 0} if name in _UPDATES and operands[0] is not None else {},
+            in_place={k: k for k in range(written_over)},
             inside=inside + _AGAIN.get(name, 0) * sum(map(nbytes, eqn.outvars)),
         )
         if key is not None:
@@ -138,6 +163,8 @@ class StepsOf(Steps):
 
     def _product(self, eqn: Any, operands: list[Value | None], scope: str) -> Value:
         """A product, behind copies of operands whose axes are in another order, or, on a CPU, of 16 bits."""
+        if self.platform == "tpu":
+            return self._multiplied(eqn, operands, scope)
         result, wide, arranged = eqn.outvars[0].aval, jnp.dtype("float32"), []
         orders, (*flat, made_flat) = products.orders(eqn), products.matrices(eqn)
         for value, order, shape, atom in zip(operands, orders, flat, eqn.invars, strict=False):
@@ -164,6 +191,15 @@ class StepsOf(Steps):
             made = self.moved("transpose", scope, made, aval, "result")
         return self.moved("convert_element_type", scope, made, result) if widened else made
 
+    def _multiplied(self, eqn: Any, operands: list[Value | None], scope: str) -> Value:
+        """A product on a TPU, which reads any order of axes, and 16 bits unless more are asked for."""
+        exact = {str(p) for p in eqn.params["precision"] or ()} - {"DEFAULT"}
+        short = jnp.dtype("bfloat16")
+        for k, v in enumerate(operands):
+            if v is not None and v.aval.dtype == jnp.float32 and not exact:
+                operands[k] = self.moved("convert_element_type", scope, v, v.aval.update(dtype=short))
+        return self.add(eqn.primitive.name, scope, operands, [eqn.outvars[0].aval])[0]
+
     def _is_widened(self, aval: Any) -> bool:
         return self.platform == "cpu" and aval.dtype.itemsize == 2 and jnp.issubdtype(aval.dtype, jnp.inexact)
 
@@ -186,7 +222,7 @@ class StepsOf(Steps):
         inner = StepsOf(self.barriers, self.platform)
         given = [Value(v.aval) for v in _jax.open_jaxpr(body).invars]
         results = inner.walk(body, given, "")
-        return Liveness(with_copies(inner.steps, results), results).peak({}).nbytes
+        return inner.liveness(results).peak({}).nbytes
 
     def _scan(self, eqn: Any, operands: list[Value | None], body: Any, scope: str) -> Sequence[Value | None]:
         """A loop: unrolled where XLA unrolls it, or one step that writes carries in place."""
@@ -206,7 +242,7 @@ class StepsOf(Steps):
         given = [Value(v.aval) for v in filled]
         carry, ys = inner._unrolled(body, given, consts, carries, max(unroll, 1), False, "")
         results = [*carry, *(y for of_step in ys for y in of_step)]
-        live = Liveness(with_copies(inner.steps, results), results)
+        live = inner.liveness(results)
         outside = live.invariant(given[:consts])
         over = {id(c): given[consts + i] for i, c in enumerate(carry)}
         inside = live.peak(over, outside, in_loop=True).nbytes
@@ -215,9 +251,12 @@ class StepsOf(Steps):
         read = [v for v in filled[:consts] if not v.is_number]
         in_place = {len(read) + i: i for i in range(carries)}
         types = [v.aval for v in eqn.outvars]
-        return self.add(
-            "scan", scope, [*read, *filled[consts:], *hoisted], types, in_place=in_place, inside=inside
-        )
+        given = [*read, *filled[consts:], *hoisted]
+        if self.platform == "cpu":
+            # What a loop fills is made of zeros as soon as the program begins.
+            in_place |= {len(given) + i: carries + i for i in range(len(types) - carries)}
+            given += [self.add("zeros", scope, [], [aval])[0] for aval in types[carries:]]
+        return self.add("scan", scope, given, types, in_place=in_place, inside=inside)
 
     def _stacked(self, values: list[Value], aval: Any, scope: str) -> Value:
         """What an unrolled loop stacks; of one step it is the value itself."""
@@ -257,53 +296,3 @@ class StepsOf(Steps):
         if value.step is not None and value.step.op == "stack":
             return value.step.operands[i]
         return self.moved("slice", scope, value, aval, i)
-
-
-def _is_renamed(eqn: Any, operands: Sequence[Value | None]) -> bool:
-    """Whether the results are operands themselves, perhaps in another shape."""
-    name, (value, *_) = eqn.primitive.name, (*operands, None)
-    if not 0 < len(eqn.outvars) <= len(operands) or value is None:
-        return False
-    if any(nbytes(o) != nbytes(i) for o, i in zip(eqn.outvars, eqn.invars, strict=False)):
-        return False
-    if name == "transpose":
-        step, shape = value.step, eqn.invars[0].aval.shape
-        kept = [d for d in eqn.params["permutation"] if shape[d] > 1]
-        # The transpose of a product is the product of its factors in the other order.
-        swapped = len(kept) == 2 and step is not None and step.op == "dot_general"
-        return swapped or kept == sorted(kept)
-    if name in _RESHAPES:
-        return value.step is None or not value.step.fuses
-    if name == "convert_element_type":
-        return bool(eqn.outvars[0].aval.dtype == value.aval.dtype)
-    return name in _RENAMED
-
-
-def _summed(value: Value | None, eqn: Any) -> tuple[Value | None, int]:
-    """What is summed, before a reshape that leaves the other axes alone, and its longest summed axis."""
-    axes, shape = eqn.params["axes"], eqn.invars[0].aval.shape
-    longest = max((shape[d] for d in axes), default=0)
-    kept = [d for d in range(len(shape)) if d not in axes]
-    if value is None or value.step is None or value.step.op != "reshape" or value.aval.shape != shape:
-        return value, longest
-    (source,) = value.step.operands
-    last = shape[len(shape) - len(kept) :]
-    first = source.aval.shape[: len(source.aval.shape) - len(kept)]
-    if not kept or kept[0] != len(axes) or source.aval.shape[len(first) :] != last:
-        return value, longest
-    return source, max(first, default=0)
-
-
-def _is_copied(eqn: Any) -> bool:
-    """Whether arrays are joined by plain copies: many, or long rows."""
-    if eqn.primitive.name != "concatenate":
-        return False
-    shape = eqn.outvars[0].aval.shape
-    return len(eqn.invars) > 8 or (1 < len(shape) == eqn.params["dimension"] + 1 and shape[-1] >= 128)
-
-
-def _is_by_a_number(eqn: Any) -> bool:
-    """Whether it divides by one number for many, which is a product."""
-    if eqn.primitive.name != "div":
-        return False
-    return isinstance(eqn.invars[1], _jax.Literal) or eqn.invars[1].aval.size == 1

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from funcprop.memory.estimate import MemoryEstimate, estimate
+from funcprop.memory.tiles import kept_bytes
 
 PURPOSES = (
     "parameters",
@@ -62,7 +63,7 @@ def peak_of(
     found = estimate(jaxpr, donated, barriers, platform)
     held = dict.fromkeys(PURPOSES, 0)
     for v, purpose in zip(found.arguments, purposes, strict=True):
-        held[purpose] += v.nbytes
+        held[purpose] += kept_bytes(v.aval, platform)
     held["parameters"] += sum(v.nbytes for v in found.constants)
     forward = _made_for(found, value)
     for v in found.live:
@@ -76,7 +77,8 @@ def peak_of(
             held["saved" if id(v) in forward else "temporaries"] += v.nbytes
     held["temporaries"] += found.temporary - sum(v.nbytes for v in found.live)
     over = set(donated.values())
-    held["results"] += sum(v.nbytes for i, v in enumerate(found.results) if v is not None and i not in over)
+    new = (v.aval for i, v in enumerate(found.results) if v is not None and i not in over)
+    held["results"] += sum(kept_bytes(aval, platform) for aval in new)
     return DeviceBytes({name: n for name, n in held.items() if n})
 
 

@@ -27,6 +27,11 @@ class FittedPlan:
         return self.plan.program
 
     @property
+    def is_pipelined(self) -> bool:
+        """Whether stages have programs and parameters of their own."""
+        return isinstance(self._program, PipelinedProgram)
+
+    @property
     def is_of_parts(self) -> bool:
         """Whether each device computes the loss of its own examples, and not a part of the whole loss."""
         return not isinstance(self._program, SteppedProgram)
@@ -78,7 +83,7 @@ class FittedPlan:
         weight: Weight | None,
         rules: RuleSet | None,
     ) -> Callable[..., Any]:
-        """A step of a pipeline with another loss, which takes a batch in so many times more parts."""
+        """A pipeline's step (`RunningPipeline.step`) of another loss, in so many times more parts."""
         program = self._program
         assert isinstance(program, PipelinedProgram)
         problem = self._problem_of(loss, rules, weight=weight or self.plan.problem.weight)

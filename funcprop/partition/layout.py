@@ -9,6 +9,7 @@ arguments and results alone.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from funcprop import _jax
 from funcprop.partition.axis_program import AxisProgram
 from funcprop.partition.links import Place, rank, shape
 from funcprop.partition.logical_axes import Axes
@@ -43,13 +45,16 @@ class MeshLayout:
         """The layout of a variable as JAX writes it."""
         return PartitionSpec(*self.over(v))
 
-    def parts(self, v: Any) -> int:
-        """Into how many parts a variable is cut."""
-        return math.prod(self.sizes[name] for name in self.over(v) if name is not None)
+    def type_of(self, v: Any) -> Any:
+        """The type of a variable on one device."""
+        if isinstance(v, _jax.Literal) or not any(names := self.over(v)):
+            return v.aval
+        sizes = [1 if name is None else self.sizes[name] for name in names]
+        return v.aval.update(shape=tuple(n // parts for n, parts in zip(shape(v), sizes, strict=True)))
 
     def bytes_of(self, v: Any) -> int:
         """Bytes of a variable on one device."""
-        return nbytes(v) // self.parts(v)
+        return nbytes(self.type_of(v))
 
     @cached_property
     def reduced(self) -> dict[Any, tuple[str, ...]]:
@@ -58,6 +63,24 @@ class MeshLayout:
         for total in self.program.totals:
             if axes := self.summed_over(total.summed):
                 found[total.eqn.outvars[0]] = axes
+        return found
+
+    def reduced_on(self, platform: str) -> dict[Any, tuple[str, ...]]:
+        """The same for the devices of a platform: a TPU's compiler adds up parts before they are reduced."""
+        found, program = dict(self.reduced), self.program
+        if platform != "tpu":
+            return found
+        bodies = [_jax.open_jaxpr(b) for eqn, _ in program.equations for _, b in _jax.sub_jaxprs(eqn)]
+        read = [eqn.invars for eqn, _ in program.equations]
+        read += [jaxpr.outvars for jaxpr in (program.jaxpr, *bodies)]
+        uses = Counter(v for atoms in read for v in _jax.variables(atoms))
+        for eqn, _ in program.equations:
+            terms = _jax.variables(eqn.invars)
+            over = {found.get(v) for v in terms}
+            once = len(terms) == 2 and all(uses[v] == 1 for v in terms)
+            if eqn.primitive.name in ("add", "add_any") and once and len(over) == 1 and None not in over:
+                found[eqn.outvars[0]] = found.pop(terms[0])
+                del found[terms[1]]
         return found
 
     def summed_over(self, places: Sequence[Place]) -> tuple[str, ...]:

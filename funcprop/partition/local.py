@@ -12,42 +12,30 @@ from typing import Any
 from funcprop import _jax
 from funcprop.partition.flat import barrier
 from funcprop.partition.layout import MeshLayout
-from funcprop.partition.links import shape
 
 ALL_REDUCE = _jax.Primitive("all_reduce")
 ALL_REDUCE.multiple_results = True
 _WALKED = frozenset({"scan", "cond"})  # In the bodies of others nothing is split.
 
 
-def local_program(layout: MeshLayout) -> Any:
+def local_program(layout: MeshLayout, platform: str) -> Any:
     """The jaxpr of one device under a layout. It is for reading, not for running."""
-    return _Local(layout).program(layout.program.jaxpr)
+    return _Local(layout, platform).program(layout.program.jaxpr)
 
 
 class _Local:
     """Variables of one device for those of the whole, by the layout."""
 
-    def __init__(self, layout: MeshLayout) -> None:
-        self._layout, self._reduced = layout, layout.reduced
+    def __init__(self, layout: MeshLayout, platform: str) -> None:
+        self._layout, self._reduced = layout, layout.reduced_on(platform)
         self._own: dict[Any, Any] = {}
 
     def _atom(self, v: Any) -> Any:
         if isinstance(v, _jax.Literal):
             return v
         if v not in self._own:
-            self._own[v] = _jax.Var(self._type(v))
+            self._own[v] = _jax.Var(self._layout.type_of(v))
         return self._own[v]
-
-    def _type(self, v: Any) -> Any:
-        names = self._layout.over(v)
-        if not any(names):
-            return v.aval
-        sizes = self._layout.sizes
-        return v.aval.update(
-            shape=tuple(
-                n if name is None else n // sizes[name] for n, name in zip(shape(v), names, strict=True)
-            )
-        )
 
     def program(self, jaxpr: Any) -> Any:
         """A jaxpr, and the bodies of its loops, of one device."""

@@ -154,7 +154,7 @@ class PartitionPlan:
             run = RunningPipeline(self.program, self.devices()).step(optimizer)
         else:
             run = self.program.jitted(self.devices(), optimizer)[0]
-        return lambda params, state, batch: run(params, state, self.put(batch))
+        return lambda params, state, batch: run(params, state, self.put(batch))[:3]
 
     def gradient(self, params: Any, batch: Any) -> tuple[Any, Any]:
         """The loss and its gradient by the plan, at parameters wherever they are."""
@@ -230,7 +230,7 @@ class PartitionPlan:
         if isinstance(self.program, PipelinedProgram):
             held, found = RunningPipeline(self.program, devices).compiled()
             return max(place.total for place in held), found
-        compiled = self.program.compiled(devices)
+        compiled = self.problem.compiled(*self.program.jitted(devices, self.problem.optimizer))
         found = compiled_collectives(_jax.program_text(compiled))
         return _jax.held_bytes(_jax.memory_fields(compiled)), found
 

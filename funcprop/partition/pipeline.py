@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from funcprop.memory.tiles import kept_bytes
 from funcprop.partition.device_bytes import DeviceBytes
 from funcprop.partition.problem import TrainingProblem
 from funcprop.partition.segments import LossSegment
@@ -22,7 +23,6 @@ from funcprop.partition.stage_needs import StageNeeds, needs_of
 from funcprop.partition.stages import StageSweeps, StageUpdates
 from funcprop.partition.task_order import Order, PipelineTimeline, timeline
 from funcprop.partition.traffic import Collective
-from funcprop.program.sizes import nbytes
 from funcprop.program.structural_key import StructuralKey
 
 
@@ -106,11 +106,11 @@ class PipelinedProgram:
 
     def bytes_with(self, saved: Sequence[int], extra: Sequence[int]) -> list[DeviceBytes]:
         """The peak of the devices of each place, where microbatches and sweeps need so many bytes."""
-        leaves, _ = self.leaves
+        weigh = [kept_bytes(x, self.problem.platform) for x in self.leaves[0]]
         found = []
         for place in range(self.place_count):
             own = range(place, self.count, self.place_count)
-            weights = sum(nbytes(leaves[i]) for s in own for i in self.segments[s].params)
+            weights = sum(weigh[i] for s in own for i in self.segments[s].params)
             held = sum(saved[s] * self.timeline.in_flight[s] for s in own)
             purposes = {"parameters": weights, "optimizer state": self._state_bytes(own), "saved": held}
             purposes |= {"results": weights, "temporaries": max(extra[s] for s in own)}
@@ -122,7 +122,8 @@ class PipelinedProgram:
             return 0
         leaves = jax.tree.leaves(self.problem.state_shapes(self.problem.optimizer))
         owners = self._planned_updates.state_owners
-        return sum(nbytes(x) for x, s in zip(leaves, owners, strict=True) if s is None or s in own)
+        mine = (x for x, s in zip(leaves, owners, strict=True) if s is None or s in own)
+        return sum(kept_bytes(x, self.problem.platform) for x in mine)
 
     def updates(self, optimizer: Any) -> StageUpdates:
         """The optimizer's update, for each stage."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from funcprop._jax.xla_options import for_buffers
 from funcprop.partition.axis_program import AxisProgram, flat_program
 from funcprop.partition.layout import batch_places, example_axis
 from funcprop.partition.logical_axes import Axes, axes_of
@@ -148,6 +149,14 @@ class TrainingProblem:
     def gradient(self) -> Callable[..., Any]:
         """Value and gradient of the loss as it is."""
         return value_and_grad(self.loss, rules=self.rules)
+
+    def compiled(self, step: Any, places: Any) -> Any:
+        """A jitted step whose arguments lie so, compiled for its buffers; devices need not be there."""
+        shapes = self.arguments(self.optimizer)
+        placed = jax.tree.map(
+            lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, places
+        )
+        return step.lower(*placed).compile(for_buffers(self.platform))
 
     def state_shapes(self, optimizer: optax.GradientTransformation) -> Any:
         """The shapes of an optimizer's state."""

@@ -13,7 +13,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from funcprop import _jax
-from funcprop._jax.xla_options import for_buffers
 from funcprop.partition.device_bytes import DeviceBytes, peak_of_step
 from funcprop.partition.layout import MeshLayout, layout_of, mesh_of
 from funcprop.partition.local import local_program
@@ -145,15 +144,6 @@ class SteppedProgram:
         )
         return fun, ins
 
-    def compiled(self, devices: Sequence[Any]) -> Any:
-        """The program compiled for some devices, which need not be there, to read its buffers."""
-        fun, ins = self.jitted(devices, self.problem.optimizer)
-        shapes = self.problem.arguments(self.problem.optimizer)
-        placed = jax.tree.map(
-            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, ins
-        )
-        return fun.lower(*placed).compile(for_buffers(self.problem.platform))
-
     @cached_property
     def whole_batch(self) -> MeshLayout:
         """The layout of a step with the whole batch; errors as of `layout_of`."""
@@ -163,7 +153,7 @@ class SteppedProgram:
     @cached_property
     def _local(self) -> Any:
         """The program of one device."""
-        return local_program(self.layout)
+        return local_program(self.layout, self.problem.platform)
 
     @cached_property
     def predicted_bytes(self) -> DeviceBytes:

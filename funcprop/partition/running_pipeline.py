@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from funcprop import _jax
 from funcprop._jax.xla_options import for_buffers
+from funcprop.memory.tiles import kept_bytes
 from funcprop.partition.device_bytes import DeviceBytes
 from funcprop.partition.edges import moved, opened, placed, told
 from funcprop.partition.layout import DATA
@@ -34,7 +36,6 @@ class RunningPipeline:
         meshes = stage_meshes(devices, program.place_count, program.replicas)
         self._mesh = [meshes[place] for place in program.timeline.devices]
         self._is_spread = len({d.process_index for mesh in meshes for d in mesh.devices.flat}) > 1
-        self._is_open = False
 
     def place(self, params: Any, state: Any = None, optimizer: Any = None) -> tuple[Any, Any]:
         """Parameters, and the optimizer's state, each leaf on the devices of the stage that owns it."""
@@ -71,7 +72,7 @@ class RunningPipeline:
     def gradient(self, params: Any, batch: Any, watch: Watch | None = None) -> tuple[Any, list[Any]]:
         """The loss, and the leaves of the gradient, each where the parameter is."""
         program, last = self.program, self.program.count - 1
-        self._open()
+        self._connected  # noqa: B018 (before the first task)
         leaves = jax.tree.leaves(params)
         held = [
             [self._to(s, leaves[i]) for i in segment.params] for s, segment in enumerate(program.segments)
@@ -113,13 +114,13 @@ class RunningPipeline:
         value = sum(losses[1:], losses[0])
         return told(value) if self._is_spread else value, self._added(leaves, total)
 
-    def _open(self) -> None:
-        """Before the first task, compile the programs and connect the processes, if there are several."""
-        if self._is_spread and not self._is_open:
+    @cached_property
+    def _connected(self) -> None:
+        """Compile the programs and connect the processes, if there are several."""
+        if self._is_spread:
             for _ in self._compiled_stages(None):
                 pass
             opened(self._edges())
-            self._is_open = True
 
     def _edges(self) -> list[tuple[Mesh, Mesh]]:
         """From which stages to which arrays go: along the cuts, and to and from the owners of parameters."""
@@ -153,27 +154,33 @@ class RunningPipeline:
         ]
 
     def step(self, optimizer: Any) -> Callable[..., Any]:
-        """A train step: `step(params, state, batch) -> params, state, loss`; it overwrites the parameters."""
+        """A train step: `step(params, state, batch, intact=None) -> params, state, loss, intact`.
+
+        It overwrites the parameters: with what they are where the loss is not finite or `intact` is false, if
+        that is given.
+        """
         updates = self.program.updates(optimizer)
         programs, owners = updates.programs, updates.state_owners
         if self._is_spread:
             updates.compile([replicated(mesh) for mesh in self._mesh])
 
-        def step(params: Any, state: Any, batch: Any) -> Any:
+        def step(params: Any, state: Any, batch: Any, intact: Any = None) -> Any:
             value, grads = self.gradient(params, batch)
+            intact = jnp.bool_(True) if intact is None else intact & jnp.isfinite(value)
             leaves, tree = jax.tree.flatten(params)
             rest, state_tree = jax.tree.flatten(state)
             new, kept = list(leaves), list(rest)
             for s, update in enumerate(programs):
                 own, needed = updates.of(s)
                 given = [self._to(s, rest[j]) for j in needed]
-                values, states = update([leaves[i] for i in own], given, [grads[i] for i in own])
+                changes = placed(intact, replicated(self._mesh[s]))
+                values, states = update([leaves[i] for i in own], given, [grads[i] for i in own], changes)
                 for i, x in zip(own, values, strict=True):
                     new[i] = x
                 for j, x in zip(needed, states, strict=True):
                     if owners[j] == s or (owners[j] is None and s == 0):
                         kept[j] = x
-            return jax.tree.unflatten(tree, new), jax.tree.unflatten(state_tree, kept), value
+            return jax.tree.unflatten(tree, new), jax.tree.unflatten(state_tree, kept), value, intact
 
         return step
 
@@ -191,11 +198,16 @@ class RunningPipeline:
                 inside = compiled_collectives(_jax.program_text(compiled))
                 found += [replace(c, trips=c.trips * program.microbatches) for c in inside]
             forward, backward = map(_jax.memory_fields, sweeps)
-            handed = sum(nbytes(x) for x in outputs) // program.replicas
-            saved.append(forward["output"] - handed + sum(map(nbytes, given)) // program.replicas)
+            handed, read = sum(map(self._bytes, outputs)), sum(map(self._bytes, given))
+            saved.append(forward["output"] - handed + read)
             new = backward["output"] - backward["alias"]
             extra.append(max(forward["temporary"] + handed, backward["temporary"] + new))
         return program.bytes_with(saved, extra), found
+
+    def _bytes(self, x: Any) -> int:
+        """Those of one device's part."""
+        part = jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+        return kept_bytes(part, self.program.problem.platform)
 
     def _compiled_stages(self, options: Any) -> Iterator[tuple[list[Any], list[Any], Any, Any]]:
         """For each stage the types of what it is given and hands on, and its compiled sweeps."""

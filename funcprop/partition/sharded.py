@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from funcprop import _jax
-from funcprop._jax.xla_options import barrier_options, for_buffers
+from funcprop._jax.xla_options import barrier_options
 from funcprop.partition.device_bytes import DeviceBytes, peak_of_step
 from funcprop.partition.flat import flattened, simplified
 from funcprop.partition.layout import DATA, mesh_of
@@ -134,16 +134,6 @@ class ShardedProgram:
             compiler_options=options,
         )
         return step, whole
-
-    def compiled(self, devices: Sequence[Any]) -> Any:
-        """The program compiled for some devices, to read its buffers."""
-        optimizer = self.problem.optimizer
-        fun, ins = self.jitted(devices, optimizer)
-        shapes = self.problem.arguments(optimizer)
-        placed = jax.tree.map(
-            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, ins
-        )
-        return fun.lower(*placed).compile(for_buffers(self.problem.platform))
 
     @cached_property
     def _body(self) -> Any:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from funcprop import _jax
 from funcprop.memory.estimate import estimate
+from funcprop.memory.tiles import kept_bytes
 from funcprop.partition.axis_program import flat_program
 from funcprop.partition.layout import DATA, MeshLayout
 from funcprop.partition.local import local_program
@@ -70,12 +71,12 @@ def needs_of(
         platform,
         donated=len(params),
     )
-    sent, held = forward.sizes[: len(outputs)], sum(forward.sizes[len(outputs) :])
-    received = sum(_part(x, d, replicas) for x, d in [*examples, *inputs])
-    extra = max(forward.temporary + sum(sent), backward.temporary + sum(backward.sizes[len(params) :]))
-    return StageNeeds(
-        held + received, extra, tuple(sent), (*forward.collectives, *backward.collectives), tuple(made)
-    )
+    handed, held = sum(forward.sizes[: len(outputs)]), sum(forward.sizes[len(outputs) :])
+    received = sum(kept_bytes(_part(x, d, replicas), platform) for x, d in [*examples, *inputs])
+    extra = max(forward.temporary + handed, backward.temporary + sum(backward.sizes[len(params) :]))
+    sent = tuple(nbytes(_part(x, d, replicas)) for x, d in zip(outputs, made, strict=True))
+    collectives = *forward.collectives, *backward.collectives
+    return StageNeeds(held + received, extra, sent, collectives, tuple(made))
 
 
 def cotangents(outputs: Any) -> Any:
@@ -100,10 +101,11 @@ class _SplitSweep:
         pairs = zip(program.jaxpr.invars[start:], places, strict=True)
         split = {program.find((v, d)): DATA for v, d in pairs if d is not None and replicas > 1}
         layout = MeshLayout(program, {DATA: replicas}, split)
-        found = estimate(local_program(layout), {start + i: i for i in range(donated)}, platform=platform)
+        over = {start + i: i for i in range(donated)}
+        found = estimate(local_program(layout, platform), over, platform=platform)
         results = program.jaxpr.outvars
         self.temporary = found.temporary
-        self.sizes = [nbytes(v) if isinstance(v, _jax.Literal) else layout.bytes_of(v) for v in results]
+        self.sizes = [kept_bytes(layout.type_of(v), platform) for v in results]
         self.places = [None if isinstance(v, _jax.Literal) else _examples(layout, v) for v in results]
         self.collectives = predicted_collectives(layout, platform)
 
@@ -113,5 +115,7 @@ def _examples(layout: MeshLayout, v: Any) -> ExampleAxis:
     return over.index(DATA) if DATA in over else None
 
 
-def _part(x: Any, place: ExampleAxis, replicas: int) -> int:
-    return nbytes(x) // (1 if place is None else replicas)
+def _part(x: Any, place: ExampleAxis, replicas: int) -> Any:
+    """The type of one device's part of an array."""
+    sizes = [n // replicas if d == place else n for d, n in enumerate(x.shape)]
+    return jax.ShapeDtypeStruct(sizes, x.dtype)

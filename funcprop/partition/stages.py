@@ -159,7 +159,10 @@ class StageUpdates:
 
     @cached_property
     def programs(self) -> list[Any]:
-        """For each stage `update(params, state, grads) -> params, state`, of its own and of shared leaves."""
+        """For each stage `update(params, state, grads, changes) -> params, state`.
+
+        It returns what it is given unless something `changes`.
+        """
         jaxpr, consts, count, size = self._flat
         start = len(consts)
         inputs = jaxpr.invars
@@ -175,10 +178,13 @@ class StageUpdates:
             body = _jax.needed_equations(jaxpr.eqns, results, jaxpr.invars)
             part = _jax.jaxpr_of(body, [*inputs[:start], *read], results, "update")
 
-            def update(params: Any, state: Any, grads: Any, part: Any = part, split: int = len(own)) -> Any:
+            def update(params: Any, state: Any, grads: Any, changes: Any, part: Any = part) -> Any:
                 values = _jax.evaluate(part, (), [*consts, *params, *state, *grads])
-                values = [jnp.asarray(x, v.aval.dtype) for x, v in zip(values, part.outvars, strict=True)]
-                return values[:split], values[split:]
+                values = [
+                    jnp.where(changes, jnp.asarray(x, v.aval.dtype), old)
+                    for x, v, old in zip(values, part.outvars, [*params, *state], strict=True)
+                ]
+                return values[: len(params)], values[len(params) :]
 
             # The memory of gradients is used for the state; without as many arrays in it JAX would warn.
             spare = Counter(_kind(v) for v in results[len(own) :])
@@ -192,10 +198,11 @@ class StageUpdates:
         state = jax.tree.leaves(jax.eval_shape(self.optimizer.init, self.params))
         for stage, (program, sharding) in enumerate(zip(self.programs, shardings, strict=True)):
             own, needed = self.of(stage)
-            each = ([leaves[i] for i in own], [state[j] for j in needed], [leaves[i] for i in own])
-            types = [
-                [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in part] for part in each
-            ]
+            given = [leaves[i] for i in own], [state[j] for j in needed], [leaves[i] for i in own]
+            types = jax.tree.map(
+                lambda x, at=sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+                (*given, jax.ShapeDtypeStruct((), bool)),
+            )
             program.lower(*types).compile()
 
     def of(self, stage: int) -> tuple[list[int], list[int]]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from funcprop import _jax
 from funcprop._jax import hlo
 from funcprop.partition.layout import MeshLayout
 
@@ -37,16 +38,13 @@ REDUCES_BEHIND_LOOPS = frozenset({"tpu"})
 
 def predicted_collectives(layout: MeshLayout, platform: str) -> list[Collective]:
     """The all-reduces of a layout: one for each operator that sums over a split axis, at each trip."""
-    from funcprop import _jax
-
-    found = []
-    for total in layout.program.totals:
-        if layout.summed_over(total.summed):
-            trips = 1 if total.joins and platform in REDUCES_BEHIND_LOOPS else total.trips
-            scope = _jax.scope(total.eqn)
-            name = f"{scope}/{total.eqn.primitive.name}" if scope else total.eqn.primitive.name
-            result = layout.bytes_of(total.eqn.outvars[0])
-            found.append(Collective("all-reduce", result, name, trips))
+    reduced, found = layout.reduced_on(platform), []
+    joined = {total.eqn.outvars[0] for total in layout.program.totals if total.joins}
+    for eqn, trips in layout.program.equations:
+        for v in reduced.keys() & set(eqn.outvars):
+            behind = v in joined and platform in REDUCES_BEHIND_LOOPS
+            name = "/".join(part for part in (_jax.scope(eqn), eqn.primitive.name) if part)
+            found.append(Collective("all-reduce", layout.bytes_of(v), name, 1 if behind else trips))
     return found
 
 

@@ -19,8 +19,11 @@ class CompiledStep:
     """`step(params, carried, batch, key, number)`, jitted; the first two give their buffers away.
 
     Results lie where the arguments lay, so that every step is the same program. `nbytes` is what a device
-    holds during a step, by the compiler's account; None before a step is compiled.
+    holds during a step, by the compiler's account; None before a step is compiled. It keeps the parameters
+    before a step that is not finite.
     """
+
+    keeps = True
 
     def __init__(
         self, step: Callable[..., Any], put: Callable[[Any], Any] | None = None, options: Any = None
@@ -43,6 +46,10 @@ class CompiledStep:
             self._compiled[signature], self._lowered = compiled, None
             self.nbytes = max(self.nbytes or 0, held_bytes(memory_fields(compiled)))
         return self._compiled[signature]
+
+    def whole(self, params: Any) -> Any:
+        """The parameters as other programs take them."""
+        return params
 
     def __call__(self, *arguments: Any) -> Any:
         """Take a step, compiled if it is the first for arguments like these."""
@@ -83,15 +90,27 @@ class CompiledStep:
 
 
 class PlannedStep:
-    """The step of a plan, `plan.step(optimizer)(params, state, batch) -> (params, state, loss)`, in our form.
+    """The step of a plan, `step(params, state, batch, intact) -> (params, state, loss, intact)`, in our form.
 
-    The plan's own program decides what it gives away; so nothing is kept of parameters before a bad step.
+    A plan of somebody's own decides what it gives away: nothing is kept of parameters before a bad step.
     """
 
     nbytes: int | None = None
 
-    def __init__(self, step: Callable[..., Any], loss: Callable[..., Any], params: Any) -> None:
-        self._step, self._loss, self._params = step, loss, params
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        loss: Callable[..., Any],
+        params: Any,
+        gather: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """`params` are shapes; `gather` is for a pipeline, whose parameters no program takes together."""
+        self._step, self._loss, self._params, self._gather = step, loss, params, gather
+        self.keeps = gather is not None
+
+    def whole(self, params: Any) -> Any:
+        """The parameters as other programs take them."""
+        return params if self._gather is None else self._gather(params)
 
     def compile(self, *arguments: Any) -> None:
         """Do nothing: a plan compiles its programs itself."""
@@ -103,9 +122,8 @@ class PlannedStep:
 
     def __call__(self, params: Any, carried: Carried, batch: Any, key: Any, number: Any) -> Any:
         """Take a step as the plan does."""
-        params, state, loss = self._step(params, carried.optimizer, batch)
-        intact = carried.intact & jnp.isfinite(loss)
-        return params, carried._replace(optimizer=state), Outcome(loss, {}, intact)
+        params, state, loss, intact = self._step(params, carried.optimizer, batch, carried.intact)
+        return params, carried._replace(optimizer=state, intact=intact), Outcome(loss, {}, intact)
 
 
 def mesh_of(tree: Any) -> Any:

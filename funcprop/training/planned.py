@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from funcprop.partition.fitted_plan import FittedPlan
@@ -55,12 +56,18 @@ def step_under(
     """
     if not isinstance(plan, PartitionPlan):
         _refuse(objective, fields(objective), "a plan of one's own has a step of its own", "leave them out")
-        return objective, PlannedStep(plan.step(optimizer), objective.loss, params), plan.place
+        own = plan.step(optimizer)
+
+        def step(params: Any, state: Any, batch: Any, intact: Any) -> Any:
+            params, state, value = own(params, state, batch)
+            return params, state, value, intact & jnp.isfinite(value)
+
+        return objective, PlannedStep(step, objective.loss, params), plan.place
     place, fitted = partial(plan.place, optimizer=optimizer), FittedPlan(plan)
     if fitted.is_of_parts:
         why = f"the plan {plan.name!r} computes losses of parts of a batch, on different devices"
         _refuse(objective, [f for f in fields(objective) if f.name in _OF_THE_WHOLE], why, _WHOLE)
-    if "stage" in plan.mesh:
+    if fitted.is_pipelined:
         return objective, _pipelined(fitted, objective, optimizer, rules, params), place
     loss, parts = fitted.differentiated(objective.loss)
     objective = replace(objective, loss=loss, accumulate=objective.accumulate * parts)
@@ -102,4 +109,4 @@ def _pipelined(
         return objective.whole(params, None, batch, None)[0]
 
     step = fitted.step_of(loss, optimizer, objective.accumulate, weight, rules)
-    return PlannedStep(step, objective.loss, params)
+    return PlannedStep(step, objective.loss, params, fitted.plan.gather)

@@ -175,10 +175,8 @@ class TrainingRun:
             self._leave()
 
     def _prepare(self, arguments: tuple[Any, ...]) -> None:
-        params = arguments[0]
-        if self.objective.accumulate > 1 and not isinstance(self.program, CompiledStep):
-            params = self.plan.gather(params) if self._is_pipelined else jax.device_get(params)
-        self.objective.require_mean(params, arguments[2])
+        if self.objective.accumulate > 1:
+            self.objective.require_mean(self.program.whole(arguments[0]), arguments[2])
         if self.peers.together:
             text = self.program.text(*arguments)
             self.peers.require_same({"code": fingerprint(text), "data": fingerprint(arguments[2])})
@@ -214,29 +212,22 @@ class TrainingRun:
     def _fail(self, at: Position, batch: Any, loss: float) -> None:
         self.position = at
         self._pending.clear()
-        if isinstance(self.program, CompiledStep):
+        if self.program.keeps:
             kept = "`params` and `state` of this error are those before it"
             self._save()
             kept += "" if self._saved != at.step else f", saved as step {at.step}"
         else:
             kept = "the plan's step has given the parameters before it away"
-        error = nonfinite_step(
-            self.objective, self.rules, self.params, self._state(), batch, self.key, loss, kept
-        )
+        params = self.program.whole(self.params)
+        error = nonfinite_step(self.objective, self.rules, params, self._state(), batch, self.key, loss, kept)
         self._record("problem", at, {"message": str(error)})
         raise error
-
-    @property
-    def _is_pipelined(self) -> bool:
-        return "stage" in getattr(self.plan, "mesh", ())
 
     def _evaluated(self) -> dict[str, float]:
         if self.evaluate is None:
             return {}
         state = () if self.carried.model is None else (self.carried.model,)
-        # No program takes arrays of several stages.
-        params = self.plan.gather(self.params) if self._is_pipelined else self.params
-        returned = self.evaluate(params, *state)
+        returned = self.evaluate(self.program.whole(self.params), *state)
         if not isinstance(returned, Mapping) or any(np.shape(value) for value in returned.values()):
             raise TypeError(
                 f"fit: evaluate returned {_shown(returned)}; return numbers by name, as {{'accuracy': 0.9}}."
