@@ -20,6 +20,7 @@ from funcprop._jax import xla_options
 from funcprop._jax.buffers import NoBuffersError, buffers
 from funcprop.memory.estimate import estimate
 from funcprop.memory.remat.chain import StepChain
+from funcprop.memory.remat.saving import vjp_of_some
 from funcprop.memory.remat.schedule import CutChain, Schedule, cheapest, in_chunks
 from funcprop.rules.machine import Machine
 
@@ -103,31 +104,22 @@ class GradientProgram:
         """A function of arguments and seeds that runs both sweeps, and their types."""
         jaxpr = _jax.open_jaxpr(self.program.closed)
         consts = _jax.array_constants(self.program.closed)
-        avals = [v.aval for v in jaxpr.invars]
         results = [v.aval for v in jaxpr.outvars]
-        smooth = [_jax.is_differentiable(t) for t in results]
+
+        def evaluate(*every: Any) -> list[Any]:
+            if schedule is None:
+                return _jax.evaluate(jaxpr, consts, every)
+            return self.program.run(schedule, every)
 
         def both_sweeps(values: Sequence[Any], seeds: Sequence[Any]) -> tuple[Any, Any]:
-            def of_chosen(*chosen: Any) -> list[Any]:
-                every = list(values)
-                for i, value in zip(self.chosen, chosen, strict=True):
-                    every[i] = value
-                if schedule is None:
-                    return _jax.evaluate(jaxpr, consts, every)
-                return self.program.run(schedule, every)
-
-            found, pullback = jax.vjp(of_chosen, *(values[i] for i in self.chosen))
-            given = iter(seeds)
-            cotangents = [
-                next(given) if s else _jax.zero_tangent(t) for t, s in zip(results, smooth, strict=True)
-            ]
-            return found, pullback(cotangents)
+            found, pullback = vjp_of_some(evaluate, values, self.chosen)
+            return found, pullback(_jax.with_zero_tangents(seeds, results))
 
         types = [
-            jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=sharding)
-            for t, sharding in zip(avals, self.placement.shardings, strict=True)
+            jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=sharding)
+            for v, sharding in zip(jaxpr.invars, self.placement.shardings, strict=True)
         ]
-        seeds = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t, s in zip(results, smooth, strict=True) if s]
+        seeds = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in results if _jax.is_differentiable(t)]
         return both_sweeps, [types, seeds]
 
     def options(self, schedule: Schedule) -> dict[str, str]:
