@@ -133,7 +133,8 @@ class GradientProgram:
         if options is None:
             options = {} if schedule is None else self.options(schedule)
         fun, types = self.sweeps(schedule)
-        return CompiledGradient.of(jax.jit(fun, compiler_options=options or None).lower(*types).compile())
+        options = {**xla_options.for_buffers(self.placement.platform), **options}
+        return CompiledGradient.of(jax.jit(fun).lower(*types).compile(options or None))
 
     def estimated(self, schedule: Schedule | None) -> int:
         """Estimate its temporary bytes."""
