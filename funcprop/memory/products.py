@@ -27,13 +27,6 @@ def matrices(eqn: Any) -> list[Sequence[int] | None]:
     return [*found, [*of_batch, *rows] if len(eqn.outvars[0].aval.shape) > 2 + len(of_batch) else None]
 
 
-def summed_terms(eqn: Any) -> int | None:
-    """How many products a product of matrices adds up for an entry."""
-    if eqn.primitive.name != "dot_general":
-        return None
-    return math.prod(eqn.invars[0].aval.shape[d] for d in eqn.params["dimension_numbers"][0][0])
-
-
 def orders(eqn: Any) -> list[Any]:
     """For both operands of a product, and a convolution's result, the order to which they are copied.
 

@@ -118,7 +118,7 @@ class StepsOf(Steps):
             expensive=is_rounded(eqn.invars[0].aval, eqn.outvars[0].aval)
             and not (operands[0] is None or operands[0].is_spread)
             if name == "convert_element_type"
-            else not (facts.cheap or facts.flat or moves or _is_by_a_number(eqn)),
+            else not (facts.cheap or facts.flat or moves),
             library=name in WINDOWS and products.windows_are_apart(eqn),
             effects=bool(eqn.effects),
             in_place={0: 0} if name in _UPDATES and operands[0] is not None else {},
@@ -154,11 +154,9 @@ class StepsOf(Steps):
             arranged.append(value)
         widened = self._is_widened(result)
         aval = result.update(dtype=wide) if widened else result
-        # One product for each entry is no library's.
-        name = "mul" if products.summed_terms(eqn) == 1 else eqn.primitive.name
         types = [aval.update(shape=made_flat or aval.shape)]
         library = products.is_in_library(eqn)
-        (made,) = self.add(name, scope, arranged, types, fuses=name == "mul", library=library)
+        (made,) = self.add(eqn.primitive.name, scope, arranged, types, library=library)
         made = self.reshaped(made, aval, scope)
         if len(orders) > 2 and orders[2] is not None:
             made = self.moved("transpose", scope, made, aval, "result")
@@ -300,10 +298,3 @@ def _is_copied(eqn: Any) -> bool:
         return False
     shape = eqn.outvars[0].aval.shape
     return len(eqn.invars) > 8 or (1 < len(shape) == eqn.params["dimension"] + 1 and shape[-1] >= 128)
-
-
-def _is_by_a_number(eqn: Any) -> bool:
-    """Whether it divides by one number for many, which is a product."""
-    if eqn.primitive.name != "div":
-        return False
-    return isinstance(eqn.invars[1], _jax.Literal) or eqn.invars[1].aval.size == 1

@@ -134,8 +134,8 @@ class GradientProgram:
         if options is None:
             options = {} if schedule is None else self.options(schedule)
         fun, types = self.sweeps(schedule)
-        options = {**xla_options.for_buffers(self.placement.platform), **options}
-        return CompiledGradient.of(jax.jit(fun).lower(*types).compile(options or None))
+        known: dict[str, Any] = {**xla_options.for_buffers(self.placement.platform), **options}
+        return CompiledGradient.of(jax.jit(fun).lower(*types).compile(known or None))
 
     def estimated(self, schedule: Schedule | None) -> int:
         """Estimate its temporary bytes."""
