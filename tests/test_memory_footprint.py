@@ -125,11 +125,6 @@ def test_hidden_temporaries(compiled: dict[str, Any]) -> None:
     assert not any("peak_memory_in_bytes" in text for text in notes)
 
 
-def test_loops_are_counted_once_by_the_cost_analysis(compiled: dict[str, Any]) -> None:
-    assert any("counts the body of a loop once" in text for text in compiled["LSTM"]["warnings"])
-    assert not any("counts the body" in text for text in compiled["CNN"]["warnings"])
-
-
 def test_a_users_own_step(compiled: dict[str, Any]) -> None:
     step, undonated = compiled["step"], compiled["step that donates nothing"]
     for found in (step, undonated):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -77,6 +77,12 @@ def is_differentiable(aval: Aval) -> bool:
 def zero_tangent(aval: Aval) -> np.ndarray:
     """The only tangent of a value without derivatives: zeros of dtype `float0`."""
     return np.zeros(aval.shape, jax.dtypes.float0)
+
+
+def with_zero_tangents(smooth: Iterable[Any], avals: Iterable[Aval]) -> list[Any]:
+    """Tangents, or cotangents, of all of these types, from those of the differentiable ones."""
+    given = iter(smooth)
+    return [next(given) if is_differentiable(aval) else zero_tangent(aval) for aval in avals]
 
 
 def sharding_of(value: Any) -> Any:

@@ -106,12 +106,7 @@ def backward_graph(
         smooth = [_jax.is_differentiable(t) for t in types]
 
         def backward(saved: list[Any], seeds: list[Any]) -> Any:
-            given = iter(seeds)
-            cotangents = [
-                next(given) if is_smooth else _jax.zero_tangent(t)
-                for is_smooth, t in zip(smooth, types, strict=True)
-            ]
-            return jax.tree.unflatten(tree, saved)(cotangents)
+            return jax.tree.unflatten(tree, saved)(_jax.with_zero_tangents(seeds, types))
 
         seeds = [shape_of(t) for t, is_smooth in zip(types, smooth, strict=True) if is_smooth]
         second = trace_function(backward, (saved_types, seeds), {}, inline).graph

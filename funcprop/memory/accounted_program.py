@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from funcprop import _jax
+from funcprop._jax.xla_options import for_buffers
 from funcprop.memory.ledger import Category
 
 
@@ -75,7 +76,7 @@ class AccountedProgram:
             of_read,
             keep_unused=True,
             donate_argnums=tuple(position[i] for i in sorted(self.donated) if i in position),
-            compiler_options=dict(options) or None,
+            compiler_options={**for_buffers(self.platform), **options} or None,
         )
         return program.lower(*types).compile()
 

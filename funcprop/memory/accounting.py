@@ -167,7 +167,7 @@ def _ledger(
         program = case.compiled(options)
         fields, rows, more = _measured(case, program, found, options, trains)
         compiled = sum(row.nbytes for row in rows)
-        said += [*more, *notes.undone(case, found, options), *notes.counted_once(case, program)]
+        said += [*more, *notes.undone(case, found, options)]
     warnings += (f"{name}: {text}" for text in said)
     return Ledger(total, compiled, rows, fields)
 

@@ -114,11 +114,8 @@ class Subject:
         def program(chosen: list[Any], others: list[Any], seeds: list[Any]) -> Any:
             function = with_rules(self._of_chosen, self.rules)
             values, pullback, rest = jax.vjp(lambda c: function(c, others), chosen, has_aux=True)
-            given = iter([jnp.ones((), values[0].dtype)] if is_loss else seeds)
-            cotangents = [
-                next(given) if _jax.is_differentiable(t) else _jax.zero_tangent(t) for t in self.results
-            ]
-            return _arrays((values, rest, pullback(cotangents)))
+            smooth = [jnp.ones((), values[0].dtype)] if is_loss else seeds
+            return _arrays((values, rest, pullback(_jax.with_zero_tangents(smooth, self.results))))
 
         seeds = [] if is_loss else [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in smooth]
         case = self._case(program, others, [("∂J/∂result", "inputs", t) for t in seeds])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -219,22 +220,15 @@ def _searched(needs: Callable[[int], float], budget: int, start: int) -> int | f
             missed = high
         high = min(_LARGEST, 2 * high)
 
-    def tried(batch: int) -> tuple[int, int]:
-        """The bracket with one of its ends at a batch in it."""
-        known[batch] = needs(batch)
-        return (batch, high) if known[batch] <= budget else (low, batch)
-
-    while high - low > 1:
+    # Along the line twice, for its answer may fit and the next not; then the middle, should it be no line.
+    for guided in itertools.cycle((True, True, False)):
+        if high - low <= 1:
+            break
         slope = (known[high] - known[low]) / (high - low)
-        guess = low + int((budget - known[low]) / slope) if slope > 0 else (low + high) // 2
-        # One of the two next to a straight line's answer; the middle where the line has not narrowed enough.
-        width = high - low
-        low, high = tried(min(max(guess, low + 1), high - 1))
-        if high - low > max(1, width // 2):
-            near = guess + 1 if low == guess else guess - 1
-            low, high = tried(near) if low < near < high else (low, high)
-        if high - low > max(1, width // 2):
-            low, high = tried((low + high) // 2)
+        guess = low + int((budget - known[low]) / slope) if guided and slope > 0 else (low + high) // 2
+        batch = min(max(guess, low + 1), high - 1)
+        known[batch] = needs(batch)
+        low, high = (batch, high) if known[batch] <= budget else (low, batch)
     return low
 
 

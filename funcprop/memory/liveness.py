@@ -7,7 +7,7 @@ Kernels run in the order in which what they read becomes ready.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,28 +67,27 @@ class Liveness:
 
     def _in_results(self, donated: dict[int, Value], last: dict[int, int]) -> set[int]:
         """Find the values that lie in the memory of a result before it is written: the largest first."""
-        made = {id(v): (t, v) for t, kernel in enumerate(self.kernels) for v in kernel.step.results}
-        slots = [pair for key, pair in made.items() if key in self.results]
-        values = [(t, v) for key, (t, v) in made.items() if key not in self.results and v.size > 1]
-        values.sort(key=lambda pair: -pair[1].nbytes)
+        made = [(t, v) for t, kernel in enumerate(self.kernels) for v in kernel.step.results if v.size > 1]
+        made.sort(key=lambda pair: -pair[1].nbytes)
         found: set[int] = set()
-        slots.sort(key=lambda pair: -pair[1].nbytes)
-        # What is written over an argument is free once that was read.
-        starts = (last.get(id(donated[id(v)]), -1) if id(v) in donated else -1 for _, v in slots)
-        gaps = [[(start, written)] for start, (written, _) in zip(starts, slots, strict=True)]
-        # First what a result is written over, and what that is; then what else is there before it.
-        for is_over in (True, False):
-            for (written, result), free in zip(slots, gaps, strict=True):
-                taken = self._chain(written, result, values, last) if is_over else values
-                for start, v in taken:
-                    end = last.get(id(v), start)
-                    if id(v) in found or v.nbytes > result.nbytes:
-                        continue
-                    gap = next((g for g in free if g[0] < start and (is_over or end < g[1])), None)
-                    if gap is not None:
+        for written, result in made:
+            if id(result) not in self.results:
+                continue
+            # What is written over an argument is free once that was read.
+            start = last.get(id(donated[id(result)]), -1) if id(result) in donated else -1
+            # From when to when the memory is free, and what is written there then.
+            free = [(start, written, result)]
+            for start, v in made:
+                if id(v) in self.results | found or v.nbytes > result.nbytes:
+                    continue
+                end = last.get(id(v), start)
+                for gap in free:
+                    begin, t, after = gap
+                    if begin < start and (end < t or (end == t and self._is_over(t, v, after))):
                         free.remove(gap)
-                        free += [(gap[0], start), (end, gap[1])]
+                        free += [(begin, start, v), (end, t, after)]
                         found.add(id(v))
+                        break
         return found
 
     def _on_chip(self, last: Mapping[int, int], elsewhere: Collection[int]) -> set[int]:
@@ -104,19 +103,6 @@ class Liveness:
                 free[start:end] -= v.nbytes
                 found.add(id(v))
         return found
-
-    def _chain(
-        self, t: int, result: Value, values: Sequence[tuple[int, Value]], last: Mapping[int, int]
-    ) -> Iterator[tuple[int, Value]]:
-        """What a result is written over, what that is written over, and so on, each with its time."""
-        over: tuple[int, Value] | None = (t, result)
-        while over is not None:
-            t, result = over
-            ending = (pair for pair in values if last.get(id(pair[1]), pair[0]) == t > pair[0])
-            fit = [pair for pair in ending if self._is_over(t, pair[1], result)]
-            over = max(fit, key=lambda pair: pair[0], default=None)
-            if over is not None:
-                yield over
 
     def _is_over(self, t: int, operand: Value, result: Value) -> bool:
         """Whether a kernel writes a result where an operand lies that is not read again."""

@@ -10,7 +10,6 @@ from funcprop._jax import xla_options
 from funcprop.memory.accounted_program import AccountedProgram
 from funcprop.memory.estimate import MemoryEstimate, estimate
 from funcprop.program.facts import CHECKPOINTS
-from funcprop.program.flops import of_jaxpr
 from funcprop.program.sizes import nbytes
 
 # With it, a chain of layers is no longer one kernel whose memory is not reported.
@@ -60,17 +59,6 @@ def undone(case: AccountedProgram, ours: MemoryEstimate, options: Mapping[str, A
         "what jax.checkpoint computes again is shared with what was computed before, so nothing is saved: "
         f"about {ours.temporary:,} temporary bytes where {kept.temporary:,} would do; {remedy}."
     )
-
-
-def counted_once(case: AccountedProgram, program: Any) -> Iterator[str]:
-    """Loops whose body XLA's cost analysis counts once."""
-    counted, ours = _jax.counted_flops(program), of_jaxpr(case.jaxpr)
-    loops = (e for e in _jax.equations(case.jaxpr) if e.primitive.name == "scan" and e.params["length"] > 1)
-    if counted and counted < 0.5 * ours and next(loops, None) is not None:
-        yield (
-            f"cost_analysis() counts the body of a loop once: it says {counted:,.0f} flops, there are "
-            f"{ours:,}; fp.trace(fun)(*args).flops counts every iteration of the function itself."
-        )
 
 
 def embedded(ours: MemoryEstimate, total: int) -> Iterator[str]:

@@ -27,13 +27,6 @@ def matrices(eqn: Any) -> list[Sequence[int] | None]:
     return [*found, [*of_batch, *rows] if len(eqn.outvars[0].aval.shape) > 2 + len(of_batch) else None]
 
 
-def summed_terms(eqn: Any) -> int | None:
-    """How many products a product of matrices adds up for an entry."""
-    if eqn.primitive.name != "dot_general":
-        return None
-    return math.prod(eqn.invars[0].aval.shape[d] for d in eqn.params["dimension_numbers"][0][0])
-
-
 def orders(eqn: Any) -> list[Any]:
     """For both operands of a product, and a convolution's result, the order to which they are copied.
 
@@ -63,26 +56,17 @@ def is_in_library(eqn: Any) -> bool:
     shapes, out = [a.aval.shape for a in eqn.invars], eqn.outvars[0].aval.shape
     if eqn.primitive.name == "dot_general":
         summed, batch = eqn.params["dimension_numbers"]
-        kept = [
-            [d for d in range(len(s)) if d not in {*c, *b}]
-            for s, c, b in zip(shapes, summed, batch, strict=True)
-        ]
-        rows, columns = (math.prod(s[d] for d in k) for s, k in zip(shapes, kept, strict=True))
-        terms, last = (
-            math.prod(shapes[0][d] for d in summed[0]),
-            max(kept[0], default=-1) < min(summed[0], default=0),
-        )
-        in_rows = last or orders(eqn)[0] is not None
+        axes = zip(shapes, summed, batch, strict=True)
+        kept = [[d for d in range(len(shape)) if d not in {*c, *b}] for shape, c, b in axes]
+        rows, columns = (math.prod(shape[d] for d in k) for shape, k in zip(shapes, kept, strict=True))
+        terms = math.prod(shapes[0][d] for d in summed[0])
+        in_rows = orders(eqn)[0] is not None or max(kept[0], default=-1) < min(summed[0], default=0)
         return in_rows and min(rows, columns) > 1 and max(rows, columns, terms) >= _SMALLEST_PRODUCT
     places, (image, kernel) = eqn.params["dimension_numbers"], shapes
     if len(image) != 4 or eqn.params["batch_group_count"] != 1 or set(eqn.params["lhs_dilation"]) != {1}:
         return False
-    channels_last = [*places.lhs_spec] == [*places.out_spec] == [0, 3, 1, 2] and [*places.rhs_spec] == [
-        3,
-        2,
-        0,
-        1,
-    ]
+    last = (0, 3, 1, 2)
+    channels_last = (places.lhs_spec, places.rhs_spec, places.out_spec) == (last, (3, 2, 0, 1), last)
     shrinks = all(max(out[d], kernel[d - 1]) <= image[d] for d in (1, 2))
     return channels_last and shrinks and max(image[3], out[3]) > _NARROWEST_CONVOLUTION
 

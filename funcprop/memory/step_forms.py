@@ -8,7 +8,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from funcprop import _jax
 from funcprop.memory.fusion import Step, Value
 from funcprop.program.facts import PRODUCTS
 from funcprop.program.sizes import nbytes
@@ -173,10 +172,3 @@ def is_one_of_a_row(eqn: Any) -> bool:
     operand, _, updates = (v.aval for v in eqn.invars)
     rows = [operand.shape[d] for d in eqn.params["dimension_numbers"].operand_batching_dims]
     return bool(rows) and updates.size == math.prod(rows)
-
-
-def is_by_a_number(eqn: Any) -> bool:
-    """Whether it divides by one number for many, which is a product."""
-    if eqn.primitive.name != "div":
-        return False
-    return isinstance(eqn.invars[1], _jax.Literal) or eqn.invars[1].aval.size == 1

@@ -16,7 +16,6 @@ from funcprop.memory.liveness import BARRIER, Liveness
 from funcprop.memory.step_forms import (
     RESHAPES,
     Steps,
-    is_by_a_number,
     is_copied,
     is_one_of_a_row,
     is_renamed,
@@ -143,7 +142,7 @@ class StepsOf(Steps):
             expensive=is_rounded(eqn.invars[0].aval, eqn.outvars[0].aval)
             and not (operands[0] is None or operands[0].is_spread)
             if name == "convert_element_type"
-            else not (facts.cheap or facts.flat or moves or is_by_a_number(eqn)),
+            else not (facts.cheap or facts.flat or moves),
             library=name in WINDOWS and products.windows_are_apart(eqn),
             effects=bool(eqn.effects),
             in_place={k: k for k in range(written_over)},
@@ -181,11 +180,9 @@ class StepsOf(Steps):
             arranged.append(value)
         widened = self._is_widened(result)
         aval = result.update(dtype=wide) if widened else result
-        # One product for each entry is no library's.
-        name = "mul" if products.summed_terms(eqn) == 1 else eqn.primitive.name
         types = [aval.update(shape=made_flat or aval.shape)]
         library = products.is_in_library(eqn)
-        (made,) = self.add(name, scope, arranged, types, fuses=name == "mul", library=library)
+        (made,) = self.add(eqn.primitive.name, scope, arranged, types, library=library)
         made = self.reshaped(made, aval, scope)
         if len(orders) > 2 and orders[2] is not None:
             made = self.moved("transpose", scope, made, aval, "result")

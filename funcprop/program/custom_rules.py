@@ -32,17 +32,13 @@ def traced_rule(eqn: Any) -> list[Any]:
     call = _jax.one_equation(eqn)
     inputs, outputs = ([v.aval for v in atoms] for atoms in (eqn.invars, eqn.outvars))
 
-    def full(smooth: Sequence[Any], avals: Sequence[Any]) -> Arrays:
-        given = iter(smooth)
-        return [next(given) if _jax.is_differentiable(a) else _jax.zero_tangent(a) for a in avals]
-
     def chosen(values: Sequence[Any], avals: Sequence[Any]) -> Arrays:
         return [x for x, a in zip(values, avals, strict=True) if _jax.is_differentiable(a)]
 
     if eqn.primitive.name == FORWARD:
 
         def pushed(primals: Arrays, tangents: Arrays) -> Arrays:
-            results, moved = jax.jvp(call, primals, full(tangents, inputs))
+            results, moved = jax.jvp(call, primals, _jax.with_zero_tangents(tangents, inputs))
             return [*results, *chosen(moved, outputs)]
 
         return [_traced(pushed, inputs, [a.to_tangent_aval() for a in chosen(inputs, inputs)])]
@@ -60,7 +56,7 @@ def traced_rule(eqn: Any) -> list[Any]:
         return [*results, *residuals]
 
     def backward(residuals: Arrays, cotangents: Arrays) -> Arrays:
-        return list(jax.tree.unflatten(trees[-1], residuals)(full(cotangents, outputs)))
+        return list(jax.tree.unflatten(trees[-1], residuals)(_jax.with_zero_tangents(cotangents, outputs)))
 
     there = _traced(forward, *inputs)
     residuals = [v.aval for v in _jax.open_jaxpr(there).outvars[len(outputs) :]]
@@ -178,10 +174,7 @@ class CustomRule:
             closed_over = primals[sum(self.counts[:2]) : sum(self.counts)]
             results, residuals = found[:count], [*closed_over, *found[count:]]
             moved = linear_p.bind(*residuals, *smooth, linear=self._pullback(), residuals=len(residuals))
-        given = iter(moved)
-        return results, [
-            next(given) if _jax.is_differentiable(a) else _jax.zero_tangent(a) for a in self.outputs
-        ]
+        return results, _jax.with_zero_tangents(moved, self.outputs)
 
     def _pullback(self) -> LinearMap:
         avals = tuple(a.to_tangent_aval() for a in self.outputs if _jax.is_differentiable(a))

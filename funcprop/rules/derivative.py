@@ -66,11 +66,9 @@ class Derivative:
 
     def backward(self, residuals: Arrays, cotangents: Arrays) -> Arrays:
         """Cotangents of the arguments that are needed, from those of the differentiable results."""
-        given = iter(cotangents)
-        full = [next(given) if _jax.is_differentiable(a) else _jax.zero_tangent(a) for a in self.results]
         return self.bound.backward(
             jax.tree.unflatten(self.residual_tree, residuals),
-            jax.tree.unflatten(self.result_tree, full),
+            jax.tree.unflatten(self.result_tree, _jax.with_zero_tangents(cotangents, self.results)),
             self.needs,
             self.arguments,
         )

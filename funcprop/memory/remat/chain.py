@@ -23,6 +23,7 @@ from funcprop.memory.remat.schedule import CutChain, Schedule, Segment, frontier
 from funcprop.program.flops import flops
 from funcprop.program.layer_calls import broken_layer_call, layer_call
 from funcprop.program.sizes import nbytes
+from funcprop.program.structural_key import structural_key
 
 # A program of so few steps may be cut anywhere, a longer one only where the live bytes have a minimum, and of
 # those at no more than so many. A schedule is a path among them, and there are as many segments as pairs.
@@ -248,22 +249,10 @@ def _form(eqn: Any, found: Reads, bits: dict[Any, int]) -> StepForm:
 
 def _remembered(eqn: Any, perturbed: tuple[bool, ...], known: dict[Any, Reads]) -> Reads:
     """`reads`, once for equations that are the same."""
-    literals = tuple(str(v) if isinstance(v, _jax.Literal) else None for v in eqn.invars)
-    key = (
-        eqn.primitive,
-        perturbed,
-        tuple(str(v.aval) for v in [*eqn.invars, *eqn.outvars]),
-        literals,
-        tuple(sorted((name, _comparable(value)) for name, value in eqn.params.items())),
-    )
+    key = structural_key(_jax.jaxpr_of([eqn], _jax.free_variables([eqn]), eqn.outvars, ""), perturbed)
     if key not in known:
         known[key] = reads(eqn, perturbed)
     return known[key]
-
-
-def _comparable(value: Any) -> str:
-    # Jaxprs that print the same may differ in what they close over, and functions print by their address.
-    return f"{value} {id(value)}" if _jax.is_jaxpr(value) or callable(value) else repr(value)
 
 
 def _bodies(

@@ -20,16 +20,18 @@ from funcprop._jax import xla_options
 from funcprop._jax.buffers import NoBuffersError, buffers
 from funcprop.memory.estimate import estimate
 from funcprop.memory.remat.chain import StepChain
+from funcprop.memory.remat.saving import vjp_of_some
 from funcprop.memory.remat.schedule import CutChain, Schedule, cheapest, in_chunks
 from funcprop.rules.machine import Machine
 
-# Limits on a schedule's peak that are tried, as shares of the cheapest one's; shares of the budget; numbers
-# of equal chunks; how many of all these are compiled: of the fewest bytes, and the cheapest.
+# Limits on a schedule's peak that are tried, as shares of the cheapest one's; numbers of equal chunks; how
+# many of all these are compiled: of the fewest bytes, and the cheapest.
 _PEAKS = (1.0, 0.8, 0.6, 0.45, 0.33, 0.25)
-_BUDGETS = (1.0, 0.5)
 _CHUNKS = (2, 3, 4, 6, 8)
 _COMPILED = 3
 _CHEAP = 2
+# How much of the budget is tried where nothing within it reaches the same share of the compiled bytes.
+_BEYOND = 2
 # A program that holds less is not compiled: of its memory, alignment is too large a part.
 SMALLEST = 1 << 16
 
@@ -103,31 +105,22 @@ class GradientProgram:
         """A function of arguments and seeds that runs both sweeps, and their types."""
         jaxpr = _jax.open_jaxpr(self.program.closed)
         consts = _jax.array_constants(self.program.closed)
-        avals = [v.aval for v in jaxpr.invars]
         results = [v.aval for v in jaxpr.outvars]
-        smooth = [_jax.is_differentiable(t) for t in results]
+
+        def evaluate(*every: Any) -> list[Any]:
+            if schedule is None:
+                return _jax.evaluate(jaxpr, consts, every)
+            return self.program.run(schedule, every)
 
         def both_sweeps(values: Sequence[Any], seeds: Sequence[Any]) -> tuple[Any, Any]:
-            def of_chosen(*chosen: Any) -> list[Any]:
-                every = list(values)
-                for i, value in zip(self.chosen, chosen, strict=True):
-                    every[i] = value
-                if schedule is None:
-                    return _jax.evaluate(jaxpr, consts, every)
-                return self.program.run(schedule, every)
-
-            found, pullback = jax.vjp(of_chosen, *(values[i] for i in self.chosen))
-            given = iter(seeds)
-            cotangents = [
-                next(given) if s else _jax.zero_tangent(t) for t, s in zip(results, smooth, strict=True)
-            ]
-            return found, pullback(cotangents)
+            found, pullback = vjp_of_some(evaluate, values, self.chosen)
+            return found, pullback(_jax.with_zero_tangents(seeds, results))
 
         types = [
-            jax.ShapeDtypeStruct(t.shape, t.dtype, sharding=sharding)
-            for t, sharding in zip(avals, self.placement.shardings, strict=True)
+            jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=sharding)
+            for v, sharding in zip(jaxpr.invars, self.placement.shardings, strict=True)
         ]
-        seeds = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t, s in zip(results, smooth, strict=True) if s]
+        seeds = [jax.ShapeDtypeStruct(t.shape, t.dtype) for t in results if _jax.is_differentiable(t)]
         return both_sweeps, [types, seeds]
 
     def options(self, schedule: Schedule) -> dict[str, str]:
@@ -141,7 +134,8 @@ class GradientProgram:
         if options is None:
             options = {} if schedule is None else self.options(schedule)
         fun, types = self.sweeps(schedule)
-        return CompiledGradient.of(jax.jit(fun, compiler_options=options or None).lower(*types).compile())
+        known: dict[str, Any] = {**xla_options.for_buffers(self.placement.platform), **options}
+        return CompiledGradient.of(jax.jit(fun).lower(*types).compile(known or None))
 
     def estimated(self, schedule: Schedule | None) -> int:
         """Estimate its temporary bytes."""
@@ -184,39 +178,32 @@ def best(
 ) -> Choice:
     """Choose by the compiled program: the fewest FLOPs that reach a share `target` of the plain one's bytes.
 
-    If none does, the one of the fewest bytes. `base` is the cheapest schedule by what is held; `fits` says
-    whether a schedule is within the budget.
+    If none does, the one of the fewest bytes, also among those that hold more between the sweeps than the
+    budget. `base` is the cheapest schedule by what is held; `fits` says whether a schedule is within it.
     """
-    plain = gradient.compiled(None)
-    found = [base, *(s for s in _tried(gradient.program.chain, base, budget, peak) if fits(s))]
-    sizes = {s.segments: gradient.estimated(s) for s in found[1:]}
-    least = sorted(found[1:], key=lambda s: sizes[s.segments])[:_COMPILED]
+    plain, chain = gradient.compiled(None), gradient.program.chain
+    room = budget if np.isfinite(budget) else base.nbytes
+    within = {s.segments: s for s in _tried(chain, base, (room, room / 2), peak) if fits(s)}
+    sizes = {key: gradient.estimated(s) for key, s in within.items()}
+    least = sorted(within.values(), key=lambda s: sizes[s.segments])[:_COMPILED]
     enough = target * gradient.estimated(None)
-    cheap = sorted((s for s in found[1:] if sizes[s.segments] <= enough), key=lambda s: s.flops)[:_CHEAP]
-    some = {s.segments: s for s in (base, *cheap, *least)}.values()
-    compiled = [(s, gradient.compiled(s)) for s in some]
-    reached = [(s, c) for s, c in compiled if c.temp <= target * plain.temp]
-    if reached:
+    cheap = sorted((s for key, s in within.items() if sizes[key] <= enough), key=lambda s: s.flops)[:_CHEAP]
+    compiled = [(s, gradient.compiled(s)) for s in {s.segments: s for s in (base, *cheap, *least)}.values()]
+    if reached := [(s, c) for s, c in compiled if c.temp <= target * plain.temp]:
         schedule, program = min(reached, key=lambda pair: (pair[0].flops, pair[1].temp))
         return Choice(schedule, plain, program)
+    known = {base.segments, *within}
+    beyond = [s for s in _tried(chain, base, (_BEYOND * room,), peak) if s.segments not in known]
+    compiled += [(s, gradient.compiled(s)) for s in sorted(beyond, key=gradient.estimated)[:_CHEAP]]
     schedule, program = min(compiled, key=lambda pair: (pair[1].temp, pair[0].flops))
     if program.temp >= plain.temp:
         return Choice(None, plain, plain)
     return Choice(schedule, plain, program)
 
 
-def _tried(chain: CutChain, base: Schedule, budget: float, peak: float) -> Iterator[Schedule]:
-    """Schedules under lower limits, and in equal chunks, each once."""
-    seen = {base.segments}
-    for share in _BUDGETS:
-        room = share * (budget if np.isfinite(budget) else base.nbytes)
-        for limit in _PEAKS:
-            found = cheapest(chain, room, min(peak, limit * base.peak))
-            if found is not None and found.segments not in seen:
-                seen.add(found.segments)
-                yield found
-    for count in _CHUNKS:
-        found = in_chunks(chain, count)
-        if found is not None and found.peak <= peak and found.segments not in seen:
-            seen.add(found.segments)
-            yield found
+def _tried(chain: CutChain, base: Schedule, rooms: Sequence[float], peak: float) -> Iterator[Schedule]:
+    """Schedules of these bytes held under lower limits on the peak, and in equal chunks."""
+    limits = (min(peak, share * base.peak) for share in _PEAKS)
+    found = [cheapest(chain, room, limit) for limit in limits for room in rooms]
+    found += [in_chunks(chain, count) for count in _CHUNKS]
+    yield from (s for s in found if s is not None and s.peak <= peak and s.segments != base.segments)

@@ -45,8 +45,9 @@ def rematerialize(
     held is not all: a program's peak has cotangents, scratch, and what a segment needs while it is run again.
     So schedules of lower peaks and equal chunks are compared with this one by the temporary bytes of their
     compiled gradients. Of those that reach the budget's share of the plain program's bytes the one of fewest
-    FLOPs is taken, or else the one of fewest bytes. If none holds less than the plain program, or the budget
-    is met anyway, the function is left as it is.
+    FLOPs is taken. If none does, it is the one of fewest bytes, even if it holds more than the budget between
+    the sweeps, and the plan's `reason` says so. If none holds less than the plain program, or the budget is
+    met anyway, the function is left as it is.
 
     Gradients are the same numbers. The result is an ordinary function, made of `jax.checkpoint`s, of bodies
     of `scan` that hold less, and of scans in chunks; it composes with `jit`, `grad`, `jvp`, `vmap`, `fp.grad`

@@ -37,8 +37,7 @@ def residuals(fun: Callable[..., Sequence[Any]], avals: Sequence[Any]) -> Residu
     smooth = [i for i, aval in enumerate(avals) if _jax.is_differentiable(aval)]
 
     def leaves(*values: Any) -> list[Any]:
-        _, pullback = jax.vjp(_of_some(fun, values, smooth), *(values[i] for i in smooth))
-        return jax.tree.leaves(pullback)
+        return jax.tree.leaves(vjp_of_some(fun, values, smooth)[1])
 
     jaxpr = _jax.open_jaxpr(jax.make_jaxpr(leaves)(*avals))
     given = {*jaxpr.invars, *jaxpr.constvars}
@@ -48,10 +47,10 @@ def residuals(fun: Callable[..., Sequence[Any]], avals: Sequence[Any]) -> Residu
     return Residuals(*held)
 
 
-def _of_some(
+def vjp_of_some(
     fun: Callable[..., Sequence[Any]], values: Sequence[Any], which: Sequence[int]
-) -> Callable[..., list[Any]]:
-    """The function of the values at some positions, the others as they are."""
+) -> tuple[list[Any], Callable[..., Any]]:
+    """`jax.vjp` of a function of flat arrays in the values at some positions, the others as they are."""
 
     def of_some(*chosen: Any) -> list[Any]:
         every = list(values)
@@ -59,7 +58,7 @@ def _of_some(
             every[i] = value
         return list(fun(*every))
 
-    return of_some
+    return jax.vjp(of_some, *(values[i] for i in which))
 
 
 class Reads(NamedTuple):
@@ -88,20 +87,16 @@ def reads(eqn: Any, perturbed: Sequence[bool]) -> Reads:
     if eqn.effects:
         # Its meaning depends on its surroundings, so it is not traced alone; at most it holds all it touches.
         return Reads(tuple(variables), tuple(range(len(eqn.outvars))), active=tuple(differentiable))
-    literals = [v.val if isinstance(v, _jax.Literal) else None for v in eqn.invars]
-    run = _of_some(_jax.one_equation(eqn), literals, variables)
-    smooth = [k for k, i in enumerate(variables) if perturbed[i]]
+    smooth = [i for i in variables if perturbed[i]]
     counts: list[int] = []
 
     def both_sweeps(values: Sequence[Any], seeds: Sequence[Any]) -> list[Any]:
-        results, pullback = jax.vjp(_of_some(run, values, smooth), *(values[k] for k in smooth))
+        given = iter(values)
+        every = [v.val if isinstance(v, _jax.Literal) else next(given) for v in eqn.invars]
+        results, pullback = vjp_of_some(_jax.one_equation(eqn), every, smooth)
         leaves = jax.tree.leaves(pullback)
         counts[:] = len(results), len(leaves)
-        given = iter(seeds)
-        cotangents = [
-            next(given) if is_smooth else _jax.zero_tangent(v.aval)
-            for v, is_smooth in zip(eqn.outvars, differentiable, strict=True)
-        ]
+        cotangents = _jax.with_zero_tangents(seeds, [v.aval for v in eqn.outvars])
         # A while loop has no transpose, so it must not be asked which of its results are active.
         wanted = [] if eqn.primitive.name == "while" else jax.tree.leaves(pullback(cotangents))
         return [*results, *leaves, *wanted]

@@ -230,14 +230,13 @@ def in_chunks(chain: CutChain, count: int) -> Schedule | None:
 
     Steps that cannot be recomputed are kept.
     """
-    movable = {(s.start, s.stop): s for s in chain.segments if s.recomputed and s.variant == 0}
+    usable = [s for s in chain.segments if s.variant == 0]
+    movable = {(s.start, s.stop) for s in usable if s.recomputed}
     # The state is a cut point and the chunks before it; its value the largest transient, then the bytes cut.
     best: dict[tuple[int, int], tuple[tuple[int, int], tuple[Segment, ...]]] = {(0, 0): ((0, 0), ())}
     into: list[list[Segment]] = [[] for _ in chain.live]
-    for s in movable.values():
-        into[s.stop].append(s)
-    for s in chain.segments:
-        if not s.recomputed and s.variant == 0 and (s.start, s.stop) not in movable:
+    for s in usable:
+        if s.recomputed or (s.start, s.stop) not in movable:
             into[s.stop].append(s)
     for stop in range(1, len(chain.live)):
         for s, used in itertools.product(into[stop], range(count + 1)):

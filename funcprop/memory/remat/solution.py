@@ -79,7 +79,10 @@ class RematSolver:
             target = ((peak if budget is None else budget) or 0) / max(counted, 1)
             most, highest = (np.inf if limit is None else limit for limit in (budget, peak))
             choice = self._chosen(gradient, schedule, most, highest, target)
-            return _Solution(choice.schedule or as_it_is, choice, _reason(choice, name, target))
+            reason = _reason(choice, name, target)
+            if choice.schedule is not None and not self._fits(found, most, choice.schedule):
+                reason = f"{reason} No schedule that holds {budget:,} bytes has so low a peak."
+            return _Solution(choice.schedule or as_it_is, choice, reason)
         why_not = None
         if self.limits.measure and not gradient.placement.has_compiler:
             why_not = (

@@ -302,9 +302,7 @@ def _tangent_map(eqn: Any) -> Any:
     smooth = [i for i, aval in enumerate(avals) if _jax.is_differentiable(aval)]
 
     def tangents(primals: Any, perturbations: Any) -> Any:
-        given = iter(perturbations)
-        full = [next(given) if i in smooth else _jax.zero_tangent(aval) for i, aval in enumerate(avals)]
-        return jax.jvp(call, primals, full)[1]
+        return jax.jvp(call, primals, _jax.with_zero_tangents(perturbations, avals))[1]
 
     closed = jax.make_jaxpr(lambda p, t: tangents(list(p), list(t)))(avals, [avals[i] for i in smooth])
     if _jax.constants(closed):
