@@ -55,7 +55,7 @@ def _cuts(layout: Layout, sizes: Mapping[str, Size], row: float) -> list[float]:
     for number in range(1, count):
         wanted = layout.width * number / count
         near = [
-            x for x in free if abs(x - wanted) < 0.4 * layout.width / count and x > (found or [0.0])[-1] + 100
+            x for x in free if abs(x - wanted) < 0.2 * layout.width / count and x > (found or [0.0])[-1] + 100
         ]
         if near:
             found.append(min(near, key=lambda x: (sum(a < x < b for a, b in spans), abs(x - wanted))))
