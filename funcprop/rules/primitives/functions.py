@@ -160,4 +160,6 @@ EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
     **{name: _comparison(sign, latex) for name, (sign, latex) in _COMPARISONS.items()},
     "square": _power,
     "integer_pow": _power,
+    # Of JAX 0.12, in the slope of tanh.
+    "one_minus_square": lambda op: Equations(1 - op.args[0] ** 2, (-op.cotangent * (2 * op.args[0]),)),
 }

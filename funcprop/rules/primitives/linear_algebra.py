@@ -12,6 +12,7 @@ Source: Giles, *Collected matrix derivative results for forward and reverse mode
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,6 +87,15 @@ def _tril(op: OperatorSymbols) -> Equations:
     return Equations(lower(op.args[0]), (lower(op.cotangent),))
 
 
+@functools.cache
+def _reads_one_triangle() -> bool:
+    """Whether the cotangent of a matrix that `cholesky` reads is of its lower triangle, as since JAX 0.12."""
+    with jax.ensure_compile_time_eval():
+        pull = jax.vjp(lambda a: lax.linalg.cholesky(a, symmetrize_input=False), jnp.eye(2) + 1)[1]
+        (found,) = pull(jnp.tril(jnp.ones((2, 2))))
+        return bool(found[0, 1] == 0)
+
+
 def _cholesky(op: OperatorSymbols) -> Equations | None:
     """`A = L Lᵀ`; of the lower triangle of `Lᵀ L̄` half of the diagonal counts."""
     (a,) = op.args
@@ -94,17 +104,22 @@ def _cholesky(op: OperatorSymbols) -> Equations | None:
     lower = op.output
     factor = lambda a: lax.linalg.cholesky(a, symmetrize_input=False)  # noqa: E731
 
+    def half(x: Any) -> Any:
+        return jnp.tril(x) - jnp.diag(jnp.diag(x)) / 2
+
     def back(y: Any, g: Any) -> Any:
         y = jnp.tril(y)
-        inner = jnp.tril(y.T @ jnp.tril(g))
-        inner = inner - jnp.diag(jnp.diag(inner)) / 2
         solve = lax.linalg.triangular_solve
-        left = solve(y, inner, left_side=True, lower=True, transpose_a=True)
+        left = solve(y, half(y.T @ jnp.tril(g)), left_side=True, lower=True, transpose_a=True)
         return solve(y, left, left_side=False, lower=True)
 
     text = "{0}⁻ᵀ tril½({0}ᵀ {1}) {0}⁻¹"
     latex = "{0}^{{-\\top}}\\, \\mathrm{{tril}}_{{1/2}}\\!\\left({0}^{{\\top}}\\, {1}\\right) {0}^{{-1}}"
     backward = node(back, (lower, op.cotangent), text, latex, PRODUCT, POWER, a.type)
+    if _reads_one_triangle():
+        of_both = lambda x: half(x + x.T)  # noqa: E731
+        latex = "\\mathrm{{tril}}_{{1/2}}\\!\\left({0} + \\left({0}\\right)^{{\\top}}\\right)"
+        backward = written(of_both, (backward,), "tril½({0} + ({0})ᵀ)", latex, a.type)
     return Equations(apply("chol", factor, a, type_=op.output.type), (backward,))
 
 
