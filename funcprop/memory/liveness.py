@@ -74,11 +74,11 @@ class Liveness:
             if id(result) not in self.results:
                 continue
             # What is written over an argument is free once that was read.
-            start = last.get(id(donated[id(result)]), -1) if id(result) in donated else -1
+            first = last.get(id(donated[id(result)]), -1) if id(result) in donated else -1
             # From when to when the memory is free, and what is written there then.
-            free = [(start, written, result)]
+            free = [(first, written, result)]
             for start, v in made:
-                if id(v) in self.results | found or v.nbytes > result.nbytes:
+                if id(v) in self.results or id(v) in found or v.nbytes > result.nbytes:
                     continue
                 end = last.get(id(v), start)
                 for gap in free:
