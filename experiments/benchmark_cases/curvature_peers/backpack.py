@@ -1,9 +1,8 @@
 """BackPACK: quantities beside PyTorch's backward pass, for sequential networks.
 
 Its quantities of single examples are of one N-th of the example's loss, its share of the mean: N times less
-than ours, and N² times where they are squared. Its input factor of a convolution is the sum over the
-positions where ours is the mean; its output factor there is that of the sum of their cotangents (ours with
-"reduce"), and is not compared.
+than ours, and N² times where they are squared. Its output factor of a convolution is that of the sum of its
+positions' cotangents (ours with "reduce"), and is not compared.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import backpack
-import torch
 from backpack import extensions
 
 from benchmark_cases.curvature import Problem
@@ -50,27 +48,13 @@ def _norms(t: Twin) -> Any:
     return {"params": {layer: {"kernel": kernel, "bias": bias} for layer, kernel, bias in pairs}}
 
 
-def _positions(t: Twin) -> list[int]:
-    """At how many positions each layer uses its weights: the pixels of a convolution's output, or one."""
-    x, found = t.x[:1], []
-    with torch.no_grad():
-        for layer in t.model:
-            x = layer(x)
-            if hasattr(layer, "weight"):
-                found.append(x[0, 0].numel())
-    return found
-
-
 def _input_factors(t: Twin, field: str) -> dict[str, Any]:
-    weights = zip(t.params[::2], _positions(t), strict=True)
-    return t.input_factors([getattr(q, field)[1] / positions for q, positions in weights])
+    return t.input_factors([getattr(q, field)[1] for q in t.params[::2]])
 
 
 def _factors(t: Twin) -> dict[str, Any]:
-    inputs, outputs = _input_factors(t, "kflr"), t.output_factors([q.kflr[0] for q in t.params[::2]])
-    return {
-        layer: here if layer.startswith("Conv") else here | outputs[layer] for layer, here in inputs.items()
-    }
+    outputs = t.output_factors([q.kflr[0] for q in t.params[::2]])
+    return {layer: here | outputs[layer] for layer, here in _input_factors(t, "kflr").items()}
 
 
 WAYS: dict[str, Callable[[str, Problem], Way]] = {

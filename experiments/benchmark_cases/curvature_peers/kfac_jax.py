@@ -2,7 +2,8 @@
 
 Its factors are of layers, weights and bias together: the input factor has one more row, which is left out of
 the comparison. Those of a convolution are means over its R positions, and the block is R times their
-product; our output factor is R times larger instead.
+product; our output factor is R times larger instead. Their input factors are not compared (see
+`Twin.input_factors`).
 
 kfac-jax 0.0.8, the newest, was written for JAX before 0.10: it evaluates equations by what
 `Primitive.get_bind_params` used to return. `_evaluated` does the same with what it returns now.
@@ -90,12 +91,16 @@ def _factors(p: Problem, estimator: Any, state: Any) -> dict[str, Any]:
         estimator.blocks, estimator.jaxpr.layer_indices, state.blocks_states, strict=True
     ):
         a, g = (factor.value for factor in here.factors)
-        found[paths[indices[0]][1].key] = {"input": a[:-1, :-1], "output": block.fixed_scale() * g}
+        layer = paths[indices[0]][1].key
+        found[layer] = {"output": block.fixed_scale() * g}
+        if not layer.startswith("Conv"):
+            found[layer]["input"] = a[:-1, :-1]
     return found
 
 
 def _input_factors(p: Problem, estimator: Any, state: Any) -> dict[str, Any]:
-    return {layer: {"input": here["input"]} for layer, here in _factors(p, estimator, state).items()}
+    found = _factors(p, estimator, state)
+    return {layer: {"input": here["input"]} for layer, here in found.items() if "input" in here}
 
 
 def _diagonal(p: Problem, estimator: Any, state: Any) -> Any:

@@ -50,7 +50,7 @@ def _factors(name: str, p: Problem) -> Way:
         weights = step().kfacs[::2]  # a bias has the output factor alone
         inputs = t.input_factors([a for _, a in weights])
         outputs = t.output_factors([g / len(t.x) for g, _ in weights])
-        return {layer: here | outputs[layer] for layer, here in inputs.items()}
+        return {layer: here | inputs.get(layer, {}) for layer, here in outputs.items()}
 
     return Way(step, value)
 
