@@ -30,8 +30,8 @@ def platform_of(values: Sequence[Any]) -> str | None:
 
 def device_of(value: Any) -> Any:
     """A device to which an array, or a shape by its sharding, is bound; None if it is bound to none."""
-    while isinstance(value, Tracer):
-        value = getattr(value, "primal", getattr(value, "val", None))
+    while isinstance(value, Tracer):  # What a tracer lacks is expensive to ask for.
+        value = value.primal if hasattr(value, "primal") else getattr(value, "val", None)
     if isinstance(value, jax.Array) and not value.committed:
         return None
     sharding = getattr(value, "sharding", None)
