@@ -82,65 +82,10 @@ class Expression(Formula):
 
     def __mul__(self, other: Any) -> Expression:
         other = as_expression(other)
-        if is_one(self):
-            return other
-        if is_one(other):
-            return self
-        if self.constant is not None and other.constant is not None:
-            return _constant(self.constant * other.constant, self, other)
-        (a, x), (b, y) = factored(self), factored(other)
-        if a is not None and b is not None:
-            return (a * b) * (x * y)
-        # A sign stands before the whole product.
-        if (positive := _without_sign(self)) is not None:
-            return -(positive * other)
-        if (positive := _without_sign(other)) is not None:
-            return -(self * positive)
-        if self.constant is not None and b is not None and b.constant is not None:
-            # Two factors that are known are one.
-            return _constant(self.constant * b.constant, self, b) * y
-        # A factor that is known stands before the whole product.
-        if b is not None and b.shape == ():
-            divided = fraction_of(self)
-            if b.constant and divided is not None and divided[1].constant and self.shape == ():
-                # `(λ / 2) 2 w` is `λ w`.
-                return (b * self) * y
-            return b * (self * y)
-        if a is not None and a.shape == () and not other.is_number:
-            return a * (x * other)
-        for uniform, array in ((self, other), (other, self)):
-            if uniform.constant != 1:
-                continue
-            shape = np.broadcast_shapes(uniform.shape, array.shape)
-            if shape == array.shape and common_dtype(uniform.type, array.type) == array.type.dtype:
-                return array
-            if shape == uniform.shape:
-                same = array.type.dtype == uniform.type.dtype
-                return spread_over(array, uniform.shape) if same or array.shape == uniform.shape else array
-        if other.is_number and (not self.is_number or (other.constant is not None and self.constant is None)):
-            return other * self
-        # `2 (1 / u) z` is `2 z / u`, and `(g / 2) ⊙ z` is `g ⊙ z / 2`.
-        fraction = fraction_of(other)
-        if fraction is not None and is_one(fraction[0]):
-            return spread_over(self / fraction[1], np.broadcast_shapes(self.shape, other.shape))
-        if fraction is not None and self.constant and self.constant == fraction[1].constant:
-            return spread_over(fraction[0], np.broadcast_shapes(self.shape, other.shape))
-        if fraction is not None and self.constant:
-            # `2 (z / (2 u))` is `z / u`.
-            below, rest = factored(fraction[1])
-            if below is not None and below.constant and (self.constant / below.constant).is_integer():
-                return _constant(self.constant / below.constant, self, below) * (fraction[0] / rest)
-        fraction = fraction_of(self)
-        if fraction is not None and fraction[0].constant and self.shape == other.shape:
-            return number(fraction[0].constant, fraction[0].type.dtype) * (other / fraction[1])
-        if fraction is not None and fraction[1].shape == () and not other.is_number:
-            return spread_over(fraction[0], self.shape) * other / fraction[1]
-        if other.binding == QUOTIENT and self.constant is None:
-            # `a (b / c)`; a fraction needs no parentheses in LaTeX.
-            other = node(lambda x: x, (other,), "({0})", "{0}", ATOM, SUM, other.known_type)
-        if self.is_number:
-            return _entrywise(jnp.multiply, (self, other), "{0} {1}", "{0}\\, {1}", PRODUCT, QUOTIENT)
-        return _entrywise(jnp.multiply, (self, other), "{0} ⊙ {1}", "{0} \\odot {1}", PRODUCT, QUOTIENT)
+        for simpler in _SIMPLER_PRODUCTS:
+            if (product := simpler(self, other)) is not None:
+                return product
+        return _written_product(self, other)
 
     def __rmul__(self, other: Any) -> Expression:
         return as_expression(other) * self
@@ -323,6 +268,102 @@ def as_expression(value: Any) -> Expression:
             f"{value!r} is neither a symbol nor a number; apply other functions with "
             "`apply(name, function, *symbols)`, and leave out an argument that is None."
         ) from None
+
+
+def _trivial_product(a: Expression, b: Expression) -> Expression | None:
+    """`1 a` is `a`, and two constants are one."""
+    if is_one(a):
+        return b
+    if is_one(b):
+        return a
+    if a.constant is None or b.constant is None:
+        return None
+    return _constant(a.constant * b.constant, a, b)
+
+
+def _scale_first(a: Expression, b: Expression) -> Expression | None:
+    """A sign and known factors stand before the whole product."""
+    (of_a, x), (of_b, y) = factored(a), factored(b)
+    if of_a is not None and of_b is not None:
+        return (of_a * of_b) * (x * y)
+    if (positive := _without_sign(a)) is not None:
+        return -(positive * b)
+    if (positive := _without_sign(b)) is not None:
+        return -(a * positive)
+    if of_b is not None and of_b.constant is not None and a.constant is not None:
+        return _constant(a.constant * of_b.constant, a, of_b) * y
+    if of_b is not None and of_b.shape == ():
+        divided = fraction_of(a)
+        if of_b.constant and divided is not None and divided[1].constant and a.shape == ():
+            return (of_b * a) * y  # `(λ / 2) 2 w` is `λ w`.
+        return of_b * (a * y)
+    if of_a is not None and of_a.shape == () and not b.is_number:
+        return of_a * (x * b)
+    return None
+
+
+def _of_ones(a: Expression, b: Expression) -> Expression | None:
+    """An array of ones changes at most the shape of the other."""
+    for ones, array in ((a, b), (b, a)):
+        if ones.constant != 1:
+            continue
+        shape = np.broadcast_shapes(ones.shape, array.shape)
+        if shape == array.shape and common_dtype(ones.type, array.type) == array.type.dtype:
+            return array
+        if shape == ones.shape:
+            same = array.type.dtype == ones.type.dtype
+            return spread_over(array, ones.shape) if same or array.shape == ones.shape else array
+    return None
+
+
+def _number_first(a: Expression, b: Expression) -> Expression | None:
+    """A number stands before what is none, a known one before an unknown one."""
+    is_later = b.is_number and (not a.is_number or (b.constant is not None and a.constant is None))
+    return b * a if is_later else None
+
+
+def _by_fraction(a: Expression, b: Expression) -> Expression | None:
+    """`2 (1 / u)` is `2 / u`, `2 (z / 2)` is `z`, and `2 (z / (2 u))` is `z / u`."""
+    if (fraction := fraction_of(b)) is None:
+        return None
+    above, below = fraction
+    shape = np.broadcast_shapes(a.shape, b.shape)
+    if is_one(above):
+        return spread_over(a / below, shape)
+    if not a.constant:
+        return None
+    if a.constant == below.constant:
+        return spread_over(above, shape)
+    factor, rest = factored(below)
+    if factor is not None and factor.constant and (a.constant / factor.constant).is_integer():
+        return _constant(a.constant / factor.constant, a, factor) * (above / rest)
+    return None
+
+
+def _of_fraction(a: Expression, b: Expression) -> Expression | None:
+    """`(2 / u) z` is `2 (z / u)`, and `(g / 2) ⊙ z` is `g ⊙ z / 2`."""
+    if (fraction := fraction_of(a)) is None:
+        return None
+    above, below = fraction
+    if above.constant and a.shape == b.shape:
+        return number(above.constant, above.type.dtype) * (b / below)
+    if below.shape == () and not b.is_number:
+        return spread_over(above, a.shape) * b / below
+    return None
+
+
+# Tried in this order.
+_SIMPLER_PRODUCTS = (_trivial_product, _scale_first, _of_ones, _number_first, _by_fraction, _of_fraction)
+
+
+def _written_product(a: Expression, b: Expression) -> Expression:
+    """A product that is not simplified."""
+    if b.binding == QUOTIENT and a.constant is None:
+        # `a (b / c)`; a fraction needs no parentheses in LaTeX.
+        b = node(lambda x: x, (b,), "({0})", "{0}", ATOM, SUM, b.known_type)
+    if a.is_number:
+        return _entrywise(jnp.multiply, (a, b), "{0} {1}", "{0}\\, {1}", PRODUCT, QUOTIENT)
+    return _entrywise(jnp.multiply, (a, b), "{0} ⊙ {1}", "{0} \\odot {1}", PRODUCT, QUOTIENT)
 
 
 def _without_sign(expression: Expression) -> Expression | None:
