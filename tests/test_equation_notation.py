@@ -98,9 +98,24 @@ def test_axes_that_are_new_in_both_operands_are_told():
         jnp.eye(3, 2), jnp.ones((4, 2))
     )
     assert "(x[:, None] − y[None])²" in found.text()
-    assert (
-        "None" not in fp.derive(lambda x, y: jnp.sum((x - y[:, None]) ** 2))(jnp.eye(3), jnp.ones(3)).text()
-    )
+    assert max(found.verify().errors.values()) < 1e-10
+
+
+def test_new_axes_are_told_where_a_reader_would_take_others():
+    """Of a square matrix: below its columns stands what is repeated along its rows."""
+    rows, columns = (lambda x, y: jnp.sum((x - y) ** 2)), lambda x, y: jnp.sum((x - y[:, None]) ** 2)
+    assert "None" not in fp.derive(rows)(jnp.eye(3), jnp.ones(3)).text()
+    assert "(x − y[:, None])²" in fp.derive(columns)(jnp.eye(3), jnp.ones(3)).text()
+    assert "None" not in fp.derive(columns)(jnp.eye(3, 2), jnp.ones(3)).text()
+
+
+def test_new_axes_are_known_through_functions_of_each_entry():
+    def of_pairs(v):
+        return jnp.sum(jnp.where((v[:, None] > 0) & (v[None] > 0), (v[:, None] > v) * v[:, None] * v, 0.0))
+
+    found = fp.derive(of_pairs)(jnp.array([1.0, -2.0, 3.0]))
+    assert "(v > 0)[:, None] and (v > 0)[None]" in found.text()
+    assert "[v[:, None] > v[None]] ⊙ v[:, None] ⊙ v" in found.text()
     assert max(found.verify().errors.values()) < 1e-10
 
 

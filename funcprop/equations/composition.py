@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from funcprop import _jax
 from funcprop.equations.elementwise import elementwise, is_elementwise, slope
 from funcprop.equations.flow import Region, is_trivial
 from funcprop.equations.named_function import Write
+from funcprop.equations.new_axes import kept_axes, with_told_axes
 from funcprop.equations.shape_changes import of_shape
 from funcprop.graph.graph import Operator, Variable
 from funcprop.program.facts import facts_of
@@ -46,6 +47,8 @@ class LinePart:
         assert self.operator is not None
         if is_trivial(self.operator):
             return of_shape(self.operator, args[0], cotangent)
+        is_entrywise = self.operator.equation is not None and facts_of(self.operator.equation).elementwise
+        args = with_told_axes(args) if is_entrywise else args
         found = own_equations(self.operator, args, output, cotangent)
         if found is None and self.activation is not None:
             region = Region((self.operator,), self.inputs, self.output)
@@ -53,7 +56,8 @@ class LinePart:
         if found is None:
             return derived_equations(self.operator, args, cotangent)
         # Numbers that were read in place of arrays of them.
-        return found._replace(forward=spread_over(found.forward, self.output.shape or ()))
+        forward = spread_over(found.forward, self.output.shape or ())
+        return found._replace(forward=replace(forward, new_axes=kept_axes(args)) if is_entrywise else forward)
 
     @property
     def activation(self) -> str | None:

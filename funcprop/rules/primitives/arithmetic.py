@@ -17,7 +17,6 @@ from funcprop.rules.equations import (
     Equations,
     OperatorSymbols,
     apply,
-    indexed,
     opaque,
     outer,
     written,
@@ -41,26 +40,11 @@ def _fit(cotangent: Expression, operand: Expression) -> Expression:
     return cotangent.sum(stretched, keepdims=True)
 
 
-def with_new_axes(a: Expression, b: Expression) -> tuple[Expression, Expression]:
-    """Two operands; if each has an axis that the other has not, these are told: `x[:, None] − y[None]`."""
-    mine, other = set(a.new_axes), set(b.new_axes)
-    if mine <= other or other <= mine or a.is_number or b.is_number:
-        return a, b
-    return _told_axes(a), _told_axes(b)
-
-
-def _told_axes(x: Expression) -> Expression:
-    words = ["None" if i in x.new_axes else ":" for i in range(len(x.shape))]
-    while words[-1] == ":":
-        words.pop()
-    return indexed(lambda v: v, x, ", ".join(words), x.type)
-
-
 def _binary(
     forward: Callable[[Any, Any], Expression], backward: Callable[[Any, Any, Any], tuple[Any, Any]]
 ) -> Callable[[OperatorSymbols], Equations]:
     def equations(op: OperatorSymbols) -> Equations:
-        a, b = with_new_axes(*op.args)
+        a, b = op.args
         a_cotangent, b_cotangent = backward(a, b, op.cotangent)
         return Equations(forward(a, b), (_fit(a_cotangent, a), _fit(b_cotangent, b)))
 

@@ -11,7 +11,6 @@ from jax import lax
 from funcprop.rules.equations import Equations, OperatorSymbols, apply, written
 from funcprop.rules.expressions import ATOM, POWER, SUM, Expression, node, of_one_dtype, parenthesised
 from funcprop.rules.formula import MINUS
-from funcprop.rules.primitives.arithmetic import with_new_axes
 
 
 def _unary(
@@ -101,10 +100,9 @@ def _comparison(sign: str, latex: str) -> Callable[[OperatorSymbols], Equations]
     """`z > 0`, which has no derivative."""
 
     def equations(op: OperatorSymbols) -> Equations:
-        a, b = with_new_axes(*op.args)
         compare, latex_text = getattr(lax, op.name), f"{{0}} {latex} {{1}}"
         return Equations(
-            written(compare, (a, b), f"{{0}} {sign} {{1}}", latex_text, op.output.type, is_sum=True),
+            written(compare, op.args, f"{{0}} {sign} {{1}}", latex_text, op.output.type, is_sum=True),
             (None, None),
         )
 
