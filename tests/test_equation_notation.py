@@ -109,6 +109,50 @@ def test_new_axes_are_told_where_a_reader_would_take_others():
     assert "None" not in fp.derive(columns)(jnp.eye(3, 2), jnp.ones(3)).text()
 
 
+def test_remainders_of_integers_and_entries_in_reverse():
+    """XLA's remainder has the sign of the dividend, so that five operators are written for Python's."""
+
+    def loss(w, n, m):
+        return jnp.sum(jnp.tanh(w[(6 - n) % 4] * w[n % m])[:, ::-1] * jnp.arange(1.0, 4.0) / 0.8)
+
+    found = fp.derive(loss)(jnp.linspace(-1, 1, 12).reshape(4, 3), jnp.array([1, 9]), jnp.array([3, 4]))
+    for written in ("w[mod(6 − n, 4)]", "w[mod(n, m)]", "[:, ::-1]"):
+        assert written in found.text()
+    assert "re" not in found.text()  # neither rem nor rev
+    assert max(found.verify().errors.values()) < 1e-10
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 1, 3)])
+def test_a_norm_of_one_row_has_cotangents_of_its_parameters(shape):
+    """Axes of size 1 are added up like the others: the cotangent of γ had the shape of the row."""
+
+    def loss(g, b, x):
+        centred = x - x.mean(-1, keepdims=True)
+        return jnp.sum(jnp.tanh(centred / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5) * g + b))
+
+    x = jnp.linspace(0, 1, 3 * shape[0]).reshape(shape) ** 2
+    found = fp.derive(loss, (0, 1, 2))(jnp.arange(1.0, 4.0), jnp.zeros(3), x)
+    assert "norm(x) ⊙ g + b" in found.text()
+    assert max(found.verify().errors.values()) < 1e-10
+
+
+def test_places_along_several_axes():
+    """With all that stands along the other axes; places along axes that are apart are read by a function."""
+
+    def loss(x, i, j):
+        return jnp.sum(x[i, j] ** 2) + jnp.sum(x[:, i, j] ** 3)
+
+    found = fp.derive(loss)(
+        jnp.linspace(-1, 1, 24).reshape(2, 3, 4), jnp.array([0, 1, 1]), jnp.array([2, 1, 0])
+    )
+    for written in ("x[i, j]", "x[:, i, j]", "[i, j])", "[:, i, j])"):
+        assert written in found.text()
+    assert max(found.verify().errors.values()) < 1e-10
+    apart = fp.derive(lambda x, i: jnp.sum(x[i, :, i]))(jnp.ones((2, 3, 4)), jnp.array([0, 1]))
+    assert "gather(x, concat(i, i))" in apart.text()
+    assert max(apart.verify().errors.values()) < 1e-10
+
+
 def test_new_axes_are_known_through_functions_of_each_entry():
     def of_pairs(v):
         return jnp.sum(jnp.where((v[:, None] > 0) & (v[None] > 0), (v[:, None] > v) * v[:, None] * v, 0.0))

@@ -185,3 +185,24 @@ def test_the_levels_of_an_associative_scan_are_short_sums():
     assert len(derivation.forward) < 20
     assert len(derivation.backward) < 20
     assert not derivation.verify().unchecked
+
+
+@pytest.mark.parametrize("cell_first", [True, False])
+def test_the_cell_of_an_lstm_is_c_wherever_it_is_carried(cell_first):
+    """Flax carries (c, h), Equinox (h, c): the cell is what no product reads."""
+
+    def loss(w, x):
+        def step(carry, u):
+            c, h = carry if cell_first else carry[::-1]
+            i, f, g, o = jnp.split(w @ jnp.concatenate([u, h]), 4)
+            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+            h = jax.nn.sigmoid(o) * jnp.tanh(c)
+            return ((c, h) if cell_first else (h, c)), None
+
+        carry, _ = jax.lax.scan(step, (jnp.zeros(2), jnp.zeros(2)), x)
+        return jnp.sum(carry[cell_first] ** 2)
+
+    found = fp.derive(loss)(jnp.linspace(-1, 1, 32).reshape(8, 4), jnp.ones((3, 2)))
+    assert "⊙ tanh(c[t])" in found.text()
+    assert "u = h[3]" in found.text()
+    assert max(found.verify().errors.values()) < 1e-10

@@ -1,4 +1,4 @@
-"""Several operators that a person knows as one: the slope of tanh, a solve, a triangle, eigenvalues."""
+"""Several operators that a person knows as one: the slope of tanh, a solve, a triangle, a remainder."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Familiar:
         operators = []
         for op in self.whole.operators:
             matrices = (self._trace, self._diagonal, self._triangle, self._solve)
-            changes = (self._slope, *matrices, self._result, self._function)
+            changes = (self._slope, self._remainder, *matrices, self._result, self._function)
             found = next((new for change in changes if op.call is None and (new := list(change(op)))), [op])
             operators += found
         return replace(self.whole, operators=tuple(operators))
@@ -108,6 +108,29 @@ class _Familiar:
         if (spread := self._made_by(one, "broadcast_in_dim", "convert_element_type")) is not None:
             one = spread.inputs[0]
         return one.kind == "literal" and bool(np.all(one.value == 1))
+
+    # --- the remainder of integers ------------------------------------------------------------
+
+    def _remainder(self, op: Operator) -> Iterator[Operator]:
+        """`mod(a, b)` in place of XLA's remainder, to which `b` is added where it has the other sign."""
+        inner = self._made_by(op.inputs[1], "rem") if op.op == "select_n" and len(op.inputs) == 3 else None
+        if inner is None or not jnp.issubdtype(op.outputs[0].dtype, jnp.integer):
+            return
+        a, b = inner.inputs
+        not_zero = self._made_by(b, "select_n")
+        value = self._known(b)
+        if value is not None and value.ndim == 0:
+            b = replace(b, name=str(value), kind="literal", value=value, aval=jax.typeof(value))
+        elif not_zero is not None:
+            b = not_zero.inputs[1]  # 1 is in its place where it is 0.
+        random = np.random.default_rng(0)
+        for _ in range(8):
+            x, y = (random.integers(-9, 9, v.shape).astype(v.dtype) for v in (a, b))
+            found = self._known(op.outputs[0], (a, x), (b, y))
+            divisor = y if value is None else value
+            if found is None or not np.array_equal(found, jnp.remainder(x, divisor)):
+                return
+        yield of_some(op, "mod", jax.jit(jnp.remainder), (a, b), op.outputs[0])
 
     # --- matrices -----------------------------------------------------------------------------
 

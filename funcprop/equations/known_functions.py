@@ -75,10 +75,16 @@ class _AtRandomPoints:
         if is_elementwise(region):
             self.values = [at_points(region)]
         else:
-            scales = np.reshape([2.0, 20.0], (2, *(1 for _ in x.shape or ())))
-            points = random.normal(size=(2, *(x.shape or ()))) * scales
             classes = (x.shape or (1,))[-1]
-            operands = (drawn(random, v, classes, (2, *(v.shape or ()))) for v in others)
+            labels = _labels_apart(region, classes)
+            count = 2 + len(labels)
+            scales = np.reshape([2.0, 20.0, *(2.0 for _ in labels)], (count, *(1 for _ in x.shape or ())))
+            points = random.normal(size=(count, *(x.shape or ()))) * scales
+            operands = [drawn(random, v, classes, (count, *(v.shape or ()))) for v in others]
+            for i, v in enumerate(others):
+                if jnp.issubdtype(v.dtype, jnp.integer):
+                    for k, label in enumerate(labels, 2):
+                        operands[i] = operands[i].at[k].set(label)
             self.values = [jnp.asarray(points, x.dtype), *operands]
         count = self.values[0].shape[0]
         self.cotangent = random.normal(size=(count, *(region.output.shape or ())))
@@ -105,6 +111,17 @@ class _AtRandomPoints:
             _near(a, b, factor * self.tolerance, is_elementwise(self.region))
             for a, b, factor in zip(self.found, self._of(reference), (1, 16), strict=True)
         )
+
+
+def _labels_apart(region: Region, classes: int) -> list[int]:
+    """Labels that a loss may leave out: −1, and every whole number that stands in it."""
+    if not any(jnp.issubdtype(v.dtype, jnp.signedinteger) for v in region.inputs[1:]):
+        return []
+    literals = [v.value for op in region.operators for v in op.inputs if v.kind == "literal"]
+    integers = {
+        int(n) for n in literals if np.ndim(n) == 0 and np.issubdtype(np.asarray(n).dtype, np.integer)
+    }
+    return sorted(n for n in {-1, *integers} if n < classes)
 
 
 def _near(a: Any, b: Any, tolerance: float, by_entry: bool) -> bool:

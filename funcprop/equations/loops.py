@@ -20,10 +20,11 @@ import jax.numpy as jnp
 from funcprop import _jax
 from funcprop.equations.bodies import Around, Body, BodyWriter, dependence, operand_names
 from funcprop.graph.graph import Operator
+from funcprop.program.facts import facts_of
 from funcprop.rules.expressions import Expression
 
-# What carried values are called: those of an LSTM are `h` and `c`; and whole numbers.
-_CARRIED, _COUNTERS = "hcsvmq", "ijkn"
+# What carried values are called, the cells of an LSTM, and whole numbers.
+_CARRIED, _CELLS, _COUNTERS = "hcsvmq", "csvmqh", "ijkn"
 # The number of a step, and of one in a loop inside of a loop.
 _STEPS = "tτσ"
 
@@ -119,6 +120,7 @@ class WrittenStep:
     def _bases(self, results: Sequence[str | None], taken: Collection[str]) -> list[str]:
         """What results are called in the step, none as what is `taken`; one value has one name."""
         bases: list[str] = []
+        cells = self._cells()
         for i, k in enumerate(self.same):
             result, type_ = results[i], self.results[i]
             if k < i:
@@ -129,9 +131,22 @@ class WrittenStep:
                 bases.append("")
             else:
                 is_counter = type_.shape == () and jnp.issubdtype(type_.dtype, jnp.integer)
-                letters = _COUNTERS + _CARRIED if is_counter else _CARRIED
+                letters = _COUNTERS + _CARRIED if is_counter else _CELLS if i in cells else _CARRIED
                 bases.append(next((x for x in letters if x not in taken and x not in bases), f"s{i}"))
         return bases
+
+    def _cells(self) -> set[int]:
+        """Carried values that only functions of each entry read, beside one that others read, too."""
+        jaxpr, before = _jax.open_jaxpr(self.closed), self._inputs_of_step()
+        mixed = {
+            v
+            for eqn in jaxpr.eqns
+            if not facts_of(eqn).elementwise
+            for v in eqn.invars
+            if not isinstance(v, _jax.Literal)
+        }
+        cells = {i for i in range(self.carries) if jaxpr.invars[before + i] not in mixed}
+        return cells if len(cells) < self.carries else set()
 
 
 class Scan(WrittenStep):

@@ -180,7 +180,9 @@ def _label_loss(reduction: str, count: int, label: int | None = None) -> Write:
 
 
 def _one_hot(labels: Any, z: Expression) -> Any:
-    return jax.nn.one_hot(jnp.asarray(labels, int), z.shape[-1], dtype=z.type.dtype)
+    """One in the place of each label; negative ones count from the last class, as where the loss is read."""
+    places, classes = jnp.asarray(labels, int), z.shape[-1]
+    return jax.nn.one_hot(jnp.where(places < 0, places + classes, places), classes, dtype=z.type.dtype)
 
 
 # How the losses of entries or rows become one number, or one for each row.

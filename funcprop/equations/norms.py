@@ -186,9 +186,10 @@ def _norm(name: str, norm: _Norm, order: Sequence[int]) -> Write:
         cotangents: list[Expression | None] = [None] * len(others)
         for k, i in enumerate(order):
             shape = others[i].shape
-            full = (1,) * (len(g.shape) - len(shape)) + shape
-            over = tuple(axis for axis, size in enumerate(full) if size == 1 < g.shape[axis])
-            cotangents[i] = (g * n if k == 0 else g).sum(over, keepdims=len(shape) == len(g.shape))
+            new = len(g.shape) - len(shape)
+            stretched = (new + axis for axis, size in enumerate(shape) if size == 1 < g.shape[new + axis])
+            over = (*range(new), *stretched)
+            cotangents[i] = (g * n if k == 0 else g).sum(over, keepdims=new == 0)
             sign, latex_sign = (" ⊙ ", " \\odot ") if k == 0 else (" + ", " + ")
             text, latex = f"{text}{sign}{{{i + 1}}}", f"{latex}{latex_sign}{{{i + 1}}}"
             pulled = pulled * others[i] if k == 0 else pulled

@@ -434,6 +434,10 @@ def unwritten(function: Callable[..., Any], x: Expression, type_: Any) -> Expres
     """A function of one operand that is not written: a change of shape or type."""
     if x.template == MINUS:
         return -unwritten(function, x.operands[0], type_)
+    is_divided = x.template == FRACTION and x.operands[1].constant is not None
+    if is_divided and x.operands[0].shape == x.shape and x.type.dtype == type_.dtype:
+        above, below = x.operands
+        return unwritten(function, above, type_) / below
     factor, rest = factored(x)
     if factor is not None and factor.shape == () and rest.type.dtype == type_.dtype and rest.shape == x.shape:
         return factor * unwritten(function, rest, type_)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from funcprop.rules.equations import Equations, OperatorSymbols, apply, written
-from funcprop.rules.expressions import ATOM, POWER, SUM, Expression, node, of_one_dtype, parenthesised
+from funcprop.rules.expressions import ATOM, POWER, SUM, TERM, Expression, node, of_one_dtype, parenthesised
 from funcprop.rules.formula import MINUS
 
 
@@ -100,13 +100,17 @@ def _comparison(sign: str, latex: str) -> Callable[[OperatorSymbols], Equations]
     """`z > 0`, which has no derivative."""
 
     def equations(op: OperatorSymbols) -> Equations:
-        compare, latex_text = getattr(lax, op.name), f"{{0}} {latex} {{1}}"
+        texts = f"{{0}} {sign} {{1}}", f"{{0}} {latex} {{1}}"
         return Equations(
-            written(compare, op.args, f"{{0}} {sign} {{1}}", latex_text, op.output.type, is_sum=True),
-            (None, None),
+            node(getattr(lax, op.name), op.args, *texts, SUM, TERM, op.output.type), (None, None)
         )
 
     return equations
+
+
+def _remainder(op: OperatorSymbols) -> Equations:
+    """`mod(a, b)`, of integers."""
+    return Equations(apply("mod", jnp.remainder, *op.args, type_=op.output.type), (None, None))
 
 
 def _both(word: str, sign: str) -> Callable[[OperatorSymbols], Equations | None]:
@@ -149,6 +153,7 @@ EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
     "pow": _power_of_numbers,
     "and": _both("and", "\\wedge"),
     "or": _both("or", "\\vee"),
+    "mod": _remainder,
     "logaddexp": _log_of_sum,
     "max": _larger(1),
     "min": _larger(-1),

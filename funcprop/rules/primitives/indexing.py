@@ -97,8 +97,11 @@ def _gather_equations(op: OperatorSymbols) -> Equations:
     is_along_axis = numbers.collapsed_slice_dims == (axis,) and tuple(static["slice_sizes"]) == sizes
     if is_along_axis and numbers.offset_dims == kept:
         forward = indexed(rows, x, indices, op.output.type, axis)
-    elif (places := _places(x, indices, numbers)) is not None and all(n == 1 for n in static["slice_sizes"]):
+    elif (places := _places(x, indices, numbers)) is not None and (
+        before := _whole_axes_before(x, indices, static)
+    ) is not None:
         where, operands, whole = places
+        where = ":, " * before + where
         forward = written(
             lambda x, *parts: rows(x, whole(*parts)),
             (x, *operands),
@@ -117,6 +120,21 @@ def _gather_equations(op: OperatorSymbols) -> Equations:
     else:
         forward = apply("gather", rows, x, indices)
     return Equations(forward, (apply("scatter", back, op.cotangent, indices), None))
+
+
+def _whole_axes_before(x: Expression, indices: Expression, static: dict[str, Any]) -> int | None:
+    """How many axes stand before those of single places, if all that is along the others is taken."""
+    numbers, sizes = static["dimension_numbers"], tuple(static["slice_sizes"])
+    if all(n == 1 for n in sizes):
+        return 0
+    first, new = min(numbers.start_index_map), len(indices.shape) - 1
+    end = first + len(numbers.start_index_map)
+    is_whole = (
+        numbers.start_index_map == numbers.collapsed_slice_dims == tuple(range(first, end))
+        and (*sizes[:first], *sizes[end:]) == (*x.shape[:first], *x.shape[end:])
+        and numbers.offset_dims == (*range(first), *range(first + new, new + len(x.shape) - end + first))
+    )
+    return first if is_whole else None
 
 
 def _places(

@@ -5,6 +5,7 @@ dynamic_slice   y = x[i : i + 3]        x̄ = pad(ȳ, [i : i + 3])
 pad             y = pad(x, [1:-1])      x̄ = ȳ[1:-1]
 concatenate     y = concat(a, b)        ā = ȳ[:2], b̄ = ȳ[2:]
 stack           y = stack(a, b)         ā = ȳ[0], b̄ = ȳ[1]
+rev             y = x[:, ::-1]          x̄ = ȳ[:, ::-1]
 """
 
 from __future__ import annotations
@@ -173,10 +174,24 @@ def _stack(op: OperatorSymbols) -> Equations | None:
     return Equations(forward, tuple(backward))
 
 
+def _reversed(op: OperatorSymbols) -> Equations | None:
+    """`x[:, ::-1]`, and so is its cotangent."""
+    (x,) = op.args
+    if _is_reshaped(x):
+        return None
+    axes = op.static["dimensions"]
+    where = ", ".join("::-1" if i in axes else ":" for i in range(max(axes) + 1))
+    turn = partial(lax.rev, dimensions=axes)
+    is_smooth = jnp.issubdtype(x.type.dtype, jnp.inexact)
+    back = indexed(turn, op.cotangent, where) if is_smooth else None
+    return Equations(indexed(turn, x, where, op.output.type), (back,))
+
+
 EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "pad": _pad,
     "concatenate": _concatenate,
     "stack": _stack,
+    "rev": _reversed,
 }
