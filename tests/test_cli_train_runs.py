@@ -1,7 +1,6 @@
 """`funcprop train`: checkpoints, signals, precision, logs, processes, and what it refuses."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
