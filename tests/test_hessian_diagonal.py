@@ -398,7 +398,7 @@ def test_half_precision_where_the_loss_is_affine_before_a_cut(dtype: Any) -> Non
     half = jax.tree.map(lambda a: a.astype(dtype), (params, x))
     found = fp.curvature.hessian_diagonal(loss)(*half)
     flat, unravel = ravel_pytree(jax.tree.map(lambda a: a.astype(jnp.float32), half[0]))
-    hessian = jax.hessian(lambda v: loss(unravel(v), half[1].astype(jnp.float32)))(flat)
+    hessian = jax.jit(jax.hessian(lambda v: loss(unravel(v), half[1].astype(jnp.float32))))(flat)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
     expected = jnp.diagonal(hessian)
     np.testing.assert_allclose(ravel_pytree(found)[0], expected, atol=0.02 * float(jnp.abs(expected).max()))

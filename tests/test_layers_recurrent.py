@@ -22,7 +22,7 @@ GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 
 
 def numbers(*shape):
-    return jnp.asarray(RNG.standard_normal(shape))
+    return jax.device_put(RNG.standard_normal(shape))
 
 
 def arguments(cell, inputs=3, units=4, batch=(2,), with_bias=True, with_state=True):
