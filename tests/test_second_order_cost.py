@@ -147,7 +147,7 @@ def test_the_programs_compute_what_they_are_called() -> None:
     found = values(fp.models.chapter, params, x, y, λ)
     flat, unravel = ravel_pytree(params)
     objective = lambda flat: fp.models.chapter(unravel(flat), x, y, λ)  # noqa: E731
-    hessian = jax.hessian(objective)(flat)
+    hessian = jax.jit(jax.hessian(objective))(flat)
     same = lambda a, b: np.testing.assert_allclose(ravel_pytree(a)[0], b, rtol=1e-12, atol=1e-13)  # noqa: E731
     same(found["value"], objective(flat))
     same(found["gradient"], jax.grad(objective)(flat))
@@ -156,7 +156,7 @@ def test_the_programs_compute_what_they_are_called() -> None:
     same(found["dense Hessian"], hessian.ravel())
     # Jᵀ H J of the loss in the logits, and the weight decay's λ I, by definition.
     logits = lambda flat: unravel(flat)["W2"] @ jnp.tanh(unravel(flat)["W1"] @ x)  # noqa: E731
-    jacobian, p = jax.jacobian(logits)(flat), jax.nn.softmax(logits(flat))
+    jacobian, p = jax.jit(jax.jacobian(logits))(flat), jax.nn.softmax(logits(flat))
     gauss_newton = jacobian.T @ (jnp.diag(p) - jnp.outer(p, p)) @ jacobian + λ * jnp.eye(flat.size)
     same(found["Gauss-Newton product"], gauss_newton @ flat)
 
@@ -171,7 +171,7 @@ def test_the_models_output_is_told_by_name() -> None:
     found = values(foreign, w, x, output="o")["Gauss-Newton product"]
     flat = w.ravel()
     model = lambda flat: jnp.tanh(x @ flat.reshape(3, 2)).ravel()  # noqa: E731
-    jacobian = jax.jacobian(model)(flat)
+    jacobian = jax.jit(jax.jacobian(model))(flat)
     expected = jacobian.T @ jnp.diag(-jnp.cos(model(flat))) @ jacobian @ flat
     np.testing.assert_allclose(found[0].ravel(), expected, rtol=1e-12)
 
