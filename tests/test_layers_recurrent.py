@@ -68,7 +68,9 @@ def from_flax(cell, params):
 def test_the_same_network_as_in_flax(cell):
     model = nn.RNN(flax_cell(cell, 4), time_major=True, return_carry=True)
     x = numbers(5, 2, 3)
-    params = jax.tree.map(lambda a: numbers(*a.shape), model.init(jax.random.key(0), x)["params"]["cell"])
+    params = jax.tree.map(
+        lambda a: numbers(*a.shape), jax.eval_shape(model.init, jax.random.key(0), x)["params"]["cell"]
+    )
 
     def theirs(params, x):
         carry, outputs = model.apply({"params": {"cell": params}}, x)

@@ -158,7 +158,7 @@ def test_values_and_gradients(name):
 def test_recurrent_networks_of_flax(cell):
     model = nn.RNN(cell(H, param_dtype=float, dtype=float))
     x = normal(B, T, 4)
-    params = jax.tree.map(lambda a: a.astype(float), model.init(jax.random.key(0), x))
+    params = jax.tree.map(lambda a: a.astype(float), jax.jit(model.init)(jax.random.key(0), x))
 
     def loss(params, x):
         return jnp.mean(model.apply(params, x) ** 2)
