@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from funcprop.rules.equations import Equations, OperatorSymbols, apply, written
-from funcprop.rules.expressions import ATOM, POWER, SUM, Expression, node, of_one_dtype, parenthesised
+from funcprop.rules.expressions import ATOM, POWER, SUM, Expression, of_one_dtype, parenthesised
 from funcprop.rules.formula import MINUS
 from funcprop.rules.primitives.arithmetic import with_new_axes
 
@@ -36,7 +36,7 @@ def _absolute(op: OperatorSymbols) -> Equations | None:
 def _root(x: Expression) -> Expression:
     """`√h`, `√(h + 1)`."""
     text = "√{0}" if x.binding == ATOM else "√({0})"
-    return node(jnp.sqrt, (x,), text, "\\sqrt{{{0}}}", POWER, SUM, x.type)
+    return Expression(jnp.sqrt, (x,), text, "\\sqrt{{{0}}}", POWER, SUM, x.type)
 
 
 def _power_of_numbers(op: OperatorSymbols) -> Equations | None:
