@@ -61,7 +61,7 @@ def test_the_laws_hold_in_the_jaxpr_and_in_the_compiled_program(layers: int, wid
 
 
 PROGRAM = """
-import json, jax, jax.numpy as jnp, funcprop as fp
+import json, os, jax, jax.numpy as jnp, funcprop as fp
 from flax import linen as nn
 from test_second_order_cost import mlp
 
@@ -78,7 +78,9 @@ s, x = (jax.ShapeDtypeStruct(dims, "float32") for dims in ((16, 16), (24, 16, 16
 y = jax.ShapeDtypeStruct((24,), "int32")
 params = jax.eval_shape(CNN().init, jax.random.key(0), x)
 many = jax.ShapeDtypeStruct((512, 16), "float32")
-found = {"mlp": fp.second_order_cost(mlp)([s] * 3, many), "CNN": fp.second_order_cost(loss)(params, x, y)}
+found = {"CNN": fp.second_order_cost(loss)(params, x, y)}
+if os.environ.get("FUNCPROP_NIGHTLY"):
+    found["mlp"] = fp.second_order_cost(mlp)([s] * 3, many)
 print(json.dumps({name: cost.as_dict()["rows"] for name, cost in found.items()}))
 """
 
@@ -100,7 +102,7 @@ def test_the_laws_hold_with_the_flags_that_users_have(compiled: dict[str, Any]) 
     assert {row["name"]: row["measured"]["products"] for row in compiled["mlp"]} == laws(3, 3 * 256)
 
 
-@pytest.mark.parametrize("model", ["mlp", "CNN"])
+@pytest.mark.parametrize("model", ["CNN", pytest.param("mlp", marks=pytest.mark.nightly)])
 def test_bytes_are_near_those_of_the_compiled_program(compiled: dict[str, Any], model: str) -> None:
     """Not those of the value alone, some of which a fused kernel may hide from XLA's own account.
 
