@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 T, B, H = 5, 2, 3
 
 
 def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape)) * 0.5
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape) * 0.5)
 
 
 def close(actual, expected):

@@ -68,7 +68,7 @@ class Transformer(nn.Module):
 
 
 def of_flax(model: nn.Module, x: Any, labels: Any) -> Case:
-    params = model.init(jax.random.key(0), x)
+    params = jax.jit(model.init)(jax.random.key(0), x)
     return lambda params, batch: cross_entropy(model.apply(params, batch[0]), batch[1]), params, (x, labels)
 
 

@@ -22,7 +22,7 @@ def normal(*shape: int) -> Any:
     numbers = RNG.permutation(np.linspace(0.1, 3, int(np.prod(shape)) or 1)) * RNG.choice(
         [-1, 1], int(np.prod(shape))
     )
-    return jnp.asarray(numbers.reshape(shape).astype(np.float32).astype(np.float64))
+    return jax.device_put(numbers.reshape(shape).astype(np.float32).astype(np.float64))
 
 
 def positive(*shape: int) -> Any:

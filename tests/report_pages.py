@@ -9,14 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
+from chapter_report import chapter_report
 from chromium import launched, saved
 from flax import linen as nn
 from playwright.sync_api import Browser
 
 import funcprop as fp
-from funcprop.cli.target import chapter_example
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
@@ -24,14 +23,6 @@ HOSTILE = "</script><img src=x onerror=alert(1)>"
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     yield from launched()
-
-
-@cache
-def chapter_report() -> fp.Report:
-    setup = fp.training.Setup(
-        lambda w, x: jnp.mean((w - x) ** 2), jnp.array(0.0), [(jnp.ones(3),)], optax.sgd(0.1)
-    )
-    return fp.report(fp.models.chapter, setup=setup, epochs=3)(*chapter_example())
 
 
 class Block(nn.Module):

@@ -14,11 +14,11 @@ from funcprop.rules.primitives import average_pooling, convolution, loops, pooli
 
 
 def numbers(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape))
 
 
 def positive(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).uniform(0.2, 2, shape))
+    return jax.device_put(np.random.default_rng(seed).uniform(0.2, 2, shape))
 
 
 class Example(NamedTuple):

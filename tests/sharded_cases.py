@@ -18,7 +18,7 @@ HANDWRITTEN = fp.rules.handwritten
 
 
 def numbers(*shape: int, seed: int = 0, scale: float = 1.0) -> jax.Array:
-    return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape))
+    return jax.device_put(scale * np.random.default_rng(seed).standard_normal(shape))
 
 
 def labels(*shape: int, classes: int) -> jax.Array:

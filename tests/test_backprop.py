@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,7 +195,7 @@ class Transformer(nn.Module):
 def transformer():
     model = Transformer()
     tokens = jnp.arange(10).reshape(2, 5)
-    params = model.init(jax.random.key(0), tokens)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)
     params = jax.tree.map(lambda a: a.astype(float) + 0.1, params)
 
     def loss(params, tokens):
@@ -206,9 +208,9 @@ def transformer():
 def test_a_flax_transformer_by_its_scopes(transformer):
     model, loss, params, tokens = transformer
     p = jax.jit(fp.backprop(loss))(params, tokens)
-    close(p.gradient, jax.grad(loss)(params, tokens))
+    close(p.gradient, jax.jit(jax.grad(loss))(params, tokens))
 
-    _, state = model.apply(params, tokens, capture_intermediates=True)
+    _, state = jax.jit(functools.partial(model.apply, capture_intermediates=True))(params, tokens)
     captured = state["intermediates"]
     for scope in ("block_0/attention", "block_1/up", "block_1", "head"):
         inner = captured
@@ -239,13 +241,13 @@ class ScannedTransformer(nn.Module):
 def test_scanned_layers_by_their_scopes():
     model = ScannedTransformer()
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)))
-    params = jax.tree.map(lambda a: a.astype(float) + 0.1, model.init(jax.random.key(0), x))
+    params = jax.tree.map(lambda a: a.astype(float) + 0.1, jax.jit(model.init)(jax.random.key(0), x))
 
     def loss(params, x):
         return jnp.sum(model.apply(params, x) ** 2)
 
     p = jax.jit(fp.backprop(loss))(params, x)
-    close(p.gradient, jax.grad(loss)(params, x))
+    close(p.gradient, jax.jit(jax.grad(loss))(params, x))
     # Every layer's output, with the layers as leading axis: the last one is what the head receives.
     block = p.values["layers/block"]
     assert block.shape == p.gradients["layers/block"].shape == (3, 2, 5, 8)

@@ -1,7 +1,6 @@
 """`funcprop train`: checkpoints, signals, precision, logs, processes, and what it refuses."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -59,29 +58,15 @@ def test_a_mesh_of_devices(module: Any, mesh: str) -> None:
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-9)
 
 
-def command(directory: Path, *arguments: str) -> Any:
-    """The JSON of the command in a process of its own with eight devices, in float64."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_ENABLE_X64": "1"}
-    line = [sys.executable, "-m", "funcprop.cli", "train", *arguments, "--json"]
-    done = subprocess.run(
-        line, cwd=directory, env=os.environ | flags, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_the_command_on_a_mesh_goes_on_where_it_was(module: Any, tmp_path: Path) -> None:
+def test_the_command_on_a_mesh_goes_on_where_it_was(module: Any) -> None:
     """With a state of the model, keys and accumulation; interrupted, and resumed on another mesh."""
     target = f"{module(STATEFUL.replace('(4, 3)', '(4, 8)').replace('arange(3.0)', 'arange(8.0)'))}:setup"
     options = ["--accumulate", "5", "--seed", "3"]
-    whole = command(tmp_path, target, *options)
-    first = command(
-        tmp_path, target, *options, "--mesh", "data=2,model=4", "--epochs", "2", "--checkpoints", "run"
-    )
-    rest = [
-        command(tmp_path, target, *options, "--mesh", "data=2,model=4", "--epochs", "3", "--resume", "run")
-    ]
-    rest += [command(tmp_path, target, *options, "--mesh", "model=8", "--resume", "run")]
+    mesh = ["--mesh", "data=2,model=4"]
+    whole = run_json("train", target, *options)
+    first = run_json("train", target, *options, *mesh, "--epochs", "2", "--checkpoints", "run")
+    rest = [run_json("train", target, *options, *mesh, "--epochs", "3", "--resume", "run")]
+    rest += [run_json("train", target, *options, "--mesh", "model=8", "--resume", "run")]
     epochs = [epoch for data in (first, *rest) for epoch in data["epochs"]]
     assert [epoch["epoch"] for epoch in epochs] == [1, 2, 3, 4]
     for found, expected in zip(epochs, whole["epochs"], strict=True):

@@ -65,15 +65,15 @@ def test_without_where_what_is_trained(parted: Any) -> None:
     def of_flat(flat: Any, x: Any, y: Any) -> Any:
         return of_batch(joined(unravel(flat)), x, y)
 
-    wanted = jax.hessian(of_flat)(flat, x, y)
+    wanted = jax.jit(jax.hessian(of_flat))(flat, x, y)
     np.testing.assert_allclose(fp.hessian(of_batch)(model, x, y).dense(), wanted, atol=1e-6)
     diagonal = fp.curvature.hessian_diagonal(of_batch)(model, x, y)
     np.testing.assert_allclose(jax.flatten_util.ravel_pytree(diagonal)[0], wanted.diagonal(), atol=1e-6)
     apply = lambda model, x: model(x)  # noqa: E731
-    J = jax.jacobian(lambda flat: jax.vmap(joined(unravel(flat)))(x))(flat)
+    J = jax.jit(jax.jacobian(lambda flat: jax.vmap(joined(unravel(flat)))(x)))(flat)
     G = fp.ggn(apply, squared)(model, x, y)
     np.testing.assert_allclose(G.dense(), jnp.einsum("nop,noq->pq", J, J) / 5, atol=1e-6)
-    norms = jax.vmap(lambda x, y: jax.grad(of_flat)(flat, x[None], y[None]) ** 2)(x, y)
+    norms = jax.jit(jax.vmap(lambda x, y: jax.grad(of_flat)(flat, x[None], y[None]) ** 2))(x, y)
     found = fp.per_example(apply, squared)(model, x, y, {"second_moment"})["second_moment"]
     np.testing.assert_allclose(jax.flatten_util.ravel_pytree(found)[0], norms.mean(0), atol=1e-6)
     assert fp.kfac(apply, squared, kind="exact")(model, x, y).parameters.size == flat.size

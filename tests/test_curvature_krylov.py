@@ -53,6 +53,22 @@ def test_eigenpairs(solver: str, which: str) -> None:
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(5), atol=1e-8)
 
 
+def test_a_larger_krylov_space_goes_on_from_the_smaller_one() -> None:
+    """A product over a data set is a pass: 80 dimensions are 80 passes, though 40 were tried first."""
+    matrix, passes = symmetric(5, 120), 0
+
+    class Batches:
+        def __iter__(self) -> Any:
+            nonlocal passes
+            passes += 1
+            return iter([(matrix,)])
+
+    hessian = fp.hessian(lambda w, matrix: w @ matrix @ w / 2)
+    values, _ = fp.curvature.over(Batches())(hessian)(np.ones(120)).eigsh(1)
+    np.testing.assert_allclose(values, expected(matrix, 1, "LM"), rtol=1e-10)
+    assert 80 < passes < 90
+
+
 def test_eigenvectors_are_pytrees() -> None:
     matrix = symmetric(2)
     values, vectors = operator(matrix).eigsh(3)

@@ -64,7 +64,7 @@ def matrices(name: str) -> dict[str, tuple[jax.Array, jax.Array]]:
     return jax.jit(all_of)(model.params, flat, model.x, targets)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", MODELS)
 def test_matrices_and_diagonals(name: str) -> None:
     for what, (ours, reference) in matrices(name).items():

@@ -89,7 +89,7 @@ def linen_gradient_of_inputs_and_method(t):
             return jnp.sum(nn.softmax(self.body(x)) ** 2)
 
     model = TwoHeads()
-    params = model.init(jax.random.key(0), X)
+    params = jax.jit(model.init)(jax.random.key(0), X)
 
     def loss(params, x):
         slope = t.grad(lambda x: jnp.sum(model.apply(params, x)))(x)
@@ -121,7 +121,7 @@ def linen_lifted(t):
 def train_state_steps(t):
     model = nn.Sequential([nn.Dense(4, param_dtype=float), nn.relu, nn.Dense(3, param_dtype=float)])
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-2, momentum=0.9))
-    state = TrainState.create(apply_fn=model.apply, params=model.init(jax.random.key(0), X), tx=tx)
+    state = TrainState.create(apply_fn=model.apply, params=jax.jit(model.init)(jax.random.key(0), X), tx=tx)
 
     def step(state, x, y):
         loss = lambda params: cross_entropy(state.apply_fn(params, x), y)  # noqa: E731

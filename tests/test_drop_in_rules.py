@@ -128,14 +128,14 @@ def test_rule_sets_inside_of_each_other(inner):
 
 def of_linen(t):
     model = nn.Sequential([nn.Dense(2, param_dtype=float), nn.tanh])
-    params = model.init(jax.random.key(0), X)
+    params = jax.jit(model.init)(jax.random.key(0), X)
     return t.grad(lambda params: jnp.sum(model.apply(params, X)))(params)
 
 
 def of_train_state(t):
     model = nn.Sequential([nn.Dense(2, param_dtype=float), nn.tanh])
     state = TrainState.create(
-        apply_fn=model.apply, params=model.init(jax.random.key(0), X), tx=optax.sgd(1.0)
+        apply_fn=model.apply, params=jax.jit(model.init)(jax.random.key(0), X), tx=optax.sgd(1.0)
     )
     gradient = t.grad(lambda params: jnp.sum(state.apply_fn(params, X)))(state.params)
     new = state.apply_gradients(grads=gradient)
@@ -161,7 +161,7 @@ def of_equinox(t):
 
 def of_haiku(t):
     model = hk.without_apply_rng(hk.transform(lambda x: jnp.tanh(hk.Linear(2)(x))))
-    params = model.init(jax.random.key(0), X)
+    params = jax.jit(model.init)(jax.random.key(0), X)
     return t.grad(lambda params: jnp.sum(model.apply(params, X)))(params)
 
 

@@ -17,6 +17,7 @@ from funcprop.curvature import laplace
 HALF = [jnp.bfloat16, jnp.float16]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", HALF)
 def test_operators_of_half_precision(dtype: Any) -> None:
     loss = lambda w: jnp.sum(jnp.tanh(w["a"]) ** 2) + w["a"][0] * w["b"]  # noqa: E731

@@ -42,7 +42,7 @@ class Block(nn.Module):
 
 
 def of_module(module: nn.Module, x: Any) -> tuple[Callable[..., Any], Any]:
-    return lambda p, x, y: cross_entropy(module.apply(p, x), y), module.init(KEY, x)
+    return lambda p, x, y: cross_entropy(module.apply(p, x), y), jax.jit(module.init)(KEY, x)
 
 
 def test_attention_block() -> None:
@@ -387,6 +387,7 @@ def test_errors() -> None:
     assert not np.isfinite(jax.jit(roots)(params)["w"]).all()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_where_the_loss_is_affine_before_a_cut(dtype: Any) -> None:
     """Eigenvalues exist of single precision alone; a relu network is one of the cases that need them."""
@@ -398,7 +399,7 @@ def test_half_precision_where_the_loss_is_affine_before_a_cut(dtype: Any) -> Non
     half = jax.tree.map(lambda a: a.astype(dtype), (params, x))
     found = fp.curvature.hessian_diagonal(loss)(*half)
     flat, unravel = ravel_pytree(jax.tree.map(lambda a: a.astype(jnp.float32), half[0]))
-    hessian = jax.hessian(lambda v: loss(unravel(v), half[1].astype(jnp.float32)))(flat)
+    hessian = jax.jit(jax.hessian(lambda v: loss(unravel(v), half[1].astype(jnp.float32))))(flat)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.float32)}
     expected = jnp.diagonal(hessian)
     np.testing.assert_allclose(ravel_pytree(found)[0], expected, atol=0.02 * float(jnp.abs(expected).max()))

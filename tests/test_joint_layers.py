@@ -19,7 +19,7 @@ RNG = np.random.default_rng(0)
 
 
 def normal(*shape: int) -> jax.Array:
-    return jnp.asarray(RNG.standard_normal(shape))
+    return jax.device_put(RNG.standard_normal(shape))
 
 
 def squared(output: Any, y: Any) -> Any:
@@ -38,12 +38,12 @@ def block_of_both(model: Callable[..., Any], params: Any, x: Any, y: Any, chosen
         outputs = jax.vmap(model, (None, 0))(jax.tree.unflatten(tree, moved), x)
         return jnp.mean(jax.vmap(squared)(outputs, y))
 
-    return jax.hessian(mean)(flat)
+    return jax.jit(jax.hessian(mean))(flat)
 
 
 def assert_exact(model: Callable[..., Any], params: Any, x: Any, joined: set[tuple[int, ...]]) -> None:
     """KFAC and EKFAC of a model that is linear in every layer."""
-    y = jax.tree.map(jnp.cos, jax.vmap(model, (None, 0))(params, x))
+    y = jax.tree.map(jnp.cos, jax.jit(jax.vmap(model, (None, 0)))(params, x))
     for of in (fp.kfac, fp.ekfac):
         operator = of(model, squared, kind="exact", bias="joint")(params, x, y)
         assert {group for group in operator.groups if len(group) > 1} == joined

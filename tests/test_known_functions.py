@@ -173,7 +173,7 @@ def test_normalisations_of_flax(norm):
     make, expected = NORMS[norm]
     layer, w = make(), jax.random.normal(KEY, (3, 4))
     x = jax.random.normal(KEY, (2, 5, 3))
-    params = layer.init(KEY, x @ w)
+    params = jax.jit(layer.init)(KEY, x @ w)
 
     def loss(p, x):
         return jnp.mean(jnp.sin(layer.apply(p["norm"], fp.name(x @ p["w"], "z"))))
@@ -191,7 +191,7 @@ def test_batch_norm_of_haiku_is_a_norm():
 
     transformed = hk.transform_with_state(net)
     x = jnp.linspace(-1.0, 2.0, 30).reshape(5, 6)
-    params, state = transformed.init(KEY, x)
+    params, state = jax.jit(transformed.init)(KEY, x)
     derivation = fp.derive(lambda p, x: jnp.mean(jnp.sin(transformed.apply(p, state, None, x)[0])))(params, x)
     assert any("norm(z, axis 0) ⊙ γ + β" in line for line in texts(derivation.forward))
     derivation.verify(tolerance=1e-5)
@@ -200,7 +200,7 @@ def test_batch_norm_of_haiku_is_a_norm():
 def test_attention_of_flax_is_written_as_in_the_papers():
     layer = nn.MultiHeadDotProductAttention(num_heads=2, param_dtype=jnp.float64)
     x = jax.random.normal(KEY, (2, 5, 8))
-    params = layer.init(KEY, x)
+    params = jax.jit(layer.init)(KEY, x)
     mask = nn.make_causal_mask(jnp.ones((2, 5)))
 
     def loss(p, x):

@@ -15,7 +15,7 @@ RNG = np.random.default_rng(0)
 
 
 def normal(*shape):
-    return jnp.asarray(RNG.standard_normal(shape))
+    return jax.device_put(RNG.standard_normal(shape))
 
 
 def ggn_blocks(model, loss, params, x, y):

@@ -30,6 +30,7 @@ def posterior_mean(x: Any, prior: Any, noise: Any) -> Any:
     return jnp.linalg.solve(x.T @ x / noise**2 + prior * jnp.eye(D), x.T @ Y / noise**2)
 
 
+@jax.jit
 def evidence(x: Any, prior: Any, noise: Any) -> Any:
     """The density of the targets of Bayesian linear regression, all in one formula."""
     covariance = noise**2 * jnp.eye(N) + x @ x.T / prior

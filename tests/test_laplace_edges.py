@@ -72,7 +72,7 @@ def test_outputs_that_are_matrices_with_a_noise_of_each_entry() -> None:
     normal = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)  # noqa: E731
     w, x, y = {"a": normal(0, 3, 2), "b": normal(1, 2, 2)}, normal(2, 6, 3), normal(3, 6, 2, 2)
     flat, unravel = ravel_pytree(w)
-    J = jax.vmap(lambda x: jax.jacobian(lambda f: model(unravel(f), x).ravel())(flat))(x)
+    J = jax.jit(jax.vmap(lambda x: jax.jacobian(lambda f: model(unravel(f), x).ravel())(flat)))(x)
     σ = 1.3 * noise.ravel()
     precision = jnp.einsum("nop,o,noq->pq", J, σ**-2, J) + 0.7 * jnp.eye(10)
     misfits = (jax.vmap(model, (None, 0))(w, x) - y).reshape(6, 4) / σ

@@ -21,7 +21,7 @@ AUTODIFF, HANDWRITTEN = fp.rules.autodiff, fp.rules.handwritten
 
 
 def numbers(*shape):
-    return jnp.asarray(RNG.standard_normal(shape))
+    return jax.device_put(RNG.standard_normal(shape))
 
 
 X = numbers(3, 4, 6)

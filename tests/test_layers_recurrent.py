@@ -22,7 +22,7 @@ GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 
 
 def numbers(*shape):
-    return jnp.asarray(RNG.standard_normal(shape))
+    return jax.device_put(RNG.standard_normal(shape))
 
 
 def arguments(cell, inputs=3, units=4, batch=(2,), with_bias=True, with_state=True):
@@ -68,7 +68,9 @@ def from_flax(cell, params):
 def test_the_same_network_as_in_flax(cell):
     model = nn.RNN(flax_cell(cell, 4), time_major=True, return_carry=True)
     x = numbers(5, 2, 3)
-    params = jax.tree.map(lambda a: numbers(*a.shape), model.init(jax.random.key(0), x)["params"]["cell"])
+    params = jax.tree.map(
+        lambda a: numbers(*a.shape), jax.eval_shape(model.init, jax.random.key(0), x)["params"]["cell"]
+    )
 
     def theirs(params, x):
         carry, outputs = model.apply({"params": {"cell": params}}, x)

@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 
 
 def numbers(*shape):
-    return jnp.asarray(RNG.standard_normal(shape))
+    return jax.device_put(RNG.standard_normal(shape))
 
 
 X, W, B = numbers(2, 7, 6, 4), numbers(3, 2, 4, 6), numbers(6)

@@ -17,7 +17,7 @@ from funcprop.layers import linear_cross_entropy
 
 
 def numbers(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape))
 
 
 H, W, B = numbers(6, 3), numbers(3, 5, seed=1), numbers(5, seed=2)

@@ -26,7 +26,7 @@ MESHES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", MESHES)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_gradient_is_that_of_one_device(name: str, kind: str) -> None:
@@ -36,7 +36,7 @@ def test_the_gradient_is_that_of_one_device(name: str, kind: str) -> None:
     value, gradient = plan.gradient(params, batch)
     true, reference = jax.jit(jax.value_and_grad(loss))(params, batch)
     assert abs(float(value) - float(true)) <= 1e-12
-    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(reference))
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(reference))
     for (path, x), y in zip(jax.tree.leaves_with_path(gradient), jax.tree.leaves(reference), strict=True):
         np.testing.assert_allclose(jax.device_get(x), y, atol=1e-12 * largest, rtol=0, err_msg=str(path))
 
@@ -263,7 +263,7 @@ def test_smaller_minibatches_make_several_updates() -> None:
     for part in range(plan.updates):
         size = 16 // plan.updates
         own = jax.tree.map(lambda x, part=part, size=size: x[part * size : (part + 1) * size], batch)
-        true, gradient = jax.value_and_grad(loss)(expected, own)
+        true, gradient = jax.jit(jax.value_and_grad(loss))(expected, own)
         expected = jax.tree.map(lambda p, g: p - 0.1 * g, expected, gradient)
         values.append(float(true))
     assert abs(float(value) - np.mean(values)) <= 1e-12

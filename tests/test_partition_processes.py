@@ -27,12 +27,17 @@ params = {"a": draw((4, 8)), "b": draw((8, 8))}
 batch = draw((8, 4)), draw((8, 4))
 optimizer = optax.adam(1e-2)
 assert jax.device_count() == 4 and len(jax.local_devices()) == 2
-expected, (one, state) = [], (params, optimizer.init(params))
+
+@jax.jit
+def step_of_one(params, state):
+    value, gradient = jax.value_and_grad(loss)(params, batch)
+    changes, state = optimizer.update(gradient, state, params)
+    return value, (optax.apply_updates(params, changes), state)
+
+expected, one = [], (params, jax.jit(optimizer.init)(params))
 for _ in range(6):
-    value, gradient = jax.value_and_grad(loss)(one, batch)
+    value, one = step_of_one(*one)
     expected.append(float(value))
-    changes, state = optimizer.update(gradient, state, one)
-    one = optax.apply_updates(one, changes)
 
 KINDS = {
     "data": {"mesh": {"data": 4}},
@@ -116,4 +121,5 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"  # The last one counts.
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

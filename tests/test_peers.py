@@ -32,7 +32,8 @@ def started(directory: Path, what: str, victim: int = 1, at: int = 0) -> list[su
     (directory / "steps").mkdir(exist_ok=True)
     rest = [str(port), str(directory / "steps"), what, str(victim), str(at)]
     options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    options["env"] = os.environ | {"XLA_FLAGS": ""}  # One device each.
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"  # The last one counts.
+    options["env"] = os.environ | {"XLA_FLAGS": flags}
     return [subprocess.Popen([sys.executable, PROGRAM, rank, *rest], **options) for rank in ("0", "1")]
 
 

@@ -35,9 +35,9 @@ class Oracle:
 
     def __init__(self, jacobian, outputs, loss, y):
         self.leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(jacobian)]
-        of_output = jax.vmap(jax.value_and_grad(loss))(outputs, y)
+        of_output = jax.jit(jax.vmap(jax.value_and_grad(loss)))(outputs, y)
         values, g = map(np.asarray, of_output)
-        h = np.asarray(jax.vmap(jax.hessian(loss))(outputs, y))
+        h = np.asarray(jax.jit(jax.vmap(jax.hessian(loss)))(outputs, y))
         self.value = values.mean()
         self.gradients = [np.einsum("nc,nc...->n...", g, j) for j in self.leaves]
         self.diagonals = [np.einsum("nc...,ncd,nd...->n...", j, h, j).mean(0) for j in self.leaves]
@@ -271,8 +271,8 @@ def test_no_outer_form():
     loss = lambda o, y: jnp.sum((o - y) ** 2)  # noqa: E731
     quantities = fp.per_example(model, loss)
     found = quantities(params, x, y, ["gradients", "diag_ggn"])
-    each = jax.vmap(lambda x, y: jax.grad(lambda p: loss(model(p, x), y))(params))(x, y)
-    jacobians = jax.vmap(lambda x: jax.jacrev(lambda p: model(p, x))(params))(x)
+    each = jax.jit(jax.vmap(lambda x, y: jax.grad(lambda p: loss(model(p, x), y))(params)))(x, y)
+    jacobians = jax.jit(jax.vmap(lambda x: jax.jacrev(lambda p: model(p, x))(params)))(x)
     for path in shapes:
         close(found["gradients"][path], each[path], path)
         close(found["diag_ggn"][path], 2 * (jacobians[path] ** 2).sum(1).mean(0), path)
@@ -299,7 +299,8 @@ def test_gradients_have_the_precision_of_the_parameters():
     x, y = jnp.arange(6)[:, None] % 5, jnp.arange(6) % 3
     found = fp.per_example(model, CROSS_ENTROPY)(params, x, y, ["gradients", "norm", "variance", "kflr"])
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype("float32")}
-    each = jax.vmap(lambda x, y: jax.grad(lambda p: CROSS_ENTROPY(model(p, x), y))(params))(x, y)
+    of_one = lambda x, y: jax.grad(lambda p: CROSS_ENTROPY(model(p, x), y))(params)  # noqa: E731
+    each = jax.jit(jax.vmap(of_one))(x, y)
     for path, w in each.items():
         np.testing.assert_allclose(found["gradients"][path], w, rtol=0, atol=0.01 * abs(w).max())
         own = np.asarray(found["gradients"][path], float).reshape(6, -1)
@@ -322,7 +323,8 @@ def test_real_parameters_of_a_complex_model():
     params = {k: jnp.asarray(rng.standard_normal(s)) for k, s in shapes.items()}
     x, y = jnp.asarray(rng.standard_normal((4, 5, 2))), jnp.arange(4) % 2
     found = fp.per_example(model, CROSS_ENTROPY)(params, x, y, QUANTITIES)
-    jacobians = jax.vmap(lambda x: (jax.jacrev(lambda p: model(p, x))(params), model(params, x)))(x)
+    of_one = lambda x: (jax.jacrev(lambda p: model(p, x))(params), model(params, x))  # noqa: E731
+    jacobians = jax.jit(jax.vmap(of_one))(x)
     expected = Oracle(*jacobians, CROSS_ENTROPY, y)
     for quantity in set(QUANTITIES) - {"snr"}:
         for k, (a, e) in enumerate(zip(jax.tree.leaves(found[quantity]), expected(quantity), strict=True)):
@@ -381,7 +383,7 @@ def test_root(case):
     root = roots.root_of(loss, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (output, y)))
     assert isinstance(root, kind)
     found = root.all(output, y).reshape(columns, -1)
-    hessian = jax.hessian(loss)(output, y).reshape(output.size, output.size)
+    hessian = jax.jit(jax.hessian(loss))(output, y).reshape(output.size, output.size)
     close(found.T @ found, hessian, case)
     key = jax.random.key(0)
     signs = roots.signs(root, key, found.dtype)

@@ -68,7 +68,7 @@ def test_a_net_is_first_seen_as_its_modules():
             return nn.Dense(3)(x)
 
     net, x = Net(), jnp.ones((2, 4), int)
-    params = net.init(jax.random.key(0), x)
+    params = jax.jit(net.init)(jax.random.key(0), x)
     picture = fp.draw(fp.trace(lambda p, x: jnp.sum(net.apply(p, x) ** 2))(params, x)).picture
     assert {"Embed_0", "RNN_0", "Dense_0"} <= {node.label for node in picture.nodes}
 
@@ -95,7 +95,7 @@ def test_a_module_that_is_nearly_all_of_the_net_is_opened():
             return nn.Dense(10, name="head")(Body(name="body")(tokens))
 
     model, tokens = Model(), jnp.zeros((2, 5), int)
-    params = model.init(jax.random.key(0), tokens)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)
     graph = fp.trace(lambda params, tokens: model.apply(params, tokens).mean())(params, tokens)
     seen = [(node.label, node.count) for node in fp.draw(graph).picture.nodes if node.kind == "scope"]
     assert seen == [("embedding", 1), ("block_0 … block_2", 3), ("norm", 1), ("head", 1)]

@@ -50,6 +50,7 @@ def mean_loss(flat: Any, unravel: Any, x: Any, y: Any, w: Any) -> Any:
     return jnp.sum(w * cross_entropy(logits, y)) / jnp.sum(w)
 
 
+@jax.jit
 def dense_gauss_newton(x: Any, y: Any, w: Any) -> Any:
     """`Σ w Jᵀ (diag p − p pᵀ) J / Σ w`, by the Jacobian of all logits."""
     flat, unravel = ravel_pytree(P)
@@ -72,7 +73,7 @@ def test_gauss_newton_and_fisher() -> None:
     empirical = fp.fisher(attention, "categorical", kind="empirical")(P, x, y, weights=w).dense()
     flat, unravel = ravel_pytree(P)
     losses = lambda f: cross_entropy(jax.vmap(attention, (None, 0))(unravel(f), x), y)  # noqa: E731
-    g = jax.jacobian(losses)(flat)
+    g = jax.jit(jax.jacobian(losses))(flat)
     np.testing.assert_allclose(empirical, jnp.einsum("ntp,nt,ntq->pq", g, w / w.sum(), g), atol=1e-12)
 
 
@@ -83,7 +84,7 @@ def test_quantities_of_examples() -> None:
     names = ("value", "gradient", "second_moment", "diag_ggn", "diag_ggn_mc")
     for loss in (cross_entropy, "categorical"):
         found = fp.per_example(attention, loss, samples=2000)(P, x, y, names, key, weights=w)
-        value, gradient = jax.value_and_grad(mean_loss)(flat, unravel, x, y, w)
+        value, gradient = jax.jit(jax.value_and_grad(mean_loss), static_argnums=1)(flat, unravel, x, y, w)
         np.testing.assert_allclose(found["value"], value, rtol=1e-12)
         np.testing.assert_allclose(ravel_pytree(found["gradient"])[0], gradient, atol=1e-12)
         diagonal = jnp.diagonal(dense_gauss_newton(x, y, w))
@@ -92,7 +93,7 @@ def test_quantities_of_examples() -> None:
         np.testing.assert_allclose(estimate, diagonal, atol=0.1 * float(diagonal.max()))
     # An example counts as the sum of its weights, and its gradient is of their weighted mean.
     one = lambda f, x, y, w: jnp.sum(w * cross_entropy(attention(unravel(f), x), y)) / w.sum()  # noqa: E731
-    each = jax.vmap(jax.grad(one), (None, 0, 0, 0))(flat, x, y, w)
+    each = jax.jit(jax.vmap(jax.grad(one), (None, 0, 0, 0)))(flat, x, y, w)
     second = (w.sum(1)[:, None] * each**2).sum(0) / w.sum()
     np.testing.assert_allclose(ravel_pytree(found["second_moment"])[0], second, atol=1e-12)
 
@@ -144,7 +145,7 @@ def test_laplace(structure: str, likelihood: str) -> None:
             s = jnp.ones(4) if noise is None else noise
             y = jnp.sin(jnp.arange(4.0) + y[..., None])
             flat, unravel = ravel_pytree(P)
-            J = jax.jacobian(lambda f: jax.vmap(attention, (None, 0))(unravel(f), x))(flat)
+            J = jax.jit(jax.jacobian(lambda f: jax.vmap(attention, (None, 0))(unravel(f), x)))(flat)
             H = jnp.einsum("ntap,nt,a,ntaq->pq", J, w, 1 / s**2, J)
             logs = -(((logits - y) / s) ** 2) / 2 - jnp.log(2 * jnp.pi * s**2) / 2
             fit = jnp.sum(w * logs.sum(-1))

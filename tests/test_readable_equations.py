@@ -52,7 +52,7 @@ def linen() -> tuple[Callable[..., Any], Any]:
                 x = own(nn.Dense(size, param_dtype=jnp.float64)(x))
             return nn.Dense(SIZES[-1], param_dtype=jnp.float64)(x)
 
-    return Net().apply, Net().init(KEY, X)
+    return Net().apply, jax.jit(Net().init)(KEY, X)
 
 
 def flax_nnx() -> tuple[Callable[..., Any], Any]:
@@ -87,7 +87,7 @@ def haiku() -> tuple[Callable[..., Any], Any]:
         return hk.Sequential([hk.Linear(5), own, hk.Linear(6), own, hk.Linear(3)])(x)
 
     transformed = hk.without_apply_rng(hk.transform(net))
-    return transformed.apply, transformed.init(KEY, X)
+    return transformed.apply, jax.jit(transformed.init)(KEY, X)
 
 
 NETS = {f.__name__: f for f in (plain, linen, flax_nnx, equinox, haiku)}

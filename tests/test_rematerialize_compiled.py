@@ -13,7 +13,7 @@ import pytest
 import funcprop as fp
 
 PROGRAM = """
-import json
+import json, os
 import jax, jax.numpy as jnp
 import funcprop as fp
 
@@ -37,14 +37,14 @@ def units(fun, options, ws=ws):
     return compiled.memory_analysis().temp_size_in_bytes / UNIT
 
 options = fp.memory.remat_plan(loss, chunks=4)(ws, x).compiler_options
-chunks = {k: units(fp.memory.rematerialize(loss, chunks=k), options) for k in (1, 2, 4, 8, 16)}
+chunks = (1, 2, 4, 8, 16) if os.environ.get("FUNCPROP_NIGHTLY") else ()
 proof = fp.memory.remat_plan(loss, 0.25)(ws, x).prove()
 stacked = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), "float32")
 in_loop = fp.memory.remat_plan(looped, LAYERS * UNIT)(stacked, x)
 print(json.dumps({
     "options": options,
-    "plain": units(loss, {}),
-    "chunks": chunks,
+    "plain": units(loss, {}) if chunks else None,
+    "chunks": {k: units(fp.memory.rematerialize(loss, chunks=k), options) for k in chunks},
     "proof": [c and (c.temp / UNIT, c.flops) for c in proof],
     "text": str(proof),
     "loop": [units(f, in_loop.compiler_options, stacked)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from chapter_report import chapter_report
 
 import funcprop as fp
 from funcprop.cli.target import chapter_example
@@ -37,10 +38,7 @@ def hostile() -> fp.Report:
 
 @pytest.fixture(scope="module")
 def chapter() -> fp.Report:
-    setup = fp.training.Setup(
-        lambda w, x: jnp.mean((w - x) ** 2), jnp.array(0.0), [(jnp.ones(3),)], optax.sgd(0.1)
-    )
-    return fp.report(fp.models.chapter, setup=setup, epochs=3)(*chapter_example())
+    return chapter_report()
 
 
 class Elements(HTMLParser):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from chromium import contrasts, opened, saved
@@ -125,14 +126,15 @@ def test_nothing_is_clipped(
 
 def test_modules_open_and_close(browser: Browser, tmp_path: Path) -> None:
     """A model of modules is seen as these, and each opens in the place of the whole."""
-    layers = [(jnp.full((6, 6), 0.1 * i), jnp.zeros(6)) for i in range(1, 9)]
+    shape = jax.ShapeDtypeStruct
+    layers = [(shape((6, 6), float), shape((6,), float))] * 8
 
     def loss(layers: Any, x: Any) -> Any:
         for w, b in layers:
             x = jnp.tanh(x @ w + b) * jnp.cos(x @ w) + jnp.sin(x)
         return jnp.sum(x**2)
 
-    report = fp.report(loss, fold=True)(layers, jnp.ones((2, 6)))
+    report = fp.report(loss, fold=True)(layers, shape((2, 6), float))
     assert all(len(picture.drawing.picture.nodes) <= 60 for picture in report.pictures)
     path = tmp_path / "page.html"
     report.save(path)
@@ -157,7 +159,8 @@ def test_names_in_the_picture_can_be_read_on_a_phone(
             x = fp.name(jnp.tanh(x @ w * (i + 1)) + i, f"h{i}")
         return jnp.sum(x)
 
-    made = fp.report(wide)([jnp.eye(4)] * 4, jnp.ones(4))
+    shape = jax.ShapeDtypeStruct
+    made = fp.report(wide)([shape((4, 4), float)] * 4, shape((4,), float))
     path = saved(made, tmp_path_factory)
     for page, *_ in opened(browser, (made, path), viewport={"width": 390, "height": 844}):
         label = page.locator("#canvas svg text", has_text="ws/0").first

@@ -61,7 +61,7 @@ def test_the_laws_hold_in_the_jaxpr_and_in_the_compiled_program(layers: int, wid
 
 
 PROGRAM = """
-import json, jax, jax.numpy as jnp, funcprop as fp
+import json, os, jax, jax.numpy as jnp, funcprop as fp
 from flax import linen as nn
 from test_second_order_cost import mlp
 
@@ -78,7 +78,9 @@ s, x = (jax.ShapeDtypeStruct(dims, "float32") for dims in ((16, 16), (24, 16, 16
 y = jax.ShapeDtypeStruct((24,), "int32")
 params = jax.eval_shape(CNN().init, jax.random.key(0), x)
 many = jax.ShapeDtypeStruct((512, 16), "float32")
-found = {"mlp": fp.second_order_cost(mlp)([s] * 3, many), "CNN": fp.second_order_cost(loss)(params, x, y)}
+found = {"CNN": fp.second_order_cost(loss)(params, x, y)}
+if os.environ.get("FUNCPROP_NIGHTLY"):
+    found["mlp"] = fp.second_order_cost(mlp)([s] * 3, many)
 print(json.dumps({name: cost.as_dict()["rows"] for name, cost in found.items()}))
 """
 
@@ -100,7 +102,7 @@ def test_the_laws_hold_with_the_flags_that_users_have(compiled: dict[str, Any]) 
     assert {row["name"]: row["measured"]["products"] for row in compiled["mlp"]} == laws(3, 3 * 256)
 
 
-@pytest.mark.parametrize("model", ["mlp", "CNN"])
+@pytest.mark.parametrize("model", ["CNN", pytest.param("mlp", marks=pytest.mark.nightly)])
 def test_bytes_are_near_those_of_the_compiled_program(compiled: dict[str, Any], model: str) -> None:
     """Not those of the value alone, some of which a fused kernel may hide from XLA's own account.
 
@@ -147,7 +149,7 @@ def test_the_programs_compute_what_they_are_called() -> None:
     found = values(fp.models.chapter, params, x, y, λ)
     flat, unravel = ravel_pytree(params)
     objective = lambda flat: fp.models.chapter(unravel(flat), x, y, λ)  # noqa: E731
-    hessian = jax.hessian(objective)(flat)
+    hessian = jax.jit(jax.hessian(objective))(flat)
     same = lambda a, b: np.testing.assert_allclose(ravel_pytree(a)[0], b, rtol=1e-12, atol=1e-13)  # noqa: E731
     same(found["value"], objective(flat))
     same(found["gradient"], jax.grad(objective)(flat))
@@ -156,7 +158,7 @@ def test_the_programs_compute_what_they_are_called() -> None:
     same(found["dense Hessian"], hessian.ravel())
     # Jᵀ H J of the loss in the logits, and the weight decay's λ I, by definition.
     logits = lambda flat: unravel(flat)["W2"] @ jnp.tanh(unravel(flat)["W1"] @ x)  # noqa: E731
-    jacobian, p = jax.jacobian(logits)(flat), jax.nn.softmax(logits(flat))
+    jacobian, p = jax.jit(jax.jacobian(logits))(flat), jax.nn.softmax(logits(flat))
     gauss_newton = jacobian.T @ (jnp.diag(p) - jnp.outer(p, p)) @ jacobian + λ * jnp.eye(flat.size)
     same(found["Gauss-Newton product"], gauss_newton @ flat)
 
@@ -171,7 +173,7 @@ def test_the_models_output_is_told_by_name() -> None:
     found = values(foreign, w, x, output="o")["Gauss-Newton product"]
     flat = w.ravel()
     model = lambda flat: jnp.tanh(x @ flat.reshape(3, 2)).ravel()  # noqa: E731
-    jacobian = jax.jacobian(model)(flat)
+    jacobian = jax.jit(jax.jacobian(model))(flat)
     expected = jacobian.T @ jnp.diag(-jnp.cos(model(flat))) @ jacobian @ flat
     np.testing.assert_allclose(found[0].ravel(), expected, rtol=1e-12)
 

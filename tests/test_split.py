@@ -77,10 +77,10 @@ def by_definition(model: Any, loss: Any, params: Any, further: Any = None) -> An
     """`(Jᵀ ∇²ₒl J + ∇² further) θ`."""
     flat, unravel = ravel_pytree(params)
     outputs, back = ravel_pytree(model(params))
-    jacobian = jax.jacobian(lambda f: ravel_pytree(model(unravel(f)))[0])(flat)
-    matrix = jacobian.T @ jax.hessian(lambda o: loss(back(o)))(outputs) @ jacobian
+    jacobian = jax.jit(jax.jacobian(lambda f: ravel_pytree(model(unravel(f)))[0]))(flat)
+    matrix = jacobian.T @ jax.jit(jax.hessian(lambda o: loss(back(o))))(outputs) @ jacobian
     if further is not None:
-        matrix += jax.hessian(lambda f: further(unravel(f)))(flat)
+        matrix += jax.jit(jax.hessian(lambda f: further(unravel(f))))(flat)
     return matrix @ flat
 
 

@@ -76,7 +76,7 @@ QUANTITIES: dict[str, Callable[[Data], Any]] = {
 }
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", QUANTITIES)
 def test_single_precision_stays_and_is_right(name: str, weighted: bool) -> None:

@@ -95,7 +95,7 @@ def check(
         derivation.verify()
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CALLS)
 def test_every_layer_and_every_rule(case: str, dtype: str) -> None:

@@ -62,10 +62,15 @@ def filtered(optimizer: Any, count: int) -> Any:
     """Train by Equinox's own transformations."""
     module = MODULE
     state = optimizer.init(eqx.filter(module, eqx.is_inexact_array))
-    for batch in BATCHES * count:
+
+    @eqx.filter_jit
+    def step(module: Any, state: Any, batch: Any) -> Any:
         _, gradient = eqx.filter_value_and_grad(module_loss)(module, *batch)
         updates, state = optimizer.update(gradient, state, eqx.filter(module, eqx.is_inexact_array))
-        module = eqx.apply_updates(module, updates)
+        return eqx.apply_updates(module, updates), state
+
+    for batch in BATCHES * count:
+        module, state = step(module, state, batch)
     return module
 
 

@@ -88,12 +88,14 @@ class KroneckerProduct:
         blocks = self.layout.to_matrix(*leaves)
         return self.layout.to_leaves(multiply(self.g, multiply(self.a, blocks, 1), 2))
 
+    @jax.jit
     def eigen(self) -> Eigen:
         """Decompose the block: the same matrix by its eigenvectors."""
         (a, ua), (g, ug) = _eigh(self.a), _eigh(self.g)
         values = jnp.broadcast_to(a[..., :, None] * g[..., None, :], self.layout.matrix)
         return Eigen(ua, ug, values, self.layout)
 
+    @jax.jit
     def inverse(self, damping: Any) -> KroneckerProduct:
         """`(A + π√λ I)⁻¹ ⊗ (G + √λ/π I)⁻¹` with `π² = (tr A / dim A) / (tr G / dim G)`.
 

@@ -75,12 +75,15 @@ class Laplace:
                 noise but no Gaussian likelihood.
         """
         scale, prior = self._scale(noise), self._prior(prior_precision)
+        if isinstance(prior_precision, GaussianPrior):
+            prior_mean = prior_precision.mean
+        return self._evidence(scale, prior, self._moved(prior_mean))
+
+    @jax.jit
+    def _evidence(self, scale: Any, prior: Prior, moved: list[Array]) -> Scalar:
         fit = -scale * self.misfit
         if self.likelihood == "gaussian":
             fit -= self.targets / 2 * jnp.log(2 * math.pi / scale) + self.log_noise
-        if isinstance(prior_precision, GaussianPrior):
-            prior_mean = prior_precision.mean
-        moved = self._moved(prior_mean)
         if isinstance(prior, jax.Array):
             flat = jnp.concatenate([jnp.ravel(m) for m in moved])
             penalty = flat @ prior @ flat - jnp.linalg.slogdet(prior)[1]

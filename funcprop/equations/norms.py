@@ -15,7 +15,7 @@ import numpy as np
 from funcprop.equations.flow import Region
 from funcprop.equations.named_function import NamedFunction, Write
 from funcprop.rules.equations import Equations, written
-from funcprop.rules.expressions import POWER, QUOTIENT, Expression, node, unwritten
+from funcprop.rules.expressions import POWER, QUOTIENT, Expression, unwritten
 from funcprop.rules.notation import reduction
 
 
@@ -141,7 +141,7 @@ def _of_length(axes: Sequence[int], is_unit: bool) -> Write:
         wide = written(partial(_length, axes, True), (x,), text, latex)
         if is_unit:
             y = output
-            forward = node(
+            forward = Expression(
                 function, (x,), f"{{0}} / {text}", "\\frac{{{0}}}{{" + latex + "}}", QUOTIENT, POWER
             )
             return Equations(forward, ((g - y * (g * y).sum(axes, keepdims=True)) / wide,))

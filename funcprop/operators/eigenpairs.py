@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from funcprop.operators.convergence import is_traced, tolerance_of, warn_unless
 from funcprop.operators.finite import require_finite
-from funcprop.operators.lanczos import Tridiagonal, tridiagonal, tridiagonals
+from funcprop.operators.lanczos import LanczosState, Tridiagonal, continued, tridiagonal
 from funcprop.operators.products import flat_map, flat_product, mapped, matrix_of
 from funcprop.operators.solvers import DenseSolver
 from funcprop.operators.symmetric_map import SymmetricMap
@@ -76,8 +76,9 @@ class Lanczos(EigenSolver):
             )
         operator = operator.linearize()
         dimension = most if is_traced((operator, key)) else min(most, max(2 * k + 2, 40))
+        state = None
         while True:
-            pairs = _lanczos(operator, k, which, dimension, key)
+            pairs, state = _lanczos(operator, k, which, dimension, key, state)
             # NaN compares as false, and then more products are of no use.
             if dimension == most or not bool(pairs.residual > tolerance * pairs.norm):
                 break
@@ -160,9 +161,12 @@ def _of_matrix(matrix: Array, k: int, which: str) -> Pairs:
     return Pairs(values[at], vectors[:, at], jnp.zeros((), values.dtype), jnp.abs(values).max())
 
 
-def _lanczos(operator: SymmetricMap, k: int, which: str, dimension: int, key: Array) -> Pairs:
+def _lanczos(
+    operator: SymmetricMap, k: int, which: str, dimension: int, key: Array, state: LanczosState | None
+) -> tuple[Pairs, LanczosState | None]:
+    """The pairs in a space of so many dimensions, and the iteration; `state` is that of a smaller space."""
     if is_traced((operator, key)):
-        return _compiled_lanczos(operator, k, which, dimension, key)
+        return _compiled_lanczos(operator, k, which, dimension, key), None
 
     def columns(matrix: Array) -> Array:
         # One program for all products, of any number of vectors in a space of any dimension: most of the time
@@ -171,23 +175,28 @@ def _lanczos(operator: SymmetricMap, k: int, which: str, dimension: int, key: Ar
             return operator.columns(matrix)
         return jnp.stack([flat_product(operator, v) for v in matrix.T], 1)
 
-    names = operator.parameters
-    start = jax.random.normal(key, (names.size,), names.dtype)
-    found: Tridiagonal = jax.tree.map(lambda a: a[0], tridiagonals(columns, start[None], dimension, key))
-    values, small = found.eigh()
-    at = chosen(values, k, which)
-    vectors = found.basis.T @ small[:, at]
-    return _of_products(columns(vectors), values[at], vectors, jnp.abs(values).max())
+    if state is None:
+        names = operator.parameters
+        state = LanczosState.at(jax.random.normal(key, (1, names.size), names.dtype), 0)
+    state = continued(columns, state, dimension, key)
+    values, vectors, norm = _ritz(jax.tree.map(lambda a: a[0], state.found), k, which)
+    return _of_products(columns(vectors), values, vectors, norm), state
 
 
 @functools.partial(jax.jit, static_argnames=("k", "which", "dimension"))
 def _compiled_lanczos(operator: SymmetricMap, k: int, which: str, dimension: int, key: Array) -> Pairs:
     names, apply = operator.parameters, flat_map(operator)
     start = jax.random.normal(key, (names.size,), names.dtype)
-    found = tridiagonal(apply, start, dimension, key)
+    values, vectors, norm = _ritz(tridiagonal(apply, start, dimension, key), k, which)
+    return _with_residuals(apply, values, vectors, norm)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "which"))
+def _ritz(found: Tridiagonal, k: int, which: str) -> tuple[Array, Array, Array]:
+    """The pairs of the small matrix, in the large space, and the matrix's norm."""
     values, small = found.eigh()
     at = chosen(values, k, which)
-    return _with_residuals(apply, values[at], found.basis.T @ small[:, at], jnp.abs(values).max())
+    return values[at], found.basis.T @ small[:, at], jnp.abs(values).max()
 
 
 @functools.partial(jax.jit, static_argnames=("k", "which", "iterations"))
@@ -230,6 +239,7 @@ def _with_residuals(apply: Callable[[Array], Array], values: Array, vectors: Arr
     return _of_products(mapped(apply, vectors.T, None).T, values, vectors, norm)
 
 
+@jax.jit
 def _of_products(products: Array, values: Array, vectors: Array, norm: Array) -> Pairs:
     residual = jnp.linalg.norm(products - vectors * values[None], axis=0).max()
     return Pairs(values, vectors, residual, norm)

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from funcprop.operators.parameters import shown
 from funcprop.operators.products import flat_product
@@ -23,7 +24,7 @@ def require_finite(operator: SymmetricMap, result: T, doing: str) -> T:
     leaves = jax.tree.leaves(result)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return result
-    if all(bool(jnp.isfinite(leaf).all()) for leaf in leaves):
+    if all(map(_is_finite, leaves)):
         return result
     broken = nonfinite_rows(operator)
     if not broken:
@@ -35,6 +36,11 @@ def require_finite(operator: SymmetricMap, result: T, doing: str) -> T:
         f"{doing}: the curvature is not finite in the rows of {shown(*broken)}; "
         "fp.backprop(loss)(...).first_nonfinite() says where that begins, and where= leaves parameters out."
     )
+
+
+@jax.jit
+def _is_finite(leaf: Array) -> Array:
+    return jnp.isfinite(leaf).all()
 
 
 def nonfinite_rows(operator: SymmetricMap) -> list[str]:

@@ -45,14 +45,16 @@ class LanczosState(NamedTuple):
 
     @classmethod
     def at(cls, start: Array, dimension: int) -> LanczosState:
-        """Before the first step."""
-        basis, zeros = jnp.zeros((dimension, len(start)), start.dtype), jnp.zeros(dimension, start.dtype)
-        return cls(basis, zeros, zeros, start / jnp.linalg.norm(start), jnp.zeros((), start.dtype))
+        """Before the first step, with room for so many; starts may be stacked."""
+        *stack, size = start.shape
+        basis = jnp.zeros((*stack, dimension, size), start.dtype)
+        zeros, largest = jnp.zeros((*stack, dimension), start.dtype), jnp.zeros(stack, start.dtype)
+        return cls(basis, zeros, zeros, start / jnp.linalg.norm(start, axis=-1, keepdims=True), largest)
 
     @property
     def found(self) -> Tridiagonal:
-        """The matrix."""
-        return Tridiagonal(self.basis, self.diagonal, self.off_diagonal[:-1])
+        """The matrix, or matrices."""
+        return Tridiagonal(self.basis, self.diagonal, self.off_diagonal[..., :-1])
 
 
 def tridiagonal(
@@ -70,14 +72,19 @@ def tridiagonal(
     return jax.lax.fori_loop(0, dimension, step, LanczosState.at(start, dimension)).found
 
 
-def tridiagonals(
-    columns: Callable[[Array], Array], starts: Float[Array, "n P"], dimension: int, key: Array
-) -> Tridiagonal:
-    """That of each of n starts, stacked; python makes the products of all, `columns(V)`, at once."""
-    states = jax.vmap(LanczosState.at, (0, None))(starts, dimension)
-    for i in range(dimension):
+def continued(
+    columns: Callable[[Array], Array], states: LanczosState, dimension: int, key: Array
+) -> LanczosState:
+    """Go on with n iterations, stacked, to so many dimensions; python makes the products of all at once."""
+    done = states.diagonal.shape[1]
+    basis, diagonal, off_diagonal = (
+        jnp.pad(a, [(0, 0), (0, dimension - done)] + [(0, 0)] * (a.ndim - 2))
+        for a in (states.basis, states.diagonal, states.off_diagonal)
+    )
+    states = states._replace(basis=basis, diagonal=diagonal, off_diagonal=off_diagonal)
+    for i in range(done, dimension):
         states = _advance_all(i, states, columns(states.vector.T).T, key)
-    return jax.vmap(lambda state: state.found)(states)
+    return states
 
 
 def advance(i: Any, state: LanczosState, product: Array, key: Array) -> LanczosState:

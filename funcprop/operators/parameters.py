@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from jaxtyping import Array, Float, PyTree
 from funcprop.graph.graph import aligned
 
 _MOST_LISTED = 20  # leaves that are listed for people
+# Otherwise each leaf of each vector would compile its own slice, reshape and change of type.
+_compiled = functools.partial(jax.jit, static_argnums=0, inline=True)
 
 
 @dataclass(frozen=True)
@@ -119,11 +122,13 @@ class Parameters:
         leaves = [jnp.ravel(leaf).astype(self.dtype) for leaf in jax.tree.leaves(vector)]
         return jnp.concatenate(leaves)
 
+    @_compiled
     def unravel(self, flat: Float[Array, " P"]) -> PyTree:
         """The flat vector as a pytree."""
         parts = zip(self.slices, self.shapes, self.dtypes, strict=True)
         return self.unflatten([flat[at].reshape(shape).astype(dtype) for at, shape, dtype in parts])
 
+    @_compiled
     def unravel_results(self, flat: Float[Array, " P"]) -> PyTree:
         """The flat vector as a pytree of numbers that were computed, which keep at least float32."""
         parts = zip(self.slices, self.shapes, self.dtypes, strict=True)
@@ -131,11 +136,13 @@ class Parameters:
             [flat[at].reshape(shape).astype(single_at_least(dtype)) for at, shape, dtype in parts]
         )
 
+    @_compiled
     def ravel_columns(self, columns: PyTree) -> Float[Array, "P m"]:
         """A pytree whose leaves have a last axis of columns, as a matrix."""
         leaves = jax.tree.leaves(columns)
         return jnp.concatenate([leaf.reshape(-1, leaf.shape[-1]).astype(self.dtype) for leaf in leaves])
 
+    @_compiled
     def unravel_columns(self, matrix: Float[Array, "P m"]) -> PyTree:
         """The columns of a matrix as a pytree whose leaves have a last axis of columns."""
         parts = zip(self.slices, self.shapes, self.dtypes, strict=True)

@@ -15,7 +15,7 @@ from wadler_lindig import pformat
 
 from funcprop.operators.estimate import Estimate
 from funcprop.operators.finite import require_finite
-from funcprop.operators.lanczos import Tridiagonal, tridiagonal, tridiagonals
+from funcprop.operators.lanczos import LanczosState, Tridiagonal, continued, tridiagonal
 from funcprop.operators.plots import plot_density
 from funcprop.operators.products import flat_map, mapped
 from funcprop.operators.stochastic_estimates import require_samples, signs
@@ -125,7 +125,8 @@ def _quadratures(operator: SymmetricMap, samples: int, products: int, key: Array
     if not operator.on_host:
         return _compiled_quadratures(operator, samples, products, key)
     random, restarts = jax.random.split(key)
-    found = tridiagonals(operator.columns, signs(operator, samples, random), products, restarts)
+    starts = LanczosState.at(signs(operator, samples, random), 0)
+    found = continued(operator.columns, starts, products, restarts).found
     nodes, vectors = jax.vmap(Tridiagonal.eigh)(found)
     return nodes, vectors[:, 0] ** 2
 

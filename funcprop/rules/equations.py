@@ -18,7 +18,6 @@ from funcprop.rules.expressions import (
     TERM,
     Expression,
     as_expression,
-    node,
     of_one_dtype,
     parenthesised,
 )
@@ -53,7 +52,7 @@ def apply(
     """A function by its name: `tanh(z)`, `φ′(z)`; `type_` is its result's, where that is known."""
     arguments = ", ".join(f"{{{i}}}" for i in range(len(operands)))
     written = latex if latex is not None else latex_name(name)
-    return node(
+    return Expression(
         function,
         tuple(map(as_expression, operands)),
         f"{literally(name)}({arguments})",
@@ -74,7 +73,7 @@ def written(
 ) -> Expression:
     """A function of operands that is written by templates, in which `{0}`, `{1}` … are the operands."""
     binding = SUM if is_sum else TERM if text.startswith("−") else ATOM
-    return node(function, tuple(operands), text, latex, binding, PRODUCT if is_sum else SUM, type_)
+    return Expression(function, tuple(operands), text, latex, binding, PRODUCT if is_sum else SUM, type_)
 
 
 def indexed(
@@ -89,18 +88,18 @@ def indexed(
         operands.append(index)
         inner, inner_latex = ":, " * axis + inner, ":, " * axis + inner_latex
     latex = f"{{0}}\\left[{inner_latex}\\right]"
-    return node(function, tuple(operands), f"{{0}}[{inner}]", latex, ATOM, SUM, type_)
+    return Expression(function, tuple(operands), f"{{0}}[{inner}]", latex, ATOM, SUM, type_)
 
 
 def outer(a: Expression, b: Expression) -> Expression:
     """The outer product `a bᵀ` of two column vectors, with the axes of `a` before those of `b`."""
     product = of_one_dtype(lambda x, y: jnp.tensordot(x, y, axes=0))
-    return node(product, (a, b), "{0} {1}ᵀ", "{0}\\, {1}^{{\\top}}", PRODUCT, POWER)
+    return Expression(product, (a, b), "{0} {1}ᵀ", "{0}\\, {1}^{{\\top}}", PRODUCT, POWER)
 
 
 def squared_norm(a: Expression) -> Expression:
     """The squared Frobenius norm `‖a‖²_F`."""
-    return node(lambda x: jnp.sum(x * x), (a,), "‖{0}‖²_F", "\\lVert {0} \\rVert_F^2", ATOM, SUM)
+    return Expression(lambda x: jnp.sum(x * x), (a,), "‖{0}‖²_F", "\\lVert {0} \\rVert_F^2", ATOM, SUM)
 
 
 def opaque(
@@ -111,4 +110,4 @@ def opaque(
     type_: Any = None,
 ) -> Expression:
     """An expression that is written in its own way; `type_` is its result's, where that is known."""
-    return node(function, tuple(operands), literally(text), literally(latex), ATOM, SUM, type_)
+    return Expression(function, tuple(operands), literally(text), literally(latex), ATOM, SUM, type_)

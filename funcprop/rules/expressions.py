@@ -120,7 +120,7 @@ class Expression(Formula):
 
     def __matmul__(self, other: Any) -> Expression:
         other = as_expression(other)
-        return node(of_one_dtype(jnp.matmul), (self, other), "{0} {1}", "{0}\\, {1}", PRODUCT, PRODUCT)
+        return Expression(of_one_dtype(jnp.matmul), (self, other), "{0} {1}", "{0}\\, {1}", PRODUCT, PRODUCT)
 
     def __pow__(self, exponent: float) -> Expression:
         if exponent == 1:
@@ -144,7 +144,7 @@ class Expression(Formula):
         if self.template in _OF_MATRIX[1:]:
             mark, latex = ("⁻ᵀ", "-\\top") if self.template == "{0}⁻¹" else ("⁻¹", "-1")
             turn = lambda *v: jnp.transpose(self.function(*v))  # noqa: E731
-            return node(turn, self.operands, "{0}" + mark, "{0}^{{" + latex + "}}", POWER, ATOM)
+            return Expression(turn, self.operands, "{0}" + mark, "{0}^{{" + latex + "}}", POWER, ATOM)
         if self.is_number:
             turned = jax.ShapeDtypeStruct(self.shape[::-1], self.type.dtype)
             return unwritten(jnp.transpose, self, turned)
@@ -154,7 +154,7 @@ class Expression(Formula):
             text = TRANSPOSED[self.template]
             latex = text.replace(" ", "\\, ").replace("ᵀ", "^{{\\top}}")
             return factors(lambda *v: jnp.transpose(self.function(*v)), self.operands, text, latex)
-        return node(jnp.transpose, (self,), "{0}ᵀ", "{0}^{{\\top}}", POWER, ATOM)
+        return Expression(jnp.transpose, (self,), "{0}ᵀ", "{0}^{{\\top}}", POWER, ATOM)
 
     def sum(self, axes: int | Sequence[int] | None = None, keepdims: bool = False) -> Expression:
         """The sum over axes, all of them by default."""
@@ -168,7 +168,7 @@ class Expression(Formula):
         if (peeled := without_scale(self)) is not None and peeled[1].shape == self.shape:
             return peeled[0](peeled[1].sum(axes, keepdims))
         text, latex = reduction("sum", axes, self.is_sum)
-        return node(lambda x: jnp.sum(x, axes, keepdims=keepdims), (self,), text, latex, ATOM, SUM)
+        return Expression(lambda x: jnp.sum(x, axes, keepdims=keepdims), (self,), text, latex, ATOM, SUM)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,19 +186,6 @@ class Symbol(Expression):
         return {self.key}
 
 
-def node(
-    function: Callable[..., Any],
-    operands: tuple[Expression, ...],
-    template: str,
-    latex: str,
-    binding: int,
-    inner: int,
-    type_: Any = None,
-) -> Expression:
-    """A node of an expression; its type is found by tracing where it is not given."""
-    return Expression(function, operands, template, latex, binding, inner, type_)
-
-
 def _entrywise(
     function: Callable[..., Any],
     operands: tuple[Expression, ...],
@@ -213,7 +200,7 @@ def _entrywise(
     is_plain = jnp.issubdtype(dtype, jnp.inexact) and not all(map(is_weak, types))
     shape = np.broadcast_shapes(*(t.shape for t in types))
     known = jax.ShapeDtypeStruct(shape, dtype) if is_plain else None
-    made = node(of_one_dtype(function), operands, template, latex, binding, inner, known)
+    made = Expression(of_one_dtype(function), operands, template, latex, binding, inner, known)
     is_uniform = any(o.uniform for o in operands) and all(o.is_number for o in operands)
     return replace(made, uniform=True) if is_uniform else made
 
@@ -360,7 +347,7 @@ def _written_product(a: Expression, b: Expression) -> Expression:
     """A product that is not simplified."""
     if b.binding == QUOTIENT and a.constant is None:
         # `a (b / c)`; a fraction needs no parentheses in LaTeX.
-        b = node(lambda x: x, (b,), "({0})", "{0}", ATOM, SUM, b.known_type)
+        b = Expression(lambda x: x, (b,), "({0})", "{0}", ATOM, SUM, b.known_type)
     if a.is_number:
         return _entrywise(jnp.multiply, (a, b), "{0} {1}", "{0}\\, {1}", PRODUCT, QUOTIENT)
     return _entrywise(jnp.multiply, (a, b), "{0} ⊙ {1}", "{0} \\odot {1}", PRODUCT, QUOTIENT)
@@ -392,7 +379,9 @@ def without_scale(
 
 def parenthesised(expression: Expression) -> Expression:
     """Parenthesise the expression."""
-    return node(lambda x: x, (expression,), "({0})", "\\left({0}\\right)", ATOM, SUM, expression.known_type)
+    return Expression(
+        lambda x: x, (expression,), "({0})", "\\left({0}\\right)", ATOM, SUM, expression.known_type
+    )
 
 
 def promoted(expression: Expression, type_: Any) -> Expression:
@@ -402,7 +391,7 @@ def promoted(expression: Expression, type_: Any) -> Expression:
         return expression
     wider = jax.ShapeDtypeStruct(expression.shape, dtype)
     template, binding = "{0}", expression.binding
-    return node(lambda x: x.astype(dtype), (expression,), template, template, binding, binding, wider)
+    return Expression(lambda x: x.astype(dtype), (expression,), template, template, binding, binding, wider)
 
 
 # Of these the transpose is written without brackets.
@@ -427,7 +416,7 @@ def factors(
     def of_given(*values: Any) -> Any:
         return function(*(v.T if i in twice else v for i, v in enumerate(values)))
 
-    return node(of_given, tuple(given), text, latex, PRODUCT, POWER, type_)
+    return Expression(of_given, tuple(given), text, latex, PRODUCT, POWER, type_)
 
 
 def unwritten(function: Callable[..., Any], x: Expression, type_: Any) -> Expression:
@@ -441,7 +430,7 @@ def unwritten(function: Callable[..., Any], x: Expression, type_: Any) -> Expres
     factor, rest = factored(x)
     if factor is not None and factor.shape == () and rest.type.dtype == type_.dtype and rest.shape == x.shape:
         return factor * unwritten(function, rest, type_)
-    made = node(function, (x,), "{0}", "{0}", x.binding, x.binding, type_)
+    made = Expression(function, (x,), "{0}", "{0}", x.binding, x.binding, type_)
     return replace(made, uniform=x.is_number and made.shape != (), constant=x.constant)
 
 

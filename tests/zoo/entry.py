@@ -49,17 +49,17 @@ class Family:
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
     """Standard normal numbers in float64."""
-    return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape))
+    return jax.device_put(scale * np.random.default_rng(seed).standard_normal(shape))
 
 
 def uniform(seed: int, *shape: int, low: float = 0.5, high: float = 1.5) -> jax.Array:
     """Uniform numbers in float64, positive by default."""
-    return jnp.asarray(np.random.default_rng(seed).uniform(low, high, shape))
+    return jax.device_put(np.random.default_rng(seed).uniform(low, high, shape))
 
 
 def integers(seed: int, high: int, *shape: int) -> jax.Array:
     """Integers in `[0, high)`."""
-    return jnp.asarray(np.random.default_rng(seed).integers(0, high, shape))
+    return jax.device_put(np.random.default_rng(seed).integers(0, high, shape))
 
 
 def random_key(seed: int) -> jax.Array:

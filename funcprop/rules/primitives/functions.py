@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from funcprop.rules.equations import Equations, OperatorSymbols, apply, written
-from funcprop.rules.expressions import ATOM, POWER, SUM, TERM, Expression, node, of_one_dtype, parenthesised
+from funcprop.rules.expressions import ATOM, POWER, SUM, TERM, Expression, of_one_dtype, parenthesised
 from funcprop.rules.formula import MINUS
 
 
@@ -35,7 +35,7 @@ def _absolute(op: OperatorSymbols) -> Equations | None:
 def _root(x: Expression) -> Expression:
     """`√h`, `√(h + 1)`."""
     text = "√{0}" if x.binding == ATOM else "√({0})"
-    return node(jnp.sqrt, (x,), text, "\\sqrt{{{0}}}", POWER, SUM, x.type)
+    return Expression(jnp.sqrt, (x,), text, "\\sqrt{{{0}}}", POWER, SUM, x.type)
 
 
 def _power_of_numbers(op: OperatorSymbols) -> Equations | None:
@@ -102,7 +102,7 @@ def _comparison(sign: str, latex: str) -> Callable[[OperatorSymbols], Equations]
     def equations(op: OperatorSymbols) -> Equations:
         texts = f"{{0}} {sign} {{1}}", f"{{0}} {latex} {{1}}"
         return Equations(
-            node(getattr(lax, op.name), op.args, *texts, SUM, TERM, op.output.type), (None, None)
+            Expression(getattr(lax, op.name), op.args, *texts, SUM, TERM, op.output.type), (None, None)
         )
 
     return equations

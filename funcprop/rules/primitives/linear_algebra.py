@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from funcprop.rules.equations import Equations, OperatorSymbols, apply, opaque, outer, written
-from funcprop.rules.expressions import ATOM, POWER, PRODUCT, SUM, Expression, factors, node
+from funcprop.rules.expressions import ATOM, POWER, PRODUCT, SUM, Expression, factors
 from funcprop.rules.notation import literally
 
 
@@ -68,7 +68,7 @@ def _solve(op: OperatorSymbols) -> Equations:
     transposed = lambda a, g: jnp.linalg.solve(jnp.matrix_transpose(a), g)  # noqa: E731
     of_b = _product(transposed, (a, op.cotangent), "⁻ᵀ", b.type)
     if b.text() == "I":
-        forward = node(jnp.linalg.solve, (a, b), "{0}⁻¹", "{0}^{{-1}}", POWER, ATOM, op.output.type)
+        forward = Expression(jnp.linalg.solve, (a, b), "{0}⁻¹", "{0}^{{-1}}", POWER, ATOM, op.output.type)
     else:
         forward = _product(jnp.linalg.solve, (a, b), "⁻¹", op.output.type)
     if len(a.shape) == 2:
@@ -115,7 +115,7 @@ def _cholesky(op: OperatorSymbols) -> Equations | None:
 
     text = "{0}⁻ᵀ tril½({0}ᵀ {1}) {0}⁻¹"
     latex = "{0}^{{-\\top}}\\, \\mathrm{{tril}}_{{1/2}}\\!\\left({0}^{{\\top}}\\, {1}\\right) {0}^{{-1}}"
-    backward = node(back, (lower, op.cotangent), text, latex, PRODUCT, POWER, a.type)
+    backward = Expression(back, (lower, op.cotangent), text, latex, PRODUCT, POWER, a.type)
     if _reads_one_triangle():
         of_both = lambda x: half(x + x.T)  # noqa: E731
         latex = "\\mathrm{{tril}}_{{1/2}}\\!\\left({0} + \\left({0}\\right)^{{\\top}}\\right)"
@@ -186,14 +186,14 @@ def _determinant(op: OperatorSymbols) -> Equations | None:
 
 
 def _inverse_of_transpose(a: Expression) -> Expression:
-    return node(lambda a: jnp.linalg.inv(a).T, (a,), "{0}⁻ᵀ", "{0}^{{-\\top}}", POWER, ATOM, a.type)
+    return Expression(lambda a: jnp.linalg.inv(a).T, (a,), "{0}⁻ᵀ", "{0}^{{-\\top}}", POWER, ATOM, a.type)
 
 
 def _framed(
     function: Callable[..., Any], operands: Sequence[Expression], text: str, type_: Any
 ) -> Expression:
     latex = text.replace("ᵀ", "^{{\\top}}").replace("diag", "\\mathrm{{diag}}")
-    return node(function, tuple(operands), text, latex, PRODUCT, SUM, type_)
+    return Expression(function, tuple(operands), text, latex, PRODUCT, SUM, type_)
 
 
 _LATEX = {"⁻¹": "^{{-1}}", "⁻ᵀ": "^{{-\\top}}"}
@@ -203,7 +203,7 @@ def _product(
     function: Callable[..., Any], operands: Sequence[Expression], mark: str, type_: Any
 ) -> Expression:
     text, latex = f"{{0}}{mark} {{1}}", f"{{0}}{_LATEX[mark]}\\, {{1}}"
-    return node(function, tuple(operands), text, latex, PRODUCT, POWER, type_)
+    return Expression(function, tuple(operands), text, latex, PRODUCT, POWER, type_)
 
 
 EQUATIONS: dict[str, Callable[[OperatorSymbols], Equations | None]] = {
