@@ -58,6 +58,34 @@ def test_a_cross_entropy_that_leaves_out_labels_is_written_with_its_mask(padding
         assert max(everywhere.verify().errors.values()) < 1e-12
 
 
+def _masked_rows(z, t):
+    return jnp.where(t.sum(-1) > 0, optax.softmax_cross_entropy(z, t), 0.0).mean()
+
+
+def _known_targets(z, t):
+    return jnp.where(t >= 0, optax.sigmoid_binary_cross_entropy(z, t), 0.0).mean()
+
+
+def _without_minus_one(z, t):
+    return jnp.sum((t != -1) * optax.sigmoid_binary_cross_entropy(z, t))
+
+
+MASKED = {
+    _masked_rows: "mean(where(sum(t, axis 1) > 0, −(t · log softmax(z)), 0))",
+    _known_targets: "mean(where(t ≥ 0, −(t ⊙ log σ(z) + (1 − t) ⊙ log σ(−z)), 0))",
+    _without_minus_one: "sum([t ≠ −1] ⊙ (−(t ⊙ log σ(z) + (1 − t) ⊙ log σ(−z))))",
+}
+
+
+@pytest.mark.parametrize("loss", MASKED)
+def test_a_loss_of_targets_that_leaves_some_out_is_written_with_its_mask(loss):
+    z = jnp.linspace(-1.0, 2.0, 6).reshape(2, 3) ** 2
+    t = jnp.array([[0.0, 0, 0], [0, 1, 0]]) if loss is _masked_rows else jnp.array([[1.0, 0, -1], [-1, 1, 0]])
+    found = fp.derive(loss)(z, t)
+    assert texts(found.forward)[-1].startswith(f"J = {MASKED[loss]}")
+    assert max(found.verify().errors.values()) < 1e-12
+
+
 def test_a_negative_label_counts_from_the_last_class():
     z, y = jnp.linspace(-1.0, 2.0, 8).reshape(2, 4) ** 2, jnp.array([-1, 1])
     found = fp.derive(LOSSES["optax with labels"])(z, y)

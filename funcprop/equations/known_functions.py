@@ -21,6 +21,7 @@ from funcprop.equations.flow import Region
 from funcprop.equations.losses import cross_entropies, logsumexps, soft_losses, softmaxes
 from funcprop.equations.named_function import NamedFunction
 from funcprop.equations.norms import lengths, norms
+from funcprop.graph.graph import Variable
 from funcprop.sweeps.evaluation import drawn
 
 
@@ -76,15 +77,14 @@ class _AtRandomPoints:
             self.values = [at_points(region)]
         else:
             classes = (x.shape or (1,))[-1]
-            labels = _labels_apart(region, classes)
-            count = 2 + len(labels)
-            scales = np.reshape([2.0, 20.0, *(2.0 for _ in labels)], (count, *(1 for _ in x.shape or ())))
+            apart = [_values_apart(region, v, classes) for v in others]
+            count = 2 + max(map(len, apart), default=0)
+            scales = np.reshape([2.0, 20.0, *[2.0] * (count - 2)], (count, *(1 for _ in x.shape or ())))
             points = random.normal(size=(count, *(x.shape or ()))) * scales
             operands = [drawn(random, v, classes, (count, *(v.shape or ()))) for v in others]
-            for i, v in enumerate(others):
-                if jnp.issubdtype(v.dtype, jnp.integer):
-                    for k, label in enumerate(labels, 2):
-                        operands[i] = operands[i].at[k].set(label)
+            for i, values in enumerate(apart):
+                for k, value in enumerate(values, 2):
+                    operands[i] = operands[i].at[k].set(value)
             self.values = [jnp.asarray(points, x.dtype), *operands]
         count = self.values[0].shape[0]
         self.cotangent = random.normal(size=(count, *(region.output.shape or ())))
@@ -113,15 +113,15 @@ class _AtRandomPoints:
         )
 
 
-def _labels_apart(region: Region, classes: int) -> list[int]:
-    """Labels that a loss may leave out: −1, and every whole number that stands in it."""
-    if not any(jnp.issubdtype(v.dtype, jnp.signedinteger) for v in region.inputs[1:]):
-        return []
-    literals = [v.value for op in region.operators for v in op.inputs if v.kind == "literal"]
-    integers = {
-        int(n) for n in literals if np.ndim(n) == 0 and np.issubdtype(np.asarray(n).dtype, np.integer)
-    }
-    return sorted(n for n in {-1, *integers} if n < classes)
+def _values_apart(region: Region, v: Variable, classes: int) -> list[Any]:
+    """Labels or targets that a loss may leave out: −1, NaN, and every number that stands in it."""
+    literals = [w.value for op in region.operators for w in op.inputs if w.kind == "literal"]
+    numbers = {x.item() for x in map(np.asarray, literals) if x.ndim == 0}
+    if jnp.issubdtype(v.dtype, jnp.signedinteger):
+        return sorted(n for n in {-1, *numbers} if isinstance(n, int) and n < classes)
+    if jnp.issubdtype(v.dtype, jnp.floating):
+        return [*sorted({-1.0, *(n for n in numbers if isinstance(n, float) and np.isfinite(n))}), np.nan]
+    return []
 
 
 def _near(a: Any, b: Any, tolerance: float, by_entry: bool) -> bool:
