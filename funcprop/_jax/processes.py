@@ -75,6 +75,11 @@ def publish(name: str, text: str) -> None:
     _client().key_value_set(name, text, allow_overwrite=True)
 
 
+def forget(name: str) -> None:
+    """Remove a text, if it is there."""
+    _client().key_value_delete(name)
+
+
 def published(name: str, seconds: float) -> str:
     """Return a text that a process makes known within that time.
 

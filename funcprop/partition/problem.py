@@ -140,6 +140,23 @@ class TrainingProblem:
                 f"{self.examples % parts}; use one of {', '.join(map(str, fit[:12]))}."
             )
 
+    def require_divisible(self, batch: Any, parts: int) -> None:
+        """Raise unless a batch like the one that was planned can be cut into so many equal parts.
+
+        Raises:
+            ValueError: it is another tree, or an array of it cannot.
+        """
+        tree: Any = jax.tree.structure(batch)
+        if tree != (planned := jax.tree.structure(self.batch)):
+            raise ValueError(f"the plan is for batches {planned}, and this one is {tree}.")
+        for (path, x), d in zip(jax.tree.leaves_with_path(batch), self.batch_axes, strict=True):
+            if d is not None and any(n % parts for n in np.shape(x)[d : d + 1]):
+                raise ValueError(
+                    f"the batch's array {jax.tree_util.keystr(path)} of shape {np.shape(x)} cannot be cut "
+                    f"into the {parts} equal parts of the plan; use batches of sizes that {parts} divides, "
+                    "and leave out a ragged last one."
+                )
+
     @cached_property
     def value_type(self) -> Any:
         """The type of the loss."""

@@ -20,7 +20,7 @@ from funcprop.partition.edges import moved, opened, placed, told
 from funcprop.partition.layout import DATA
 from funcprop.partition.pipeline import PipelinedProgram, sent
 from funcprop.partition.stage_needs import cotangents
-from funcprop.partition.stages import replicated, stage_meshes
+from funcprop.partition.stages import StageUpdates, replicated, stage_meshes
 from funcprop.partition.task_order import PipelineTask
 from funcprop.partition.traffic import Collective, compiled_collectives
 from funcprop.program.sizes import nbytes
@@ -54,6 +54,7 @@ class RunningPipeline:
     def _parts(self, batch: Any) -> tuple[list[list[Any]], list[Any]]:
         """The leaves of each microbatch, and its weight as a share of all."""
         problem, count = self.program.problem, self.program.microbatches
+        problem.require_divisible(batch, count * self.program.replicas)
         stacked = jax.tree.leaves(problem.parts_of(batch, count, strided=False))
         parts = [[x[m] for x in stacked] for m in range(count)]
         if problem.weight is None:
@@ -156,25 +157,35 @@ class RunningPipeline:
     def step(self, optimizer: Any) -> Callable[..., Any]:
         """A train step: `step(params, state, batch, intact=None) -> params, state, loss, intact`.
 
-        It overwrites the parameters: with what they are where the loss is not finite or `intact` is false, if
-        that is given.
+        It overwrites the parameters: with what they are where the loss or the update of a stage is not finite
+        or `intact` is false, if that is given.
         """
         updates = self.program.updates(optimizer)
-        programs, owners = updates.programs, updates.state_owners
+        owners = updates.state_owners
         if self._is_spread:
-            updates.compile([replicated(mesh) for mesh in self._mesh])
+            for lowered in self._lowered(updates):
+                lowered.compile()
 
         def step(params: Any, state: Any, batch: Any, intact: Any = None) -> Any:
             value, grads = self.gradient(params, batch)
-            intact = jnp.bool_(True) if intact is None else intact & jnp.isfinite(value)
             leaves, tree = jax.tree.flatten(params)
             rest, state_tree = jax.tree.flatten(state)
             new, kept = list(leaves), list(rest)
-            for s, update in enumerate(programs):
+            given = []
+            for s in range(self.program.count):
                 own, needed = updates.of(s)
-                given = [self._to(s, rest[j]) for j in needed]
+                given.append(
+                    (
+                        [leaves[i] for i in own],
+                        [self._to(s, rest[j]) for j in needed],
+                        [grads[i] for i in own],
+                    )
+                )
+            intact = jnp.bool_(True) if intact is None else self._intact(updates, given, intact, value)
+            for s, update in enumerate(updates.programs):
+                own, needed = updates.of(s)
                 changes = placed(intact, replicated(self._mesh[s]))
-                values, states = update([leaves[i] for i in own], given, [grads[i] for i in own], changes)
+                values, states = update(*given[s], changes)
                 for i, x in zip(own, values, strict=True):
                     new[i] = x
                 for j, x in zip(needed, states, strict=True):
@@ -183,6 +194,24 @@ class RunningPipeline:
             return jax.tree.unflatten(tree, new), jax.tree.unflatten(state_tree, kept), value, intact
 
         return step
+
+    def text(self, optimizer: Any) -> str:
+        """All programs and their order, equal in processes that run the same pipeline."""
+        problem, count = self.program.problem, self.program.microbatches
+        forward = jax.jit(problem.loss).lower(problem.shapes[0], problem.part_shapes(count))
+        updates = self._lowered(self.program.updates(optimizer))
+        return "\n".join([str(self.program.timeline.tasks), *(x.as_text() for x in (forward, *updates))])
+
+    def _lowered(self, updates: StageUpdates) -> list[Any]:
+        return updates.lowered([replicated(mesh) for mesh in self._mesh])
+
+    def _intact(self, updates: StageUpdates, given: Any, before: Any, value: Any) -> Any:
+        """Whether the loss and the updates of all stages are finite, and `before`."""
+        sound = before & jnp.isfinite(value)
+        sound = placed(sound, replicated(self._mesh[0]))
+        for s, check in enumerate(updates.checks):
+            sound = check(*given[s], self._to(s, sound))
+        return told(sound) if self._is_spread else sound
 
     def compiled(self) -> tuple[list[DeviceBytes], list[Collective]]:
         """The peak of the devices of each place, and all collectives of a step, by the compiled programs."""
