@@ -15,7 +15,7 @@ import optax
 
 from funcprop._jax.xla_options import for_buffers
 from funcprop.partition.axis_program import AxisProgram, flat_program
-from funcprop.partition.layout import batch_places, example_axis
+from funcprop.partition.layout import batch_places, example_axis, placed_type
 from funcprop.partition.logical_axes import Axes, axes_of
 from funcprop.partition.segments import Cuttable
 from funcprop.program.call import has_values, update_by
@@ -169,10 +169,7 @@ class TrainingProblem:
 
     def compiled(self, step: Any, places: Any) -> Any:
         """A jitted step whose arguments lie so, compiled for its buffers; devices need not be there."""
-        shapes = self.arguments(self.optimizer)
-        placed = jax.tree.map(
-            lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, places
-        )
+        placed = jax.tree.map(placed_type, self.arguments(self.optimizer), places)
         return step.lower(*placed).compile(for_buffers(self.platform))
 
     def state_shapes(self, optimizer: optax.GradientTransformation) -> Any:
@@ -223,6 +220,11 @@ def require_mean(problem: TrainingProblem, most: int = 64) -> None:
     w, v = (float(weigh(half)) for half in halves)
     mean = (w * first + v * second) / (w + v)
     eps = float(jnp.finfo(problem.value_type).eps)
+    if not math.isfinite(whole):
+        raise ValueError(
+            f"the loss of {len(chosen)} examples is {whole}, which does not say whether it is a mean over "
+            "them; fp.backprop(loss)(params, batch).first_nonfinite() names the operator."
+        )
     if abs(whole - mean) <= 1e4 * eps * max(abs(whole), abs(first), abs(second)):
         return
     draws = any(eqn.primitive.name == "random_bits" for eqn, _ in problem.axes.program.equations)

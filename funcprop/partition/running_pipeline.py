@@ -10,14 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from funcprop import _jax
 from funcprop._jax.xla_options import for_buffers
 from funcprop.memory.tiles import kept_bytes
 from funcprop.partition.device_bytes import DeviceBytes
 from funcprop.partition.edges import moved, opened, placed, told
-from funcprop.partition.layout import DATA
+from funcprop.partition.layout import along, placed_type
 from funcprop.partition.pipeline import PipelinedProgram, sent
 from funcprop.partition.stage_needs import cotangents
 from funcprop.partition.stages import StageUpdates, replicated, stage_meshes
@@ -66,9 +66,7 @@ class RunningPipeline:
 
     def _layout(self, s: int, d: int | None) -> NamedSharding:
         """That of an array on a stage whose examples are along an axis."""
-        return NamedSharding(
-            self._mesh[s], PartitionSpec() if d is None else PartitionSpec(*[None] * d, DATA)
-        )
+        return NamedSharding(self._mesh[s], along(d))
 
     def gradient(self, params: Any, batch: Any, watch: Watch | None = None) -> tuple[Any, list[Any]]:
         """The loss, and the leaves of the gradient, each where the parameter is."""
@@ -244,19 +242,15 @@ class RunningPipeline:
         outputs: list[Any] = []
         for s, stage in enumerate(self.program.stages):
             params, examples, _ = stage.types(*self.program.leaves)
-            params = [_at(x, replicated(self._mesh[s])) for x in params]
+            params = [placed_type(x, replicated(self._mesh[s])) for x in params]
             split = zip(examples, self.program.segments[s].batch, strict=True)
-            examples = [_at(x, self._layout(s, places[i])) for x, i in split]
-            inputs = [_at(x, NamedSharding(self._mesh[s], x.sharding.spec)) for x in outputs]
+            examples = [placed_type(x, self._layout(s, places[i])) for x, i in split]
+            inputs = [placed_type(x, NamedSharding(self._mesh[s], x.sharding.spec)) for x in outputs]
             lowered = stage.forward.lower(params, examples, inputs)
             forward = lowered.compile(options)
-            outputs, pull = jax.tree.map(_at, lowered.out_info, forward.output_shardings)
+            outputs, pull = jax.tree.map(placed_type, lowered.out_info, forward.output_shardings)
             backward = stage.backward.lower(params, pull, cotangents(outputs), params, examples, inputs)
             yield [*examples, *inputs], outputs, forward, backward.compile()
-
-
-def _at(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _copied(x: Any, mesh: Mesh) -> Any:

@@ -10,14 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
 from funcprop import _jax
 from funcprop.partition.flat import flattened
-from funcprop.partition.layout import DATA
+from funcprop.partition.layout import DATA, mesh_of, placed_type
 from funcprop.partition.segments import LossSegment
 from funcprop.program.call import all_finite
 from funcprop.rules.rule_set import RuleSet
@@ -221,11 +220,9 @@ class StageUpdates:
         programs = zip(self.programs, self.checks, shardings, strict=True)
         for stage, (update, check, sharding) in enumerate(programs):
             own, needed = self.of(stage)
-            given = [leaves[i] for i in own], [state[j] for j in needed], [leaves[i] for i in own]
-            types = jax.tree.map(
-                lambda x, at=sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
-                (*given, jax.ShapeDtypeStruct((), bool)),
-            )
+            weights = [leaves[i] for i in own]
+            given = weights, [state[j] for j in needed], weights, jax.ShapeDtypeStruct((), bool)
+            types = jax.tree.map(partial(placed_type, sharding=sharding), given)
             found += [update.lower(*types), check.lower(*types)]
         return found
 
@@ -237,12 +234,7 @@ class StageUpdates:
 
 def stage_meshes(devices: Sequence[Any], places: int, replicas: int) -> list[Mesh]:
     """A mesh for each place in the pipeline: `replicas` devices, over which the examples are split."""
-    found = []
-    for i in range(places):
-        array = np.empty(replicas, dtype=object)
-        array[:] = list(devices)[i * replicas : (i + 1) * replicas]
-        found.append(Mesh(array, (DATA,), axis_types=(jax.sharding.AxisType.Auto,)))
-    return found
+    return [mesh_of(devices[i * replicas :], {DATA: replicas}) for i in range(places)]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
