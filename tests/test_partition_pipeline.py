@@ -141,3 +141,14 @@ def test_a_product_of_the_batch_is_not_the_stage_of_one_of_a_hidden_layer() -> N
     assert proof.gradient_error is not None
     assert proof.gradient_error < 1e-12
     assert 0.95 < proof.ratio < 1.05
+
+
+def test_a_number_that_a_stage_hands_over_is_not_divided_among_replicas() -> None:
+    def loss(w: Any, x: Any) -> Any:
+        return jnp.mean(jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, 3)[0])
+
+    planner = fp.partition.plan(loss, mesh={"stage": 2, "data": 2}, microbatches=2)
+    (plan,) = planner(jnp.eye(8), jnp.ones((8, 8)))
+    assert [v.shape for v in plan.program.segments[0].outputs] == [()]
+    proof = plan.compile()
+    assert not proof.unpredicted, proof

@@ -219,8 +219,7 @@ class RunningPipeline:
         stages = self._compiled_stages(for_buffers(program.problem.platform))
         for s, (given, outputs, *sweeps) in enumerate(stages):
             if s < program.count - 1:
-                each = program.replicas
-                found += [sent(x, nbytes(x) // each, s, program.microbatches) for x in outputs]
+                found += [sent(x, nbytes(_part(x)), s, program.microbatches) for x in outputs]
             for compiled in sweeps:
                 inside = compiled_collectives(_jax.program_text(compiled))
                 found += [replace(c, trips=c.trips * program.microbatches) for c in inside]
@@ -233,8 +232,7 @@ class RunningPipeline:
 
     def _bytes(self, x: Any) -> int:
         """Those of one device's part."""
-        part = jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
-        return kept_bytes(part, self.program.problem.platform)
+        return kept_bytes(_part(x), self.program.problem.platform)
 
     def _compiled_stages(self, options: Any) -> Iterator[tuple[list[Any], list[Any], Any, Any]]:
         """For each stage the types of what it is given and hands on, and its compiled sweeps."""
@@ -251,6 +249,11 @@ class RunningPipeline:
             outputs, pull = jax.tree.map(placed_type, lowered.out_info, forward.output_shardings)
             backward = stage.backward.lower(params, pull, cotangents(outputs), params, examples, inputs)
             yield [*examples, *inputs], outputs, forward, backward.compile()
+
+
+def _part(x: Any) -> jax.ShapeDtypeStruct:
+    """The type of one device's part of an array that lies on several."""
+    return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
 
 
 def _copied(x: Any, mesh: Mesh) -> Any:
