@@ -77,6 +77,8 @@ def refused(loss, plan, optimizer, *batches):
     except (ValueError, FloatingPointError) as error:
         return str(error)
 
+(data,) = fp.partition.plan(loss, optimizer=optimizer, **KINDS["data"])(params, batch)
+assert "they differ in plan: " in refused(loss, (plan, data)[int(sys.argv[2])], optimizer, batch)
 # A learning rate is in no operator of the loss.
 different = 1e-6 * int(sys.argv[2])
 assert "they differ in code" in refused(loss, plan, optax.adam(1e-2 + different), batch)
@@ -92,7 +94,6 @@ said = refused(logarithmic, zero, optimizer, (*batch, good), (*batch, bad))
 assert "step 2 " in said and "value of log is not finite in 1 place, at [5]" in said, said
 
 # What already lies on the devices of all processes is laid out anew.
-(data,) = fp.partition.plan(loss, optimizer=optimizer, **KINDS["data"])(params, batch)
 spread = data.place(params)[0]
 value, _ = plan.gradient(spread, data.put(batch))
 assert abs(float(value) - expected[0]) < 1e-12

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import re
 import sys
 import threading
@@ -181,8 +180,7 @@ def leave(what: str) -> NoReturn:
     with contextlib.suppress(Exception):
         _at_the_end["gone"](line)
     print(line, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(EXIT)
+    _processes.end(EXIT)
 
 
 class Watch:

@@ -86,6 +86,7 @@ class TrainingRun:
             self.peers.require_same(
                 {
                     "versions": versions(),
+                    "plan": getattr(self.plan, "name", None),
                     "epochs": count,
                     "seed": key_numbers(self.key),
                     "parameters": fingerprint((params, state)),
