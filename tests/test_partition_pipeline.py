@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from partition_models import MODELS
 
@@ -121,3 +122,33 @@ def test_too_many_stages_are_refused_with_the_number_that_is_possible() -> None:
     loss = lambda w, x: ((x @ w) ** 2).mean()  # noqa: E731
     with pytest.raises(ValueError, match=r"can be cut into \d segments where few bytes cross, not into 8"):
         fp.partition.plan(loss, mesh={"stage": 8})(jax.numpy.ones((4, 4)), jax.numpy.ones((8, 4)))
+
+
+def test_a_product_of_the_batch_is_not_the_stage_of_one_of_a_hidden_layer() -> None:
+    """The programs of both are the same, and what they are given is not."""
+
+    def loss(w: Any, batch: Any) -> Any:
+        x, y = batch
+        for i in range(3):
+            x = jnp.tanh(x @ w[i])
+        return jnp.mean((x - y) ** 2)
+
+    arguments = jax.random.normal(jax.random.key(0), (3, 8, 8)), (jnp.ones((8, 8)), jnp.zeros((8, 8)))
+    weights = list(arguments[0])
+    (plan,) = fp.partition.plan(loss, mesh={"stage": 6}, microbatches=4)(weights, arguments[1], devices=6)
+    assert [segment.equations for segment in plan.program.segments[:5]] == [1] * 5
+    proof = plan.compile()
+    assert proof.gradient_error is not None
+    assert proof.gradient_error < 1e-12
+    assert 0.95 < proof.ratio < 1.05
+
+
+def test_a_number_that_a_stage_hands_over_is_not_divided_among_replicas() -> None:
+    def loss(w: Any, x: Any) -> Any:
+        return jnp.mean(jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, 3)[0])
+
+    planner = fp.partition.plan(loss, mesh={"stage": 2, "data": 2}, microbatches=2)
+    (plan,) = planner(jnp.eye(8), jnp.ones((8, 8)))
+    assert [v.shape for v in plan.program.segments[0].outputs] == [()]
+    proof = plan.compile()
+    assert not proof.unpredicted, proof

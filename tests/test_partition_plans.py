@@ -324,6 +324,8 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"weight": 3}, {}, r"weight=3 is no function"),
     ({"optimizer": "adam"}, {}, r"plan: optimizer is 'adam'; pass an optax optimizer"),
     ({"by": "guess"}, {}, r"by='guess' is not known; use one of 'checked', 'estimate'"),
+    ({"mesh": "data=2"}, {}, r"mesh='data=2': pass the sizes of its axes, such as \{'data': 2, 'model': 4\}"),
+    ({}, {"devices": "8"}, r"devices='8': pass how many, or a list of devices as of jax.devices\(\)"),
     ({"budget": "much"}, {}, r"budget='much' is not a number of bytes"),
 ]
 
@@ -336,13 +338,25 @@ def test_bad_input_is_refused_in_a_line(options: Any, where: Any, message: str) 
     assert "\n" not in str(error.value)
 
 
+def test_a_loss_with_more_and_a_batch_of_more_than_arrays_are_refused() -> None:
+    planner = fp.partition.plan(lambda w, x: (jnp.mean(x @ w), {"more": 1}), mesh={"data": 2})
+    with pytest.raises(TypeError, match=r"^<lambda> returns a tuple; plan the loss alone, such as lambda"):
+        planner(jnp.ones(3), jnp.ones((4, 3)))
+    with pytest.raises(TypeError, match=r"^plan: batch\[1\]\['name'\]='digits' is no array; close over it"):
+        planner(jnp.ones(3), jnp.ones((4, 3)), {"name": "digits"})
+    infinite = lambda w, x: jnp.mean(x @ w) / 0.0  # noqa: E731
+    planner = fp.partition.plan(infinite, mesh={"data": 2}, shard_parameters=True)
+    with pytest.raises(ValueError, match=r"^the loss of 4 examples is inf, which does not say whether"):
+        planner(jnp.ones(3), jnp.ones((4, 3)))
+
+
 @pytest.mark.parametrize("kind", ["data", "accumulation", "zero", "pipeline"])
 def test_a_ragged_batch_is_refused_by_a_step(kind: str) -> None:
     loss, params, (x, y) = MODELS["mlp"]()
     optimizer = optax.sgd(0.1)
     (plan,) = fp.partition.plan(loss, optimizer=optimizer, **MESHES[kind])(params, (x, y))
     step, state = plan.step(optimizer), optimizer.init(params)
-    with pytest.raises(ValueError, match=r"array \[0\] of shape \(15, 16\) cannot be divided"):
+    with pytest.raises(ValueError, match=r"array \[0\] of shape \(15, 16\) cannot be cut into the \d equal"):
         step(params, state, (x[:15], y[:15]))
     with pytest.raises(ValueError, match="is for batches"):
         step(params, state, x)

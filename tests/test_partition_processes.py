@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = """
 import sys
 import jax
@@ -74,8 +76,29 @@ assert np.abs(np.subtract(whole, expected)).max() < 1e-12, (whole, expected)
 assert trained(3, sys.argv[3]) + trained(6, sys.argv[3]) == whole
 assert np.abs(np.subtract(trained(2, accumulate=2), expected[:2])).max() < 1e-12
 
-# What already lies on the devices of all processes is laid out anew.
+def refused(loss, plan, optimizer, *batches):
+    try:
+        list(fp.training.fit(loss, params, batches, optimizer, epochs=1, plan=plan))
+    except (ValueError, FloatingPointError) as error:
+        return str(error)
+
 (data,) = fp.partition.plan(loss, optimizer=optimizer, **KINDS["data"])(params, batch)
+assert "they differ in plan: " in refused(loss, (plan, data)[int(sys.argv[2])], optimizer, batch)
+# A learning rate is in no operator of the loss.
+different = 1e-6 * int(sys.argv[2])
+assert "they differ in code" in refused(loss, plan, optax.adam(1e-2 + different), batch)
+assert "they differ in data" in refused(loss, plan, optimizer, (batch[0] + different, batch[1]))
+
+# What is not finite is named in each process, also where each has a part of the parameters.
+def logarithmic(params, batch):
+    return loss(params, batch[:2]) + jnp.mean(jnp.log(batch[2]))
+
+good, bad = np.ones(8), np.where(np.arange(8) == 5, -1.0, 1.0)
+(zero,) = fp.partition.plan(logarithmic, optimizer=optimizer, **KINDS["zero"])(params, (*batch, good))
+said = refused(logarithmic, zero, optimizer, (*batch, good), (*batch, bad))
+assert "step 2 " in said and "value of log is not finite in 1 place, at [5]" in said, said
+
+# What already lies on the devices of all processes is laid out anew.
 spread = data.place(params)[0]
 value, _ = plan.gradient(spread, data.put(batch))
 assert abs(float(value) - expected[0]) < 1e-12
@@ -94,12 +117,39 @@ print("losses", *whole)
 """
 
 
+OTHERWISE = """
+(plan,) = fp.partition.plan(loss, optimizer=optimizer, **KINDS["pipeline"])(params, batch)
+def batches(key):
+    for number in range(4):
+        yield batch[0] + (number == 2 and int(sys.argv[2])), batch[1]
+list(fp.training.fit(loss, params, batches, optimizer, epochs=1, plan=plan))
+"""
+
+
+@pytest.mark.nightly
+def test_batches_that_differ_later_are_noticed(tmp_path: Path) -> None:
+    program = PROGRAM[: PROGRAM.index("for kind, how")] + OTHERWISE
+    (first, _, told), (second, _, raised) = outcome(tmp_path, program)
+    assert first == 75
+    assert second not in (0, 75)
+    assert "ValueError: fit: processes 0 and 1 are not one run, they differ in data" in raised
+    assert "process 1 of 2 is gone (it left: ValueError: fit: processes 0 and 1 are not one run" in told
+
+
 def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
+    done = outcome(tmp_path, PROGRAM)
+    assert [code for code, _, _ in done] == [0, 0], done
+    printed = [[line for line in out.splitlines() if line.startswith("losses")] for _, out, _ in done]
+    assert printed[0] == printed[1] != []
+
+
+def outcome(tmp_path: Path, program: str) -> list[tuple[int, str, str]]:
+    """How both processes of a program end: code, what it printed, and errors."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script = tmp_path / "process.py"
-    script.write_text(PROGRAM)
+    script.write_text(program)
     running = [
         subprocess.Popen(
             [sys.executable, str(script), str(port), str(rank), str(tmp_path / "run")],
@@ -115,9 +165,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
     finally:
         for process in running:
             process.kill()
-    assert [process.returncode for process in running] == [0, 0], done
-    printed = [[line for line in out.splitlines() if line.startswith("losses")] for out, _ in done]
-    assert printed[0] == printed[1] != []
+    return [(process.returncode, *said) for process, said in zip(running, done, strict=True)]
 
 
 def _environment() -> dict[str, str]:

@@ -226,6 +226,29 @@ def test_the_parameters_before_a_bad_step_are_kept(kind: str) -> None:
         np.testing.assert_allclose(jax.device_get(a), b, rtol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["zero", "pipeline", "pipeline and data"])
+def test_an_update_that_is_not_finite_changes_no_stage(kind: str) -> None:
+    """The loss is finite, and the cotangent of one root is not."""
+
+    def rooted(params: Any, x: Any, y: Any) -> Any:
+        return jnp.mean(jnp.sqrt(jnp.square(y * (hidden(params, x) @ params["down"]))))
+
+    batches = [(X[:16], Y[:16]), (X[:16], Y[:16] * 0.0)]
+    kept = "update of step 2 .* are those before it. The first is: backward sweep: cotangent .* operator sqrt"
+    with pytest.raises(training.NonFiniteStepError, match=kept) as error:
+        list(training.fit(rooted, PARAMS, batches, ADAM, plan=plan(kind)))
+    first = next(training.fit(rooted, PARAMS, batches[:1], ADAM))
+    for a, b in zip(jax.tree.leaves(error.value.params), jax.tree.leaves(first.params), strict=True):
+        np.testing.assert_allclose(jax.device_get(a), b, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("data", 8), ("pipeline and data", 4)])
+def test_a_ragged_batch_of_a_run_is_refused(kind: str, parts: int) -> None:
+    batches = [(X[:16], Y[:16]), (X[:14], Y[:14])]
+    with pytest.raises(ValueError, match=f"shape .14, 6. cannot be cut into the {parts} equal parts"):
+        list(training.fit(plain, PARAMS, batches, ADAM, plan=plan(kind)))
+
+
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("kinds", [("data and tensor", "zero"), ("zero", "tensor"), ("data", "pipeline")])
 def test_a_run_goes_on_under_another_plan(kinds: tuple[str, str], tmp_path: Any) -> None:

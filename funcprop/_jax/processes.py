@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed  # Its client has no public name.
@@ -63,6 +65,19 @@ def initialize(**options: Any) -> None:
         jax.distributed.initialize(**options)
     finally:
         distributed._jax.get_distributed_runtime_service = made
+    atexit.register(_end_after_error)
+
+
+def _end_after_error() -> None:
+    if getattr(sys, "last_value", None) is not None:
+        end(1)
+
+
+def end(code: int) -> NoReturn:
+    """End this process after an error: JAX would wait for the others, which leave, and then abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def joined() -> bool:
@@ -73,6 +88,11 @@ def joined() -> bool:
 def publish(name: str, text: str) -> None:
     """Make a text known to all processes, in place of what was there."""
     _client().key_value_set(name, text, allow_overwrite=True)
+
+
+def forget(name: str) -> None:
+    """Remove a text, if it is there."""
+    _client().key_value_delete(name)
 
 
 def published(name: str, seconds: float) -> str:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import typer
 
 from funcprop import training
+from funcprop._jax.processes import end as end_process
+from funcprop._jax.processes import joined as processes_joined
 from funcprop.cli.backward import gradients, gradients_table, values_table
 from funcprop.cli.errors import TargetError, users_code
 from funcprop.cli.options import AsJson
@@ -95,7 +97,12 @@ def train(
         log,
         tensorboard,
     )
-    emit(lambda: run(target, options, how), as_json)
+    try:
+        emit(lambda: run(target, options, how), as_json)
+    except typer.Exit as end:
+        if processes_joined():
+            end_process(end.exit_code)
+        raise
 
 
 def run(target: str, options: TrainOptions, how: RunOptions) -> Output:

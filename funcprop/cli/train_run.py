@@ -114,8 +114,9 @@ def parse_mesh(text: str) -> dict[str, int]:
 def _plan(setup: Setup, mesh: dict[str, int], key: Any) -> Any:
     """Plan the step of a setup on a mesh."""
     batches = setup.batches(epoch_key(key, 1)) if callable(setup.batches) else setup.batches
-    batch = next(iter(batches))
-
+    batch = next(iter(batches), None)
+    if batch is None:
+        raise TargetError(f"--mesh: batches={setup.batches!r} yield nothing to plan for.")
     own = {name: setup.options[name] for name in ("has_aux", "keyed") if name in setup.options}
     state = setup.options.get("model_state")
     whole = TrainingLoss(setup.loss, stateful=state is not None, **own).whole

@@ -75,15 +75,10 @@ class FittedPlan:
 
         return gradient
 
-    def step_of(
-        self,
-        loss: Callable[..., Any],
-        optimizer: Any,
-        parts: int,
-        weight: Weight | None,
-        rules: RuleSet | None,
-    ) -> Callable[..., Any]:
-        """A pipeline's step (`RunningPipeline.step`) of another loss, in so many times more parts."""
+    def pipeline_of(
+        self, loss: Callable[..., Any], parts: int, weight: Weight | None, rules: RuleSet | None
+    ) -> RunningPipeline:
+        """The pipeline of another loss, in so many times more parts."""
         program = self._program
         assert isinstance(program, PipelinedProgram)
         problem = self._problem_of(loss, rules, weight=weight or self.plan.problem.weight)
@@ -91,7 +86,7 @@ class FittedPlan:
         problem.require_parts(count, "microbatches × accumulate")
         problem.require_parts(count * program.replicas, "microbatches × accumulate × data")
         planned = replace(program, problem=problem, microbatches=count)
-        return RunningPipeline(planned, self.plan.devices()).step(optimizer)
+        return RunningPipeline(planned, self.plan.devices())
 
     def _problem_of(self, loss: Callable[..., Any], rules: RuleSet | None, **more: Any) -> TrainingProblem:
         chosen = self.plan.problem.rules if rules is None else rules

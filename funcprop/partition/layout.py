@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from funcprop import _jax
@@ -207,10 +208,18 @@ def _refuse_grouped(program: AxisProgram, split: Mapping[Place, str]) -> None:
 
 def mesh_of(devices: Sequence[Any], sizes: Mapping[str, int]) -> Mesh:
     """A mesh whose layouts XLA derives (Auto axes), over the first devices."""
-    import numpy as np
-
     count = math.prod(sizes.values())
     array = np.empty(count, dtype=object)
     array[:] = list(devices)[:count]
     kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
     return Mesh(array.reshape(tuple(sizes.values())), tuple(sizes), axis_types=kinds)
+
+
+def along(d: int | None) -> PartitionSpec:
+    """The layout of an array whose axis `d` is split over `data`; None for one that each device has whole."""
+    return PartitionSpec() if d is None else PartitionSpec(*[None] * d, DATA)
+
+
+def placed_type(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    """The type of an array that lies so."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

@@ -15,7 +15,7 @@ import numpy as np
 
 from funcprop import _jax
 from funcprop.partition.device_bytes import DeviceBytes
-from funcprop.partition.edges import on_the_host
+from funcprop.partition.edges import on_the_host, placed
 from funcprop.partition.layout import DATA
 from funcprop.partition.pipeline import PipelinedProgram
 from funcprop.partition.problem import TrainingProblem
@@ -167,34 +167,18 @@ class PartitionPlan:
         fun, ins = self.program.jitted(self.devices(), None, gradient_only=True)
         return fun(*jax.tree.map(_put, (params, batch), ins))
 
-    def put(self, batch: Any) -> Any:
-        """A batch where the plan's step reads it.
+    def put(self, batch: Any, *, checked: bool = False) -> Any:
+        """A batch where the plan's step reads it; `checked` if all processes are known to have the same.
 
         Raises:
             ValueError: it is another tree, or an array of it cannot be divided as the plan says.
         """
-        tree: Any = jax.tree.structure(batch)
-        if tree != (planned := jax.tree.structure(self.problem.batch)):
-            raise ValueError(f"plan {self.name!r} is for batches {planned}, and this one is {tree}.")
-        parts = self.mesh.get(DATA, 1) * self._cuts
-        for (path, x), d in zip(jax.tree.leaves_with_path(batch), self.problem.batch_axes, strict=True):
-            if d is not None and any(n % parts for n in np.shape(x)[d : d + 1]):
-                raise ValueError(
-                    f"plan {self.name!r}: the batch's array {jax.tree_util.keystr(path)} of shape "
-                    f"{np.shape(x)} cannot be divided among the devices of {dict(self.mesh)}; use batches of "
-                    "equal sizes that they divide, and leave out a ragged last one."
-                )
         if isinstance(self.program, PipelinedProgram):
-            return batch
-        return jax.tree.map(_put, batch, self._batch_layout)
-
-    @property
-    def _cuts(self) -> int:
-        """Into how many parts each device's examples are cut."""
+            return batch  # Checked where it is cut.
         program = self.program
-        if isinstance(program, SteppedProgram):
-            return program.parts * program.minibatches
-        return program.microbatches if isinstance(program, PipelinedProgram) else 1
+        cuts = program.parts * program.minibatches if isinstance(program, SteppedProgram) else 1
+        self.problem.require_divisible(batch, self.mesh.get(DATA, 1) * cuts)
+        return jax.tree.map(placed if checked else _put, batch, self._batch_layout)
 
     @cached_property
     def _batch_layout(self) -> Any:

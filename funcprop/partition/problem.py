@@ -15,7 +15,7 @@ import optax
 
 from funcprop._jax.xla_options import for_buffers
 from funcprop.partition.axis_program import AxisProgram, flat_program
-from funcprop.partition.layout import batch_places, example_axis
+from funcprop.partition.layout import batch_places, example_axis, placed_type
 from funcprop.partition.logical_axes import Axes, axes_of
 from funcprop.partition.segments import Cuttable
 from funcprop.program.call import has_values, update_by
@@ -140,6 +140,23 @@ class TrainingProblem:
                 f"{self.examples % parts}; use one of {', '.join(map(str, fit[:12]))}."
             )
 
+    def require_divisible(self, batch: Any, parts: int) -> None:
+        """Raise unless a batch like the one that was planned can be cut into so many equal parts.
+
+        Raises:
+            ValueError: it is another tree, or an array of it cannot.
+        """
+        tree: Any = jax.tree.structure(batch)
+        if tree != (planned := jax.tree.structure(self.batch)):
+            raise ValueError(f"the plan is for batches {planned}, and this one is {tree}.")
+        for (path, x), d in zip(jax.tree.leaves_with_path(batch), self.batch_axes, strict=True):
+            if d is not None and any(n % parts for n in np.shape(x)[d : d + 1]):
+                raise ValueError(
+                    f"the batch's array {jax.tree_util.keystr(path)} of shape {np.shape(x)} cannot be cut "
+                    f"into the {parts} equal parts of the plan; use batches of sizes that {parts} divides, "
+                    "and leave out a ragged last one."
+                )
+
     @cached_property
     def value_type(self) -> Any:
         """The type of the loss."""
@@ -152,10 +169,7 @@ class TrainingProblem:
 
     def compiled(self, step: Any, places: Any) -> Any:
         """A jitted step whose arguments lie so, compiled for its buffers; devices need not be there."""
-        shapes = self.arguments(self.optimizer)
-        placed = jax.tree.map(
-            lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, places
-        )
+        placed = jax.tree.map(placed_type, self.arguments(self.optimizer), places)
         return step.lower(*placed).compile(for_buffers(self.platform))
 
     def state_shapes(self, optimizer: optax.GradientTransformation) -> Any:
@@ -206,6 +220,11 @@ def require_mean(problem: TrainingProblem, most: int = 64) -> None:
     w, v = (float(weigh(half)) for half in halves)
     mean = (w * first + v * second) / (w + v)
     eps = float(jnp.finfo(problem.value_type).eps)
+    if not math.isfinite(whole):
+        raise ValueError(
+            f"the loss of {len(chosen)} examples is {whole}, which does not say whether it is a mean over "
+            "them; fp.backprop(loss)(params, batch).first_nonfinite() names the operator."
+        )
     if abs(whole - mean) <= 1e4 * eps * max(abs(whole), abs(first), abs(second)):
         return
     draws = any(eqn.primitive.name == "random_bits" for eqn, _ in problem.axes.program.equations)

@@ -10,17 +10,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from funcprop import _jax
 from funcprop._jax.xla_options import for_buffers
 from funcprop.memory.tiles import kept_bytes
 from funcprop.partition.device_bytes import DeviceBytes
 from funcprop.partition.edges import moved, opened, placed, told
-from funcprop.partition.layout import DATA
+from funcprop.partition.layout import along, placed_type
 from funcprop.partition.pipeline import PipelinedProgram, sent
 from funcprop.partition.stage_needs import cotangents
-from funcprop.partition.stages import replicated, stage_meshes
+from funcprop.partition.stages import StageUpdates, replicated, stage_meshes
 from funcprop.partition.task_order import PipelineTask
 from funcprop.partition.traffic import Collective, compiled_collectives
 from funcprop.program.sizes import nbytes
@@ -54,6 +54,7 @@ class RunningPipeline:
     def _parts(self, batch: Any) -> tuple[list[list[Any]], list[Any]]:
         """The leaves of each microbatch, and its weight as a share of all."""
         problem, count = self.program.problem, self.program.microbatches
+        problem.require_divisible(batch, count * self.program.replicas)
         stacked = jax.tree.leaves(problem.parts_of(batch, count, strided=False))
         parts = [[x[m] for x in stacked] for m in range(count)]
         if problem.weight is None:
@@ -65,9 +66,7 @@ class RunningPipeline:
 
     def _layout(self, s: int, d: int | None) -> NamedSharding:
         """That of an array on a stage whose examples are along an axis."""
-        return NamedSharding(
-            self._mesh[s], PartitionSpec() if d is None else PartitionSpec(*[None] * d, DATA)
-        )
+        return NamedSharding(self._mesh[s], along(d))
 
     def gradient(self, params: Any, batch: Any, watch: Watch | None = None) -> tuple[Any, list[Any]]:
         """The loss, and the leaves of the gradient, each where the parameter is."""
@@ -156,25 +155,35 @@ class RunningPipeline:
     def step(self, optimizer: Any) -> Callable[..., Any]:
         """A train step: `step(params, state, batch, intact=None) -> params, state, loss, intact`.
 
-        It overwrites the parameters: with what they are where the loss is not finite or `intact` is false, if
-        that is given.
+        It overwrites the parameters: with what they are where the loss or the update of a stage is not finite
+        or `intact` is false, if that is given.
         """
         updates = self.program.updates(optimizer)
-        programs, owners = updates.programs, updates.state_owners
+        owners = updates.state_owners
         if self._is_spread:
-            updates.compile([replicated(mesh) for mesh in self._mesh])
+            for lowered in self._lowered(updates):
+                lowered.compile()
 
         def step(params: Any, state: Any, batch: Any, intact: Any = None) -> Any:
             value, grads = self.gradient(params, batch)
-            intact = jnp.bool_(True) if intact is None else intact & jnp.isfinite(value)
             leaves, tree = jax.tree.flatten(params)
             rest, state_tree = jax.tree.flatten(state)
             new, kept = list(leaves), list(rest)
-            for s, update in enumerate(programs):
+            given = []
+            for s in range(self.program.count):
                 own, needed = updates.of(s)
-                given = [self._to(s, rest[j]) for j in needed]
+                given.append(
+                    (
+                        [leaves[i] for i in own],
+                        [self._to(s, rest[j]) for j in needed],
+                        [grads[i] for i in own],
+                    )
+                )
+            intact = jnp.bool_(True) if intact is None else self._intact(updates, given, intact, value)
+            for s, update in enumerate(updates.programs):
+                own, needed = updates.of(s)
                 changes = placed(intact, replicated(self._mesh[s]))
-                values, states = update([leaves[i] for i in own], given, [grads[i] for i in own], changes)
+                values, states = update(*given[s], changes)
                 for i, x in zip(own, values, strict=True):
                     new[i] = x
                 for j, x in zip(needed, states, strict=True):
@@ -184,6 +193,24 @@ class RunningPipeline:
 
         return step
 
+    def text(self, optimizer: Any) -> str:
+        """All programs and their order, equal in processes that run the same pipeline."""
+        problem, count = self.program.problem, self.program.microbatches
+        forward = jax.jit(problem.loss).lower(problem.shapes[0], problem.part_shapes(count))
+        updates = self._lowered(self.program.updates(optimizer))
+        return "\n".join([str(self.program.timeline.tasks), *(x.as_text() for x in (forward, *updates))])
+
+    def _lowered(self, updates: StageUpdates) -> list[Any]:
+        return updates.lowered([replicated(mesh) for mesh in self._mesh])
+
+    def _intact(self, updates: StageUpdates, given: Any, before: Any, value: Any) -> Any:
+        """Whether the loss and the updates of all stages are finite, and `before`."""
+        sound = before & jnp.isfinite(value)
+        sound = placed(sound, replicated(self._mesh[0]))
+        for s, check in enumerate(updates.checks):
+            sound = check(*given[s], self._to(s, sound))
+        return told(sound) if self._is_spread else sound
+
     def compiled(self) -> tuple[list[DeviceBytes], list[Collective]]:
         """The peak of the devices of each place, and all collectives of a step, by the compiled programs."""
         program = self.program
@@ -192,8 +219,7 @@ class RunningPipeline:
         stages = self._compiled_stages(for_buffers(program.problem.platform))
         for s, (given, outputs, *sweeps) in enumerate(stages):
             if s < program.count - 1:
-                each = program.replicas
-                found += [sent(x, nbytes(x) // each, s, program.microbatches) for x in outputs]
+                found += [sent(x, nbytes(_part(x)), s, program.microbatches) for x in outputs]
             for compiled in sweeps:
                 inside = compiled_collectives(_jax.program_text(compiled))
                 found += [replace(c, trips=c.trips * program.microbatches) for c in inside]
@@ -206,8 +232,7 @@ class RunningPipeline:
 
     def _bytes(self, x: Any) -> int:
         """Those of one device's part."""
-        part = jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
-        return kept_bytes(part, self.program.problem.platform)
+        return kept_bytes(_part(x), self.program.problem.platform)
 
     def _compiled_stages(self, options: Any) -> Iterator[tuple[list[Any], list[Any], Any, Any]]:
         """For each stage the types of what it is given and hands on, and its compiled sweeps."""
@@ -215,19 +240,20 @@ class RunningPipeline:
         outputs: list[Any] = []
         for s, stage in enumerate(self.program.stages):
             params, examples, _ = stage.types(*self.program.leaves)
-            params = [_at(x, replicated(self._mesh[s])) for x in params]
+            params = [placed_type(x, replicated(self._mesh[s])) for x in params]
             split = zip(examples, self.program.segments[s].batch, strict=True)
-            examples = [_at(x, self._layout(s, places[i])) for x, i in split]
-            inputs = [_at(x, NamedSharding(self._mesh[s], x.sharding.spec)) for x in outputs]
+            examples = [placed_type(x, self._layout(s, places[i])) for x, i in split]
+            inputs = [placed_type(x, NamedSharding(self._mesh[s], x.sharding.spec)) for x in outputs]
             lowered = stage.forward.lower(params, examples, inputs)
             forward = lowered.compile(options)
-            outputs, pull = jax.tree.map(_at, lowered.out_info, forward.output_shardings)
+            outputs, pull = jax.tree.map(placed_type, lowered.out_info, forward.output_shardings)
             backward = stage.backward.lower(params, pull, cotangents(outputs), params, examples, inputs)
             yield [*examples, *inputs], outputs, forward, backward.compile()
 
 
-def _at(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+def _part(x: Any) -> jax.ShapeDtypeStruct:
+    """The type of one device's part of an array that lies on several."""
+    return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
 
 
 def _copied(x: Any, mesh: Mesh) -> Any:

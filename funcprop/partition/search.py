@@ -120,6 +120,8 @@ def _check(optimizer: Any, weight: Any, mesh: Any, microbatches: Any, by: Any) -
         require_optimizer("plan: ", optimizer)
     if weight is not None and not callable(weight):
         raise TypeError(f"weight={weight!r} is no function; pass that of a batch which counts its tokens.")
+    if mesh is not None and not isinstance(mesh, Mapping):
+        raise TypeError(f"mesh={mesh!r}: pass the sizes of its axes, such as {{'data': 2, 'model': 4}}.")
     counts = {f"mesh[{name!r}]": size for name, size in (mesh or {}).items()} | {"microbatches": microbatches}
     for name, size in counts.items():
         if size is not None and (not isinstance(size, Integral) or size < 1):

@@ -205,7 +205,8 @@ class Cuttable:
             return _jax.evaluate(jaxpr, (), [*params, *batch, *inputs, *consts])
 
         types = [[_type(v) for v in atoms] for atoms in (inputs, outputs)]
-        key = structural_key(jaxpr, *map(SameObject, consts))
+        # One product may be of the batch, and another of what the segment before hands over.
+        key = structural_key(jaxpr, len(params), len(batch), *map(SameObject, consts))
         return LossSegment(run, params, batch, tuple(types[0]), tuple(types[1]), work, len(body), key)
 
 

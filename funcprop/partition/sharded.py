@@ -22,7 +22,7 @@ from funcprop import _jax
 from funcprop._jax.xla_options import barrier_options
 from funcprop.partition.device_bytes import DeviceBytes, peak_of_step
 from funcprop.partition.flat import flattened, simplified
-from funcprop.partition.layout import DATA, mesh_of
+from funcprop.partition.layout import DATA, along, mesh_of
 from funcprop.partition.problem import TrainingProblem, updated
 from funcprop.partition.segments import Cuttable
 from funcprop.partition.traffic import Collective
@@ -50,16 +50,12 @@ class ShardedProgram:
 
     def _specs(self, tree: Any) -> Any:
         """The layouts of parameters, or of a state: of each leaf its longest axis that can be split."""
-        spec = lambda x, d: PartitionSpec() if d is None else PartitionSpec(*[None] * d, DATA)  # noqa: E731
-        return jax.tree.map(lambda x: spec(x, self._place(x)), tree)
+        return jax.tree.map(lambda x: along(self._place(x)), tree)
 
     @property
     def _batch_specs(self) -> Any:
         tree = jax.tree.structure(self.problem.batch)
-        places = self.problem.batch_axes
-        return jax.tree.unflatten(
-            tree, [PartitionSpec() if d is None else PartitionSpec(*[None] * d, DATA) for d in places]
-        )
+        return jax.tree.unflatten(tree, map(along, self.problem.batch_axes))
 
     def local_loss(self, shards: Any, batch: Any) -> Any:
         """The part of the loss that one device's examples are, inside `shard_map`."""

@@ -10,15 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
 from funcprop import _jax
 from funcprop.partition.flat import flattened
-from funcprop.partition.layout import DATA
+from funcprop.partition.layout import DATA, mesh_of, placed_type
 from funcprop.partition.segments import LossSegment
+from funcprop.program.call import all_finite
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
 
@@ -125,7 +125,8 @@ class StageUpdates:
                     f"the optimizer's update asks for more than gradients ({error}), and no stage of a "
                     "pipeline has the loss of the whole model; use a plan without a pipeline."
                 ) from error
-            return jax.tree.leaves(optax.apply_updates(params, changes)), jax.tree.leaves(state)
+            new = optax.apply_updates(params, changes)
+            return jax.tree.leaves(new), jax.tree.leaves(state), jax.tree.leaves(changes)
 
         jaxpr, consts = flattened(jax.make_jaxpr(update)(self.params, state, self.params))
         return jaxpr, consts, len(self.owners), len(jax.tree.leaves(state))
@@ -145,7 +146,9 @@ class StageUpdates:
                 for v in _jax.variables(eqn.invars):
                     mask |= masks.get(v, 0)
                 masks.update(dict.fromkeys(eqn.outvars, mask))
-            found = [0 if isinstance(v, _jax.Literal) else masks.get(v, 0) for v in jaxpr.outvars]
+            found = [
+                0 if isinstance(v, _jax.Literal) else masks.get(v, 0) for v in jaxpr.outvars[: count + size]
+            ]
             if found[count:] == state:
                 break
             state = [old | new for old, new in zip(state, found[count:], strict=True)]
@@ -163,20 +166,13 @@ class StageUpdates:
 
         It returns what it is given unless something `changes`.
         """
-        jaxpr, consts, count, size = self._flat
-        start = len(consts)
-        inputs = jaxpr.invars
+        jaxpr, consts, count, _ = self._flat
         found = []
         for stage in range(self.stages):
             own, kept = self.of(stage)
             results = [jaxpr.outvars[i] for i in own] + [jaxpr.outvars[count + j] for j in kept]
-            read = (
-                [inputs[start + i] for i in own]
-                + [inputs[start + count + j] for j in kept]
-                + [inputs[start + count + size + i] for i in own]
-            )
-            body = _jax.needed_equations(jaxpr.eqns, results, jaxpr.invars)
-            part = _jax.jaxpr_of(body, [*inputs[:start], *read], results, "update")
+            part = self._part(stage, results)
+            read = part.invars[len(consts) :]
 
             def update(params: Any, state: Any, grads: Any, changes: Any, part: Any = part) -> Any:
                 values = _jax.evaluate(part, (), [*consts, *params, *state, *grads])
@@ -192,18 +188,43 @@ class StageUpdates:
             found.append(jax.jit(update, donate_argnums=(0, 2) if min(spare.values(), default=0) >= 0 else 0))
         return found
 
-    def compile(self, shardings: Sequence[Any]) -> None:
-        """Compile the programs for parameters that are laid out so, stage by stage."""
+    @cached_property
+    def checks(self) -> list[Any]:
+        """For each stage `sound(params, state, grads, before)`: whether its changes are finite, and `before`.
+
+        An update overwrites the parameters; so that none does if one is not finite, all are made twice.
+        """
+        jaxpr, consts, count, size = self._flat
+
+        def sound(params: Any, state: Any, grads: Any, before: Any, part: Any) -> Any:
+            return before & all_finite(_jax.evaluate(part, (), [*consts, *params, *state, *grads]))
+
+        changes = jaxpr.outvars[count + size :]
+        parts = [self._part(s, [changes[i] for i in self.of(s)[0]]) for s in range(self.stages)]
+        return [jax.jit(partial(sound, part=part)) for part in parts]
+
+    def _part(self, stage: int, results: Sequence[Any]) -> Any:
+        """The program of some results from what a stage has: parameters, a state, gradients."""
+        jaxpr, consts, count, size = self._flat
+        inputs, start = jaxpr.invars, len(consts)
+        own, kept = self.of(stage)
+        places = [*own, *(count + j for j in kept), *(count + size + i for i in own)]
+        body = _jax.needed_equations(jaxpr.eqns, results, inputs)
+        return _jax.jaxpr_of(body, [*inputs[:start], *(inputs[start + i] for i in places)], results, "update")
+
+    def lowered(self, shardings: Sequence[Any]) -> list[Any]:
+        """The programs and checks lowered for parameters that are laid out so, stage by stage."""
+        found = []
         leaves = jax.tree.leaves(self.params)
         state = jax.tree.leaves(jax.eval_shape(self.optimizer.init, self.params))
-        for stage, (program, sharding) in enumerate(zip(self.programs, shardings, strict=True)):
+        programs = zip(self.programs, self.checks, shardings, strict=True)
+        for stage, (update, check, sharding) in enumerate(programs):
             own, needed = self.of(stage)
-            given = [leaves[i] for i in own], [state[j] for j in needed], [leaves[i] for i in own]
-            types = jax.tree.map(
-                lambda x, at=sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
-                (*given, jax.ShapeDtypeStruct((), bool)),
-            )
-            program.lower(*types).compile()
+            weights = [leaves[i] for i in own]
+            given = weights, [state[j] for j in needed], weights, jax.ShapeDtypeStruct((), bool)
+            types = jax.tree.map(partial(placed_type, sharding=sharding), given)
+            found += [update.lower(*types), check.lower(*types)]
+        return found
 
     def of(self, stage: int) -> tuple[list[int], list[int]]:
         """The positions of a stage's own parameters, and of the leaves of the state that it needs."""
@@ -213,12 +234,7 @@ class StageUpdates:
 
 def stage_meshes(devices: Sequence[Any], places: int, replicas: int) -> list[Mesh]:
     """A mesh for each place in the pipeline: `replicas` devices, over which the examples are split."""
-    found = []
-    for i in range(places):
-        array = np.empty(replicas, dtype=object)
-        array[:] = list(devices)[i * replicas : (i + 1) * replicas]
-        found.append(Mesh(array, (DATA,), axis_types=(jax.sharding.AxisType.Auto,)))
-    return found
+    return [mesh_of(devices[i * replicas :], {DATA: replicas}) for i in range(places)]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

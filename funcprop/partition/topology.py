@@ -6,8 +6,9 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -73,7 +74,7 @@ def target_of(devices: int | Sequence[Any] | None, on: str | None) -> DeviceTarg
     """The devices that `devices=` or `on=` names.
 
     Raises:
-        TypeError: both are given.
+        TypeError: both are given, or `devices` are none.
         ValueError: there are not so many devices, or the topology is not known.
     """
     if on is not None:
@@ -88,8 +89,14 @@ def target_of(devices: int | Sequence[Any] | None, on: str | None) -> DeviceTarg
             shape = "x".join("4" * machine.axes)
             raise ValueError(f"on={on!r}: {found[1]} has {machine.axes} axes; write {found[1]}:{shape}.")
         return DeviceTarget(math.prod(sizes), machine, on)
-    present = jax.devices() if devices is None or isinstance(devices, int) else list(devices)
-    count = len(present) if devices is None or not isinstance(devices, int) else devices
+    if devices is None or isinstance(devices, Integral):
+        present = jax.devices()
+        count = len(present) if devices is None else int(devices)
+    else:
+        present = list(devices) if isinstance(devices, Iterable) else []
+        count = len(present)
+        if not all(isinstance(device, jax.Device) for device in present or [None]):
+            raise TypeError(f"devices={devices!r}: pass how many, or a list of devices as of jax.devices().")
     if count < 1:
         raise ValueError(f"devices={devices!r}: pass at least 1, or on='v5e:4x4' for devices not there.")
     if count > len(present):

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Number
 from typing import Any
+
+import jax
+
+from funcprop.program.call import name_of
 
 
 def accepts(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
@@ -43,16 +48,31 @@ def of_batch(function: Callable[..., Any], names: Sequence[str] = ()) -> Callabl
 
 
 def taking_a_batch(loss: Callable[..., Any], params: Any, batch: Any) -> Callable[..., Any]:
-    """The loss; one that takes the entries of a batch that is a tuple or list as arguments, as one of it."""
+    """The loss as one of parameters and batch, also if it takes the entries of a tuple or list as arguments.
+
+    It must return nothing besides.
+    """
     is_spread = type(batch) in (tuple, list) and not accepts(loss, params, batch)
-    return of_batch(loss) if is_spread and accepts(loss, params, *batch) else loss
+    taking = of_batch(loss) if is_spread and accepts(loss, params, *batch) else loss
+
+    def alone(params: Any, batch: Any) -> Any:
+        value = taking(params, batch)
+        if isinstance(value, tuple | list | Mapping):
+            raise TypeError(
+                f"{name_of(loss)} returns a {type(value).__name__}; plan the loss alone, such as lambda "
+                "params, *batch: loss(params, *batch)[0]. fit(has_aux=True, plan=) trains with the rest."
+            )
+        return value
+
+    alone.__name__ = name_of(loss)
+    return alone
 
 
 def one_batch(of: str, data: tuple[Any, ...]) -> Any:
     """What follows the parameters, as one batch.
 
     Raises:
-        TypeError: it is nothing, or ends in a number: devices are given by keyword.
+        TypeError: it is nothing, ends in a number (devices are given by keyword), or holds what is no array.
     """
     if not data or isinstance(data[-1], int):
         given = ", ".join(["params", *("…" for _ in data[:-1]), *map(str, data[-1:])])
@@ -60,4 +80,11 @@ def one_batch(of: str, data: tuple[Any, ...]) -> Any:
             f"{of}(loss)({given}): pass the parameters and the batch, and how many devices by keyword: "
             f"{of}(loss)(params, *batch, devices=8)."
         )
-    return data[0] if len(data) == 1 else data
+    batch = data[0] if len(data) == 1 else data
+    for path, leaf in jax.tree.leaves_with_path(batch):
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, Number)):
+            raise TypeError(
+                f"{of}: batch{jax.tree_util.keystr(path)}={leaf!r} is no array; close over it, or leave it "
+                "out."
+            )
+    return batch

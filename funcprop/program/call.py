@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -184,6 +185,12 @@ def update_by(optimizer: optax.GradientTransformation) -> Callable[..., tuple[An
         return transformation.update(gradient, state, params, **extra)
 
     return update
+
+
+def all_finite(tree: Any) -> Any:
+    """Return whether all entries of all floating arrays are finite."""
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in leaves])) if leaves else jnp.bool_(True)
 
 
 def has_values(tree: Any) -> bool:

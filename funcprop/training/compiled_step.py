@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from funcprop._jax.compiled_programs import held_bytes, memory_fields
-from funcprop.program.batch_arguments import arguments as in_order
 from funcprop.training.update_step import Carried, Outcome
 
 
@@ -100,12 +98,12 @@ class PlannedStep:
     def __init__(
         self,
         step: Callable[..., Any],
-        loss: Callable[..., Any],
-        params: Any,
+        text: Callable[[Any], str],
         gather: Callable[[Any], Any] | None = None,
     ) -> None:
-        """`params` are shapes; `gather` is for a pipeline, whose parameters no program takes together."""
-        self._step, self._loss, self._params, self._gather = step, loss, params, gather
+        """`text(batch)` says what runs; `gather` is for a pipeline, whose parameters no program takes
+        together."""
+        self._step, self._text, self._gather = step, text, gather
         self.keeps = gather is not None
 
     def whole(self, params: Any) -> Any:
@@ -116,9 +114,8 @@ class PlannedStep:
         """Do nothing: a plan compiles its programs itself."""
 
     def text(self, params: Any, carried: Any, batch: Any, *_: Any) -> str:
-        """Return the loss that was planned, as a program; that of the plan is made from it."""
-        parts = in_order(batch, self._loss, self._params)
-        return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(self._loss)(self._params, *parts)))
+        """Return what runs, equal in processes that run the same."""
+        return self._text(batch)
 
     def __call__(self, params: Any, carried: Carried, batch: Any, key: Any, number: Any) -> Any:
         """Take a step as the plan does."""

@@ -54,8 +54,8 @@ def fit(
     depends on `key` and on its number alone.
 
     Several processes (`join_processes`) that call this with the same arguments train as one. They are
-    compared at the start; where one of them is gone, dead or stopped, the others say so in one line and
-    leave with exit code 75.
+    compared at the start, and their batches at each step; where one of them is gone, dead or stopped, the
+    others say so in one line and leave with exit code 75.
 
     Args:
         loss, params, batches, optimizer, evaluate: see `Setup`. Parameters may be placed on several devices

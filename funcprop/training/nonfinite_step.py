@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from funcprop.partition.edges import on_the_host
 from funcprop.program.batch_arguments import arguments
 from funcprop.rules.rule_set import RuleSet
 from funcprop.sweeps.backprop import propagation_of
@@ -59,6 +60,7 @@ def _first(
     objective: TrainingLoss, rules: RuleSet | None, params: Any, state: TrainingState, batch: Any, key: Any
 ) -> Any:
     own = step_key(key, state.position.step)
+    params, model, batch = jax.tree.map(_here, (params, state.model, batch))
     if objective == TrainingLoss(objective.loss):
         # Names are those of the loss's own arguments.
         parts = arguments(batch, objective.loss, params)
@@ -67,4 +69,9 @@ def _first(
     def replayed(params: Any, model_state: Any, batch: Any, key: Any) -> Any:
         return objective.value(params, model_state, batch, key)
 
-    return propagation_of(replayed, rules=rules)(params, state.model, batch, own).first_nonfinite()
+    return propagation_of(replayed, rules=rules)(params, model, batch, own).first_nonfinite()
+
+
+def _here(x: Any) -> Any:
+    """An array that is spread over processes as a whole one of this process, for operators one by one."""
+    return x if getattr(x, "is_fully_addressable", True) else on_the_host(x)

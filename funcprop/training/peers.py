@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import re
 import sys
 import threading
@@ -29,6 +28,7 @@ HEARTBEAT = 30  # seconds, after which JAX itself aborts a process that has lost
 SILENCE = 8.0  # seconds without a sign, after which a process counts as gone, dead or stopped
 PULSE = 0.5  # seconds between signs
 DEAD = 3.0  # seconds without a sign, after which it is named as the one that broke a collective
+_LATE = 16  # steps, more than a process can be behind another one: steps wait for each other
 
 _leaving = threading.Lock()
 _at_the_end: dict[str, Callable[..., Any]] = {}  # what a run has to say when this process must leave
@@ -129,10 +129,25 @@ class Peers:
             different = [name for name in first if first[name] != other.get(name)]
             if different:
                 shown = "; ".join(f"{name}: {first[name]} and {other.get(name)}" for name in different)
-                raise ValueError(
-                    f"fit: processes 0 and {number} are not one run, they differ in {shown}. Start all with "
-                    "the same code, data, parameters and seed."
-                )
+                raise _not_one_run(number, shown)
+
+    def require_same_batch(self, step: int, batch: str, is_running: bool) -> None:
+        """Compare what says which batch comes next, in a run with that of process 0 alone.
+
+        No device waits for it.
+
+        Raises:
+            ValueError: they differ.
+        """
+        name = f"funcprop/{self._run}/batch"
+        if not is_running:
+            self.require_same({"data": batch})
+        elif not self.mine:
+            _processes.publish(f"{name}/{step}", batch)
+            _processes.forget(f"{name}/{step - _LATE}")
+        elif (first := _processes.published(f"{name}/{step}", _processes.ARRIVAL)) != batch:
+            shown = f"data, or in how many batches an epoch has, at step {step + 1}: {first} and {batch}"
+            raise _not_one_run(self.mine, shown)
 
     @contextlib.contextmanager
     def watched(self, gone: Callable[[str], None]) -> Iterator[None]:
@@ -165,8 +180,7 @@ def leave(what: str) -> NoReturn:
     with contextlib.suppress(Exception):
         _at_the_end["gone"](line)
     print(line, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(EXIT)
+    _processes.end(EXIT)
 
 
 class Watch:
@@ -233,6 +247,13 @@ class Watch:
 
     def _leave(self, number: int, why: str) -> NoReturn:
         leave(f"process {number} of {self._peers.count} is gone ({why})")
+
+
+def _not_one_run(number: int, shown: str) -> ValueError:
+    return ValueError(
+        f"fit: processes 0 and {number} are not one run, they differ in {shown}. Start all with the same "
+        "code, data, parameters and seed."
+    )
 
 
 def fingerprint(tree: Any) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -62,20 +63,25 @@ def step_under(
             params, state, value = own(params, state, batch)
             return params, state, value, intact & jnp.isfinite(value)
 
-        return objective, PlannedStep(step, objective.loss, params), plan.place
+        def text(batch: Any) -> str:
+            return str(
+                jax.jit(objective.loss).lower(params, *arguments(batch, objective.loss, params)).as_text()
+            )
+
+        return objective, PlannedStep(step, text), plan.place
     place, fitted = partial(plan.place, optimizer=optimizer), FittedPlan(plan)
     if fitted.is_of_parts:
         why = f"the plan {plan.name!r} computes losses of parts of a batch, on different devices"
         _refuse(objective, [f for f in fields(objective) if f.name in _OF_THE_WHOLE], why, _WHOLE)
     if fitted.is_pipelined:
-        return objective, _pipelined(fitted, objective, optimizer, rules, params), place
+        return objective, _pipelined(fitted, objective, optimizer, rules), place
     loss, parts = fitted.differentiated(objective.loss)
     objective = replace(objective, loss=loss, accumulate=objective.accumulate * parts)
     if fitted.is_of_parts:
         given = {f.name: getattr(objective, f.name) for f in fields(TrainingLoss)}
         objective = PartedLoss(**given, plan=fitted)
     step = update_step(objective, optimizer, plan.problem.rules if rules is None else rules)
-    return objective, CompiledStep(step, plan.put, fitted.compiler_options), place
+    return objective, CompiledStep(step, partial(plan.put, checked=True), fitted.compiler_options), place
 
 
 _OF_THE_WHOLE = ("has_aux", "stateful", "keyed")
@@ -92,9 +98,7 @@ def _refuse(objective: TrainingLoss, which: Any, why: str, remedy: str) -> None:
         raise TypeError(f"fit: {', '.join(asked)}: {why}; {remedy}.")
 
 
-def _pipelined(
-    fitted: FittedPlan, objective: TrainingLoss, optimizer: Any, rules: Any, params: Any
-) -> PlannedStep:
+def _pipelined(fitted: FittedPlan, objective: TrainingLoss, optimizer: Any, rules: Any) -> PlannedStep:
     """A pipeline's step of the loss in its precision."""
     if objective.precision is not None and objective.precision.scale is not None:
         raise TypeError(
@@ -108,5 +112,6 @@ def _pipelined(
     def loss(params: Any, batch: Any) -> Any:
         return objective.whole(params, None, batch, None)[0]
 
-    step = fitted.step_of(loss, optimizer, objective.accumulate, weight, rules)
-    return PlannedStep(step, objective.loss, params, fitted.plan.gather)
+    pipeline = fitted.pipeline_of(loss, objective.accumulate, weight, rules)
+    text = lambda _: pipeline.text(optimizer)  # noqa: E731
+    return PlannedStep(pipeline.step(optimizer), text, fitted.plan.gather)

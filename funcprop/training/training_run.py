@@ -86,6 +86,7 @@ class TrainingRun:
             self.peers.require_same(
                 {
                     "versions": versions(),
+                    "plan": getattr(self.plan, "name", None),
                     "epochs": count,
                     "seed": key_numbers(self.key),
                     "parameters": fingerprint((params, state)),
@@ -147,6 +148,9 @@ class TrainingRun:
         remaining = remaining_batches(self.batches, self.key, self.position)
         for batch, last in with_last(remaining):
             arguments = self.params, self.carried, batch, self.key, np.int32(self.position.step)
+            if self.peers.together:
+                # Before JAX is given what is another thing in each process.
+                self.peers.require_same_batch(self.position.step, fingerprint((batch, last)), self._prepared)
             if not self._prepared:
                 self._prepare(arguments)
             # What is waited for is what the step before the last one said.
@@ -178,8 +182,7 @@ class TrainingRun:
         if self.objective.accumulate > 1:
             self.objective.require_mean(self.program.whole(arguments[0]), arguments[2])
         if self.peers.together:
-            text = self.program.text(*arguments)
-            self.peers.require_same({"code": fingerprint(text), "data": fingerprint(arguments[2])})
+            self.peers.require_same({"code": fingerprint(self.program.text(*arguments))})
         # A collective gives up after 30 s; so nobody begins before everybody has compiled.
         self.program.compile(*arguments)
         self.peers.arrive("compiled")

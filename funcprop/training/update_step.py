@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from funcprop.program.call import update_by
+from funcprop.program.call import all_finite, update_by
 from funcprop.rules.rule_set import RuleSet
 from funcprop.rules.running import with_rules
 from funcprop.training.position import step_key
@@ -75,12 +75,6 @@ def update_step(
         return params, Carried(state, model, scale, intact), Outcome(value, aux, intact)
 
     return step
-
-
-def all_finite(tree: Any) -> Any:
-    """Return whether all entries of all floating arrays are finite."""
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in leaves])) if leaves else jnp.bool_(True)
 
 
 def chosen(condition: Any, new: Any, old: Any) -> Any:
