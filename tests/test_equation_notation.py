@@ -136,6 +136,14 @@ def test_a_norm_of_one_row_has_cotangents_of_its_parameters(shape):
     assert max(found.verify().errors.values()) < 1e-10
 
 
+def test_a_mean_over_no_axis_is_not_written():
+    """As in a loss of one example that takes the mean of one number."""
+    of_one = lambda w, x: jnp.mean(jnp.tanh(w @ x))  # noqa: E731
+    found = fp.derive(lambda w, x: jax.vmap(of_one, (None, 0))(w, x).sum())(jnp.ones(3), jnp.ones((2, 3)))
+    assert "J = sum(tanh(" in found.text()
+    assert max(found.verify().errors.values()) < 1e-10
+
+
 def test_places_along_several_axes():
     """With all that stands along the other axes; places along axes that are apart are read by a function."""
 

@@ -23,7 +23,7 @@ def plain(graph: Graph) -> Graph:
 
 
 def _without_identities(graph: Graph) -> Graph:
-    """The graph without products with 1 and maxima with −∞; a product with one number is entrywise."""
+    """The graph without products with 1, maxima with −∞, sums over no axis; with a number a product is by entry."""
     operators: list[Operator] = []
     numbers: dict[str, Any] = {}
     for op in graph.operators:
@@ -31,6 +31,9 @@ def _without_identities(graph: Graph) -> Graph:
             numbers[op.outputs[0].name] = op.inputs[0].value
         operators += _entrywise(op)
         op = operators[-1]
+        if op.call is None and op.op.startswith("reduce_") and op.static.get("axes") == ():
+            operators[-1] = of_one(op, "copy", lax.copy_p.bind, op.inputs[0], op.outputs[0])
+            continue
         given = [v.value if v.kind == "literal" else numbers.get(v.name) for v in op.inputs]
         one = _IDENTITY.get(op.op)
         others = [v for v, x in zip(op.inputs, given, strict=True) if x is None or not np.all(x == one)]
