@@ -321,6 +321,21 @@ def test_what_loops_fill_is_there_from_the_start() -> None:
     assert estimate(jax.make_jaxpr(filled)(x)).temporary == pytest.approx(compiled, rel=0.02)
 
 
+def test_what_a_library_hides_beside_a_copy() -> None:
+    """A program is estimated with the library's sums and without them, with the same copies."""
+
+    def two_layers(w: jax.Array, x: jax.Array) -> Any:
+        y = jnp.sin(x)
+        # Returned too, so that it is copied before it is written over.
+        written = jax.lax.dynamic_update_slice(y, x[:8] * x[8:16], (0, 0))
+        return jnp.sum(jnp.square(jnp.tanh(x @ w) @ w)), written, y
+
+    types = ShapeDtypeStruct((64, 64), "float32"), ShapeDtypeStruct((1024, 64), "float32")
+    shown = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    compiled = jax.jit(two_layers).lower(*types).compile(shown).memory_analysis().temp_size_in_bytes
+    assert estimate(jax.make_jaxpr(two_layers)(*types)).temporary == pytest.approx(compiled, rel=0.1)
+
+
 # As libtpu 0.0.42 says for a v5e.
 TILED = {
     ("float32", (300,)): 2048,

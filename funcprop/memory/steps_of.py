@@ -65,12 +65,12 @@ class StepsOf(Steps):
         library: bool = True,
     ) -> Liveness:
         """When what is in memory; `library` says whether a CPU's library computes long sums."""
-        steps = with_copies(self.steps, results, donated)
+        self.steps = with_copies(self.steps, results, donated)
         if self.platform == "cpu" and donated:
-            steps = with_rescued(steps, donated)
+            self.steps = with_rescued(self.steps, donated)
         if self.platform == "tpu":
-            write_late(steps, results)
-        return Liveness(steps, results, library and self.platform == "cpu", on_chip(self.platform))
+            write_late(self.steps, results)
+        return Liveness(self.steps, results, library and self.platform == "cpu", on_chip(self.platform))
 
     # --- equations ----------------------------------------------------------------------------
 
