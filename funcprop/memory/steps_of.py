@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -182,7 +183,12 @@ class StepsOf(Steps):
         aval = result.update(dtype=wide) if widened else result
         types = [aval.update(shape=made_flat or aval.shape)]
         library = products.is_in_library(eqn)
+        if self.platform == "cpu" and (whole := products.with_all_channels(eqn)) is not None:
+            types = [aval.update(shape=whole)]
         (made,) = self.add(eqn.primitive.name, scope, arranged, types, library=library)
+        if made.size > math.prod(aval.shape):
+            (copied,) = self.add("transpose", scope, [made], types)
+            (made,) = self.add("diagonal", scope, [copied], [aval])
         made = self.reshaped(made, aval, scope)
         if len(orders) > 2 and orders[2] is not None:
             made = self.moved("transpose", scope, made, aval, "result")
@@ -201,7 +207,10 @@ class StepsOf(Steps):
         return self.platform == "cpu" and aval.dtype.itemsize == 2 and jnp.issubdtype(aval.dtype, jnp.inexact)
 
     def _unpooled(self, eqn: Any, operands: list[Value | None], scope: str) -> Value:
-        """The derivative of max-pooling: positions of all entries, padded, then a scatter to the largest."""
+        """The derivative of max-pooling: of each window the largest entry and its position, then a scatter.
+
+        The positions of all entries are arrays of their own, padded as the entries are.
+        """
         result, padding = eqn.outvars[0].aval, eqn.params["padding"]
         shape = tuple(d + low + high for d, (low, high) in zip(result.shape, padding, strict=True))
         padded, values = result.update(shape=shape), operands[1]
@@ -209,7 +218,13 @@ class StepsOf(Steps):
         positions = [self.add("iota", scope, [], [places])[0] for _ in shape]
         if values is not None and shape != result.shape:
             values = self.moved("pad", scope, values, padded)
-        (made,) = self.add("select_and_scatter_add", scope, [operands[0], values, *positions], [padded])
+        window = eqn.invars[0].aval
+        chosen = [window, *[window.update(dtype=places.dtype)] * len(shape)]
+        _, *found = self.add("select", scope, [values, *positions], chosen)
+        start = self.add("zeros", scope, [], [padded])[0]
+        (made,) = self.add(
+            "select_and_scatter_add", scope, [start, operands[0], *found], [padded], in_place={0: 0}
+        )
         return made if shape == result.shape else self.moved("slice", scope, made, result)
 
     # --- bodies -------------------------------------------------------------------------------
