@@ -360,6 +360,21 @@ def test_a_depthwise_convolution_holds_a_kernel_of_all_pairs(
     assert estimate(jax.make_jaxpr(jax.grad(convolved))(w, x)).temporary == pytest.approx(compiled, rel=0.05)
 
 
+@pytest.mark.parametrize("length", [8, 16])
+def test_what_is_padded_is_computed_once(length: int) -> None:
+    """An associative scan puts its halves between each other: each padded, then added."""
+
+    def scanned(a: jax.Array, x: jax.Array) -> jax.Array:
+        def combine(p: Any, q: Any) -> Any:
+            return p[0] * q[0], p[1] * q[0] + q[1]
+
+        return jnp.mean(jax.lax.associative_scan(combine, (jnp.tanh(a), x))[1] ** 2)
+
+    types = [ShapeDtypeStruct((length, 4096), "float32")] * 2
+    compiled = jax.jit(scanned).lower(*types).compile().memory_analysis().temp_size_in_bytes
+    assert estimate(jax.make_jaxpr(scanned)(*types)).temporary == pytest.approx(compiled, rel=0.05)
+
+
 # As libtpu 0.0.42 says for a v5e.
 TILED = {
     ("float32", (300,)): 2048,

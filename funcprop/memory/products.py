@@ -54,8 +54,8 @@ def orders(eqn: Any) -> list[Any]:
 def with_all_channels(eqn: Any) -> Sequence[int] | None:
     """The shape in which a CPU computes the kernel's cotangent of a depthwise convolution.
 
-    It is computed for every pair of channels, and copied into the order of the kernel; then the pairs of equal
-    ones are picked out.
+    It is computed for every pair of channels, and copied into the order of the kernel; then the pairs of
+    equal ones are picked out.
     """
     if eqn.primitive.name == "dot_general":
         return None

@@ -143,7 +143,7 @@ class StepsOf(Steps):
             expensive=is_rounded(eqn.invars[0].aval, eqn.outvars[0].aval)
             and not (operands[0] is None or operands[0].is_spread)
             if name == "convert_element_type"
-            else not (facts.cheap or facts.flat or moves),
+            else name == "pad" or not (facts.cheap or facts.flat or moves),
             library=name in WINDOWS and products.windows_are_apart(eqn),
             effects=bool(eqn.effects),
             in_place={k: k for k in range(written_over)},
@@ -248,7 +248,7 @@ class StepsOf(Steps):
             columns = zip(*ys, strict=True) if length else ((),) * len(types)
             return [
                 *carry,
-                *(self._stacked(list(y), t, scope) for y, t in zip(columns, types, strict=True)),
+                *(self.stacked(list(y), t, scope) for y, t in zip(columns, types, strict=True)),
             ]
         inner = StepsOf(self.barriers, self.platform)
         given = [Value(v.aval) for v in filled]
@@ -270,12 +270,6 @@ class StepsOf(Steps):
             given += [self.add("zeros", scope, [], [aval])[0] for aval in types[carries:]]
         return self.add("scan", scope, given, types, in_place=in_place, inside=inside)
 
-    def _stacked(self, values: list[Value], aval: Any, scope: str) -> Value:
-        """What an unrolled loop stacks; of one step it is the value itself."""
-        if len(values) == 1:
-            return values[0]
-        return self.add("stack", scope, values, [aval], fuses=True, expensive=True)[0]
-
     def _unrolled(
         self,
         body: Any,
@@ -293,18 +287,10 @@ class StepsOf(Steps):
         for k in range(times):
             i = times - 1 - k if reverse else k
             xs = [
-                self._sliced(v, t, i, scope) for v, t in zip(operands[consts + carries :], types, strict=True)
+                self.sliced(v, t, i, scope) for v, t in zip(operands[consts + carries :], types, strict=True)
             ]
             results = self.walk(body, [*operands[:consts], *carry, *xs], scope)
             made = [Value(a.aval) if v is None else v for a, v in zip(inner.outvars, results, strict=True)]
             carry = made[:carries]
             ys.append(made[carries:])
         return carry, ys[::-1] if reverse else ys
-
-    def _sliced(self, value: Value, aval: Any, i: int, scope: str) -> Value:
-        """The values of one step of a loop; of what an unrolled loop has stacked, as that made them."""
-        if value.nbytes == nbytes(aval):
-            return value
-        if value.step is not None and value.step.op == "stack":
-            return value.step.operands[i]
-        return self.moved("slice", scope, value, aval, i)
