@@ -1,8 +1,8 @@
 """Models that nobody tuned for, drawn at random: kinds, layers and sizes follow from a seed.
 
 Convolutional networks with every padding, stride, dilation, pooling and normalisation, residual networks,
-U-Nets, recurrent networks, transformers and graph networks, each with a loss, at sizes that take some
-milliseconds.
+networks of grouped and pointwise convolutions, U-Nets, recurrent networks, transformers and graph networks,
+each with a loss, at sizes that take some milliseconds.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from block_networks import block_net
 from flax import linen as nn
 
 
@@ -173,6 +174,11 @@ def _resnet(rng: random.Random) -> tuple[str, nn.Module, Any]:
     return text, ResNet(widths, blocks, norm, activation), _normal(batch, size, size, 3)
 
 
+def _block_net(rng: random.Random) -> tuple[str, nn.Module, Any]:
+    text, net, shape = block_net(rng, _norm, ACTIVATIONS)
+    return text, net, _normal(*shape)
+
+
 class UNet(nn.Module):
     """Two levels down and up, with what was there before beside it."""
 
@@ -313,5 +319,5 @@ def _graph_net(rng: random.Random) -> tuple[str, nn.Module, Any]:
 
 _KINDS: dict[str, Callable[[random.Random], tuple[str, nn.Module, Any]]] = {
     "CNN": _conv_net, "ResNet": _resnet, "recurrent": _recurrent, "CNN ": _conv_net, "U-Net": _unet,
-    "transformer": _transformer, "CNN  ": _conv_net, "GNN": _graph_net,
+    "transformer": _transformer, "CNN  ": _conv_net, "GNN": _graph_net, "blocks": _block_net,
 }  # fmt: skip

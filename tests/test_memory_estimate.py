@@ -321,6 +321,60 @@ def test_what_loops_fill_is_there_from_the_start() -> None:
     assert estimate(jax.make_jaxpr(filled)(x)).temporary == pytest.approx(compiled, rel=0.02)
 
 
+def test_what_a_library_hides_beside_a_copy() -> None:
+    """A program is estimated with the library's sums and without them, with the same copies."""
+
+    def two_layers(w: jax.Array, x: jax.Array) -> Any:
+        y = jnp.sin(x)
+        # Returned too, so that it is copied before it is written over.
+        written = jax.lax.dynamic_update_slice(y, x[:8] * x[8:16], (0, 0))
+        return jnp.sum(jnp.square(jnp.tanh(x @ w) @ w)), written, y
+
+    types = ShapeDtypeStruct((64, 64), "float32"), ShapeDtypeStruct((1024, 64), "float32")
+    shown = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    compiled = jax.jit(two_layers).lower(*types).compile(shown).memory_analysis().temp_size_in_bytes
+    assert estimate(jax.make_jaxpr(two_layers)(*types)).temporary == pytest.approx(compiled, rel=0.1)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(2, 2), (3, 1), (4, 2)])
+def test_a_max_pool_holds_positions_of_all_windows(window: int, stride: int) -> None:
+    def pooled(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(nn.max_pool(x, (window, window), (stride, stride), "SAME")))
+
+    x = ShapeDtypeStruct((8, 32, 32, 16), "float32")
+    compiled = jax.jit(jax.grad(pooled)).lower(x).compile().memory_analysis().temp_size_in_bytes
+    assert estimate(jax.make_jaxpr(jax.grad(pooled))(x)).temporary == pytest.approx(compiled, rel=0.05)
+
+
+@pytest.mark.parametrize(("batch", "side", "channels", "size"), [(32, 8, 64, 5), (4, 4, 128, 3)])
+def test_a_depthwise_convolution_holds_a_kernel_of_all_pairs(
+    batch: int, side: int, channels: int, size: int
+) -> None:
+    def convolved(w: jax.Array, x: jax.Array) -> jax.Array:
+        layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": channels}
+        return jnp.sum(jnp.sin(jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", **layout)))
+
+    w = ShapeDtypeStruct((size, size, 1, channels), "float32")
+    x = ShapeDtypeStruct((batch, side, side, channels), "float32")
+    compiled = jax.jit(jax.grad(convolved)).lower(w, x).compile().memory_analysis().temp_size_in_bytes
+    assert estimate(jax.make_jaxpr(jax.grad(convolved))(w, x)).temporary == pytest.approx(compiled, rel=0.05)
+
+
+@pytest.mark.parametrize("length", [8, 16])
+def test_what_is_padded_is_computed_once(length: int) -> None:
+    """An associative scan puts its halves between each other: each padded, then added."""
+
+    def scanned(a: jax.Array, x: jax.Array) -> jax.Array:
+        def combine(p: Any, q: Any) -> Any:
+            return p[0] * q[0], p[1] * q[0] + q[1]
+
+        return jnp.mean(jax.lax.associative_scan(combine, (jnp.tanh(a), x))[1] ** 2)
+
+    types = [ShapeDtypeStruct((length, 4096), "float32")] * 2
+    compiled = jax.jit(scanned).lower(*types).compile().memory_analysis().temp_size_in_bytes
+    assert estimate(jax.make_jaxpr(scanned)(*types)).temporary == pytest.approx(compiled, rel=0.05)
+
+
 # As libtpu 0.0.42 says for a v5e.
 TILED = {
     ("float32", (300,)): 2048,

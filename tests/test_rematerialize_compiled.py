@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import funcprop as fp
+from funcprop.memory.remat import choice
 
 PROGRAM = """
 import json, os
@@ -108,6 +109,25 @@ def test_less_room_is_no_higher_peak():
     for plan in (half, quarter):
         beyond = f"No schedule that holds {plan.budget:,} bytes has so low a peak" in plan.reason
         assert beyond == (plan.residual_bytes > plan.budget)
+
+
+def test_nothing_dearer_is_compiled_than_what_is_low_enough(monkeypatch):
+    compiled = []
+    once = choice.GradientProgram.compiled
+
+    def counted(self, schedule, *options):
+        compiled.append(0 if schedule is None else schedule.flops)
+        return once(self, schedule, *options)
+
+    monkeypatch.setattr(choice.GradientProgram, "compiled", counted)
+
+    def loss(w, x):
+        return jnp.mean(jax.lax.scan(lambda h, _: (jnp.tanh(jnp.sin(h @ w)), None), x, length=24)[0])
+
+    types = [jax.ShapeDtypeStruct(dims, "float64") for dims in ((16, 16), (256, 16))]
+    plan = fp.memory.remat_plan(loss, 0.6)(*types)
+    assert plan.temp_bytes <= 0.6 * plan.plain_temp_bytes
+    assert max(compiled) == plan.extra_flops
 
 
 BUDGETS = """

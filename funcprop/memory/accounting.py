@@ -58,7 +58,7 @@ def footprint(
     alone.
 
     The estimate follows XLA's CPU backend. Of drawn programs of megabytes nine in ten are within 15 %
-    (`experiments/memory_figures.py`); of kilobytes some are a third off, of associative scans a fifth.
+    (`experiments/memory_figures.py`); of kilobytes some are a third off.
 
     Args:
         fun: a loss, a prediction, or a train step, jitted or not.

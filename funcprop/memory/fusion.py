@@ -23,8 +23,8 @@ _LIBRARY = frozenset(
     | {"integer_pow", "log", "log1p", "logistic", "max", "min", "mul", "neg", "pow", "round", "rsqrt", "sign"}
     | {"sqrt", "sub", "tanh"}
 )
-# These it takes of any size; transposes are copies by then.
-_MOVED_IN_LIBRARY = frozenset({"broadcast_in_dim", "iota", "pad", "reshape"})
+# These it takes of any size; transposes are copies by then, and what is padded is in memory.
+_MOVED_IN_LIBRARY = frozenset({"broadcast_in_dim", "iota", "reshape"})
 _LIBRARY_TYPES = frozenset({"float64", "float32", "bfloat16", "int8", "uint8"})
 _LIBRARY_SUMS = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
 WINDOWS = frozenset({"reduce_window_sum", "reduce_window_max", "reduce_window_min"})

@@ -51,6 +51,22 @@ def orders(eqn: Any) -> list[Any]:
     return found
 
 
+def with_all_channels(eqn: Any) -> Sequence[int] | None:
+    """The shape in which a CPU computes the kernel's cotangent of a depthwise convolution.
+
+    It is computed for every pair of channels, and copied into the order of the kernel; then the pairs of
+    equal ones are picked out.
+    """
+    if eqn.primitive.name == "dot_general":
+        return None
+    batch, channels, *_ = eqn.params["dimension_numbers"].out_spec
+    groups, shape = eqn.params["batch_group_count"], list(eqn.outvars[0].aval.shape)
+    if groups == 1 or groups != shape[channels]:
+        return None
+    shape[batch] *= groups
+    return shape
+
+
 def is_in_library(eqn: Any) -> bool:
     """Whether the library that computes sums computes a product together with them, as it is."""
     shapes, out = [a.aval.shape for a in eqn.invars], eqn.outvars[0].aval.shape

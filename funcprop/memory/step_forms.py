@@ -111,6 +111,20 @@ class Steps:
         spread = self.moved("broadcast_in_dim", scope, inverse, by.aval, ("reciprocals", id(by)))
         return self._entrywise("mul", scope, [value, spread])
 
+    def stacked(self, values: list[Value], aval: Any, scope: str) -> Value:
+        """What an unrolled loop stacks; of one step it is the value itself."""
+        if len(values) == 1:
+            return values[0]
+        return self.add("stack", scope, values, [aval], fuses=True, expensive=True)[0]
+
+    def sliced(self, value: Value, aval: Any, i: int, scope: str) -> Value:
+        """The values of one step of a loop; of what an unrolled loop has stacked, as that made them."""
+        if value.nbytes == nbytes(aval):
+            return value
+        if value.step is not None and value.step.op == "stack":
+            return value.step.operands[i]
+        return self.moved("slice", scope, value, aval, i)
+
 
 def _sizes(aval: Any) -> tuple[int, ...]:
     """The lengths of the axes along which there are several entries."""
@@ -137,6 +151,8 @@ def is_renamed(eqn: Any, operands: Sequence[Value | None]) -> bool:
         return swapped or kept == sorted(kept)
     if name in RESHAPES:
         return value.step is None or not value.step.fuses
+    if name == "pad":
+        return not any(n for d in eqn.params["padding_config"] for n in d)
     if name == "convert_element_type":
         return bool(eqn.outvars[0].aval.dtype == value.aval.dtype)
     return name in _RENAMED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -65,12 +66,12 @@ class StepsOf(Steps):
         library: bool = True,
     ) -> Liveness:
         """When what is in memory; `library` says whether a CPU's library computes long sums."""
-        steps = with_copies(self.steps, results, donated)
+        self.steps = with_copies(self.steps, results, donated)
         if self.platform == "cpu" and donated:
-            steps = with_rescued(steps, donated)
+            self.steps = with_rescued(self.steps, donated)
         if self.platform == "tpu":
-            write_late(steps, results)
-        return Liveness(steps, results, library and self.platform == "cpu", on_chip(self.platform))
+            write_late(self.steps, results)
+        return Liveness(self.steps, results, library and self.platform == "cpu", on_chip(self.platform))
 
     # --- equations ----------------------------------------------------------------------------
 
@@ -142,7 +143,7 @@ class StepsOf(Steps):
             expensive=is_rounded(eqn.invars[0].aval, eqn.outvars[0].aval)
             and not (operands[0] is None or operands[0].is_spread)
             if name == "convert_element_type"
-            else not (facts.cheap or facts.flat or moves),
+            else name == "pad" or not (facts.cheap or facts.flat or moves),
             library=name in WINDOWS and products.windows_are_apart(eqn),
             effects=bool(eqn.effects),
             in_place={k: k for k in range(written_over)},
@@ -182,7 +183,12 @@ class StepsOf(Steps):
         aval = result.update(dtype=wide) if widened else result
         types = [aval.update(shape=made_flat or aval.shape)]
         library = products.is_in_library(eqn)
+        if self.platform == "cpu" and (whole := products.with_all_channels(eqn)) is not None:
+            types = [aval.update(shape=whole)]
         (made,) = self.add(eqn.primitive.name, scope, arranged, types, library=library)
+        if made.size > math.prod(aval.shape):
+            (copied,) = self.add("transpose", scope, [made], types)
+            (made,) = self.add("diagonal", scope, [copied], [aval])
         made = self.reshaped(made, aval, scope)
         if len(orders) > 2 and orders[2] is not None:
             made = self.moved("transpose", scope, made, aval, "result")
@@ -201,7 +207,10 @@ class StepsOf(Steps):
         return self.platform == "cpu" and aval.dtype.itemsize == 2 and jnp.issubdtype(aval.dtype, jnp.inexact)
 
     def _unpooled(self, eqn: Any, operands: list[Value | None], scope: str) -> Value:
-        """The derivative of max-pooling: positions of all entries, padded, then a scatter to the largest."""
+        """The derivative of max-pooling: of each window the largest entry and its position, then a scatter.
+
+        The positions of all entries are arrays of their own, padded as the entries are.
+        """
         result, padding = eqn.outvars[0].aval, eqn.params["padding"]
         shape = tuple(d + low + high for d, (low, high) in zip(result.shape, padding, strict=True))
         padded, values = result.update(shape=shape), operands[1]
@@ -209,7 +218,13 @@ class StepsOf(Steps):
         positions = [self.add("iota", scope, [], [places])[0] for _ in shape]
         if values is not None and shape != result.shape:
             values = self.moved("pad", scope, values, padded)
-        (made,) = self.add("select_and_scatter_add", scope, [operands[0], values, *positions], [padded])
+        window = eqn.invars[0].aval
+        chosen = [window, *[window.update(dtype=places.dtype)] * len(shape)]
+        _, *found = self.add("select", scope, [values, *positions], chosen)
+        start = self.add("zeros", scope, [], [padded])[0]
+        (made,) = self.add(
+            "select_and_scatter_add", scope, [start, operands[0], *found], [padded], in_place={0: 0}
+        )
         return made if shape == result.shape else self.moved("slice", scope, made, result)
 
     # --- bodies -------------------------------------------------------------------------------
@@ -233,7 +248,7 @@ class StepsOf(Steps):
             columns = zip(*ys, strict=True) if length else ((),) * len(types)
             return [
                 *carry,
-                *(self._stacked(list(y), t, scope) for y, t in zip(columns, types, strict=True)),
+                *(self.stacked(list(y), t, scope) for y, t in zip(columns, types, strict=True)),
             ]
         inner = StepsOf(self.barriers, self.platform)
         given = [Value(v.aval) for v in filled]
@@ -255,12 +270,6 @@ class StepsOf(Steps):
             given += [self.add("zeros", scope, [], [aval])[0] for aval in types[carries:]]
         return self.add("scan", scope, given, types, in_place=in_place, inside=inside)
 
-    def _stacked(self, values: list[Value], aval: Any, scope: str) -> Value:
-        """What an unrolled loop stacks; of one step it is the value itself."""
-        if len(values) == 1:
-            return values[0]
-        return self.add("stack", scope, values, [aval], fuses=True, expensive=True)[0]
-
     def _unrolled(
         self,
         body: Any,
@@ -278,18 +287,10 @@ class StepsOf(Steps):
         for k in range(times):
             i = times - 1 - k if reverse else k
             xs = [
-                self._sliced(v, t, i, scope) for v, t in zip(operands[consts + carries :], types, strict=True)
+                self.sliced(v, t, i, scope) for v, t in zip(operands[consts + carries :], types, strict=True)
             ]
             results = self.walk(body, [*operands[:consts], *carry, *xs], scope)
             made = [Value(a.aval) if v is None else v for a, v in zip(inner.outvars, results, strict=True)]
             carry = made[:carries]
             ys.append(made[carries:])
         return carry, ys[::-1] if reverse else ys
-
-    def _sliced(self, value: Value, aval: Any, i: int, scope: str) -> Value:
-        """The values of one step of a loop; of what an unrolled loop has stacked, as that made them."""
-        if value.nbytes == nbytes(aval):
-            return value
-        if value.step is not None and value.step.op == "stack":
-            return value.step.operands[i]
-        return self.moved("slice", scope, value, aval, i)

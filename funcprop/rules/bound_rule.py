@@ -24,7 +24,8 @@ class BoundRule:
     """A rule at one operator: its static parameters, the structure of its arguments, its results' types.
 
     `machine` is the one that is compiled for. Where that is not certain, `elsewhere` is the operator itself,
-    from arrays to arrays, which takes the rule's place on platforms that are not the rule's.
+    from arrays to arrays, which takes the rule's place on platforms that are not the rule's. `beside` is what
+    the rule is told of its neighbour.
     """
 
     rule: Rule
@@ -34,12 +35,14 @@ class BoundRule:
     argument_names: tuple[str, ...]
     results: tuple[Type, ...] | None = None
     machine: Machine | None = None
+    beside: Any = None
     elsewhere: Callable[..., Arrays] | None = field(default=None, compare=False)
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of the rule's functions: static parameters; the machine if it is sized."""
-        return {**self.static, "machine": self.machine or host()} if self.rule.sized else self.static
+        """The keyword arguments of the rule's functions: static parameters, and what else it asks for."""
+        sized = {"machine": self.machine or host()} if self.rule.sized else {}
+        return {**self.static, **sized, **({"beside": self.beside} if self.rule.neighbourly else {})}
 
     @property
     def is_pure(self) -> bool:

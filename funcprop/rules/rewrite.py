@@ -52,7 +52,7 @@ class Match:
     mapped: bool = field(repr=False, default=False)
 
 
-def match(eqn: Any, rules: RuleSet, target: CompileTarget) -> Match | None:
+def match(eqn: Any, rules: RuleSet, target: CompileTarget, beside: Any = None) -> Match | None:
     """Match one equation with a rule set: a rule, a reason why its rule does not apply, or None."""
     platform = target.platform
     if (broken := broken_layer_call(eqn)) is not None:
@@ -70,7 +70,8 @@ def match(eqn: Any, rules: RuleSet, target: CompileTarget) -> Match | None:
     if not all(hasattr(a, "shape") and hasattr(a, "dtype") for a in (*arguments, *results)):
         return matched(None, "an operand or a result is no array")
     bound = BoundRule.of_primitive(rule, eqn) if call is None else BoundRule.of_layer(rule, call, eqn)
-    bound = replace(bound, machine=target.machine, elsewhere=_elsewhere(eqn, call, rules, target))
+    elsewhere = _elsewhere(eqn, call, rules, target)
+    bound = replace(bound, machine=target.machine, elsewhere=elsewhere, beside=beside)
     reason = _cannot_attach(eqn, arguments, results)
     if reason is None and call is None and eqn.primitive.name in CONTROL_FLOW:
         reason = _cannot_align(arguments) or _cannot_forget_layouts(eqn)
@@ -141,6 +142,7 @@ class Rewriter:
         self.rules, self.claimed = rules, claimed
         self.target = CompileTarget.of(rules.target) if target is None else target
         self.patterns, self.patterns_by_last = _patterns(rules, self.target.platform)
+        self._applied: dict[Any, Any] = {}  # by an operator and its first operand's type, the last that was
         # Keyed by identity; the object is kept beside the answer so that its identity is not reused.
         self._found: dict[int, tuple[Any, BoundRule | None]] = {}
         self._ruled: dict[int, tuple[Any, bool]] = {}
@@ -148,7 +150,7 @@ class Rewriter:
 
     def match(self, eqn: Any) -> Match | None:
         """Match an equation: a rule, a reason why it does not fire, or None."""
-        found = match(eqn, self.rules, self.target)
+        found = match(eqn, self.rules, self.target, self._applied.get(_place(eqn)))
         if found is None or id(eqn) not in self.claimed or self.rules.is_replaced(eqn.primitive.name):
             return found
         return replace(found, bound=None, reason=found.reason or "the rule of the loop around it derives it")
@@ -241,6 +243,8 @@ class Rewriter:
 
     def apply(self, bound: BoundRule, eqn: Any, args: Sequence[Any]) -> Arrays:
         """The results of an operator, with its rule attached."""
+        if bound.rule.neighbourly:
+            self._applied[_place(eqn)] = tuple(v.aval for v in eqn.invars), tuple(eqn.params.items())
         explicit = any(_jax.explicitly_sharded(v.aval) for v in (*eqn.invars, *eqn.outvars))
         fun = self._with_layouts(bound, eqn) if explicit else self._attached(bound, eqn)
         with _jax.context_of(eqn):
@@ -326,6 +330,10 @@ class Rewriter:
                 check_vma=params["check_vma"],
             )
             return list(mapped(*args))
+
+
+def _place(eqn: Any) -> Any:
+    return eqn.primitive, eqn.invars[0].aval if eqn.invars else None
 
 
 def _mapped(fun: Callable[..., Any], axis: Any) -> Callable[..., Any]:

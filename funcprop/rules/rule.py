@@ -56,6 +56,9 @@ class Rule:
       the rule set's own rules are not attached to these.
     * `sized`: forward, backward, jvp, value, applies and claims take `machine=`, the `fp.Machine` that is
       compiled for, from which they compute the sizes of chunks and blocks.
+    * `neighbourly`: the same functions take `beside=`, the types of operands and the static parameters of the
+      ruled operator of the same name that last read a first operand of the same type; None where that is not
+      known.
     * `ways`: the same rule done otherwise, by name, for `fp.rules.measured` to choose from.
     * `pure`: forward, backward and jvp read nothing but their arguments, so that outside of `jit` they are
       compiled once for arguments of the same types.
@@ -89,6 +92,7 @@ class Rule:
     claims: Callable[..., Collection[Any]] | None = None
     pure: bool = False
     sized: bool = False
+    neighbourly: bool = False
     ways: Callable[[], Mapping[str, Rule]] | None = None
 
     def __post_init__(self) -> None:

@@ -7,6 +7,9 @@ their own peak as well, ranked by the estimate of their gradient's memory, and t
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -133,16 +136,25 @@ class GradientProgram:
         """Compile it, with the options that its schedule needs if none are given."""
         if options is None:
             options = {} if schedule is None else self.options(schedule)
-        fun, types = self.sweeps(schedule)
         known: dict[str, Any] = {**xla_options.for_buffers(self.placement.platform), **options}
-        return CompiledGradient.of(jax.jit(fun).lower(*types).compile(known or None))
+        return CompiledGradient.of(self._traced(schedule).lower().compile(known or None))
 
     def estimated(self, schedule: Schedule | None) -> int:
         """Estimate its temporary bytes."""
-        fun, types = self.sweeps(schedule)
-        return estimate(
-            jax.make_jaxpr(fun)(*types), barriers=True, platform=self.placement.platform
-        ).temporary
+        jaxpr = self._traced(schedule).jaxpr
+        return estimate(jaxpr, barriers=True, platform=self.placement.platform).temporary
+
+    def _traced(self, schedule: Schedule | None) -> Any:
+        """Both sweeps, traced once."""
+        key = None if schedule is None else schedule.segments
+        if key not in self._known:
+            fun, types = self.sweeps(schedule)
+            self._known[key] = jax.jit(fun).trace(*types)
+        return self._known[key]
+
+    @functools.cached_property
+    def _known(self) -> dict[Any, Any]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -181,17 +193,22 @@ def best(
     If none does, the one of the fewest bytes, also among those that hold more between the sweeps than the
     budget. `base` is the cheapest schedule by what is held; `fits` says whether a schedule is within it.
     """
+    by_flops = operator.attrgetter("flops")
     plain, chain = gradient.compiled(None), gradient.program.chain
     room = budget if np.isfinite(budget) else base.nbytes
-    within = {s.segments: s for s in _tried(chain, base, (room, room / 2), peak) if fits(s)}
+    different = {s.segments: s for s in _tried(chain, base, (room, room / 2), peak)}
+    within = {key: s for key, s in different.items() if fits(s)}
     sizes = {key: gradient.estimated(s) for key, s in within.items()}
     least = sorted(within.values(), key=lambda s: sizes[s.segments])[:_COMPILED]
     enough = target * gradient.estimated(None)
-    cheap = sorted((s for key, s in within.items() if sizes[key] <= enough), key=lambda s: s.flops)[:_CHEAP]
-    compiled = [(s, gradient.compiled(s)) for s in {s.segments: s for s in (base, *cheap, *least)}.values()]
-    if reached := [(s, c) for s, c in compiled if c.temp <= target * plain.temp]:
-        schedule, program = min(reached, key=lambda pair: (pair[0].flops, pair[1].temp))
-        return Choice(schedule, plain, program)
+    cheap = sorted((s for key, s in within.items() if sizes[key] <= enough), key=by_flops)[:_CHEAP]
+    chosen = {s.segments: s for s in (base, *cheap, *least)}.values()
+    compiled: list[tuple[Schedule, CompiledGradient]] = []
+    for _, equal in itertools.groupby(sorted(chosen, key=by_flops), key=by_flops):
+        compiled += (new := [(s, gradient.compiled(s)) for s in equal])
+        schedule, program = min(new, key=lambda pair: pair[1].temp)
+        if program.temp <= target * plain.temp:
+            return Choice(schedule, plain, program)
     known = {base.segments, *within}
     beyond = [s for s in _tried(chain, base, (_BEYOND * room,), peak) if s.segments not in known]
     compiled += [(s, gradient.compiled(s)) for s in sorted(beyond, key=gradient.estimated)[:_CHEAP]]

@@ -84,8 +84,12 @@ class _Ways(NamedTuple):
     choose: Chooser
     devices: int
 
-    def geometry(self, x: Any, w: Any, static: Any, machine: Machine | None) -> Geometry:
-        return geometry_of(x, w, static, machine, self.devices)
+    def geometry(self, x: Any, w: Any, static: Any, machine: Machine | None, beside: Any) -> Geometry:
+        found = geometry_of(x, w, static, machine, self.devices)
+        if beside is None:
+            return found
+        (x, w), params = beside
+        return found._replace(beside=self.geometry(x, w, dict(params), machine, None))
 
 
 # Where a part took less time by another way than XLA's: the part, its least sizes and its greatest.
@@ -121,10 +125,12 @@ def plan(g: Geometry) -> ConvolutionPlan:
     values, kernels' and inputs' cotangents took 0.55, 0.75 and 0.53 of its time, the best choices 0.49, 0.53
     and 0.52. What is missed are examples larger than a chunk, and margins for a few padded or small shapes.
 
-    A pointwise convolution with strides is a shortcut beside a wider one of the same input, and its kernel's
-    cotangent goes the way of that one's. XLA's reads a transposed copy of the input, which both share. By
-    patches it took 0.2 to 0.5 of the time, but its part of the input is made early, where nothing holds it
-    back: beside XLA's copy, residual networks held 1.02 to 1.06 of autodiff's bytes; without that copy 0.70.
+    A pointwise convolution with strides is a shortcut beside another of the same input, one of 3×3 if it is
+    not known, and its kernel's cotangent goes the way of that one's. XLA's reads a transposed copy of the
+    input, which both share. By patches it took 0.2 to 0.5 of the time, but its part of the input is made
+    early, where nothing holds it back: beside XLA's copy, residual networks held 1.02 to 1.06 of autodiff's
+    bytes; without that copy 0.70. A copy beside patches is the other way to lose: where blocks begin with a
+    pointwise convolution, networks held 1.03 to 1.10.
     """
     sizes = {
         "batch": g.batch, "rows": g.batch * g.rows, "columns": g.columns, "taps": math.prod(g.kernel),
@@ -138,7 +144,7 @@ def plan(g: Geometry) -> ConvolutionPlan:
     chosen = {part for part, *bounds in _REGIONS if inside(*bounds)}
     weight = "weight" in chosen
     if sizes["taps"] == 1 < sizes["stride"]:
-        weight = plan(g._replace(kernel=(3,) * len(g.kernel), padded=True)).weight
+        weight = plan(g.beside or g._replace(kernel=(3,) * len(g.kernel), padded=True)).weight
     return ConvolutionPlan("margin" in chosen, weight, "input" in chosen)
 
 
@@ -157,20 +163,20 @@ def _with_margin(x: Any, w: Any, static: Any) -> Any:
 
 
 def _forward(
-    ways: _Ways, x: Any, w: Any, *, machine: Machine | None = None, **static: Any
+    ways: _Ways, x: Any, w: Any, *, machine: Machine | None = None, beside: Any = None, **static: Any
 ) -> tuple[Any, ConvolutionOperands]:
-    margin = ways.choose(ways.geometry(x, w, static, machine)).margin
+    margin = ways.choose(ways.geometry(x, w, static, machine, beside)).margin
     y = _with_margin(x, w, static) if margin else lax.conv_general_dilated(x, w, **static)
     return y, ConvolutionOperands(x, w)
 
 
 def _backward(
     ways: _Ways, residuals: ConvolutionOperands, g: Any, needs: Any, *, machine: Machine | None = None,
-    **static: Any,
+    beside: Any = None, **static: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
     x, w = residuals
     need_x, need_w = needs
-    geometry = ways.geometry(x, w, static, machine)
+    geometry = ways.geometry(x, w, static, machine, beside)
     chosen = ways.choose(geometry)
 
     def convolve(x: Any, w: Any) -> Any:
@@ -251,7 +257,9 @@ def _weight_cotangent(x: Any, g: Any, static: Any, geometry: Geometry) -> Any:
     return lax.transpose(kernel, np.argsort((*rhs[2:], rhs[1], rhs[0])))
 
 
-def _applies(ways: _Ways, x: Any, w: Any, *, machine: Machine | None = None, **static: Any) -> bool | str:
+def _applies(
+    ways: _Ways, x: Any, w: Any, *, machine: Machine | None = None, beside: Any = None, **static: Any
+) -> bool | str:
     if static["feature_group_count"] != 1 or static["batch_group_count"] != 1:
         return "the convolution has groups"
     if any(d != 1 for d in static["lhs_dilation"]):
@@ -260,7 +268,7 @@ def _applies(ways: _Ways, x: Any, w: Any, *, machine: Machine | None = None, **s
         return "the padding is negative"
     if x.dtype != w.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
         return f"the operands are {x.dtype} and {w.dtype}"
-    geometry = ways.geometry(x, w, static, machine)
+    geometry = ways.geometry(x, w, static, machine, beside)
     if not geometry.kernel:
         return "the convolution has no spatial axis"
     if 0 in (geometry.batch, geometry.inputs, geometry.outputs, *geometry.input, *geometry.output):
@@ -301,6 +309,7 @@ def rule(choose: Chooser = plan, devices: int = 1) -> Rule:
         jvp=partial(_jvp, ways),
         pure=True,
         sized=True,
+        neighbourly=True,
         ways=_ways,
     )
 

@@ -28,7 +28,7 @@ from funcprop.rules.machine import Machine, host, near_cache
 class Geometry(NamedTuple):
     """The sizes of a convolution, whatever its layout, for one of the devices over which the batch is split.
 
-    There are `parts` of these; `batch` is that of one.
+    There are `parts` of these; `batch` is that of one. `beside` is that of another of the same input.
     """
 
     batch: int
@@ -42,6 +42,7 @@ class Geometry(NamedTuple):
     itemsize: int
     machine: Machine | None = None
     parts: int = 1
+    beside: Any = None
 
     @property
     def chunk_bytes(self) -> int:
