@@ -23,7 +23,7 @@ def plain(graph: Graph) -> Graph:
 
 
 def _without_identities(graph: Graph) -> Graph:
-    """The graph without products with 1, maxima with −∞, sums over no axis; with a number a product is by entry."""
+    """The graph without products with 1, maxima with −∞ and sums over no axis."""
     operators: list[Operator] = []
     numbers: dict[str, Any] = {}
     for op in graph.operators:
