@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 from jax import ShapeDtypeStruct
+from jax.experimental.compilation_cache import compilation_cache
 
 import funcprop as fp
 from funcprop._jax import held_bytes, memory_fields
@@ -241,3 +242,35 @@ def test_buffers_lie_where_the_compiler_puts_them() -> None:
     assert sum(b.nbytes for b in temporary) + found.unused == arena
     assert temporary[-1].offset + temporary[-1].nbytes <= arena
     assert any("transpose(" in b.op_name for b in found.buffers)
+
+
+def test_scopes_are_those_of_the_program_itself_where_compilations_are_kept_on_disk(tmp_path: Path) -> None:
+    """JAX's cache leaves names out of its key: the second model had the scopes of the first."""
+
+    def model(scope: str) -> Any:
+        def loss(w: Any, x: Any) -> Any:
+            with jax.named_scope(scope):
+                h = jnp.tanh(x @ w)
+            return jnp.sum(jnp.sin(h) ** 2)
+
+        return loss
+
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    shape = ShapeDtypeStruct((64, 64), jnp.float32)
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        for scope in ("encoder", "decoder"):
+            found = fp.memory.footprint(model(scope), programs=["training"])(shape, shape).training
+            assert {row.scope for row in found.rows} == {"", scope}
+        assert any(tmp_path.iterdir())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

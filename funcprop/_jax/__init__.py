@@ -31,6 +31,7 @@ from funcprop._jax.array_types import varying_axes as varying_axes
 from funcprop._jax.array_types import with_weak_type as with_weak_type
 from funcprop._jax.array_types import with_zero_tangents as with_zero_tangents
 from funcprop._jax.array_types import zero_tangent as zero_tangent
+from funcprop._jax.compiled_programs import compiled_by_its_names as compiled_by_its_names
 from funcprop._jax.compiled_programs import counted_flops as counted_flops
 from funcprop._jax.compiled_programs import held_bytes as held_bytes
 from funcprop._jax.compiled_programs import memory_fields as memory_fields

@@ -5,6 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
+_NAMES_COUNT = "jax_compilation_cache_include_metadata_in_key"
+
+
+def compiled_by_its_names(lowered: Any, options: Mapping[str, Any] | None = None) -> Any:
+    """Compile a lowered program whose scopes are read afterwards.
+
+    JAX's cache on disk otherwise takes programs that differ in their scopes alone for one another.
+    """
+    before = getattr(jax.config, _NAMES_COUNT)
+    jax.config.update(_NAMES_COUNT, True)
+    try:
+        return lowered.compile(dict(options) if options else None)
+    finally:
+        jax.config.update(_NAMES_COUNT, before)
+
 
 def memory_fields(compiled: Any) -> dict[str, int]:
     """Read the bytes that a compiled program reports: `argument, output, temporary, alias` and `peak`."""

@@ -78,7 +78,7 @@ class AccountedProgram:
             donate_argnums=tuple(position[i] for i in sorted(self.donated) if i in position),
             compiler_options={**for_buffers(self.platform), **options} or None,
         )
-        return program.lower(*types).compile()
+        return _jax.compiled_by_its_names(program.lower(*types))
 
     def donating(self, positions: Sequence[int]) -> AccountedProgram:
         """The same with other donated arguments."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from funcprop import _jax
 from funcprop._jax.xla_options import for_buffers
 from funcprop.partition.axis_program import AxisProgram, flat_program
 from funcprop.partition.layout import batch_places, example_axis, placed_type
@@ -170,7 +171,7 @@ class TrainingProblem:
     def compiled(self, step: Any, places: Any) -> Any:
         """A jitted step whose arguments lie so, compiled for its buffers; devices need not be there."""
         placed = jax.tree.map(placed_type, self.arguments(self.optimizer), places)
-        return step.lower(*placed).compile(for_buffers(self.platform))
+        return _jax.compiled_by_its_names(step.lower(*placed), for_buffers(self.platform))
 
     def state_shapes(self, optimizer: optax.GradientTransformation) -> Any:
         """The shapes of an optimizer's state."""
