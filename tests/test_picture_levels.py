@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from drawn_models import shape
 
 import funcprop as fp
@@ -175,3 +177,25 @@ def test_dropout_before_a_normalisation_is_not_in_it():
     shown = fp.draw(fp.trace(loss)(p, shape(5, 3), jax.random.key(0)), depth=0).shown
     scopes = {op.op: op.scope for op in shown.graph}
     assert scopes["rsqrt"] == "norm" != scopes["random_bits"]
+
+
+def test_data_that_a_loss_holds_are_no_parameters_of_it() -> None:
+    """Arguments with a path are parameters; then what the function was given otherwise is data."""
+
+    def network(params: Any, x: Any) -> Any:
+        for layer in params.values():
+            x = jax.nn.relu(x @ layer["w"] + layer["b"])
+        return x
+
+    sizes = [4, *[6] * 8, 50]
+    params = {
+        f"layer_{i}": {"w": jnp.ones((a, b)), "b": jnp.zeros(b)} for i, (a, b) in enumerate(pairwise(sizes))
+    }
+    targets = jnp.ones((2, 50))
+
+    def loss(params: Any, x: Any) -> Any:
+        return optax.sigmoid_binary_cross_entropy(network(params, x), targets).sum(-1).mean()
+
+    details = "".join(n.details for n in fp.draw(fp.trace(loss)(params, jnp.ones((2, 4)))).picture.nodes)
+    assert "350 parameters" in details
+    assert "100 parameters" not in details

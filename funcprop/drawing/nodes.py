@@ -97,7 +97,13 @@ class Nodes:
             or any(c.name not in names for c in self.known.consumers[v.name])
         ]
         text = f"{_shapes(coming)} → {_shapes(leaving)}"
-        given = {name: v for name, v in given.items() if jnp.issubdtype(v.dtype, jnp.inexact)}
+        # Where parameters are arguments, what the function holds is data.
+        are_arguments = any("/" in v.name for v in self.known.graph.inputs)
+        given = {
+            name: v
+            for name, v in given.items()
+            if jnp.issubdtype(v.dtype, jnp.inexact) and not (are_arguments and v.kind == "constant")
+        }
         numbers = sum(math.prod(v.shape or ()) for v in given.values())
         if numbers:
             text += f"\n{numbers:,} parameters, {bytes_text(sum(v.nbytes or 0 for v in given.values()))}"
