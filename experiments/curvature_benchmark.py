@@ -126,7 +126,8 @@ def measure_peers(
             )
         differences[peer] = difference
         steps[peer.quantity, peer.library] = peer.way.step
-        steps[peer.quantity, "ours"] = ours[peer.quantity]
+        # Ours next to each of theirs: what runs before a program changes its time by some percent.
+        steps[peer.quantity, f"ours beside {peer.library}"] = ours[peer.quantity]
     steps[GRADIENT, "ours"] = ours[GRADIENT]
     times = interleaved(steps, repeats, twice=True)
     found = {}
@@ -135,7 +136,7 @@ def measure_peers(
         row = {
             "seconds": float(seconds.min()),
             "to its gradient": float(np.median(seconds / times[GRADIENT, peer.own])),
-            "to ours": float(np.median(seconds / times[peer.quantity, "ours"])),
+            "to ours": float(np.median(seconds / times[peer.quantity, f"ours beside {peer.library}"])),
         }
         found[f"{peer.quantity}, {peer.library}"] = {**row, "difference": difference}
         compared = "random" if difference is None else f"{difference:.0e}"
