@@ -214,6 +214,12 @@ def test_a_rematerialised_loss_is_trained_as_it_was_planned() -> None:
         trained({}, plan=plans.named("minibatch"))
 
 
+def _require_first_step(loss: Any, batches: Any, params: Any) -> None:
+    first = next(training.fit(loss, PARAMS, batches[:1], ADAM))
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(first.params), strict=True):
+        np.testing.assert_allclose(jax.device_get(a), b, rtol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["data and tensor", "zero", "pipeline", "pipeline and data"])
 def test_the_parameters_before_a_bad_step_are_kept(kind: str) -> None:
     """Also when good steps follow before the host hears of it; a replay names what was the first."""
@@ -221,9 +227,7 @@ def test_the_parameters_before_a_bad_step_are_kept(kind: str) -> None:
     kept = "step 2 .* are those before it. The first is: forward sweep: value of integer_pow is not finite"
     with pytest.raises(training.NonFiniteStepError, match=kept) as error:
         list(training.fit(plain, PARAMS, batches, ADAM, plan=plan(kind)))
-    first = next(training.fit(plain, PARAMS, batches[:1], ADAM))
-    for a, b in zip(jax.tree.leaves(error.value.params), jax.tree.leaves(first.params), strict=True):
-        np.testing.assert_allclose(jax.device_get(a), b, rtol=1e-12)
+    _require_first_step(plain, batches, error.value.params)
 
 
 @pytest.mark.parametrize("kind", ["zero", "pipeline", "pipeline and data"])
@@ -237,9 +241,7 @@ def test_an_update_that_is_not_finite_changes_no_stage(kind: str) -> None:
     kept = "update of step 2 .* are those before it. The first is: backward sweep: cotangent .* operator sqrt"
     with pytest.raises(training.NonFiniteStepError, match=kept) as error:
         list(training.fit(rooted, PARAMS, batches, ADAM, plan=plan(kind)))
-    first = next(training.fit(rooted, PARAMS, batches[:1], ADAM))
-    for a, b in zip(jax.tree.leaves(error.value.params), jax.tree.leaves(first.params), strict=True):
-        np.testing.assert_allclose(jax.device_get(a), b, rtol=1e-12)
+    _require_first_step(rooted, batches, error.value.params)
 
 
 @pytest.mark.parametrize(("kind", "parts"), [("data", 8), ("pipeline and data", 4)])

@@ -54,7 +54,7 @@ class LinePart:
             region = Region((self.operator,), self.inputs, self.output)
             found = elementwise(self.activation)(region, args, cotangent, output)
         if found is None:
-            return derived_equations(self.operator, args, cotangent)
+            found = derived_equations(self.operator, args, cotangent)
         # Numbers that were read in place of arrays of them.
         forward = spread_over(found.forward, self.output.shape or ())
         return found._replace(forward=replace(forward, new_axes=kept_axes(args)) if is_entrywise else forward)

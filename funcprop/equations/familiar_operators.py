@@ -125,10 +125,12 @@ class _Familiar:
             b = not_zero.inputs[1]  # 1 is in its place where it is 0.
         random = np.random.default_rng(0)
         for _ in range(8):
-            x, y = (random.integers(-9, 9, v.shape).astype(v.dtype) for v in (a, b))
+            x, y = (
+                v.value if v.kind == "literal" else random.integers(-9, 9, v.shape).astype(v.dtype)
+                for v in (a, b)
+            )
             found = self._known(op.outputs[0], (a, x), (b, y))
-            divisor = y if value is None else value
-            if found is None or not np.array_equal(found, jnp.remainder(x, divisor)):
+            if found is None or not np.array_equal(found, jnp.remainder(x, y)):
                 return
         yield of_some(op, "mod", jax.jit(jnp.remainder), (a, b), op.outputs[0])
 

@@ -81,10 +81,14 @@ class _AtRandomPoints:
             count = 2 + max(map(len, apart), default=0)
             scales = np.reshape([2.0, 20.0, *[2.0] * (count - 2)], (count, *(1 for _ in x.shape or ())))
             points = random.normal(size=(count, *(x.shape or ()))) * scales
-            operands = [drawn(random, v, classes, (count, *(v.shape or ()))) for v in others]
-            for i, values in enumerate(apart):
-                for k, value in enumerate(values, 2):
-                    operands[i] = operands[i].at[k].set(value)
+            operands = []
+            for v, values in zip(others, apart, strict=True):
+                operand = drawn(random, v, classes, (count, *(v.shape or ())))
+                if values:  # With NumPy: on a device each place would be a program.
+                    operand = np.array(operand)
+                    for k, value in enumerate(values, 2):
+                        operand[k] = value
+                operands.append(operand)
             self.values = [jnp.asarray(points, x.dtype), *operands]
         count = self.values[0].shape[0]
         self.cotangent = random.normal(size=(count, *(region.output.shape or ())))

@@ -37,9 +37,7 @@ def _told(x: Expression) -> Expression:
 
 def _is_misread(x: Expression, beside: Sequence[Expression]) -> bool:
     """Whether a value by its name, put below the last axes of what is beside it, stands below wrong ones."""
-    inner = x
-    while inner.template == "{0}" and len(inner.operands) == 1:
-        inner = inner.operands[0]
+    inner = x.spelled
     own = [i for i in range(len(x.shape)) if i not in x.new_axes]
     if not isinstance(inner, Symbol) or inner.shape != tuple(x.shape[i] for i in own):
         return False

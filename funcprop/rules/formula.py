@@ -70,6 +70,14 @@ class Formula:
         """Whether it is written as a sum, or with a sign: in a sum over entries it stands in parentheses."""
         return self.binding <= TERM
 
+    @property
+    def spelled(self) -> Any:
+        """What is written of it: itself, without changes of shape and type."""
+        inner = self
+        while inner.template == "{0}" and inner.operands:
+            inner = inner.operands[0]
+        return inner
+
     def evaluate(self, environment: Environment) -> Any:
         """The value of the expression, with the symbols' values in `environment`."""
         return self.function(*(operand.evaluate(environment) for operand in self.operands))

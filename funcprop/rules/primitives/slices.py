@@ -95,9 +95,7 @@ def _order(x: Expression) -> Sequence[int] | None:
     """The axes in the order in which they are written, if that is of the same shape but for the order."""
     if not _is_reshaped(x):
         return range(len(x.shape))
-    inner = x
-    while inner.template == "{0}" and inner.operands:
-        inner = inner.operands[0]
+    inner = x.spelled
     places = x.places or ()
     if sorted(places) != list(range(len(inner.shape))) or x.shape != tuple(inner.shape[k] for k in places):
         return None
