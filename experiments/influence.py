@@ -122,6 +122,7 @@ def draw(path: Path, found: list[dict[str, Any]]) -> None:
         ax.axline((0, 0), slope=1, color="0.7", linewidth=1)
         ax.scatter(one["predicted"], one["actual"], s=14)
         ax.set(xlabel="predicted change of the test loss", ylabel="after training again")
+        ax.locator_params(axis="x", nbins=5)
         ax.set_title(f"{one['name']}: correlation {one['correlation']:.3f}", fontsize="medium")
     figure.savefig(path, dpi=120)
 
